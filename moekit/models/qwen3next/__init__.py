@@ -1,0 +1,40 @@
+"""Qwen3-Next in functional JAX: load, prefill, decode_step, generate."""
+
+from moekit.models.qwen3next.cache import Cache, cache_shapes
+from moekit.models.qwen3next.checkpoint import CheckpointError
+from moekit.models.qwen3next.config import Config, ConfigError
+from moekit.models.qwen3next.generate import Generation, Progress, generate
+from moekit.models.qwen3next.model import (
+    Model,
+    abstract_model,
+    decode_step,
+    greedy_step,
+    load,
+    most_likely,
+    pack_gates,
+    prefill,
+    unpack_gates,
+)
+from moekit.models.qwen3next.tiny import TINY, write_random_checkpoint
+
+__all__ = [
+    "TINY",
+    "Cache",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Generation",
+    "Model",
+    "Progress",
+    "abstract_model",
+    "cache_shapes",
+    "decode_step",
+    "generate",
+    "greedy_step",
+    "load",
+    "most_likely",
+    "pack_gates",
+    "prefill",
+    "unpack_gates",
+    "write_random_checkpoint",
+]

@@ -1,0 +1,167 @@
+"""The gated delta net: a causal convolution, the gated delta rule, a gated norm.
+
+Both functions compute one rank's partial output; the caller sums over ranks. A rank's weights hold its own heads:
+K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolution, in the order q | k | v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moekit.jax import view
+from moekit.models.qwen3next.cache import DeltaState
+from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.kernels import Kernels
+from moekit.models.qwen3next.numerics import einsum, linear, round_to
+
+CHUNK = 64
+
+
+def decode(
+    x: jax.Array, weights: dict[str, jax.Array], state: DeltaState, config: Config, kernels: Kernels
+) -> tuple[jax.Array, DeltaState]:
+    """One token of each sequence: x [B, H] -> partial output [B, H] and the new state."""
+    channels, value_heads = weights["conv1d"].shape[0], weights["A_log"].shape[0]
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    keys = (channels - value_heads * value_dim) // 2
+    mixed = linear(x, weights["in_proj_qkvz"])
+    gates = linear(x, weights["in_proj_ba"])
+    window = jnp.concatenate([state.conv, mixed[:, :channels, None]], axis=-1)
+    convolved = _silu(
+        jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32), axis=-1), x.dtype
+    )
+    q, k, v = _heads(
+        convolved,
+        (0, keys // key_dim, key_dim),
+        (keys, keys // key_dim, key_dim),
+        (2 * keys, value_heads, value_dim),
+    )
+    (z,) = _heads(mixed, (channels, value_heads, value_dim))
+    read, recurrent = kernels.delta_rule_step(
+        q,
+        k,
+        v,
+        view(gates)[:, value_heads:],
+        view(gates)[:, :value_heads],
+        weights["A_log"],
+        weights["dt_bias"],
+        state.recurrent,
+    )
+    normed = kernels.gated_rms_norm(read, z, weights["norm"], eps=config.rms_norm_eps)
+    out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
+    return out, DeltaState(window[:, :, 1:], recurrent)
+
+
+def prefill(
+    x: jax.Array, weights: dict[str, jax.Array], lengths: jax.Array, config: Config, kernels: Kernels
+) -> tuple[jax.Array, DeltaState]:
+    """Whole prompts: x [B, S, H], the first lengths [B] tokens of each real -> partial output and the state after them.
+
+    Padding stands at the end; it neither decays nor updates the state.
+    """
+    batch, length, _ = x.shape
+    channels, value_heads = weights["conv1d"].shape[0], weights["A_log"].shape[0]
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    keys = (channels - value_heads * value_dim) // 2
+    mixed = linear(x, weights["in_proj_qkvz"])
+    gates = linear(x, weights["in_proj_ba"]).astype(jnp.float32)
+    convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths)
+    q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
+    real = (jnp.arange(length) < lengths[:, None])[..., None]
+    beta = jnp.where(real, jax.nn.sigmoid(gates[..., :value_heads]), 0.0)
+    decay = -jnp.exp(weights["A_log"]) * jax.nn.softplus(gates[..., value_heads:] + weights["dt_bias"])
+    read, recurrent = chunked_delta_rule(
+        _normalised(q.reshape(batch, length, -1, key_dim)) * key_dim**-0.5,
+        _normalised(k.reshape(batch, length, -1, key_dim)),
+        v.reshape(batch, length, value_heads, value_dim),
+        jnp.where(real, decay, 0.0),
+        beta,
+    )
+    tokens = batch * length
+    (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
+    read = round_to(read, x.dtype).reshape(tokens, value_heads, value_dim)
+    normed = kernels.gated_rms_norm(read, z, weights["norm"], eps=config.rms_norm_eps)
+    out = linear(normed.reshape(batch, length, -1), weights["out_proj"])
+    return out, DeltaState(conv, recurrent)
+
+
+def chunked_delta_rule(
+    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a zero state; everything float32.
+
+    q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
+    -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
+    Formula: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), section 3.3.
+    """
+    batch, length, value_heads, value_dim = v.shape
+    ratio = value_heads // q.shape[2]
+    q, k = (jnp.repeat(a, ratio, axis=2) for a in (q, k))
+    q, k, v, decay, beta = (_chunks(a) for a in (q, k, v, decay[..., None], beta[..., None]))
+    total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
+    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
+    between = jnp.exp(jnp.where(lower, total - jnp.swapaxes(total, 3, 4), -jnp.inf))
+    system = einsum("bhntd,bhnsd->bhnts", k * beta, k) * between
+    attend = einsum("bhntd,bhnsd->bhnts", q, k) * between
+    solved = lax.linalg.triangular_solve(
+        system,
+        jnp.concatenate([v * beta, k * beta * jnp.exp(total)], axis=-1),
+        left_side=True,
+        lower=True,
+        unit_diagonal=True,
+    )
+    fresh, seen = solved[..., :value_dim], solved[..., value_dim:]
+    last = total[..., -1:, :]
+    steps = (fresh, seen, q * jnp.exp(total), k * jnp.exp(last - total), attend, jnp.exp(last))
+
+    def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        fresh, seen, q, k, attend, fade = chunk
+        update = fresh - einsum("bhtk,bhkv->bhtv", seen, state)
+        read = einsum("bhtk,bhkv->bhtv", q, state) + einsum("bhts,bhsv->bhtv", attend, update)
+        return state * fade + einsum("bhtk,bhtv->bhkv", k, update), read
+
+    start = jnp.zeros((batch, value_heads, q.shape[-1], value_dim), jnp.float32)
+    state, read = lax.scan(step, start, tuple(jnp.moveaxis(a, 2, 0) for a in steps))
+    read = jnp.moveaxis(read, 0, 2).reshape(batch, value_heads, -1, value_dim)[:, :, :length]
+    return jnp.swapaxes(read, 1, 2), state
+
+
+def _chunks(a: jax.Array) -> jax.Array:
+    """[B, S, heads, D] -> [B, heads, chunks, CHUNK, D], the end padded with zeros."""
+    batch, length, heads, dim = a.shape
+    a = jnp.pad(a, ((0, 0), (0, -length % CHUNK), (0, 0), (0, 0)))
+    return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, CHUNK, dim)
+
+
+def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution and silu of [B, S, C]; also the last inputs [B, C, width - 1] of each sequence."""
+    width, length = weight.shape[1], mixed.shape[1]
+    padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
+    taps = (
+        padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width)
+    )
+    positions = lengths[:, None] + jnp.arange(width - 1)
+    last = jnp.take_along_axis(padded, positions[..., None], axis=1)
+    return _silu(sum(taps), mixed.dtype), jnp.swapaxes(last, 1, 2)
+
+
+def _silu(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return round_to(x * jax.nn.sigmoid(x), dtype)
+
+
+def _normalised(x: jax.Array) -> jax.Array:
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def _heads(base: jax.Array, *parts: tuple[int, int, int]) -> list[Any]:
+    """Parts (first column, heads, dim) of base [T, W] as [T, heads, dim]: views of one reshaped base where dims allow."""
+    dim = parts[0][2]
+    if base.shape[1] % dim == 0 and all(start % dim == 0 and part == dim for start, _, part in parts):
+        whole = view(base.reshape(base.shape[0], -1, dim))
+        return [whole[:, start // dim : start // dim + heads] for start, heads, _ in parts]
+    rows = base.shape[0]
+    return [base[:, start : start + heads * dim].reshape(rows, heads, dim) for start, heads, dim in parts]

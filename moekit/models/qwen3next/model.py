@@ -1,0 +1,280 @@
+"""Qwen3-Next as pure functions: load, prefill, decode_step, greedy_step.
+
+Every function runs under `jax.shard_map` over the mesh axis `tp`. A layer has two all-reduces, one after the
+attention or delta-net block and one after the mixture of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moekit.jax import gate_fusible, pack_gate
+from moekit.models.qwen3next import attention, gdn
+from moekit.models.qwen3next.cache import Cache, cache_specs
+from moekit.models.qwen3next.checkpoint import load_parameters
+from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
+from moekit.models.qwen3next.kernels import Kernels, resolve
+from moekit.models.qwen3next.moe import moe, unpacked
+from moekit.models.qwen3next.numerics import linear
+from moekit.models.qwen3next.sharding import AXIS, FLOAT32, parameters, specs, vocabulary_spec
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "mesh"))
+@dataclass(frozen=True)
+class Model:
+    """A model's weights on a mesh. params: the tree that `sharding.parameters` describes, gates packed or not."""
+
+    params: Any
+    config: Config
+    mesh: Mesh
+
+    @property
+    def tp(self) -> int:
+        """How many ranks share each block."""
+        return self.mesh.shape[AXIS]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the weights and of the residual stream."""
+        return self.params["embed_tokens"].dtype
+
+
+def load(
+    checkpoint_dir: str | Path,
+    mesh: Mesh,
+    dtype: str | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Read a Hugging Face checkpoint onto `mesh`, each device its own slices, and pack each layer's gate.
+
+    dtype: of the weights, the checkpoint's where None. progress(done, total) is called after each array.
+    Raises ConfigError (config.json, or a tp that does not divide the model) before any tensor is read, and
+    CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or truncated.
+    """
+    if AXIS not in mesh.shape:
+        raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
+    config = Config.from_json(checkpoint_dir)
+    check_tensor_parallel(config, mesh.shape[AXIS])
+    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress)
+    return pack_gates(Model(params, config, mesh))
+
+
+def pack_gates(model: Model) -> Model:
+    """The model with each layer's three gate weights as one packed weight, where `gate_fusible` allows it."""
+    layers = []
+    for layer in model.params["layers"]:
+        parts = layer["mlp"]["gate"]
+        if isinstance(parts, dict) and gate_fusible(*_arrays(parts)) is None:
+            layer = _with_gate(layer, _pack(model, parts))
+        layers.append(layer)
+    return Model({**model.params, "layers": layers}, model.config, model.mesh)
+
+
+def unpack_gates(model: Model) -> Model:
+    """The model with three gate weights in each layer, as `kernels="xla"` reads them."""
+    layers = []
+    for layer in model.params["layers"]:
+        packed = layer["mlp"]["gate"]
+        layers.append(layer if isinstance(packed, dict) else _with_gate(layer, _unpack(model, packed)))
+    return Model({**model.params, "layers": layers}, model.config, model.mesh)
+
+
+def abstract_model(config: Config, mesh: Mesh, dtype: str, packed: bool = True) -> Model:
+    """A Model of shapes and shardings with no memory behind them: to compile for a machine that is not there."""
+    check_tensor_parallel(config, mesh.shape[AXIS])
+    wide = jnp.dtype(jnp.float32)
+
+    def struct(p: Any) -> jax.ShapeDtypeStruct:
+        kind = wide if p.name in FLOAT32 else jnp.dtype(dtype)
+        return jax.ShapeDtypeStruct(p.shape, kind, sharding=NamedSharding(mesh, p.spec))
+
+    model = Model(jax.tree.map(struct, parameters(config, mesh.shape[AXIS])), config, mesh)
+    if not packed:
+        return model
+    for layer in model.params["layers"]:
+        layer["mlp"]["gate"] = _abstract_pack(model, layer["mlp"]["gate"])
+    return model
+
+
+@partial(jax.jit, static_argnames=("cache_length", "kernels", "every_logit"))
+def prefill(
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    cache_length: int,
+    kernels: str | Kernels = "pallas",
+    every_logit: bool = False,
+) -> tuple[jax.Array, Cache]:
+    """Read whole prompts into a new cache with room for `cache_length` tokens.
+
+    tokens [B, S] int32, padded at the end; lengths [B] int32, each between 1 and S, how many of a row are real.
+    Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with every_logit) and
+    the cache. The vocabulary of the logits is cut over tp, and no row depends on another's padding.
+    """
+    config, kernels = model.config, resolve(kernels)
+    if cache_length < tokens.shape[1]:
+        raise ValueError(
+            f"cache_length = {cache_length} is less than the {tokens.shape[1]} tokens of the prompt"
+        )
+
+    def local(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        batch, length = tokens.shape
+
+        def mix(i: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            x = x.reshape(batch, length, -1)
+            if config.layer_types[i] == GDN:
+                out, memory = gdn.prefill(x, layer["linear_attn"], lengths, config, kernels)
+            else:
+                out, memory = attention.prefill(x, layer["self_attn"], cache_length, config)
+            return out.reshape(batch * length, -1), memory
+
+        hidden, memories = _layers(params, tokens.reshape(-1), mix, config, kernels)
+        hidden = hidden.reshape(batch, length, -1)
+        if not every_logit:
+            hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, lengths)
+
+    leading = P(None, None) if every_logit else P(None)
+    return _sharded(model, local, (P(), P()), (_logit_spec(model, leading), cache_specs(config)))(
+        model.params, tokens, lengths
+    )
+
+
+@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
+def decode_step(
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
+) -> tuple[jax.Array, Cache]:
+    """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp, and the new cache.
+
+    The cache is donated: its buffers become the new one's. It must have room: a token beyond its length is lost.
+    """
+    kernels = resolve(kernels)
+    step = partial(_decode, config=model.config, kernels=kernels)
+    specs = cache_specs(model.config)
+    return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(
+        model.params, tokens, cache
+    )
+
+
+@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
+def greedy_step(
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
+) -> tuple[jax.Array, Cache]:
+    """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated."""
+    kernels = resolve(kernels)
+    cut = vocabulary_spec(model.config, model.tp) != P()
+
+    def step(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        logits, cache = _decode(params, tokens, cache, config=model.config, kernels=kernels)
+        return _most_likely(logits, cut and model.tp > 1), cache
+
+    specs = cache_specs(model.config)
+    return _sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
+
+
+@jax.jit
+def most_likely(model: Model, logits: jax.Array) -> jax.Array:
+    """The most likely token of each row of logits [B, vocabulary] cut over tp: [B] int32, the lower of equals."""
+    cut = vocabulary_spec(model.config, model.tp) != P()
+    local = partial(_most_likely, cut=cut and model.tp > 1)
+    return jax.shard_map(
+        local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False
+    )(logits)
+
+
+def _decode(
+    params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels
+) -> tuple[jax.Array, Cache]:
+    def mix(i: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        if config.layer_types[i] == GDN:
+            return gdn.decode(x, layer["linear_attn"], cache.layers[i], config, kernels)
+        return attention.decode(x, layer["self_attn"], cache.layers[i], cache.lengths, config)
+
+    hidden, memories = _layers(params, tokens, mix, config, kernels)
+    return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, cache.lengths + 1)
+
+
+def _layers(
+    params: Any,
+    tokens: jax.Array,
+    mix: Callable[[int, jax.Array, Any], tuple[jax.Array, Any]],
+    config: Config,
+    kernels: Kernels,
+) -> tuple[jax.Array, list[Any]]:
+    """All layers over tokens [T]: the normed hidden states [T, H] and each layer's memory. `mix` is one rank's block."""
+    norm = partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0)
+    hidden = jnp.take(params["embed_tokens"], tokens, axis=0, mode="clip")
+    residual, memories = jnp.zeros_like(hidden), []
+    for i, layer in enumerate(params["layers"]):
+        normed, residual = norm(hidden, residual, layer["input_layernorm"])
+        partial_sum, memory = mix(i, normed, layer)
+        memories.append(memory)
+        normed, residual = norm(lax.psum(partial_sum, AXIS), residual, layer["post_attention_layernorm"])
+        hidden = lax.psum(moe(normed, layer["mlp"], config, kernels), AXIS)
+    return norm(hidden, residual, params["norm"])[0], memories
+
+
+def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
+    """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut: one small gather."""
+    token = jnp.argmax(logits, axis=-1)
+    if not cut:
+        return token.astype(jnp.int32)
+    best = jnp.max(logits, axis=-1)
+    token = (token + lax.axis_index(AXIS) * logits.shape[-1]).astype(jnp.float32)  # exact below 2²⁴
+    best, token = jnp.unstack(lax.all_gather(jnp.stack([best, token]), AXIS), axis=1)
+    return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
+
+
+def _sharded(
+    model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any
+) -> Callable[..., Any]:
+    own = specs(model.params, model.config, model.tp)
+    return jax.shard_map(local, mesh=model.mesh, in_specs=(own, *inputs), out_specs=outputs, check_vma=False)
+
+
+def _logit_spec(model: Model, leading: P) -> P:
+    return P(*leading, *vocabulary_spec(model.config, model.tp))
+
+
+def _arrays(parts: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return parts["gate_up"], parts["router"], parts["shared_gate"]
+
+
+def _with_gate(layer: dict[str, Any], gate: Any) -> dict[str, Any]:
+    return {**layer, "mlp": {**layer["mlp"], "gate": gate}}
+
+
+def _pack(model: Model, parts: dict[str, Any]) -> Any:
+    return _packer(model.mesh)(*_arrays(parts))
+
+
+def _abstract_pack(model: Model, parts: dict[str, Any]) -> Any:
+    shapes = jax.eval_shape(_packer(model.mesh), *_arrays(parts))
+    sharding = NamedSharding(model.mesh, P(AXIS))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+
+
+def _packer(mesh: Mesh) -> Callable[..., Any]:
+    cut = jax.shard_map(
+        pack_gate, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False
+    )
+    return jax.jit(cut)
+
+
+def _unpack(model: Model, packed: Any) -> dict[str, Any]:
+    outputs = {"gate_up": P(AXIS), "router": P(), "shared_gate": P()}
+    cut = jax.shard_map(unpacked, mesh=model.mesh, in_specs=(P(AXIS),), out_specs=outputs, check_vma=False)
+    return jax.jit(cut)(packed)

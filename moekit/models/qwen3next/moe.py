@@ -1,0 +1,97 @@
+"""The mixture of experts: router, routed experts and the gated shared expert.
+
+`moe` computes one rank's partial output from its slice of every expert; the caller sums over ranks, once, since the
+shared and the routed part are added before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moekit.jax import PackedGate, view
+from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.kernels import Kernels
+from moekit.models.qwen3next.numerics import einsum, linear, round_to
+
+CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a time
+
+
+def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels) -> jax.Array:
+    """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
+    gate_up, logits, shared_gate = gate(x, weights["gate"], kernels)
+    chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
+    shared = linear(kernels.silu_and_mul(gate_up), weights["shared_down"])
+    # The shared part comes first, so that nothing of the gate's product is alive while the routed experts run.
+    shared = kernels.shared_expert_combine(jnp.zeros_like(shared), shared, shared_gate)
+    x, chosen, ids, shared = lax.optimization_barrier((x, chosen, ids, shared))
+    routed = experts(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"])
+    return round_to(routed + shared.astype(jnp.float32), x.dtype)
+
+
+def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[Any, Any, Any]:
+    """Shared gate_up [T, 2I], router logits [T, E] and shared gate [T, 1]: views of one product, or three arrays."""
+    if isinstance(weights, PackedGate) and kernels.packed:
+        out = kernels.gate_gemm(x, weights)
+        return out.gate_up, out.router_logits, out.shared_gate
+    parts = unpacked(weights) if isinstance(weights, PackedGate) else weights
+    return tuple(linear(x, parts[name].astype(x.dtype)) for name in ("gate_up", "router", "shared_gate"))
+
+
+def unpacked(packed: PackedGate) -> dict[str, jax.Array]:
+    """The three weights inside a packed one."""
+    parts, start = {}, 0
+    for name, width in zip(("gate_up", "router", "shared_gate"), packed.widths, strict=True):
+        parts[name] = packed.weight[start : start + width]
+        start += width
+    return parts
+
+
+def experts(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """Weighted sum of the chosen experts, float32 [T, H].
+
+    x [T, H]; chosen, ids [T, k]: their weights and numbers; gate_up [E, 2I, H], down [E, I, H]. Few tokens gather the
+    weights of their experts; many run every expert, which then reads each weight once, some tokens at a time.
+    """
+    tokens, count = x.shape[0], gate_up.shape[0]
+    if 3 * ids.size <= count:  # a gathered weight is read, written and read again
+        return _gathered(x, chosen, ids, gate_up, down)
+    chunk = max(16, CHUNK_ELEMENTS // (count * gate_up.shape[1]))
+    if tokens <= chunk:
+        return _dense(x, chosen, ids, gate_up, down)
+    blocks = -(-tokens // chunk)
+    padded = tuple(
+        jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1)
+        for a in (x, chosen, ids)
+    )
+    out = lax.map(lambda block: _dense(*block, gate_up, down), padded)
+    return out.reshape(blocks * chunk, -1)[:tokens]
+
+
+def _gathered(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
+    active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
+    return einsum("tki,tkih->th", active, jnp.take(down, ids, axis=0, mode="clip"))
+
+
+def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    count = gate_up.shape[0]
+    hit = ids[:, :, None] == jnp.arange(count)
+    share = jnp.sum(jnp.where(hit, chosen[:, :, None], 0.0), axis=1)[..., None]
+    both = linear(x, gate_up.reshape(-1, x.shape[1])).reshape(x.shape[0], count, -1)
+    active = jnp.where(hit.any(axis=1)[..., None], _activation(both, share, x.dtype), 0)
+    return einsum("tn,nh->th", active.reshape(x.shape[0], -1), down.reshape(-1, x.shape[1]))
+
+
+def _activation(both: jax.Array, share: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """silu(gate)·up·share of both [..., 2I], rounded once."""
+    half = both.shape[-1] // 2
+    first, second = both[..., :half].astype(jnp.float32), both[..., half:].astype(jnp.float32)
+    return round_to(first * jax.nn.sigmoid(first) * second * share, dtype)

@@ -1,0 +1,44 @@
+"""Products, rounding points and norms that the layers share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_ROUNDING = {"bfloat16": (8, 7), "float16": (5, 10)}  # exponent and mantissa bits
+
+
+def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in `dtype`, rounded for certain: XLA drops a narrowing cast that a widening one follows, but not this."""
+    bits = _ROUNDING.get(jnp.dtype(dtype).name)
+    return (x if bits is None else lax.reduce_precision(x, *bits)).astype(dtype)
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """IEEE products for float32 operands, which GPUs would otherwise round to TF32."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [..., D] times weight [N, D] transposed: [..., N] in `out_dtype` (x's by default), accumulated in float32."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=precision(x.dtype),
+        preferred_element_type=x.dtype if out_dtype is None else out_dtype,
+    )
+
+
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """jnp.einsum with a float32 result, IEEE for float32 operands."""
+    kind = precision(operands[0].dtype)
+    return jnp.einsum(subscripts, *operands, precision=kind, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Zero-centred RMSNorm over the last axis, x·rsqrt(mean x² + eps)·(1 + weight): float32, not yet rounded."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide * scale * (1.0 + weight.astype(jnp.float32))

@@ -1,0 +1,108 @@
+"""A tiny random Qwen3-Next in the real checkpoint layout, for demonstrations and tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from moekit.models.qwen3next.checkpoint import INDEX, SINGLE
+from moekit.models.qwen3next.config import ATTENTION, DTYPES, GDN, Config
+from moekit.models.qwen3next.sharding import checkpoint_shapes
+
+TINY = Config(
+    vocab_size=512,
+    hidden_size=64,
+    layer_types=(GDN, GDN, GDN, ATTENTION),
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    rotary_dim=8,
+    rope_theta=10_000_000.0,
+    linear_num_key_heads=8,
+    linear_num_value_heads=16,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    conv_width=4,
+    num_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+)
+
+
+def write_random_checkpoint(
+    directory: str | Path,
+    config: Config = TINY,
+    seed: int = 0,
+    dtype: str = "float32",
+    files: int = 1,
+) -> Path:
+    """Write `config.json` and random weights of `dtype` under `directory`, and return it.
+
+    The weights are scaled so that every part of a layer changes the logits and greedy tokens vary. files: how many
+    safetensors files to spread them over; more than one writes an index as well. A_log and dt_bias are float32.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    description = replace(config, dtype=dtype).to_json()
+    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    tensors = dict(random_tensors(config, seed, dtype))
+    if files == 1:
+        save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
+    else:
+        _save_sharded(directory, tensors, files)
+    return directory
+
+
+def random_tensors(config: Config, seed: int, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The name and value of every tensor of a random model."""
+    rng = np.random.default_rng(seed)
+    narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    for name, shape in checkpoint_shapes(config).items():
+        value = _random(rng, name, shape)
+        yield name, value if name.endswith(("A_log", "dt_bias")) else value.astype(narrow)
+
+
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 values of the size that the named parameter has in a trained model."""
+    if name.endswith("A_log"):
+        value = np.log(rng.uniform(0.05, 4.0, shape))
+    elif name.endswith("dt_bias"):
+        value = rng.uniform(-3.0, 0.5, shape)
+    elif name.endswith("linear_attn.norm.weight"):
+        value = rng.uniform(0.5, 1.5, shape)
+    elif name.endswith("norm.weight"):
+        value = rng.uniform(-0.4, 0.4, shape)
+    elif "embed_tokens" in name:
+        value = rng.standard_normal(shape)
+    elif "conv1d" in name:
+        value = rng.standard_normal(shape) * 0.6
+    else:  # a projection: unit input gives about unit output, twice that before a sigmoid or a softmax
+        gain = (
+            2.0
+            if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "in_proj_ba.weight"))
+            else 1.0
+        )
+        value = rng.standard_normal(shape) * gain * shape[-1] ** -0.5
+    return np.asarray(value, np.float32)
+
+
+def _save_sharded(directory: Path, tensors: Mapping[str, np.ndarray], files: int) -> None:
+    names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    weight_map = {key: names[i * files // len(tensors)] for i, key in enumerate(tensors)}
+    for name in names:
+        part = {key: tensors[key] for key, place in weight_map.items() if place == name}
+        save_file(part, directory / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
+        "weight_map": weight_map,
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
