@@ -1,0 +1,82 @@
+"""What a Graph does with each of its axes: the facts that schedules and the lowering rest on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekit.lang.graph import Along, By, Graph
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """How a graph uses one axis."""
+
+    name: str
+    extent: int | None
+    reduced: bool
+    whole: bool
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class GemmAxes:
+    """A contraction over `k` of operands that vary over `m` and `n` apart: what a matrix unit can do."""
+
+    m: str
+    n: str
+    k: str
+
+
+def reach(graph: Graph, write) -> set[str]:
+    """The axes along which a write spreads."""
+    axes = {i.axis for i in write.index if isinstance(i, Along)}
+    return axes | {a for n in write.ids for a in graph.nodes[n].axes}
+
+
+def axis_uses(graph: Graph) -> dict[str, AxisUse]:
+    """Every axis that a live node or a write varies over, in the graph's order."""
+    used: set[str] = set()
+    reduced: set[str] = set()
+    whole: set[str] = set()
+    for node in (graph.nodes[i] for i in graph.live()):
+        used |= set(node.axes)
+        if node.op in ("reduce", "contract"):
+            reduced.add(node.attr("axis"))
+        elif node.op == "cumsum":
+            whole.add(node.attr("axis"))
+        elif node.op == "top_k":
+            whole |= {node.attr("axis"), node.attr("into")}
+    spreads = [reach(graph, w) for w in graph.writes]
+    used |= set().union(*spreads)
+    everywhere = set.intersection(*spreads)
+    return {
+        a: AxisUse(a, size, a in reduced, a in whole, a in everywhere and a not in reduced and a not in whole)
+        for a, size in graph.axes.items()
+        if a in used
+    }
+
+
+def gathered(graph: Graph) -> dict[str, int | None]:
+    """Axes of tensors that are indexed by values, with their sizes: in no block, but needed for range checks."""
+    found = {}
+    for node in (graph.nodes[i] for i in graph.live()):
+        if node.op == "read":
+            tensor = graph.tensors[node.attr("tensor")]
+            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if isinstance(e, By)}
+    for w in graph.writes:
+        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if isinstance(e, By)}
+    return {a: graph.axes[a] for a in found}
+
+
+def gemm_axes(graph: Graph, node: int) -> GemmAxes | None:
+    """The m, n, k of a contraction with one private axis or more on each side (the largest ones), else None."""
+    n = graph.nodes[node]
+    if n.op != "contract":
+        return None
+    k = n.attr("axis")
+    left, right = (set(graph.nodes[a].axes) for a in n.args)
+    rows, columns = left - right, right - left
+    if not rows or not columns:
+        return None
+    size = lambda a: float("inf") if graph.axes[a] is None else graph.axes[a]  # noqa: E731
+    return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), k)

@@ -1,0 +1,408 @@
+"""The rules of the tile IR, as a table. Every program passes them after every lowering; each has a test that breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from moekit.compile import tile as t
+from moekit.errors import VerifyError
+from moekit.lang import dtypes
+from moekit.lang.graph import BITWISE, COMPARE, UNARY
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look up: where each value comes from, and the operations in program order."""
+
+    program: t.TileProgram
+    made_by: dict[str, t.Op]
+    carried: dict[str, tuple[t.Loop, int]]
+    ops: tuple[tuple[t.Op, tuple[t.Loop, ...]], ...]
+
+    def masks(self, mask: t.Value | None) -> set[tuple[str, str]]:
+        """The (axis, index) pairs that a mask keeps in bounds."""
+        if mask is None:
+            return set()
+        op = self.made_by.get(mask.name)
+        if isinstance(op, t.InBounds):
+            return {(op.axis, op.index.name)}
+        if isinstance(op, t.Binary) and op.op == "and":
+            return self.masks(op.left) | self.masks(op.right)
+        return set()
+
+    def masked_axes(self, mask: t.Value | None) -> set[str]:
+        """The axes that a mask keeps in bounds, whatever the index."""
+        return {axis for axis, _ in self.masks(mask)}
+
+    def constant(self, value: t.Value):
+        """The number a value is, or None."""
+        op = self.made_by.get(value.name)
+        return op.value if isinstance(op, t.Const | t.Full) else None
+
+
+def _walk(ops, loops: tuple[t.Loop, ...] = ()) -> Iterator[tuple[t.Op, tuple[t.Loop, ...]]]:
+    for op in ops:
+        yield op, loops
+        if isinstance(op, t.Loop):
+            yield from _walk(op.body, (*loops, op))
+
+
+def facts_of(program: t.TileProgram) -> Facts:
+    """Gather the facts once per program."""
+    made_by, carried, ops = {}, {}, tuple(_walk(program.body))
+    for op, _ in ops:
+        if isinstance(op, t.Loop):
+            for i, (carry, out) in enumerate(zip(op.carries, op.outs, strict=False)):
+                carried[carry.name] = carried[out.name] = (op, i)
+        elif hasattr(op, "out"):
+            made_by[op.out.name] = op
+    return Facts(program, made_by, carried, ops)
+
+
+def _fail(f: Facts, rule: str, op, hint: str) -> None:
+    at = t.text_of((op,), 0)[0] if op is not None else ""
+    raise VerifyError(f"{f.program.name}: {rule}: {hint}" + (f" in `{at}`" if at else ""))
+
+
+def blocks(f: Facts) -> None:
+    """A block is a power of two; whole axes fit in theirs; dynamic axes are never whole."""
+    for a in f.program.axes:
+        if a.block < 1 or a.block & (a.block - 1):
+            _fail(f, "blocks", None, f"axis {a.name} has blocks of {a.block}, which is no power of two")
+        if a.mode == "whole" and (a.extent is None or a.extent > a.block):
+            _fail(f, "blocks", None, f"axis {a.name} of {a.extent} elements is not whole in a block of {a.block}")
+        if a.mode not in ("grid", "whole", "loop", "gather"):
+            _fail(f, "blocks", None, f"axis {a.name} has the unknown mode {a.mode!r}")
+
+
+def defined_once(f: Facts) -> None:
+    """Every value is defined once, before it is read, in a scope around the reader."""
+
+    def visit(ops, known: set[str]) -> None:
+        for op in ops:
+            for v in t.operands(op):
+                if v.name not in known:
+                    _fail(f, "defined once", op, f"{v.name} is read before it is defined")
+            if isinstance(op, t.Loop):
+                inner = {op.var.name, *(c.name for c in op.carries)}
+                visit(op.body, add(op, inner, known))
+                made = inner | known | {o.out.name for o in op.body if hasattr(o, "out")}
+                made |= {out.name for o in op.body if isinstance(o, t.Loop) for out in o.outs}
+                for v in op.yields:
+                    if v.name not in made:
+                        _fail(f, "defined once", op, f"{v.name} is yielded but not defined in the loop")
+                known |= add(op, {o.name for o in op.outs}, known) - known
+            elif hasattr(op, "out"):
+                known |= add(op, {op.out.name}, known)
+
+    def add(op, names: set[str], known: set[str]) -> set[str]:
+        if again := names & known:
+            _fail(f, "defined once", op, f"{sorted(again)[0]} is defined twice")
+        return known | names
+
+    visit(f.program.body, set())
+
+
+def types(f: Facts) -> None:
+    """Operands agree in dtype, conditions and masks are bool, a result has its operation's dtype and axes."""
+    for op, _ in f.ops:
+        if check := TYPES.get(type(op)):
+            if problem := check(f, op):
+                _fail(f, "types", op, problem)
+
+
+def _binary_type(f: Facts, op: t.Binary) -> str | None:
+    if op.left.dtype != op.right.dtype:
+        return f"{op.op} of {op.left.dtype} and {op.right.dtype}; cast one"
+    if op.op in BITWISE and dtypes.is_float(op.left.dtype):
+        return f"{op.op} of floats; bitcast first"
+    if op.out.dtype != ("bool" if op.op in COMPARE else op.left.dtype):
+        return f"{op.op} of {op.left.dtype} is not {op.out.dtype}"
+    return _joined(f, op.out, op.left, op.right)
+
+
+def _joined(f: Facts, out: t.Value, *parts: t.Value) -> str | None:
+    names = {a for p in parts for a in p.axes}
+    wanted = tuple(a.name for a in f.program.axes if a.name in names)
+    return None if out.axes == wanted else f"{out.name} has axes {out.axes}; its operands give {wanted}"
+
+
+def _where_type(f: Facts, op: t.Where) -> str | None:
+    if op.condition.dtype != "bool":
+        return f"the condition is {op.condition.dtype}; it must be bool"
+    if not op.yes.dtype == op.no.dtype == op.out.dtype:
+        return f"the branches are {op.yes.dtype} and {op.no.dtype}, the result {op.out.dtype}; they must agree"
+    return _joined(f, op.out, op.condition, op.yes, op.no)
+
+
+def _unary_type(f: Facts, op: t.Unary) -> str | None:
+    if op.op not in UNARY:
+        return f"there is no operation {op.op!r}"
+    if op.op not in ("neg", "abs", "not") and op.value.dtype != "float32":
+        return f"{op.op} of {op.value.dtype}; it is done in float32"
+    return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
+
+
+def _reduce_type(f: Facts, op: t.Reduce) -> str | None:
+    if op.axis not in op.value.axes:
+        return f"{op.value.name} does not vary over {op.axis}"
+    if op.value.dtype not in ("float32", "int32", "int64"):
+        return f"a reduction of {op.value.dtype}; it is done in float32 or integers, so cast first"
+    wanted = tuple(a for a in op.value.axes if a != op.axis)
+    return None if (op.out.axes, op.out.dtype) == (wanted, op.value.dtype) else f"the result must be {op.value.dtype}{wanted}"
+
+
+def _dot_type(f: Facts, op: t.Dot) -> str | None:
+    shared = set(op.left.axes) & set(op.right.axes)
+    if shared != {op.axis} or len(op.left.axes) != 2 or len(op.right.axes) != 2:
+        return f"it multiplies [m, k] by [k, n], got {op.left.axes} and {op.right.axes}"
+    if op.left.dtype != op.right.dtype or not dtypes.is_float(op.left.dtype):
+        return f"it multiplies floats of one dtype, got {op.left.dtype} and {op.right.dtype}"
+    if op.out.dtype != "float32":
+        return f"it accumulates in float32, not {op.out.dtype}"
+    if op.acc is not None and (op.acc.dtype, op.acc.axes) != (op.out.dtype, op.out.axes):
+        return f"its accumulator is {op.acc}"
+    return None if op.out.axes[0] in op.left.axes else f"its left operand must vary over {op.out.axes[0]}"
+
+
+def _load_type(f: Facts, op: t.Load) -> str | None:
+    param = f.program.param(op.tensor)
+    if op.out.dtype != param.dtype:
+        return f"{op.tensor} is {param.dtype}, not {op.out.dtype}"
+    return _address_type(f, op, param)
+
+
+def _address_type(f: Facts, op, param: t.Param) -> str | None:
+    if len(op.index) != len(param.axes) or len(op.wide) != len(param.axes):
+        return f"{param.name} has {len(param.axes)} dimensions, the index {len(op.index)}"
+    if op.mask is not None and op.mask.dtype != "bool":
+        return f"the mask is {op.mask.dtype}; it must be bool"
+    if bad := [v for v in op.index if v is not None and v.dtype not in ("int32", "int64")]:
+        return f"the index {bad[0].name} is {bad[0].dtype}; it must be an integer"
+    return None
+
+
+def _store_type(f: Facts, op: t.Store) -> str | None:
+    param = f.program.param(op.tensor)
+    if op.value.dtype != param.dtype:
+        return f"{op.tensor} is {param.dtype}, the value {op.value.dtype}; cast it"
+    return _address_type(f, op, param)
+
+
+def _loop_type(f: Facts, op: t.Loop) -> str | None:
+    if not len(op.carries) == len(op.inits) == len(op.yields) == len(op.outs):
+        return "carries, inits, yields and outs differ in number"
+    for group in zip(op.carries, op.inits, op.yields, op.outs, strict=True):
+        if len({(v.dtype, v.axes) for v in group}) != 1:
+            return f"{', '.join(map(str, group))} must be of one dtype and shape"
+    return None if op.step >= 1 else f"its step is {op.step}"
+
+
+TYPES: dict[type, Callable[[Facts, t.Op], str | None]] = {
+    t.Binary: _binary_type,
+    t.Where: _where_type,
+    t.Unary: _unary_type,
+    t.Reduce: _reduce_type,
+    t.Dot: _dot_type,
+    t.Load: _load_type,
+    t.Store: _store_type,
+    t.Loop: _loop_type,
+    t.Bitcast: lambda f, op: None if dtypes.itemsize(op.out.dtype) == dtypes.itemsize(op.value.dtype) else "the width changes",
+    t.InBounds: lambda f, op: None if op.out.dtype == "bool" else "a mask is bool",
+}
+
+
+def memory_masked(f: Facts) -> None:
+    """Every load and store of a partial block is masked by each axis its index runs along; gathers by their range."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Load | t.Store):
+            kept = f.masks(op.mask)
+            for value in op.index:
+                for axis, index in _bases(f, value):
+                    if f.program.axis(axis).partial and (axis, index) not in kept:
+                        _fail(f, "memory masked", op, f"the block of {axis} reaches past its end; mask it with {axis}'s own mask")
+            for dim, value in enumerate(op.index):
+                axis = f.program.param(op.tensor).axes[dim]
+                if value is not None and not _affine(f, value) and (axis, value.name) not in kept:
+                    _fail(f, "memory masked", op, f"{value.name} is data; mask it to the range of {axis}")
+
+
+def _bases(f: Facts, value: t.Value | None) -> set[tuple[str, str]]:
+    """The (axis, index) blocks an index is computed from, loads included."""
+    if value is None or value.name not in f.made_by:
+        return set()
+    op = f.made_by[value.name]
+    if isinstance(op, t.Index):
+        return {(op.axis, op.out.name)}
+    if isinstance(op, t.ProgramId | t.Reduce | t.Scan):
+        return set()
+    found = set()
+    for v in t.operands(op):
+        found |= _bases(f, v)
+    return found
+
+
+def _affine(f: Facts, value: t.Value) -> bool:
+    """Whether an index is start + step·(index of an axis), which the trace has checked against the tensor."""
+    op = f.made_by.get(value.name)
+    if isinstance(op, t.Index | t.Const):
+        return True
+    if isinstance(op, t.Binary) and op.op in ("add", "mul"):
+        return _affine(f, op.left) and f.constant(op.right) is not None
+    return False
+
+
+def reductions_masked(f: Facts) -> None:
+    """Every reduction and dot over a partial block sees its identity in the lanes past the end."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Reduce) and f.program.axis(op.axis).partial:
+            identity = _identity(op.op, op.value.dtype)
+            if not _filled(f, op.value, op.axis, identity, set()):
+                _fail(f, "reductions masked", op, f"lanes past the end of {op.axis} may not be {identity}; put where(mask, x, {identity})")
+        if isinstance(op, t.Dot) and f.program.axis(op.axis).partial:
+            for v in (op.left, op.right):
+                if not _filled(f, v, op.axis, 0, set()):
+                    _fail(f, "reductions masked", op, f"lanes of {v.name} past the end of {op.axis} may not be 0; mask it")
+
+
+def _identity(op: str, dtype: str):
+    from moekit.compile.lower import IDENTITY
+
+    return IDENTITY[op, dtype]
+
+
+def _filled(f: Facts, v: t.Value, axis: str, identity, seen: set[str]) -> bool:
+    """Whether the lanes of `v` past the end of `axis` are known to be `identity`."""
+    if v.name in seen or f.constant(v) == identity:
+        return True
+    seen = seen | {v.name}
+    if v.name in f.carried:
+        loop, i = f.carried[v.name]
+        return _filled(f, loop.inits[i], axis, identity, seen) and _filled(f, loop.yields[i], axis, identity, seen)
+    op = f.made_by.get(v.name)
+    if isinstance(op, t.Where):
+        if axis in f.masked_axes(op.condition):
+            return _filled(f, op.no, axis, identity, seen)
+        return _filled(f, op.yes, axis, identity, seen) and _filled(f, op.no, axis, identity, seen)
+    if isinstance(op, t.Load):
+        return op.fill == identity and axis in f.masked_axes(op.mask)
+    if isinstance(op, t.Cast):
+        return identity == 0 and _filled(f, op.value, axis, identity, seen)
+    if isinstance(op, t.Binary) and op.op in ("add", "maximum", "minimum"):
+        return _filled(f, op.left, axis, identity, seen) and _filled(f, op.right, axis, identity, seen)
+    return False
+
+
+def wide_offsets(f: Facts) -> None:
+    """Offsets are 64-bit along dynamic axes, and wherever static extents × strides may pass 2³¹ - 1."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Load | t.Store):
+            param = f.program.param(op.tensor)
+            if not isinstance(param.layout, t.Strided):
+                continue
+            for axis, wide in zip(param.axes, op.wide, strict=True):
+                extent = None if axis is None else f.program.axis(axis).extent if _known(f, axis) else INT32_MAX + 1
+                dynamic = axis is not None and extent is None
+                if (dynamic or (param.layout.wide and axis is not None)) and not wide:
+                    _fail(f, "wide offsets", op, f"{axis} × its stride may pass 2**31 - 1; compute it in 64 bits")
+
+
+def _known(f: Facts, axis: str) -> bool:
+    return any(a.name == axis for a in f.program.axes)
+
+
+def stores_last(f: Facts) -> None:
+    """Nothing is loaded from memory this launch has written: an InOut is read only before, and where, it is stored."""
+    stored: dict[str, tuple[t.Store, tuple[t.Loop, ...]]] = {}
+    for op, loops in f.ops:
+        if isinstance(op, t.Load) and op.tensor in stored:
+            _fail(f, "stores last", op, f"{op.tensor} was stored before by `{t.text_of((stored[op.tensor][0],), 0)[0]}`")
+        if isinstance(op, t.Store):
+            if op.tensor in stored:
+                _fail(f, "stores last", op, f"{op.tensor} is stored twice")
+            stored[op.tensor] = (op, loops)
+    for op, loops in f.ops:
+        if isinstance(op, t.Load) and op.tensor in stored:
+            store, around = stored[op.tensor]
+            shared = [x for x in loops if x in around]
+            if shared and [v and v.name for v in op.index] != [v and v.name for v in store.index]:
+                _fail(f, "stores last", op, f"the loop stores {op.tensor} at another index, which a later turn would read")
+
+
+def outputs_written(f: Facts) -> None:
+    """Every output is stored once, by every program that owns a part of it, along every axis it has."""
+    stores = {op.tensor: (op, loops) for op, loops in f.ops if isinstance(op, t.Store)}
+    for param in f.program.params:
+        if param.role == "In":
+            if param.name in stores:
+                _fail(f, "outputs written", stores[param.name][0], f"{param.name} is an input")
+            continue
+        if param.name not in stores:
+            _fail(f, "outputs written", None, f"{param.name} is never stored")
+        op, _ = stores[param.name]
+        spread = {axis for v in op.index for axis, _ in _bases(f, v)}
+        for axis in f.program.grid:
+            if axis not in spread:
+                _fail(f, "outputs written", op, f"programs along {axis} would all write the same elements")
+        for axis, v in zip(param.axes, op.index, strict=True):
+            if v is None and axis is not None:
+                _fail(f, "outputs written", op, f"only element 0 of {axis} is stored")
+
+
+def grid(f: Facts) -> None:
+    """All programs are on one launch dimension, the dynamic axis outermost; grid axes are in grid mode and no others."""
+    modes = {a.name: a.mode for a in f.program.axes}
+    if sorted(f.program.grid) != sorted(a for a, m in modes.items() if m == "grid"):
+        _fail(f, "grid", None, f"the grid is {f.program.grid}, the axes in grid mode differ")
+    dynamic = [f.program.axis(a).extent is None for a in f.program.grid]
+    if dynamic != sorted(dynamic, reverse=True):
+        _fail(f, "grid", None, f"dynamic axes must be outermost in {f.program.grid}")
+
+
+def loops_cover(f: Facts) -> None:
+    """A loop over an axis steps by its block to the end of the axis (or of its part), and its index follows the loop."""
+    for op, loops in f.ops:
+        if not isinstance(op, t.Index) or (axis := f.program.axis(op.axis)).mode != "loop":
+            continue
+        owner = loops[-1] if loops else None
+        if owner is None or op.start is None or not _starts_at(f, op.start, owner.var, axis.parts > 1):
+            _fail(f, "loops cover", op, f"{op.axis} is looped over, so its index starts at the loop's variable")
+        stop = axis.share if axis.parts > 1 else axis.extent
+        if owner.step != axis.block:
+            _fail(f, "loops cover", owner, f"it steps by {owner.step}, but blocks of {op.axis} are {axis.block}")
+        if isinstance(owner.stop, int) != (stop is not None) or (stop is not None and owner.stop != stop):
+            _fail(f, "loops cover", owner, f"it must run from 0 to {stop}, the end of {op.axis}")
+
+
+def _starts_at(f: Facts, start: t.Value, var: t.Value, in_part: bool) -> bool:
+    if not in_part:
+        return start.name == var.name
+    op = f.made_by.get(start.name)
+    return isinstance(op, t.Binary) and op.op == "add" and var.name in (op.left.name, op.right.name)
+
+
+RULES: dict[str, Callable[[Facts], None]] = {
+    rule.__name__: rule
+    for rule in (
+        blocks,
+        defined_once,
+        types,
+        grid,
+        loops_cover,
+        memory_masked,
+        reductions_masked,
+        wide_offsets,
+        stores_last,
+        outputs_written,
+    )
+}
+
+
+def verify(program: t.TileProgram) -> None:
+    """Check a program against every rule; raises VerifyError naming the rule, the operation and a hint."""
+    facts = facts_of(program)
+    for rule in RULES.values():
+        rule(facts)

@@ -1,0 +1,37 @@
+"""The errors moekit raises on purpose: one sentence each, and a stack trace is never the message."""
+
+
+class MoekitError(Exception):
+    """Base of every error moekit raises about its input."""
+
+
+class DeclarationError(MoekitError):
+    """A declaration says something the language cannot mean."""
+
+
+class ShapeError(MoekitError, ValueError):
+    """A tensor's shape does not fit the declaration."""
+
+
+class DtypeError(MoekitError, TypeError):
+    """A tensor's dtype does not fit the declaration."""
+
+
+class DeviceError(MoekitError, ValueError):
+    """A tensor lives on a device where the call cannot be served."""
+
+
+class AliasError(MoekitError, ValueError):
+    """An output overlaps memory that it must not overlap."""
+
+
+class ScheduleError(MoekitError, ValueError):
+    """A schedule cannot be used for these sizes."""
+
+
+class UnavailableError(MoekitError, RuntimeError):
+    """A named implementation cannot serve this call here."""
+
+
+class VerifyError(MoekitError):
+    """A TileProgram breaks a rule of the IR."""

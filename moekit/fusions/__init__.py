@@ -1,0 +1,22 @@
+"""The fusions moekit ships, one file each. `FUSIONS` maps their names to their declarations."""
+
+from moekit.fusions.add_rms_norm import add_rms_norm
+from moekit.fusions.delta_rule_step import delta_rule_step
+from moekit.fusions.gate_gemm import gate_gemm
+from moekit.fusions.gated_rms_norm import gated_rms_norm
+from moekit.fusions.shared_expert_combine import shared_expert_combine
+from moekit.fusions.silu_and_mul import silu_and_mul
+from moekit.fusions.topk_softmax import topk_softmax
+
+FUSIONS = {
+    f.name: f
+    for f in (
+        gate_gemm,
+        silu_and_mul,
+        topk_softmax,
+        shared_expert_combine,
+        add_rms_norm,
+        gated_rms_norm,
+        delta_rule_step,
+    )
+}

@@ -1,0 +1,77 @@
+"""The dtypes a declaration may speak of, by name."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+FLOATS = ("float32", "float16", "bfloat16")
+INTS = ("int32", "int64", "int16", "int8")
+ALL = (*FLOATS, *INTS, "bool")
+
+float32, float16, bfloat16 = FLOATS
+int32, int64, int16, int8 = INTS
+
+_NUMPY = {name: np.dtype(name) for name in (*INTS, "bool", "float32", "float16", "float64")}
+_NUMPY["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+
+# explicit mantissa bits (without the hidden one) and smallest normal exponent of each float format
+MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
+MIN_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype called `name`; bfloat16 comes from ml_dtypes."""
+    return _NUMPY[name]
+
+
+def is_float(name: str) -> bool:
+    """Whether `name` is a floating-point dtype."""
+    return name in FLOATS
+
+
+def itemsize(name: str) -> int:
+    """Bytes of one element."""
+    return _NUMPY[name].itemsize
+
+
+def int_of_width(name: str) -> str:
+    """The signed integer dtype as wide as `name`, for bitcasts."""
+    return {1: "int8", 2: "int16", 4: "int32", 8: "int64"}[itemsize(name)]
+
+
+def widened(name: str) -> str:
+    """The dtype in which arithmetic on `name` is done: narrow floats compute in float32."""
+    return "float32" if name in FLOATS else name
+
+
+def promote(a: str, b: str) -> str:
+    """The dtype of an arithmetic result of two operands: float32 if either is a float, else the wider integer."""
+    if a == b:
+        return widened(a)
+    if is_float(a) or is_float(b):
+        return "float32"
+    if "bool" in (a, b):
+        return a if b == "bool" else b
+    return a if itemsize(a) >= itemsize(b) else b
+
+
+def round_to(x: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
+    """Round float64 `x` once to `dtype` and return it as float64: a rounding point of a reference."""
+    x, name = np.asarray(x, np.float64), dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name == "float64":
+        return x
+    if name in ("float32", "float16"):
+        with np.errstate(over="ignore"):
+            return x.astype(name).astype(np.float64)
+    return _round_bfloat16(x)
+
+
+def _round_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round float64 to bfloat16 with one rounding (a cast through float32 would round twice)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mantissa, exponent = np.frexp(x)
+        quantum = np.ldexp(1.0, np.maximum(exponent - 8, MIN_EXPONENT["bfloat16"] - 7))
+        rounded = np.where(np.isfinite(x), np.rint(x / quantum) * quantum, x)
+        largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+        return np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)

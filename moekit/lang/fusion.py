@@ -1,0 +1,196 @@
+"""`@fusion`: a declaration, its operands, its numpy reference, and how a call binds to it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from moekit.errors import DeclarationError, DtypeError, ShapeError
+from moekit.lang.graph import Along, By, Graph, Tensor, Write
+from moekit.lang.ops import Put
+from moekit.lang.spec import Dim, Spec
+from moekit.lang.trace import Builder, Value, constant, tracing
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A call bound to a declaration: the size of every axis, dtypes, static parameters, and `?` dimensions of size 1."""
+
+    sizes: tuple[tuple[str, int], ...]
+    dtypes: tuple[tuple[str, str], ...]
+    params: tuple[tuple[str, object], ...]
+    ones: tuple[tuple[str, frozenset[int]], ...]
+
+
+class Fusion:
+    """A declared fusion. Faces, compiler and tests all start from here; it knows nothing of any backend."""
+
+    def __init__(self, fn: Callable, reference: Callable | None, specs: Mapping[str, Spec], dynamic: tuple[str, ...]):
+        self.fn, self.reference, self.dynamic = fn, reference, dynamic
+        self.name, self.doc = fn.__name__, inspect.getdoc(fn) or ""
+        self.__name__, self.__doc__ = self.name, self.doc
+        operands = {n: s for n, s in specs.items() if s.role != "Out"}
+        self.out_specs = MappingProxyType({n: s for n, s in specs.items() if s.role == "Out"})
+        self.tensors = MappingProxyType(operands)
+        self.signature = inspect.signature(fn)
+        names = list(self.signature.parameters)
+        if names[: len(operands)] != list(operands):
+            raise DeclarationError(
+                f"{self.name}: its parameters begin {names[: len(operands)]}, but it declares the tensors {list(operands)}; "
+                "name them alike and in one order"
+            )
+        self.params = MappingProxyType({n: self.signature.parameters[n] for n in names[len(operands) :]})
+        self._dims = {n: s.dims for n, s in operands.items()}
+        self._trace = functools.lru_cache(maxsize=512)(self._trace_uncached)
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{n}={s}" for n, s in self.tensors.items())
+        return f"<fusion {self.name}({tensors})>"
+
+    def bind(self, shapes: Mapping[str, tuple], dtypes: Mapping[str, str], params: Mapping[str, object]) -> Binding:
+        """Sizes of all axes from the operands' shapes; raises ShapeError or DtypeError where they do not fit."""
+        for name, spec in self.tensors.items():
+            if dtypes[name] not in spec.dtypes:
+                raise DtypeError(f"{self.name}: {name} is {dtypes[name]}; it must be {_either(spec.dtypes)}")
+            if len(shapes[name]) != len(self._dims[name]):
+                raise ShapeError(
+                    f"{self.name}: {name} has shape {list(shapes[name])}; it must have {len(self._dims[name])} dimensions "
+                    f"[{', '.join(d.text for d in self._dims[name])}]"
+                )
+        sizes = self._solve(shapes)
+        ones = []
+        for name, dims in self._dims.items():
+            ones.append((name, frozenset(i for i, d in enumerate(dims) if d.optional and shapes[name][i] == 1 != sizes[d.text])))
+            for i, d in enumerate(dims):
+                if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
+                    raise ShapeError(self._misfit(name, shapes[name], sizes))
+        every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims}
+        every = {**{d: s for d, s in sizes.items() if d not in every}, **every}
+        return Binding(tuple(every.items()), tuple(dtypes.items()), tuple(params.items()), tuple(ones))
+
+    def _solve(self, shapes: Mapping[str, tuple]) -> dict[str, int]:
+        """Sizes of the plain axes, first from plain dimensions, then from those with one unknown left."""
+        sizes: dict[str, int] = {}
+        pending = [(n, i, d) for n, dims in self._dims.items() for i, d in enumerate(dims)]
+        for name, i, d in sorted(pending, key=lambda p: (p[2].optional, not p[2].plain)):
+            if d.plain:
+                sizes.setdefault(d.text, shapes[name][i])
+        for name, i, d in pending:
+            unknown = [(factor, axis) for factor, axis in d.terms if axis not in sizes]
+            if len(unknown) == 1:
+                factor, axis = unknown[0]
+                rest = d.constant + sum(f * sizes[a] for f, a in d.terms if a in sizes)
+                if shapes[name][i] < rest or (shapes[name][i] - rest) % factor:
+                    raise ShapeError(
+                        f"{self.name}: {name} has {shapes[name][i]} elements in dimension {i}; it must be {d.text}"
+                    )
+                sizes[axis] = (shapes[name][i] - rest) // factor
+        for name, _, d in pending:
+            for _, axis in d.terms:
+                if axis not in sizes:
+                    raise DeclarationError(f"{self.name}: no operand says the size of {axis} in {name} ({d.text})")
+        return sizes
+
+    def _misfit(self, name: str, shape: tuple, sizes: dict[str, int]) -> str:
+        wanted = ", ".join(f"{d.text} = {d.size(sizes)}" if d.terms else str(d.constant) for d in self._dims[name])
+        return f"{self.name}: {name} has shape {list(shape)}; it must be [{wanted}] to fit the other operands"
+
+    def bind_params(self, values: Mapping[str, object]) -> dict[str, object]:
+        """Static parameters with defaults filled in; raises TypeError naming an unknown or missing one."""
+        bound = {}
+        for name, p in self.params.items():
+            if name not in values and p.default is p.empty:
+                raise TypeError(f"{self.name}: parameter {name!r} is missing")
+            value = values.get(name, p.default)
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                raise TypeError(f"{self.name}: {name} must be a Python number, bool or str, got {type(value).__name__}")
+            bound[name] = value
+        if unknown := set(values) - set(self.params):
+            raise TypeError(f"{self.name}: there is no parameter {sorted(unknown)[0]!r}; it has {', '.join(self.params)}")
+        return bound
+
+    def trace(self, binding: Binding) -> Graph:
+        """The Graph of a call; the sizes of dynamic axes do not matter to it."""
+        sizes = tuple((a, None if self._is_dynamic(a) else s) for a, s in binding.sizes)
+        return self._trace(sizes, binding.dtypes, binding.params, binding.ones)
+
+    def _is_dynamic(self, axis: str) -> bool:
+        dim = Dim.parse(axis)
+        if any(name in self.dynamic for _, name in dim.terms):
+            if not dim.plain:
+                raise DeclarationError(f"{self.name}: {axis!r} is made of the dynamic axis; only a plain axis can be dynamic")
+            return True
+        return False
+
+    def _trace_uncached(self, sizes: tuple, dtypes: tuple, params: tuple, ones: tuple) -> Graph:
+        ones_of, dtype_of = dict(ones), dict(dtypes)
+        tensors = {n: Tensor(n, s.role, self._dims[n], dtype_of[n], ones_of[n]) for n, s in self.tensors.items()}
+        order = [d.axis for dims in self._dims.values() for d in dims]
+        known = dict(sizes)
+        axes = {a: known[a] for a in dict.fromkeys([*order, *known])}
+        builder = Builder(self.name, axes, self.fn.__code__)
+        with tracing(builder):
+            operands = {n: _read(builder, t) for n, t in tensors.items()}
+            result = self.fn(**operands, **dict(params))
+            results = result if isinstance(result, dict) else {"out": result}
+            writes = tuple(self._write(builder, tensors, name, value) for name, value in results.items())
+        self._check_updates(tensors, writes, builder)
+        return Graph(self.name, dict(builder.sizes), tensors, tuple(builder.nodes), writes, builder.names(), builder.lines)
+
+    def _write(self, builder: Builder, tensors: dict[str, Tensor], name: str, value) -> Write:
+        target = value if isinstance(value, Put) else Put(value, None, "")
+        out = target.value if isinstance(target.value, Value) else constant(target.value, "float32")
+        if name not in tensors:
+            dims = self.out_specs[name].dims if name in self.out_specs else tuple(Dim.parse(a) for a in out.axes)
+            tensors[name] = Tensor(name, "Out", dims, out.dtype)
+        t = tensors[name]
+        if t.role == "In":
+            raise DeclarationError(f"{self.name}: it returns {name!r}, which is declared In; declare it InOut")
+        if out.dtype != t.dtype:
+            raise DeclarationError(f"{self.name}: {name} is {t.dtype} but is given {out.dtype}; cast it")
+        index = tuple(By(0) if target.over == d.axis and target.over else Along(d.axis) for d in t.dims)
+        reach = {i.axis for i in index if isinstance(i, Along)} | set(target.ids.axes if target.ids is not None else ())
+        if extra := set(out.axes) - reach:
+            raise DeclarationError(f"{self.name}: {name} has axes {t.axes}, but its value also varies over {sorted(extra)}")
+        for d in t.dims:
+            builder.axis_size(d.axis)
+        return Write(name, out.node, index, () if target.ids is None else (target.ids.node,))
+
+    def _check_updates(self, tensors: dict[str, Tensor], writes: tuple[Write, ...], builder: Builder) -> None:
+        """An InOut tensor may be read only where the same program writes it, or programs would race."""
+        written = {w.tensor: (w.index, w.ids) for w in writes}
+        for name, t in tensors.items():
+            if t.role == "InOut" and name not in written:
+                raise DeclarationError(f"{self.name}: {name} is InOut but is not returned")
+        graph = Graph(self.name, builder.sizes, tensors, tuple(builder.nodes), writes)
+        for node in (builder.nodes[i] for i in graph.live()):
+            if node.op != "read" or tensors[node.attr("tensor")].role != "InOut":
+                continue
+            name = node.attr("tensor")
+            if (node.attr("index"), node.args) != written[name]:
+                raise DeclarationError(
+                    f"{self.name}: {name} is updated at [{', '.join(map(str, written[name][0]))}] but read at "
+                    f"[{', '.join(map(str, node.attr('index')))}]; an InOut tensor may only be read where it is written"
+                )
+
+
+def _read(builder: Builder, t: Tensor) -> Value:
+    index = tuple(Along(None, 0) if i in t.ones else Along(d.axis) for i, d in enumerate(t.dims))
+    axes = [i.axis for i in index if i.axis]
+    return builder.add("read", (), (("tensor", t.name), ("index", index)), axes, t.dtype)
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def fusion(reference: Callable | None = None, /, *, dynamic: str = "T", **tensors: Spec) -> Callable[[Callable], Fusion]:
+    """Declare a fusion: `@fusion(reference, x=In("T H"), residual=InOut("T H"), weight=In("H"))`.
+
+    `reference` takes the operands as numpy arrays in their own dtypes and the parameters by name, computes in float64
+    and returns the outputs by name. Axes listed in `dynamic` are run-time sizes; all others are constants of a compiled kernel.
+    """
+    return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()))

@@ -1,0 +1,159 @@
+"""The Graph: what a declaration means for given dtypes and static sizes, as a list of nodes over named axes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from moekit.lang.spec import Dim
+
+# op -> number of operands. `read` takes the index values it gathers by; `contract` takes two.
+UNARY = ("neg", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "not")
+ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "rem", "maximum", "minimum")
+BITWISE = ("and", "or", "xor", "shl", "shr")
+COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+BINARY = (*ARITHMETIC, *BITWISE, *COMPARE)
+REDUCTIONS = ("sum", "max", "min")
+
+
+@dataclass(frozen=True)
+class Along:
+    """One index of a `read`: element `start + step * i` for every i of `axis` (axis None: the element `start`)."""
+
+    axis: str | None
+    start: int = 0
+    step: int = 1
+
+    def __str__(self) -> str:
+        if self.axis is None:
+            return str(self.start)
+        scaled = self.axis if self.step == 1 else f"{self.step}*{self.axis}"
+        return f"{self.start}+{scaled}" if self.start else scaled
+
+
+@dataclass(frozen=True)
+class By:
+    """One index of a `read`: the integer value that is operand number `operand` of the node."""
+
+    operand: int
+
+    def __str__(self) -> str:
+        return f"[{self.operand}]"
+
+
+Index = Along | By
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value: `op` applied to earlier nodes, with the axes it varies over in the graph's axis order."""
+
+    op: str
+    args: tuple[int, ...]
+    attrs: tuple[tuple[str, object], ...]
+    axes: tuple[str, ...]
+    dtype: str
+
+    def attr(self, name: str):
+        """The attribute `name`."""
+        return dict(self.attrs)[name]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the graph. `dims` are as declared; a dimension that came with size 1 where `?` allows it is
+    listed in `ones`."""
+
+    name: str
+    role: str
+    dims: tuple[Dim, ...]
+    dtype: str
+    ones: frozenset[int] = frozenset()
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The axis of each dimension, None for one of size 1."""
+        return tuple(None if i in self.ones else d.axis for i, d in enumerate(self.dims))
+
+
+@dataclass(frozen=True)
+class Write:
+    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`)."""
+
+    tensor: str
+    value: int
+    index: tuple[Index, ...]
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced declaration.
+
+    `axes` maps every axis to its size, or None where the size is dynamic (a run-time argument of the kernel).
+    The order of `axes` is the order in which tiles and arrays hold their dimensions.
+    """
+
+    name: str
+    axes: dict[str, int | None]
+    tensors: dict[str, Tensor]
+    nodes: tuple[Node, ...]
+    writes: tuple[Write, ...]
+    names: dict[int, str] = field(default_factory=dict)
+    lines: dict[int, str] = field(default_factory=dict)
+
+    def live(self) -> list[int]:
+        """The nodes some output needs, in order."""
+        needed, stack = set(), [n for w in self.writes for n in (w.value, *w.ids)]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(self.nodes[node].args)
+        return sorted(needed)
+
+    def inputs(self) -> list[Tensor]:
+        """The operands, in declared order."""
+        return [t for t in self.tensors.values() if t.role in ("In", "InOut")]
+
+    def outputs(self) -> list[Tensor]:
+        """What is written, in the order the declaration returns it."""
+        return [self.tensors[w.tensor] for w in self.writes]
+
+    def digest(self) -> str:
+        """A short hash of what the graph computes, names and comments left out."""
+        text = repr((self.name, sorted(self.axes.items(), key=str), list(self.tensors.values()), self.nodes, self.writes))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def ordered(self, axes) -> tuple[str, ...]:
+        """`axes` in the graph's order."""
+        wanted = set(axes)
+        return tuple(a for a in self.axes if a in wanted)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{a}={'dynamic' if s is None else s}" for a, s in self.axes.items())
+        lines = [f"graph {self.name}({sizes})"]
+        for t in self.inputs():
+            lines.append(f"  {t.role.lower()} {t.name}: {t.dtype}[{', '.join(d.text for d in t.dims)}]")
+        for i in self.live():
+            lines.append("  " + self._node_text(i))
+        for w in self.writes:
+            index = ", ".join(map(str, w.index))
+            lines.append(f"  write {w.tensor}[{index}] = {self._label(w.value)}")
+        return "\n".join(lines)
+
+    def _label(self, i: int) -> str:
+        return f"%{i}" + (f":{self.names[i]}" if i in self.names else "")
+
+    def _node_text(self, i: int) -> str:
+        node = self.nodes[i]
+        args = ", ".join(self._label(a) for a in node.args)
+        attrs = ", ".join(f"{k}={_plain(v)}" for k, v in node.attrs)
+        inner = "; ".join(part for part in (args, attrs) if part)
+        return f"{self._label(i)} = {node.op}({inner}) : {node.dtype}[{', '.join(node.axes)}]"
+
+
+def _plain(value) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(str(v) for v in value) + ")"
+    return str(value)

@@ -1,0 +1,311 @@
+"""The functions a declaration is written with: primitives, and the composites made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekit.errors import DeclarationError, DtypeError, ShapeError
+from moekit.lang.dtypes import int_of_width, is_float, itemsize
+from moekit.lang.graph import Along
+from moekit.lang.reindex import reindex
+from moekit.lang.trace import Value, as_value, binary, constant, convert, current, unary
+
+
+def cast(x, dtype: str) -> Value:
+    """`x` in `dtype`. Narrowing is a rounding point (to nearest, ties to even), and no compiler may drop it."""
+    return convert(as_value(x, dtype), dtype)
+
+
+def f32(x) -> Value:
+    """`x` in float32."""
+    return cast(x, "float32")
+
+
+def bitcast(x: Value, dtype: str) -> Value:
+    """The bits of `x` read as a dtype of the same width."""
+    if itemsize(x.dtype) != itemsize(dtype):
+        raise DtypeError(f"{x.builder.name}: bitcast from {x.dtype} to {dtype} changes the width")
+    return x if x.dtype == dtype else x.builder.add("bitcast", (x.node,), (), x.axes, dtype)
+
+
+def exp(x) -> Value:
+    """e**x in float32."""
+    return unary("exp", x)
+
+
+def log(x) -> Value:
+    """Natural logarithm in float32."""
+    return unary("log", x)
+
+
+def sqrt(x) -> Value:
+    """Square root in float32."""
+    return unary("sqrt", x)
+
+
+def rsqrt(x) -> Value:
+    """1/sqrt(x) in float32."""
+    return unary("rsqrt", x)
+
+
+def abs(x) -> Value:
+    """Absolute value."""
+    return unary("abs", x)
+
+
+def sigmoid(x) -> Value:
+    """1/(1+exp(-x)) in float32."""
+    return unary("sigmoid", x)
+
+
+def maximum(a, b) -> Value:
+    """The larger of two; NaN if either is NaN."""
+    return binary("maximum", a, b)
+
+
+def minimum(a, b) -> Value:
+    """The smaller of two; NaN if either is NaN."""
+    return binary("minimum", a, b)
+
+
+def isnan(x: Value) -> Value:
+    """Whether `x` is NaN."""
+    return binary("ne", x, x)
+
+
+def where(condition: Value, a, b) -> Value:
+    """`a` where `condition` holds, else `b`. Two values of one dtype keep it."""
+    if not isinstance(condition, Value) or condition.dtype != "bool":
+        raise DtypeError(f"{current().name}: where needs a bool condition, got {condition!r}")
+    a = as_value(a, b.dtype if isinstance(b, Value) else "float32")
+    b = as_value(b, a.dtype)
+    if a.dtype != b.dtype:
+        from moekit.lang.dtypes import promote
+
+        dtype = promote(a.dtype, b.dtype)
+        a, b = convert(a, dtype), convert(b, dtype)
+    return a.builder.add("where", (condition.node, a.node, b.node), (), (*condition.axes, *a.axes, *b.axes), a.dtype)
+
+
+def _axes(over: str) -> list[str]:
+    names = over.split()
+    if not names:
+        raise DeclarationError(f"{current().name}: over= names no axis")
+    return names
+
+
+def _reduce(kind: str, x, over: str) -> Value:
+    x = as_value(x, "float32")
+    builder = x.builder
+    if is_float(x.dtype):
+        x = convert(x, "float32")
+    elif x.dtype == "bool":
+        x = convert(x, "int32")
+    for axis in _axes(over):
+        size = builder.axis_size(axis)
+        if kind != "sum" and size == 0:
+            raise ShapeError(f"{builder.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
+        if axis in x.axes:
+            x = builder.add("reduce", (x.node,), (("kind", kind), ("axis", axis)), set(x.axes) - {axis}, x.dtype)
+        elif kind == "sum":
+            x = x * extent(axis)
+    return x
+
+
+def sum(x, over: str) -> Value:
+    """Sum over the named axes (`over="H"` or `"K H"`), in float32 for floats."""
+    return _reduce("sum", x, over)
+
+
+def max(x, over: str) -> Value:
+    """Maximum over the named axes; NaN if any element is NaN."""
+    return _reduce("max", x, over)
+
+
+def min(x, over: str) -> Value:
+    """Minimum over the named axes; NaN if any element is NaN."""
+    return _reduce("min", x, over)
+
+
+def mean(x, over: str) -> Value:
+    """Arithmetic mean over the named axes, in float32."""
+    count = None
+    for axis in _axes(over):
+        count = extent(axis) if count is None else count * extent(axis)
+    return f32(sum(x, over)) / f32(count)
+
+
+def cumsum(x, over: str) -> Value:
+    """Running sum along one axis, inclusive, in float32 for floats."""
+    x = as_value(x, "float32")
+    x = convert(x, "float32") if is_float(x.dtype) else convert(x, "int32") if x.dtype == "bool" else x
+    if over not in x.axes:
+        raise DeclarationError(f"{x.builder.name}: cumsum over {over!r}, but the value varies over {x.axes}")
+    if x.builder.axis_size(over) is None:
+        raise DeclarationError(f"{x.builder.name}: cumsum over the dynamic axis {over!r} cannot be held in one block")
+    return x.builder.add("cumsum", (x.node,), (("axis", over),), x.axes, x.dtype)
+
+
+def contract(a: Value, b: Value, over: str) -> Value:
+    """Sum over the named axes of a·b, accumulated in float32; float32 operands are never rounded to TF32."""
+    if not (is_float(a.dtype) and is_float(b.dtype)):
+        raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
+    if a.dtype != b.dtype:
+        a, b = convert(a, "float32"), convert(b, "float32")
+    *rest, axis = _axes(over)
+    for name in (*rest, axis):
+        if name not in a.axes or name not in b.axes:
+            raise DeclarationError(f"{a.builder.name}: contract over {name!r} needs it in both operands, got {a} and {b}")
+    axes = (set(a.axes) | set(b.axes)) - {axis}
+    out = a.builder.add("contract", (a.node, b.node), (("axis", axis),), axes, "float32")
+    return sum(out, " ".join(rest)) if rest else out
+
+
+def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
+    """The k largest along axis `over` as (values, int32 ids) along the new axis `into`, best first.
+
+    Numbers come before NaN; equal values (-0 equals +0) go by lower index; ids are unique and in range for any input.
+    """
+    builder = x.builder
+    size = builder.axis_size(over)
+    if not is_float(x.dtype):
+        raise DtypeError(f"{builder.name}: top_k ranks floats, got {x.dtype}; cast first")
+    if size is None:
+        raise DeclarationError(f"{builder.name}: top_k over the dynamic axis {over!r} cannot be held in one block")
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
+        raise ShapeError(f"{builder.name}: k = {k!r}, but {over} has {size} elements; pass 1 <= k <= {size}")
+    if over not in x.axes:
+        raise DeclarationError(f"{builder.name}: top_k over {over!r}, but the value varies over {x.axes}")
+    builder.new_axis(into, k)
+    keys, bits = ordered_bits(x)
+    attrs = (("axis", over), ("into", into), ("k", k), ("bits", bits))
+    axes = (set(x.axes) - {over}) | {into}
+    best = builder.add("top_k", (keys.node,), (*attrs, ("part", "keys")), axes, "int32")
+    ids = builder.add("top_k", (keys.node,), (*attrs, ("part", "ids")), axes, "int32")
+    return from_ordered_bits(best, x.dtype), ids
+
+
+def iota(axis: str) -> Value:
+    """0, 1, 2, … along `axis`, int32."""
+    current().axis_size(axis)
+    return current().add("iota", (), (("index", Along(axis)),), (axis,), "int32")
+
+
+def size(axis: str) -> int:
+    """The size of a static axis, as a Python number."""
+    n = current().axis_size(axis)
+    if n is None:
+        raise DeclarationError(f"{current().name}: axis {axis!r} is dynamic; use extent({axis!r})")
+    return n
+
+
+def extent(axis: str) -> Value:
+    """The size of an axis as an int32 value: a constant, or a run-time argument if the axis is dynamic."""
+    n = current().axis_size(axis)
+    return constant(n, "int32") if n is not None else current().add("extent", (), (("axis", axis),), (), "int32")
+
+
+def slice(x: Value, over: str, start: int, size: int, into: str, step: int = 1) -> Value:
+    """Elements start, start+step, … (`size` of them) of axis `over`, along the new axis `into`."""
+    builder = x.builder
+    full = builder.axis_size(over)
+    last = start + step * (size - 1)
+    if full is not None and size > 0 and not (0 <= start < full and 0 <= last < full):
+        raise ShapeError(f"{builder.name}: slice {start}:{last + 1}:{step} leaves axis {over} of size {full}")
+    builder.new_axis(into, size)
+    return reindex(x, over, Along(into, start, step))
+
+
+def halves(x: Value, into: str) -> tuple[Value, Value]:
+    """The two halves of an axis `2*I`, each along `I`: for `In("T 2*I")`, `gate, up = halves(x, "I")`."""
+    over = f"2*{into}"
+    if over not in x.axes:
+        raise DeclarationError(f"{x.builder.name}: halves into {into!r} needs an axis {over!r}, the value has {x.axes}")
+    n = size(over) // 2
+    return slice(x, over, 0, n, into), slice(x, over, n, n, into)
+
+
+def gather(table: Value, ids: Value, over: str) -> Value:
+    """`table` at index `ids` of axis `over`; the result varies over the rest of `table` and over `ids`.
+
+    An id outside the axis reads zero from the tensor, and never memory that is not the tensor's.
+    """
+    if is_float(ids.dtype) or ids.dtype == "bool":
+        raise DtypeError(f"{table.builder.name}: gather needs integer ids, got {ids.dtype}")
+    table.builder.axis_size(over)
+    return reindex(table, over, ids)
+
+
+@dataclass(frozen=True)
+class Put:
+    """An output written at `ids` of axis `over` of its InOut tensor; see `put`."""
+
+    value: Value
+    ids: Value
+    over: str
+
+
+def put(value: Value, ids: Value, over: str) -> Put:
+    """Return this for an InOut tensor to write `value` at rows `ids` of axis `over`.
+
+    Ids must be unique (a precondition); one outside the axis writes nothing.
+    """
+    return Put(value, ids, over)
+
+
+def silu(x) -> Value:
+    """x·sigmoid(x) in float32."""
+    x = f32(x)
+    return x * sigmoid(x)
+
+
+def softplus(x) -> Value:
+    """log(1+exp(x)) in float32 without overflow; log1p by Kahan's correction, exact where exp(-|x|) is tiny."""
+    x = f32(x)
+    e = exp(-abs(x))
+    u = e + 1.0
+    log1p = where(u == 1.0, e, log(u) * e / where(u == 1.0, 1.0, u - 1.0))
+    return maximum(x, 0.0) + log1p
+
+
+def softmax(x, over: str) -> Value:
+    """exp(x - max)/sum over one axis, in float32."""
+    x = f32(x)
+    e = exp(x - max(x, over))
+    return e / sum(e, over)
+
+
+def argmax(x, over: str) -> Value:
+    """Index of the first maximum along one axis, int32; the first NaN if there is one."""
+    return _arg(max(x, over), x, over)
+
+
+def argmin(x, over: str) -> Value:
+    """Index of the first minimum along one axis, int32; the first NaN if there is one."""
+    return _arg(min(x, over), x, over)
+
+
+def _arg(best: Value, x, over: str) -> Value:
+    x = as_value(x, "float32")
+    hit = (x == best) | isnan(x)
+    return min(where(hit, iota(over), 2**31 - 1), over)
+
+
+def ordered_bits(x: Value) -> tuple[Value, int]:
+    """An int32 that sorts as the float `x` does, and how many bits it needs: -0 equals +0, NaN below every number.
+
+    The smallest integer of that many bits is never used: it marks padding. The usual trick on IEEE sign and magnitude.
+    """
+    width = 8 * itemsize(x.dtype)
+    lowest, magnitude = -(2 ** (width - 1)), 2 ** (width - 1) - 1
+    bits = cast(bitcast(x, int_of_width(x.dtype)), "int32")
+    flipped = where(bits >= 0, bits, bits ^ magnitude)
+    return where(isnan(x), lowest + 1, where(bits == lowest, 0, flipped)), width
+
+
+def from_ordered_bits(key: Value, dtype: str) -> Value:
+    """The float of `dtype` whose `ordered_bits` are `key`; NaN comes back as a quiet NaN, -0 as +0."""
+    width = 8 * itemsize(dtype)
+    lowest, magnitude = -(2 ** (width - 1)), 2 ** (width - 1) - 1
+    bits = where(key == lowest + 1, magnitude, where(key >= 0, key, key ^ magnitude))
+    return bitcast(cast(bits, int_of_width(dtype)), dtype)

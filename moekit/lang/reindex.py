@@ -1,0 +1,79 @@
+"""Slicing and gathering as substitution: the index of an axis is replaced, down to the reads."""
+
+from __future__ import annotations
+
+from moekit.errors import DeclarationError
+from moekit.lang.graph import Along, By
+from moekit.lang.trace import Builder, Value, constant
+
+
+def reindex(x: Value, axis: str, by: Along | Value) -> Value:
+    """`x` with index i of `axis` replaced by `by`: an affine index along another axis, or an integer value.
+
+    Element-wise values, and reductions over other axes, are recomputed at the new index, so nothing is copied.
+    """
+    done: dict[int, int] = {}
+    return Value(x.builder, _visit(x.builder, x.node, axis, by, done))
+
+
+def _visit(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+    n = b.nodes[node]
+    if axis not in n.axes:
+        return node
+    if node not in done:
+        done[node] = _replace(b, node, axis, by, done)
+    return done[node]
+
+
+def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+    n = b.nodes[node]
+    new_axes = (by.axis,) if isinstance(by, Along) else by.axes
+    inner = {dict(n.attrs).get("axis"), dict(n.attrs).get("into")} - {None}
+    if n.op in ("cumsum", "top_k") and axis in inner:
+        raise DeclarationError(
+            f"{b.name}: a {n.op} cannot be sliced or gathered along its own axis {axis!r}; slice its operand, "
+            "or select with where(iota(...) == ..., ...)"
+        )
+    if inner & set(new_axes):
+        raise DeclarationError(f"{b.name}: axis {sorted(inner)[0]!r} is summed inside the sliced value; use another name")
+    if n.op == "read":
+        return _read(b, node, axis, by, done)
+    if n.op == "iota":
+        return _affine(b, n.attr("index"), by).node
+    args = [_visit(b, a, axis, by, done) for a in n.args]
+    axes = [a for x in args for a in b.nodes[x].axes]
+    if n.op in ("reduce", "contract"):
+        axes = [a for a in axes if a != n.attr("axis")]
+    elif n.op == "top_k":
+        axes = [a for a in axes if a != n.attr("axis")] + [n.attr("into")]
+    return b.add(n.op, args, n.attrs, axes, n.dtype).node
+
+
+def _affine(b: Builder, index: Along, by: Along | Value) -> Value:
+    """The value start + step·(what replaces the axis)."""
+    if isinstance(by, Along):
+        new = Along(by.axis, index.start + index.step * by.start, index.step * by.step)
+        return b.add("iota", (), (("index", new),), (by.axis,), "int32")
+    value = by
+    if index.step != 1:
+        value = value * constant(index.step, by.dtype)
+    return value + constant(index.start, by.dtype) if index.start else value
+
+
+def _read(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+    n = b.nodes[node]
+    args, index = [], []
+    for entry in n.attr("index"):
+        if isinstance(entry, By):
+            args.append(_visit(b, n.args[entry.operand], axis, by, done))
+            index.append(By(len(args) - 1))
+        elif entry.axis != axis:
+            index.append(entry)
+        elif isinstance(by, Along):
+            index.append(Along(by.axis, entry.start + entry.step * by.start, entry.step * by.step))
+        else:
+            args.append(_affine(b, entry, by).node)
+            index.append(By(len(args) - 1))
+    axes = [e.axis for e in index if isinstance(e, Along) and e.axis]
+    axes += [a for x in args for a in b.nodes[x].axes]
+    return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(index))), axes, n.dtype).node
