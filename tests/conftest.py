@@ -1,0 +1,52 @@
+"""What every test stands on: jax's devices, the `gpu` mark, Hypothesis profiles and seconds per folder."""
+
+import os
+from collections import Counter
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from moekit.cli.platform import gpu_count, prepare_jax
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+prepare_jax()  # before anything imports jax
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_seconds: Counter[str] = Counter()
+_tests: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if gpu_count() > 0:
+        return
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count a test's set-up, call and tear-down to its folder; xdist replays each report in the parent process."""
+    folder = str(PurePosixPath(report.nodeid.split("::")[0]).parent)
+    _seconds[folder] += report.duration
+    _tests[folder] += report.when == "call"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds spent in each test folder, all processes added up."""
+    if not _seconds:
+        return
+    terminalreporter.section("seconds per folder")
+    for folder, seconds in _seconds.most_common():
+        terminalreporter.line(f"{seconds:8.1f} s  {_tests[folder]:5d} tests  {folder}")
+    terminalreporter.line(f"{sum(_seconds.values()):8.1f} s  {sum(_tests.values()):5d} tests  in all")
