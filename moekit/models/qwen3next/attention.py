@@ -19,7 +19,7 @@ BLOCK = 1024  # query rows whose scores are held at a time
 def decode(
     x: jax.Array, weights: dict[str, jax.Array], memory: KeyValues, lengths: jax.Array, config: Config
 ) -> tuple[jax.Array, KeyValues]:
-    """One token of each sequence: x [B, H], lengths [B] its position -> partial output [B, H] and the new memory."""
+    """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
     q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
     rows = jnp.arange(x.shape[0])
     memory = KeyValues(
@@ -35,7 +35,7 @@ def decode(
 def prefill(
     x: jax.Array, weights: dict[str, jax.Array], cache_length: int, config: Config
 ) -> tuple[jax.Array, KeyValues]:
-    """Whole prompts, padding at the end: x [B, S, H] -> partial output [B, S, H] and a memory of cache_length tokens."""
+    """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
@@ -75,7 +75,10 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
 
 
 def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
-    """q [B, S, heads, dim] over keys, values [B, kv, L, dim] where visible [B or 1, S or 1, L]: [B, S, heads·dim] float32."""
+    """Softmax attention in float32, [B, S, heads·dim].
+
+    q [B, S, heads, dim] reads keys, values [B, kv heads, L, dim] where visible [B or 1, S or 1, L] allows.
+    """
     batch, length, heads, dim = q.shape
     kv = keys.shape[1]
     grouped = q.reshape(batch, length, kv, heads // kv, dim)

@@ -20,8 +20,8 @@ from moekit.models.qwen3next.sharding import AXIS, kv_heads_per_rank
 class DeltaState:
     """A gated delta net's memory.
 
-    conv [B, channels, width - 1]: the last inputs of the convolution, in the model's dtype, a rank's channels q | k | v.
-    recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp.
+    conv [B, channels, width - 1]: the last inputs of the convolution, in the model's dtype, a rank's channels
+    q | k | v. recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp.
     """
 
     conv: Any
@@ -31,7 +31,7 @@ class DeltaState:
 @partial(jax.tree_util.register_dataclass, data_fields=("keys", "values"), meta_fields=())
 @dataclass(frozen=True)
 class KeyValues:
-    """An attention layer's memory: keys and values [B, kv heads, length, head dim], cut by kv heads over tp."""
+    """An attention layer's memory: keys, values [B, kv heads, length, head dim], cut by kv heads over tp."""
 
     keys: Any
     values: Any
@@ -53,15 +53,17 @@ def cache_specs(config: Config) -> Cache:
 
 
 def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any) -> Cache:
-    """The shapes and shardings of a cache of `batch` sequences of up to `length` tokens, with no memory behind them."""
+    """A cache of `batch` sequences of up to `length` tokens: shapes and shardings, without memory."""
     tp = mesh.shape[AXIS]
     kv = tp * kv_heads_per_rank(config, tp)
     heads, keys = config.linear_num_value_heads, config.linear_key_head_dim
     values = config.linear_value_head_dim
     channels = 2 * config.linear_num_key_heads * keys + heads * values
 
-    def struct(shape: tuple[int, ...], kind: Any, spec: P = P(None, AXIS)) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+    cut = NamedSharding(mesh, P(None, AXIS))
+
+    def struct(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=cut)
 
     def memory(i: int) -> DeltaState | KeyValues:
         if config.layer_types[i] == GDN:
@@ -70,7 +72,8 @@ def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any
         shape = (batch, kv, length, config.head_dim)
         return KeyValues(struct(shape, dtype), struct(shape, dtype))
 
-    return Cache([memory(i) for i in range(config.num_layers)], struct((batch,), jnp.int32, P()))
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return Cache([memory(i) for i in range(config.num_layers)], lengths)
 
 
 def _kind(config: Config, i: int) -> type[DeltaState] | type[KeyValues]:

@@ -89,10 +89,10 @@ def load_parameters(
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share only.
+    """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share.
 
-    dtype: that of the weights (A_log and dt_bias stay float32); None keeps the checkpoint's. progress(done, total)
-    is called after each array.
+    dtype: that of the weights (A_log and dt_bias stay float32); None keeps the checkpoint's. progress(done,
+    total) is called after each array.
     """
     tree = parameters(config, mesh.shape[AXIS])
     leaves, structure = jax.tree.flatten(tree)

@@ -1,7 +1,7 @@
 """The gated delta net: a causal convolution, the gated delta rule, a gated norm.
 
-Both functions compute one rank's partial output; the caller sums over ranks. A rank's weights hold its own heads:
-K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolution, in the order q | k | v.
+Both functions compute one rank's partial output; the caller sums over ranks. A rank's weights hold its own
+heads: K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolution, in the order q | k | v.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def decode(
 def prefill(
     x: jax.Array, weights: dict[str, jax.Array], lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
-    """Whole prompts: x [B, S, H], the first lengths [B] tokens of each real -> partial output and the state after them.
+    """Whole prompts: x [B, S, H], the first lengths [B] of each real -> partial output, state after them.
 
     Padding stands at the end; it neither decays nor updates the state.
     """
@@ -92,7 +92,7 @@ def prefill(
 def chunked_delta_rule(
     q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a zero state; everything float32.
+    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a zero state, in float32.
 
     q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
     -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
@@ -138,7 +138,7 @@ def _chunks(a: jax.Array) -> jax.Array:
 
 
 def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution and silu of [B, S, C]; also the last inputs [B, C, width - 1] of each sequence."""
+    """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, C, width - 1]."""
     width, length = weight.shape[1], mixed.shape[1]
     padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
     taps = (
@@ -158,7 +158,7 @@ def _normalised(x: jax.Array) -> jax.Array:
 
 
 def _heads(base: jax.Array, *parts: tuple[int, int, int]) -> list[Any]:
-    """Parts (first column, heads, dim) of base [T, W] as [T, heads, dim]: views of one reshaped base where dims allow."""
+    """Parts (first column, heads, dim) of base [T, W] as [T, heads, dim]; views where dims allow."""
     dim = parts[0][2]
     if base.shape[1] % dim == 0 and all(start % dim == 0 and part == dim for start, _, part in parts):
         whole = view(base.reshape(base.shape[0], -1, dim))

@@ -34,7 +34,8 @@ class Generation:
     """What `generate` made.
 
     tokens: the new tokens of each sequence, up to and including an end-of-sequence token. prefill_seconds and
-    first_step_seconds include compiling; steady_seconds is the time of the steady_steps decode steps after the first.
+    first_step_seconds include compiling; steady_seconds is the time of the steady_steps decode steps after
+    the first.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -61,8 +62,9 @@ def generate(
     """Continue each prompt greedily.
 
     prompts: token ids, of any lengths of at least 1. eos: token ids that end a sequence (none by default;
-    `model.config.eos_token_ids` are the checkpoint's). kernels: 'pallas' or 'xla'. progress is called once per new
-    token. Raises ValueError on an empty prompt, an id outside the vocabulary or a bad number of tokens.
+    `model.config.eos_token_ids` are the checkpoint's). kernels: 'pallas' or 'xla'. progress is called once
+    per new token. Raises ValueError on an empty prompt, an id outside the vocabulary or a bad number of
+    tokens.
     """
     _check_prompts(model, prompts, max_new_tokens)
     kernels = resolve(kernels)

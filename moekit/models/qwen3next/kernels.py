@@ -40,7 +40,7 @@ class Kernels:
 
 @cache
 def named(name: str) -> Kernels:
-    """`pallas`: moekit's Pallas kernels and the packed gate. `xla`: array evaluation and three gate products."""
+    """`pallas`: Pallas kernels and the packed gate. `xla`: array evaluation and three gate products."""
     if name not in ("pallas", "xla"):
         raise ValueError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}

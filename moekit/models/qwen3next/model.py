@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,7 +32,7 @@ from moekit.models.qwen3next.sharding import AXIS, FLOAT32, parameters, specs, v
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "mesh"))
 @dataclass(frozen=True)
 class Model:
-    """A model's weights on a mesh. params: the tree that `sharding.parameters` describes, gates packed or not."""
+    """Weights on a mesh. params: the tree that `sharding.parameters` describes, gates packed or not."""
 
     params: Any
     config: Config
@@ -92,7 +91,7 @@ def unpack_gates(model: Model) -> Model:
 
 
 def abstract_model(config: Config, mesh: Mesh, dtype: str, packed: bool = True) -> Model:
-    """A Model of shapes and shardings with no memory behind them: to compile for a machine that is not there."""
+    """A Model of shapes and shardings, with no memory behind them: to compile for an absent machine."""
     check_tensor_parallel(config, mesh.shape[AXIS])
     wide = jnp.dtype(jnp.float32)
 
@@ -120,9 +119,10 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Read whole prompts into a new cache with room for `cache_length` tokens.
 
-    tokens [B, S] int32, padded at the end; lengths [B] int32, each between 1 and S, how many of a row are real.
-    Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with every_logit) and
-    the cache. The vocabulary of the logits is cut over tp, and no row depends on another's padding.
+    tokens [B, S] int32, padded at the end; lengths [B] int32, each between 1 and S, how many of a row are
+    real. Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with
+    every_logit) and the cache. The vocabulary of the logits is cut over tp, and no row depends on another's
+    padding.
     """
     config, kernels = model.config, resolve(kernels)
     if cache_length < tokens.shape[1]:
@@ -157,9 +157,10 @@ def prefill(
 def decode_step(
     model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
 ) -> tuple[jax.Array, Cache]:
-    """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp, and the new cache.
+    """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp; new cache.
 
-    The cache is donated: its buffers become the new one's. It must have room: a token beyond its length is lost.
+    The cache is donated: its buffers become the new one's. It must have room: a token beyond its length is
+    lost.
     """
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
@@ -187,7 +188,7 @@ def greedy_step(
 
 @jax.jit
 def most_likely(model: Model, logits: jax.Array) -> jax.Array:
-    """The most likely token of each row of logits [B, vocabulary] cut over tp: [B] int32, the lower of equals."""
+    """The most likely token of each row of logits [B, vocabulary]: [B] int32, the lower of equals."""
     cut = vocabulary_spec(model.config, model.tp) != P()
     local = partial(_most_likely, cut=cut and model.tp > 1)
     return jax.shard_map(
@@ -214,7 +215,10 @@ def _layers(
     config: Config,
     kernels: Kernels,
 ) -> tuple[jax.Array, list[Any]]:
-    """All layers over tokens [T]: the normed hidden states [T, H] and each layer's memory. `mix` is one rank's block."""
+    """All layers over tokens [T]: the normed hidden states [T, H] and each layer's memory.
+
+    mix(i, x, layer) is one rank's share of layer i's attention or delta net.
+    """
     norm = partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0)
     hidden = jnp.take(params["embed_tokens"], tokens, axis=0, mode="clip")
     residual, memories = jnp.zeros_like(hidden), []
@@ -228,7 +232,7 @@ def _layers(
 
 
 def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
-    """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut: one small gather."""
+    """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut."""
     token = jnp.argmax(logits, axis=-1)
     if not cut:
         return token.astype(jnp.int32)

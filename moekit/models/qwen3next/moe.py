@@ -1,7 +1,7 @@
 """The mixture of experts: router, routed experts and the gated shared expert.
 
-`moe` computes one rank's partial output from its slice of every expert; the caller sums over ranks, once, since the
-shared and the routed part are added before.
+`moe` computes one rank's partial output from its slice of every expert; the caller sums over ranks, once,
+since the shared and the routed part are added before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moekit.jax import PackedGate, view
+from moekit.jax import PackedGate
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
@@ -25,7 +25,7 @@ def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels)
     gate_up, logits, shared_gate = gate(x, weights["gate"], kernels)
     chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
     shared = linear(kernels.silu_and_mul(gate_up), weights["shared_down"])
-    # The shared part comes first, so that nothing of the gate's product is alive while the routed experts run.
+    # The shared part comes first, so that the gate's product is dead while the routed experts run.
     shared = kernels.shared_expert_combine(jnp.zeros_like(shared), shared, shared_gate)
     x, chosen, ids, shared = lax.optimization_barrier((x, chosen, ids, shared))
     routed = experts(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"])
@@ -33,7 +33,7 @@ def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels)
 
 
 def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[Any, Any, Any]:
-    """Shared gate_up [T, 2I], router logits [T, E] and shared gate [T, 1]: views of one product, or three arrays."""
+    """Shared gate_up [T, 2I], router logits [T, E], shared gate [T, 1]: views of one product, or arrays."""
     if isinstance(weights, PackedGate) and kernels.packed:
         out = kernels.gate_gemm(x, weights)
         return out.gate_up, out.router_logits, out.shared_gate
@@ -55,8 +55,9 @@ def experts(
 ) -> jax.Array:
     """Weighted sum of the chosen experts, float32 [T, H].
 
-    x [T, H]; chosen, ids [T, k]: their weights and numbers; gate_up [E, 2I, H], down [E, I, H]. Few tokens gather the
-    weights of their experts; many run every expert, which then reads each weight once, some tokens at a time.
+    x [T, H]; chosen, ids [T, k]: their weights and numbers; gate_up [E, 2I, H], down [E, I, H]. Few tokens
+    gather the weights of their experts; many run every expert, which then reads each weight once, some tokens
+    at a time.
     """
     tokens, count = x.shape[0], gate_up.shape[0]
     if 3 * ids.size <= count:  # a gathered weight is read, written and read again

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +13,7 @@ _ROUNDING = {"bfloat16": (8, 7), "float16": (5, 10)}  # exponent and mantissa bi
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` in `dtype`, rounded for certain: XLA drops a narrowing cast that a widening one follows, but not this."""
+    """`x` in `dtype`, rounded for certain: XLA may drop a narrowing cast that a widening one follows."""
     bits = _ROUNDING.get(jnp.dtype(dtype).name)
     return (x if bits is None else lax.reduce_precision(x, *bits)).astype(dtype)
 
@@ -21,24 +24,34 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
 
 
 def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., D] times weight [N, D] transposed: [..., N] in `out_dtype` (x's by default), accumulated in float32."""
-    return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
+    """x [..., D] times weight [N, D] transposed: [..., N] in `out_dtype`, x's by default; float32 sums."""
+    dot = partial(
+        lax.dot_general,
+        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
         precision=precision(x.dtype),
         preferred_element_type=x.dtype if out_dtype is None else out_dtype,
     )
+    return dot(x, weight) if out_dtype is None else _widened_on_cpu(dot, x, weight)
 
 
 def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     """jnp.einsum with a float32 result, IEEE for float32 operands."""
     kind = precision(operands[0].dtype)
-    return jnp.einsum(subscripts, *operands, precision=kind, preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, subscripts, precision=kind, preferred_element_type=jnp.float32)
+    return _widened_on_cpu(product, *operands)
+
+
+def _widened_on_cpu(product: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """XLA on CPU lacks products of narrow operands with a float32 result; widening them is the same."""
+    if operands[0].dtype == jnp.float32:
+        return product(*operands)
+    return lax.platform_dependent(
+        *operands, cpu=lambda *narrow: product(*(a.astype(jnp.float32) for a in narrow)), default=product
+    )
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Zero-centred RMSNorm over the last axis, x·rsqrt(mean x² + eps)·(1 + weight): float32, not yet rounded."""
+    """Zero-centred RMSNorm over the last axis, x·rsqrt(mean x² + eps)·(1 + weight), in float32."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide * scale * (1.0 + weight.astype(jnp.float32))

@@ -1,9 +1,10 @@
 """Where every parameter lives: one table from its name to its cut over the mesh axis `tp`.
 
-A model's parameters are a tree of dicts and lists whose leaves are global arrays. An array that is cut over `tp`
-is stored rank-major: the block of rank r holds what rank r computes with, in the order in which it does. So its
-rows are stripes of the checkpoint's: the channels of the convolution, for example, are q | k | v of rank 0, then
-q | k | v of rank 1. `Parameter.slabs(rank)` names the blocks of the checkpoint that make up one rank's share.
+A model's parameters are a tree of dicts and lists whose leaves are global arrays. An array that is cut over
+`tp` is stored rank-major: the block of rank r holds what rank r computes with, in the order in which it does.
+So its rows are stripes of the checkpoint's: the channels of the convolution, for example, are q | k | v of
+rank 0, then q | k | v of rank 1. `Parameter.slabs(rank)` names the blocks of the checkpoint that make up one
+rank's share.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Slab:
 class Parameter:
     """One array of the model.
 
-    name: its name in TABLE. shape: over all ranks. spec: its cut. slabs: from a rank to the blocks that make up its
-    share, concatenated along the rows; where `stacked`, to one such list per expert, each transposed if `transposed`.
+    name: its name in TABLE. shape: over all ranks. spec: its cut. slabs: from a rank to the blocks that make
+    up its share, concatenated along the rows; where `stacked`, to one such list per expert, each transposed
+    if `transposed`.
     """
 
     name: str
@@ -111,7 +113,7 @@ def vocabulary_spec(config: Config, tp: int) -> P:
 
 
 def specs(tree: Any, config: Config, tp: int, name: str = "") -> Any:
-    """The PartitionSpecs of a parameter tree, gates packed or not, in its own structure down to TABLE's names."""
+    """The PartitionSpecs of a parameter tree, gates packed or not, in its structure."""
     if isinstance(tree, dict):
         return {
             key: specs(value, config, tp, f"{name}.{key}" if name else key) for key, value in tree.items()

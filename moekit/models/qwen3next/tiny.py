@@ -45,8 +45,9 @@ def write_random_checkpoint(
 ) -> Path:
     """Write `config.json` and random weights of `dtype` under `directory`, and return it.
 
-    The weights are scaled so that every part of a layer changes the logits and greedy tokens vary. files: how many
-    safetensors files to spread them over; more than one writes an index as well. A_log and dt_bias are float32.
+    The weights are scaled so that every part of a layer changes the logits and greedy tokens vary. files: how
+    many safetensors files to spread them over; more than one writes an index as well. A_log and dt_bias are
+    float32.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
