@@ -91,7 +91,7 @@ class Lowering:
 
     def _bind(self, scope: Scope, axis: str, block: t.AxisBlock, start: t.Value | None = None) -> None:
         """Give `axis` its index and mask in `scope`."""
-        if block.mode == "grid":
+        if block.mode == "grid" and (block.block == 1 or block.extent is None or block.extent > block.block):
             start = self._emit(scope, t.ProgramId, f"pid_{identifier(axis)}", "int32", (), axis=axis)
             if block.block > 1:
                 start = self._binary(scope, "mul", start, self._const(scope, block.block), f"{identifier(axis)}_start")
@@ -184,6 +184,8 @@ class Lowering:
             return out
         if n.op == "read":
             return self._read(node, n, home)
+        if n.op == "pick":
+            return self.value(n.args[0], home)
         if n.op == "top_k":
             return self._top_k(node, n, home)
         return self._reduction(node, n, home)
@@ -241,9 +243,12 @@ class Lowering:
         return home.made[key]
 
     def _in_range(self, scope: Scope, ids: t.Value, axis: str) -> t.Value:
-        low = self._binary(scope, "ge", ids, self._const(scope, 0, ids.dtype), f"{ids.name}_low")
-        high = self._emit(scope, t.InBounds, f"{ids.name}_high", "bool", ids.axes, axis=axis, index=ids)
-        return self._binary(scope, "and", low, high, f"{ids.name}_valid")
+        key = ("range", ids, axis)
+        if key not in scope.made:
+            low = self._binary(scope, "ge", ids, self._const(scope, 0, ids.dtype))
+            high = self._emit(scope, t.InBounds, TEMPORARY, "bool", ids.axes, axis=axis, index=ids)
+            scope.made[key] = self._binary(scope, "and", low, high, f"{ids.name}_valid")
+        return scope.made[key]
 
     # -- reductions
 
@@ -478,10 +483,27 @@ def _cumsum(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str
     return low._emit(scope, t.Scan, name or "running", n.dtype, args[0].axes, value=args[0], axis=n.attr("axis"))
 
 
+def _softplus(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    """max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u)·e/(u - 1) for u = 1 + e (Kahan)."""
+    x, one, zero = args[0], low._const(scope, 1.0, "float32"), low._const(scope, 0.0, "float32")
+
+    def unary(op: str, v: t.Value) -> t.Value:
+        return low._emit(scope, t.Unary, TEMPORARY, "float32", v.axes, op=op, value=v)
+
+    e = unary("exp", unary("neg", unary("abs", x)))
+    u = low._binary(scope, "add", e, one)
+    tiny = low._binary(scope, "eq", u, one)
+    below = low._where(scope, tiny, one, low._binary(scope, "sub", u, one))
+    ratio = low._binary(scope, "div", low._binary(scope, "mul", unary("log", u), e), below)
+    log1p = low._where(scope, tiny, e, ratio)
+    return low._binary(scope, "add", low._binary(scope, "maximum", x, zero), log1p, name or TEMPORARY)
+
+
 def _rules() -> dict:
     from moekit.lang.graph import BINARY, UNARY
 
-    rules = {op: _elementwise(t.Unary, ("value",)) for op in UNARY}
+    rules = {op: _elementwise(t.Unary, ("value",)) for op in UNARY if op != "softplus"}
+    rules["softplus"] = _softplus
     rules |= {op: _elementwise(t.Binary, ("left", "right")) for op in BINARY}
     return rules | {
         "where": _elementwise(t.Where, ("condition", "yes", "no"), op=False),

@@ -139,7 +139,7 @@ def _where_type(f: Facts, op: t.Where) -> str | None:
 
 
 def _unary_type(f: Facts, op: t.Unary) -> str | None:
-    if op.op not in UNARY:
+    if op.op not in UNARY or op.op == "softplus":
         return f"there is no operation {op.op!r}"
     if op.op not in ("neg", "abs", "not") and op.value.dtype != "float32":
         return f"{op.op} of {op.value.dtype}; it is done in float32"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moekit.lang.spec import Dim
 
 # op -> number of operands. `read` takes the index values it gathers by; `contract` takes two.
-UNARY = ("neg", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "not")
+UNARY = ("neg", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "softplus", "not")
 ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "rem", "maximum", "minimum")
 BITWISE = ("and", "or", "xor", "shl", "shr")
 COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")

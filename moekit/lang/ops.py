@@ -182,7 +182,9 @@ def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
     axes = (set(x.axes) - {over}) | {into}
     best = builder.add("top_k", (keys.node,), (*attrs, ("part", "keys")), axes, "int32")
     ids = builder.add("top_k", (keys.node,), (*attrs, ("part", "ids")), axes, "int32")
-    return from_ordered_bits(best, x.dtype), ids
+    values = from_ordered_bits(best, x.dtype)
+    picked = (values.node, x.node, ids.node)
+    return builder.add("pick", picked, (("axis", over), ("into", into)), axes, x.dtype), ids
 
 
 def iota(axis: str) -> Value:
@@ -260,12 +262,8 @@ def silu(x) -> Value:
 
 
 def softplus(x) -> Value:
-    """log(1+exp(x)) in float32 without overflow; log1p by Kahan's correction, exact where exp(-|x|) is tiny."""
-    x = f32(x)
-    e = exp(-abs(x))
-    u = e + 1.0
-    log1p = where(u == 1.0, e, log(u) * e / where(u == 1.0, 1.0, u - 1.0))
-    return maximum(x, 0.0) + log1p
+    """log(1+exp(x)) in float32, without overflow."""
+    return unary("softplus", x)
 
 
 def softmax(x, over: str) -> Value:

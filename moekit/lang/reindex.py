@@ -29,7 +29,7 @@ def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int
     n = b.nodes[node]
     new_axes = (by.axis,) if isinstance(by, Along) else by.axes
     inner = {dict(n.attrs).get("axis"), dict(n.attrs).get("into")} - {None}
-    if n.op in ("cumsum", "top_k") and axis in inner:
+    if n.op in ("cumsum", "top_k", "pick") and axis in inner:
         raise DeclarationError(
             f"{b.name}: a {n.op} cannot be sliced or gathered along its own axis {axis!r}; slice its operand, "
             "or select with where(iota(...) == ..., ...)"
@@ -44,7 +44,7 @@ def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int
     axes = [a for x in args for a in b.nodes[x].axes]
     if n.op in ("reduce", "contract"):
         axes = [a for a in axes if a != n.attr("axis")]
-    elif n.op == "top_k":
+    elif n.op in ("top_k", "pick"):
         axes = [a for a in axes if a != n.attr("axis")] + [n.attr("into")]
     return b.add(n.op, args, n.attrs, axes, n.dtype).node
 

@@ -60,7 +60,7 @@ def experts(
     at a time.
     """
     tokens, count = x.shape[0], gate_up.shape[0]
-    if 3 * ids.size <= count:  # a gathered weight is read, written and read again
+    if ids.size <= count:
         return _gathered(x, chosen, ids, gate_up, down)
     chunk = max(16, CHUNK_ELEMENTS // (count * gate_up.shape[1]))
     if tokens <= chunk:
@@ -79,7 +79,14 @@ def _gathered(
 ) -> jax.Array:
     both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
     active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
-    return einsum("tki,tkih->th", active, jnp.take(down, ids, axis=0, mode="clip"))
+    rows = jnp.take(down, ids, axis=0, mode="clip").astype(jnp.float32)
+    # Sums of products, not a dot: XLA then adds the rows up while it gathers them, and stores none. For that it
+    # wants the sum over all rows at once if there is one token, and expert by expert if there are more.
+    products = active[..., None].astype(jnp.float32) * rows
+    if x.shape[0] == 1:
+        return jnp.sum(products, axis=(1, 2))
+    each = jnp.sum(products.reshape(-1, *products.shape[2:]), axis=1)
+    return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 
 
 def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

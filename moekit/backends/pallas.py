@@ -1,0 +1,220 @@
+"""TileProgram → Pallas source (Triton lowering): a table from operation to text. Needs no jax to print.
+
+Operands are whole arrays in global memory (`memory_space=pl.ANY`), indexed per axis, so a view is start + step·i along each
+axis of its base and nothing is ever sliced before the kernel.
+"""
+
+from __future__ import annotations
+
+from moekit import __version__
+from moekit.backends.printer import Printer, blocks, extent_text, header, number
+from moekit.compile import tile as t
+from moekit.lang.dtypes import is_float
+
+DTYPES = {
+    "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
+    "int32": "jnp.int32", "int16": "jnp.int16", "int8": "jnp.int8", "bool": "jnp.bool_",
+}  # fmt: skip
+BINARY = {
+    "add": "({a} + {b})", "sub": "({a} - {b})", "mul": "({a} * {b})", "div": "({a} / {b})",
+    "floordiv": "trunc_div({a}, {b})", "rem": "trunc_rem({a}, {b})",
+    "and": "({a} & {b})", "or": "({a} | {b})", "xor": "({a} ^ {b})", "shl": "({a} << {b})", "shr": "({a} >> {b})",
+    "eq": "({a} == {b})", "ne": "({a} != {b})", "lt": "({a} < {b})", "le": "({a} <= {b})", "gt": "({a} > {b})",
+    "ge": "({a} >= {b})",
+}  # fmt: skip
+UNARY = {
+    "neg": "(-{a})", "not": "(~{a})", "exp": "jnp.exp({b})", "log": "jnp.log({b})", "sqrt": "jnp.sqrt({b})",
+    "rsqrt": "lax.rsqrt({b})", "abs": "jnp.abs({b})", "sigmoid": "lax.logistic({b})",
+}  # fmt: skip
+
+# What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
+# that sort as they do, with NaN at the end that wins.
+HELPERS = {
+    "trunc_div": """def trunc_div(a, b):
+    return lax.div(*jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype)))
+""",
+    "trunc_rem": """def trunc_rem(a, b):
+    return lax.rem(*jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype)))
+""",
+    "nan_maximum": """def nan_maximum(a, b):
+    return jnp.where(a != a, a, jnp.where(b != b, b, jnp.maximum(a, b)))
+""",
+    "nan_minimum": """def nan_minimum(a, b):
+    return jnp.where(a != a, a, jnp.where(b != b, b, jnp.minimum(a, b)))
+""",
+    "nan_max": """def nan_max(x, axis):
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    key = jnp.where(x != x, 0x7FFFFFFF, jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF))
+    best = jnp.max(key, axis=axis)
+    return lax.bitcast_convert_type(jnp.where(best >= 0, best, best ^ 0x7FFFFFFF), jnp.float32)
+""",
+    "nan_min": """def nan_min(x, axis):
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    key = jnp.where(x != x, -0x80000000, jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF))
+    best = jnp.min(key, axis=axis)
+    return lax.bitcast_convert_type(jnp.where(best >= 0, best, best ^ 0x7FFFFFFF), jnp.float32)
+""",
+}
+
+
+def buffers(program: t.TileProgram) -> tuple[list[str], list[str]]:
+    """The arrays a kernel reads and the arrays it writes, each once; one in both lists is aliased."""
+    read, written = [], []
+    for p in program.params:
+        if p.role != "Out" or p.layout.buffer != p.name:
+            read.append(p.layout.buffer)
+        if p.role != "In":
+            written.append(p.layout.buffer)
+    return list(dict.fromkeys(read)), list(dict.fromkeys(written))
+
+
+def kernel_name(program: t.TileProgram) -> str:
+    """The name of the emitted function."""
+    return f"{program.name}_kernel"
+
+
+class PallasPrinter(Printer):
+    """Loops, stores and helpers in Pallas."""
+
+    def helper(self, name: str) -> str:
+        """Note that a helper is needed."""
+        self.helpers.add(name)
+        return name
+
+    def loop(self, op: t.Loop, depth: int) -> list[str]:
+        pad, name = "    " * depth, f"{op.var.name}_body"
+        carried = ", ".join(c.name for c in op.carries)
+        lines = [f"{pad}def {name}(turn, carry):"]
+        lines.append(f"{pad}    {op.var.name} = turn * {op.step}" if op.step != 1 else f"{pad}    {op.var.name} = turn")
+        if carried:
+            lines.append(f"{pad}    {carried}{',' * (len(op.carries) == 1)} = carry")
+        lines += self.body(op.body, depth + 1)
+        yields = ", ".join(self.text(y) for y in op.yields)
+        lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
+        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else -(-op.stop // op.step)
+        inits = ", ".join(self.text(i) for i in op.inits)
+        outs = ", ".join(o.name for o in op.outs)
+        left = f"{outs}{',' * (len(op.outs) == 1)} = " if outs else ""
+        lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
+        return lines
+
+    def store(self, op: t.Store) -> str:
+        axes = self.store_axes(op)
+        written = self.program.param(op.tensor).layout.buffer
+        ref = f"{written}_out_ref" if written in buffers(self.program)[0] else f"{written}_ref"
+        value = self.block(op.value, axes)
+        mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""
+        return f"plt.store({ref}.at[{self.index(op, axes)}], {value}{mask})"
+
+    def block(self, value: t.Value, axes: tuple[str, ...]) -> str:
+        """A value as a full block over `axes`."""
+        if value.axes == axes:
+            return self.arg(value)
+        return f"jnp.broadcast_to({self.at(value, axes)}, {self.shape(axes)})"
+
+    def index(self, op, axes: tuple[str, ...]) -> str:
+        """One index per axis of the base array."""
+        layout = self.program.param(op.tensor).layout
+        texts = {axis: str(at) for axis, at in layout.fixed}
+        for v, axis, start, step in zip(op.index, layout.axes, layout.starts, layout.steps, strict=True):
+            text = "0" if v is None else self.at(v, axes)
+            if step != 1 and v is not None:
+                text = f"{text} * {step}"
+            texts[axis] = text if not start else str(start) if v is None else f"{text} + {start}"
+        return ", ".join(texts[axis] for axis in range(len(layout.base)))
+
+
+def _load(p: PallasPrinter, op: t.Load) -> str:
+    axes = op.out.axes
+    ref = f"{p.program.param(op.tensor).layout.buffer}_ref"
+    mask = f", mask={p.block(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""
+    return f"plt.load({ref}.at[{p.index(op, axes)}]{mask})"
+
+
+def _binary(p: PallasPrinter, op: t.Binary) -> str:
+    a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
+    if op.op in ("maximum", "minimum"):
+        name = p.helper(f"nan_{op.op}") if is_float(op.left.dtype) else f"jnp.{op.op}"
+        return f"{name}({a}, {b})"
+    text = BINARY[op.op].format(a=a, b=b)
+    if text.startswith("trunc"):
+        p.helper(text[: text.index("(")])
+    return text
+
+
+def _reduce(p: PallasPrinter, op: t.Reduce) -> str:
+    axis = op.value.axes.index(op.axis)
+    if op.op != "sum" and is_float(op.value.dtype):
+        return f"{p.helper(f'nan_{op.op}')}({p.arg(op.value)}, {axis})"
+    dtype = f", dtype={DTYPES[op.out.dtype]}" if op.op == "sum" else ""
+    return f"jnp.{op.op}({p.arg(op.value)}, axis={axis}{dtype})"
+
+
+def _dot(p: PallasPrinter, op: t.Dot) -> str:
+    m, n = op.out.axes
+    left = p.text(op.left) if op.left.axes == (m, op.axis) else f"{p.text(op.left)}.T"
+    right = p.text(op.right) if op.right.axes == (op.axis, n) else f"{p.text(op.right)}.T"
+    product = f'jnp.dot({left}, {right}, precision="highest", preferred_element_type=jnp.float32)'
+    return product if op.acc is None else f"{p.text(op.acc)} + {product}"
+
+
+def _index(p: PallasPrinter, op: t.Index) -> str:
+    start = p.text(op.start) if op.start is not None else ""
+    if not op.out.axes:
+        return start or "0"
+    lanes = f"jnp.arange({p.program.axis(op.axis).block}, dtype=jnp.int32)"
+    return f"({start} + {lanes})" if start else lanes
+
+
+def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
+    div, rem = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
+    return p.program_id(op.axis, "pl.program_id(0)", div, rem, lambda axis: blocks(p.program, axis, "0"))
+
+
+def _where(p: PallasPrinter, op: t.Where) -> str:
+    axes = op.out.axes
+    return f"jnp.where({p.at(op.condition, axes)}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
+
+
+def _const(p: PallasPrinter, op: t.Const) -> str:
+    plain = op.out.dtype in ("float32", "int32", "bool")
+    return number(op.value) if plain else f"{DTYPES[op.out.dtype]}({number(op.value)})"
+
+
+EXPRESSIONS = {
+    t.Const: _const,
+    t.Full: lambda p, op: f"jnp.full({p.shape(op.out.axes)}, {number(op.value)}, {DTYPES[op.out.dtype]})",
+    t.ProgramId: _program_id,
+    t.Extent: lambda p, op: extent_text(p.program, op.axis),
+    t.Index: _index,
+    t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
+    t.Load: _load,
+    t.Cast: lambda p, op: f"{p.text(op.value)}.astype({DTYPES[op.out.dtype]})",
+    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({p.arg(op.value)}, {DTYPES[op.out.dtype]})",
+    t.Unary: lambda p, op: UNARY[op.op].format(a=p.text(op.value), b=p.arg(op.value)),
+    t.Binary: _binary,
+    t.Where: _where,
+    t.Reduce: _reduce,
+    t.Scan: lambda p, op: f"lax.cumsum({p.text(op.value)}, axis={op.value.axes.index(op.axis)})",
+    t.Dot: _dot,
+}
+
+
+def emit(program: t.TileProgram) -> str:
+    """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`."""
+    printer = PallasPrinter(program, EXPRESSIONS)
+    body = printer.body(program.body, 1)
+    lines = [
+        *header(program, __version__),
+        "import jax.numpy as jnp",
+        "from jax import lax",
+        "from jax.experimental import pallas as pl",
+        "from jax.experimental.pallas import triton as plt",
+        "",
+    ]
+    for name in sorted(printer.helpers):
+        lines += ["", HELPERS[name]]
+    read, written = buffers(program)
+    refs = [f"{b}_ref" for b in read] + [f"{b}_out_ref" if b in read else f"{b}_ref" for b in written]
+    lines += ["", f"def {kernel_name(program)}({', '.join(refs)}):"]
+    return "\n".join([*lines, *body, ""])

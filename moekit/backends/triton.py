@@ -1,0 +1,210 @@
+"""TileProgram → Triton source: a table from operation to text. Needs neither triton nor torch to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekit import __version__
+from moekit.backends.printer import Printer, blocks, extent_text, header, number
+from moekit.compile import tile as t
+from moekit.compile.naming import identifier
+from moekit.lang.dtypes import is_float, itemsize
+
+DTYPES = {
+    "float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16", "int64": "tl.int64", "int32": "tl.int32",
+    "int16": "tl.int16", "int8": "tl.int8", "bool": "tl.int1",
+}  # fmt: skip
+
+BINARY = {
+    "add": "({a} + {b})", "sub": "({a} - {b})", "mul": "({a} * {b})", "div": "({a} / {b})",
+    "floordiv": "({a} // {b})", "rem": "({a} % {b})",
+    "and": "({a} & {b})", "or": "({a} | {b})", "xor": "({a} ^ {b})", "shl": "({a} << {b})", "shr": "({a} >> {b})",
+    "eq": "({a} == {b})", "ne": "({a} != {b})", "lt": "({a} < {b})", "le": "({a} <= {b})", "gt": "({a} > {b})",
+    "ge": "({a} >= {b})",
+}  # fmt: skip
+UNARY = {
+    "neg": "(-{a})", "not": "(~{a})", "exp": "tl.exp({b})", "log": "tl.log({b})", "sqrt": "tl.sqrt({b})",
+    "rsqrt": "tl.rsqrt({b})", "abs": "tl.abs({b})", "sigmoid": "tl.sigmoid({b})",
+}  # fmt: skip
+
+HELPERS = {
+    "nan_max": '''@triton.jit
+def nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "nan_min": '''@triton.jit
+def nan_min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+}
+
+
+def stride(tensor: str, axis: str) -> str:
+    """The name of a tensor's stride along an axis, in elements."""
+    return f"{tensor}_stride_{identifier(axis)}"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a kernel: a tensor's pointer, a dynamic axis's extent, or a stride in units of `unit` elements."""
+
+    name: str
+    kind: str
+    subject: str
+    dim: int = 0
+    unit: int = 1
+
+
+def arguments(program: t.TileProgram) -> tuple[Argument, ...]:
+    """The kernel's arguments in order: pointers, dynamic extents, then the strides that are not 1.
+
+    A stride known to be a multiple of 16 bytes is passed in units of 16 bytes: Triton reads the alignment off the
+    multiplication, where a hint on the argument itself is lost (seen with Triton 3.6).
+    """
+    args = [Argument(f"{p.name}_ptr", "pointer", p.name) for p in program.params]
+    args += [Argument(extent_text(program, a.name), "extent", a.name) for a in program.axes if a.extent is None]
+    for p in program.params:
+        for d, axis in enumerate(p.axes):
+            if axis is None or p.layout.strides[d] == "unit":
+                continue
+            unit = 16 // itemsize(p.dtype) if p.layout.strides[d] == "aligned" else 1
+            suffix = f"_by{unit}" if unit > 1 else ""
+            args.append(Argument(stride(p.name, axis) + suffix, "stride", p.name, d, unit))
+    return tuple(args)
+
+
+def kernel_name(program: t.TileProgram) -> str:
+    """The name of the emitted function."""
+    return f"{program.name}_kernel"
+
+
+class TritonPrinter(Printer):
+    """Loops and stores in Triton."""
+
+    def loop(self, op: t.Loop, depth: int) -> list[str]:
+        pad = "    " * depth
+        lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
+        stop = self.text(op.stop) if isinstance(op.stop, t.Value) else op.stop
+        lines.append(f"{pad}for {op.var.name} in range(0, {stop}, {op.step}):")
+        lines += self.body(op.body, depth + 1)
+        lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
+        self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
+        return lines
+
+    def store(self, op: t.Store) -> str:
+        axes = self.store_axes(op)
+        value = self.text(op.value) if op.value.axes == axes else f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
+        mask = f", mask={self.at(op.mask, axes)}" if op.mask is not None else ""
+        return f"tl.store({self.pointer(op, axes)}, {value if op.value.axes or not axes else self.text(op.value)}{mask})"
+
+    def pointer(self, op, axes: tuple[str, ...]) -> str:
+        """The block of addresses: the pointer and one term per dimension, in 64 bits where the operation says so."""
+        param = self.program.param(op.tensor)
+        terms = [f"{op.tensor}_ptr"]
+        for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.layout.strides, strict=True):
+            if v is None:
+                continue
+            index = self.at(v, axes)
+            if wide:
+                index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"
+            terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis)}")
+        return " + ".join(terms)
+
+
+def _load(p: TritonPrinter, op: t.Load) -> str:
+    axes = op.out.axes
+    mask = f", mask={p.at(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""
+    return f"tl.load({p.pointer(op, axes)}{mask})"
+
+
+def _binary(p: Printer, op: t.Binary) -> str:
+    a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
+    if op.op in ("maximum", "minimum"):
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(op.left.dtype) else ""
+        return f"tl.{op.op}({a}, {b}{nan})"
+    return BINARY[op.op].format(a=a, b=b)
+
+
+def _reduce(p: Printer, op: t.Reduce) -> str:
+    axis = op.value.axes.index(op.axis)
+    if op.op != "sum" and is_float(op.value.dtype):
+        p.helpers.add(f"nan_{op.op}")
+        return f"tl.reduce({p.arg(op.value)}, {axis}, nan_{op.op})"
+    return f"tl.{op.op}({p.arg(op.value)}, axis={axis})"
+
+
+def _dot(p: Printer, op: t.Dot) -> str:
+    m, n = op.out.axes
+    left = p.text(op.left) if op.left.axes == (m, op.axis) else f"tl.trans({p.text(op.left)})"
+    right = p.text(op.right) if op.right.axes == (op.axis, n) else f"tl.trans({p.text(op.right)})"
+    acc = f", {p.text(op.acc)}" if op.acc is not None else ""
+    return f'tl.dot({left}, {right}{acc}, input_precision="ieee")'
+
+
+def _index(p: Printer, op: t.Index) -> str:
+    start = p.text(op.start) if op.start is not None else ""
+    if not op.out.axes:
+        return start or "0"
+    lanes = f"tl.arange(0, {p.program.axis(op.axis).block})"
+    return f"({start} + {lanes})" if start else lanes
+
+
+def _program_id(p: Printer, op: t.ProgramId) -> str:
+    def count(axis: str) -> str:
+        return blocks(p.program, axis, f"tl.cdiv({extent_text(p.program, axis)}, {p.program.axis(axis).block})")
+
+    return p.program_id(op.axis, "tl.program_id(0)", "({} // {})", "{} % {}", count)
+
+
+def _where(p: Printer, op: t.Where) -> str:
+    axes = op.out.axes
+    return f"tl.where({p.at(op.condition, axes)}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
+
+
+EXPRESSIONS = {
+    t.Const: lambda p, op: number(op.value),
+    t.Full: lambda p, op: f"tl.full({p.shape(op.out.axes)}, {number(op.value)}, {DTYPES[op.out.dtype]})",
+    t.ProgramId: _program_id,
+    t.Extent: lambda p, op: extent_text(p.program, op.axis),
+    t.Index: _index,
+    t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
+    t.Load: _load,
+    t.Cast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})",
+    t.Bitcast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
+    t.Unary: lambda p, op: UNARY[op.op].format(a=p.text(op.value), b=p.arg(op.value)),
+    t.Binary: _binary,
+    t.Where: _where,
+    t.Reduce: _reduce,
+    t.Scan: lambda p, op: f"tl.cumsum({p.text(op.value)}, axis={op.value.axes.index(op.axis)})",
+    t.Dot: _dot,
+}
+
+
+def emit(program: t.TileProgram) -> str:
+    """The source of one kernel: imports, helpers it needs, and a `@triton.jit` function called `<name>_kernel`."""
+    printer = TritonPrinter(program, EXPRESSIONS)
+    args = arguments(program)
+    body = [*_alignment_hints(program), *printer.body(program.body, 1)]
+    fixed = [a.name for a in args if a.kind != "pointer"]
+    lines = [*header(program, __version__), "import triton", "import triton.language as tl", ""]
+    for name in sorted(printer.helpers):
+        lines += ["", HELPERS[name]]
+    lines += ["", f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit", f"def {kernel_name(program)}("]
+    lines += _wrapped([a.name for a in args])
+    return "\n".join([*lines, "):", *body, ""])
+
+
+def _wrapped(names: list[str]) -> list[str]:
+    lines, row = [], "   "
+    for name in names:
+        if len(row) + len(name) > 110:
+            lines.append(row)
+            row = "   "
+        row += f" {name},"
+    return [*lines, row]
+
+
+def _alignment_hints(program: t.TileProgram) -> list[str]:
+    """Strides in elements, from those that came in units of 16 bytes."""
+    scaled = [a for a in arguments(program) if a.unit > 1]
+    return [f"    {stride(a.subject, program.param(a.subject).axes[a.dim])} = {a.name} * {a.unit}" for a in scaled]

@@ -1,0 +1,5 @@
+"""`python -m moekit.cli` is `moekit`."""
+
+from moekit.cli import main
+
+main()

@@ -1,0 +1,53 @@
+"""The group of commands, and how an error becomes one sentence and an exit code."""
+
+from typing import Any
+
+import click
+
+from moekit import __version__
+from moekit.cli.decode import decode
+from moekit.cli.doctor import doctor
+from moekit.cli.fusions import list_fusions
+from moekit.cli.show import show
+from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
+
+FAILED, USAGE, UNAVAILABLE = 1, 2, 3
+
+
+class Failure(click.ClickException):
+    """One of moekit's own errors: its sentence on stderr, no stack trace."""
+
+    def __init__(self, error: MoekitError):
+        super().__init__(str(error))
+        self.exit_code = exit_code(error)
+
+
+def exit_code(error: MoekitError) -> int:
+    """1 for a failure, 2 for what was asked wrongly, 3 for an implementation that cannot serve here."""
+    if isinstance(error, UnavailableError):
+        return UNAVAILABLE
+    return USAGE if isinstance(error, (ShapeError, DtypeError, ScheduleError)) else FAILED
+
+
+class Commands(click.Group):
+    """A group whose commands may raise MoekitError."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; moekit's errors leave as click's."""
+        try:
+            return super().invoke(ctx)
+        except MoekitError as error:
+            raise Failure(error) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moekit")
+def cli() -> None:
+    """Mixture-of-Experts fusions, declared once and run everywhere.
+
+    Exit codes: 0 done, 1 failed, 2 asked wrongly, 3 not available here.
+    """
+
+
+for _command in (decode, list_fusions, show, doctor):
+    cli.add_command(_command)

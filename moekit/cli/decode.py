@@ -1,0 +1,233 @@
+"""`moekit decode`: greedy decoding with a Qwen3-Next checkpoint, sharded, with both kinds of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moekit.cli.output import console, notes, print_json, table
+from moekit.cli.platform import installed, prepare_jax
+from moekit.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from moekit.cli.run import Difference
+    from moekit.models.qwen3next import Config, Generation
+
+BATCH, PROMPT_LENGTH, NEW_TOKENS = 2, 8, 16
+OTHER = {"pallas": "xla", "xla": "pallas"}
+
+
+def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[list[int]]:
+    """Token ids from "1,2,3"; spaces will do too."""
+    prompts = []
+    for text in values:
+        try:
+            prompts.append([int(word) for word in text.replace(",", " ").split()])
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3") from None
+        if not prompts[-1]:
+            raise click.BadParameter("a prompt needs at least one token id")
+    return prompts
+
+
+@click.command()
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A Hugging Face Qwen3-Next checkpoint. Without it a tiny random one is written to the cache directory.",
+)
+@click.option("--prompt-ids", multiple=True, callback=parse_ids, help='A prompt, "1,2,3"; may be repeated.')
+@click.option("--batch", type=click.IntRange(1), help=f"How many random prompts (default {BATCH}).")
+@click.option("--prompt-len", type=click.IntRange(1), help=f"Tokens of each (default {PROMPT_LENGTH}).")
+@click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode.")
+@click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
+@click.option("--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def decode(
+    checkpoint: Path | None,
+    prompt_ids: list[list[int]],
+    batch: int | None,
+    prompt_len: int | None,
+    new_tokens: int,
+    tp: int | None,
+    dtype: str | None,
+    kernels: str,
+    as_json: bool,
+) -> None:
+    """Decode greedily with a Qwen3-Next checkpoint, tensor parallel.
+
+    Runs twice, with Pallas kernels and with XLA's, and compares the tokens: exit code 1 if they differ. Without a GPU, 8
+    virtual CPU devices share the model and the kernels run in interpret mode.
+    """
+    if prompt_ids and (batch or prompt_len):
+        raise click.UsageError("--prompt-ids says the prompts; --batch and --prompt-len make random ones: give one or the other")
+    for needed in ("jax", "safetensors"):
+        if not installed(needed):
+            raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
+    prepare_jax()
+    from moekit.cli import run
+    from moekit.models.qwen3next import Config, load
+
+    directory = checkpoint or run.tiny_checkpoint()
+    config = Config.from_json(directory)
+    tp = _checked_tp(config, tp)
+    prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
+    _check_prompts(config, prompts)
+
+    with _bar(f"loading {directory.name}") as advance:
+        model = load(directory, run.mesh_of(tp), dtype, progress=advance)
+    runs: dict[str, Generation] = {}
+    for which in (kernels, OTHER[kernels]):
+        with _bar(f"decoding with {which}") as advance:
+            runs[which] = run.run(model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total))
+    found = run.difference(runs["pallas"], runs["xla"])
+    report = {
+        **_setting(directory, checkpoint is None, config, model),
+        "kernels": kernels,
+        "prompts": [list(p) for p in prompts],
+        "tokens": [list(t) for t in runs[kernels].tokens],
+        "timing": {which: _timing(generation) for which, generation in runs.items()},
+        "served": run.served(model, len(prompts), kernels),
+        "agreement": _agreement(found),
+    }
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+    if found:
+        raise click.exceptions.Exit(1)
+
+
+def _checked_tp(config: Config, tp: int | None) -> int:
+    """The number of ranks: what was asked for if this machine and this model allow it, else the most they allow."""
+    import jax
+
+    from moekit.cli.run import largest_tp
+    from moekit.models.qwen3next import ConfigError
+    from moekit.models.qwen3next.config import check_tensor_parallel
+
+    devices = jax.devices()
+    if tp is None:
+        return largest_tp(config, len(devices))
+    if tp > len(devices):
+        raise click.BadParameter(f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp")
+    try:
+        check_tensor_parallel(config, tp)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), param_hint="--tp") from None
+    return tp
+
+
+def _check_prompts(config: Config, prompts: list[list[int]]) -> None:
+    for prompt in prompts:
+        for token in prompt:
+            if not 0 <= token < config.vocab_size:
+                raise click.BadParameter(
+                    f"{token} is no token id; the model has {config.vocab_size}, from 0", param_hint="--prompt-ids"
+                )
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; what it yields is called with how much is done and of how much."""
+    columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=notes()) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "checkpoint": str(directory),
+        "random": tiny,
+        "layers": config.num_layers,
+        "dtype": str(model.dtype),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": len(jax.devices()),
+        "tp": model.tp,
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def _timing(generation: Generation) -> dict[str, float | int]:
+    return {
+        "prefill_seconds": generation.prefill_seconds,
+        "first_step_seconds": generation.first_step_seconds,
+        "steady_steps": generation.steady_steps,
+        "steady_seconds": generation.steady_seconds,
+        "steady_tokens_per_second": generation.steady_tokens_per_second,
+    }
+
+
+def _agreement(found: Difference | None) -> dict[str, Any]:
+    if found is None:
+        return {"equal": True}
+    pallas, xla = found.tokens
+    return {"equal": False, "sequence": found.sequence, "position": found.position, "pallas": pallas, "xla": xla}
+
+
+def _show(report: dict[str, Any]) -> None:
+    out = console()
+    kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
+    out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
+    virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
+    out.print(
+        f"{report['layers']} layers, {report['dtype']}, tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",
+        soft_wrap=True,
+        markup=False,
+    )
+    out.print()
+    for prompt, tokens in zip(report["prompts"], report["tokens"], strict=True):
+        out.print(f"[dim]{_ids(prompt)} →[/dim] [bold]{_ids(tokens)}[/bold]", soft_wrap=True)
+    out.print()
+    out.print(_timing_table(report["timing"]))
+    out.print(_served_table(report["served"], report["kernels"]))
+    _show_agreement(report["agreement"], len(report["tokens"]), report["timing"])
+
+
+def _ids(ids: list[int]) -> str:
+    shown = " ".join(map(str, ids[:32]))
+    return f"{shown} … ({len(ids)})" if len(ids) > 32 else shown
+
+
+def _timing_table(timing: dict[str, dict[str, float]]) -> Any:
+    made = table("kernels", "prefill, first call", "decode, first call", "decode, steady")
+    for which, t in timing.items():
+        steady = "–"
+        if t["steady_steps"]:
+            each = 1e3 * t["steady_seconds"] / t["steady_steps"]
+            steady = f"{t['steady_tokens_per_second']:.1f} tokens/s ({each:.1f} ms a step)"
+        first = f"{t['first_step_seconds']:.2f} s" if t["first_step_seconds"] else "–"
+        made.add_row(which, f"{t['prefill_seconds']:.2f} s", first, steady)
+    return made
+
+
+def _served_table(served: dict[str, dict[str, Any]], kernels: str) -> Any:
+    made = table("fusion", "served by", "kernels in a step", title=f"\n--kernels {kernels}")
+    for name, how in served.items():
+        made.add_row(name, how["implementation"], str(how["kernels"]) if how["kernels"] else "–")
+    return made
+
+
+def _show_agreement(agreement: dict[str, Any], sequences: int, timing: dict[str, Any]) -> None:
+    out = console()
+    out.print()
+    if agreement["equal"]:
+        steps = 1 + max((t["steady_steps"] + (t["first_step_seconds"] > 0) for t in timing.values()), default=0)
+        out.print(f"[green]pallas and xla agree[/green]: {sequences} × {steps} tokens, all equal")
+        return
+    out.print(
+        f"[red]pallas and xla disagree[/red]: sequence {agreement['sequence']}, new token {agreement['position']} is "
+        f"{agreement['pallas']} with pallas and {agreement['xla']} with xla",
+        soft_wrap=True,
+    )

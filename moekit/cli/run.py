@@ -1,0 +1,144 @@
+"""The work behind `moekit decode`: a checkpoint, a mesh, two runs and what served them. It imports jax."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import platformdirs
+from jax.sharding import Mesh
+
+from moekit import __version__
+from moekit.models.qwen3next import (
+    TINY,
+    Config,
+    ConfigError,
+    Generation,
+    Model,
+    Progress,
+    greedy_step,
+    prefill,
+    unpack_gates,
+    write_random_checkpoint,
+)
+from moekit.models.qwen3next.config import check_tensor_parallel
+from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate
+from moekit.models.qwen3next.kernels import FUSIONS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part: the sequence, the position among its new tokens, and the token of each."""
+
+    sequence: int
+    position: int
+    tokens: tuple[int, int]
+
+
+def tiny_checkpoint() -> Path:
+    """The tiny random checkpoint in the user's cache directory, written if it is not there yet."""
+    key = hashlib.sha256(repr((__version__, TINY)).encode()).hexdigest()[:8]
+    cache = Path(platformdirs.user_cache_dir("moekit"))
+    directory = cache / f"qwen3-next-tiny-{key}"
+    if not directory.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            written = write_random_checkpoint(Path(scratch) / directory.name)
+            try:
+                os.rename(written, directory)  # whole or not at all, also when two commands start at once
+            except OSError:
+                if not directory.is_dir():
+                    raise
+    return directory
+
+
+def serves(config: Config, tp: int) -> bool:
+    """Whether the model can be shared by `tp` ranks."""
+    try:
+        check_tensor_parallel(config, tp)
+    except ConfigError:
+        return False
+    return True
+
+
+def largest_tp(config: Config, devices: int) -> int:
+    """The most ranks, of `devices`, that the model can be shared by."""
+    return max(tp for tp in range(1, devices + 1) if serves(config, tp))
+
+
+def mesh_of(tp: int) -> Mesh:
+    """The first `tp` devices as the axis that the model is cut over."""
+    return Mesh(np.array(jax.devices()[:tp]), ("tp",))
+
+
+def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
+    """`batch` prompts of `length` token ids; the same ones every time."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length)).tolist()
+
+
+def run(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    kernels: str,
+    progress: Callable[[Progress], None],
+) -> Generation:
+    """Decode with one kind of kernels."""
+    return generate(model, prompts, max_new_tokens=new_tokens, kernels=kernels, progress=progress)
+
+
+def difference(a: Generation, b: Generation) -> Difference | None:
+    """The first place where two runs of the same prompts chose different tokens."""
+    for i, (left, right) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+        for j, pair in enumerate(zip(left, right, strict=True)):
+            if pair[0] != pair[1]:
+                return Difference(i, j, pair)
+    return None
+
+
+def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
+    """For each fusion how many kernels of it one decode step calls, read off the step as jax traced it.
+
+    A fusion of which the step calls no kernel is served by array evaluation; the gate, then, is three products.
+    """
+    calls = _kernel_calls(model if kernels == "pallas" else unpack_gates(model), batch, kernels)
+    compiled = "pallas" if jax.default_backend() == "gpu" else "pallas, interpreted"
+    return {name: {"implementation": compiled if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
+
+
+def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
+    """Pallas calls of a traced decode step, by the fusion that each kernel is named after."""
+    ids = jax.ShapeDtypeStruct((batch, PROMPT_BUCKET), np.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), np.int32)
+    _, cache = jax.eval_shape(
+        lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths
+    )
+    step = greedy_step.trace(model, lengths, cache, kernels=kernels)
+    names = [name for name in _pallas_names(step.jaxpr.jaxpr)]
+    longest_first = sorted(FUSIONS, key=len, reverse=True)
+    return Counter(next((f for f in longest_first if f in name), name) for name in names)
+
+
+def _pallas_names(jaxpr: Any) -> list[str]:
+    """The kernel name of every pallas_call in a jaxpr and in those inside it."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(str(eqn.params["name"] or eqn.params["debug_info"]))
+            continue
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                found += _pallas_names(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")

@@ -1,0 +1,305 @@
+"""How an error passes through each operation of the language: one rule per op of the Graph, as a table.
+
+A rule takes the evaluation, the node and the bounds of its operands, and returns the bound of the result. Arrays have a
+dimension for every axis of the graph, of size 1 where they do not vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moekit.lang.dtypes import is_float, numpy_dtype, round_to
+from moekit.lang.graph import COMPARE, Along, Node
+
+UNIT = 2.0**-24  # half an ulp of float32, relative
+TINY = 2.0**-126  # its smallest normal number: anything smaller may read as zero
+REACH = 8.0  # how many times the estimated noise may carry a value over a tie
+
+# own error of one operation, in UNITs of its result; room for what GPUs approximate (division, ex2, lg2)
+OWN = {"add": 1, "sub": 1, "mul": 1, "div": 4, "sqrt": 4, "rsqrt": 4, "log": 4}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A value with its errors, in arrays that broadcast together; `exact` is None where bits are not determined.
+
+    `product` says that a compiler may fuse the value into an addition. An infinite error: nothing is known of the value,
+    as float32 overflowed on the way.
+    """
+
+    value: np.ndarray
+    noise: np.ndarray
+    flips: np.ndarray
+    exact: np.ndarray | None = None
+    product: bool = False
+
+    def error(self, constant: float = 1.0) -> np.ndarray:
+        """The total for a given constant."""
+        return constant * self.noise + self.flips
+
+    def each(self, f: Callable) -> Bound:
+        """`f` applied to every array."""
+        exact = None if self.exact is None else f(self.exact)
+        return Bound(f(self.value), f(self.noise), f(self.flips), exact, self.product)
+
+
+def _made(value, parts, own, exact=None, product=False) -> Bound:
+    """A float32 result from `parts` = (|∂f/∂x|, bound of x) and its own error in UNITs."""
+    noise = own * UNIT * np.abs(value) + (TINY if np.any(own) else 0.0)
+    flips = np.zeros(())
+    for slope, part in parts:
+        noise = noise + _times(slope, part.noise)
+        flips = flips + _times(slope, part.flips)
+    noise, flips = np.broadcast_arrays(noise, flips)
+    return (Bound(np.asarray(value), noise, flips, exact, product))
+
+
+def _times(slope, error):
+    """slope·error where no error is no error, however steep."""
+    return np.where(error == 0, 0.0, slope * error)
+
+
+def _known(*args: Bound) -> bool:
+    return all(a.exact is not None for a in args)
+
+
+def _read(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    array = ev.inputs[node.attr("tensor")]
+    index, keep = [], np.ones((1,) * len(ev.order), bool)
+    for dim, entry in enumerate(node.attr("index")):
+        if isinstance(entry, Along):
+            steps = np.arange(ev.sizes[entry.axis]) if entry.axis else np.zeros(1, np.int64)
+            at = entry.start + entry.step * steps
+            at = ev.full(at, (entry.axis,)) if entry.axis else at.reshape((1,) * len(ev.order))
+        else:
+            at = args[entry.operand].value.astype(np.int64)
+            keep = keep & (at >= 0) & (at < array.shape[dim])
+            at = np.clip(at, 0, max(0, array.shape[dim] - 1))
+        index.append(at)
+    shape = np.broadcast_shapes(keep.shape, *(i.shape for i in index))
+    got = np.zeros(shape, array.dtype) if 0 in array.shape else np.broadcast_to(array[tuple(index)], shape)
+    got = np.where(keep, got, np.zeros((), array.dtype))
+    zero = np.zeros(got.shape)
+    if not is_float(node.dtype):
+        return Bound(got, zero, zero, got)
+    got = got.astype(np.float64)
+    return Bound(got, zero, np.where(np.abs(got) < TINY, np.abs(got), 0.0), got)
+
+
+def _iota(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    index = node.attr("index")
+    return _integer(ev.full((index.start + index.step * np.arange(ev.sizes[index.axis])).astype(np.int32), (index.axis,)))
+
+
+def _integer(value: np.ndarray, *args: Bound) -> Bound:
+    """An integer result; errors ride along, so that a float read as bits and back keeps its own."""
+    noise = np.maximum.reduce(np.broadcast_arrays(np.zeros(()), *(a.noise for a in args)))
+    flips = np.maximum.reduce(np.broadcast_arrays(np.zeros(()), *(a.flips for a in args)))
+    exact = value if _known(*args) else None
+    return Bound(np.asarray(value), np.broadcast_to(noise, np.shape(value)), np.broadcast_to(flips, np.shape(value)), exact)
+
+
+def _const(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    value = np.full((1,) * len(ev.order), node.attr("value"), numpy_dtype(node.dtype))
+    if not is_float(node.dtype):
+        return _integer(value)
+    exact = value.astype(np.float64)
+    declared = np.full(value.shape, float(node.attr("value")))
+    return Bound(declared, np.abs(exact - declared), np.zeros(value.shape), exact)
+
+
+def _binary(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    a, b = args
+    if node.op in COMPARE:
+        return _integer(np.asarray(FLOAT[node.op](a.value, b.value)))
+    if not is_float(node.dtype):
+        return _integer(INTEGER[node.op](a.value, b.value).astype(numpy_dtype(node.dtype)), a, b)
+    value = FLOAT[node.op](a.value, b.value)
+    if node.op in ("maximum", "minimum"):
+        pick = FLOAT[node.op](a.value, b.value) == a.value
+        exact = FLOAT[node.op](a.exact, b.exact) if _known(a, b) else None
+        merged = Bound(value, np.maximum(a.noise, b.noise), np.maximum(a.flips, b.flips), exact, a.product or b.product)
+        clear = np.abs(a.value - b.value) > REACH * (a.noise + b.noise) + a.flips + b.flips
+        return replace(
+            merged,
+            noise=np.where(clear, np.where(pick, a.noise, b.noise), merged.noise),
+            flips=np.where(clear, np.where(pick, a.flips, b.flips), merged.flips),
+        )
+    exact = None
+    if _known(a, b) and node.op in ("add", "sub", "mul") and (node.op == "mul" or not (a.product or b.product)):
+        exact = round_to(FLOAT[node.op](a.exact, b.exact), "float32")
+    slopes = {
+        "add": lambda: (1.0, 1.0),
+        "sub": lambda: (1.0, 1.0),
+        "mul": lambda: (np.abs(b.value) + b.noise, np.abs(a.value)),
+        "div": lambda: (1 / np.abs(b.value), np.abs(value / b.value)),
+    }[node.op]()
+    return _made(value, zip(slopes, args, strict=True), OWN[node.op], exact, node.op == "mul")
+
+
+def _unary(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    (x,) = args
+    if not is_float(node.dtype):
+        return _integer({"not": np.invert, "neg": np.negative, "abs": np.abs}[node.op](x.value), x)
+    if node.op in ("neg", "abs"):
+        f = np.negative if node.op == "neg" else np.abs
+        return Bound(f(x.value), x.noise, x.flips, f(x.exact) if _known(x) else None, x.product)
+    v = UNARY[node.op](x.value)
+    slope, own = {
+        "exp": lambda: (v, 4 + np.abs(np.nan_to_num(x.value, nan=0.0, posinf=0.0, neginf=0.0))),
+        "log": lambda: (1 / np.abs(x.value), OWN["log"]),
+        "sqrt": lambda: (0.5 / v, OWN["sqrt"]),
+        "rsqrt": lambda: (0.5 * v / np.abs(x.value), OWN["rsqrt"]),
+        "sigmoid": lambda: (v * (1 - v), 6 + (4 + np.minimum(np.abs(x.value), 128)) * (1 - v)),
+    }[node.op]()
+    return _made(v, [(np.nan_to_num(slope, nan=0.0, posinf=np.inf), x)], own)
+
+
+def _cast(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound, Bound]:
+    """A widening cast is nothing; a narrowing one returns the bound before it (for an output) and after it."""
+    (x,) = args
+    source = x.value.dtype
+    if node.dtype == "bool" or (not is_float(node.dtype) and source.kind != "f"):
+        return _integer(x.value.astype(numpy_dtype(node.dtype)), x)
+    if not is_float(node.dtype):
+        return _integer(np.nan_to_num(x.value, nan=0.0).astype(numpy_dtype(node.dtype)))
+    if source.kind != "f":
+        value = x.value.astype(np.float64)
+        exact = round_to(value, node.dtype)
+        return Bound(value, np.abs(exact - value), np.zeros(value.shape), exact)
+    if node.dtype == "float32":
+        return replace(x, product=x.product)
+    exact = round_to(x.exact, node.dtype) if _known(x) else None
+    value, reach = round_to(x.value, node.dtype), REACH * x.noise + x.flips
+    if exact is not None:
+        flips = np.where(exact == value, 0.0, np.abs(exact - value))
+    else:
+        ends = (round_to(x.value + reach, node.dtype), round_to(x.value - reach, node.dtype))
+        flips = np.maximum(*(np.where(e == value, 0.0, np.abs(e - value)) for e in ends))
+    after = (Bound(value, np.zeros(value.shape), np.broadcast_to(flips, value.shape), exact))
+    return replace(x, exact=exact), after
+
+
+def _bitcast(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    (x,) = args
+    if x.value.dtype.kind == "f":
+        return _integer(x.value.astype(numpy_dtype(_source(ev, node))).view(numpy_dtype(node.dtype)), x)
+    value = np.ascontiguousarray(x.value).view(numpy_dtype(node.dtype))
+    if not is_float(node.dtype):
+        return _integer(value, x)
+    value = value.astype(np.float64)
+    return Bound(value, x.noise, x.flips, value if _known(x) else None)
+
+
+def _source(ev: _Evaluation, node: Node) -> str:
+    return ev.graph.nodes[node.args[0]].dtype
+
+
+def _where(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    c, a, b = args
+    pick = lambda x, y: np.where(c.value, x, y)  # noqa: E731
+    exact = pick(a.exact, b.exact) if _known(a, b) else None
+    return Bound(pick(a.value, b.value), pick(a.noise, b.noise), pick(a.flips, b.flips), exact, a.product or b.product)
+
+
+def _reduce(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    axis = ev.order[node.attr("axis")]
+    x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
+    f = {"sum": np.sum, "max": np.max, "min": np.min}[node.attr("kind")]
+    if not is_float(node.dtype):
+        return _integer(f(x.value, axis=axis, keepdims=True).astype(numpy_dtype(node.dtype)), _worst(x, axis))
+    if node.attr("kind") != "sum":
+        worst = _worst(x, axis)
+        exact = f(x.exact, axis=axis, keepdims=True) if _known(x) else None
+        return (replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact))
+    total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
+    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + TINY
+    return Bound(total(x.value), total(x.noise) + own, total(x.flips))
+
+
+def _worst(x: Bound, axis: int) -> Bound:
+    top = lambda v: np.max(v, axis=axis, keepdims=True, initial=0.0)  # noqa: E731
+    return Bound(x.value, top(x.noise), top(x.flips), x.exact)
+
+
+def _growth(n: int) -> float:
+    """UNITs of Σ|x| that a sum of n terms may lose: the depth of a tree of additions."""
+    return 1 + np.log2(max(1, n))
+
+
+def _cumsum(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    axis = ev.order[node.attr("axis")]
+    x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
+    run = lambda v: np.cumsum(v, axis=axis)  # noqa: E731
+    if not is_float(node.dtype):
+        return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
+    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * run(np.abs(x.value)) + TINY
+    return (Bound(run(x.value), run(x.noise) + own, run(x.flips)))
+
+
+def _contract(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    axis = ev.order[node.attr("axis")]
+    a, b = (x.each(lambda v: ev.broadcast(v, node.attr("axis"))) for x in args)
+    dot = lambda u, v: _dot(u, v, axis)  # noqa: E731
+    size_a, size_b = np.abs(a.value), np.abs(b.value)
+    value = dot(a.value, b.value)
+    noise = dot(a.noise, size_b) + dot(size_a, b.noise)
+    noise = noise + UNIT * _growth(ev.sizes[node.attr("axis")]) * dot(size_a, size_b) + TINY
+    return (Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips)))
+
+
+def _dot(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:
+    """Σ over dimension `axis` of u·v with numpy's broadcasting of the others."""
+    letters = list(range(u.ndim))
+    kept_u = [i for i in letters if u.shape[i] != 1 or i == axis]
+    kept_v = [i for i in letters if v.shape[i] != 1 or i == axis]
+    out = sorted((set(kept_u) | set(kept_v)) - {axis})
+    shape_u, shape_v = ([x.shape[i] for i in kept] for x, kept in ((u, kept_u), (v, kept_v)))
+    product = np.einsum(u.reshape(shape_u), kept_u, v.reshape(shape_v), kept_v, out, optimize=True)
+    shape = [1] * u.ndim
+    for i in out:
+        shape[i] = max(u.shape[i], v.shape[i]) if 0 not in (u.shape[i], v.shape[i]) else 0
+    return product.reshape(shape)
+
+
+def _top_k(ev: _Evaluation, node: Node, args: list[Bound]) -> Bound:
+    axis, into = ev.order[node.attr("axis")], ev.order[node.attr("into")]
+    keys = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
+    ids = np.argsort(-keys.value.astype(np.int64), axis=axis, kind="stable")
+    ids = np.take(ids, np.arange(node.attr("k")), axis=axis)
+    take = lambda v: np.swapaxes(np.take_along_axis(v, ids, axis), axis, into)  # noqa: E731
+    if node.attr("part") == "ids":
+        return _integer(np.swapaxes(ids, axis, into).astype(np.int32))
+    return keys.each(take)
+
+
+def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    safe = np.where(b == 0, 1, b)
+    return np.where(b == 0, 0, np.abs(a) // np.abs(safe) * np.sign(a) * np.sign(safe))
+
+
+FLOAT = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide,
+    "maximum": np.maximum, "minimum": np.minimum,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+INTEGER = FLOAT | {
+    "floordiv": _divided, "rem": lambda a, b: a - _divided(a, b) * b,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift,
+}  # fmt: skip
+UNARY = {
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}  # fmt: skip
+RULES: dict[str, Callable] = {
+    "read": _read, "iota": _iota, "const": _const,
+    "extent": lambda ev, node, args: _integer(np.full((1,) * len(ev.order), ev.sizes[node.attr("axis")], np.int32)),
+    "cast": _cast, "bitcast": _bitcast, "where": _where,
+    "reduce": _reduce, "cumsum": _cumsum, "contract": _contract, "top_k": _top_k,
+    **dict.fromkeys(("neg", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "not"), _unary),
+    **dict.fromkeys((*INTEGER,), _binary),
+}  # fmt: skip
