@@ -79,13 +79,13 @@ def _gathered(
 ) -> jax.Array:
     both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
     active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
-    rows = jnp.take(down, ids, axis=0, mode="clip").astype(jnp.float32)
     # Sums of products, not a dot: XLA then adds the rows up while it gathers them, and stores none. For that it
-    # wants the sum over all rows at once if there is one token, and expert by expert if there are more.
-    products = active[..., None].astype(jnp.float32) * rows
+    # wants one sum over all rows if there is one token, and a sum for each of a flat list of rows if there are more.
     if x.shape[0] == 1:
-        return jnp.sum(products, axis=(1, 2))
-    each = jnp.sum(products.reshape(-1, *products.shape[2:]), axis=1)
+        rows = jnp.take(down, ids, axis=0, mode="clip").astype(jnp.float32)
+        return jnp.sum(active[..., None].astype(jnp.float32) * rows, axis=(1, 2))
+    rows = jnp.take(down, ids.reshape(-1), axis=0, mode="clip").astype(jnp.float32)
+    each = jnp.sum(active.reshape(ids.size, -1, 1).astype(jnp.float32) * rows, axis=1)
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 
 
