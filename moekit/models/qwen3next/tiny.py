@@ -47,7 +47,7 @@ def write_random_checkpoint(
 
     The weights are scaled so that every part of a layer changes the logits and greedy tokens vary. files: how
     many safetensors files to spread them over; more than one writes an index as well. A_log and dt_bias are
-    float32.
+    float32, of values that `dtype` holds.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -69,7 +69,8 @@ def random_tensors(config: Config, seed: int, dtype: str) -> Iterator[tuple[str,
     narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     for name, shape in checkpoint_shapes(config).items():
         value = _random(rng, name, shape)
-        yield name, value if name.endswith(("A_log", "dt_bias")) else value.astype(narrow)
+        value = value.astype(narrow)
+        yield name, value.astype(np.float32) if name.endswith(("A_log", "dt_bias")) else value
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
