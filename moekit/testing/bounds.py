@@ -1,17 +1,19 @@
-"""A forward error bound for any declaration: its Graph evaluated in float64, with an error carried beside each value.
+"""A forward error bound for any declaration: its Graph evaluated in float64, with an error carried beside
+each value.
 
 Each node has a value and two errors, both propagated to first order by |∂f/∂x| (`moekit.testing.propagate`):
 
 - `noise`: what float32 arithmetic adds, in units that the constants of `moekit.testing.constants` multiply;
-- `flips`: what a rounding point (a narrowing cast inside the declaration) adds where noise may carry a value over a
-  tie, or where a subnormal may read as zero. Away from ties a rounding point removes all noise, so that a missing one
-  is seen.
+- `flips`: what a rounding point (a narrowing cast inside the declaration) adds where noise may carry a value
+  over a tie, or where a subnormal may read as zero. Away from ties a rounding point removes all noise, so
+  that a missing one is seen.
 
-`exact` is the value that IEEE float32 arithmetic must give bit for bit, as long as only correctly rounded operations
-that no compiler may fuse lie behind it: a rounded residual stays exact, which float64 rounded once would not be.
+`exact` is the value that IEEE float32 arithmetic must give bit for bit, as long as only correctly rounded
+operations that no compiler may fuse lie behind it: a rounded residual stays exact, which float64 rounded once
+would not be.
 
-Comparisons, `where`, gathers, `top_k` and everything on integers are selections: made on the float64 values, and taken
-to fall the same way in float32.
+Comparisons, `where`, gathers, `top_k` and everything on integers are selections: made on the float64 values,
+and taken to fall the same way in float32.
 """
 
 from __future__ import annotations
@@ -38,14 +40,18 @@ def bounds(
     return graph_bounds(fusion.trace(binding), inputs, dict(binding.sizes))
 
 
-def graph_bounds(graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, Bound]:
+def graph_bounds(
+    graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]
+) -> dict[str, Bound]:
     """The bound of every output of a traced graph; `sizes` gives the dynamic axes."""
     with np.errstate(all="ignore"):
         return _Evaluation(graph, inputs, sizes).outputs()
 
 
 class _Evaluation:
-    """One evaluation. Every array has a dimension for each axis of the graph, of size 1 where it does not vary."""
+    """One evaluation. Every array has a dimension for each axis of the graph, of size 1 where it does not
+    vary.
+    """
 
     def __init__(self, graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]):
         self.graph, self.inputs = graph, inputs
@@ -68,7 +74,7 @@ class _Evaluation:
     def _lost(self, node: Node, args: list[Bound]) -> np.ndarray:
         """Where an operand, or one it is added up with, is unknown."""
         lost = np.zeros((1,) * len(self.order), bool)
-        for a in args:
+        for a in args[:1] if node.op == "pick" else args:
             lost = lost | np.isinf(a.noise)
         if node.op in ("reduce", "contract", "cumsum", "top_k"):
             lost = lost.any(axis=self.order[node.attr("axis")], keepdims=True)
@@ -130,7 +136,9 @@ def _finite(b: Bound) -> Bound:
 
 
 def _settled(b: Bound, lost: np.ndarray) -> Bound:
-    """Errors made usable: infinite where nothing is known, zero for an infinity or NaN that the mathematics has."""
+    """Errors made usable: infinite where nothing is known, zero for an infinity or NaN that the mathematics
+    has.
+    """
     proper = ~np.isfinite(b.value)
     noise, flips = np.broadcast_to(b.noise, b.value.shape), np.broadcast_to(b.flips, b.value.shape)
     total = np.abs(b.value) + noise + flips

@@ -1,7 +1,9 @@
-"""The constants of the numerics contract, in one place: by how much float32 noise may exceed its first-order estimate.
+"""The constants of the numerics contract, in one place: by how much float32 noise may exceed its first-order
+estimate.
 
-`moekit.testing.bounds` estimates for every output the noise of one float32 evaluation; an implementation may be off by
-the constant times that. A constant stands no higher than four times the worst ratio seen in a campaign on any device.
+`moekit.testing.bounds` estimates for every output the noise of one float32 evaluation; an implementation may
+be off by the constant times that. A constant stands no higher than four times the worst ratio seen in a
+campaign on any device.
 """
 
 DEFAULT = 4.0

@@ -1,0 +1,123 @@
+"""Comparing what an implementation returned with the fusion's float64 reference, within its error bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, round_to
+from moekit.lang.fusion import Fusion
+from moekit.testing.bounds import graph_bounds
+from moekit.testing.constants import constant
+from moekit.testing.propagate import Bound
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison: one sentence per problem (none: all is well), and the worst ratio per
+    output.
+
+    A ratio is the error beyond rounding, in units of the estimated noise: what the constant must be at least.
+    """
+
+    problems: tuple[str, ...]
+    ratios: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio of any output."""
+        return max(self.ratios.values(), default=0.0)
+
+    def check(self) -> None:
+        """Raise AssertionError with every problem, if there is one."""
+        if self.problems:
+            raise AssertionError("\n".join(self.problems))
+
+
+def compare(
+    fusion: Fusion,
+    outputs: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    params: Mapping[str, object] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Comparison:
+    """Hold `outputs` to the reference of `fusion` on `inputs` (their values before any update in place).
+
+    Integers are equal. NaN matches NaN. A float lies between the reference's value less its error and more
+    its error, both ends rounded to the output's dtype, so that overflow to infinity counts where rounding may
+    bring it; where IEEE arithmetic leaves one result only (a rounded residual), it is that one: numpy's
+    float32 operation, then the cast, which differs from rounding the float64 value once by at most an ulp.
+    What is smaller than the smallest normal number may read as zero.
+    """
+    params = fusion.bind_params(params or {})
+    shapes = {n: inputs[n].shape for n in fusion.tensors}
+    binding = fusion.bind(shapes, {n: inputs[n].dtype.name for n in fusion.tensors}, params)
+    graph = fusion.trace(binding)
+    limits = graph_bounds(graph, inputs, dict(binding.sizes))
+    with np.errstate(all="ignore"):
+        wanted = fusion.reference(**{n: inputs[n] for n in fusion.tensors}, **params)
+    problems, ratios = [], {}
+    if set(wanted) != set(outputs):
+        problems.append(
+            f"{fusion.name}: the outputs are {sorted(outputs)}, the reference has {sorted(wanted)}"
+        )
+    for name in [n for n in wanted if n in outputs]:
+        got, want, dtype = np.asarray(outputs[name]), np.asarray(wanted[name]), graph.tensors[name].dtype
+        if (got.shape, got.dtype.name) != (want.shape, dtype):
+            it_is, must_be = f"{got.dtype.name}{list(got.shape)}", f"{dtype}{list(want.shape)}"
+            problems.append(f"{fusion.name}: {name} is {it_is}; it must be {must_be}")
+            continue
+        with np.errstate(all="ignore"):
+            if is_float(dtype):
+                ratios[name], bad = judge(got, want, limits[name], constant(fusion.name, implementation))
+            else:
+                ratios[name], bad = 0.0, got != want
+        if bad.any():
+            problems.append(f"{fusion.name}: {_first(name, got, want, bad)}")
+    return Comparison(tuple(problems), ratios)
+
+
+def judge(got: np.ndarray, want: np.ndarray, limit: Bound, factor: float) -> tuple[float, np.ndarray]:
+    """The ratio of a float output, and where it is out of bounds."""
+    dtype, tiny = got.dtype.name, float(ml_dtypes.finfo(got.dtype).smallest_normal)
+    value, want = got.astype(np.float64), want.astype(np.float64)
+    reach, unknown = limit.error(factor), np.isinf(limit.noise)
+    reach = np.where(
+        want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach
+    )
+    low, high = round_to(want - reach, dtype), round_to(want + reach, dtype)
+    flushed = (value == 0) & (np.abs(want) - reach < tiny)
+    fine = ((value >= low) & (value <= high)) | flushed | (np.isnan(want) & np.isnan(value))
+    if limit.exact is not None:
+        same = (value == limit.exact) | (np.isnan(value) & np.isnan(limit.exact))
+        fine &= same | (limit.flips > 0) | ((value == 0) & (np.abs(limit.exact) < tiny))
+    beyond = np.abs(value - want) - np.maximum(0.5 * ulp(want, dtype), _flip(limit.value, limit.flips, dtype))
+    beyond = np.where(flushed, 0.0, beyond - limit.flips)
+    known = (limit.noise > 0) & ~unknown & np.isfinite(beyond)
+    ratio = np.where(known, beyond / np.where(known, limit.noise, 1.0), 0.0)
+    return max(0.0, float(ratio.max(initial=0.0))), ~(fine | unknown)
+
+
+def _flip(value: np.ndarray, reach: np.ndarray, dtype: str) -> np.ndarray:
+    """How far rounding can move when `value` is off by `reach`: nothing, away from a tie."""
+    middle = round_to(value, dtype)
+    ends = [round_to(value + side * reach, dtype) for side in (-1, 1)]
+    return np.maximum(*(np.where(end == middle, 0.0, np.abs(end - middle)) for end in ends))
+
+
+def ulp(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance between neighbouring numbers of `dtype` at the float64 magnitude |x|."""
+    _, exponent = np.frexp(np.abs(x))
+    return np.ldexp(1.0, np.maximum(exponent - 1, MIN_EXPONENT[dtype]) - MANTISSA[dtype])
+
+
+def _first(name: str, got: np.ndarray, want: np.ndarray, bad: np.ndarray) -> str:
+    place = tuple(int(i) for i in np.argwhere(bad)[0])
+    return (
+        f"{name}{list(place)} is {got[place]}, the reference says {want[place]}; "
+        f"{int(bad.sum())} of {bad.size} elements are out of bounds"
+    )
