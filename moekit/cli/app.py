@@ -14,14 +14,6 @@ from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError, Un
 FAILED, USAGE, UNAVAILABLE = 1, 2, 3
 
 
-class Failure(click.ClickException):
-    """One of moekit's own errors: its sentence on stderr, no stack trace."""
-
-    def __init__(self, error: MoekitError):
-        super().__init__(str(error))
-        self.exit_code = exit_code(error)
-
-
 def exit_code(error: MoekitError) -> int:
     """1 for a failure, 2 for what was asked wrongly, 3 for an implementation that cannot serve here."""
     if isinstance(error, UnavailableError):
@@ -33,11 +25,12 @@ class Commands(click.Group):
     """A group whose commands may raise MoekitError."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; moekit's errors leave as click's."""
+        """Run the command; one of moekit's own errors becomes its sentence on stderr and an exit code."""
         try:
             return super().invoke(ctx)
         except MoekitError as error:
-            raise Failure(error) from error
+            click.ClickException(str(error)).show()
+            ctx.exit(exit_code(error))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -35,19 +35,29 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return prompts
 
 
-@click.command()
+@click.command(short_help="Decode with Qwen3-Next, sharded, and compare its kernels.")
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face Qwen3-Next checkpoint. Without it a tiny random one is written to the cache directory.",
+    help="A Hugging Face Qwen3-Next checkpoint (default: a tiny random one in the cache directory).",
 )
 @click.option("--prompt-ids", multiple=True, callback=parse_ids, help='A prompt, "1,2,3"; may be repeated.')
 @click.option("--batch", type=click.IntRange(1), help=f"How many random prompts (default {BATCH}).")
 @click.option("--prompt-len", type=click.IntRange(1), help=f"Tokens of each (default {PROMPT_LENGTH}).")
-@click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode.")
-@click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
-@click.option("--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time.")
+@click.option(
+    "--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode."
+)
+@click.option(
+    "--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows)."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the weights (default: as stored).",
+)
+@click.option(
+    "--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def decode(
     checkpoint: Path | None,
@@ -62,11 +72,13 @@ def decode(
 ) -> None:
     """Decode greedily with a Qwen3-Next checkpoint, tensor parallel.
 
-    Runs twice, with Pallas kernels and with XLA's, and compares the tokens: exit code 1 if they differ. Without a GPU, 8
-    virtual CPU devices share the model and the kernels run in interpret mode.
+    Runs twice, with Pallas kernels and with XLA's, and compares the tokens: exit code 1 if they differ.
+    Without a GPU, 8 virtual CPU devices share the model and the kernels run in interpret mode.
     """
     if prompt_ids and (batch or prompt_len):
-        raise click.UsageError("--prompt-ids says the prompts; --batch and --prompt-len make random ones: give one or the other")
+        raise click.UsageError(
+            "--prompt-ids says the prompts; --batch and --prompt-len make random ones: give one or the other"
+        )
     for needed in ("jax", "safetensors"):
         if not installed(needed):
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
@@ -85,7 +97,9 @@ def decode(
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with _bar(f"decoding with {which}") as advance:
-            runs[which] = run.run(model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total))
+            runs[which] = run.run(
+                model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total)
+            )
     found = run.difference(runs["pallas"], runs["xla"])
     report = {
         **_setting(directory, checkpoint is None, config, model),
@@ -105,7 +119,7 @@ def decode(
 
 
 def _checked_tp(config: Config, tp: int | None) -> int:
-    """The number of ranks: what was asked for if this machine and this model allow it, else the most they allow."""
+    """The ranks asked for, if this machine and this model allow them; where None, the most they allow."""
     import jax
 
     from moekit.cli.run import largest_tp
@@ -116,7 +130,9 @@ def _checked_tp(config: Config, tp: int | None) -> int:
     if tp is None:
         return largest_tp(config, len(devices))
     if tp > len(devices):
-        raise click.BadParameter(f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp")
+        raise click.BadParameter(
+            f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp"
+        )
     try:
         check_tensor_parallel(config, tp)
     except ConfigError as error:
@@ -129,7 +145,8 @@ def _check_prompts(config: Config, prompts: list[list[int]]) -> None:
         for token in prompt:
             if not 0 <= token < config.vocab_size:
                 raise click.BadParameter(
-                    f"{token} is no token id; the model has {config.vocab_size}, from 0", param_hint="--prompt-ids"
+                    f"{token} is no token id; the model has {config.vocab_size}, from 0",
+                    param_hint="--prompt-ids",
                 )
 
 
@@ -173,16 +190,25 @@ def _agreement(found: Difference | None) -> dict[str, Any]:
     if found is None:
         return {"equal": True}
     pallas, xla = found.tokens
-    return {"equal": False, "sequence": found.sequence, "position": found.position, "pallas": pallas, "xla": xla}
+    return {
+        "equal": False,
+        "sequence": found.sequence,
+        "position": found.position,
+        "pallas": pallas,
+        "xla": xla,
+    }
 
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
     kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
     out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
-    virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
+    virtual = (
+        ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
+    )
     out.print(
-        f"{report['layers']} layers, {report['dtype']}, tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",
+        f"{report['layers']} layers, {report['dtype']}, "
+        f"tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",
         soft_wrap=True,
         markup=False,
     )
@@ -192,7 +218,7 @@ def _show(report: dict[str, Any]) -> None:
     out.print()
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
-    _show_agreement(report["agreement"], len(report["tokens"]), report["timing"])
+    _show_agreement(report["agreement"], report["tokens"])
 
 
 def _ids(ids: list[int]) -> str:
@@ -219,15 +245,14 @@ def _served_table(served: dict[str, dict[str, Any]], kernels: str) -> Any:
     return made
 
 
-def _show_agreement(agreement: dict[str, Any], sequences: int, timing: dict[str, Any]) -> None:
+def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]]) -> None:
     out = console()
     out.print()
     if agreement["equal"]:
-        steps = 1 + max((t["steady_steps"] + (t["first_step_seconds"] > 0) for t in timing.values()), default=0)
-        out.print(f"[green]pallas and xla agree[/green]: {sequences} × {steps} tokens, all equal")
+        out.print(f"[green]pallas and xla agree[/green]: all {sum(map(len, tokens))} new tokens are equal")
         return
     out.print(
-        f"[red]pallas and xla disagree[/red]: sequence {agreement['sequence']}, new token {agreement['position']} is "
-        f"{agreement['pallas']} with pallas and {agreement['xla']} with xla",
+        f"[red]pallas and xla disagree[/red]: new token {agreement['position']} of sequence "
+        f"{agreement['sequence']} is {agreement['pallas']} with pallas and {agreement['xla']} with xla",
         soft_wrap=True,
     )

@@ -5,7 +5,7 @@ import click
 from moekit.cli.output import console, print_json, table
 
 
-@click.command("list")
+@click.command("list", short_help="List the fusions.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_fusions(as_json: bool) -> None:
     """List the fusions: name, parameters, tensors and what each computes."""
@@ -21,7 +21,9 @@ def list_fusions(as_json: bool) -> None:
         out.print(f"  {row['doc']}", soft_wrap=True, markup=False)
         tensors = table("", "", "", "")
         for name, t in row["tensors"].items():
-            tensors.add_row("  " + name, t["role"], f"[{t['shape']}]".replace("[", r"\["), ", ".join(t["dtypes"]))
+            tensors.add_row(
+                "  " + name, t["role"], f"[{t['shape']}]".replace("[", r"\["), ", ".join(t["dtypes"])
+            )
         out.print(tensors)
 
 

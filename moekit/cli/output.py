@@ -34,8 +34,15 @@ def print_source(text: str, lexer: str) -> None:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in the house style."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """An empty table in the house style; without a header where every column is unnamed."""
+    made = Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        show_header=any(columns),
+    )
     for column in columns:
         made.add_column(column, overflow="fold")
     return made

@@ -1,23 +1,69 @@
-"""What this machine has, found without importing jax or torch, and what jax must be told before it is imported."""
+"""What this machine has, found without importing jax or torch, and what jax must be told before that."""
 
 import ctypes
 import importlib.util
 import os
+from dataclasses import dataclass
 
 VIRTUAL_DEVICES = 8
 _HOST_DEVICES = "--xla_force_host_platform_device_count"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU as its driver describes it."""
+
+    name: str
+    capability: tuple[int, int]
+    gigabytes: float
+
+
+def _driver() -> ctypes.CDLL | None:
+    """The CUDA driver, initialised; None where there is none that works."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
 
 
 def gpu_count() -> int:
     """How many NVIDIA GPUs the driver shows to this process; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    count, driver = ctypes.c_int(0), _driver()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that the driver shows to this process."""
+    driver = _driver()
+    if driver is None:
+        return []
+    found = []
+    for ordinal in range(gpu_count()):
+        device, name, size = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
+        driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        capability = (_attribute(driver, device, _MAJOR), _attribute(driver, device, _MINOR))
+        found.append(Gpu(name.value.decode(), capability, size.value / 2**30))
+    return found
+
+
+def _attribute(driver: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:
+    value = ctypes.c_int(0)
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+    return value.value
+
+
+def cuda_version() -> str | None:
+    """The newest CUDA that the driver serves, such as `13.0`; None without a driver."""
+    value, driver = ctypes.c_int(0), _driver()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(value)) != 0:
+        return None
+    return f"{value.value // 1000}.{value.value % 1000 // 10}"
 
 
 def jax_has_cuda() -> bool:
@@ -33,8 +79,8 @@ def installed(module: str) -> bool:
 def prepare_jax() -> bool:
     """Set jax's environment; True where it will run on GPUs. It must run before jax is first imported.
 
-    CPU devices are made 8 in either case: they stand in for GPUs where there are none, and a test can shard over them where
-    there are some. What the user has set stays as it is.
+    There are 8 CPU devices in either case: they stand in for GPUs where there are none, and a test can shard
+    over them where there are some. What the user has set stays as it is.
     """
     use_gpu = gpu_count() > 0 and jax_has_cuda() and os.environ.get("JAX_PLATFORMS", "cuda") != "cpu"
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if use_gpu else "cpu")

@@ -107,11 +107,14 @@ def difference(a: Generation, b: Generation) -> Difference | None:
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     """For each fusion how many kernels of it one decode step calls, read off the step as jax traced it.
 
-    A fusion of which the step calls no kernel is served by array evaluation; the gate, then, is three products.
+    A fusion of which it calls no kernel is served by array evaluation; the gate, then, is three products.
     """
     calls = _kernel_calls(model if kernels == "pallas" else unpack_gates(model), batch, kernels)
     compiled = "pallas" if jax.default_backend() == "gpu" else "pallas, interpreted"
-    return {name: {"implementation": compiled if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
+    return {
+        name: {"implementation": compiled if calls[name] else "xla", "kernels": calls[name]}
+        for name in FUSIONS
+    }
 
 
 def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
@@ -122,9 +125,8 @@ def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
         lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths
     )
     step = greedy_step.trace(model, lengths, cache, kernels=kernels)
-    names = [name for name in _pallas_names(step.jaxpr.jaxpr)]
-    longest_first = sorted(FUSIONS, key=len, reverse=True)
-    return Counter(next((f for f in longest_first if f in name), name) for name in names)
+    names = _pallas_names(step.jaxpr.jaxpr)
+    return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
 
 
 def _pallas_names(jaxpr: Any) -> list[str]:

@@ -1,0 +1,167 @@
+"""`moekit doctor`: versions, devices, and what each implementation can do here and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform as host
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import click
+
+from moekit import __version__
+from moekit.cli import platform
+from moekit.cli.output import console, print_json, table
+
+PACKAGES = (
+    "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "jax-cuda13-plugin", "safetensors",
+    "transformers", "click", "rich", "platformdirs",
+)  # fmt: skip
+OLDEST_GPU = (8, 0)  # bfloat16 on the matrix unit
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an implementation can do on this machine. state: `runs`, `compiles` (but cannot run) or `no`."""
+
+    implementation: str
+    framework: str
+    state: str
+    why: str
+
+
+@click.command(short_help="Versions, devices, and what works here and why not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what devices there are, and what each implementation can do here and why not."""
+    report = {
+        "moekit": __version__,
+        "python": host.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": devices(),
+        "implementations": [asdict(finding) for finding in findings()],
+    }
+    if as_json:
+        print_json(report)
+        return
+    out = console()
+    out.print(f"moekit {__version__}, Python {report['python']} at {sys.executable}", soft_wrap=True)
+    versions = table("package", "version", title="")
+    for name, version in report["packages"].items():
+        versions.add_row(name, version or "[dim]not installed[/dim]")
+    out.print(versions)
+    _print_devices(report["devices"])
+    rows = table("implementation", "framework", "here", "why", title="")
+    for row in report["implementations"]:
+        colour = {"runs": "green", "compiles": "yellow", "no": "red"}[row["state"]]
+        rows.add_row(
+            row["implementation"], row["framework"], f"[{colour}]{row['state']}[/{colour}]", row["why"]
+        )
+    out.print(rows)
+
+
+def devices() -> dict:
+    """The CPU and the GPUs, as the system and the driver describe them."""
+    return {
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cuda": platform.cuda_version(),
+        "gpus": [asdict(gpu) for gpu in platform.gpus()],
+    }
+
+
+def findings() -> list[Finding]:
+    """One line per implementation, in the order of the design's table."""
+    gpus = platform.gpus()
+    too_old = next((g for g in gpus if g.capability < OLDEST_GPU), None)
+    no_gpu = "no NVIDIA GPU here" if not gpus else f"{too_old.name} is older than sm_80" if too_old else None
+    return [
+        Finding("reference", "numpy", "runs", "the independent float64 oracle, on CPU"),
+        Finding("interpret", "numpy", "runs", "executes the tile program block by block, on CPU"),
+        _eager(bool(gpus)),
+        _triton(no_gpu),
+        _xla(bool(gpus)),
+        _pallas(no_gpu),
+    ]
+
+
+def _eager(gpu: bool) -> Finding:
+    if not platform.installed("torch"):
+        return Finding("eager", "torch", "no", "torch is not installed; install moekit[torch]")
+    where = "CPU and GPU" if gpu and torch_sees_cuda() else "CPU"
+    return Finding("eager", "torch", "runs", f"array evaluation on {where}")
+
+
+def _triton(no_gpu: str | None) -> Finding:
+    for needed in ("torch", "triton"):
+        if not platform.installed(needed):
+            return Finding("triton", "torch", "no", f"{needed} is not installed; install moekit[torch]")
+    if no_gpu:
+        return Finding("triton", "torch", "compiles", f"{no_gpu}; compiles for sm_90, sm_100 and gfx942")
+    if not torch_sees_cuda():
+        return Finding(
+            "triton", "torch", "compiles", "torch sees no CUDA device: its build or the driver does not fit"
+        )
+    return Finding("triton", "torch", "runs", "the default for CUDA tensors")
+
+
+def _xla(gpu: bool) -> Finding:
+    if not platform.installed("jax"):
+        return Finding("xla", "jax", "no", "jax is not installed; install moekit[jax]")
+    where = "CPU and GPU" if gpu and platform.jax_has_cuda() else "CPU"
+    return Finding("xla", "jax", "runs", f"array evaluation on {where}")
+
+
+def _pallas(no_gpu: str | None) -> Finding:
+    if not platform.installed("jax"):
+        return Finding("pallas", "jax", "no", "jax is not installed; install moekit[jax]")
+    plugin = None if platform.jax_has_cuda() else "jax's CUDA plugin is not installed; install moekit[cuda]"
+    if no_gpu and plugin:
+        return Finding("pallas", "jax", "runs", f"interpreted on CPU only: {no_gpu}, and {plugin}")
+    if no_gpu:
+        return Finding("pallas", "jax", "runs", f"interpreted on CPU: {no_gpu}; compiles for an absent H200")
+    if plugin:
+        return Finding("pallas", "jax", "runs", f"interpreted on CPU only: {plugin}")
+    if not jax_sees_cuda():
+        return Finding(
+            "pallas", "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit"
+        )
+    return Finding("pallas", "jax", "runs", "compiled for the GPU through Pallas's Triton lowering")
+
+
+def torch_sees_cuda() -> bool:
+    """Whether torch, asked in a process of its own, finds a CUDA device."""
+    return _says_yes("import torch; print(torch.cuda.is_available())")
+
+
+def jax_sees_cuda() -> bool:
+    """Whether jax, asked in a process of its own, finds a CUDA device."""
+    return _says_yes("import jax; print(len(jax.devices('cuda')) > 0)")
+
+
+def _says_yes(program: str) -> bool:
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return asked.stdout.strip().endswith("True")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print_devices(found: dict) -> None:
+    out = console()
+    out.print(
+        f"\nCPU: {found['cpu_cores']} cores; "
+        f"`moekit decode` makes {platform.VIRTUAL_DEVICES} virtual devices of them"
+    )
+    if found["cuda"] is None:
+        out.print("GPU: no NVIDIA driver")
+        return
+    out.print(f"GPU: {len(found['gpus'])}, driver for CUDA {found['cuda']}")
+    for gpu in found["gpus"]:
+        major, minor = gpu["capability"]
+        out.print(f"  {gpu['name']}, sm_{major}{minor}, {gpu['gigabytes']:.0f} GiB")

@@ -1,0 +1,198 @@
+"""`moekit show`: a fusion at each step from its declaration to a kernel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moekit.cli.output import print_source
+
+if TYPE_CHECKING:
+    from moekit.compile.plan import Plan
+    from moekit.compile.schedule import Schedule
+    from moekit.lang.fusion import Binding, Fusion
+    from moekit.lang.graph import Graph, Tensor
+
+#: The sizes shown where none are given: one decode step of Qwen3-Next on one of 8 ranks.
+SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128}
+PARAMETERS = {"k": 10}
+OTHER_SIZE = 64
+
+
+def parse_sizes(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, int]:
+    """Sizes of axes from `T=8,H=2048`."""
+    return {name: _integer(value, text) for name, value in _pairs(text)}
+
+
+def parse_parameters(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, Any]:
+    """Parameters of the fusion from `k=10,renormalize=false,eps=1e-5`."""
+    return {name: _literal(value) for name, value in _pairs(text)}
+
+
+def _pairs(text: str | None) -> list[tuple[str, str]]:
+    pairs = []
+    for word in filter(str.strip, (text or "").split(",")):
+        name, _, value = word.partition("=")
+        if not name.strip() or not value.strip():
+            raise click.BadParameter(f"{text!r} is not a list such as NAME=VALUE,NAME=VALUE")
+        pairs.append((name.strip(), value.strip()))
+    return pairs
+
+
+def _integer(value: str, text: str | None) -> int:
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} in {text!r} is no size")
+    return int(value)
+
+
+def _literal(value: str) -> bool | int | float | str:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+@click.command(short_help="Show a fusion on its way from declaration to kernel.")
+@click.argument("fusion")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["reference", "graph", "tile", "triton", "pallas"]),
+    default="graph",
+    show_default=True,
+    help="Which step.",
+)
+@click.option("--sizes", callback=parse_sizes, help="Sizes of axes, T=8,H=2048 (default: Qwen3-Next's).")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
+@click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
+@click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:2".')
+def show(
+    fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None
+) -> None:
+    """Show FUSION as its numpy reference, traced graph, tile program, or Triton or Pallas source.
+
+    Dimensions that may be 1 are shown as 1. The schedule is the heuristic's if none is given.
+    """
+    declared = _find(fusion)
+    if form == "reference":
+        print_source(_reference(declared), "python")
+        return
+    from moekit.compile.schedule import Schedule
+
+    binding = bound(declared, sizes, dtype, params)
+    given = Schedule.parse(schedule) if schedule else None
+    print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "tile") else "python")
+
+
+def _find(name: str) -> Fusion:
+    from moekit.fusions import FUSIONS
+
+    if name not in FUSIONS:
+        raise click.BadParameter(
+            f"there is no fusion {name!r}; there are {', '.join(FUSIONS)}", param_hint="FUSION"
+        )
+    return FUSIONS[name]
+
+
+def _reference(fusion: Fusion) -> str:
+    if fusion.reference is None:
+        raise click.BadParameter(f"{fusion.name} has no reference", param_hint="FUSION")
+    return inspect.getsource(fusion.reference).rstrip()
+
+
+def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, Any]) -> Binding:
+    """A call of the fusion with these sizes, and the defaults of this command for what is not said."""
+    dims = {name: spec.dims for name, spec in fusion.tensors.items()}
+    axes = {axis for each in dims.values() for d in each for _, axis in d.terms}
+    if unknown := sorted(set(sizes) - axes):
+        raise click.BadParameter(
+            f"{fusion.name} has no axis {unknown[0]}; it has {', '.join(sorted(axes))}", param_hint="--sizes"
+        )
+    every = {axis: sizes.get(axis, SIZES.get(axis, OTHER_SIZE)) for axis in axes}
+    shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
+    dtypes = {name: s.dtypes[0] if len(s.dtypes) == 1 else dtype for name, s in fusion.tensors.items()}
+    return fusion.bind(shapes, dtypes, _parameters(fusion, params))
+
+
+def _parameters(fusion: Fusion, given: dict[str, Any]) -> dict[str, Any]:
+    missing = {name for name, p in fusion.params.items() if p.default is p.empty}
+    defaults = {name: value for name, value in PARAMETERS.items() if name in missing}
+    try:
+        return fusion.bind_params({**defaults, **given})
+    except TypeError as error:
+        raise click.BadParameter(str(error), param_hint="--params") from None
+
+
+def _graph(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    return str(fusion.trace(binding))
+
+
+def _tile(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    return str(_strided_plan(fusion, binding, schedule))
+
+
+def _triton(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    from moekit.backends.triton import emit
+
+    return "\n\n".join(
+        emit(program).rstrip() for program in _strided_plan(fusion, binding, schedule).programs
+    )
+
+
+def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    from moekit.backends.pallas import emit
+
+    return "\n\n".join(emit(program).rstrip() for program in _viewed_plan(fusion, binding, schedule).programs)
+
+
+FORMS: dict[str, Callable[..., str]] = {"graph": _graph, "tile": _tile, "triton": _triton, "pallas": _pallas}
+
+
+def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
+    """The programs for contiguous tensors with run-time strides, as PyTorch launches them."""
+    from moekit.compile.plan import plan
+    from moekit.compile.tile import Strided
+
+    graph = fusion.trace(binding)
+    layouts = {
+        t.name: Strided(_stride_classes(t.dtype, _shape(graph, binding, t))) for t in graph.tensors.values()
+    }
+    return plan(graph, schedule, layouts)
+
+
+def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
+    """The programs for whole contiguous arrays of static shapes, as JAX launches them."""
+    from moekit.compile.plan import plan
+    from moekit.compile.tile import Viewed
+
+    graph, layouts = fusion.trace(binding), {}
+    for name, t in graph.tensors.items():
+        shape = _shape(graph, binding, t)
+        layouts[name] = Viewed(name, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
+    return plan(graph, schedule, layouts, _sizes(graph, binding))
+
+
+def _sizes(graph: Graph, binding: Binding) -> dict[str, int]:
+    bound_sizes = dict(binding.sizes)
+    return {axis: bound_sizes[axis] if size is None else size for axis, size in graph.axes.items()}
+
+
+def _shape(graph: Graph, binding: Binding, tensor: Tensor) -> tuple[int, ...]:
+    sizes = _sizes(graph, binding)
+    return tuple(1 if axis is None else sizes[axis] for axis in tensor.axes)
+
+
+def _stride_classes(dtype: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What the compiler is told of each stride of a contiguous tensor."""
+    from moekit.lang.dtypes import itemsize
+
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    return tuple("unit" if s == 1 else "any" if s * itemsize(dtype) % 16 else "aligned" for s in strides)

@@ -1,0 +1,33 @@
+"""The JAX face: fusions as pure functions on arrays and Views."""
+
+from moekit.fusions import FUSIONS as _FUSIONS
+from moekit.fusions.packing import gate_refusal
+from moekit.jax.face import IMPLEMENTATIONS, op
+from moekit.jax.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate
+from moekit.jax.view import View, view
+
+silu_and_mul = op(_FUSIONS["silu_and_mul"])
+topk_softmax = op(_FUSIONS["topk_softmax"])
+shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
+add_rms_norm = op(_FUSIONS["add_rms_norm"])
+gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
+delta_rule_step = op(_FUSIONS["delta_rule_step"])
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "GateOutputs",
+    "PackedGate",
+    "View",
+    "add_rms_norm",
+    "delta_rule_step",
+    "gate_gemm",
+    "gate_refusal",
+    "gated_rms_norm",
+    "op",
+    "pack_gate",
+    "shared_expert_combine",
+    "silu_and_mul",
+    "split_gate",
+    "topk_softmax",
+    "view",
+]

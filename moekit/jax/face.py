@@ -1,0 +1,232 @@
+"""The JAX face of any fusion: a pure function on arrays and Views."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moekit.backends.array import evaluate
+from moekit.compile import tile as t
+from moekit.compile.alias import out_of_place, written_name
+from moekit.compile.plan import Plan, plan
+from moekit.compile.schedule import Schedule
+from moekit.errors import AliasError, DtypeError, MoekitError, ShapeError, UnavailableError
+from moekit.jax import launch
+from moekit.jax.view import View, view
+from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
+
+IMPLEMENTATIONS = ("pallas", "xla")
+
+
+class Call:
+    """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction."""
+
+    def __init__(self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule):
+        self.fusion, self.schedule = fusion, schedule
+        self.views = {n: _operand(fusion, n, x) for n, x in operands.items()}
+        shapes = {n: v.shape for n, v in self.views.items()}
+        dtypes = {n: v.dtype.name for n, v in self.views.items()}
+        self.binding = fusion.bind(shapes, dtypes, fusion.bind_params(params))
+        self.graph = fusion.trace(self.binding)
+        self.sizes = dict(self.binding.sizes) | {a: s for a, s in self.graph.axes.items() if s is not None}
+        self.names = [w.tensor for w in self.graph.writes]
+        self.out = self._outputs(out)
+        self._check_aliases()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an operand or output."""
+        tensor = self.graph.tensors[name]
+        return tuple(1 if i in tensor.ones else self.sizes[d.text] for i, d in enumerate(tensor.dims))
+
+    def _outputs(self, out) -> dict[str, View]:
+        if out is None:
+            return {}
+        given = out if isinstance(out, Sequence) and not isinstance(out, View) else (out,)
+        if len(given) != len(self.names):
+            raise ShapeError(f"{self.fusion.name}: out has {len(given)} entries; it needs {len(self.names)} ({', '.join(self.names)})")
+        views = {n: v for n, v in zip(self.names, given, strict=True) if v is not None}
+        for n, v in views.items():
+            if not isinstance(v, View):
+                raise ShapeError(f"{self.fusion.name}: out for {n} is {type(v).__name__}; it must be a View of the array to write to")
+            if v.shape != self.shape(n):
+                raise ShapeError(f"{self.fusion.name}: out for {n} has shape {list(v.shape)}; it must be {list(self.shape(n))}")
+            if v.dtype.name != self.graph.tensors[n].dtype:
+                raise DtypeError(f"{self.fusion.name}: out for {n} is {v.dtype.name}; it must be {self.graph.tensors[n].dtype}")
+        return views
+
+    def _check_aliases(self) -> None:
+        """Refuse an output that overlaps an operand or another output, unless it is that operand updated in place."""
+        for n, v in self.out.items():
+            others = [(m, w) for m, w in self.out.items() if m != n]
+            others += [(m, w) for m, w in self.views.items() if not (m == n and w.base is v.base and w.same_elements(v))]
+            for m, w in others:
+                if w.base is v.base and v.overlaps(w):
+                    raise AliasError(f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements of the base, or to another array")
+
+    def xla(self) -> dict[str, jax.Array]:
+        """The outputs by array evaluation; a base written to is returned whole."""
+        arrays = {n: v.array() for n, v in self.views.items()}
+        outs = evaluate(self.graph, arrays, self.sizes, "jax")
+        return {n: self.out[n].set(x) if n in self.out else x for n, x in outs.items()}
+
+    def pallas(self) -> dict[str, jax.Array]:
+        """The outputs by the emitted kernels."""
+        if all(0 in self.shape(n) for n in self.names):
+            return {n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype) for n in self.names}
+        if any(v.size == 0 for v in self.views.values()):
+            return self.xla()
+        bases, layouts, separate, shapes = self._buffers()
+        planned = planned_for(self.fusion, self.binding, separate, tuple(layouts.items()), self.schedule)
+        flat = tuple(bases.values())
+        results = _with_rules(self, tuple(bases), planned, shapes)(*flat)
+        where = {n: layouts[written_name(n) if n in separate else n].buffer for n in self.names}
+        return {n: results[where[n]] for n in self.names}
+
+    def _buffers(self):
+        """Every base array once, the layout of every tensor in them, and the InOut tensors not updated in place."""
+        bases: dict[str, jax.Array] = {}
+        layouts: dict[str, t.Viewed] = {}
+
+        def buffer(name: str, v: View) -> str:
+            known = next((b for b, base in bases.items() if base is v.base), name)
+            bases.setdefault(known, v.base)
+            return known
+
+        for n, v in self.views.items():
+            layouts[n] = _layout(buffer(n, v), v)
+        separate, shapes = set(), {}
+        for n in self.names:
+            is_update = n in self.views
+            in_place = is_update and self._in_place(n)
+            if is_update and not in_place:
+                separate.add(n)
+            target = written_name(n) if n in separate else n
+            if n in self.out:
+                layouts[target] = _layout(buffer(target, self.out[n]), self.out[n])
+            elif not in_place:
+                shape = self.shape(n)
+                shapes[target] = (shape, self.graph.tensors[n].dtype)
+                layouts[target] = t.Viewed(target, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
+        return bases, layouts, frozenset(separate), shapes
+
+    def _in_place(self, name: str) -> bool:
+        """Whether an InOut operand's own buffer takes its new value: the out given is it, or it is a whole array of its own."""
+        mine = self.views[name]
+        if name in self.out:
+            return self.out[name].base is mine.base and self.out[name].same_elements(mine)
+        alone = all(v.base is not mine.base for n, v in self.views.items() if n != name)
+        return alone and mine.same_elements(view(mine.base)) and all(v.base is not mine.base for v in self.out.values())
+
+
+@lru_cache(maxsize=4096)
+def planned_for(
+    fusion: Fusion, binding: Binding, separate: frozenset[str], layouts: tuple[tuple[str, t.Viewed], ...], schedule: Schedule | None
+) -> Plan:
+    """The plan of a call, cached; all sizes are static."""
+    graph: Graph = out_of_place(fusion.trace(binding), separate)
+    return plan(graph, schedule, dict(layouts), dict(binding.sizes))
+
+
+def _with_rules(call: Call, names: tuple[str, ...], planned: Plan, shapes: dict) -> Callable:
+    """The kernel launch with gradients and vmap through array evaluation."""
+    def array_form(*bases: jax.Array) -> dict:
+        return _array_form(call, names, planned, bases)
+
+    @jax.custom_batching.custom_vmap
+    def launched(*bases: jax.Array) -> dict:
+        return launch.launch(planned, dict(zip(names, bases, strict=True)), shapes, call.sizes)
+
+    @launched.def_vmap
+    def _batched(axis_size, in_batched, *bases):
+        out = jax.vmap(array_form, in_axes=[0 if b else None for b in in_batched], axis_size=axis_size)(*bases)
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_vjp
+    def run(*bases: jax.Array) -> dict:
+        return launched(*bases)
+
+    run.defvjp(lambda *bases: (launched(*bases), bases), lambda bases, grads: jax.vjp(array_form, *bases)[1](grads))
+    return run
+
+
+def _array_form(call: Call, names: tuple[str, ...], planned: Plan, bases: tuple) -> dict:
+    """What a launch computes, by array evaluation: every buffer that is written, whole."""
+    arrays = dict(zip(names, bases, strict=True))
+    found = {id(base): name for name, base in call._buffers()[0].items()}
+    here = lambda v: View(arrays[found[id(v.base)]], v.axes, v.starts, v.steps, v.shape, v.fixed)  # noqa: E731
+    outs = evaluate(call.graph, {n: here(v).array() for n, v in call.views.items()}, call.sizes, "jax")
+    written: dict[str, jax.Array] = {}
+    for n, x in outs.items():
+        if n in call.out:
+            buffer = found[id(call.out[n].base)]
+            v = here(call.out[n])
+            written[buffer] = View(written.get(buffer, v.base), v.axes, v.starts, v.steps, v.shape, v.fixed).set(x)
+        else:
+            written[n if n not in call.views or call._in_place(n) else written_name(n)] = x
+    return {b: written[b] for b in launch._written(planned)}
+
+
+def _operand(fusion: Fusion, name: str, x) -> View:
+    if isinstance(x, View):
+        return x
+    if isinstance(x, jax.Array | np.ndarray):
+        return view(jnp.asarray(x))
+    raise MoekitError(f"{fusion.name}: {name} is {type(x).__name__}; it must be a JAX array or a View")
+
+
+def _layout(buffer: str, v: View) -> t.Viewed:
+    return t.Viewed(buffer, tuple(v.base.shape), v.axes, v.starts, v.steps, v.fixed)
+
+
+def op(fusion: Fusion) -> Callable:
+    """The JAX function of a fusion: `op(my_fusion)(x, …, implementation=None, out=None, schedule=None)`.
+
+    Operands are arrays or Views; outputs come back in declared order (one alone as itself). An InOut operand is updated
+    functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
+    are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
+    and "xla" elsewhere; "pallas" by name runs in interpret mode on CPU. Gradients and vmap go through array evaluation.
+    Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
+    """
+
+    def face(*args, implementation: str | None = None, out=None, schedule: Schedule | None = None, **kwargs):
+        operands, params = bind_arguments(fusion, args, kwargs)
+        call = Call(fusion, operands, params, out, schedule)
+        outs = _serve(call, implementation)
+        results = tuple(outs[n] for n in call.names)
+        return results[0] if len(results) == 1 else results
+
+    face.__name__ = face.__qualname__ = fusion.name
+    face.__doc__ = f"{fusion.doc}\n\nAccepts arrays and Views; see `moekit.jax.op` for out=, implementation= and errors."
+    face.__signature__ = _signature(fusion)
+    face.fusion = fusion
+    return face
+
+
+def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise UnavailableError(
+            f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "xla" or (implementation is None and jax.default_backend() != "gpu"):
+        return call.xla()
+    return call.pallas()
+
+
+def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dict]:
+    """Operands and static parameters of a call; raises TypeError naming what is missing or too much."""
+    try:
+        bound = fusion.signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"{fusion.name}: {error}; it is {fusion.name}{fusion.signature}") from None
+    return {n: bound[n] for n in fusion.tensors}, {n: v for n, v in bound.items() if n not in fusion.tensors}
+
+
+def _signature(fusion: Fusion) -> inspect.Signature:
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("implementation", "out", "schedule")]
+    return inspect.Signature([*fusion.signature.parameters.values(), *extra])

@@ -1,0 +1,150 @@
+"""`View`: a strided part of a JAX array that enters a kernel without a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+
+from moekit.errors import ShapeError
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class View:
+    """Elements `start + step·i` along some axes of `base`, in any order of axes; other axes stay at one element.
+
+    `axes[d]`, `starts[d]`, `steps[d]`, `shape[d]` describe dimension d; `fixed` pairs the remaining base axes with their
+    element. Made by `view(base)` and indexing: `view(fused)[:, 128:640]`, `[::2]`, `.T`. XLA copies a slice that feeds a
+    kernel; a View is indexed inside it. It is a pytree whose one leaf is `base`.
+    """
+
+    base: jax.Array
+    axes: tuple[int, ...]
+    starts: tuple[int, ...]
+    steps: tuple[int, ...]
+    shape: tuple[int, ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def dtype(self):
+        """The base's dtype."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions the view has."""
+        return len(self.axes)
+
+    @property
+    def size(self) -> int:
+        """How many elements the view has."""
+        total = 1
+        for n in self.shape:
+            total *= n
+        return total
+
+    @property
+    def T(self) -> View:
+        """The view with its dimensions reversed."""
+        return self.transpose(*reversed(range(self.ndim)))
+
+    def transpose(self, *order: int) -> View:
+        """The view with its dimensions in another order."""
+        if sorted(order) != list(range(self.ndim)):
+            raise ShapeError(f"View.transpose: {order} is no order of {self.ndim} dimensions")
+        pick = lambda items: tuple(items[d] for d in order)  # noqa: E731
+        return View(self.base, pick(self.axes), pick(self.starts), pick(self.steps), pick(self.shape), self.fixed)
+
+    def __getitem__(self, index) -> View:
+        index = index if isinstance(index, tuple) else (index,)
+        if any(i is Ellipsis for i in index):
+            at = next(n for n, i in enumerate(index) if i is Ellipsis)
+            index = (*index[:at], *[slice(None)] * (self.ndim - len(index) + 1), *index[at + 1 :])
+        if len(index) > self.ndim:
+            raise ShapeError(f"View: {len(index)} indices for {self.ndim} dimensions")
+        index = (*index, *[slice(None)] * (self.ndim - len(index)))
+        kept, fixed = [], list(self.fixed)
+        for d, i in enumerate(index):
+            if isinstance(i, slice):
+                start, stop, step = i.indices(self.shape[d])
+                if step < 1:
+                    raise ShapeError(f"View: step {step} in dimension {d}; steps must be positive")
+                size = len(range(start, stop, step))
+                kept.append((self.axes[d], self.starts[d] + start * self.steps[d], self.steps[d] * step, size))
+            elif isinstance(i, int) and -self.shape[d] <= i < self.shape[d]:
+                fixed.append((self.axes[d], self.starts[d] + (i % self.shape[d]) * self.steps[d]))
+            else:
+                raise ShapeError(f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range and slices")
+        axes, starts, steps, shape = zip(*kept, strict=True) if kept else ((), (), (), ())
+        return View(self.base, axes, starts, steps, shape, tuple(fixed))
+
+    def array(self) -> jax.Array:
+        """The view's elements as an array of their own: a slice, which XLA may fuse or copy."""
+        fixed = dict(self.fixed)
+        index = []
+        for axis in range(self.base.ndim):
+            if axis in fixed:
+                index.append(fixed[axis])
+            else:
+                index.append(self._slice(self.axes.index(axis)))
+        order = [sorted(self.axes).index(a) for a in self.axes]
+        return jnp.transpose(self.base[tuple(index)], order)
+
+    def set(self, value: jax.Array) -> jax.Array:
+        """The base with the view's elements replaced by `value`."""
+        fixed = dict(self.fixed)
+        index = tuple(fixed[a] if a in fixed else self._slice(self.axes.index(a)) for a in range(self.base.ndim))
+        order = sorted(range(self.ndim), key=lambda d: self.axes[d])
+        return self.base.at[index].set(jnp.transpose(value, order))
+
+    def _slice(self, d: int) -> slice:
+        n = self.shape[d]
+        return slice(self.starts[d], self.starts[d] + self.steps[d] * (n - 1) + 1 if n else self.starts[d], self.steps[d])
+
+    def same_elements(self, other: View) -> bool:
+        """Whether two views of one base are the same elements in the same places."""
+        mine = (self.axes, self.starts, self.steps, self.shape, sorted(self.fixed))
+        return mine == (other.axes, other.starts, other.steps, other.shape, sorted(other.fixed))
+
+    def overlaps(self, other: View) -> bool:
+        """Whether two views of one base share an element (decided by elements, not by ranges)."""
+        if 0 in self.shape or 0 in other.shape:
+            return False
+        return all(_meet(self._progression(a), other._progression(a)) for a in range(self.base.ndim))
+
+    def _progression(self, axis: int) -> tuple[int, int, int]:
+        for fixed, at in self.fixed:
+            if fixed == axis:
+                return at, 1, 1
+        d = self.axes.index(axis)
+        return self.starts[d], self.steps[d], self.shape[d]
+
+    def tree_flatten(self):
+        """The base as the only leaf."""
+        return (self.base,), (self.axes, self.starts, self.steps, self.shape, self.fixed)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children) -> View:
+        """The view around a new base."""
+        return cls(children[0], *aux)
+
+
+def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Whether two progressions (start, step, count) have a common term."""
+    low, high = max(a[0], b[0]), min(a[0] + a[1] * (a[2] - 1), b[0] + b[1] * (b[2] - 1))
+    if low > high or (a[0] - b[0]) % gcd(a[1], b[1]):
+        return False
+    short, long = sorted((a, b), key=lambda p: p[2])
+    terms = range(long[0], long[0] + long[1] * long[2], long[1])
+    return any(short[0] + short[1] * i in terms for i in range(short[2]))
+
+
+def view(base) -> View:
+    """All of an array, ready to be indexed: `view(fused)[:, 128:640]`. A View is returned as it is."""
+    if isinstance(base, View):
+        return base
+    n = base.ndim
+    return View(base, tuple(range(n)), (0,) * n, (1,) * n, tuple(base.shape))
