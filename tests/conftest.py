@@ -14,7 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 prepare_jax()  # before anything imports jax
 
 settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.too_slow]
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow]
@@ -36,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count a test's set-up, call and tear-down to its folder; xdist replays each report in the parent process."""
+    """Add up a folder's set-ups, calls and tear-downs; xdist replays each report in the parent process."""
     folder = str(PurePosixPath(report.nodeid.split("::")[0]).parent)
     _seconds[folder] += report.duration
     _tests[folder] += report.when == "call"

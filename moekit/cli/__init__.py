@@ -10,8 +10,9 @@ def main() -> None:
     try:
         from moekit.cli.app import cli
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
             raise
-        print(f"moekit: the command needs {error.name}; install moekit[cli]", file=sys.stderr)
+        print(f"moekit: the command needs {missing}; install moekit[cli]", file=sys.stderr)
         sys.exit(3)
     cli(prog_name="moekit")

@@ -1,0 +1,18 @@
+"""A runner for the command, in this process."""
+
+import pytest
+from click.testing import CliRunner, Result
+
+from moekit.cli.app import cli
+
+
+@pytest.fixture
+def moekit():
+    """Run `moekit …` and return click's Result; an unexpected exception is raised, never swallowed."""
+
+    def call(*arguments: str) -> Result:
+        result = CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
+        assert "Traceback" not in result.output
+        return result
+
+    return call

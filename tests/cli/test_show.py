@@ -1,0 +1,87 @@
+"""`moekit list` and `moekit show`."""
+
+import json
+
+import pytest
+
+from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
+
+FORMS = {
+    "reference": "def reference(",
+    "graph": "graph {name}(",
+    "tile": "program {name}(",
+    "triton": "@triton.jit",
+    "pallas": "def {name}_kernel(",
+}
+
+
+def test_list_names_every_fusion_with_its_tensors(moekit):
+    result = moekit("list")
+    assert result.exit_code == 0
+    for name, fusion in FUSIONS.items():
+        assert f"{name} {fusion.signature}" in result.stdout
+        assert fusion.doc.splitlines()[0] in result.stdout
+
+
+def test_list_json(moekit):
+    listed = json.loads(moekit("list", "--json").stdout)
+    assert [row["name"] for row in listed] == list(FUSIONS)
+    norm = next(row for row in listed if row["name"] == "add_rms_norm")
+    assert norm["tensors"]["residual"] == {
+        "role": "InOut",
+        "shape": "T, H",
+        "dtypes": ["float32", "float16", "bfloat16"],
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FUSIONS)
+def test_show_every_fusion_in_every_form(moekit, name, form):
+    result = moekit("show", name, "--as", form)
+    assert result.exit_code == 0, result.output
+    assert FORMS[form].format(name=name) in result.stdout
+
+
+@pytest.mark.parametrize("form", ["triton", "pallas"])
+def test_shown_source_is_python(moekit, form):
+    compile(moekit("show", "topk_softmax", "--as", form, "--sizes", "E=37,T=3").stdout, form, "exec")
+
+
+def test_sizes_dtype_parameters_and_schedule_are_used(moekit):
+    graph = moekit(
+        "show", "add_rms_norm", "--sizes", "H=48", "--dtype", "float16", "--params", "eps=0.25"
+    ).stdout
+    assert "H=48" in graph
+    assert "float16[T, H]" in graph
+    assert "0.25" in graph
+    schedule = "T:grid:2 H:loop:32 warps:2 stages:3"
+    assert str(Schedule.parse(schedule)) == schedule
+    tile = moekit("show", "add_rms_norm", "--as", "tile", "--sizes", "H=48", "--schedule", schedule).stdout
+    assert "axis H: 48 in loop blocks of 32" in tile
+    assert "2 warps, 3 stages" in tile
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "there is no fusion 'nothing'; there are gate_gemm"),
+        (["add_rms_norm", "--as", "cuda"], "'cuda' is not one of"),
+        (["add_rms_norm", "--sizes", "Q=3"], "add_rms_norm has no axis Q; it has H, T"),
+        (["add_rms_norm", "--sizes", "H"], "NAME=VALUE"),
+        (["add_rms_norm", "--sizes", "H=-1"], "'-1' in 'H=-1' is no size"),
+        (["add_rms_norm", "--params", "epsilon=1"], "there is no parameter 'epsilon'"),
+        (["add_rms_norm", "--dtype", "float8"], "x is float8; it must be float32, float16 or bfloat16"),
+        (["topk_softmax", "--sizes", "E=4"], "k"),
+        (["add_rms_norm", "--as", "tile", "--schedule", "H"], "cannot read schedule 'H'"),
+        (
+            ["add_rms_norm", "--as", "tile", "--schedule", "T:grid:3 H:whole:2048"],
+            "a block is a power of two",
+        ),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_sentence_and_exit_code_2(moekit, arguments, said):
+    result = moekit("show", *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert not result.stdout
