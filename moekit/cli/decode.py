@@ -120,15 +120,13 @@ def decode(
 
 def _checked_tp(config: Config, tp: int | None) -> int:
     """The ranks asked for, if this machine and this model allow them; where None, the most they allow."""
-    import jax
-
-    from moekit.cli.run import largest_tp
+    from moekit.cli import run
     from moekit.models.qwen3next import ConfigError
     from moekit.models.qwen3next.config import check_tensor_parallel
 
-    devices = jax.devices()
+    devices = run.devices()
     if tp is None:
-        return largest_tp(config, len(devices))
+        return run.largest_tp(config, len(devices))
     if tp > len(devices):
         raise click.BadParameter(
             f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp"
@@ -162,7 +160,9 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[str, Any]:
     import jax
 
-    device = jax.devices()[0]
+    from moekit.cli import run
+
+    device = run.devices()[0]
     return {
         "checkpoint": str(directory),
         "random": tiny,
@@ -170,7 +170,7 @@ def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[st
         "dtype": str(model.dtype),
         "platform": device.platform,
         "device": device.device_kind,
-        "devices": len(jax.devices()),
+        "devices": len(run.devices()),
         "tp": model.tp,
         "versions": {"jax": jax.__version__},
     }
@@ -227,14 +227,12 @@ def _ids(ids: list[int]) -> str:
 
 
 def _timing_table(timing: dict[str, dict[str, float]]) -> Any:
-    made = table("kernels", "prefill, first call", "decode, first call", "decode, steady")
+    made = table("kernels", "first prefill", "first step", "a step then", "tokens/s then")
     for which, t in timing.items():
-        steady = "–"
-        if t["steady_steps"]:
-            each = 1e3 * t["steady_seconds"] / t["steady_steps"]
-            steady = f"{t['steady_tokens_per_second']:.1f} tokens/s ({each:.1f} ms a step)"
         first = f"{t['first_step_seconds']:.2f} s" if t["first_step_seconds"] else "–"
-        made.add_row(which, f"{t['prefill_seconds']:.2f} s", first, steady)
+        each = f"{1e3 * t['steady_seconds'] / t['steady_steps']:.2f} ms" if t["steady_steps"] else "–"
+        rate = f"{t['steady_tokens_per_second']:.1f}" if t["steady_steps"] else "–"
+        made.add_row(which, f"{t['prefill_seconds']:.2f} s", first, each, rate)
     return made
 
 

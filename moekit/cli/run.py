@@ -74,9 +74,14 @@ def largest_tp(config: Config, devices: int) -> int:
     return max(tp for tp in range(1, devices + 1) if serves(config, tp))
 
 
+def devices() -> list[jax.Device]:
+    """What a model can be shared by: GPUs if there are any, else virtual CPU devices."""
+    return jax.devices()
+
+
 def mesh_of(tp: int) -> Mesh:
     """The first `tp` devices as the axis that the model is cut over."""
-    return Mesh(np.array(jax.devices()[:tp]), ("tp",))
+    return Mesh(np.array(devices()[:tp]), ("tp",))
 
 
 def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
@@ -110,11 +115,14 @@ def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     A fusion of which it calls no kernel is served by array evaluation; the gate, then, is three products.
     """
     calls = _kernel_calls(model if kernels == "pallas" else unpack_gates(model), batch, kernels)
-    compiled = "pallas" if jax.default_backend() == "gpu" else "pallas, interpreted"
+    kind = "pallas, interpreted" if _interpreted() else "pallas"
     return {
-        name: {"implementation": compiled if calls[name] else "xla", "kernels": calls[name]}
-        for name in FUSIONS
+        name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS
     }
+
+
+def _interpreted() -> bool:
+    return devices()[0].platform == "cpu"
 
 
 def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
@@ -125,20 +133,22 @@ def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
         lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths
     )
     step = greedy_step.trace(model, lengths, cache, kernels=kernels)
-    names = _pallas_names(step.jaxpr.jaxpr)
+    names = _pallas_names(step.jaxpr.jaxpr, _interpreted())
     return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
 
 
-def _pallas_names(jaxpr: Any) -> list[str]:
-    """The kernel name of every pallas_call in a jaxpr and in those inside it."""
+def _pallas_names(jaxpr: Any, interpreted: bool) -> list[str]:
+    """The kernel name of every pallas_call, interpreted or compiled, in a jaxpr and in those inside it."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
-            found.append(str(eqn.params["name"] or eqn.params["debug_info"]))
+            # a call holds its kernel twice, compiled for a GPU and interpreted: the platform takes one
+            if bool(eqn.params["interpret"]) == interpreted:
+                found.append(eqn.params["name"])
             continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                found += _pallas_names(getattr(inner, "jaxpr", inner))
+                found += _pallas_names(getattr(inner, "jaxpr", inner), interpreted)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Out-of-place forms: an InOut tensor read from one place and written to another."""
+"""Where outputs go: InOut tensors read from one place and written to another, outputs written over an operand."""
 
 from __future__ import annotations
 
@@ -21,4 +21,24 @@ def out_of_place(graph: Graph, names: frozenset[str]) -> Graph:
         new = written_name(n)
         tensors[new] = replace(graph.tensors[n], name=new, role="Out")
     writes = tuple(replace(w, tensor=written_name(w.tensor)) if w.tensor in names else w for w in graph.writes)
+    return replace(graph, tensors=tensors, writes=writes)
+
+
+def may_overwrite(graph: Graph, output: str, operand: str) -> bool:
+    """Whether `output` may be the very memory of `operand`: all that is read of it is read where `output` is written."""
+    write = next(w for w in graph.writes if w.tensor == output)
+    source, target = graph.tensors[operand], graph.tensors[output]
+    if source.role != "In" or source.dtype != target.dtype or source.axes != target.axes:
+        return False
+    reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and n.attr("tensor") == operand]
+    return all((n.attr("index"), n.args) == (write.index, write.ids) for n in reads)
+
+
+def over_operand(graph: Graph, pairs: tuple[tuple[str, str], ...]) -> Graph:
+    """`graph` with each output of `pairs` written to its operand, which becomes InOut."""
+    tensors, writes = dict(graph.tensors), graph.writes
+    for output, operand in pairs:
+        del tensors[output]
+        tensors[operand] = replace(tensors[operand], role="InOut")
+        writes = tuple(replace(w, tensor=operand) if w.tensor == output else w for w in writes)
     return replace(graph, tensors=tensors, writes=writes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
@@ -18,6 +17,7 @@ from moekit.compile.schedule import Schedule
 from moekit.errors import AliasError, DtypeError, MoekitError, ShapeError, UnavailableError
 from moekit.jax import launch
 from moekit.jax.view import View, view
+from moekit.lang.arguments import bind_arguments, face_signature
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 
@@ -203,7 +203,7 @@ def op(fusion: Fusion) -> Callable:
 
     face.__name__ = face.__qualname__ = fusion.name
     face.__doc__ = f"{fusion.doc}\n\nAccepts arrays and Views; see `moekit.jax.op` for out=, implementation= and errors."
-    face.__signature__ = _signature(fusion)
+    face.__signature__ = face_signature(fusion)
     face.fusion = fusion
     return face
 
@@ -216,17 +216,3 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
     if implementation == "xla" or (implementation is None and jax.default_backend() != "gpu"):
         return call.xla()
     return call.pallas()
-
-
-def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dict]:
-    """Operands and static parameters of a call; raises TypeError naming what is missing or too much."""
-    try:
-        bound = fusion.signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise TypeError(f"{fusion.name}: {error}; it is {fusion.name}{fusion.signature}") from None
-    return {n: bound[n] for n in fusion.tensors}, {n: v for n, v in bound.items() if n not in fusion.tensors}
-
-
-def _signature(fusion: Fusion) -> inspect.Signature:
-    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("implementation", "out", "schedule")]
-    return inspect.Signature([*fusion.signature.parameters.values(), *extra])

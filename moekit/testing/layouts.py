@@ -1,4 +1,4 @@
-"""Tensors of any strides inside a guarded arena: what lies outside a tensor's elements must stay as it was."""
+"""Tensors of any strides inside a guarded arena: what lies outside their elements must stay as it was."""
 
 from __future__ import annotations
 
@@ -163,3 +163,31 @@ def to_numpy(tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def as_view(values: np.ndarray, layout: str = "contiguous"):
+    """`values` as a `moekit.jax.View` of a canary-filled base, laid out as far as a View can say it.
+
+    Stride 0 has no View: such an operand is the whole of an array.
+    """
+    import jax.numpy as jnp
+
+    from moekit.jax import view
+
+    shape = values.shape
+    whole = tuple(slice(0, n) for n in shape)
+    base_shape, index, flip = {
+        "offset": ((*shape[:-1], shape[-1] + 3), (*whole[:-1], slice(3, None)), False),
+        "row_padded": ((*shape[:-1], shape[-1] + 5), whole, False),
+        "row_aligned": ((*shape[:-1], shape[-1] + -shape[-1] % 16 + 16), whole, False),
+        "every_second": ((*shape[:-1], 2 * shape[-1] + 1), (*whole[:-1], slice(1, None, 2)), False),
+        "every_third": ((*shape[:-1], 3 * shape[-1] + 2), (*whole[:-1], slice(2, None, 3)), False),
+        "transposed": (shape[::-1], whole[::-1], True),
+        "transposed_padded": ((*shape[:0:-1], shape[0] + 4), (*whole[:0:-1], slice(1, 1 + shape[0])), True),
+        "rows_apart": ((7 * shape[0] + 1, *shape[1:]), (slice(0, 7 * shape[0], 7), *whole[1:]), False),
+    }.get(layout, (shape, whole, False))
+    base = np.empty(base_shape, values.dtype)
+    base.view(np.uint8)[...] = CANARY
+    base[index] = values.transpose() if flip else values
+    found = view(jnp.asarray(base))[index]
+    return found.T if flip else found

@@ -79,8 +79,8 @@ def _gathered(
 ) -> jax.Array:
     both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
     active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
-    # Sums of products, not a dot: XLA then adds the rows up while it gathers them, and stores none. To that
-    # end it wants one sum over all rows if there is one token, and one per expert of a flat list if there are more.
+    # Sums of products, not a dot: XLA then adds rows up while it gathers them, and stores none. To that end
+    # it wants one sum over all rows if there is one token, one per expert of a flat list if there are more.
     if x.shape[0] == 1:
         rows = jnp.take(down, ids, axis=0, mode="clip").astype(jnp.float32)
         return jnp.sum(active[..., None].astype(jnp.float32) * rows, axis=(1, 2))

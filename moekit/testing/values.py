@@ -1,0 +1,80 @@
+"""Operand values by recipe and seed: never all zero, and each recipe tempts another mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from moekit.lang.dtypes import is_float, numpy_dtype
+from moekit.lang.fusion import Fusion
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def _integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Small integers: many ties, and sums that every order of addition gives exactly."""
+    return rng.integers(-3, 4, shape).astype(np.float64)
+
+
+def _tiny(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Around the smallest normal number, subnormals among them."""
+    return rng.standard_normal(shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal) * 4
+
+
+def _huge(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Up to a quarter of the largest number: sums stay finite, products may not."""
+    return rng.uniform(-0.25, 0.25, shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+
+
+def _special(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Normal numbers with infinities, NaN and zeros of both signs here and there: some rows have none."""
+    x = rng.standard_normal(shape)
+    chosen = rng.random(shape) < 0.04
+    x[chosen] = rng.choice([np.inf, -np.inf, np.nan, 0.0, -0.0], int(chosen.sum()))
+    return x
+
+
+RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...], str], np.ndarray]] = {
+    "normal": _normal,
+    "integers": _integers,
+    "tiny": _tiny,
+    "huge": _huge,
+    "special": _special,
+}
+
+
+def make(recipe: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> np.ndarray:
+    """An array of `dtype` by recipe; integer dtypes get 0 to 3, whatever the recipe."""
+    if not is_float(dtype):
+        return rng.integers(0, 2 if dtype == "bool" else 4, shape).astype(numpy_dtype(dtype))
+    with np.errstate(over="ignore"):
+        return RECIPES[recipe](rng, shape, dtype).astype(numpy_dtype(dtype))
+
+
+def operands(
+    fusion: Fusion,
+    sizes: Mapping[str, int],
+    dtypes: str | Mapping[str, str] = "float32",
+    recipe: str = "normal",
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Operands of `fusion` for the sizes of its plain axes.
+
+    `dtypes` is one dtype, for every operand that may have it (the others take the first they may have), or
+    one by name. A dimension with `?` has size 1 if `sizes` has an entry `"NAME?"` of 1.
+    """
+    rng = np.random.default_rng([seed, sum(sizes.values())])
+    arrays = {}
+    for name, spec in fusion.tensors.items():
+        wanted = dtypes if isinstance(dtypes, str) else dtypes.get(name, spec.dtypes[0])
+        dtype = wanted if wanted in spec.dtypes else spec.dtypes[0]
+        shape = tuple(
+            sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(dict(sizes))
+            for d in spec.dims
+        )
+        arrays[name] = make(recipe, shape, dtype, rng)
+    return arrays

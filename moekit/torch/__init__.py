@@ -1,0 +1,36 @@
+"""The PyTorch face: fusions as functions on tensors of any strides."""
+
+from moekit.fusions import FUSIONS as _FUSIONS
+from moekit.fusions.packing import gate_refusal
+from moekit.torch.face import IMPLEMENTATIONS, op
+from moekit.torch.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate
+
+silu_and_mul = op(_FUSIONS["silu_and_mul"])
+topk_softmax = op(_FUSIONS["topk_softmax"])
+shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
+shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
+add_rms_norm = op(_FUSIONS["add_rms_norm"])
+add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
+gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
+delta_rule_step = op(_FUSIONS["delta_rule_step"])
+delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "GateOutputs",
+    "PackedGate",
+    "add_rms_norm",
+    "add_rms_norm_",
+    "delta_rule_step",
+    "delta_rule_step_",
+    "gate_gemm",
+    "gate_refusal",
+    "gated_rms_norm",
+    "op",
+    "pack_gate",
+    "shared_expert_combine",
+    "shared_expert_combine_",
+    "silu_and_mul",
+    "split_gate",
+    "topk_softmax",
+]
