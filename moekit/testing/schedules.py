@@ -1,0 +1,55 @@
+"""Legal schedules that differ from the heuristic's in every way the compiler knows."""
+
+from __future__ import annotations
+
+from moekit.compile.analysis import axis_uses
+from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.lang.graph import Graph
+
+
+def variants(graph: Graph) -> dict[str, Schedule | None]:
+    """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
+    "split".
+    """
+    base = heuristic(graph)
+    found: dict[str, Schedule | None] = {"heuristic": None}
+    for name, schedule in (
+        ("looped", _reshaped(graph, base, reduced=("loop", 4), parallel=2)),
+        ("dots", _reshaped(graph, base, reduced=("loop", 16), parallel=16)),
+        ("rows", _reshaped(graph, base, reduced=None, parallel=8)),
+        ("small", _reshaped(graph, base, reduced=("loop", 1), parallel=1)),
+        ("whole", _reshaped(graph, base, reduced=("whole", 0), parallel=4)),
+    ):
+        if legal(graph, schedule) is None and schedule not in found.values() and schedule != base:
+            found[name] = schedule
+    for axis, use in axis_uses(graph).items():
+        split = _reshaped(graph, base, reduced=("loop", 8), parallel=4)
+        split = Schedule(split.axes, ((axis, 3),), split.warps, split.stages)
+        if use.reduced and "split" not in found and legal(graph, split) is None:
+            found["split"] = split
+    return found
+
+
+def _reshaped(graph: Graph, base: Schedule, reduced: tuple[str, int] | None, parallel: int) -> Schedule:
+    """`base` with reduced axes in the given mode and block, and blocks of `parallel` along the others."""
+    uses = axis_uses(graph)
+    for axis, mode, _ in base.axes:
+        use = uses[axis]
+        if use.whole:
+            continue
+        if use.parallel:
+            block = 1 if base.block(axis) == 1 and parallel > 1 and _single(graph, axis) else parallel
+            base = base.with_axis(axis, block=block)
+        elif reduced is not None:
+            kind, block = reduced
+            if kind == "whole" and use.extent is None:
+                kind, block = "loop", 2
+            base = base.with_axis(axis, kind, pow2(use.extent) if kind == "whole" else block)
+        elif mode == "loop":
+            base = base.with_axis(axis, block=max(1, base.block(axis) // 2))
+    return base
+
+
+def _single(graph: Graph, axis: str) -> bool:
+    """Whether ids of a `put` run along the axis, so that its blocks must be single elements."""
+    return any(axis in graph.nodes[n].axes for w in graph.writes for n in w.ids)
