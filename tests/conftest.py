@@ -21,9 +21,7 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile(
-    "nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _seconds: Counter[str] = Counter()

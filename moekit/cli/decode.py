@@ -44,20 +44,14 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option("--prompt-ids", multiple=True, callback=parse_ids, help='A prompt, "1,2,3"; may be repeated.')
 @click.option("--batch", type=click.IntRange(1), help=f"How many random prompts (default {BATCH}).")
 @click.option("--prompt-len", type=click.IntRange(1), help=f"Tokens of each (default {PROMPT_LENGTH}).")
-@click.option(
-    "--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode."
-)
-@click.option(
-    "--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows)."
-)
+@click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode.")
+@click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights (default: as stored).",
 )
-@click.option(
-    "--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time."
-)
+@click.option("--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def decode(
     checkpoint: Path | None,
@@ -97,9 +91,7 @@ def decode(
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with _bar(f"decoding with {which}") as advance:
-            runs[which] = run.run(
-                model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total)
-            )
+            runs[which] = run.run(model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total))
     found = run.difference(runs["pallas"], runs["xla"])
     report = {
         **_setting(directory, checkpoint is None, config, model),
@@ -128,9 +120,7 @@ def _checked_tp(config: Config, tp: int | None) -> int:
     if tp is None:
         return run.largest_tp(config, len(devices))
     if tp > len(devices):
-        raise click.BadParameter(
-            f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp"
-        )
+        raise click.BadParameter(f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp")
     try:
         check_tensor_parallel(config, tp)
     except ConfigError as error:
@@ -203,9 +193,7 @@ def _show(report: dict[str, Any]) -> None:
     out = console()
     kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
     out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
-    virtual = (
-        ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
-    )
+    virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
     out.print(
         f"{report['layers']} layers, {report['dtype']}, "
         f"tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",

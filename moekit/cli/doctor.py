@@ -56,9 +56,7 @@ def doctor(as_json: bool) -> None:
     rows = table("implementation", "framework", "here", "why", title="")
     for row in report["implementations"]:
         colour = {"runs": "green", "compiles": "yellow", "no": "red"}[row["state"]]
-        rows.add_row(
-            row["implementation"], row["framework"], f"[{colour}]{row['state']}[/{colour}]", row["why"]
-        )
+        rows.add_row(row["implementation"], row["framework"], f"[{colour}]{row['state']}[/{colour}]", row["why"])
     out.print(rows)
 
 
@@ -100,9 +98,7 @@ def _triton(no_gpu: str | None) -> Finding:
     if no_gpu:
         return Finding("triton", "torch", "compiles", f"{no_gpu}; compiles for sm_90, sm_100 and gfx942")
     if not torch_sees_cuda():
-        return Finding(
-            "triton", "torch", "compiles", "torch sees no CUDA device: its build or the driver does not fit"
-        )
+        return Finding("triton", "torch", "compiles", "torch sees no CUDA device: its build or the driver does not fit")
     return Finding("triton", "torch", "runs", "the default for CUDA tensors")
 
 
@@ -124,9 +120,7 @@ def _pallas(no_gpu: str | None) -> Finding:
     if plugin:
         return Finding("pallas", "jax", "runs", f"interpreted on CPU only: {plugin}")
     if not jax_sees_cuda():
-        return Finding(
-            "pallas", "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit"
-        )
+        return Finding("pallas", "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit")
     return Finding("pallas", "jax", "runs", "compiled for the GPU through Pallas's Triton lowering")
 
 
@@ -154,10 +148,7 @@ def _version(package: str) -> str | None:
 
 def _print_devices(found: dict) -> None:
     out = console()
-    out.print(
-        f"\nCPU: {found['cpu_cores']} cores; "
-        f"`moekit decode` makes {platform.VIRTUAL_DEVICES} virtual devices of them"
-    )
+    out.print(f"\nCPU: {found['cpu_cores']} cores; `moekit decode` makes {platform.VIRTUAL_DEVICES} virtual devices of them")
     if found["cuda"] is None:
         out.print("GPU: no NVIDIA driver")
         return

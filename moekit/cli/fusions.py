@@ -21,9 +21,7 @@ def list_fusions(as_json: bool) -> None:
         out.print(f"  {row['doc']}", soft_wrap=True, markup=False)
         tensors = table("", "", "", "")
         for name, t in row["tensors"].items():
-            tensors.add_row(
-                "  " + name, t["role"], f"[{t['shape']}]".replace("[", r"\["), ", ".join(t["dtypes"])
-            )
+            tensors.add_row("  " + name, t["role"], f"[{t['shape']}]".replace("[", r"\["), ", ".join(t["dtypes"]))
         out.print(tensors)
 
 

@@ -116,9 +116,7 @@ def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     """
     calls = _kernel_calls(model if kernels == "pallas" else unpack_gates(model), batch, kernels)
     kind = "pallas, interpreted" if _interpreted() else "pallas"
-    return {
-        name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS
-    }
+    return {name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
 
 
 def _interpreted() -> bool:
@@ -129,9 +127,7 @@ def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
     """Pallas calls of a traced decode step, by the fusion that each kernel is named after."""
     ids = jax.ShapeDtypeStruct((batch, PROMPT_BUCKET), np.int32)
     lengths = jax.ShapeDtypeStruct((batch,), np.int32)
-    _, cache = jax.eval_shape(
-        lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths
-    )
+    _, cache = jax.eval_shape(lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths)
     step = greedy_step.trace(model, lengths, cache, kernels=kernels)
     names = _pallas_names(step.jaxpr.jaxpr, _interpreted())
     return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)

@@ -74,9 +74,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
 @click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:2".')
-def show(
-    fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None
-) -> None:
+def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None) -> None:
     """Show FUSION as its numpy reference, traced graph, tile program, or Triton or Pallas source.
 
     Dimensions that may be 1 are shown as 1. The schedule is the heuristic's if none is given.
@@ -96,9 +94,7 @@ def _find(name: str) -> Fusion:
     from moekit.fusions import FUSIONS
 
     if name not in FUSIONS:
-        raise click.BadParameter(
-            f"there is no fusion {name!r}; there are {', '.join(FUSIONS)}", param_hint="FUSION"
-        )
+        raise click.BadParameter(f"there is no fusion {name!r}; there are {', '.join(FUSIONS)}", param_hint="FUSION")
     return FUSIONS[name]
 
 
@@ -142,9 +138,7 @@ def _tile(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
 def _triton(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     from moekit.backends.triton import emit
 
-    return "\n\n".join(
-        emit(program).rstrip() for program in _strided_plan(fusion, binding, schedule).programs
-    )
+    return "\n\n".join(emit(program).rstrip() for program in _strided_plan(fusion, binding, schedule).programs)
 
 
 def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
@@ -162,9 +156,7 @@ def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -
     from moekit.compile.tile import Strided
 
     graph = fusion.trace(binding)
-    layouts = {
-        t.name: Strided(_stride_classes(t.dtype, _shape(graph, binding, t))) for t in graph.tensors.values()
-    }
+    layouts = {t.name: Strided(_stride_classes(t.dtype, _shape(graph, binding, t))) for t in graph.tensors.values()}
     return plan(graph, schedule, layouts)
 
 

@@ -51,9 +51,7 @@ def fake(monkeypatch):
     def with_tokens(pallas, xla):
         runs = {"pallas": generation(*pallas), "xla": generation(*xla)}
         monkeypatch.setattr(run, "run", lambda model, prompts, new, kernels, progress: runs[kernels])
-        monkeypatch.setattr(
-            run, "served", lambda *_: {"add_rms_norm": {"implementation": "xla", "kernels": 0}}
-        )
+        monkeypatch.setattr(run, "served", lambda *_: {"add_rms_norm": {"implementation": "xla", "kernels": 0}})
 
     return with_tokens
 

@@ -87,9 +87,7 @@ def test_gpus_are_described():
     assert platform.cuda_version()
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(MoekitError("x"), 1), (ScheduleError("x"), 2), (UnavailableError("x"), 3)]
-)
+@pytest.mark.parametrize(("error", "code"), [(MoekitError("x"), 1), (ScheduleError("x"), 2), (UnavailableError("x"), 3)])
 def test_exit_codes(error, code):
     assert exit_code(error) == code
 

@@ -49,9 +49,7 @@ def test_shown_source_is_python(moekit, form):
 
 
 def test_sizes_dtype_parameters_and_schedule_are_used(moekit):
-    graph = moekit(
-        "show", "add_rms_norm", "--sizes", "H=48", "--dtype", "float16", "--params", "eps=0.25"
-    ).stdout
+    graph = moekit("show", "add_rms_norm", "--sizes", "H=48", "--dtype", "float16", "--params", "eps=0.25").stdout
     assert "H=48" in graph
     assert "float16[T, H]" in graph
     assert "0.25" in graph
