@@ -1,9 +1,11 @@
 """Gated attention: grouped queries, normed and partly rotated heads, a sigmoid gate on the output.
 
-Both functions compute one rank's partial output from its own heads; the caller sums over ranks.
+`decode` and `prefill` compute one rank's partial output from its own heads; the caller sums over ranks.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
 BLOCK = 1024  # query rows whose scores are held at a time
 
 
+@partial(jax.jit, static_argnames=("config",))
 def decode(
     x: jax.Array, weights: dict[str, jax.Array], memory: KeyValues, lengths: jax.Array, config: Config
 ) -> tuple[jax.Array, KeyValues]:
@@ -32,9 +35,8 @@ def decode(
     return out[:, 0], memory
 
 
-def prefill(
-    x: jax.Array, weights: dict[str, jax.Array], cache_length: int, config: Config
-) -> tuple[jax.Array, KeyValues]:
+@partial(jax.jit, static_argnames=("cache_length", "config"))
+def prefill(x: jax.Array, weights: dict[str, jax.Array], cache_length: int, config: Config) -> tuple[jax.Array, KeyValues]:
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)

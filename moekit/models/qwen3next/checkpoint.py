@@ -118,9 +118,7 @@ def _array(checkpoint: Checkpoint, parameter: Parameter, mesh: Mesh, dtype: np.d
     return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, parameter.spec), share)
 
 
-def _share(
-    checkpoint: Checkpoint, parameter: Parameter, rank: int, local: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def _share(checkpoint: Checkpoint, parameter: Parameter, rank: int, local: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """What one rank holds of a parameter: its slabs joined by rows, or one such block per expert."""
     slabs = parameter.slabs(rank)
     if not parameter.stacked:
@@ -175,9 +173,7 @@ def _header(file: Path) -> dict[str, Tensor]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
-                raise CheckpointError(
-                    f"{file.name} is truncated: its header needs {8 + length} bytes, it has {size}"
-                )
+                raise CheckpointError(f"{file.name} is truncated: its header needs {8 + length} bytes, it has {size}")
             raw = json.loads(stream.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{file.name} does not exist in {file.parent}") from None
@@ -200,18 +196,14 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], config: Config) -> st
     wanted = checkpoint_shapes(config)
     for key, shape in wanted.items():
         if key not in tensors:
-            raise CheckpointError(
-                f"{directory}: tensor {key} of shape {list(shape)} is missing from every file"
-            )
+            raise CheckpointError(f"{directory}: tensor {key} of shape {list(shape)} is missing from every file")
         if tensors[key].shape != shape:
             got = f"shape {list(tensors[key].shape)} where {list(shape)} is needed"
             raise CheckpointError(f"{tensors[key].file.name}: tensor {key} has {got}")
     for key in tensors:
         if key not in wanted and not key.startswith(IGNORED) and not _is_tied_head(key, config):
             where = tensors[key].file.name
-            raise CheckpointError(
-                f"{where}: tensor {key} is not part of the model that config.json describes"
-            )
+            raise CheckpointError(f"{where}: tensor {key} is not part of the model that config.json describes")
     dtype = tensors["model.embed_tokens.weight"].dtype
     for key in wanted:
         allowed = {dtype, "F32"} if key.endswith(MAY_BE_F32) else {dtype}

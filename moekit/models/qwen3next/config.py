@@ -145,9 +145,7 @@ def check_tensor_parallel(config: Config, tp: int) -> None:
         if size % tp:
             raise ConfigError(f"tp = {tp} does not divide {name} = {size}; choose a tp that divides it")
     if kv % tp and tp % kv:
-        raise ConfigError(
-            f"tp = {tp} neither divides num_key_value_heads = {kv} nor is a multiple of it; choose another tp"
-        )
+        raise ConfigError(f"tp = {tp} neither divides num_key_value_heads = {kv} nor is a multiple of it; choose another tp")
 
 
 class _Fields:

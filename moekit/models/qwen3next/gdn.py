@@ -1,11 +1,12 @@
 """The gated delta net: a causal convolution, the gated delta rule, a gated norm.
 
-Both functions compute one rank's partial output; the caller sums over ranks. A rank's weights hold its own
+`decode` and `prefill` compute one rank's partial output; the caller sums over ranks. A rank's weights hold its own
 heads: K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolution, in the order q | k | v.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from moekit.models.qwen3next.numerics import einsum, linear, round_to
 CHUNK = 64
 
 
+@partial(jax.jit, static_argnames=("config", "kernels"))
 def decode(
     x: jax.Array, weights: dict[str, jax.Array], state: DeltaState, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
@@ -31,9 +33,7 @@ def decode(
     mixed = linear(x, weights["in_proj_qkvz"])
     gates = linear(x, weights["in_proj_ba"])
     window = jnp.concatenate([state.conv, mixed[:, :channels, None]], axis=-1)
-    convolved = _silu(
-        jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32), axis=-1), x.dtype
-    )
+    convolved = _silu(jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32), axis=-1), x.dtype)
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
@@ -56,6 +56,7 @@ def decode(
     return out, DeltaState(window[:, :, 1:], recurrent)
 
 
+@partial(jax.jit, static_argnames=("config", "kernels"))
 def prefill(
     x: jax.Array, weights: dict[str, jax.Array], lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
@@ -141,9 +142,7 @@ def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[
     """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, C, width - 1]."""
     width, length = weight.shape[1], mixed.shape[1]
     padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
-    taps = (
-        padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width)
-    )
+    taps = (padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width))
     positions = lengths[:, None] + jnp.arange(width - 1)
     last = jnp.take_along_axis(padded, positions[..., None], axis=1)
     return _silu(sum(taps), mixed.dtype), jnp.swapaxes(last, 1, 2)

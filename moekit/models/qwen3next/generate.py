@@ -87,9 +87,7 @@ def generate(
 class _Run:
     """The host's side of a generation: tokens so far, which sequences ended, and when."""
 
-    def __init__(
-        self, batch: int, total: int, stops: frozenset[int], progress: Callable[[Progress], None] | None
-    ):
+    def __init__(self, batch: int, total: int, stops: frozenset[int], progress: Callable[[Progress], None] | None):
         self.total, self.stops, self.progress = total, stops, progress
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.ended = [False] * batch

@@ -1,7 +1,8 @@
 """Qwen3-Next as pure functions: load, prefill, decode_step, greedy_step.
 
 Every function runs under `jax.shard_map` over the mesh axis `tp`. A layer has two all-reduces, one after the
-attention or delta-net block and one after the mixture of experts.
+attention or delta-net block and one after the mixture of experts. The blocks are jitted on their own, so that jax
+traces and lowers one layer of each kind and not every layer; XLA inlines them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.jax import gate_fusible, pack_gate
+from moekit.jax import gate_refusal, pack_gate
 from moekit.models.qwen3next import attention, gdn
 from moekit.models.qwen3next.cache import Cache, cache_specs
 from moekit.models.qwen3next.checkpoint import load_parameters
@@ -71,11 +72,11 @@ def load(
 
 
 def pack_gates(model: Model) -> Model:
-    """The model with each layer's three gate weights as one packed weight, where `gate_fusible` allows it."""
+    """The model with each layer's three gate weights as one packed weight, where `gate_refusal` allows it."""
     layers = []
     for layer in model.params["layers"]:
         parts = layer["mlp"]["gate"]
-        if isinstance(parts, dict) and gate_fusible(*_arrays(parts)) is None:
+        if isinstance(parts, dict) and _refusal(model, parts) is None:
             layer = _with_gate(layer, _pack(model, parts))
         layers.append(layer)
     return Model({**model.params, "layers": layers}, model.config, model.mesh)
@@ -126,9 +127,7 @@ def prefill(
     """
     config, kernels = model.config, resolve(kernels)
     if cache_length < tokens.shape[1]:
-        raise ValueError(
-            f"cache_length = {cache_length} is less than the {tokens.shape[1]} tokens of the prompt"
-        )
+        raise ValueError(f"cache_length = {cache_length} is less than the {tokens.shape[1]} tokens of the prompt")
 
     def local(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         batch, length = tokens.shape
@@ -148,15 +147,11 @@ def prefill(
         return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, lengths)
 
     leading = P(None, None) if every_logit else P(None)
-    return _sharded(model, local, (P(), P()), (_logit_spec(model, leading), cache_specs(config)))(
-        model.params, tokens, lengths
-    )
+    return _sharded(model, local, (P(), P()), (_logit_spec(model, leading), cache_specs(config)))(model.params, tokens, lengths)
 
 
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
-def decode_step(
-    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
-) -> tuple[jax.Array, Cache]:
+def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
     """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp; new cache.
 
     The cache is donated: its buffers become the new one's. It must have room: a token beyond its length is
@@ -165,15 +160,11 @@ def decode_step(
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
     specs = cache_specs(model.config)
-    return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(
-        model.params, tokens, cache
-    )
+    return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(model.params, tokens, cache)
 
 
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
-def greedy_step(
-    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
-) -> tuple[jax.Array, Cache]:
+def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
     """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated."""
     kernels = resolve(kernels)
     cut = vocabulary_spec(model.config, model.tp) != P()
@@ -191,14 +182,10 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
     """The most likely token of each row of logits [B, vocabulary]: [B] int32, the lower of equals."""
     cut = vocabulary_spec(model.config, model.tp) != P()
     local = partial(_most_likely, cut=cut and model.tp > 1)
-    return jax.shard_map(
-        local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False
-    )(logits)
+    return jax.shard_map(local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
 
 
-def _decode(
-    params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels
-) -> tuple[jax.Array, Cache]:
+def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
     def mix(i: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         if config.layer_types[i] == GDN:
             return gdn.decode(x, layer["linear_attn"], cache.layers[i], config, kernels)
@@ -219,7 +206,7 @@ def _layers(
 
     mix(i, x, layer) is one rank's share of layer i's attention or delta net.
     """
-    norm = partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0)
+    norm = jax.jit(partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0))
     hidden = jnp.take(params["embed_tokens"], tokens, axis=0, mode="clip")
     residual, memories = jnp.zeros_like(hidden), []
     for i, layer in enumerate(params["layers"]):
@@ -242,9 +229,7 @@ def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
     return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
 
 
-def _sharded(
-    model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any
-) -> Callable[..., Any]:
+def _sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
     own = specs(model.params, model.config, model.tp)
     return jax.shard_map(local, mesh=model.mesh, in_specs=(own, *inputs), out_specs=outputs, check_vma=False)
 
@@ -255,6 +240,12 @@ def _logit_spec(model: Model, leading: P) -> P:
 
 def _arrays(parts: dict[str, Any]) -> tuple[Any, Any, Any]:
     return parts["gate_up"], parts["router"], parts["shared_gate"]
+
+
+def _refusal(model: Model, parts: dict[str, Any]) -> str | None:
+    """Why these three weights must stay apart, or None."""
+    named = [(name, part.shape, part.dtype.name) for name, part in parts.items()]
+    return gate_refusal(model.dtype.name, named)
 
 
 def _with_gate(layer: dict[str, Any], gate: Any) -> dict[str, Any]:
@@ -272,9 +263,7 @@ def _abstract_pack(model: Model, parts: dict[str, Any]) -> Any:
 
 
 def _packer(mesh: Mesh) -> Callable[..., Any]:
-    cut = jax.shard_map(
-        pack_gate, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False
-    )
+    cut = jax.shard_map(pack_gate, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False)
     return jax.jit(cut)
 
 

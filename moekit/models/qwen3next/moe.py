@@ -6,6 +6,7 @@ since the shared and the routed part are added before.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 
+PARTS = {"gate_up": "gate_up", "router": "router_logits", "shared_gate": "shared_gate"}  # each weight's product
 CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a time
 
 
+@partial(jax.jit, static_argnames=("config", "kernels"))
 def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
     gate_up, logits, shared_gate = gate(x, weights["gate"], kernels)
@@ -38,21 +41,16 @@ def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[Any, Any, Any]:
         out = kernels.gate_gemm(x, weights)
         return out.gate_up, out.router_logits, out.shared_gate
     parts = unpacked(weights) if isinstance(weights, PackedGate) else weights
-    return tuple(linear(x, parts[name].astype(x.dtype)) for name in ("gate_up", "router", "shared_gate"))
+    return tuple(linear(x, parts[name].astype(x.dtype)) for name in PARTS)
 
 
 def unpacked(packed: PackedGate) -> dict[str, jax.Array]:
     """The three weights inside a packed one."""
-    parts, start = {}, 0
-    for name, width in zip(("gate_up", "router", "shared_gate"), packed.widths, strict=True):
-        parts[name] = packed.weight[start : start + width]
-        start += width
-    return parts
+    rows = packed.widths.parts
+    return {name: packed.weight[rows[part]] for name, part in PARTS.items()}
 
 
-def experts(
-    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array
-) -> jax.Array:
+def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     """Weighted sum of the chosen experts, float32 [T, H].
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers; gate_up [E, 2I, H], down [E, I, H]. Few tokens
@@ -66,17 +64,12 @@ def experts(
     if tokens <= chunk:
         return _dense(x, chosen, ids, gate_up, down)
     blocks = -(-tokens // chunk)
-    padded = tuple(
-        jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1)
-        for a in (x, chosen, ids)
-    )
+    padded = tuple(jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1) for a in (x, chosen, ids))
     out = lax.map(lambda block: _dense(*block, gate_up, down), padded)
     return out.reshape(blocks * chunk, -1)[:tokens]
 
 
-def _gathered(
-    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array
-) -> jax.Array:
+def _gathered(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
     active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
     # Sums of products, not a dot: XLA then adds rows up while it gathers them, and stores none. To that end

@@ -115,9 +115,7 @@ def vocabulary_spec(config: Config, tp: int) -> P:
 def specs(tree: Any, config: Config, tp: int, name: str = "") -> Any:
     """The PartitionSpecs of a parameter tree, gates packed or not, in its structure."""
     if isinstance(tree, dict):
-        return {
-            key: specs(value, config, tp, f"{name}.{key}" if name else key) for key, value in tree.items()
-        }
+        return {key: specs(value, config, tp, f"{name}.{key}" if name else key) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [specs(value, config, tp, name) for value in tree]
     return vocabulary_spec(config, tp) if name == "lm_head" else TABLE[name]
@@ -234,12 +232,8 @@ def _gdn(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
             grouped("in_proj_ba.weight", (ratio, ratio)),
         ),
         "conv1d": _cut("layers.linear_attn.conv1d", (2 * keys + values, c.conv_width), channels),
-        "A_log": _rows(
-            "layers.linear_attn.A_log", prefix + "A_log", (c.linear_num_value_heads,), value_heads
-        ),
-        "dt_bias": _rows(
-            "layers.linear_attn.dt_bias", prefix + "dt_bias", (c.linear_num_value_heads,), value_heads
-        ),
+        "A_log": _rows("layers.linear_attn.A_log", prefix + "A_log", (c.linear_num_value_heads,), value_heads),
+        "dt_bias": _rows("layers.linear_attn.dt_bias", prefix + "dt_bias", (c.linear_num_value_heads,), value_heads),
         "norm": _whole("layers.linear_attn.norm", prefix + "norm.weight", (c.linear_value_head_dim,)),
         "out_proj": _columns("layers.linear_attn.out_proj", prefix + "out_proj.weight", (hidden, values), tp),
     }
@@ -257,9 +251,7 @@ def _attention(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
         return slabs
 
     tree = {
-        "q_proj": _rows(
-            "layers.self_attn.q_proj", prefix + "q_proj.weight", (2 * queries, hidden), 2 * queries // tp
-        ),
+        "q_proj": _rows("layers.self_attn.q_proj", prefix + "q_proj.weight", (2 * queries, hidden), 2 * queries // tp),
         "o_proj": _columns("layers.self_attn.o_proj", prefix + "o_proj.weight", (hidden, queries), tp),
     }
     for name in ("k_proj", "v_proj"):
@@ -274,9 +266,7 @@ def _moe(c: Config, tp: int, prefix: str) -> dict[str, Any]:
     shared, own = c.shared_expert_intermediate_size, wide // tp
 
     def gate_up(key: str, width: int, rank: int) -> list[Slab]:
-        return [
-            Slab(f"{prefix}{key}.{name}.weight", _block(rank, width)) for name in ("gate_proj", "up_proj")
-        ]
+        return [Slab(f"{prefix}{key}.{name}.weight", _block(rank, width)) for name in ("gate_proj", "up_proj")]
 
     def down(expert: int, rank: int) -> list[Slab]:
         return [Slab(f"{prefix}experts.{expert}.down_proj.weight", None, _block(rank, own))]
@@ -289,13 +279,9 @@ def _moe(c: Config, tp: int, prefix: str) -> dict[str, Any]:
                 lambda rank: gate_up("shared_expert", shared // tp, rank),
             ),
             "router": _whole("layers.mlp.gate.router", prefix + "gate.weight", (experts, hidden)),
-            "shared_gate": _whole(
-                "layers.mlp.gate.shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)
-            ),
+            "shared_gate": _whole("layers.mlp.gate.shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
         },
-        "shared_down": _columns(
-            "layers.mlp.shared_down", prefix + "shared_expert.down_proj.weight", (hidden, shared), tp
-        ),
+        "shared_down": _columns("layers.mlp.shared_down", prefix + "shared_expert.down_proj.weight", (hidden, shared), tp),
         "experts_gate_up": _cut(
             "layers.mlp.experts_gate_up",
             (experts, 2 * wide, hidden),

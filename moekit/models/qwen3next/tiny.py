@@ -88,11 +88,7 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
     elif "conv1d" in name:
         value = rng.standard_normal(shape) * 0.6
     else:  # a projection: unit input gives about unit output, twice that before a sigmoid or a softmax
-        gain = (
-            2.0
-            if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "in_proj_ba.weight"))
-            else 1.0
-        )
+        gain = 2.0 if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "in_proj_ba.weight")) else 1.0
         value = rng.standard_normal(shape) * gain * shape[-1] ** -0.5
     return np.asarray(value, np.float32)
 
