@@ -227,7 +227,9 @@ def torch_library() -> Library:
     """PyTorch; every operation is differentiable where its maths is."""
     import torch
 
-    dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")}
+    dtypes = {
+        name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")
+    }
 
     def top_k(keys, k):
         best, ids = torch.sort(keys, dim=-1, descending=True, stable=True)
@@ -346,4 +348,8 @@ def jax_library() -> Library:
     )
 
 
-LIBRARIES: dict[str, Callable[[], Library]] = {"numpy": numpy_library, "torch": torch_library, "jax": jax_library}
+LIBRARIES: dict[str, Callable[[], Library]] = {
+    "numpy": numpy_library,
+    "torch": torch_library,
+    "jax": jax_library,
+}

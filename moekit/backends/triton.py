@@ -28,14 +28,14 @@ UNARY = {
 }  # fmt: skip
 
 HELPERS = {
-    "nan_max": '''@triton.jit
+    "nan_max": """@triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-''',
-    "nan_min": '''@triton.jit
+""",
+    "nan_min": """@triton.jit
 def nan_min(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-''',
+""",
 }
 
 
@@ -93,7 +93,9 @@ class TritonPrinter(Printer):
 
     def store(self, op: t.Store) -> str:
         axes = self.store_axes(op)
-        value = self.text(op.value) if op.value.axes == axes else f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
+        value = (
+            self.text(op.value) if op.value.axes == axes else f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
+        )
         mask = f", mask={self.at(op.mask, axes)}" if op.mask is not None else ""
         return f"tl.store({self.pointer(op, axes)}, {value if op.value.axes or not axes else self.text(op.value)}{mask})"
 
@@ -189,7 +191,11 @@ def emit(program: t.TileProgram) -> str:
     lines = [*header(program, __version__), "import triton", "import triton.language as tl", ""]
     for name in sorted(printer.helpers):
         lines += ["", HELPERS[name]]
-    lines += ["", f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit", f"def {kernel_name(program)}("]
+    lines += [
+        "",
+        f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit",
+        f"def {kernel_name(program)}(",
+    ]
     lines += _wrapped([a.name for a in args])
     return "\n".join([*lines, "):", *body, ""])
 

@@ -206,7 +206,7 @@ def _show(report: dict[str, Any]) -> None:
     out.print()
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
-    _show_agreement(report["agreement"], report["tokens"])
+    _show_agreement(report["agreement"], report["tokens"], report["dtype"])
 
 
 def _ids(ids: list[int]) -> str:
@@ -231,7 +231,7 @@ def _served_table(served: dict[str, dict[str, Any]], kernels: str) -> Any:
     return made
 
 
-def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]]) -> None:
+def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]], dtype: str) -> None:
     out = console()
     out.print()
     if agreement["equal"]:
@@ -242,3 +242,5 @@ def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]]) -> None:
         f"{agreement['sequence']} is {agreement['pallas']} with pallas and {agreement['xla']} with xla",
         soft_wrap=True,
     )
+    if dtype != "float32":
+        out.print(f"In {dtype} two near-equal logits can fall either way; --dtype float32 tells that from a fault.")

@@ -83,7 +83,10 @@ class _Program:
         mask = np.broadcast_to(self.at(op.mask, axes), shape) if op.mask is not None else np.ones(shape, bool)
         index = []
         for size, v in zip(array.shape, op.index, strict=True):
-            i = np.broadcast_to(self.at(v, axes).astype(np.int64) if v is not None else np.zeros([1] * len(axes), np.int64), shape)
+            i = np.broadcast_to(
+                self.at(v, axes).astype(np.int64) if v is not None else np.zeros([1] * len(axes), np.int64),
+                shape,
+            )
             if (mask & ((i < 0) | (i >= size))).any():
                 raise IndexError(f"{self.program.name}: {type(op).__name__} of {op.tensor} leaves its bounds")
             index.append(np.where(mask, i, 0))
@@ -196,6 +199,8 @@ EXECUTE = {
     t.Binary: _Program.binary,
     t.Where: _Program.where,
     t.Reduce: _Program.reduce,
-    t.Scan: lambda p, op: np.cumsum(p.values[op.value.name], axis=op.value.axes.index(op.axis), dtype=numpy_dtype(op.out.dtype)),
+    t.Scan: lambda p, op: np.cumsum(
+        p.values[op.value.name], axis=op.value.axes.index(op.axis), dtype=numpy_dtype(op.out.dtype)
+    ),
     t.Dot: _Program.dot,
 }

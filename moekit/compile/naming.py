@@ -7,7 +7,19 @@ import keyword
 import re
 
 TEMPORARY = "tmp"
-RESERVED = {*keyword.kwlist, *dir(builtins), "tl", "triton", "pl", "plt", "jnp", "lax", "jax", "program", "self"}
+RESERVED = {
+    *keyword.kwlist,
+    *dir(builtins),
+    "tl",
+    "triton",
+    "pl",
+    "plt",
+    "jnp",
+    "lax",
+    "jax",
+    "program",
+    "self",
+}
 
 
 def identifier(axis: str) -> str:

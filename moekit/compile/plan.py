@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile import tile as t
-from moekit.compile.lower import lower, part_axis
+from moekit.compile.lower import lower
 from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.compile.scope import part_axis
 from moekit.compile.verify import verify
 from moekit.errors import ScheduleError
 from moekit.lang.graph import Along, Graph, Node, Tensor, Write
@@ -108,12 +109,18 @@ def cut(graph: Graph, schedule: Schedule) -> tuple[Graph, Graph, tuple[Scratch, 
     part = part_axis(axis)
     targets = [i for i in graph.live() if graph.nodes[i].op in ("reduce", "contract") and graph.nodes[i].attr("axis") == axis]
     axes = {part: parts, **graph.axes}
-    scratch, tensors, writes = [], {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"}, []
+    scratch, tensors, writes = (
+        [],
+        {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"},
+        [],
+    )
     for number, i in enumerate(targets):
         node = graph.nodes[i]
         s = Scratch(f"partial_{number}", node.dtype, (part, *node.axes), (parts, *(graph.axes[a] for a in node.axes)))
         scratch.append(s)
-        tensors[s.name] = Tensor(s.name, "Out", tuple(Dim.parse(a) if a != part else Dim(a, ((1, a),)) for a in s.axes), s.dtype)
+        tensors[s.name] = Tensor(
+            s.name, "Out", tuple(Dim.parse(a) if a != part else Dim(a, ((1, a),)) for a in s.axes), s.dtype
+        )
         writes.append(Write(s.name, i, tuple(Along(a) for a in s.axes)))
     first = replace(graph, name=f"{graph.name}_partial", axes=axes, tensors=tensors, writes=tuple(writes))
     return first, _rest(graph, targets, scratch, axes, tensors), tuple(scratch)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moekit.compile import tile as t
+from moekit.compile.types import TYPES
 from moekit.errors import VerifyError
-from moekit.lang import dtypes
-from moekit.lang.graph import BITWISE, COMPARE, UNARY
 
 INT32_MAX = 2**31 - 1
 
@@ -73,7 +72,12 @@ def blocks(f: Facts) -> None:
         if a.block < 1 or a.block & (a.block - 1):
             _fail(f, "blocks", None, f"axis {a.name} has blocks of {a.block}, which is no power of two")
         if a.mode == "whole" and (a.extent is None or a.extent > a.block):
-            _fail(f, "blocks", None, f"axis {a.name} of {a.extent} elements is not whole in a block of {a.block}")
+            _fail(
+                f,
+                "blocks",
+                None,
+                f"axis {a.name} of {a.extent} elements is not whole in a block of {a.block}",
+            )
         if a.mode not in ("grid", "whole", "loop", "gather"):
             _fail(f, "blocks", None, f"axis {a.name} has the unknown mode {a.mode!r}")
 
@@ -109,110 +113,9 @@ def defined_once(f: Facts) -> None:
 def types(f: Facts) -> None:
     """Operands agree in dtype, conditions and masks are bool, a result has its operation's dtype and axes."""
     for op, _ in f.ops:
-        if check := TYPES.get(type(op)):
-            if problem := check(f, op):
-                _fail(f, "types", op, problem)
-
-
-def _binary_type(f: Facts, op: t.Binary) -> str | None:
-    if op.left.dtype != op.right.dtype:
-        return f"{op.op} of {op.left.dtype} and {op.right.dtype}; cast one"
-    if op.op in BITWISE and dtypes.is_float(op.left.dtype):
-        return f"{op.op} of floats; bitcast first"
-    if op.out.dtype != ("bool" if op.op in COMPARE else op.left.dtype):
-        return f"{op.op} of {op.left.dtype} is not {op.out.dtype}"
-    return _joined(f, op.out, op.left, op.right)
-
-
-def _joined(f: Facts, out: t.Value, *parts: t.Value) -> str | None:
-    names = {a for p in parts for a in p.axes}
-    wanted = tuple(a.name for a in f.program.axes if a.name in names)
-    return None if out.axes == wanted else f"{out.name} has axes {out.axes}; its operands give {wanted}"
-
-
-def _where_type(f: Facts, op: t.Where) -> str | None:
-    if op.condition.dtype != "bool":
-        return f"the condition is {op.condition.dtype}; it must be bool"
-    if not op.yes.dtype == op.no.dtype == op.out.dtype:
-        return f"the branches are {op.yes.dtype} and {op.no.dtype}, the result {op.out.dtype}; they must agree"
-    return _joined(f, op.out, op.condition, op.yes, op.no)
-
-
-def _unary_type(f: Facts, op: t.Unary) -> str | None:
-    if op.op not in UNARY or op.op == "softplus":
-        return f"there is no operation {op.op!r}"
-    if op.op not in ("neg", "abs", "not") and op.value.dtype != "float32":
-        return f"{op.op} of {op.value.dtype}; it is done in float32"
-    return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
-
-
-def _reduce_type(f: Facts, op: t.Reduce) -> str | None:
-    if op.axis not in op.value.axes:
-        return f"{op.value.name} does not vary over {op.axis}"
-    if op.value.dtype not in ("float32", "int32", "int64"):
-        return f"a reduction of {op.value.dtype}; it is done in float32 or integers, so cast first"
-    wanted = tuple(a for a in op.value.axes if a != op.axis)
-    return None if (op.out.axes, op.out.dtype) == (wanted, op.value.dtype) else f"the result must be {op.value.dtype}{wanted}"
-
-
-def _dot_type(f: Facts, op: t.Dot) -> str | None:
-    shared = set(op.left.axes) & set(op.right.axes)
-    if shared != {op.axis} or len(op.left.axes) != 2 or len(op.right.axes) != 2:
-        return f"it multiplies [m, k] by [k, n], got {op.left.axes} and {op.right.axes}"
-    if op.left.dtype != op.right.dtype or not dtypes.is_float(op.left.dtype):
-        return f"it multiplies floats of one dtype, got {op.left.dtype} and {op.right.dtype}"
-    if op.out.dtype != "float32":
-        return f"it accumulates in float32, not {op.out.dtype}"
-    if op.acc is not None and (op.acc.dtype, op.acc.axes) != (op.out.dtype, op.out.axes):
-        return f"its accumulator is {op.acc}"
-    return None if op.out.axes[0] in op.left.axes else f"its left operand must vary over {op.out.axes[0]}"
-
-
-def _load_type(f: Facts, op: t.Load) -> str | None:
-    param = f.program.param(op.tensor)
-    if op.out.dtype != param.dtype:
-        return f"{op.tensor} is {param.dtype}, not {op.out.dtype}"
-    return _address_type(f, op, param)
-
-
-def _address_type(f: Facts, op, param: t.Param) -> str | None:
-    if len(op.index) != len(param.axes) or len(op.wide) != len(param.axes):
-        return f"{param.name} has {len(param.axes)} dimensions, the index {len(op.index)}"
-    if op.mask is not None and op.mask.dtype != "bool":
-        return f"the mask is {op.mask.dtype}; it must be bool"
-    if bad := [v for v in op.index if v is not None and v.dtype not in ("int32", "int64")]:
-        return f"the index {bad[0].name} is {bad[0].dtype}; it must be an integer"
-    return None
-
-
-def _store_type(f: Facts, op: t.Store) -> str | None:
-    param = f.program.param(op.tensor)
-    if op.value.dtype != param.dtype:
-        return f"{op.tensor} is {param.dtype}, the value {op.value.dtype}; cast it"
-    return _address_type(f, op, param)
-
-
-def _loop_type(f: Facts, op: t.Loop) -> str | None:
-    if not len(op.carries) == len(op.inits) == len(op.yields) == len(op.outs):
-        return "carries, inits, yields and outs differ in number"
-    for group in zip(op.carries, op.inits, op.yields, op.outs, strict=True):
-        if len({(v.dtype, v.axes) for v in group}) != 1:
-            return f"{', '.join(map(str, group))} must be of one dtype and shape"
-    return None if op.step >= 1 else f"its step is {op.step}"
-
-
-TYPES: dict[type, Callable[[Facts, t.Op], str | None]] = {
-    t.Binary: _binary_type,
-    t.Where: _where_type,
-    t.Unary: _unary_type,
-    t.Reduce: _reduce_type,
-    t.Dot: _dot_type,
-    t.Load: _load_type,
-    t.Store: _store_type,
-    t.Loop: _loop_type,
-    t.Bitcast: lambda f, op: None if dtypes.itemsize(op.out.dtype) == dtypes.itemsize(op.value.dtype) else "the width changes",
-    t.InBounds: lambda f, op: None if op.out.dtype == "bool" else "a mask is bool",
-}
+        check = TYPES.get(type(op))
+        if check and (problem := check(f.program, op)):
+            _fail(f, "types", op, problem)
 
 
 def memory_masked(f: Facts) -> None:
@@ -223,7 +126,12 @@ def memory_masked(f: Facts) -> None:
             for value in op.index:
                 for axis, index in _bases(f, value):
                     if f.program.axis(axis).partial and (axis, index) not in kept:
-                        _fail(f, "memory masked", op, f"the block of {axis} reaches past its end; mask it with {axis}'s own mask")
+                        _fail(
+                            f,
+                            "memory masked",
+                            op,
+                            f"the block of {axis} reaches past its end; mask it with {axis}'s own mask",
+                        )
             for dim, value in enumerate(op.index):
                 axis = f.program.param(op.tensor).axes[dim]
                 if value is not None and not _affine(f, value) and (axis, value.name) not in kept:
@@ -261,15 +169,25 @@ def reductions_masked(f: Facts) -> None:
         if isinstance(op, t.Reduce) and f.program.axis(op.axis).partial:
             identity = _identity(op.op, op.value.dtype)
             if not _filled(f, op.value, op.axis, identity, set()):
-                _fail(f, "reductions masked", op, f"lanes past the end of {op.axis} may not be {identity}; put where(mask, x, {identity})")
+                _fail(
+                    f,
+                    "reductions masked",
+                    op,
+                    f"lanes past the end of {op.axis} may not be {identity}; put where(mask, x, {identity})",
+                )
         if isinstance(op, t.Dot) and f.program.axis(op.axis).partial:
             for v in (op.left, op.right):
                 if not _filled(f, v, op.axis, 0, set()):
-                    _fail(f, "reductions masked", op, f"lanes of {v.name} past the end of {op.axis} may not be 0; mask it")
+                    _fail(
+                        f,
+                        "reductions masked",
+                        op,
+                        f"lanes of {v.name} past the end of {op.axis} may not be 0; mask it",
+                    )
 
 
 def _identity(op: str, dtype: str):
-    from moekit.compile.lower import IDENTITY
+    from moekit.compile.reductions import IDENTITY
 
     return IDENTITY[op, dtype]
 
@@ -307,7 +225,12 @@ def wide_offsets(f: Facts) -> None:
                 extent = None if axis is None else f.program.axis(axis).extent if _known(f, axis) else INT32_MAX + 1
                 dynamic = axis is not None and extent is None
                 if (dynamic or (param.layout.wide and axis is not None)) and not wide:
-                    _fail(f, "wide offsets", op, f"{axis} × its stride may pass 2**31 - 1; compute it in 64 bits")
+                    _fail(
+                        f,
+                        "wide offsets",
+                        op,
+                        f"{axis} × its stride may pass 2**31 - 1; compute it in 64 bits",
+                    )
 
 
 def _known(f: Facts, axis: str) -> bool:
@@ -319,7 +242,12 @@ def stores_last(f: Facts) -> None:
     stored: dict[str, tuple[t.Store, tuple[t.Loop, ...]]] = {}
     for op, loops in f.ops:
         if isinstance(op, t.Load) and op.tensor in stored:
-            _fail(f, "stores last", op, f"{op.tensor} was stored before by `{t.text_of((stored[op.tensor][0],), 0)[0]}`")
+            _fail(
+                f,
+                "stores last",
+                op,
+                f"{op.tensor} was stored before by `{t.text_of((stored[op.tensor][0],), 0)[0]}`",
+            )
         if isinstance(op, t.Store):
             if op.tensor in stored:
                 _fail(f, "stores last", op, f"{op.tensor} is stored twice")
@@ -329,7 +257,12 @@ def stores_last(f: Facts) -> None:
             store, around = stored[op.tensor]
             shared = [x for x in loops if x in around]
             if shared and [v and v.name for v in op.index] != [v and v.name for v in store.index]:
-                _fail(f, "stores last", op, f"the loop stores {op.tensor} at another index, which a later turn would read")
+                _fail(
+                    f,
+                    "stores last",
+                    op,
+                    f"the loop stores {op.tensor} at another index, which a later turn would read",
+                )
 
 
 def outputs_written(f: Facts) -> None:

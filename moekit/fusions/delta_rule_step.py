@@ -3,7 +3,22 @@
 import numpy as np
 
 from moekit.errors import ShapeError
-from moekit.lang import In, InOut, cast, contract, exp, f32, fusion, gather, iota, rsqrt, sigmoid, size, softplus, sum
+from moekit.lang import (
+    In,
+    InOut,
+    cast,
+    contract,
+    exp,
+    f32,
+    fusion,
+    gather,
+    iota,
+    rsqrt,
+    sigmoid,
+    size,
+    softplus,
+    sum,
+)
 
 
 def reference(q, k, v, a, b, A_log, dt_bias, state, *, eps):

@@ -23,7 +23,11 @@ class GateWidths:
         """The columns of each part of the fused output."""
         first, second = self.gate_up, self.gate_up + self.router
         third = second + self.shared_gate
-        return {"gate_up": slice(0, first), "router_logits": slice(first, second), "shared_gate": slice(second, third)}
+        return {
+            "gate_up": slice(0, first),
+            "router_logits": slice(first, second),
+            "shared_gate": slice(second, third),
+        }
 
 
 def gate_widths(gate_up: int, router: int, shared_gate: int, multiple: int = 8) -> GateWidths:

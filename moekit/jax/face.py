@@ -49,11 +49,15 @@ class Call:
             return {}
         given = out if isinstance(out, Sequence) and not isinstance(out, View) else (out,)
         if len(given) != len(self.names):
-            raise ShapeError(f"{self.fusion.name}: out has {len(given)} entries; it needs {len(self.names)} ({', '.join(self.names)})")
+            raise ShapeError(
+                f"{self.fusion.name}: out has {len(given)} entries; it needs {len(self.names)} ({', '.join(self.names)})"
+            )
         views = {n: v for n, v in zip(self.names, given, strict=True) if v is not None}
         for n, v in views.items():
             if not isinstance(v, View):
-                raise ShapeError(f"{self.fusion.name}: out for {n} is {type(v).__name__}; it must be a View of the array to write to")
+                raise ShapeError(
+                    f"{self.fusion.name}: out for {n} is {type(v).__name__}; it must be a View of the array to write to"
+                )
             if v.shape != self.shape(n):
                 raise ShapeError(f"{self.fusion.name}: out for {n} has shape {list(v.shape)}; it must be {list(self.shape(n))}")
             if v.dtype.name != self.graph.tensors[n].dtype:
@@ -67,7 +71,9 @@ class Call:
             others += [(m, w) for m, w in self.views.items() if not (m == n and w.base is v.base and w.same_elements(v))]
             for m, w in others:
                 if w.base is v.base and v.overlaps(w):
-                    raise AliasError(f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements of the base, or to another array")
+                    raise AliasError(
+                        f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements of the base, or to another array"
+                    )
 
     def xla(self) -> dict[str, jax.Array]:
         """The outputs by array evaluation; a base written to is returned whole."""
@@ -78,7 +84,10 @@ class Call:
     def pallas(self) -> dict[str, jax.Array]:
         """The outputs by the emitted kernels."""
         if all(0 in self.shape(n) for n in self.names):
-            return {n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype) for n in self.names}
+            return {
+                n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype)
+                for n in self.names
+            }
         if any(v.size == 0 for v in self.views.values()):
             return self.xla()
         bases, layouts, separate, shapes = self._buffers()
@@ -126,7 +135,11 @@ class Call:
 
 @lru_cache(maxsize=4096)
 def planned_for(
-    fusion: Fusion, binding: Binding, separate: frozenset[str], layouts: tuple[tuple[str, t.Viewed], ...], schedule: Schedule | None
+    fusion: Fusion,
+    binding: Binding,
+    separate: frozenset[str],
+    layouts: tuple[tuple[str, t.Viewed], ...],
+    schedule: Schedule | None,
 ) -> Plan:
     """The plan of a call, cached; all sizes are static."""
     graph: Graph = out_of_place(fusion.trace(binding), separate)
@@ -135,6 +148,7 @@ def planned_for(
 
 def _with_rules(call: Call, names: tuple[str, ...], planned: Plan, shapes: dict) -> Callable:
     """The kernel launch with gradients and vmap through array evaluation."""
+
     def array_form(*bases: jax.Array) -> dict:
         return _array_form(call, names, planned, bases)
 

@@ -77,7 +77,9 @@ class View:
             elif isinstance(i, int) and -self.shape[d] <= i < self.shape[d]:
                 fixed.append((self.axes[d], self.starts[d] + (i % self.shape[d]) * self.steps[d]))
             else:
-                raise ShapeError(f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range and slices")
+                raise ShapeError(
+                    f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range and slices"
+                )
         axes, starts, steps, shape = zip(*kept, strict=True) if kept else ((), (), (), ())
         return View(self.base, axes, starts, steps, shape, tuple(fixed))
 
@@ -102,7 +104,11 @@ class View:
 
     def _slice(self, d: int) -> slice:
         n = self.shape[d]
-        return slice(self.starts[d], self.starts[d] + self.steps[d] * (n - 1) + 1 if n else self.starts[d], self.steps[d])
+        return slice(
+            self.starts[d],
+            self.starts[d] + self.steps[d] * (n - 1) + 1 if n else self.starts[d],
+            self.steps[d],
+        )
 
     def same_elements(self, other: View) -> bool:
         """Whether two views of one base are the same elements in the same places."""

@@ -70,7 +70,7 @@ def round_to(x: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
 def _round_bfloat16(x: np.ndarray) -> np.ndarray:
     """Round float64 to bfloat16 with one rounding (a cast through float32 would round twice)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        mantissa, exponent = np.frexp(x)
+        _, exponent = np.frexp(x)
         quantum = np.ldexp(1.0, np.maximum(exponent - 8, MIN_EXPONENT["bfloat16"] - 7))
         rounded = np.where(np.isfinite(x), np.rint(x / quantum) * quantum, x)
         largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)

@@ -63,7 +63,12 @@ class Fusion:
         sizes = self._solve(shapes)
         ones = []
         for name, dims in self._dims.items():
-            ones.append((name, frozenset(i for i, d in enumerate(dims) if d.optional and shapes[name][i] == 1 != sizes[d.text])))
+            ones.append(
+                (
+                    name,
+                    frozenset(i for i, d in enumerate(dims) if d.optional and shapes[name][i] == 1 != sizes[d.text]),
+                )
+            )
             for i, d in enumerate(dims):
                 if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
                     raise ShapeError(self._misfit(name, shapes[name], sizes))
@@ -138,7 +143,15 @@ class Fusion:
             results = result if isinstance(result, dict) else {"out": result}
             writes = tuple(self._write(builder, tensors, name, value) for name, value in results.items())
         self._check_updates(tensors, writes, builder)
-        return Graph(self.name, dict(builder.sizes), tensors, tuple(builder.nodes), writes, builder.names(), builder.lines)
+        return Graph(
+            self.name,
+            dict(builder.sizes),
+            tensors,
+            tuple(builder.nodes),
+            writes,
+            builder.names(),
+            builder.lines,
+        )
 
     def _write(self, builder: Builder, tensors: dict[str, Tensor], name: str, value) -> Write:
         target = value if isinstance(value, Put) else Put(value, None, "")

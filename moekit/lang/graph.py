@@ -122,7 +122,15 @@ class Graph:
 
     def digest(self) -> str:
         """A short hash of what the graph computes, names and comments left out."""
-        text = repr((self.name, sorted(self.axes.items(), key=str), list(self.tensors.values()), self.nodes, self.writes))
+        text = repr(
+            (
+                self.name,
+                sorted(self.axes.items(), key=str),
+                list(self.tensors.values()),
+                self.nodes,
+                self.writes,
+            )
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def ordered(self, axes) -> tuple[str, ...]:

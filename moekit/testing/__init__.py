@@ -1,7 +1,7 @@
-"""Testing kernels against declarations: error bounds, guarded tensors of any strides, one suite for all implementations.
+"""Testing kernels against declarations: error bounds, guarded tensors of any strides, one suite for them all.
 
-`compare` holds outputs to a fusion's reference; `FusionSuite` is what a fusion's tests inherit; `place` lays an array out
-in a guarded arena; `Call` and `RUNNERS` run any implementation.
+`compare` holds outputs to a fusion's reference; `FusionSuite` is what a fusion's tests inherit; `place` lays
+an array out in a guarded arena; `Call` and `RUNNERS` run any implementation.
 """
 
 from moekit.testing.bounds import bounds, graph_bounds
@@ -10,7 +10,7 @@ from moekit.testing.constants import constant
 from moekit.testing.layouts import LAYOUTS, Placed, as_torch, as_view, fetch, place, place_empty
 from moekit.testing.runners import RUNNERS, Call, Outcome
 from moekit.testing.schedules import variants
-from moekit.testing.suite import Case, FusionSuite, cases, check
+from moekit.testing.suite import Case, FusionSuite, cases, check, implementations
 from moekit.testing.values import RECIPES, operands
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "constant",
     "fetch",
     "graph_bounds",
+    "implementations",
     "operands",
     "place",
     "place_empty",

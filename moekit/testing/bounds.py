@@ -30,9 +30,7 @@ from moekit.testing.propagate import RULES, Bound
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def bounds(
-    fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None
-) -> dict[str, Bound]:
+def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:
     """The bound of every output of `fusion` for these operands, before the output's own rounding."""
     shapes = {n: inputs[n].shape for n in fusion.tensors}
     dtypes = {n: inputs[n].dtype.name for n in fusion.tensors}
@@ -40,9 +38,7 @@ def bounds(
     return graph_bounds(fusion.trace(binding), inputs, dict(binding.sizes))
 
 
-def graph_bounds(
-    graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]
-) -> dict[str, Bound]:
+def graph_bounds(graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, Bound]:
     """The bound of every output of a traced graph; `sizes` gives the dynamic axes."""
     with np.errstate(all="ignore"):
         return _Evaluation(graph, inputs, sizes).outputs()
@@ -130,9 +126,7 @@ class _Evaluation:
 
 def _finite(b: Bound) -> Bound:
     """The bound with unknown places taken as known, so that no infinity of theirs spreads by arithmetic."""
-    return replace(
-        b, noise=np.where(np.isinf(b.noise), 0.0, b.noise), flips=np.where(np.isinf(b.flips), 0.0, b.flips)
-    )
+    return replace(b, noise=np.where(np.isinf(b.noise), 0.0, b.noise), flips=np.where(np.isinf(b.flips), 0.0, b.flips))
 
 
 def _settled(b: Bound, lost: np.ndarray) -> Bound:

@@ -62,9 +62,7 @@ def compare(
         wanted = fusion.reference(**{n: inputs[n] for n in fusion.tensors}, **params)
     problems, ratios = [], {}
     if set(wanted) != set(outputs):
-        problems.append(
-            f"{fusion.name}: the outputs are {sorted(outputs)}, the reference has {sorted(wanted)}"
-        )
+        problems.append(f"{fusion.name}: the outputs are {sorted(outputs)}, the reference has {sorted(wanted)}")
     for name in [n for n in wanted if n in outputs]:
         got, want, dtype = np.asarray(outputs[name]), np.asarray(wanted[name]), graph.tensors[name].dtype
         if (got.shape, got.dtype.name) != (want.shape, dtype):
@@ -86,9 +84,7 @@ def judge(got: np.ndarray, want: np.ndarray, limit: Bound, factor: float) -> tup
     dtype, tiny = got.dtype.name, float(ml_dtypes.finfo(got.dtype).smallest_normal)
     value, want = got.astype(np.float64), want.astype(np.float64)
     reach, unknown = limit.error(factor), np.isinf(limit.noise)
-    reach = np.where(
-        want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach
-    )
+    reach = np.where(want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach)
     low, high = round_to(want - reach, dtype), round_to(want + reach, dtype)
     flushed = (value == 0) & (np.abs(want) - reach < tiny)
     fine = ((value >= low) & (value <= high)) | flushed | (np.isnan(want) & np.isnan(value))

@@ -53,9 +53,7 @@ def _strided(arena: np.ndarray, shape: Sequence[int], strides: Sequence[int], of
     return np.lib.stride_tricks.as_strided(arena[offset:], tuple(shape), steps)
 
 
-def dense(
-    shape: Sequence[int], order: Sequence[int] | None = None, inner: int = 1, pad: int = 0
-) -> tuple[int, ...]:
+def dense(shape: Sequence[int], order: Sequence[int] | None = None, inner: int = 1, pad: int = 0) -> tuple[int, ...]:
     """Strides of an array stored in `order` (outermost first), `inner` apart, with `pad` spare elements per
     row.
     """

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from moekit.lang import graph as g
-from moekit.lang.dtypes import is_float, numpy_dtype, round_to
+from moekit.lang.dtypes import MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.graph import COMPARE, Along, Node
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
@@ -205,6 +205,8 @@ def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound,
     else:
         ends = (round_to(x.value + reach, node.dtype), round_to(x.value - reach, node.dtype))
         flips = np.maximum(*(np.where(e == value, 0.0, np.abs(e - value)) for e in ends))
+    smallest = 2.0 ** MIN_EXPONENT[node.dtype]
+    flips = np.maximum(flips, np.where(np.abs(value) < smallest, np.abs(value), 0.0))
     return replace(x, exact=exact), Bound(value, np.zeros(()), flips, exact)
 
 
@@ -224,9 +226,7 @@ def _where(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     c, a, b = args
     pick = lambda x, y: np.where(c.value, x, y)  # noqa: E731
     exact = pick(a.exact, b.exact) if _known(a, b) else None
-    return Bound(
-        pick(a.value, b.value), pick(a.noise, b.noise), pick(a.flips, b.flips), exact, a.product or b.product
-    )
+    return Bound(pick(a.value, b.value), pick(a.noise, b.noise), pick(a.flips, b.flips), exact, a.product or b.product)
 
 
 def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
@@ -259,9 +259,7 @@ def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
     run = lambda v: np.cumsum(v, axis=axis)  # noqa: E731
     if not is_float(node.dtype):
-        return _integer(
-            run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips))
-        )
+        return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
     own = UNIT * _growth(ev.sizes[node.attr("axis")]) * run(np.abs(x.value)) + TINY
     return Bound(run(x.value), run(x.noise) + own, run(x.flips))
 

@@ -16,10 +16,13 @@ from moekit.lang.graph import Graph
 from moekit.testing.layouts import (
     INPUT_ONLY,
     Placed,
+    as_torch,
     as_view,
+    fetch,
     place,
     place_empty,
     tile_layout,
+    to_numpy,
 )
 
 
@@ -90,9 +93,7 @@ def _guarded(call: Call, memory: Mapping[str, Placed], written: set[str]) -> tup
     problems = []
     for name, placed in memory.items():
         if touched := placed.touched():
-            problems.append(
-                f"{call.fusion.name}: {touched} bytes outside {name} ({call.layout(name)}) were written"
-            )
+            problems.append(f"{call.fusion.name}: {touched} bytes outside {name} ({call.layout(name)}) were written")
         elif name not in written and placed.changed():
             problems.append(f"{call.fusion.name}: {name} was written, but it is an input")
     return tuple(problems)
@@ -140,12 +141,12 @@ def _run_jax(implementation: str, call: Call) -> Outcome:
     }
 
     @jax.jit
-    def face(views, given):
+    def face(views: tuple, given: dict):
         out = tuple(given.get(n) for n in call.names) if given else None
         options = {"implementation": implementation, "schedule": call.schedule, "out": out}
-        return op(call.fusion)(*views.values(), **call.params, **options)
+        return op(call.fusion)(*views, **call.params, **options)
 
-    got = face(views, outs)
+    got = face(tuple(views.values()), outs)
     got = got if len(call.names) > 1 else (got,)
     outputs, problems = {}, []
     for name, x in zip(call.names, got, strict=True):
@@ -160,9 +161,41 @@ def _run_jax(implementation: str, call: Call) -> Outcome:
     return Outcome(outputs, tuple(problems))
 
 
+def _run_torch(implementation: str, in_place: bool, device: str, call: Call) -> Outcome:
+    """The PyTorch face: tensors of exactly the layouts' strides; plain with `out=` buffers, or in place."""
+    from moekit.torch import op
+
+    operands, fresh = _memory(call)
+    updated = {} if in_place else {n: place_empty(call.shape(n), operands[n].array.dtype.name, call.layout(n))
+                                   for n in call.names if n in operands}  # fmt: skip
+    outs = fresh | updated
+    tensors = {n: as_torch(p, device) for n, p in operands.items()}
+    buffers = {n: as_torch(p, device) for n, p in outs.items()}
+    given = tuple(buffers.get(n) for n in call.names) if call.layouts else None
+    got = op(call.fusion, in_place=in_place)(
+        *tensors.values(), **call.params, implementation=implementation, schedule=call.schedule, out=given
+    )
+    got = dict(zip(call.names, got if isinstance(got, tuple) else (got,), strict=True))
+    for n, p in operands.items():
+        fetch(p, tensors[n])
+    for n, p in outs.items():
+        fetch(p, buffers[n])
+    problems = _guarded(call, operands, set(call.names) if in_place else set())
+    if given:
+        problems += _guarded(call, outs, set(call.names))
+        unused = [n for n in outs if got[n].data_ptr() != buffers[n].data_ptr() and got[n].numel()]
+        problems += tuple(f"{call.fusion.name}: what was returned for {n} is not the buffer given" for n in unused)
+    return Outcome({n: to_numpy(x).copy() for n, x in got.items()}, problems)
+
+
 RUNNERS: dict[str, Runner] = {
     "interpret": run_interpret,
     "numpy": run_numpy,
+    "eager": functools.partial(_run_torch, "eager", False, "cpu"),
+    "eager in place": functools.partial(_run_torch, "eager", True, "cpu"),
     "xla": functools.partial(_run_jax, "xla"),
     "pallas": functools.partial(_run_jax, "pallas"),
+    "triton": functools.partial(_run_torch, "triton", False, "cuda"),
+    "triton in place": functools.partial(_run_torch, "triton", True, "cuda"),
 }
+NEEDS_GPU = frozenset({"triton", "triton in place"})

@@ -11,6 +11,7 @@ What it runs is `cases(fusion, …)`; a case names everything that is needed to 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from moekit.lang.dtypes import FLOATS
 from moekit.lang.fusion import Fusion
 from moekit.testing.compare import Comparison, compare
 from moekit.testing.layouts import LAYOUTS, WRITABLE
-from moekit.testing.runners import RUNNERS, Call
+from moekit.testing.runners import NEEDS_GPU, RUNNERS, Call
 from moekit.testing.schedules import variants
 from moekit.testing.values import operands
 
 SLOW = frozenset({"pallas", "xla"})  # a compilation per case: they run the cases marked `core`
+
+LARGEST_WITH = {"small": 2500, "looped": 40000}  # elements of work, as every block costs the interpreter the same
+COMPILED = frozenset({"interpret", "pallas", "triton"})  # what a schedule means something to
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Case:
 
 def layouts_of(fusion: Fusion, layout: str, names: Sequence[str]) -> dict[str, str]:
     """A layout for each of `names`: `layout` itself, or with "mixed:N" another one for each, turned by N."""
+    if layout == "contiguous":
+        return {}
     if not layout.startswith("mixed:"):
         return dict.fromkeys(names, layout)
     turn, every = int(layout.removeprefix("mixed:")), list(LAYOUTS)
@@ -81,6 +87,8 @@ def cases(
             yield Case(first, dtype, given, recipe=recipe, core=dtype == FLOATS[i % 3])
     for schedule in schedules:
         for i, size in enumerate(sizes):
+            if math.prod(size.values()) > LARGEST_WITH.get(schedule, 10**9):
+                continue
             dtype = FLOATS[(i + len(schedule)) % 3]
             yield Case(size, dtype, given, schedule=schedule, core=i == 0)
             yield Case(size, "float32", given, f"mixed:{i}", schedule=schedule)
@@ -102,6 +110,15 @@ class FusionSuite:
         return list(unique.values())
 
     @classmethod
+    def serves(cls, implementation: str, case: Case) -> bool:
+        """Whether a case is worth running: schedules matter to compiled programs only, "in place" to InOut operands."""
+        if implementation.endswith("in place") and all(s.role != "InOut" for s in cls.fusion.tensors.values()):
+            return False
+        if case.schedule != "heuristic" and implementation not in COMPILED:
+            return False
+        return case.core or implementation not in SLOW
+
+    @classmethod
     def operands(cls, case: Case) -> dict:
         """The operands of a case; override it where values must meet a precondition."""
         return operands(cls.fusion, case.sizes, case.dtype, case.recipe, zlib.crc32(str(case).encode()))
@@ -111,17 +128,23 @@ class FusionSuite:
         """One test per implementation and case."""
         if "case" not in metafunc.fixturenames:
             return
-        pairs = [
-            (name, case)
-            for name in cls.implementations
-            for case in cls.every_case()
-            if case.core or name not in SLOW
-        ]
-        metafunc.parametrize(("implementation", "case"), pairs, ids=[f"{n}-{c}" for n, c in pairs])
+        import pytest
+
+        pairs = [(name, case) for name in cls.implementations for case in cls.every_case() if cls.serves(name, case)]
+        gpu = [[pytest.mark.gpu] if name in NEEDS_GPU else [] for name, _ in pairs]
+        marked = [pytest.param(n, c, id=f"{n}-{c}", marks=m) for (n, c), m in zip(pairs, gpu, strict=True)]
+        metafunc.parametrize(("implementation", "case"), marked)
 
     def test_against_reference(self, implementation: str, case: Case) -> None:
         """The outputs lie within the bound of the reference, and no other memory is touched."""
         check(implementation, call_of(self.fusion, case, self.operands(case)))
+
+
+def implementations() -> list:
+    """The names of all implementations as pytest parameters, those that need a GPU marked so."""
+    import pytest
+
+    return [pytest.param(n, marks=[pytest.mark.gpu] if n in NEEDS_GPU else []) for n in RUNNERS]
 
 
 def call_of(fusion: Fusion, case: Case, values: Mapping) -> Call:

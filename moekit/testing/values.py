@@ -72,9 +72,6 @@ def operands(
     for name, spec in fusion.tensors.items():
         wanted = dtypes if isinstance(dtypes, str) else dtypes.get(name, spec.dtypes[0])
         dtype = wanted if wanted in spec.dtypes else spec.dtypes[0]
-        shape = tuple(
-            sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(dict(sizes))
-            for d in spec.dims
-        )
+        shape = tuple(sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(dict(sizes)) for d in spec.dims)
         arrays[name] = make(recipe, shape, dtype, rng)
     return arrays

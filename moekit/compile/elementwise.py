@@ -1,0 +1,79 @@
+"""Graph nodes that are one tile operation, or a few, element by element: a table from op to rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moekit.compile import tile as t
+from moekit.compile.naming import TEMPORARY
+from moekit.compile.scope import Scope
+from moekit.lang.graph import BINARY, UNARY, Node
+
+if TYPE_CHECKING:
+    from moekit.compile.lower import Lowering
+
+
+def _elementwise(kind, field_names: tuple[str, ...], op: bool = True):
+    """A rule for an element-wise node: one tile operation with the node's operands."""
+
+    def rule(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+        axes = low.tile_axes(n.axes)
+        fields = dict(zip(field_names, args, strict=True)) | ({"op": n.op} if op else {})
+        out = low.emit(scope, kind, name or TEMPORARY, n.dtype, axes, **fields)
+        if kind is t.Cast and n.dtype != "bool":
+            low.zeroed[out.name] = low.zeroed.get(args[0].name, set())
+        return out
+
+    return rule
+
+
+def _iota(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    return low._along(scope, n.attr("index"))
+
+
+def _constant(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    return low.const(scope, n.attr("value"), n.dtype)
+
+
+def _extent(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    return low.extent(scope, n.attr("axis"))
+
+
+def _cumsum(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    if n.attr("axis") not in args[0].axes:
+        return args[0]
+    return low.emit(scope, t.Scan, name or "running", n.dtype, args[0].axes, value=args[0], axis=n.attr("axis"))
+
+
+def _softplus(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    """max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u)·e/(u - 1) for u = 1 + e (Kahan)."""
+    x, one, zero = args[0], low.const(scope, 1.0, "float32"), low.const(scope, 0.0, "float32")
+
+    def unary(op: str, v: t.Value) -> t.Value:
+        return low.emit(scope, t.Unary, TEMPORARY, "float32", v.axes, op=op, value=v)
+
+    e = unary("exp", unary("neg", unary("abs", x)))
+    u = low.binary(scope, "add", e, one)
+    tiny = low.binary(scope, "eq", u, one)
+    below = low.where(scope, tiny, one, low.binary(scope, "sub", u, one))
+    ratio = low.binary(scope, "div", low.binary(scope, "mul", unary("log", u), e), below)
+    log1p = low.where(scope, tiny, e, ratio)
+    return low.binary(scope, "add", low.binary(scope, "maximum", x, zero), log1p, name or TEMPORARY)
+
+
+def _rules() -> dict:
+    rules = {op: _elementwise(t.Unary, ("value",)) for op in UNARY if op != "softplus"}
+    rules["softplus"] = _softplus
+    rules |= {op: _elementwise(t.Binary, ("left", "right")) for op in BINARY}
+    return rules | {
+        "where": _elementwise(t.Where, ("condition", "yes", "no"), op=False),
+        "cast": _elementwise(t.Cast, ("value",), op=False),
+        "bitcast": _elementwise(t.Bitcast, ("value",), op=False),
+        "iota": _iota,
+        "const": _constant,
+        "extent": _extent,
+        "cumsum": _cumsum,
+    }
+
+
+RULES = _rules()

@@ -1,0 +1,110 @@
+"""What each tile operation asks of its operands' dtypes and axes: a table from operation to check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moekit.compile import tile as t
+from moekit.lang import dtypes
+from moekit.lang.graph import BITWISE, COMPARE, UNARY
+
+
+def _binary_type(p: t.TileProgram, op: t.Binary) -> str | None:
+    if op.left.dtype != op.right.dtype:
+        return f"{op.op} of {op.left.dtype} and {op.right.dtype}; cast one"
+    if op.op in BITWISE and dtypes.is_float(op.left.dtype):
+        return f"{op.op} of floats; bitcast first"
+    if op.out.dtype != ("bool" if op.op in COMPARE else op.left.dtype):
+        return f"{op.op} of {op.left.dtype} is not {op.out.dtype}"
+    return _joined(p, op.out, op.left, op.right)
+
+
+def _joined(p: t.TileProgram, out: t.Value, *parts: t.Value) -> str | None:
+    names = {a for p in parts for a in p.axes}
+    wanted = tuple(a.name for a in p.axes if a.name in names)
+    return None if out.axes == wanted else f"{out.name} has axes {out.axes}; its operands give {wanted}"
+
+
+def _where_type(p: t.TileProgram, op: t.Where) -> str | None:
+    if op.condition.dtype != "bool":
+        return f"the condition is {op.condition.dtype}; it must be bool"
+    if not op.yes.dtype == op.no.dtype == op.out.dtype:
+        return f"the branches are {op.yes.dtype} and {op.no.dtype}, the result {op.out.dtype}; they must agree"
+    return _joined(p, op.out, op.condition, op.yes, op.no)
+
+
+def _unary_type(p: t.TileProgram, op: t.Unary) -> str | None:
+    if op.op not in UNARY or op.op == "softplus":
+        return f"there is no operation {op.op!r}"
+    if op.op not in ("neg", "abs", "not") and op.value.dtype != "float32":
+        return f"{op.op} of {op.value.dtype}; it is done in float32"
+    return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
+
+
+def _reduce_type(p: t.TileProgram, op: t.Reduce) -> str | None:
+    if op.axis not in op.value.axes:
+        return f"{op.value.name} does not vary over {op.axis}"
+    if op.value.dtype not in ("float32", "int32", "int64"):
+        return f"a reduction of {op.value.dtype}; it is done in float32 or integers, so cast first"
+    wanted = tuple(a for a in op.value.axes if a != op.axis)
+    return None if (op.out.axes, op.out.dtype) == (wanted, op.value.dtype) else f"the result must be {op.value.dtype}{wanted}"
+
+
+def _dot_type(p: t.TileProgram, op: t.Dot) -> str | None:
+    shared = set(op.left.axes) & set(op.right.axes)
+    if shared != {op.axis} or len(op.left.axes) != 2 or len(op.right.axes) != 2:
+        return f"it multiplies [m, k] by [k, n], got {op.left.axes} and {op.right.axes}"
+    if op.left.dtype != op.right.dtype or not dtypes.is_float(op.left.dtype):
+        return f"it multiplies floats of one dtype, got {op.left.dtype} and {op.right.dtype}"
+    if op.out.dtype != "float32":
+        return f"it accumulates in float32, not {op.out.dtype}"
+    if op.acc is not None and (op.acc.dtype, op.acc.axes) != (op.out.dtype, op.out.axes):
+        return f"its accumulator is {op.acc}"
+    return None if op.out.axes[0] in op.left.axes else f"its left operand must vary over {op.out.axes[0]}"
+
+
+def _load_type(p: t.TileProgram, op: t.Load) -> str | None:
+    param = p.param(op.tensor)
+    if op.out.dtype != param.dtype:
+        return f"{op.tensor} is {param.dtype}, not {op.out.dtype}"
+    return _address_type(p, op, param)
+
+
+def _address_type(p: t.TileProgram, op, param: t.Param) -> str | None:
+    if len(op.index) != len(param.axes) or len(op.wide) != len(param.axes):
+        return f"{param.name} has {len(param.axes)} dimensions, the index {len(op.index)}"
+    if op.mask is not None and op.mask.dtype != "bool":
+        return f"the mask is {op.mask.dtype}; it must be bool"
+    if bad := [v for v in op.index if v is not None and v.dtype not in ("int32", "int64")]:
+        return f"the index {bad[0].name} is {bad[0].dtype}; it must be an integer"
+    return None
+
+
+def _store_type(p: t.TileProgram, op: t.Store) -> str | None:
+    param = p.param(op.tensor)
+    if op.value.dtype != param.dtype:
+        return f"{op.tensor} is {param.dtype}, the value {op.value.dtype}; cast it"
+    return _address_type(p, op, param)
+
+
+def _loop_type(p: t.TileProgram, op: t.Loop) -> str | None:
+    if not len(op.carries) == len(op.inits) == len(op.yields) == len(op.outs):
+        return "carries, inits, yields and outs differ in number"
+    for group in zip(op.carries, op.inits, op.yields, op.outs, strict=True):
+        if len({(v.dtype, v.axes) for v in group}) != 1:
+            return f"{', '.join(map(str, group))} must be of one dtype and shape"
+    return None if op.step >= 1 else f"its step is {op.step}"
+
+
+TYPES: dict[type, Callable[[t.TileProgram, t.Op], str | None]] = {
+    t.Binary: _binary_type,
+    t.Where: _where_type,
+    t.Unary: _unary_type,
+    t.Reduce: _reduce_type,
+    t.Dot: _dot_type,
+    t.Load: _load_type,
+    t.Store: _store_type,
+    t.Loop: _loop_type,
+    t.Bitcast: lambda p, op: None if dtypes.itemsize(op.out.dtype) == dtypes.itemsize(op.value.dtype) else "the width changes",
+    t.InBounds: lambda p, op: None if op.out.dtype == "bool" else "a mask is bool",
+}
