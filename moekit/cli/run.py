@@ -74,7 +74,7 @@ def largest_tp(config: Config, devices: int) -> int:
     return max(tp for tp in range(1, devices + 1) if serves(config, tp))
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """What a model can be shared by: GPUs if there are any, else virtual CPU devices."""
     return jax.devices()
 
