@@ -117,7 +117,7 @@ class Call:
                 separate.add(n)
             target = written_name(n) if n in separate else n
             if n in self.out:
-                layouts[target] = _layout(buffer(target, self.out[n]), self.out[n])
+                layouts[target] = _layout(buffer(f"{target}_base", self.out[n]), self.out[n])
             elif not in_place:
                 shape = self.shape(n)
                 shapes[target] = (shape, self.graph.tensors[n].dtype)
