@@ -1,0 +1,145 @@
+"""Tiny Qwen3-Next checkpoints, transformers' answers to them, and the same models here at every tp."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+if "jax" not in sys.modules:  # as the top-level conftest does: eight virtual devices where there is no GPU
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+import jax
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh
+from transformers import Qwen3NextForCausalLM
+
+from moekit.models.qwen3next import TINY, Config, Model, load, write_random_checkpoint
+from moekit.models.qwen3next.config import ATTENTION, GDN
+
+CASES = {
+    "four-layers": replace(TINY, vocab_size=256),
+    "eight-layers": replace(
+        TINY,
+        vocab_size=256,
+        layer_types=(GDN, GDN, GDN, ATTENTION) * 2,
+        linear_num_value_heads=8,
+        num_key_value_heads=8,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "sixteen-value-heads": replace(
+        TINY,
+        vocab_size=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=8,
+        shared_expert_intermediate_size=32,
+        norm_topk_prob=False,
+    ),
+    "odd-experts": replace(
+        TINY,
+        vocab_size=251,
+        num_experts=13,
+        num_experts_per_tok=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        layer_types=(GDN, ATTENTION, GDN, ATTENTION),
+    ),
+}
+LENGTHS, NEW = (
+    (70, 3, 18),
+    32,
+)  # more than one chunk of the delta rule; less than the convolution's width; neither
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What transformers says of one model in float32.
+
+    prompts: token ids. prompt_logits: [S, V] of each. tokens [B, NEW + 1] its greedy continuation and logits
+    [B, NEW + 1, V] those it came from: the first of a row from the prompt, the others from cached steps.
+    """
+
+    prompts: list[list[int]]
+    prompt_logits: list[np.ndarray]
+    tokens: np.ndarray
+    logits: np.ndarray
+
+
+class Zoo:
+    """Checkpoints and models by name of case, dtype and tp, each made once."""
+
+    def __init__(self, root: Path):
+        self.directory = cache(lambda case, dtype="float32": self._write(root, case, dtype))
+        self.transformers = cache(self._transformers)
+        self.model = cache(self._model)
+        self.answers = cache(self._answers)
+
+    def config(self, case: str) -> Config:
+        """The Config of a case."""
+        return CASES[case]
+
+    def prompts(self, case: str) -> list[list[int]]:
+        """Random prompts of unequal LENGTHS."""
+        rng = np.random.default_rng(7)
+        return [rng.integers(0, CASES[case].vocab_size, n).tolist() for n in LENGTHS]
+
+    def _write(self, root: Path, case: str, dtype: str) -> Path:
+        seed = list(CASES).index(case)
+        return write_random_checkpoint(root / f"{case}-{dtype}", CASES[case], seed, dtype, files=1 + seed % 3)
+
+    def _transformers(self, case: str, dtype: str = "float32", wide: bool = False) -> Qwen3NextForCausalLM:
+        kind = getattr(torch, dtype)
+        plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = Qwen3NextForCausalLM.from_pretrained(self.directory(case, dtype), dtype=kind, **plain).eval()
+        return model.double() if wide else model
+
+    def _model(self, case: str, dtype: str = "float32", tp: int = 1) -> Model:
+        return load(self.directory(case, dtype), mesh_of(tp))
+
+    def _answers(self, case: str) -> Answers:
+        model = self.transformers(case)
+        prompts, prompt_logits, tokens, logits = self.prompts(case), [], [], []
+        with torch.no_grad():
+            for prompt in prompts:
+                ids = torch.tensor([prompt])
+                prompt_logits.append(model(ids).logits[0].numpy())
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=NEW + 1,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+                tokens.append(out.sequences[0, len(prompt) :].numpy())
+                logits.append(torch.cat(out.logits).numpy())
+        return Answers(prompts, prompt_logits, np.stack(tokens), np.stack(logits))
+
+
+def mesh_of(tp: int) -> Mesh:
+    """A mesh of the first `tp` devices."""
+    return Mesh(np.array(jax.devices()[:tp]), ("tp",))
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Every tiny model of these tests."""
+    torch.set_num_threads(1)
+    return Zoo(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Callable[[int], Mesh]:
+    """From tp to a mesh."""
+    return mesh_of

@@ -1,0 +1,200 @@
+"""One layer at a time against transformers' own modules, and the parts that have two ways of being computed."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec as P
+
+from moekit.models.qwen3next import attention, gdn, moe
+from moekit.models.qwen3next.cache import DeltaState, KeyValues
+from moekit.models.qwen3next.kernels import named
+from moekit.models.qwen3next.sharding import specs
+
+CASES = ("four-layers", "sixteen-value-heads", "odd-experts")
+CUT = P(None, "tp")
+B, S = 2, 67
+
+
+def hidden(zoo, case):
+    x = np.random.default_rng(3).standard_normal((B, S, zoo.config(case).hidden_size))
+    return x.astype(np.float32)
+
+
+def summed(model, layer, name, block, *inputs, out=None, extra=()):
+    """A block of one layer over all ranks, its partial outputs summed; `extra` specs for what follows x."""
+    weights = model.params["layers"][layer][name]
+    own = specs(weights, model.config, model.tp, f"layers.{name}")
+
+    def local(weights, x, *rest):
+        partial_sum, *others = block(weights, x, *rest)
+        return (jax.lax.psum(partial_sum, "tp"), *others)
+
+    places = (own, P(), *extra)
+    run = jax.shard_map(local, mesh=model.mesh, in_specs=places, out_specs=(P(), *(out or ())), check_vma=False)
+    return jax.jit(run)(weights, *inputs)
+
+
+def close(mine, theirs, tolerance=2e-5):
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    assert np.abs(np.asarray(mine) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
+    model, config, kernels = zoo.model(case, tp=tp), zoo.config(case), named("pallas")
+    theirs = zoo.transformers(case).model.layers[0].linear_attn
+    x = hidden(zoo, case)
+    expected = theirs(torch.tensor(x)).detach().numpy()
+    state = DeltaState(CUT, CUT)
+
+    def prompt(weights, x, lengths):
+        return gdn.prefill(x, weights, lengths, config, kernels)
+
+    def token(weights, x, memory):
+        return gdn.decode(x, weights, memory, config, kernels)
+
+    # The second sequence is shorter, and its padding is loud: neither its output nor its state may hear it.
+    lengths = np.array([S - 3, S - 5], np.int32)
+    loud = np.where(np.arange(S)[:, None] < lengths[:, None, None], x, 1e3).astype(np.float32)
+    out, memory = summed(model, 0, "linear_attn", prompt, loud, lengths, out=(state,), extra=(P(),))
+    for row in range(B):
+        close(np.asarray(out)[row, : lengths[row]], expected[row, : lengths[row]])
+    for step in range(3):
+        now = x[np.arange(B), lengths + step]
+        out, memory = summed(model, 0, "linear_attn", token, now, memory, out=(state,), extra=(state,))
+        close(out, expected[np.arange(B), lengths + step])
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_gated_attention_prefill_then_steps(zoo, case, tp, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    model, config = zoo.model(case, tp=tp), zoo.config(case)
+    layer = config.layer_types.index("full_attention")
+    reference = zoo.transformers(case).model
+    x = hidden(zoo, case)
+    positions = reference.rotary_emb(torch.tensor(x), torch.arange(S)[None])
+    causal = torch.full((S, S), float("-inf")).triu(1)[None, None]
+    expected = reference.layers[layer].self_attn(torch.tensor(x), positions, causal)[0].detach().numpy()
+    memory_spec = KeyValues(CUT, CUT)
+
+    def prompt(weights, x):
+        return attention.prefill(x, weights, 80, config)
+
+    def token(weights, x, memory, lengths):
+        return attention.decode(x, weights, memory, lengths, config)
+
+    lengths = np.array([S - 3, S - 5], np.int32)
+    out, memory = summed(model, layer, "self_attn", prompt, x, out=(memory_spec,))
+    close(out, expected)
+    for step in range(3):
+        now = x[np.arange(B), lengths + step]
+        places = (memory_spec, P())
+        out, memory = summed(model, layer, "self_attn", token, now, memory, lengths + step, out=(memory_spec,), extra=places)
+        close(out, expected[np.arange(B), lengths + step])
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+@pytest.mark.parametrize("case", CASES)
+def test_mixture_of_experts(zoo, case, kernels, tp):
+    model, config = zoo.model(case, tp=tp), zoo.config(case)
+    x = hidden(zoo, case)
+    expected = zoo.transformers(case).model.layers[1].mlp(torch.tensor(x)).detach().numpy().reshape(B * S, -1)
+
+    def block(weights, x):
+        return (moe.moe(x, weights, config, named(kernels)),)
+
+    rows = x.reshape(B * S, -1)
+    close(summed(model, 1, "mlp", block, rows)[0], expected)
+    close(summed(model, 1, "mlp", block, rows[:2])[0], expected[:2])  # few tokens gather their experts
+
+
+def test_experts_gathered_dense_and_in_pieces_agree(monkeypatch):
+    rng = np.random.default_rng(5)
+    tokens, hidden_size, count, width, k = 37, 24, 11, 10, 3
+    x = jnp.asarray(rng.standard_normal((tokens, hidden_size)), jnp.float32)
+    gate_up = rng.standard_normal((count, 2 * width, hidden_size)).astype(np.float32)
+    down = rng.standard_normal((count, width, hidden_size)).astype(np.float32)
+    ids = np.argsort(rng.random((tokens, count)))[:, :k].astype(np.int32)
+    chosen = rng.random((tokens, k)).astype(np.float32)
+    expected = np.zeros((tokens, hidden_size))
+    for t in range(tokens):
+        for weight, e in zip(chosen[t], ids[t], strict=True):
+            both = gate_up[e].astype(np.float64) @ np.asarray(x[t], np.float64)
+            first, second = both[:width], both[width:]
+            expected[t] += weight * (first / (1 + np.exp(-first)) * second) @ down[e]
+    close(moe._gathered(x, chosen, ids, gate_up, down), expected, 1e-6)
+    close(moe._gathered(x[:1], chosen[:1], ids[:1], gate_up, down), expected[:1], 1e-6)
+    close(moe._dense(x, chosen, ids, gate_up, down), expected, 1e-6)
+    monkeypatch.setattr(moe, "CHUNK_ELEMENTS", 1)  # 16 tokens at a time
+    close(moe.experts(x, chosen, ids, gate_up, down), expected, 1e-6)
+
+
+def test_an_expert_that_nobody_chose_may_hold_infinities():
+    x = jnp.ones((40, 8))
+    gate_up, down = np.ones((3, 4, 8), np.float32), np.ones((3, 2, 8), np.float32)
+    gate_up[2] = np.inf
+    ids = np.tile(np.array([[0, 1]], np.int32), (40, 1))
+    assert np.isfinite(moe.experts(x, np.ones((40, 2), np.float32), ids, gate_up, down)).all()
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 130])
+def test_chunked_delta_rule_is_the_recurrence(length):
+    """Against the recurrence itself, token by token in float64."""
+    rng = np.random.default_rng(length)
+    keys, values, key_dim, value_dim = 2, 6, 8, 5
+    q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = rng.standard_normal((1, length, values, value_dim))
+    decay, beta = -rng.exponential(1.0, (1, length, values)), rng.random((1, length, values))
+    arguments = (jnp.asarray(a, jnp.float32) for a in (q, k, v, decay, beta))
+    read, state = jax.jit(gdn.chunked_delta_rule)(*arguments)
+    memory, expected = np.zeros((values, key_dim, value_dim)), np.zeros((length, values, value_dim))
+    for t in range(length):
+        for h in range(values):
+            key, query = k[0, t, h * keys // values], q[0, t, h * keys // values]
+            memory[h] *= np.exp(decay[0, t, h])
+            memory[h] += np.outer(key, (v[0, t, h] - key @ memory[h]) * beta[0, t, h])
+            expected[t, h] = query @ memory[h]
+    close(read[0], expected, 1e-5)
+    close(state[0], memory, 1e-5)
+
+
+def test_strong_decay_over_a_chunk_stays_finite():
+    shape = (1, 64, 1)
+    q = k = v = jnp.ones((*shape, 4)) / 2
+    read, state = gdn.chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
+    assert np.isfinite(read).all()
+    assert np.isfinite(state).all()
+
+
+def test_a_gate_that_may_not_be_packed_takes_three_products(zoo):
+    """A router of another dtype keeps its three weights, and the block's output stays what it was."""
+    from moekit.models.qwen3next import pack_gates, unpack_gates
+
+    packed = zoo.model("four-layers", tp=2)
+    split = unpack_gates(packed)
+    layers = [dict(layer) for layer in split.params["layers"]]
+    gate = layers[1]["mlp"]["gate"]
+    odd = {**gate, "router": gate["router"].astype(jnp.bfloat16)}
+    layers[1] = {**layers[1], "mlp": {**layers[1]["mlp"], "gate": odd}}
+    mixed = pack_gates(replace(split, params={**split.params, "layers": layers}))
+    assert isinstance(mixed.params["layers"][1]["mlp"]["gate"], dict)
+    assert not isinstance(mixed.params["layers"][0]["mlp"]["gate"], dict)
+    x = hidden(zoo, "four-layers").reshape(B * S, -1)
+    config = zoo.config("four-layers")
+
+    def block(weights, x, kernels):
+        return (moe.moe(x, weights, config, named(kernels)),)
+
+    whole = summed(packed, 2, "mlp", partial(block, kernels="pallas"), x)[0]
+    three = summed(split, 2, "mlp", partial(block, kernels="pallas"), x)[0]
+    close(three, np.asarray(whole), 1e-6)
+    assert np.isfinite(summed(mixed, 1, "mlp", partial(block, kernels="pallas"), x)[0]).all()

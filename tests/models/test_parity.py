@@ -1,0 +1,75 @@
+"""Parity with transformers: prompts of unequal lengths in one batch, then 32 cached steps, at every tp."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from moekit.models.qwen3next import decode_step, generate, prefill
+
+CASES = ("four-layers", "eight-layers", "sixteen-value-heads", "odd-experts")
+ROOM = 128
+
+
+def padded(prompts):
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    tokens = np.full((len(prompts), lengths.max() + 10), 1, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def forced(model, prompts, tokens, kernels="pallas"):
+    """Logits after each prompt and after each of the given tokens [B, N]: every prompt position, and [B, N + 1, V]."""
+    ids, lengths = padded(prompts)
+    every, cache = prefill(model, ids, lengths, cache_length=ROOM, every_logit=True, kernels=kernels)
+    every = np.asarray(every)
+    steps = [every[np.arange(len(prompts)), np.asarray(lengths) - 1]]
+    for token in np.asarray(tokens, np.int32).T:
+        logits, cache = decode_step(model, jnp.asarray(token), cache, kernels=kernels)
+        steps.append(np.asarray(logits))
+    return [row[: len(p)] for row, p in zip(every, prompts, strict=True)], np.stack(steps, axis=1)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_float32_logits_and_greedy_tokens(zoo, case, tp):
+    answers = zoo.answers(case)
+    every, steps = forced(zoo.model(case, tp=tp), answers.prompts, answers.tokens[:, :-1])
+    for mine, theirs in zip(every, answers.prompt_logits, strict=True):
+        assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert np.abs(steps - answers.logits).max() <= 1e-4 * np.abs(answers.logits).max()
+    assert np.array_equal(steps.argmax(-1), answers.tokens)
+
+
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+@pytest.mark.parametrize("tp", [1, 8])
+def test_generate_gives_the_greedy_tokens(zoo, tp, kernels):
+    answers = zoo.answers("four-layers")
+    made = generate(zoo.model("four-layers", tp=tp), answers.prompts, max_new_tokens=33, kernels=kernels)
+    assert np.array_equal(np.array(made.tokens), answers.tokens)
+    assert len({token for row in made.tokens for token in row}) > 20, "the tiny model's tokens hardly vary"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_error_is_that_of_transformers(zoo, case, tp):
+    """Teacher-forced on random tokens, against a float64 run of the same bfloat16 weights."""
+    vocabulary = zoo.config(case).vocab_size
+    sequences = np.random.default_rng(11).integers(0, vocabulary, (4, 24 + 32))
+    exact = torch_logits(zoo.transformers(case, "bfloat16", wide=True), sequences)
+    theirs = torch_logits(zoo.transformers(case, "bfloat16"), sequences) - exact
+    prompts = [row[:24].tolist() for row in sequences]
+    every, steps = forced(zoo.model(case, "bfloat16", tp), prompts, sequences[:, 24:])
+    mine = np.concatenate([np.stack(every)[:, :-1], steps], axis=1)
+    error = np.sqrt(np.mean((mine - exact) ** 2))
+    assert error <= 1.5 * np.sqrt(np.mean(theirs**2))
+    top = np.sort(exact, axis=-1)
+    clear = top[..., -1] - top[..., -2] > 2 * np.abs(theirs).max()
+    assert clear.sum() > 5
+    assert np.array_equal(mine.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+def torch_logits(model, sequences):
+    with torch.no_grad():
+        return model(torch.tensor(sequences)).logits.double().numpy()
