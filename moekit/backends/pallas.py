@@ -115,13 +115,19 @@ class PallasPrinter(Printer):
     def index(self, op, axes: tuple[str, ...]) -> str:
         """One index per axis of the base array."""
         layout = self.program.param(op.tensor).layout
-        texts = {axis: str(at) for axis, at in layout.fixed}
+        texts = {axis: self.constant(at, axes) for axis, at in layout.fixed}
         for v, axis, start, step in zip(op.index, layout.axes, layout.starts, layout.steps, strict=True):
             text = "0" if v is None else self.at(v, axes)
-            if step != 1 and v is not None:
-                text = f"{text} * {step}"
-            texts[axis] = text if not start else str(start) if v is None else f"{text} + {start}"
+            if text.isdecimal():
+                texts[axis] = self.constant(int(text) * step + start, axes)
+                continue
+            text = f"{text} * {step}" if step != 1 else text
+            texts[axis] = f"{text} + {start}" if start else text
         return ", ".join(texts[axis] for axis in range(len(layout.base)))
+
+    def constant(self, at: int, axes: tuple[str, ...]) -> str:
+        """A fixed index, traced: JAX 0.11's interpret mode refuses a literal beside a mask."""
+        return f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else f"pl.program_id(0) * 0 + {at}"
 
 
 def _load(p: PallasPrinter, op: t.Load) -> str:

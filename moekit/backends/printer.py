@@ -48,7 +48,7 @@ class Printer:
         """`name = expression`, or None if the expression goes where its value is used."""
         text = self.expressions[type(op)](self, op)
         name = op.out.name
-        if isinstance(op, t.Const) or self._goes_inline(op, text, local):
+        if isinstance(op, t.Const) or text == "0" or self._goes_inline(op, text, local):
             self.inline[name] = text
             return None
         return f"{name} = {_bare(text)}"
