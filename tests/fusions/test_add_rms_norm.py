@@ -6,7 +6,7 @@ import pytest
 
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, operands
+from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
 
 FUSION = FUSIONS["add_rms_norm"]
 
@@ -27,7 +27,7 @@ class TestAddRmsNorm(FusionSuite):
 
 
 @pytest.mark.parametrize("size", [2048, 5120, 16384, 20000])
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_wide_rows(implementation, size):
     """Whole rows up to 16384, looped beyond."""
     check(implementation, Call(FUSION, operands(FUSION, {"T": 2, "H": size}, "bfloat16", seed=size)))
@@ -41,7 +41,7 @@ def test_looped_and_whole_rows(text, dtype):
     check("interpret", Call(FUSION, values, schedule=Schedule.parse(text)))
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_small_weights_survive_the_offset(implementation):
     """1 + w is formed in float32: bfloat16 would lose weights below 1/256."""
     values = operands(FUSION, {"T": 3, "H": 40}, "bfloat16")
@@ -49,13 +49,11 @@ def test_small_weights_survive_the_offset(implementation):
     check(implementation, Call(FUSION, values))
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_residual_is_rounded_like_float32(implementation):
     """Sums on and beside ties of bfloat16 come out as float32 addition and one cast give them, bit for bit."""
     x = np.array([[1.0, 1.0, 1.0, 256.0, 1.0, -1.0]], ml_dtypes.bfloat16)
-    step = np.array(
-        [[2.0**-8, 3 * 2.0**-8, 2.0**-8 + 2.0**-15, 1.0, 2.0**-30, -(2.0**-8)]], ml_dtypes.bfloat16
-    )
+    step = np.array([[2.0**-8, 3 * 2.0**-8, 2.0**-8 + 2.0**-15, 1.0, 2.0**-30, -(2.0**-8)]], ml_dtypes.bfloat16)
     values = {"x": x, "residual": step, "weight": np.ones(6, ml_dtypes.bfloat16)}
     outcome = RUNNERS[implementation](Call(FUSION, values))
     expected = (x.astype(np.float32) + step.astype(np.float32)).astype(ml_dtypes.bfloat16)
@@ -63,7 +61,7 @@ def test_residual_is_rounded_like_float32(implementation):
     check(implementation, Call(FUSION, values))
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_mixed_dtypes(implementation):
     """A float32 residual and weight beside bfloat16 activations; the residual keeps its own dtype."""
     wanted = {"x": "bfloat16", "residual": "float32", "weight": "float16"}

@@ -5,7 +5,7 @@ import pytest
 
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands
 
 FUSION = FUSIONS["delta_rule_step"]
 
@@ -24,7 +24,7 @@ class TestDeltaRuleStep(FusionSuite):
     recipes = ("tiny",)
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_decay_far_from_zero(implementation):
     """A gate far below zero keeps the state, one far above it forgets it."""
     values = operands(FUSION, {"T": 4, "K": 1, "V": 2, "Dk": 8, "Dv": 8})

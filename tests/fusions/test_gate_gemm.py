@@ -5,7 +5,7 @@ import pytest
 
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, operands
+from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
 
 FUSION = FUSIONS["gate_gemm"]
 
@@ -35,14 +35,14 @@ def test_split_contraction(parts, size):
     )
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_float32_is_not_rounded_to_tf32(implementation):
     """Operands with more than ten bits of mantissa keep them all."""
     values = operands(FUSION, {"T": 16, "P": 32, "D": 64}, "float32", seed=5)
     assert check(implementation, Call(FUSION, values)).worst < 1
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_small_integers_are_exact(implementation):
     """Every order of addition gives the same sum of small integers."""
     values = operands(FUSION, {"T": 9, "P": 40, "D": 300}, "bfloat16", "integers")

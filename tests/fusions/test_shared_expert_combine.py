@@ -5,7 +5,7 @@ import pytest
 
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands
 
 FUSION = FUSIONS["shared_expert_combine"]
 
@@ -24,7 +24,7 @@ class TestSharedExpertCombine(FusionSuite):
     )
 
 
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_saturated_gates(implementation):
     """Gates far from zero take all of the shared expert or nothing of it."""
     values = operands(FUSION, {"T": 6, "H": 20, "H?": 1}, "float32")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS, numpy_dtype
-from moekit.testing import RUNNERS, Call, FusionSuite, check, operands
+from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
 
 FUSION = FUSIONS["topk_softmax"]
 NAN, INF = np.nan, np.inf
@@ -41,7 +41,7 @@ class TestTopkSoftmax(FusionSuite):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("params", [{}, {"renormalize": False}, {"nan_to_zero": True}], ids=str)
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_odd_rows(implementation, params, dtype):
     """Ties, NaN and infinities: ids valid, unique and in order; NaN weights exactly where the softmax is NaN."""
     logits = np.array(list(ROWS.values())).astype(numpy_dtype(dtype))
@@ -56,11 +56,9 @@ def test_odd_rows(implementation, params, dtype):
         assert np.isfinite(outputs["weights"]).all()
 
 
-@pytest.mark.parametrize(
-    ("experts", "k"), [(1, 1), (2, 2), (32, 32), (33, 32), (60, 4), (512, 10), (1000, 31), (1024, 32)]
-)
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 2), (32, 32), (33, 32), (60, 4), (512, 10), (1000, 31), (1024, 32)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("implementation", RUNNERS)
+@pytest.mark.parametrize("implementation", implementations())
 def test_any_number_of_experts(implementation, dtype, experts, k):
     """Few or many experts and choices."""
     values = operands(FUSION, {"T": 2, "E": experts}, dtype, "integers" if experts % 2 else "normal", seed=k)
