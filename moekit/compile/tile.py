@@ -327,7 +327,7 @@ def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
     for op in body:
         if isinstance(op, Loop):
             stop = op.stop.name if isinstance(op.stop, Value) else op.stop
-            carried = ", ".join(f"{c} = {i.name}" for c, i in zip(op.carries, op.inits, strict=True))
+            carried = ", ".join(f"{c} = {i.name}" for c, i in zip(op.carries, op.inits, strict=False))
             lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried})")
             lines += text_of(op.body, depth + 1)
             lines.append(f"{pad}  yield {', '.join(v.name for v in op.yields)} -> {', '.join(v.name for v in op.outs)}")

@@ -67,7 +67,7 @@ def _load_type(p: t.TileProgram, op: t.Load) -> str | None:
     param = p.param(op.tensor)
     if op.out.dtype != param.dtype:
         return f"{op.tensor} is {param.dtype}, not {op.out.dtype}"
-    return _address_type(p, op, param)
+    return _address_type(p, op, param) or _joined(p, op.out, *(v for v in (*op.index, op.mask) if v is not None))
 
 
 def _address_type(p: t.TileProgram, op, param: t.Param) -> str | None:
@@ -84,6 +84,9 @@ def _store_type(p: t.TileProgram, op: t.Store) -> str | None:
     param = p.param(op.tensor)
     if op.value.dtype != param.dtype:
         return f"{op.tensor} is {param.dtype}, the value {op.value.dtype}; cast it"
+    reached = {a for v in op.index if v is not None for a in v.axes}
+    if extra := {*op.value.axes, *(op.mask.axes if op.mask else ())} - reached:
+        return f"the value varies over {sorted(extra)[0]}, the index does not"
     return _address_type(p, op, param)
 
 
@@ -96,6 +99,27 @@ def _loop_type(p: t.TileProgram, op: t.Loop) -> str | None:
     return None if op.step >= 1 else f"its step is {op.step}"
 
 
+def _cast_type(p: t.TileProgram, op: t.Cast | t.Bitcast) -> str | None:
+    if isinstance(op, t.Bitcast) and dtypes.itemsize(op.out.dtype) != dtypes.itemsize(op.value.dtype):
+        return "the width changes"
+    return _joined(p, op.out, op.value)
+
+
+def _mask_type(p: t.TileProgram, op: t.InBounds) -> str | None:
+    return "a mask is bool" if op.out.dtype != "bool" else _joined(p, op.out, op.index)
+
+
+def _index_type(p: t.TileProgram, op: t.Index) -> str | None:
+    wanted = (op.axis,) if p.axis(op.axis).block > 1 else ()
+    return None if (op.out.dtype, op.out.axes) == ("int32", wanted) else f"it must be int32{wanted}"
+
+
+def _scan_type(p: t.TileProgram, op: t.Scan) -> str | None:
+    if op.axis not in op.value.axes:
+        return f"{op.value.name} does not vary over {op.axis}"
+    return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
+
+
 TYPES: dict[type, Callable[[t.TileProgram, t.Op], str | None]] = {
     t.Binary: _binary_type,
     t.Where: _where_type,
@@ -105,6 +129,9 @@ TYPES: dict[type, Callable[[t.TileProgram, t.Op], str | None]] = {
     t.Load: _load_type,
     t.Store: _store_type,
     t.Loop: _loop_type,
-    t.Bitcast: lambda p, op: None if dtypes.itemsize(op.out.dtype) == dtypes.itemsize(op.value.dtype) else "the width changes",
-    t.InBounds: lambda p, op: None if op.out.dtype == "bool" else "a mask is bool",
+    t.Cast: _cast_type,
+    t.Bitcast: _cast_type,
+    t.InBounds: _mask_type,
+    t.Index: _index_type,
+    t.Scan: _scan_type,
 }

@@ -10,6 +10,7 @@ from moekit.compile.types import TYPES
 from moekit.errors import VerifyError
 
 INT32_MAX = 2**31 - 1
+NOT_NEGATIVE = "0 <="  # stands for an axis among what a mask keeps in bounds
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Facts:
         op = self.made_by.get(mask.name)
         if isinstance(op, t.InBounds):
             return {(op.axis, op.index.name)}
+        if isinstance(op, t.Binary) and op.op == "ge" and self.constant(op.right) == 0:
+            return {(NOT_NEGATIVE, op.left.name)}
         if isinstance(op, t.Binary) and op.op == "and":
             return self.masks(op.left) | self.masks(op.right)
         return set()
@@ -134,7 +137,8 @@ def memory_masked(f: Facts) -> None:
                         )
             for dim, value in enumerate(op.index):
                 axis = f.program.param(op.tensor).axes[dim]
-                if value is not None and not _affine(f, value) and (axis, value.name) not in kept:
+                checked = {(axis, value.name), (NOT_NEGATIVE, value.name)} <= kept if value is not None else True
+                if not checked and not _affine(f, value):
                     _fail(f, "memory masked", op, f"{value.name} is data; mask it to the range of {axis}")
 
 
@@ -295,6 +299,33 @@ def grid(f: Facts) -> None:
         _fail(f, "grid", None, f"dynamic axes must be outermost in {f.program.grid}")
 
 
+def grid_indices(f: Facts) -> None:
+    """The blocks of a grid axis start at its program number times its block, so that programs share nothing."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Index) and (axis := f.program.axis(op.axis)).mode == "grid":
+            several = axis.extent is None or axis.extent > axis.block
+            if (several or op.start is not None) and not _starts_at_program(f, op.start, axis):
+                _fail(f, "grid indices", op, f"it must start at the program number of {op.axis} × {axis.block}")
+
+
+def _starts_at_program(f: Facts, start: t.Value | None, axis: t.AxisBlock) -> bool:
+    op = f.made_by.get(start.name) if start is not None else None
+    if axis.block > 1:
+        if not isinstance(op, t.Binary) or op.op != "mul" or f.constant(op.right) != axis.block:
+            return False
+        op = f.made_by.get(op.left.name)
+    return isinstance(op, t.ProgramId) and op.axis == axis.name
+
+
+def reductions_whole(f: Facts) -> None:
+    """No reduction, scan or dot runs along a grid axis, of which a program has a part; a scan's axis is whole."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Reduce | t.Scan | t.Dot):
+            mode = f.program.axis(op.axis).mode
+            if mode == "grid" or (isinstance(op, t.Scan) and mode != "whole"):
+                _fail(f, "reductions whole", op, f"a program holds only a part of {op.axis}, which is in {mode} mode")
+
+
 def loops_cover(f: Facts) -> None:
     """A loop over an axis steps by its block to the end of the axis (or of its part), and its index follows the loop."""
     for op, loops in f.ops:
@@ -324,9 +355,11 @@ RULES: dict[str, Callable[[Facts], None]] = {
         defined_once,
         types,
         grid,
+        grid_indices,
         loops_cover,
         memory_masked,
         reductions_masked,
+        reductions_whole,
         wide_offsets,
         stores_last,
         outputs_written,

@@ -1,0 +1,109 @@
+"""Good programs for the compile tests to look at and to break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from moekit.compile import tile as t
+from moekit.compile.plan import Plan, plan
+from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
+from moekit.lang import In, InOut, cast, f32, fusion, gather, mean, put, rsqrt, sum
+from moekit.lang.fusion import Fusion
+from moekit.lang.graph import Graph
+
+
+@fusion(None, x=In("T H"), weight=In("H"))
+def norm(x, weight):
+    """An RMS norm."""
+    v = f32(x)
+    return {"out": cast(v * rsqrt(mean(v * v, over="H") + 1e-6) * f32(weight), x.dtype)}
+
+
+@fusion(None, x=In("T H"), slots=In("T", dtype="int32"), state=InOut("S H", dtype="float32"), dynamic="T S")
+def accumulate(x, slots, state):
+    """state[slots] += x, and the sum of the updated rows."""
+    new = gather(state, slots, over="S") + f32(x)
+    return {"state": put(new, slots, over="S"), "total": sum(new, over="H")}
+
+
+@fusion(None, table=In("E H"), ids=In("T", dtype=("int32", "int64")))
+def lookup(table, ids):
+    """Rows of a table."""
+    return {"out": gather(table, ids, over="E")}
+
+
+def graph_of(f: Fusion, shapes: Mapping[str, tuple], dtypes: Mapping[str, str] | str = "float32", **params) -> Graph:
+    """The graph of a call of these shapes."""
+    dtypes = dict.fromkeys(f.tensors, dtypes) if isinstance(dtypes, str) else dtypes
+    every = {n: dtypes[n] if dtypes.get(n) in s.dtypes else s.dtypes[0] for n, s in f.tensors.items()}
+    return f.trace(f.bind(shapes, every, f.bind_params(params)))
+
+
+def planned(graph: Graph, schedule: str | None = None, wide: bool = False) -> Plan:
+    """A plan for run-time strides of any kind."""
+    layouts = {n: t.Strided(("any",) * len(x.dims), wide) for n, x in graph.tensors.items()}
+    return plan(graph, Schedule.parse(schedule) if schedule else None, layouts)
+
+
+def norm_program(schedule: str = "T:grid:4 H:whole:64") -> t.TileProgram:
+    """RMS norm of rows of 50, some rows to a program."""
+    graph = graph_of(norm, {"x": (7, 50), "weight": (50,)}, "bfloat16")
+    return planned(graph, schedule).programs[0]
+
+
+def looped_program() -> t.TileProgram:
+    """RMS norm of rows of 50 in blocks of 16: two passes."""
+    return norm_program("T:grid:4 H:loop:16")
+
+
+def gemm_program() -> t.TileProgram:
+    """A product on the matrix unit, its contracted axis in blocks that do not divide it."""
+    graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 50), "packed": (33, 50)}, "bfloat16")
+    return planned(graph, "T:grid:16 D:loop:16 P:grid:16").programs[0]
+
+
+def split_programs() -> tuple[t.TileProgram, ...]:
+    """The two launches of a split product."""
+    graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 200), "packed": (33, 200)}, "bfloat16")
+    return planned(graph, "T:grid:16 D:loop:16 P:grid:16 split:D:3").programs
+
+
+def lookup_program() -> t.TileProgram:
+    """Rows gathered by ids."""
+    return planned(graph_of(lookup, {"table": (9, 20), "ids": (7,)}), "T:grid:4 H:grid:16").programs[0]
+
+
+def accumulate_program() -> t.TileProgram:
+    """Rows updated at ids."""
+    shapes = {"x": (3, 20), "slots": (3,), "state": (9, 20)}
+    return planned(graph_of(accumulate, shapes), "T:grid:1 H:whole:32").programs[0]
+
+
+def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.TileProgram:
+    """The program with every operation replaced by what `change` returns (None: left out), loops' bodies first."""
+
+    def visit(ops) -> tuple:
+        found = []
+        for op in ops:
+            if isinstance(op, t.Loop):
+                op = replace(op, body=visit(op.body))
+            if (new := change(op)) is not None:
+                found.append(new)
+        return tuple(found)
+
+    return replace(program, body=visit(program.body))
+
+
+def operations(program: t.TileProgram, kind: type) -> list:
+    """All operations of a kind, loops' bodies included, in order."""
+    found: list = []
+
+    def note(op):
+        if isinstance(op, kind):
+            found.append(op)
+        return op
+
+    edit(program, note)
+    return found
