@@ -1,0 +1,96 @@
+"""Calls at the model's real sizes that the backend tests compile and print, and Graphs and Plans made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from moekit.compile import tile as t
+from moekit.compile.plan import Plan, plan
+from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A fusion at given shapes; `f32` names the operands that are float32 whatever the dtype is."""
+
+    fusion: str
+    shapes: dict
+    params: dict = field(default_factory=dict)
+    f32: tuple[str, ...] = ()
+    schedule: str = ""
+    dtype: str = "bfloat16"
+
+    def dtypes(self) -> dict:
+        """The dtype of every operand."""
+        return {n: "float32" if n in self.f32 else self.dtype for n in self.shapes}
+
+    def bound(self):
+        """The declaration, its binding and the traced graph."""
+        fusion = FUSIONS[self.fusion]
+        binding = fusion.bind(self.shapes, self.dtypes(), fusion.bind_params(self.params))
+        return fusion, binding, fusion.trace(binding)
+
+    def plan(self, layouts) -> Plan:
+        """The plan, with layouts from `strided` or `viewed`."""
+        _, binding, graph = self.bound()
+        schedule = Schedule.parse(self.schedule) if self.schedule else None
+        sizes = dict(binding.sizes) if layouts is viewed else None
+        return plan(graph, schedule, layouts(graph, dict(binding.sizes)), sizes)
+
+    def strided(self) -> Plan:
+        """The plan for Triton, rows 16-byte aligned."""
+        return self.plan(strided)
+
+    def viewed(self) -> Plan:
+        """The plan for Pallas on whole arrays."""
+        return self.plan(viewed)
+
+
+def _shape(graph, tensor, sizes) -> tuple[int, ...]:
+    known = sizes | {a: s for a, s in graph.axes.items() if s is not None}
+    return tuple(1 if i in tensor.ones else known[d.text] for i, d in enumerate(tensor.dims))
+
+
+def strided(graph, sizes) -> dict:
+    """Contiguous rows, every outer stride a multiple of 16 bytes."""
+    return {n: t.Strided((*["aligned"] * (len(x.dims) - 1), "unit")) for n, x in graph.tensors.items()}
+
+
+def viewed(graph, sizes) -> dict:
+    """Whole arrays of their own."""
+    found = {}
+    for n, x in graph.tensors.items():
+        shape = _shape(graph, x, sizes)
+        found[n] = t.Viewed(n, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
+    return found
+
+
+_DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b": (4, 4), "A_log": (4,), "dt_bias": (4,),
+          "state": (4, 4, 128, 128)}  # fmt: skip
+
+SAMPLES = {
+    "gate_gemm": Sample("gate_gemm", {"x": (4, 2048), "packed": (648, 2048)}),
+    "silu_and_mul": Sample("silu_and_mul", {"gate_up": (4, 128)}),
+    "topk_softmax": Sample("topk_softmax", {"logits": (4, 512)}, {"k": 10}),
+    "shared_expert_combine": Sample("shared_expert_combine", {"hidden": (4, 2048), "shared": (4, 2048), "gate": (4, 1)}),
+    "shared_expert_combine_wide": Sample(
+        "shared_expert_combine", {"hidden": (4, 2048), "shared": (4, 2048), "gate": (4, 2048)}
+    ),
+    "add_rms_norm": Sample("add_rms_norm", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,)}),
+    "add_rms_norm_16384": Sample("add_rms_norm", {"x": (4, 16384), "residual": (4, 16384), "weight": (16384,)}),
+    "add_rms_norm_looped": Sample(
+        "add_rms_norm",
+        {"x": (4, 5000), "residual": (4, 5000), "weight": (5000,)},
+        {"offset": 0.0},
+        schedule="T:grid:1 H:loop:1024 warps:4 stages:2",
+    ),
+    "gate_gemm_split": Sample(
+        "gate_gemm",
+        {"x": (4, 2048), "packed": (648, 2048)},
+        schedule="T:grid:16 D:loop:256 P:grid:32 split:D:4 warps:4 stages:2",
+    ),
+    "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
+    "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
+}
+GOLDEN = {**SAMPLES, "topk_softmax_float32": replace(SAMPLES["topk_softmax"], dtype="float32", shapes={"logits": (4, 60)})}

@@ -1,0 +1,148 @@
+"""JAX programs compiled for an H200 that is not there: no copies before kernels, every declared rounding, no TF32."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moekit.fusions import FUSIONS
+from moekit.jax import add_rms_norm, gate_gemm, op, pack_gate, shared_expert_combine, silu_and_mul, topk_softmax, view
+
+from .samples import SAMPLES
+
+DATA = Path(__file__).parent / "data" / "h200.textproto"
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """One virtual H200."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x1")
+    return Mesh(np.array(topology.devices).reshape(-1), ("tp",))
+
+
+def compiled(mesh, fn, shapes, donate=()) -> str:
+    """The optimised HLO of `fn` for the mesh; `shapes` is a pytree of (shape, dtype)."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), s) for s in shapes]
+    with jax.set_mesh(mesh):
+        return jax.jit(fn, donate_argnums=donate).lower(*args).compile().as_text()
+
+
+def kernels(text: str) -> int:
+    """How many Pallas kernels a program calls."""
+    return text.count('custom_call_target="__gpu$xla.gpu.triton"')
+
+
+def copies(text: str) -> list[str]:
+    """Instructions of the entry computation that move data instead of computing."""
+    entry = text[text.index("ENTRY") :]
+    return re.findall(r"= \S+ (?:copy|slice|dynamic-slice|transpose|fusion)\(.*", entry)
+
+
+def consumers(text: str, producer: str) -> list[str]:
+    """The opcodes of the instructions that read `producer`."""
+    entry = text[text.index("ENTRY") :]
+    reads = [line for line in entry.splitlines() if re.search(rf"[(,] ?{re.escape(producer)}[,)]", line.split("metadata=")[0])]
+    return [re.search(r"[\]})] ([a-z-]+)\(", line)[1] for line in reads]
+
+
+def fused_buffer(text: str) -> str:
+    """The one instruction that makes the gate GEMM's output."""
+    (producer,) = re.findall(r"(%\S+) = bf16\[4,648\]", text[text.index("ENTRY") :])
+    return producer
+
+
+def struct(shape, dtype=jnp.bfloat16):
+    """A shape with a dtype."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_every_kernel_compiles(mesh, name, dtype):
+    """One kernel per launch, nothing else: an InOut operand that is donated is updated in place."""
+    sample = replace(SAMPLES[name], dtype=dtype)
+    fusion = FUSIONS[sample.fusion]
+    schedule = sample.viewed().schedule
+    given = sample.dtypes()
+    shapes = [struct(sample.shapes[n], given[n]) for n in fusion.tensors]
+    donate = tuple(i for i, s in enumerate(fusion.tensors.values()) if s.role == "InOut")
+    face = op(fusion)
+
+    def call(*xs):
+        outs = face(*xs, **sample.params, implementation="pallas", schedule=schedule)
+        return outs if not isinstance(outs, tuple) else outs[::-1]  # JAX gives a donated buffer to the first output it fits
+
+    text = compiled(mesh, call, shapes, donate)
+    assert kernels(text) == len(sample.viewed().programs)
+    assert not copies(text)
+
+
+def gate_block(x, residual, weight, packed, down):
+    """The shared expert's half of a MoE block on Views of one fused buffer."""
+    hidden, residual = add_rms_norm(x, residual, weight, implementation="pallas")
+    gates = gate_gemm(hidden, packed, implementation="pallas")
+    activated = silu_and_mul(gates.gate_up, implementation="pallas")
+    routed = topk_softmax(gates.router_logits, 10, implementation="pallas")
+    shared = activated @ down
+    return residual, shared_expert_combine(x, shared, gates.shared_gate, implementation="pallas"), routed
+
+
+def gate_shapes():
+    """The block's operands at one rank's sizes."""
+    packed = jax.eval_shape(pack_gate, struct((128, 2048)), struct((512, 2048)), struct((1, 2048)))
+    return [struct((4, 2048)), struct((4, 2048)), struct((2048,)), packed, struct((64, 2048))]
+
+
+def test_views_make_no_copy(mesh):
+    """Every strided reader takes the fused buffer itself: five kernels and the down projection, no slice, no copy."""
+    text = compiled(mesh, gate_block, gate_shapes(), donate=(1,))
+    assert kernels(text) == 5
+    assert consumers(text, fused_buffer(text)) == ["custom-call"] * 3
+
+
+def test_a_slice_would_be_seen(mesh):
+    """The check above is one that can fail: a slice in place of a View becomes an instruction of its own."""
+
+    def sliced(x, packed):
+        fused = gate_gemm(x, packed.weight, implementation="pallas")
+        return silu_and_mul(fused[:, :128], implementation="pallas")
+
+    text = compiled(mesh, sliced, [gate_shapes()[0], gate_shapes()[3]])
+    assert consumers(text, fused_buffer(text)) == ["fusion"]
+
+
+def test_output_view_is_written_in_place(mesh):
+    """`out=View` of a donated base: one kernel, no copy of the base."""
+
+    def into(base, gate_up):
+        return silu_and_mul(gate_up, implementation="pallas", out=view(base)[:, 64:128])
+
+    text = compiled(mesh, into, [struct((4, 256)), struct((4, 128))], donate=(0,))
+    assert kernels(text) == 1
+    assert not copies(text)
+
+
+@pytest.mark.parametrize(("name", "roundings"), [("add_rms_norm", 1), ("gated_rms_norm", 1)])
+def test_declared_roundings_survive(mesh, name, roundings):
+    """XLA on GPU would drop a plain bfloat16 round trip; array evaluation's roundings are in the compiled program."""
+    sample = SAMPLES[name]
+    fusion = FUSIONS[sample.fusion]
+    face = op(fusion)
+    text = compiled(mesh, lambda *xs: face(*xs, implementation="xla"), [struct(s) for s in sample.shapes.values()])
+    assert text.count("exponent_bits=8, mantissa_bits=7") >= roundings
+
+
+def test_float32_contractions_are_ieee(mesh):
+    """No TF32 in a float32 product, whichever implementation makes it."""
+    shapes = [struct((4, 2048), "float32"), struct((648, 2048), "float32")]
+    for implementation in ("pallas", "xla"):
+        text = compiled(mesh, lambda x, w, i=implementation: gate_gemm(x, w, implementation=i), shapes)
+        assert "tf32" not in text.lower()
+        assert implementation == "pallas" or "operand_precision={highest,highest}" in text

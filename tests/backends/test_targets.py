@@ -1,0 +1,72 @@
+"""Every kernel compiled for sm_90, sm_100 and gfx942 by Triton's own compiler, without a GPU."""
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moekit.backends import triton as emitter
+from moekit.torch.launch import kernel
+
+from .samples import SAMPLES
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+
+
+def compiled(program, target: str):
+    """The kernel of a program compiled for a target, pointers 16-byte aligned."""
+    args = emitter.arguments(program)
+    kinds = {a.name: POINTERS[program.param(a.subject).dtype] if a.kind == "pointer" else "i32" for a in args}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if a.kind == "pointer"}
+    options = {"num_warps": program.warps, "num_stages": program.stages}
+    return triton.compile(ASTSource(kernel(program), kinds, {}, aligned), target=TARGETS[target], options=options)
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers and stack bytes of a cubin, as cuobjdump reports them."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_sm_90_without_spills(name, dtype, tmp_path):
+    """The default schedules keep everything in registers, float32 is never TF32, and aligned rows load 16 bytes."""
+    for program in replace(SAMPLES[name], dtype=dtype).strided().programs:
+        built = compiled(program, "sm_90")
+        used = resources(built.asm["cubin"], tmp_path)
+        assert used["STACK"] == 0
+        assert used["REG"] <= 255
+        ptx = built.asm["ptx"]
+        if dtype == "float32":
+            assert "tf32" not in ptx
+        if name == "add_rms_norm":
+            assert set(re.findall(r"ld\.global\.\S*", ptx)) == {"ld.global.v4.b32"}
+
+
+@pytest.mark.parametrize("target", ["sm_100", "gfx942"])
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_other_targets(name, target):
+    """The same text compiles for Blackwell and for AMD."""
+    for program in SAMPLES[name].strided().programs:
+        assert compiled(program, target).asm
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "gated_rms_norm"])
+def test_declared_roundings_survive(name):
+    """A narrowing cast that is widened again is still two conversions in the compiled program."""
+    (program,) = SAMPLES[name].strided().programs
+    ttir = compiled(program, "sm_90").asm["ttgir"]
+    rounded = set(re.findall(r"(%\S+) = arith.truncf", ttir))
+    widened = re.findall(r"arith.extf (%\S+) ", ttir)
+    assert rounded & set(widened)

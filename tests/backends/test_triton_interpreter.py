@@ -1,0 +1,54 @@
+"""The emitted Triton, run by Triton's own interpreter in a process of its own: float32 and float16 (it is wrong for bfloat16)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import functools
+import torch
+from moekit.fusions import FUSIONS
+from moekit.testing import Call, compare, operands
+from moekit.testing.runners import _run_torch
+from moekit.testing.schedules import variants
+
+SIZES = {
+    "gate_gemm": [dict(T=5, P=35, D=70), dict(T=17, P=8, D=16)],
+    "silu_and_mul": [dict(T=7, I=37)],
+    "topk_softmax": [dict(T=5, E=60), dict(T=3, E=128)],
+    "shared_expert_combine": [dict(T=5, H=50)],
+    "add_rms_norm": [dict(T=5, H=50), dict(T=3, H=300)],
+    "gated_rms_norm": [dict(T=3, V=4, D=33)],
+    "delta_rule_step": [dict(T=3, K=2, V=4, Dk=8, Dv=9)],
+}
+run = functools.partial(_run_torch, "triton", False, "cpu")
+count = 0
+for name, fusion in FUSIONS.items():
+    params = {"k": 10} if "k" in fusion.params else {}
+    for sizes in SIZES[name]:
+        for dtype in ("float32", "float16"):
+            call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)
+            schedules = {None} | set(variants(fusion.trace(call.binding)).values())
+            cases = [(s, {}) for s in schedules]
+            for layout in ("row_padded", "every_third", "transposed_padded", "offset"):
+                cases.append((None, dict.fromkeys([*call.operands, *call.names], layout)))
+            for schedule, layouts in cases:
+                one = Call(fusion, call.operands, params, layouts, schedule).placed()
+                outcome = run(one)
+                result = compare(fusion, outcome.outputs, one.operands, params, implementation="triton")
+                assert not (*outcome.problems, *result.problems), (name, sizes, dtype, str(schedule), layouts, result.problems)
+                count += 1
+print(count, "cases")
+"""
+
+
+def test_emitted_triton_runs_in_its_interpreter():
+    """Every fusion, several schedules and layouts, outputs poisoned and guarded."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) > 100
