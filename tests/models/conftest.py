@@ -24,6 +24,7 @@ from moekit.models.qwen3next import TINY, Config, Model, load, write_random_chec
 from moekit.models.qwen3next.config import ATTENTION, GDN
 
 CASES = {
+    "two-layers": replace(TINY, vocab_size=256, layer_types=(GDN, ATTENTION)),
     "four-layers": replace(TINY, vocab_size=256),
     "eight-layers": replace(
         TINY,
@@ -82,6 +83,7 @@ class Zoo:
         self.transformers = cache(self._transformers)
         self.model = cache(self._model)
         self.answers = cache(self._answers)
+        self.narrow_answers = cache(self._narrow_answers)
 
     def config(self, case: str) -> Config:
         """The Config of a case."""
@@ -125,6 +127,14 @@ class Zoo:
                 tokens.append(out.sequences[0, len(prompt) :].numpy())
                 logits.append(torch.cat(out.logits).numpy())
         return Answers(prompts, prompt_logits, np.stack(tokens), np.stack(logits))
+
+    def _narrow_answers(self, case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The logits of the bfloat16 model run in float64 and in bfloat16, and the random tokens they are of."""
+        sequences = np.random.default_rng(11).integers(0, CASES[case].vocab_size, (8, 24 + NEW))
+        models = self.transformers(case, "bfloat16", wide=True), self.transformers(case, "bfloat16")
+        with torch.no_grad():
+            exact, narrow = (model(torch.tensor(sequences)).logits.double().numpy() for model in models)
+        return exact, narrow, sequences
 
 
 def mesh_of(tp: int) -> Mesh:

@@ -1,0 +1,229 @@
+"""The decode step compiled for eight virtual H200s: what stands between the kernels in the optimised program."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_step, prefill
+from moekit.models.qwen3next.config import ATTENTION, GDN
+from moekit.models.qwen3next.kernels import FUSIONS, named
+
+H200 = (Path(__file__).parent / "data" / "h200.textproto").read_text()
+BATCH, ROOM, TP = 4, 1024, 8
+CONFIG = replace(  # two layers of Qwen3-Next-80B-A3B
+    TINY,
+    vocab_size=151936,
+    hidden_size=2048,
+    layer_types=(GDN, ATTENTION),
+    num_attention_heads=16,
+    head_dim=256,
+    rotary_dim=64,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    num_experts=512,
+    num_experts_per_tok=10,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
+CHANNELS, HEADS, PACKED = 1024, 4, 648  # of one rank: convolution channels, value heads, 128 + 512 + 1 padded
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of an HLO computation; `at` is its place in the schedule."""
+
+    at: int
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def fusion(self) -> str | None:
+        """The moekit fusion that this kernel call serves."""
+        if self.opcode != "custom-call" or "triton" not in self.text:
+            return None
+        return re.search(r'op_name="[^"]*?/(\w+)/pallas_call', self.text).group(1)
+
+
+class Program:
+    """The entry computation of a compiled module, in scheduled order, and the bodies of the others."""
+
+    def __init__(self, compiled):
+        self.text = compiled.as_text()
+        assert "is_scheduled=true" in self.text.splitlines()[0]
+        self.bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) \(.*?\{\n(.*?)^\}", self.text, re.M | re.S))
+        entry = re.search(r"^ENTRY %([\w.\-]+)", self.text, re.M).group(1)
+        self.entry = {}
+        for at, line in enumerate(self.bodies[entry].splitlines()):
+            found = instruction(at, line)
+            self.entry[found.name] = found
+
+    def kernels(self, fusion):
+        """The kernel calls of one fusion."""
+        return [i for i in self.entry.values() if i.fusion == fusion]
+
+    def producer(self, name):
+        """The instruction that computes an operand; a bitcast only renames its shape."""
+        found = self.entry[name]
+        while found.opcode in ("bitcast", "get-tuple-element"):
+            found = self.entry[found.operands[0]]
+        return found
+
+    def moves(self, found):
+        """Whether an instruction does nothing but move data: a slice, a copy, or a fusion of such."""
+        moving = {"slice", "copy", "dynamic-slice", "transpose", "concatenate", "pad", "copy-done", "slice-done"}
+        if found.opcode != "fusion":
+            return found.opcode in moving
+        called = self.bodies[re.search(r"calls=%([\w.\-]+)", found.text).group(1)]
+        opcodes = {instruction(0, line).opcode for line in called.splitlines()}
+        return bool(opcodes & moving) and opcodes <= moving | {"parameter", "bitcast", "tuple"}
+
+    def users(self, name):
+        """Whatever reads an instruction's value, through bitcasts and tuples as well."""
+        for found in self.entry.values():
+            if name in found.operands:
+                yield found
+                if found.opcode in ("bitcast", "get-tuple-element", "tuple", "opt-barrier"):
+                    yield from self.users(found.name)
+
+
+def instruction(at, line):
+    found = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
+    name, shape, opcode, rest = found.groups()
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
+    return Instruction(at, name, re.sub(r"/\*.*?\*/|\{[^}]*\}", "", shape), opcode, operands, line)
+
+
+def arguments(layer_types=CONFIG.layer_types):
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x8").devices
+    mesh = Mesh(np.array(devices).reshape(TP), ("tp",))
+    config = replace(CONFIG, layer_types=layer_types)
+    tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return mesh, abstract_model(config, mesh, "bfloat16"), tokens
+
+
+def compiled_step(kernels, layer_types=CONFIG.layer_types):
+    mesh, model, tokens = arguments(layer_types)
+    with jax.set_mesh(mesh):
+        cache = cache_shapes(model.config, mesh, BATCH, ROOM, jnp.bfloat16)
+        return Program(greedy_step.lower(model, tokens, cache, kernels=kernels).compile())
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The step with moekit's kernels."""
+    return compiled_step("pallas")
+
+
+# fusion -> the operands that are Views, and for each the shape in which its base was produced
+VIEWED = {
+    "silu_and_mul": {0: f"bf16[{BATCH},{PACKED}]"},
+    "topk_softmax": {0: f"bf16[{BATCH},{PACKED}]"},
+    "shared_expert_combine": {2: f"bf16[{BATCH},{PACKED}]"},
+    "delta_rule_step": {0: f"bf16[{BATCH},{CHANNELS}]", 1: f"bf16[{BATCH},{2 * HEADS}]"},
+    "gated_rms_norm": {1: f"bf16[{BATCH},{CHANNELS + 128 * HEADS}]"},
+}
+
+
+def wrong_operands(program):
+    """Each operand of a kernel that was moved on its way there, or a View that is not its whole base."""
+    wrong = []
+    for found in program.entry.values():
+        if found.fusion is None:
+            continue
+        for i, operand in enumerate(found.operands):
+            source = program.producer(operand)
+            if program.moves(source):
+                wrong.append(f"{found.fusion}: operand {i} is {source.opcode} {source.name}")
+        for i, shape in VIEWED.get(found.fusion, {}).items():
+            source = program.producer(found.operands[i])
+            if source.shape != shape:
+                wrong.append(f"{found.fusion}: operand {i} was produced as {source.shape}, not {shape}")
+    return wrong
+
+
+def test_the_kernels_of_a_step(program):
+    layers = CONFIG.num_layers
+    assert Counter(i.fusion for i in program.entry.values() if i.fusion) == {
+        "add_rms_norm": 2 * layers + 1,
+        "gate_gemm": layers,
+        "silu_and_mul": layers,
+        "topk_softmax": layers,
+        "shared_expert_combine": layers,
+        "gated_rms_norm": 1,
+        "delta_rule_step": 1,
+    }
+    assert set(FUSIONS) == {i.fusion for i in program.entry.values() if i.fusion}
+
+
+def test_every_view_is_the_producing_instruction_itself(program):
+    assert wrong_operands(program) == []
+    gates = {i.name for i in program.kernels("gate_gemm")}
+    for fusion, at in (("silu_and_mul", 0), ("topk_softmax", 0), ("shared_expert_combine", 2)):
+        assert {found.operands[at] for found in program.kernels(fusion)} == gates
+
+
+@pytest.mark.parametrize("fusion", ["silu_and_mul", "topk_softmax", "delta_rule_step"])
+def test_one_slice_more_is_noticed(fusion):
+    """The same step, but one kernel is given a slice of the base as an array of its own."""
+    kernels = named("pallas")
+
+    def sliced(first, *rest, **options):
+        return getattr(kernels, fusion)(first.array(), *rest, **options)
+
+    worse = compiled_step(replace(kernels, **{fusion: sliced}), CONFIG.layer_types[:1])
+    found = wrong_operands(worse)
+    assert found
+    assert all(line.startswith(f"{fusion}: operand ") for line in found)
+
+
+def test_the_gates_product_is_dead_before_the_routed_experts_run(program):
+    inputs = [i for i in program.entry.values() if i.opcode == "parameter" and "experts_gate_up" in i.text]
+    runs = sorted(min(user.at for user in program.users(i.name)) for i in inputs)
+    gates = sorted(program.kernels("gate_gemm"), key=lambda i: i.at)
+    assert len(gates) == len(runs) == CONFIG.num_layers
+    for gate, run in zip(gates, runs, strict=True):
+        assert gate.at < max(user.at for user in program.users(gate.name)) < run
+
+
+def test_one_all_reduce_after_each_block_and_one_small_gather(program):
+    counts = Counter(re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(", program.text))
+    assert counts == {"all-reduce": 2 * CONFIG.num_layers, "all-gather": 1}
+    reduced = re.findall(r"= (\S+?)(?:\{[^}]*\})? all-reduce\(", program.text)
+    assert set(reduced) == {f"bf16[{BATCH},2048]"}
+    assert re.findall(r"= (\S+?)(?:\{[^}]*\})? all-gather\(", program.text) == [f"f32[{TP},2,{BATCH}]"]
+
+
+def test_the_recurrent_state_and_the_keys_and_values_stay_where_they_are(program):
+    """The donated cache is the new cache, and no state, weight or cache is copied whole."""
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", program.text).group(1)
+    assert aliases.count("may-alias") == 5  # convolution, recurrent state, keys, values, lengths
+    sizes = {"copy": 0, "fusion": 0}
+    for found in program.entry.values():
+        if found.opcode in sizes and program.moves(found):
+            dims = re.search(r"\[([\d,]*)\]", found.shape).group(1)
+            sizes[found.opcode] = max(sizes[found.opcode], int(np.prod([int(d) for d in dims.split(",") if d])))
+    assert max(sizes.values()) <= BATCH * CHANNELS * 3  # the window of the convolution, at most
+
+
+def test_a_prompt_compiles_too():
+    mesh, model, lengths = arguments()
+    tokens = jax.ShapeDtypeStruct((BATCH, 128), jnp.int32, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        lowered = prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas")
+        filled = Program(lowered.compile())
+    assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step"}
+    assert len(re.findall(r" all-reduce\(", filled.text)) == 2 * CONFIG.num_layers

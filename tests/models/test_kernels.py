@@ -1,0 +1,159 @@
+"""Which kernels a decode step calls, that each of them matters, and what the combine writes before an all-reduce."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moekit.jax import GateOutputs, shared_expert_combine, split_gate, view
+from moekit.models.qwen3next import greedy_step, most_likely, prefill, unpack_gates
+from moekit.models.qwen3next.config import GDN
+from moekit.models.qwen3next.kernels import FUSIONS, named
+
+CASE = "four-layers"
+TPS = [1, 2, 4, 8]
+
+
+def calls(jaxpr, found=None):
+    """Every pallas_call that a jaxpr makes on a CPU, by name; each holds its kernel for the GPU beside it."""
+    found = Counter() if found is None else found
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] += bool(equation.params["interpret"])
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(value, "eqns"):
+                calls(getattr(value, "jaxpr", value), found)
+    return found
+
+
+def traced(model, kernels):
+    lengths = jax.ShapeDtypeStruct((2,), np.int32)
+    tokens = jax.ShapeDtypeStruct((2, 16), np.int32)
+    fill = prefill.trace(model, tokens, lengths, cache_length=64, kernels=kernels)
+    _, memory = fill.out_info
+    step = greedy_step.trace(model, lengths, memory, kernels=kernels)
+    return calls(fill.jaxpr.jaxpr), calls(step.jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize("tp", TPS)
+@pytest.mark.parametrize("case", [CASE, "eight-layers", "odd-experts"])
+def test_kernel_calls_by_fusion(zoo, case, tp):
+    model, kinds = zoo.model(case, tp=tp), zoo.config(case).layer_types
+    layers, deltas = len(kinds), kinds.count(GDN)
+    expected = {
+        "add_rms_norm": 2 * layers + 1,
+        "gate_gemm": layers,
+        "silu_and_mul": layers,
+        "topk_softmax": layers,
+        "shared_expert_combine": layers,
+        "gated_rms_norm": deltas,
+        "delta_rule_step": deltas,
+    }
+    fill, step = traced(model, "pallas")
+    assert step == expected
+    assert fill == {name: n for name, n in expected.items() if name != "delta_rule_step"}
+    assert set(expected) == set(FUSIONS)
+
+
+def test_xla_calls_no_kernel(zoo):
+    fill, step = traced(unpack_gates(zoo.model(CASE, tp=2)), "xla")
+    assert not fill
+    assert not step
+
+
+OUTPUTS = [
+    ("add_rms_norm", 0),
+    ("add_rms_norm", 1),
+    ("gate_gemm", 0),
+    ("silu_and_mul", 0),
+    ("topk_softmax", 0),
+    ("shared_expert_combine", 0),
+    ("gated_rms_norm", 0),
+    ("delta_rule_step", 0),
+    ("delta_rule_step", 1),
+]
+
+
+def signed(signs):
+    """The kernels with each of OUTPUTS multiplied by its sign."""
+    kernels = named("pallas")
+
+    def times_sign(name, original):
+        own = [(signs[i], part) for i, (fusion, part) in enumerate(OUTPUTS) if fusion == name]
+
+        def changed(*args, **kwargs):
+            out = original(*args, **kwargs)
+            if isinstance(out, GateOutputs):
+                return split_gate(out.fused * own[0][0], args[1].widths)
+            if not isinstance(out, tuple):
+                return out * own[0][0]
+            out = list(out)
+            for sign, part in own:
+                out[part] = out[part] * sign
+            return tuple(out)
+
+        return changed
+
+    return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in FUSIONS})
+
+
+@pytest.fixture(scope="module")
+def short(zoo):
+    """From tp and signs to the greedy tokens of a model of one delta-net and one attention layer."""
+    tokens = np.random.default_rng(2).integers(0, 256, (2, 16)).astype(np.int32)
+    lengths = np.array([16, 5], np.int32)
+
+    @jax.jit
+    def step(model, tokens, cache, signs):
+        return greedy_step(model, tokens, cache, kernels=signed(signs))
+
+    @cache
+    def started(tp):
+        model = zoo.model("two-layers", tp=tp)
+        return model, prefill(model, tokens, lengths, cache_length=64, kernels="xla")
+
+    def continued(tp, signs):
+        model, (logits, memory) = started(tp)
+        current, made = most_likely(model, logits), []
+        for _ in range(8):
+            current, memory = step(model, current, memory, signs)
+            made.append(np.asarray(current))
+        return np.stack(made)
+
+    return continued
+
+
+@pytest.mark.parametrize("tp", TPS)
+def test_negating_any_kernels_output_changes_the_tokens(short, tp):
+    plain = short(tp, np.ones(len(OUTPUTS), np.float32))
+    for i, output in enumerate(OUTPUTS):
+        signs = np.where(np.arange(len(OUTPUTS)) == i, -1, 1).astype(np.float32)
+        assert not np.array_equal(plain, short(tp, signs)), output
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("tp", [2, 8])
+def test_the_combine_writes_a_strided_view_of_a_buffer_that_is_then_all_reduced(mesh, tp, implementation):
+    """Every second row of the middle columns of a larger buffer; the rest of it is summed as it was."""
+    rng = np.random.default_rng(tp)
+    tokens, hidden, room = 5, 24, 40
+    routed, shared = rng.standard_normal((2, tp, tokens, hidden)).astype(np.float32)
+    gate = rng.standard_normal((tokens, 1)).astype(np.float32)
+    buffers = rng.standard_normal((tp, 2 * tokens, room)).astype(np.float32)
+
+    def local(routed, shared, gate, buffer):
+        out = view(buffer[0])[1::2, 8 : 8 + hidden]
+        written = shared_expert_combine(routed[0], shared[0], gate, out=out, implementation=implementation)
+        return jax.lax.psum(written, "tp")
+
+    places = (P("tp"), P("tp"), P(), P("tp"))
+    run = jax.jit(jax.shard_map(local, mesh=mesh(tp), in_specs=places, out_specs=P(), check_vma=False))
+    expected = buffers.astype(np.float64).sum(0)
+    both = routed.astype(np.float64) + shared / (1 + np.exp(-gate.astype(np.float64)))
+    expected[1::2, 8 : 8 + hidden] = both.sum(0)
+    assert np.abs(run(routed, shared, gate, buffers) - expected).max() < 1e-5
