@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
-from moekit.lang.fusion import Fusion
+from moekit.errors import DtypeError, ShapeError
+from moekit.lang.fusion import Binding, Fusion
+
+EXTRA = ("out", "implementation", "schedule")
+SIZES = {
+    "T": 16, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "V": 32, "K": 16, "Dk": 128, "Dv": 128,
+}  # fmt: skip
+OTHER_SIZE = 64
+PARAMETERS = {"k": 10}
 
 
 def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dict]:
@@ -18,5 +27,44 @@ def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dic
 
 def face_signature(fusion: Fusion) -> inspect.Signature:
     """The declaration's signature with the keywords every face adds."""
-    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("out", "implementation", "schedule")]
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in EXTRA]
     return inspect.Signature([*fusion.signature.parameters.values(), *extra])
+
+
+def parameter_type(parameter: inspect.Parameter) -> type | None:
+    """The Python type of a static parameter: its annotation, else its default's type, else None."""
+    named = {"int": int, "float": float, "bool": bool, "str": str}
+    said = parameter.annotation
+    if isinstance(said, str):
+        said = named.get(said.strip().removesuffix("| None").strip())
+    if said in named.values():
+        return said
+    return type(parameter.default) if type(parameter.default) in named.values() else None
+
+
+def example(
+    fusion: Fusion,
+    sizes: Mapping[str, int] | None = None,
+    dtype: str | Mapping[str, str] = "float32",
+    params: Mapping[str, object] | None = None,
+) -> Binding:
+    """A call of `fusion` of typical sizes: Qwen3-Next's for the axes it knows, 64 for others, `sizes` before both.
+
+    Operands have `dtype` (or dtypes by name) where their declaration allows it, else the one it names first; `?` dimensions
+    have their full size. Required parameters that are not given are `k = 10`, or the zero of their type.
+    Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have.
+    """
+    axes = [axis for s in fusion.tensors.values() for d in s.dims for _, axis in d.terms]
+    if unknown := [a for a in sizes or {} if a not in axes]:
+        known = ", ".join(dict.fromkeys(axes))
+        raise ShapeError(f"{fusion.name}: there is no axis {unknown[0]!r}; its axes are {known}")
+    every = {a: (sizes or {}).get(a, SIZES.get(a, OTHER_SIZE)) for a in axes}
+    shapes = {n: tuple(d.size(every) for d in s.dims) for n, s in fusion.tensors.items()}
+    wanted = dict.fromkeys(fusion.tensors, dtype) if isinstance(dtype, str) else dict(dtype)
+    if isinstance(dtype, str) and not any(dtype in s.dtypes for s in fusion.tensors.values()):
+        raise DtypeError(f"{fusion.name}: no operand can be {dtype}; {next(iter(fusion.tensors))} can be "
+                         f"{', '.join(next(iter(fusion.tensors.values())).dtypes)}")  # fmt: skip
+    dtypes = {n: wanted[n] if wanted.get(n) in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+    missing = {n: p for n, p in fusion.params.items() if p.default is p.empty}
+    defaults = {n: PARAMETERS.get(n, (parameter_type(p) or int)()) for n, p in missing.items()}
+    return fusion.bind(shapes, dtypes, fusion.bind_params({**defaults, **(params or {})}))

@@ -1,9 +1,14 @@
-"""The PyTorch face: fusions as functions on tensors of any strides."""
+"""The PyTorch face: fusions as functions on tensors of any strides, and as `torch.ops.moekit.*`."""
 
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
 from moekit.torch.face import IMPLEMENTATIONS, op
-from moekit.torch.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate
+from moekit.torch.ops import register
+
+for _fusion in _FUSIONS.values():
+    register(_fusion)
+
+from moekit.torch.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate  # noqa: E402
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
@@ -28,6 +33,7 @@ __all__ = [
     "gated_rms_norm",
     "op",
     "pack_gate",
+    "register",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

@@ -52,7 +52,7 @@ def split_gate(fused: torch.Tensor, widths: GateWidths) -> GateOutputs:
 
 
 def gate_gemm(x, packed, *, out: torch.Tensor | None = None, implementation: str | None = None, schedule=None):
-    """x [T, D] · packedᵀ. With a PackedGate it returns GateOutputs (views, no copy); with a tensor [P, D], the tensor [T, P]."""
+    """x [T, D] · packedᵀ. With a PackedGate it returns GateOutputs (views, no copy), with a tensor [P, D] the tensor [T, P]."""
     if not isinstance(packed, PackedGate):
         return _gemm(x, packed, out=out, implementation=implementation, schedule=schedule)
     fused = _gemm(x, packed.weight, out=out, implementation=implementation, schedule=schedule)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import linecache
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -16,22 +19,44 @@ from moekit.errors import ShapeError, UnavailableError
 LARGEST_GRID = 2**31 - 1
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `count` programs, the tensors whose pointers it takes, then its integer arguments."""
+
+    program: t.TileProgram
+    count: int
+    pointers: tuple[str, ...]
+    integers: tuple[int, ...]
+
+
 @lru_cache(maxsize=4096)
 def kernel(program: t.TileProgram):
     """The `triton.jit` function of a program, made from its emitted source."""
     source = emitter.emit(program)
-    filename = f"<moekit triton {program.name} {program.digest} {hash(source) & 0xFFFFFFFF:08x}>"
+    short = hashlib.sha256(source.encode()).hexdigest()[:8]
+    filename = f"<moekit triton {program.name} {program.digest} {short}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     names: dict = {"__name__": f"moekit_generated_{program.name}"}
     exec(compile(source, filename, "exec"), names)
     return names[emitter.kernel_name(program)]
 
 
+def strides_of(tensor: torch.Tensor, axes: Sequence[str | None], dynamic: frozenset[str]) -> tuple[int, ...]:
+    """The strides a kernel is told: the tensor's own, and for a single element of a dynamic axis a dense tensor's.
+
+    What stride one element has does not matter, and T = 1 shall need no kernel of its own.
+    """
+    shape = tensor.shape
+    return tuple(
+        prod(shape[d + 1 :]) if shape[d] == 1 and axes[d] in dynamic else stride for d, stride in enumerate(tensor.stride())
+    )
+
+
 def layout(tensor: torch.Tensor, axes: tuple[str | None, ...], dynamic: frozenset[str]) -> t.Strided:
     """What is known of a tensor's strides: which are 1, which a multiple of 16 bytes, whether offsets need 64 bits."""
     kinds, reach = [], 0
     itemsize = tensor.element_size()
-    for size, stride, axis in zip(tensor.shape, tensor.stride(), axes, strict=True):
+    for size, stride, axis in zip(tensor.shape, strides_of(tensor, axes, dynamic), axes, strict=True):
         if stride == 1 or (size == 1 and axis not in dynamic):
             kinds.append("unit")
         else:
@@ -41,35 +66,49 @@ def layout(tensor: torch.Tensor, axes: tuple[str | None, ...], dynamic: frozense
     return t.Strided(tuple(kinds), wide=reach >= 2**31)
 
 
-def launch(plan: Plan, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
-    """Run every program of a plan on the current stream of the tensors' device; outputs are written in place."""
-    device = next(iter(tensors.values())).device
-    memory = dict(tensors)
-    for s in plan.scratch:
-        memory[s.name] = torch.empty(s.shape(sizes), dtype=getattr(torch, s.dtype), device=device)
+def scratch(plan: Plan, sizes: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:
+    """Fresh memory for what one launch of a plan leaves to the next."""
+    return {s.name: torch.empty(s.shape(sizes), dtype=getattr(torch, s.dtype), device=device) for s in plan.scratch}
+
+
+def launches(
+    plan: Plan, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], dynamic: frozenset[str]
+) -> tuple[Launch, ...]:
+    """The launches of a plan on tensors (scratch among them); those of no programs are left out.
+
+    Raises ShapeError if there are more programs than one launch can have.
+    """
+    found = []
+    for program in plan.programs:
+        count = program.programs(dict(sizes))
+        if count > LARGEST_GRID:
+            most = f"more than one launch can have ({LARGEST_GRID})"
+            raise ShapeError(f"{program.name}: {count} programs are {most}; split the tokens")
+        arguments = emitter.arguments(program)
+        strides = {p.name: strides_of(tensors[p.name], p.axes, dynamic) for p in program.params}
+        integers = tuple(
+            sizes[a.subject] if a.kind == "extent" else strides[a.subject][a.dim] // a.unit
+            for a in arguments
+            if a.kind != "pointer"
+        )
+        pointers = tuple(a.subject for a in arguments if a.kind == "pointer")
+        if count:
+            found.append(Launch(program, count, pointers, integers))
+    return tuple(found)
+
+
+def start(launched: Sequence[Launch], tensors: Mapping[str, torch.Tensor], device: torch.device) -> list:
+    """Run launches in order on the current stream of `device`; the compiled kernels come back (None if interpreted)."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _programs(plan, memory, sizes)
-    else:
-        _programs(plan, memory, sizes)
+            return [_start(one, tensors) for one in launched]
+    return [_start(one, tensors) for one in launched]
 
 
-def _programs(plan: Plan, memory: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
-    for program in plan.programs:
-        count = program.programs(sizes)
-        if count > LARGEST_GRID:
-            raise ShapeError(f"{program.name}: {count} programs are more than one launch can have ({LARGEST_GRID}); split the tokens")
-        if count:
-            args = [_argument(a, memory, sizes) for a in emitter.arguments(program)]
-            kernel(program)[(count,)](*args, num_warps=program.warps, num_stages=program.stages)
-
-
-def _argument(a: emitter.Argument, memory: Mapping[str, torch.Tensor], sizes: Mapping[str, int]):
-    if a.kind == "pointer":
-        return memory[a.subject]
-    if a.kind == "extent":
-        return sizes[a.subject]
-    return memory[a.subject].stride(a.dim) // a.unit
+def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
+    options = {"num_warps": one.program.warps, "num_stages": one.program.stages}
+    pointers = [tensors[n] for n in one.pointers]
+    return kernel(one.program)[(one.count,)](*pointers, *one.integers, **options)
 
 
 def unavailable(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -80,7 +119,8 @@ def unavailable(tensors: Mapping[str, torch.Tensor]) -> str | None:
         return "triton is not installed; install moekit[torch]"
     on_cpu = [n for n, x in tensors.items() if x.device.type != "cuda"]
     if on_cpu and not triton.knobs.runtime.interpret:
-        return f"{on_cpu[0]} is on {tensors[on_cpu[0]].device.type}; Triton needs CUDA tensors, so use implementation='eager'"
+        where = tensors[on_cpu[0]].device.type
+        return f"{on_cpu[0]} is on {where}; Triton needs CUDA tensors, so use implementation='eager'"
     return None
 
 

@@ -1,0 +1,140 @@
+"""Triton without a GPU: kernels executed by the interpreter of the tile IR, entered through the same doors."""
+
+import ctypes
+from math import prod
+
+import numpy as np
+import pytest
+
+from moekit.compile import interpret
+from moekit.lang.dtypes import numpy_dtype
+from moekit.lang.spec import Dim
+
+
+class Emulated:
+    """Stands in for a `triton.jit` function: it counts what Triton would compile, and runs the program on CPU memory."""
+
+    def __init__(self, program, jit, log: "Log"):
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.compiler import CUDABackend
+        from triton.runtime.jit import create_function_from_signature
+
+        self.program, self.log = program, log
+        backend = CUDABackend(GPUTarget("cuda", 90, 32))
+        self.specialise = create_function_from_signature(jit.signature, jit.params, backend)
+
+    def __getitem__(self, grid):
+        def front_door(*args, **options):
+            key = (self.program, str(self.specialise(*args, **options)[1]))
+            self.log.compiled.add(key)
+            self.log.front += 1
+            self._execute(*(x.data_ptr() if hasattr(x, "data_ptr") else x for x in args))
+            return CompiledKernel(self)
+
+        return front_door
+
+    def _execute(self, *args) -> None:
+        from moekit.backends import triton as emitter
+
+        sizes, strides, pointers = {}, {}, {}
+        for argument, value in zip(emitter.arguments(self.program), args, strict=True):
+            if argument.kind == "pointer":
+                pointers[argument.subject] = value
+            elif argument.kind == "extent":
+                sizes[argument.subject] = value
+            else:
+                strides[argument.subject, argument.dim] = value * argument.unit
+        memory = {p.name: self._array(p, pointers[p.name], sizes, strides) for p in self.program.params}
+        interpret.execute(self.program, memory, sizes)
+
+    def _array(self, param, pointer: int, sizes: dict, strides: dict) -> np.ndarray:
+        dtype = numpy_dtype(param.dtype)
+        axes = {a.name: sizes.get(a.name, a.extent) for a in self.program.axes}
+        shape = tuple(
+            1 if a is None else axes[a] if a in axes else Dim.parse(a).size(axes) for a in param.axes
+        )
+        steps = tuple(strides.get((param.name, d), 1) for d in range(len(shape)))
+        if not prod(shape):
+            return np.empty(shape, dtype)
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+        raw = (ctypes.c_byte * (span * dtype.itemsize)).from_address(pointer)
+        flat = np.frombuffer(raw, dtype)
+        flat.flags.writeable = True
+        return np.lib.stride_tricks.as_strided(flat, shape, tuple(s * dtype.itemsize for s in steps))
+
+
+class CompiledKernel:
+    """Stands in for Triton's compiled kernel, with what the short way asks of it."""
+
+    def __init__(self, emulated: Emulated):
+        self.emulated = emulated
+        self.function, self.packed_metadata = 1, (4, 1, 0)
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        """Triton's launcher: grid, stream, handles, hooks, then addresses and integers."""
+        assert (y, z, function, metadata) == (1, 1, self.function, self.packed_metadata)
+        self.emulated.log.short += 1
+        self.emulated._execute(*args)
+
+
+class Log:
+    """What was compiled, and how often each door was used."""
+
+    def __init__(self):
+        self.compiled: set = set()
+        self.front = self.short = 0
+
+
+@pytest.fixture
+def emulated(monkeypatch) -> Log:
+    """CPU tensors served by `implementation="triton"`, on the interpreter."""
+    from moekit.torch import fast, launch, ops
+
+    log, made, original = Log(), {}, launch.kernel
+    monkeypatch.setattr(launch, "unavailable", lambda tensors: None)
+    monkeypatch.setattr(
+        launch, "kernel", lambda p: made.setdefault(p, Emulated(p, original(p), log))
+    )
+    monkeypatch.setattr(fast, "current_device", lambda: None)
+    monkeypatch.setattr(fast, "raw_stream", lambda device: 0)
+    forms = [form for known in ops._registered.values() for form in known.forms.values()]
+    for form in forms:
+        monkeypatch.setattr(form, "cache", fast.Cache())
+    return log
+
+
+SIZES = {
+    "gate_gemm": {"T": 5, "D": 32, "P": 24},
+    "silu_and_mul": {"T": 5, "I": 24},
+    "topk_softmax": {"T": 5, "E": 40},
+    "shared_expert_combine": {"T": 5, "H": 24},
+    "add_rms_norm": {"T": 5, "H": 24},
+    "gated_rms_norm": {"T": 3, "V": 4, "D": 16},
+    "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
+}
+PARAMS = {"topk_softmax": {"k": 4}}
+
+
+@pytest.fixture
+def tensors():
+    """`tensors(name, dtype, layout, device, seed)`: operands of a fusion, in declared order, in the layout."""
+    from moekit.fusions import FUSIONS
+    from moekit.testing import as_torch, operands, place
+
+    def make(name, dtype="float32", layout="contiguous", device="cpu", seed=0, sizes=None):
+        values = operands(FUSIONS[name], sizes or SIZES[name], dtype, seed=seed)
+        return tuple(as_torch(place(x, layout), device) for x in values.values())
+
+    return make
+
+
+@pytest.fixture(params=list(SIZES))
+def fused(request):
+    """Every fusion's name in turn."""
+    return request.param
+
+
+@pytest.fixture
+def params(fused) -> dict:
+    """The parameters the fusion of this test needs."""
+    return PARAMS.get(fused, {})

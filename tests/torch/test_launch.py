@@ -1,0 +1,148 @@
+"""The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
+
+import pytest
+import torch
+
+import moekit.torch as mt
+from moekit.errors import AliasError
+
+TRITON, EAGER = {"implementation": "triton"}, {"implementation": "eager"}
+
+
+def norm_operands(tokens: int, hidden: int, dtype=torch.float32, seed: int = 0):
+    make = torch.Generator().manual_seed(seed)
+    x, residual = (torch.randn(tokens, hidden, generator=make).to(dtype) for _ in range(2))
+    return x, residual, torch.randn(hidden, generator=make).to(dtype)
+
+
+def same(got, wanted) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_call_takes_the_short_way(emulated):
+    for seed in range(3):
+        operands = norm_operands(5, 48, seed=seed)
+        same(mt.add_rms_norm(*operands, **TRITON), mt.add_rms_norm(*operands, **EAGER))
+    assert (emulated.front, emulated.short) == (1, 2)
+
+
+def test_short_way_in_place_and_out(emulated):
+    for seed in range(3):
+        x, residual, weight = norm_operands(4, 32, seed=seed)
+        wanted = mt.add_rms_norm(x, residual, weight, **EAGER)
+        given = residual.clone()
+        version = given._version
+        got = mt.add_rms_norm_(x, given, weight, **TRITON)
+        same(got, wanted)
+        assert got[1] is given
+        assert given._version > version
+        buffer = torch.full((4, 64), torch.nan)
+        out = mt.add_rms_norm(x, residual, weight, out=buffer[:, 16:48], **TRITON)
+        same(out, wanted)
+        assert out[0].data_ptr() == buffer[:, 16:].data_ptr()
+        assert buffer[:, :16].isnan().all()
+        assert buffer[:, 48:].isnan().all()
+    assert (emulated.front, emulated.short) == (2, 4)
+
+
+def test_one_tensor_as_two_operands_is_not_taken_for_two(emulated):
+    x, residual, weight = norm_operands(3, 16)
+    same(mt.add_rms_norm(x, x, weight, **TRITON), mt.add_rms_norm(x, x, weight, **EAGER))
+    same(mt.add_rms_norm(x, residual, weight, **TRITON), mt.add_rms_norm(x, residual, weight, **EAGER))
+    assert (emulated.front, emulated.short) == (1, 1)
+
+
+@pytest.mark.parametrize("start", [0, 16])
+def test_overlap_is_checked_on_the_short_way_too(emulated, start):
+    """Ranges that meet are told apart by distance: column halves are legal, a shifted window is not."""
+    weight = torch.randn(16)
+    for _ in range(2):
+        apart = torch.randn(4, 48)
+        x, residual = apart[:, 16:32], torch.randn(4, 16)
+        wanted = mt.add_rms_norm(x, residual, weight, **EAGER)
+        same(mt.add_rms_norm(x, residual, weight, out=apart[:, start * 2 : start * 2 + 16], **TRITON), wanted)
+    assert emulated.short == 1
+    before = apart.clone()
+    with pytest.raises(AliasError, match="overlaps x"):
+        mt.add_rms_norm(apart[:, 16:32], residual, weight, out=apart[:, 24:40], **TRITON)
+    assert torch.equal(before, apart)
+
+
+def test_output_over_its_own_operand(emulated):
+    """What the declaration allows: silu(gate) written over the gate half is not allowed, a norm over x is."""
+    for _ in range(2):
+        x, residual, weight = norm_operands(4, 32)
+        wanted = mt.add_rms_norm(x, residual, weight, **EAGER)
+        got = mt.add_rms_norm_(x, residual, weight, out=x, **TRITON)
+        same(got, wanted)
+        assert got[0] is x
+        assert got[1] is residual
+    assert (emulated.front, emulated.short) == (1, 1)
+
+
+def test_dtype_alignment_and_strides_have_entries_of_their_own(emulated):
+    x, residual, weight = norm_operands(4, 33)
+    wanted = mt.add_rms_norm(x[:, :32], residual[:, :32], weight[:32], **EAGER)
+    same(mt.add_rms_norm(x[:, :32], residual[:, :32], weight[:32], **TRITON), wanted)
+    wanted = mt.add_rms_norm(x[:, 1:], residual[:, 1:], weight[1:], **EAGER)
+    same(mt.add_rms_norm(x[:, 1:], residual[:, 1:], weight[1:], **TRITON), wanted)
+    half = [t.half() for t in (x, residual, weight)]
+    same(mt.add_rms_norm(*half, **TRITON), mt.add_rms_norm(*half, **EAGER))
+    assert (emulated.front, emulated.short) == (3, 0)
+
+
+def test_split_schedule_has_scratch_on_the_short_way(emulated):
+    from moekit.compile.schedule import Schedule
+
+    x, packed = torch.randn(3, 64), torch.randn(8, 64)
+    schedule = Schedule.parse("T:grid:4 P:grid:8 D:loop:16 split:D:2 warps:1 stages:1")
+    for _ in range(2):
+        got = mt.gate_gemm(x, packed, schedule=schedule, **TRITON)
+        torch.testing.assert_close(got, x @ packed.T)
+    assert (emulated.front, emulated.short) == (2, 2)
+
+
+def test_zero_tokens_launch_nothing(emulated):
+    for _ in range(2):
+        out, residual = mt.add_rms_norm(torch.empty(0, 8), torch.empty(0, 8), torch.ones(8), **TRITON)
+        assert out.shape == residual.shape == (0, 8)
+    assert (emulated.front, emulated.short) == (0, 0)
+
+
+def test_gradients_by_the_short_way(emulated):
+    for _ in range(2):
+        x, residual, weight = (t.requires_grad_() for t in norm_operands(3, 16))
+        mt.add_rms_norm(x, residual, weight, **TRITON)[0].square().sum().backward()
+        got = [t.grad for t in (x, residual, weight)]
+        y, r, w = (t.detach().requires_grad_() for t in (x, residual, weight))
+        mt.add_rms_norm(y, r, w, **EAGER)[0].square().sum().backward()
+        same(got, [y.grad, r.grad, w.grad])
+    assert (emulated.front, emulated.short) == (1, 1)
+
+
+def transposed(shape, dtype):
+    return torch.empty(*reversed(shape), dtype=dtype).permute(*reversed(range(len(shape))))
+
+
+@pytest.mark.parametrize("fusion", ["add_rms_norm", "silu_and_mul", "topk_softmax", "gate_gemm", "shared_expert_combine"])
+def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
+    """T = 1 … 300, row-major and transposed: kernels are as many as there are stride classes."""
+    monkeypatch.setattr("moekit.compile.interpret.execute", lambda *args: None)
+    face, dtype = getattr(mt, fusion), torch.bfloat16
+    shapes = {
+        "add_rms_norm": lambda t: ((t, 64), (t, 64), (64,)),
+        "silu_and_mul": lambda t: ((t, 64),),
+        "topk_softmax": lambda t: ((t, 64),),
+        "gate_gemm": lambda t: ((t, 64), (32, 64)),
+        "shared_expert_combine": lambda t: ((t, 64), (t, 64), (t, 1)),
+    }[fusion]
+    extra = {"k": 4} if fusion == "topk_softmax" else {}
+    for order, most in ((torch.empty, 1), (transposed, 2)):
+        emulated.compiled.clear()
+        for tokens in range(1, 301):
+            operands = [
+                order(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)
+            ]
+            face(*operands, **extra, **TRITON)
+        assert len(emulated.compiled) <= most + (order is transposed)
