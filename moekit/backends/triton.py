@@ -163,8 +163,13 @@ def _where(p: Printer, op: t.Where) -> str:
     return f"tl.where({p.at(op.condition, axes)}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
 
 
+def _const(p: Printer, op: t.Const) -> str:
+    narrow = op.out.dtype in ("float16", "bfloat16")
+    return f"tl.full((), {number(op.value)}, {DTYPES[op.out.dtype]})" if narrow else number(op.value)
+
+
 EXPRESSIONS = {
-    t.Const: lambda p, op: number(op.value),
+    t.Const: _const,
     t.Full: lambda p, op: f"tl.full({p.shape(op.out.axes)}, {number(op.value)}, {DTYPES[op.out.dtype]})",
     t.ProgramId: _program_id,
     t.Extent: lambda p, op: extent_text(p.program, op.axis),

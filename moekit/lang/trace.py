@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from moekit.errors import DeclarationError, DtypeError
 from moekit.lang import graph as g
 from moekit.lang.dtypes import is_float, promote, widened
+from moekit.lang.fold import fold
 
 _builder: contextvars.ContextVar[Builder | None] = contextvars.ContextVar("moekit_builder", default=None)
 
@@ -131,6 +132,10 @@ class Builder:
 
     def add(self, op: str, args=(), attrs=(), axes=(), dtype="float32") -> Value:
         """The value of a node, made if it is not there yet; `axes` in any order."""
+        if args and all(self.nodes[a].op == "const" for a in args):
+            value = fold(op, [(self.nodes[a].attr("value"), self.nodes[a].dtype) for a in args], dtype)
+            if value is not None:
+                op, args, attrs, axes = "const", (), (("value", value),), ()
         wanted = set(axes)
         ordered = tuple(a for a in self.sizes if a in wanted)
         node = g.Node(op, tuple(args), tuple(attrs), ordered, dtype)
