@@ -235,6 +235,18 @@ def torch_library() -> Library:
         best, ids = torch.sort(keys, dim=-1, descending=True, stable=True)
         return best[..., :k], ids[..., :k].to(torch.int32)
 
+    class Bitcast(torch.autograd.Function):
+        """`x.view(dtype)` for dtypes of one width, with the rule for vmap that torch has not."""
+
+        forward = staticmethod(lambda x, dtype: x.view(dtype))
+        setup_context = staticmethod(lambda ctx, inputs, output: ctx.mark_non_differentiable(output))
+        vmap = staticmethod(lambda info, dims, x, dtype: (Bitcast.apply(x, dtype), dims[0]))
+        backward = staticmethod(lambda ctx, *grads: (None, None))
+
+    def bitcast(x, dtype):
+        under_vmap = torch._C._functorch.peek_interpreter_stack() is not None
+        return Bitcast.apply(x, dtype) if under_vmap else x.view(dtype)
+
     def take(array, index, lib):
         ok = _in_range(index, array.shape)
         if 0 in array.shape:
@@ -276,7 +288,7 @@ def torch_library() -> Library:
         },
         where=torch.where,
         cast=lambda x, dtype, inner: x.to(dtypes[dtype]),
-        bitcast=lambda x, dtype: x.view(dtypes[dtype]),
+        bitcast=lambda x, dtype: bitcast(x, dtypes[dtype]),
         arange=lambda n, like: torch.arange(n, dtype=torch.int32, device=like.device),
         constant=lambda v, dtype, like: torch.full((), v, dtype=dtypes[dtype], device=like.device),
         cumsum=lambda x, axis: torch.cumsum(x, axis, dtype=x.dtype),

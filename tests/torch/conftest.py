@@ -50,9 +50,7 @@ class Emulated:
     def _array(self, param, pointer: int, sizes: dict, strides: dict) -> np.ndarray:
         dtype = numpy_dtype(param.dtype)
         axes = {a.name: sizes.get(a.name, a.extent) for a in self.program.axes}
-        shape = tuple(
-            1 if a is None else axes[a] if a in axes else Dim.parse(a).size(axes) for a in param.axes
-        )
+        shape = tuple(1 if a is None else axes[a] if a in axes else Dim.parse(a).size(axes) for a in param.axes)
         steps = tuple(strides.get((param.name, d), 1) for d in range(len(shape)))
         if not prod(shape):
             return np.empty(shape, dtype)
@@ -92,9 +90,7 @@ def emulated(monkeypatch) -> Log:
 
     log, made, original = Log(), {}, launch.kernel
     monkeypatch.setattr(launch, "unavailable", lambda tensors: None)
-    monkeypatch.setattr(
-        launch, "kernel", lambda p: made.setdefault(p, Emulated(p, original(p), log))
-    )
+    monkeypatch.setattr(launch, "kernel", lambda p: made.setdefault(p, Emulated(p, original(p), log)))
     monkeypatch.setattr(fast, "current_device", lambda: None)
     monkeypatch.setattr(fast, "raw_stream", lambda device: 0)
     forms = [form for known in ops._registered.values() for form in known.forms.values()]

@@ -141,8 +141,6 @@ def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
     for order, most in ((torch.empty, 1), (transposed, 2)):
         emulated.compiled.clear()
         for tokens in range(1, 301):
-            operands = [
-                order(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)
-            ]
+            operands = [order(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)]
             face(*operands, **extra, **TRITON)
         assert len(emulated.compiled) <= most + (order is transposed)
