@@ -14,6 +14,8 @@ from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.lang.dtypes import is_float, numpy_dtype
 
+INT32_MAX = 2**31 - 1
+
 
 def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Memory nobody has written: NaN, or the most negative integer."""
@@ -82,13 +84,16 @@ class _Program:
         shape = self.program.block(axes)
         mask = np.broadcast_to(self.at(op.mask, axes), shape) if op.mask is not None else np.ones(shape, bool)
         index = []
-        for size, v in zip(array.shape, op.index, strict=True):
+        strided = isinstance(self.program.param(op.tensor).layout, t.Strided)
+        for size, step, v, wide in zip(array.shape, array.strides, op.index, op.wide, strict=True):
             i = np.broadcast_to(
                 self.at(v, axes).astype(np.int64) if v is not None else np.zeros([1] * len(axes), np.int64),
                 shape,
             )
             if (mask & ((i < 0) | (i >= size))).any():
                 raise IndexError(f"{self.program.name}: {type(op).__name__} of {op.tensor} leaves its bounds")
+            if strided and not wide and (mask & (i * (step // array.itemsize) > INT32_MAX)).any():
+                raise IndexError(f"{self.program.name}: {type(op).__name__} of {op.tensor} has an offset that passes 32 bits")
             index.append(np.where(mask, i, 0))
         return array, tuple(index), mask
 

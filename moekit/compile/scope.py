@@ -74,13 +74,13 @@ class Writer:
         return next(s.bound[axis] for s in reversed(scope.chain()) if axis in s.bound)
 
     def home(self, axes, scope: Scope) -> Scope:
-        """The outermost scope around `scope` in which every looped axis of `axes` is bound."""
-        needed, seen = self.looped & set(axes), set()
-        for candidate in scope.chain():
-            seen |= set(candidate.bound)
-            if needed <= seen:
-                return candidate
-        raise AssertionError(f"no scope binds {needed - seen}")
+        """The outermost scope around `scope` that sees the same indices of the looped axes in `axes`.
+
+        A loop inside another over the same axis hides that one's index.
+        """
+        chain = scope.chain()
+        depths = [max(i for i, s in enumerate(chain) if a in s.bound) for a in self.looped & set(axes)]
+        return chain[max(depths, default=0)]
 
     def tile_axes(self, axes) -> tuple[str, ...]:
         return tuple(a for a in self.blocks if a in set(axes) and self.blocks[a].block > 1)

@@ -327,7 +327,7 @@ def reductions_whole(f: Facts) -> None:
 
 
 def loops_cover(f: Facts) -> None:
-    """A loop over an axis steps by its block to the end of the axis (or of its part), and its index follows the loop."""
+    """A loop over an axis steps by its block to the end of the axis (or of its part); index and sums follow the loop."""
     for op, loops in f.ops:
         if not isinstance(op, t.Index) or (axis := f.program.axis(op.axis)).mode != "loop":
             continue
@@ -339,6 +339,23 @@ def loops_cover(f: Facts) -> None:
             _fail(f, "loops cover", owner, f"it steps by {owner.step}, but blocks of {op.axis} are {axis.block}")
         if isinstance(owner.stop, int) != (stop is not None) or (stop is not None and owner.stop != stop):
             _fail(f, "loops cover", owner, f"it must run from 0 to {stop}, the end of {op.axis}")
+    for op, _ in f.ops:
+        over_axis = isinstance(op, t.Loop) and any(isinstance(o, t.Index) for o in op.body)
+        for value in op.yields if over_axis else ():
+            if not _depends(f, value, op.var.name, set()):
+                _fail(f, "loops cover", op, f"{value.name} is the same every turn; it must be made from the loop's own index")
+
+
+def _depends(f: Facts, value: t.Value, on: str, seen: set[str]) -> bool:
+    """Whether `value` is computed from the value named `on`."""
+    if value.name == on or value.name in seen:
+        return value.name == on
+    seen.add(value.name)
+    if value.name in f.carried:
+        loop, i = f.carried[value.name]
+        return _depends(f, loop.inits[i], on, seen) or _depends(f, loop.yields[i], on, seen)
+    op = f.made_by.get(value.name)
+    return op is not None and any(_depends(f, v, on, seen) for v in t.operands(op))
 
 
 def _starts_at(f: Facts, start: t.Value, var: t.Value, in_part: bool) -> bool:

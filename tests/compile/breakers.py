@@ -238,6 +238,15 @@ def loop_that_sees_the_first_block_only():
 
 
 @breaks("loops_cover")
+def sum_of_the_same_block_every_turn():
+    program = good.looped_program()
+    loop = next(op for op in good.operations(program, t.Loop) if op.yields)
+    block = t.Full(t.Value("block", "float32", loop.yields[0].axes), 0.0)
+    same = t.Binary(t.Value("same", "float32", block.out.axes), "add", loop.carries[0], block.out)
+    return with_ops(program, t.Loop, lambda op: op == loop, body=(*loop.body, block, same), yields=(same.out,))
+
+
+@breaks("loops_cover")
 def part_that_ignores_its_number():
     first = good.split_programs()[0]
     loop = good.operations(first, t.Loop)[0]
