@@ -7,6 +7,9 @@ Of a fusion with an InOut operand `r` and an output `out` come
     name_(Tensor x, Tensor(a!) r, float eps=1e-06) -> Tensor                                    fresh outputs only
     name_.out(Tensor x, Tensor(a!) r, float eps=1e-06, *, Tensor(b!) out) -> ()
 
+and of each `.out` an `.into` that takes the outputs after the operands, by position: torch.compile lets no `out=` through that
+is not contiguous, and the functions of this package do.
+
 The kernels sit on the Autograd key and serve plain tensors at once: one hop through Python. Fake implementations come from the
 graph; gradients, vmap and the other transforms of torch.func from array evaluation.
 """
@@ -44,8 +47,10 @@ class Ops:
     updated: tuple[str, ...]
     plain: Callable | None = None
     plain_out: Callable | None = None
+    plain_into: Callable | None = None
     in_place: Callable | None = None
     in_place_out: Callable | None = None
+    in_place_into: Callable | None = None
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -55,17 +60,19 @@ class Ops:
 
 @dataclass(frozen=True)
 class Variant:
-    """One operator: of a form, with the outputs it writes to (`given`) and those it returns."""
+    """One operator: of a form, with the outputs it writes to (`given`, named in an "out" overload, by position in "into")
+    and those it returns."""
 
     ops: Ops
     form: Form
+    overload: str
     given: tuple[str, ...]
     returned: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """The name within the namespace, with the overload."""
-        return self.ops.fusion.name + "_" * self.form.in_place + ".out" * bool(self.given)
+        return self.ops.fusion.name + "_" * self.form.in_place + f".{self.overload}" * bool(self.overload)
 
     @property
     def qualified(self) -> str:
@@ -83,16 +90,22 @@ class Variant:
         outs = [f"Tensor({next(letters)}!) {out_name(fusion, n)}" for n in self.given]
         returns = ", ".join(["Tensor"] * len(self.returned))
         result = returns if len(self.returned) == 1 else f"({returns})"
-        return f"{self.name}({', '.join([*operands, *params, *(['*'] if outs else []), *outs])}) -> {result}"
+        tail = [*outs, *params] if self.overload == "into" else [*params, *(["*"] if outs else []), *outs]
+        return f"{self.name}({', '.join([*operands, *tail])}) -> {result}"
 
     def split(self, args: tuple, kwargs: dict) -> tuple[tuple, tuple, tuple | None]:
         """Operands, parameters and given outputs; the dispatcher leaves out arguments that equal their defaults."""
         fusion = self.ops.fusion
         count = len(fusion.tensors)
-        defaults = [p.default for p in fusion.params.values()][len(args) - count :]
-        given = {n: kwargs[out_name(fusion, n)] for n in self.given}
+        tensors, rest = args[:count], args[count:]
+        if self.overload == "into":
+            given = dict(zip(self.given, rest, strict=False))
+            rest = rest[len(self.given) :]
+        else:
+            given = {n: kwargs[out_name(fusion, n)] for n in self.given}
+        defaults = [p.default for p in fusion.params.values()][len(rest) :]
         out = tuple(given.get(n) for n in self.ops.outputs) if given else None
-        return args[:count], (*args[count:], *defaults), out
+        return tensors, (*rest, *defaults), out
 
     def packed(self, outputs: tuple) -> object:
         """What the operator returns, of all outputs."""
@@ -162,12 +175,15 @@ def register(fusion: Fusion, sizes: dict | None = None, params: dict | None = No
     outputs = tuple(w.tensor for w in fusion.trace(example(fusion, sizes, params=params)).writes)
     updated = tuple(n for n in outputs if n in fusion.tensors)
     ops = Ops(fusion, {p: Form(fusion, p) for p in ((False, True) if updated else (False,))}, outputs, updated)
-    ops.plain = _define(Variant(ops, ops.forms[False], (), outputs))
-    ops.plain_out = _define(Variant(ops, ops.forms[False], outputs, ()))
-    if updated:
-        ops.in_place = _define(Variant(ops, ops.forms[True], (), ops.fresh))
+    plain, into = ops.forms[False], ops.forms.get(True)
+    ops.plain = _define(Variant(ops, plain, "", (), outputs))
+    ops.plain_out = _define(Variant(ops, plain, "out", outputs, ()))
+    ops.plain_into = _define(Variant(ops, plain, "into", outputs, ()))
+    if into is not None:
+        ops.in_place = _define(Variant(ops, into, "", (), ops.fresh))
         if ops.fresh:
-            ops.in_place_out = _define(Variant(ops, ops.forms[True], ops.fresh, ()))
+            ops.in_place_out = _define(Variant(ops, into, "out", ops.fresh, ()))
+            ops.in_place_into = _define(Variant(ops, into, "into", ops.fresh, ()))
     for form in ops.forms.values():
         form.dispatched = partial(dispatch, ops, form.in_place)
     _registered[fusion.name] = ops
@@ -192,15 +208,15 @@ def dispatch(ops: Ops | None, in_place: bool, tensors, params, out, implementati
     outs = dict(zip(ops.outputs, given, strict=False))
     operands = dict(zip(ops.fusion.tensors, tensors, strict=True))
     if in_place and all(outs.get(n) is None for n in ops.updated):
-        wanted, target = ops.fresh, ops.in_place_out
+        wanted, target = ops.fresh, ops.in_place_into
     else:
-        wanted, target = ops.outputs, ops.plain_out
+        wanted, target = ops.outputs, ops.plain_into
     for n in wanted:
         if outs.get(n) is None and n not in operands:
             raise UnavailableError(f"{ops.fusion.name}: under torch.compile out= must have a tensor for {n}")
         if outs.get(n) is None:
             outs[n] = operands[n] if in_place else operands[n].new_empty(operands[n].shape)
-    target(*tensors, *params, **{out_name(ops.fusion, n): outs[n] for n in wanted})
+    target(*tensors, *[outs[n] for n in wanted], *params)
     return tuple([operands[n] if outs.get(n) is None else outs[n] for n in ops.outputs])
 
 

@@ -1,0 +1,170 @@
+"""Wrong input: one sentence that names operator, tensor, what came and what is needed, and nothing written before it."""
+
+import numpy as np
+import pytest
+import torch
+
+import moekit.torch as mt
+from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ShapeError, UnavailableError
+
+
+def operands():
+    return torch.randn(4, 16), torch.randn(4, 16), torch.randn(16)
+
+
+X, RESIDUAL, WEIGHT = operands()
+STATE = (
+    torch.randn(2, 2, 4), torch.randn(2, 2, 4), torch.randn(2, 4, 8), torch.randn(2, 4), torch.randn(2, 4),
+    torch.randn(4), torch.randn(4),
+)  # fmt: skip
+
+REFUSALS = {
+    "device mix": (
+        lambda: mt.add_rms_norm(X, RESIDUAL.to("meta"), WEIGHT),
+        DeviceError,
+        "add_rms_norm: residual is on meta but x is on cpu; move them to one device",
+    ),
+    "dtype that is not served": (
+        lambda: mt.silu_and_mul(X.double()),
+        DtypeError,
+        "silu_and_mul: gate_up is torch.float64; it must be one of float32, float16",
+    ),
+    "dtype mix": (
+        lambda: mt.delta_rule_step(*STATE, torch.randn(2, 4, 4, 8).half()),
+        DtypeError,
+        "delta_rule_step: state is float16; it must be float32",
+    ),
+    "dtype of an output": (
+        lambda: mt.silu_and_mul(X, out=torch.empty(4, 8, dtype=torch.float16)),
+        DtypeError,
+        "silu_and_mul: out for out is torch.float16; it must be torch.float32",
+    ),
+    "dtypes of packed weights": (
+        lambda: mt.pack_gate(torch.randn(8, 4), torch.randn(6, 4).bfloat16(), torch.randn(1, 4)),
+        ShapeError,
+        "gate_gemm: router is bfloat16 but its input is float32; they must match",
+    ),
+    "wrong rank": (
+        lambda: mt.silu_and_mul(torch.randn(2, 4, 16)),
+        ShapeError,
+        r"silu_and_mul: gate_up has shape \[2, 4, 16\]; it must have 2 dimensions \[T, 2\*I\]",
+    ),
+    "wrong size": (
+        lambda: mt.add_rms_norm(X, RESIDUAL, WEIGHT[:8]),
+        ShapeError,
+        r"add_rms_norm: weight has shape \[8\]; it must be \[H = 16\]",
+    ),
+    "odd width": (
+        lambda: mt.silu_and_mul(torch.randn(2, 7)),
+        ShapeError,
+        r"silu_and_mul: gate_up has 7 elements in dimension 1; it must be 2\*I",
+    ),
+    "empty last axis": (
+        lambda: mt.add_rms_norm(torch.randn(4, 0), torch.randn(4, 0), torch.randn(0)),
+        ShapeError,
+        r"add_rms_norm: x has shape \[4, 0\]; axis H must have an element; only T may be 0",
+    ),
+    "non-tensor": (
+        lambda: mt.silu_and_mul(np.zeros((2, 4), np.float32)),
+        MoekitError,
+        "silu_and_mul: gate_up is ndarray; it must be a torch.Tensor",
+    ),
+    "non-tensor output": (
+        lambda: mt.silu_and_mul(X, out=3),
+        MoekitError,
+        "silu_and_mul: out for out is int; it must be a torch.Tensor",
+    ),
+    "sparse tensor": (
+        lambda: mt.silu_and_mul(X.to_sparse()),
+        MoekitError,
+        "silu_and_mul: gate_up has layout torch.sparse_coo; it must be strided, so call to_dense",
+    ),
+    "shape of an output": (
+        lambda: mt.silu_and_mul(X, out=torch.empty(4, 9)),
+        ShapeError,
+        r"silu_and_mul: out for out has shape \[4, 9\]; it must be \[4, 8\]",
+    ),
+    "number of outputs": (
+        lambda: mt.silu_and_mul(X, out=(torch.empty(4, 8), torch.empty(4, 8))),
+        ShapeError,
+        r"silu_and_mul: out has 2 entries; it needs 1 \(out\)",
+    ),
+    "output with one address for many elements": (
+        lambda: mt.silu_and_mul(X, out=torch.empty(1, 8).expand(4, 8)),
+        AliasError,
+        "silu_and_mul: out for out has several elements at one address",
+    ),
+    "output over an operand": (
+        lambda: mt.silu_and_mul(X, out=X[:, :8]),
+        AliasError,
+        "silu_and_mul: out for out overlaps gate_up; pass other memory, or a copy of gate_up",
+    ),
+    "output over another": (
+        lambda: mt.add_rms_norm(X, RESIDUAL, WEIGHT, out=(OUT, OUT)),
+        AliasError,
+        "add_rms_norm: out for out overlaps out for residual; pass separate memory",
+    ),
+    "in place on operands that overlap": (
+        lambda: mt.add_rms_norm_(RESIDUAL, RESIDUAL, WEIGHT),
+        AliasError,
+        "add_rms_norm: out for residual overlaps x",
+    ),
+    "gradient of an updated operand": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL.clone().requires_grad_(), WEIGHT),
+        MoekitError,
+        "add_rms_norm: out for residual requires grad, which a form that writes to residual cannot record",
+    ),
+    "gradient of another operand": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT.clone().requires_grad_()),
+        MoekitError,
+        "add_rms_norm: weight requires grad, which a form that writes to residual cannot record",
+    ),
+    "unknown implementation": (
+        lambda: mt.silu_and_mul(X, implementation="cuda"),
+        UnavailableError,
+        "silu_and_mul: there is no implementation 'cuda' for PyTorch; choose triton or eager",
+    ),
+    "implementation that cannot serve": (
+        lambda: mt.silu_and_mul(X, implementation="triton"),
+        UnavailableError,
+        "silu_and_mul: gate_up is on cpu; Triton needs CUDA tensors, so use implementation='eager'",
+    ),
+    "tensor as a parameter": (
+        lambda: mt.add_rms_norm(X, RESIDUAL, WEIGHT, torch.tensor(1e-6)),
+        TypeError,
+        "add_rms_norm: eps must be a Python number, bool or str, got Tensor",
+    ),
+    "operand left out": (lambda: mt.add_rms_norm(X, RESIDUAL), TypeError, r"add_rms_norm\(\) missing .* 'weight'"),
+    "parameter that is not there": (
+        lambda: mt.silu_and_mul(X, eps=1),
+        TypeError,
+        r"silu_and_mul\(\) got an unexpected keyword argument 'eps'",
+    ),
+    "more chosen than there are": (lambda: mt.topk_softmax(X, 17), MoekitError, "17.*16|16.*17"),
+}  # fmt: skip
+OUT = torch.empty(4, 16)
+
+
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refusal(case):
+    call, kind, message = REFUSALS[case]
+    before = [x.clone() for x in (X, RESIDUAL, WEIGHT, *STATE)]
+    with pytest.raises(kind, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    assert all(torch.equal(a, b) for a, b in zip((X, RESIDUAL, WEIGHT, *STATE), before, strict=True))
+
+
+def test_outputs_given_with_a_wrong_one_stay_as_they_were():
+    first, second = torch.full((4, 16), 7.0), torch.full((4, 15), 7.0)
+    with pytest.raises(ShapeError):
+        mt.add_rms_norm(X, RESIDUAL, WEIGHT, out=(first, second))
+    assert (first == 7).all()
+
+
+def test_parameters_that_require_grad_are_served_without_grad():
+    weight = torch.nn.Parameter(WEIGHT.clone())
+    with torch.no_grad():
+        out, residual = mt.add_rms_norm_(X, RESIDUAL.clone(), weight)
+    assert not out.requires_grad
+    assert not residual.requires_grad
