@@ -1,0 +1,155 @@
+"""Schedules: what is legal and why not, heuristics, text form, and plans of split programs."""
+
+import dataclasses
+
+import programs as good
+import pytest
+import unseen
+
+from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.errors import ScheduleError
+from moekit.fusions import FUSIONS
+from moekit.lang import In, argmax, f32, fusion, iota, mean
+from moekit.testing import Call, operands, variants
+
+NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
+GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
+TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
+SLOTS = good.graph_of(good.accumulate, {"x": (3, 20), "slots": (3,), "state": (9, 20)})
+
+REFUSED = [
+    (NORM, "T:grid:4", "norm: the schedule must say once what is done with axis H; it speaks of T"),
+    (NORM, "T:grid:4 H:whole:64 T:grid:2", "must say once what is done with axis T; it speaks of T, H, T"),
+    (NORM, "T:grid:4 H:whole:64 Q:grid:1", "names axis Q, which the fusion does not use; it has T, H"),
+    (NORM, "T:tile:4 H:whole:64", "axis T cannot be tile in blocks of 4: a mode is one of grid, whole, loop"),
+    (NORM, "T:grid:3 H:whole:64", "axis T cannot be grid in blocks of 3: a block is a power of two"),
+    (NORM, "T:grid:0 H:whole:64", "axis T cannot be grid in blocks of 0: a block is a power of two"),
+    (NORM, "T:grid:4 H:whole:32", "axis H cannot be whole in blocks of 32: it has 50 elements"),
+    (NORM, "T:whole:8 H:whole:64", "axis T cannot be whole in blocks of 8: its size is dynamic"),
+    (NORM, "T:grid:4 H:grid:16", "axis H cannot be grid in blocks of 16: it is reduced, scanned or missing from an output"),
+    (TOPK, "T:grid:1 E:loop:16 K:whole:16", "axis E cannot be loop in blocks of 16: a scan or top_k runs along it"),
+    (NORM, "T:grid:4 H:whole:64 warps:3", "3 warps and 2 stages; warps are one of"),
+    (NORM, "T:grid:4 H:whole:64 stages:9", "4 warps and 9 stages; warps are one of"),
+    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:P:2", "axis P cannot be split in 2: only a reduced axis of static size"),
+    (GEMM, "T:grid:16 D:whole:128 P:grid:16 split:D:2", "axis D cannot be split in 2: a split axis is looped over"),
+    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:1", "axis D cannot be split in 1: the parts are 2 to 64"),
+    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:65", "axis D cannot be split in 65: the parts are 2 to 64"),
+    (NORM, "T:grid:4 H:loop:16 split:H:2", "axis H cannot be split in 2: an output runs along it"),
+    (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
+    (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("graph", "text", "why"), REFUSED, ids=[text for _, text, _ in REFUSED])
+def test_illegal_schedules_say_why(graph, text, why):
+    """One sentence that names the fusion and the axis; a plan raises it."""
+    message = legal(graph, Schedule.parse(text))
+    assert message is not None
+    assert why in message
+    assert message.startswith(f"{graph.name}: ")
+    assert "\n" not in message
+    with pytest.raises(ScheduleError) as error:
+        good.planned(graph, text)
+    assert str(error.value) == message
+
+
+@fusion(None, x=In("T H"))
+def spread(x):
+    """A sum that needs the result of another over the same axis."""
+    return mean(f32(x) * f32(iota("H") == argmax(x, over="H")), over="H")
+
+
+def test_split_of_dependent_reductions_is_refused():
+    """Two launches carry one round of partial sums."""
+    graph = good.graph_of(spread, {"x": (3, 50)})
+    assert "one of its reductions needs the result of another" in legal(graph, Schedule.parse("T:grid:4 H:loop:16 split:H:2"))
+
+
+@pytest.mark.parametrize("text", ["", "T", "T:grid", "T:grid:x", "split:D", "warps:many"])
+def test_unreadable_schedules(text):
+    """What cannot be read is shown, with the form that can."""
+    if not text:
+        assert Schedule.parse(text).axes == ()
+        return
+    with pytest.raises(ScheduleError, match=r"cannot read schedule .*; write AXIS:MODE:BLOCK"):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize("graph", [NORM, GEMM, TOPK, SLOTS], ids=lambda g: g.name)
+def test_text_and_back(graph):
+    """Every schedule reads back as itself."""
+    for schedule in [heuristic(graph), *filter(None, variants(graph).values())]:
+        assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_powers_of_two():
+    """The smallest that is large enough."""
+    assert [pow2(n) for n in (0, 1, 2, 3, 4, 5, 1023, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 1024, 2048]
+
+
+SIZES = [1, 2, 7, 64, 1000, 4096, 16384, 20000]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fusion", FUSIONS.values(), ids=lambda f: f.name)
+def test_heuristic_is_legal_for_every_size(fusion, size):
+    """A good schedule without tuning, from one element to the widest row; E and k stay in their limits."""
+    sizes = {"T": 3, "H": size, "I": size, "P": size, "D": size, "E": min(size, 1024), "V": 4, "K": 2, "Dk": 8, "Dv": 8}
+    wanted = {a: sizes[a] for spec in fusion.tensors.values() for d in spec.dims for _, a in d.terms}
+    if fusion.name == "delta_rule_step":
+        wanted |= {"Dk": min(size, 256), "Dv": min(size, 256)}
+    params = {"k": min(wanted["E"], 32)} if "k" in fusion.params else {}
+    shapes = {n: tuple(d.size(wanted) for d in s.dims) for n, s in fusion.tensors.items()}
+    graph = good.graph_of(fusion, shapes, **params)
+    assert legal(graph, heuristic(graph)) is None
+
+
+@pytest.mark.parametrize("fusion", unseen.SIZES, ids=lambda f: f.name)
+def test_heuristic_does_not_depend_on_dynamic_sizes(fusion):
+    """A row's result may not depend on T, so no schedule may."""
+    few, many = unseen.SIZES[fusion], unseen.SIZES[fusion] | dict.fromkeys(fusion.dynamic, 5000)
+    first, second = (Call(fusion, operands(fusion, s)).graph for s in (few, many))
+    assert first == second
+    assert heuristic(first) == heuristic(second)
+
+
+def test_split_plan_has_two_launches_and_scratch_between():
+    """Partial sums have a dimension for the parts; the second launch adds them in one block."""
+    plan = good.planned(GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:3")
+    first, second = plan.programs
+    (scratch,) = plan.scratch
+    assert (scratch.axes, scratch.sizes) == (("D.part", "T", "P"), (3, None, 35))
+    assert scratch.shape({"T": 7}) == (3, 7, 35)
+    assert [p.name for p in first.params if p.role == "Out"] == [scratch.name]
+    assert [p.name for p in second.params if p.role == "In"] == [scratch.name]
+    assert second.axis("D.part").mode == "whole"
+    assert first.axis("D").parts == 3
+    assert str(plan).count("program ") == 2
+
+
+def test_split_of_an_update_reads_the_old_value_once():
+    """An InOut tensor is read and written in the second launch only."""
+    graph = good.graph_of(FUSIONS["delta_rule_step"], _delta_shapes(), "float32")
+    assert "split" not in variants(graph) or all(p.role != "InOut" for p in good.planned(
+        graph, str(variants(graph)["split"])).programs[0].params)  # fmt: skip
+
+
+def _delta_shapes() -> dict[str, tuple]:
+    heads = {"q": (3, 2, 8), "k": (3, 2, 8), "v": (3, 4, 9), "a": (3, 4), "b": (3, 4)}
+    return heads | {"A_log": (4,), "dt_bias": (4,), "state": (3, 4, 8, 9)}
+
+
+def test_with_axis_changes_one_axis():
+    """Mode and block can be changed together or apart."""
+    schedule = Schedule.parse("T:grid:4 H:whole:64")
+    assert str(schedule.with_axis("H", "loop", 16)) == "T:grid:4 H:loop:16 warps:4 stages:2"
+    assert schedule.with_axis("T", block=8).block("T") == 8
+    assert dataclasses.replace(schedule, warps=8) != schedule
+
+
+def test_several_splits_are_refused():
+    """One axis can be split."""
+    graph = Call(unseen.double_softmax, operands(unseen.double_softmax, unseen.SIZES[unseen.double_softmax])).graph
+    text = "T:grid:1 A:loop:2 B:loop:2 split:A:2 split:B:2"
+    with pytest.raises(ScheduleError):
+        good.planned(graph, text)
