@@ -1,0 +1,307 @@
+"""On a GPU: `python -m pytest -m gpu tests/torch -q`. Kernels under autograd, compile, graphs, streams; launches, memory, time."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moekit.torch as mt
+from moekit.fusions import FUSIONS
+from moekit.torch import launch, ops
+
+pytestmark = pytest.mark.gpu
+CLOSE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+LAYOUTS = ("contiguous", "row_padded", "every_second", "transposed", "transposed_padded")
+ROOT = Path(__file__).parents[2]
+
+
+def as_tuple(x) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def close(got, wanted, dtype="float32") -> None:
+    for a, b in zip(as_tuple(got), as_tuple(wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+def device_tensors(tensors, *args, device="cuda", **kwargs):
+    return tensors(*args, device=device, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_agree_with_array_evaluation_on_both_ways(fused, params, tensors, dtype, layout):
+    face = mt.op(FUSIONS[fused])
+    for seed in range(3):
+        operands = device_tensors(tensors, fused, dtype, layout, seed=seed)
+        close(face(*operands, **params), face(*operands, **params, implementation="eager"), dtype)
+
+
+def test_short_way_is_taken(tensors, monkeypatch):
+    operands = device_tensors(tensors, "add_rms_norm")
+    mt.add_rms_norm(*operands)
+    monkeypatch.setattr(launch, "start", lambda *args: pytest.fail("the front door was used for a layout seen before"))
+    mt.add_rms_norm(*(x.clone() for x in operands))
+    torch.ops.moekit.add_rms_norm(*operands)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "row_padded", "transposed"])
+def test_opcheck(fused, params, tensors, layout):
+    known = ops.registered(FUSIONS[fused])
+    for overload in filter(None, (known.plain, known.in_place)):
+        operands = device_tensors(tensors, fused, layout=layout)
+        torch.library.opcheck(overload, (*operands, *params.values()))
+
+
+def test_opcheck_with_gradients(fused, params, tensors):
+    operands = [x.requires_grad_() for x in device_tensors(tensors, fused)]
+    torch.library.opcheck(ops.registered(FUSIONS[fused]).plain, (*operands, *params.values()))
+
+
+def test_gradients_equal_those_on_the_cpu(fused, params, tensors):
+    face, grads = mt.op(FUSIONS[fused]), []
+    for device in ("cpu", "cuda"):
+        operands = [x.detach().requires_grad_() for x in tensors(fused, device=device)]
+        sum(x.square().sum() for x in as_tuple(face(*operands, **params)) if x.is_floating_point()).backward()
+        grads.append([x.grad.cpu() for x in operands])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(fused, params, tensors, mode):
+    torch._dynamo.reset()
+    face = mt.op(FUSIONS[fused])
+    call = torch.compile(lambda *xs: face(*xs, **params), fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for seed in range(4):
+            operands = device_tensors(tensors, fused, seed=seed)
+            close(call(*operands), face(*operands, **params))
+
+
+def test_compiled_block_clones_nothing():
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    weight, fused = torch.randn(256, device="cuda"), torch.randn(8, 640, device="cuda")
+    x, residual = torch.randn(8, 256, device="cuda"), torch.randn(8, 256, device="cuda")
+
+    def block(x, residual, fused, out):
+        normed, _ = mt.add_rms_norm_(x, residual, weight)
+        mt.silu_and_mul(fused[:, 64:576], out=out)
+        return normed
+
+    out, updated = torch.empty(8, 512, device="cuda")[:, :256], residual.clone()
+    normed, code = run_and_get_code(torch.compile(block, fullgraph=True), x, updated, fused, out)
+    close((normed, updated), mt.add_rms_norm(x, residual, weight))
+    close(out, mt.silu_and_mul(fused[:, 64:576]))
+    body = code[0][code[0].index("def call") :]
+    assert "clone" not in body
+    assert "copy_" not in body
+    assert ".run(" not in body
+
+
+def test_cuda_graph(fused, params, tensors):
+    """Capture and replay of plain, in-place and out= forms; replays follow the contents of the operands."""
+    face, known = mt.op(FUSIONS[fused]), ops.registered(FUSIONS[fused])
+    in_place = mt.op(FUSIONS[fused], in_place=True)
+    held = device_tensors(tensors, fused)
+    state = tuple(x.clone() for x in held)
+    outs = tuple(torch.empty_like(x) for x in as_tuple(face(*held, **params)))
+    in_place(*(x.clone() for x in state), **params)
+    face(*held, **params, out=outs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plain = as_tuple(face(*held, **params))
+        face(*held, **params, out=outs)
+        updated = as_tuple(in_place(*state, **params))
+    for seed in (1, 2):
+        fresh = device_tensors(tensors, fused, seed=seed)
+        for mine, given, theirs in zip(held, state, fresh, strict=True):
+            mine.copy_(theirs)
+            given.copy_(theirs)
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted = as_tuple(face(*fresh, **params))
+        for got in (plain, outs, updated):
+            close(got, wanted)
+    assert len(known.outputs) == len(plain)
+
+
+def test_streams():
+    """Each stream's work is its own: a call waits for its operands' stream only."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    weight = torch.randn(4096, device="cuda")
+    results = []
+    torch.cuda.synchronize()
+    for n, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            x = torch.full((64, 4096), float(n + 1), device="cuda")
+            residual = torch.zeros_like(x)
+            for _ in range(50):
+                _, residual = mt.add_rms_norm_(x, residual, weight)
+            results.append(residual)
+    torch.cuda.synchronize()
+    for n, residual in enumerate(results):
+        assert (residual == 50.0 * (n + 1)).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device(fused, params, tensors):
+    face = mt.op(FUSIONS[fused])
+    for seed in range(3):
+        operands = tensors(fused, device="cuda:1", seed=seed)
+        got = as_tuple(face(*operands, **params))
+        assert all(x.device == torch.device("cuda:1") for x in got)
+        close(got, face(*operands, **params, implementation="eager"))
+    assert torch.cuda.current_device() == 0
+
+
+def test_inference_mode(fused, params, tensors):
+    face = mt.op(FUSIONS[fused], in_place=True)
+    with torch.inference_mode():
+        for seed in range(3):
+            operands = device_tensors(tensors, fused, seed=seed)
+            wanted = face(*(x.clone() for x in operands), **params, implementation="eager")
+            close(face(*operands, **params), wanted)
+
+
+def test_vmap(tensors):
+    x, residual, weight = device_tensors(tensors, "add_rms_norm")
+    got = torch.vmap(mt.add_rms_norm, (0, 0, None))(x[:, None], residual[:, None], weight)
+    close(tuple(y[:, 0] for y in got), mt.add_rms_norm(x, residual, weight))
+
+
+def compiled_kernels() -> int:
+    """How many kernels Triton holds for this process's programs."""
+    return sum(len(caches[0]) for k in KERNELS for caches in k.device_caches.values())
+
+
+KERNELS: list = []
+
+
+@pytest.fixture
+def count_kernels(monkeypatch):
+    original = launch.kernel
+
+    def kernel(program):
+        found = original(program)
+        if all(found is not k for k in KERNELS):
+            KERNELS.append(found)
+        return found
+
+    KERNELS.clear()
+    monkeypatch.setattr(launch, "kernel", kernel)
+
+
+@pytest.mark.parametrize("order", ["row-major", "transposed"])
+def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
+    """T = 1 … 300 at an odd size no other test has: as many kernels as stride classes, whatever T is."""
+    from moekit.testing import operands
+
+    sizes = {"gate_gemm": {"D": 72, "P": 88}, "silu_and_mul": {"I": 88}, "topk_softmax": {"E": 88},
+             "shared_expert_combine": {"H": 88}, "add_rms_norm": {"H": 88}, "gated_rms_norm": {"V": 3, "D": 88},
+             "delta_rule_step": {"K": 1, "V": 3, "Dk": 8, "Dv": 24}}[fused]  # fmt: skip
+    face = mt.op(FUSIONS[fused])
+    for tokens in range(1, 301):
+        shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]
+        dtypes = [torch.float32 if n == "state" else torch.bfloat16 for n in FUSIONS[fused].tensors]
+        made = [
+            torch.zeros(*reversed(s), dtype=d, device="cuda").permute(*reversed(range(len(s))))
+            if order == "transposed"
+            else torch.zeros(s, dtype=d, device="cuda")
+            for s, d in zip(shapes, dtypes, strict=True)
+        ]
+        face(*made, **params)
+    assert 1 <= compiled_kernels() <= (1 if order == "row-major" else 4)
+
+
+def test_kernels_persist(tmp_path):
+    """A second process finds every kernel in Triton's cache."""
+    script = (
+        "import torch, moekit.torch as mt\n"
+        "x = torch.ones(3, 208, device='cuda')\n"
+        "mt.add_rms_norm(x, x.clone(), torch.ones(208, device='cuda')); mt.topk_softmax(x, 3); torch.cuda.synchronize()\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    listings = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=ROOT)
+        listings.append(sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*.cubin")))
+    assert listings[0] == listings[1]
+    assert len(listings[0]) == 2
+
+
+def rounded(tensors) -> int:
+    """What the caching allocator takes for tensors: multiples of 512 bytes."""
+    return sum(-(-x.numel() * x.element_size() // 512) * 512 for x in tensors)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_outputs_and_scratch_are_allocated(fused, params, tensors, in_place):
+    """By the allocator's own statistics: bytes and number of allocations, first and later calls, and through torch.ops."""
+    face, known = mt.op(FUSIONS[fused], in_place=in_place), ops.registered(FUSIONS[fused])
+    operator = known.in_place if in_place and known.in_place is not None else known.plain
+    for call in (lambda *xs: face(*xs, **params), lambda *xs: operator(*xs, *params.values())):
+        call(*device_tensors(tensors, fused))
+        for _ in range(2):
+            operands = device_tensors(tensors, fused)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_stats()
+            peak = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            outs = call(*operands)
+            after = torch.cuda.memory_stats()
+            fresh = [x for x in as_tuple(outs) if x is not None and all(x is not o for o in operands)]
+            wanted = rounded(fresh)
+            assert after["allocation.all.allocated"] - before["allocation.all.allocated"] == len(fresh)
+            assert torch.cuda.memory_allocated() - peak == wanted
+            assert torch.cuda.max_memory_allocated() - peak == wanted
+
+
+def test_scratch_is_what_the_schedule_declares():
+    from moekit.compile.schedule import Schedule
+
+    x, packed = (torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) for n in (16, 64))
+    schedule = Schedule.parse("T:grid:16 P:grid:32 D:loop:64 split:D:4 warps:4 stages:2")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = mt.gate_gemm(x, packed, schedule=schedule)
+        scratch = 4 * 16 * 64 * 4
+        assert torch.cuda.max_memory_allocated() - base == scratch + rounded([out])
+        assert torch.cuda.memory_allocated() - base == rounded([out])
+        torch.testing.assert_close(out.float(), x.float() @ packed.float().T, rtol=2e-2, atol=2e-1)
+        del out
+
+
+def test_host_cost():
+    """A call costs no more than a raw Triton launch with its allocations; through torch.ops at most 4 µs more than that."""
+    rows = runpy.run_path(str(ROOT / "bench" / "host_overhead.py"))["rows"](2000)
+    cost = {(r["op"], r["way"]): r["us"] for r in rows}
+    print("\n" + "\n".join(f"{op:16s} {way:20s} {us:8.2f} µs" for (op, way), us in cost.items()))
+    for op in {o for o, _ in cost}:
+        assert cost[op, "function"] <= cost[op, "raw triton + empty"]
+        assert cost[op, "torch.ops"] <= cost[op, "raw triton + empty"] + 4
+
+
+def test_profiler_hooks_see_launches(tensors):
+    """Proton and its like listen at Triton's front door; while one does, every call uses it."""
+    from triton import knobs
+
+    operands = device_tensors(tensors, "add_rms_norm")
+    mt.add_rms_norm(*operands)
+    seen = []
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        mt.add_rms_norm(*operands)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    mt.add_rms_norm(*operands)
+    assert seen == ["add_rms_norm_kernel"]
