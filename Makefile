@@ -42,7 +42,7 @@ demo: $(DEMO_READY) ## install what the decode needs (no torch) and run `moekit 
 	@$(PY) -m moekit.cli decode $(ARGS)
 
 test: $(TEST_READY) ## install everything and run the tests, those for a GPU too where there is one
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(TEST_READY) ## ruff and pyright
 	@$(PY) -m ruff check .
