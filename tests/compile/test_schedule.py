@@ -30,7 +30,7 @@ REFUSED = [
     (TOPK, "T:grid:1 E:loop:16 K:whole:16", "axis E cannot be loop in blocks of 16: a scan or top_k runs along it"),
     (NORM, "T:grid:4 H:whole:64 warps:3", "3 warps and 2 stages; warps are one of"),
     (NORM, "T:grid:4 H:whole:64 stages:9", "4 warps and 9 stages; warps are one of"),
-    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:P:2", "axis P cannot be split in 2: only a reduced axis of static size"),
+    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:P:2", "axis P cannot be split in 2: only a reduced axis"),
     (GEMM, "T:grid:16 D:whole:128 P:grid:16 split:D:2", "axis D cannot be split in 2: a split axis is looped over"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:1", "axis D cannot be split in 1: the parts are 2 to 64"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:65", "axis D cannot be split in 65: the parts are 2 to 64"),
