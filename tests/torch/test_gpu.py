@@ -1,4 +1,4 @@
-"""On a GPU: `python -m pytest -m gpu tests/torch -q`. Kernels under autograd, compile, graphs, streams; launches, memory, time."""
+"""On a GPU, `python -m pytest -m gpu tests/torch -q`: autograd, compile, graphs, streams; launches, memory, host time."""
 
 import os
 import runpy
