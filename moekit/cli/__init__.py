@@ -2,7 +2,7 @@
 
 import sys
 
-EXTRA = ("click", "rich", "platformdirs")
+EXTRA = ("click", "rich")
 
 
 def main() -> None:

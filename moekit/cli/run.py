@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import platformdirs
 from jax.sharding import Mesh
 
 from moekit import __version__
+from moekit.errors import UnavailableError
 from moekit.models.qwen3next import (
     TINY,
     Config,
@@ -45,6 +45,12 @@ class Difference:
 
 def tiny_checkpoint() -> Path:
     """The tiny random checkpoint in the user's cache directory, written if it is not there yet."""
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        raise UnavailableError(
+            "platformdirs, which knows the user's cache directory, is not installed; install moekit[cli] or give --checkpoint"
+        ) from None
     key = hashlib.sha256(repr((__version__, TINY)).encode()).hexdigest()[:8]
     cache = Path(platformdirs.user_cache_dir("moekit"))
     directory = cache / f"qwen3-next-tiny-{key}"

@@ -64,6 +64,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def test_with_no_arguments_at_all(tmp_path):
     """8 virtual devices, a random checkpoint in the cache, both kinds of kernels, one verdict."""
+    pytest.importorskip("platformdirs")
     result = command("--new-tokens", "4", "--json", XDG_CACHE_HOME=str(tmp_path), JAX_PLATFORMS="cpu")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -98,7 +99,7 @@ def test_xla_kernels_are_served_by_array_evaluation(small):
 @pytest.mark.gpu
 def test_on_gpus(tmp_path):
     """As many GPUs as there are, compiled kernels."""
-    result = command("--json", XDG_CACHE_HOME=str(tmp_path))
+    result = command("--json", "--checkpoint", str(write_random_checkpoint(tmp_path / "tiny")))
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["platform"] == "gpu"
@@ -192,7 +193,15 @@ def test_without_jax_the_exit_code_is_3(moekit, monkeypatch):
     assert result.stderr == "Error: decode needs jax; install moekit[jax]\n"
 
 
+def test_without_platformdirs_a_checkpoint_must_be_named(moekit, monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    result = moekit("decode")
+    assert result.exit_code == 3
+    assert "give --checkpoint" in result.stderr
+
+
 def test_the_tiny_checkpoint_is_written_once_and_whole(monkeypatch, tmp_path):
+    pytest.importorskip("platformdirs")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     written = run.tiny_checkpoint()
     assert {file.name for file in written.iterdir()} == {"config.json", "model.safetensors"}
