@@ -107,7 +107,7 @@ def _flip(value: np.ndarray, reach: np.ndarray, dtype: str) -> np.ndarray:
 
 def ulp(x: np.ndarray, dtype: str) -> np.ndarray:
     """The distance between neighbouring numbers of `dtype` at the float64 magnitude |x|."""
-    _, exponent = np.frexp(np.abs(x))
+    exponent = np.where(x == 0, MIN_EXPONENT[dtype], np.frexp(np.abs(x))[1])
     return np.ldexp(1.0, np.maximum(exponent - 1, MIN_EXPONENT[dtype]) - MANTISSA[dtype])
 
 

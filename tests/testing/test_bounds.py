@@ -1,0 +1,173 @@
+"""The error bound: it holds for honest float32 arithmetic and refuses what is wrong by an ulp too much."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moekit import lang as ml
+from moekit.fusions import FUSIONS
+from moekit.lang import In, fusion, round_to
+from moekit.lang.dtypes import FLOATS, numpy_dtype
+from moekit.testing import RUNNERS, Call, bounds, compare, operands
+from moekit.testing.compare import ulp
+
+SIZES = {
+    "gate_gemm": {"T": 5, "P": 9, "D": 70},
+    "silu_and_mul": {"T": 5, "I": 37},
+    "topk_softmax": {"T": 5, "E": 60},
+    "shared_expert_combine": {"T": 5, "H": 50},
+    "add_rms_norm": {"T": 5, "H": 50},
+    "gated_rms_norm": {"T": 3, "V": 2, "D": 33},
+    "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 8, "Dv": 9},
+}
+
+
+def result(name: str, dtype: str = "bfloat16", seed: int = 0):
+    """A fusion, honest outputs, operands and parameters."""
+    fusion, params = FUSIONS[name], {"k": 7} if name == "topk_softmax" else {}
+    values = operands(fusion, SIZES[name], dtype, seed=seed)
+    return fusion, dict(RUNNERS["numpy"](Call(fusion, values, params)).outputs), values, params
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", SIZES)
+def test_honest_results_pass_with_room(name, dtype):
+    """numpy's float32 stays well below the estimate: the worst ratio is under a half."""
+    fusion, outputs, values, params = result(name, dtype)
+    found = compare(fusion, outputs, values, params)
+    assert not found.problems
+    assert found.worst < 0.5
+    found.check()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", SIZES)
+def test_errors_of_a_few_ulps_are_refused(name, dtype):
+    """Some element off by three ulps of the output's dtype (more in float32, where sums are long) is found."""
+    fusion, outputs, values, params = result(name, dtype)
+    for out, array in outputs.items():
+        if array.dtype.kind in "iu":
+            continue
+        wide = array.dtype == np.float32
+        bad = array.astype(np.float64)
+        place = np.unravel_index(np.argmax(np.abs(bad)), bad.shape)
+        bad[place] += ulp(bad[place], array.dtype.name) * (400 if wide else 3)
+        found = compare(fusion, outputs | {out: bad.astype(array.dtype)}, values, params)
+        assert any(f"{out}[" in p and "out of bounds" in p for p in found.problems), out
+
+
+def test_other_ids_are_refused():
+    """Integers are equal or wrong."""
+    fusion, outputs, values, params = result("topk_softmax")
+    outputs["ids"] = outputs["ids"][:, ::-1].copy()
+    assert "ids[0, 0] is" in compare(fusion, outputs, values, params).problems[0]
+
+
+def test_shape_dtype_and_names_are_compared():
+    """A result of another shape or dtype, or a missing one, is a problem and not an exception."""
+    fusion, outputs, values, params = result("add_rms_norm")
+    cut = compare(fusion, {n: x[:, :-1] for n, x in outputs.items()}, values, params)
+    assert "out is bfloat16[5, 49]; it must be bfloat16[5, 50]" in cut.problems[0]
+    other = compare(fusion, {n: x.astype(np.float32) for n, x in outputs.items()}, values, params)
+    assert "out is float32[5, 50]; it must be bfloat16[5, 50]" in other.problems[0]
+    assert "the outputs are ['out']" in compare(fusion, {"out": outputs["out"]}, values, params).problems[0]
+
+
+def test_rounded_residual_is_exact():
+    """One ulp beside float32's sum is refused where float32 leaves no doubt."""
+    fusion, outputs, values, params = result("add_rms_norm")
+    bits = outputs["residual"].view(np.int16).copy()
+    bits[1, 1] += 1
+    outputs["residual"] = bits.view(ml_dtypes.bfloat16)
+    assert "residual[1, 1]" in compare(fusion, outputs, values, params).problems[0]
+
+
+def test_missing_rounding_point_is_seen():
+    """A norm of the unrounded sum differs from that of the rounded one, and the bound tells them apart."""
+    fusion, outputs, values, params = result("add_rms_norm", seed=3)
+    total = values["x"].astype(np.float64) + values["residual"].astype(np.float64)
+    scale = 1 / np.sqrt(np.mean(total * total, -1, keepdims=True) + 1e-6)
+    unrounded = total * scale * (1 + values["weight"].astype(np.float64))
+    outputs["out"] = round_to(unrounded, "bfloat16").astype(ml_dtypes.bfloat16)
+    assert any("out[" in p for p in compare(fusion, outputs, values, params).problems)
+
+
+def test_bfloat16_accumulation_is_seen():
+    """A product accumulated in bfloat16 is out of bounds."""
+    fusion, outputs, values, params = result("gate_gemm")
+    total = np.zeros(outputs["out"].shape, ml_dtypes.bfloat16)
+    for d in range(70):
+        step = values["x"][:, d : d + 1].astype(np.float32) * values["packed"][:, d].astype(np.float32)
+        total = (total.astype(np.float32) + step).astype(ml_dtypes.bfloat16)
+    assert compare(fusion, {"out": total}, values, params).problems
+
+
+def test_tf32_is_seen():
+    """A float32 product of operands cut to ten bits of mantissa is out of bounds."""
+    fusion, _, values, params = result("gate_gemm", "float32")
+    cut = {n: (x.view(np.int32) & ~0x1FFF).view(np.float32) for n, x in values.items()}
+    assert compare(fusion, {"out": cut["x"] @ cut["packed"].T}, values, params).problems
+
+
+@pytest.mark.parametrize(("got", "fine"), [(np.nan, False), (np.inf, False), (1.0, True)])
+def test_nan_and_infinity_must_be_where_the_reference_has_them(got, fine):
+    """A spurious NaN or infinity is a problem."""
+    fusion = FUSIONS["silu_and_mul"]
+    values = {"gate_up": np.array([[30.0, 1 / 30]], np.float32)}
+    assert (not compare(fusion, {"out": np.array([[got]], np.float32)}, values).problems) == fine
+
+
+def test_nan_of_the_reference_must_come_out():
+    """A NaN that got lost is a problem as well."""
+    fusion = FUSIONS["silu_and_mul"]
+    values = {"gate_up": np.array([[np.nan, 1.0]], np.float32)}
+    assert compare(fusion, {"out": np.array([[0.0]], np.float32)}, values).problems
+    assert not compare(fusion, {"out": np.array([[np.nan]], np.float32)}, values).problems
+
+
+def test_overflow_may_round_to_infinity():
+    """At the edge of float16 both neighbours are right; far beyond it infinity alone is."""
+    fusion = FUSIONS["shared_expert_combine"]
+    dtype = np.float16
+    values = {
+        "hidden": np.array([[65504, 65504]], dtype),
+        "shared": np.array([[32, 4096]], dtype),
+        "gate": np.zeros((1, 2), dtype),
+    }
+    for edge in (65504, np.inf):
+        assert not compare(fusion, {"hidden": np.array([[edge, np.inf]], dtype)}, values).problems
+    assert compare(fusion, {"hidden": np.array([[65504, 65504]], dtype)}, values).problems
+
+
+def test_subnormals_may_read_as_zero():
+    """A result below the smallest normal number may be zero, and nothing else far off."""
+    fusion = FUSIONS["silu_and_mul"]
+    values = {"gate_up": np.array([[40.0, 1e-40]], np.float32)}
+    assert not compare(fusion, {"out": np.zeros((1, 1), np.float32)}, values).problems
+    assert compare(fusion, {"out": np.full((1, 1), 1e-36, np.float32)}, values).problems
+
+
+@fusion(None, x=In("T H"))
+def squares(x):
+    """A sum of squares, and a value that overflows on the way."""
+    big = ml.f32(x) * 1e30
+    return {"sum": ml.sum(x * ml.f32(x), over="H"), "lost": big * big / 1e30 / 1e30}
+
+
+def test_bound_is_of_the_right_size():
+    """Noise grows with Σ|x| and not with the result; where float32 overflows nothing is known."""
+    x = np.array([[1e3, -1e3, 1.0, 3.0]], np.float32)
+    found = bounds(squares, {"x": x})
+    noise = float(found["sum"].noise[0])
+    assert 2.0**-24 * 2e6 <= noise <= 20 * 2.0**-24 * 2e6
+    assert np.isinf(found["lost"].noise).all()
+    assert found["sum"].value[0] == 2e6 + 10
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ulp(dtype):
+    """The distance to the next number, subnormals included."""
+    one = np.array(1.0, numpy_dtype(dtype))
+    following = np.nextafter(one, np.array(2.0, one.dtype)).astype(np.float64)
+    assert ulp(np.float64(1.0), dtype) == following - 1
+    assert ulp(np.float64(0.0), dtype) == float(ml_dtypes.finfo(one.dtype).smallest_subnormal)
