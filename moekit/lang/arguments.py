@@ -51,15 +51,20 @@ def example(
     """A call of `fusion` of typical sizes: Qwen3-Next's for the axes it knows, 64 for others, `sizes` before both.
 
     Operands have `dtype` (or dtypes by name) where their declaration allows it, else the one it names first; `?` dimensions
-    have their full size. Required parameters that are not given are `k = 10`, or the zero of their type.
+    have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are `k = 10`, or the zero
+    of their type.
     Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have.
     """
     axes = [axis for s in fusion.tensors.values() for d in s.dims for _, axis in d.terms]
-    if unknown := [a for a in sizes or {} if a not in axes]:
+    if unknown := [a for a in sizes or {} if a.removesuffix("?") not in axes]:
         known = ", ".join(dict.fromkeys(axes))
         raise ShapeError(f"{fusion.name}: there is no axis {unknown[0]!r}; its axes are {known}")
     every = {a: (sizes or {}).get(a, SIZES.get(a, OTHER_SIZE)) for a in axes}
-    shapes = {n: tuple(d.size(every) for d in s.dims) for n, s in fusion.tensors.items()}
+    optional = {a: n for a, n in (sizes or {}).items() if a.endswith("?")}
+    shapes = {
+        n: tuple(optional.get(f"{d.text}?", d.size(every)) if d.optional else d.size(every) for d in s.dims)
+        for n, s in fusion.tensors.items()
+    }
     wanted = dict.fromkeys(fusion.tensors, dtype) if isinstance(dtype, str) else dict(dtype)
     if isinstance(dtype, str) and not any(dtype in s.dtypes for s in fusion.tensors.values()):
         raise DtypeError(f"{fusion.name}: no operand can be {dtype}; {next(iter(fusion.tensors))} can be "

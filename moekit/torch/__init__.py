@@ -9,6 +9,8 @@ for _fusion in _FUSIONS.values():
     register(_fusion)
 
 from moekit.torch.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate  # noqa: E402
+from moekit.torch.huggingface import PatchReport, patch, unpatch  # noqa: E402
+from moekit.torch.warm import Warmed, warmup  # noqa: E402
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
@@ -24,6 +26,8 @@ __all__ = [
     "IMPLEMENTATIONS",
     "GateOutputs",
     "PackedGate",
+    "PatchReport",
+    "Warmed",
     "add_rms_norm",
     "add_rms_norm_",
     "delta_rule_step",
@@ -33,10 +37,13 @@ __all__ = [
     "gated_rms_norm",
     "op",
     "pack_gate",
+    "patch",
     "register",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",
     "split_gate",
     "topk_softmax",
+    "unpatch",
+    "warmup",
 ]

@@ -127,6 +127,8 @@ class Call:
         targets = {n: dict(self.over).get(n) or (written_name(n) if n in separate else n) for n in self.names}
         if not any(x.numel() for x in results.values()):
             return Prepared({}, (), results, targets, ())
+        for n in self.partial():
+            results[n].copy_(self.operands[n])  # the kernel writes the rows at its ids only
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
@@ -134,6 +136,10 @@ class Call:
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
+
+    def partial(self) -> list[str]:
+        """The outputs that take an operand's new value elsewhere, and of which only the rows at some ids are new."""
+        return [w.tensor for w in self.graph.writes if w.ids and w.tensor in self.operands and not self._in_place(w.tensor)]
 
     def triton(self) -> Outputs:
         """The outputs by the emitted kernels."""

@@ -145,6 +145,8 @@ def launch(entry: Entry, tensors: Sequence[torch.Tensor], pointers: list[int]) -
 
 
 def _launch(entry: Entry, pointers: list[int]) -> None:
+    if not entry.ready:
+        return
     stream = raw_stream(entry.device)
     for r in entry.ready:
         r.run(r.count, 1, 1, stream, r.function, r.metadata, None, None, None, *r.pick(pointers), *r.integers)

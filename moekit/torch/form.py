@@ -89,7 +89,7 @@ class Form:
         made = call.prepare()
         compiled = launch.start(made.launches, made.memory, call.device)
         written(call.outs.values())
-        if all(c is not None for c in compiled):
+        if all(c is not None for c in compiled) and not call.partial():
             given, static = _flat(tensors, params, out, schedule)
             entry = self._entry(call, given, made, compiled)
             if entry is not None and all(type(x) in fast.PLAIN for x in given):

@@ -1,0 +1,245 @@
+"""Patched Hugging Face models: the same function, the same state dict, and back again."""
+
+import copy
+
+import pytest
+import torch
+
+import moekit.torch as mt
+from moekit.errors import MoekitError
+
+transformers = pytest.importorskip("transformers")
+TINY = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+    "num_experts": 8, "num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def tiny(family: str, seed: int = 0, **changes):
+    """A small model with weights of a size at which every part matters."""
+    from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
+
+    torch.manual_seed(seed)
+    config, model = {
+        "Qwen3Next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
+        "Qwen3_5Moe": (Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
+    }[family]
+    made = model(config(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn_like(p) * 0.1 if p.dim() > 1 else torch.rand_like(p) * 0.5)
+    return made
+
+
+@pytest.fixture(params=["Qwen3Next", "Qwen3_5Moe"])
+def family(request):
+    return request.param
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+def tokens(seed: int = 0, shape=(2, 9)):
+    return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_replaced(family):
+    report = mt.patch(tiny(family))
+    counts = {}
+    for _, what in report.replaced:
+        counts[what] = counts.get(what, 0) + 1
+    assert counts == {
+        "add_rms_norm": 4,
+        "gated_rms_norm": 3,
+        "gate_gemm, silu_and_mul, shared_expert_combine": 4,
+        "topk_softmax": 4,
+        "rms_norm": 11,
+    }
+    assert report.left == ()
+    assert "11 × rms_norm" in str(report)
+    assert ("model.layers.0.mlp.gate", "topk_softmax") in report.replaced
+
+
+def test_same_logits_and_tokens_in_float32(family):
+    model, ids = tiny(family), tokens()
+    before = logits(model, ids)
+    chosen = model.generate(ids, max_new_tokens=8, do_sample=False)
+    mt.patch(model)
+    torch.testing.assert_close(logits(model, ids), before, rtol=2e-5, atol=2e-5)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), chosen)
+    mt.unpatch(model)
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bfloat16_within_the_error_of_the_original(family, seed):
+    """Teacher-forced: no further from the float64 model, on the same rounded weights, than 1.5 times the original is."""
+    model = tiny(family, seed).bfloat16()
+    reference = copy.deepcopy(model).double()
+    reference.set_experts_implementation("eager")  # the grouped one has no float64
+    exact = logits(reference, tokens(seed))
+    original = logits(model, tokens(seed)).double()
+    mt.patch(model)
+    patched = logits(model, tokens(seed)).double()
+    own, ours = ((x - exact).square().mean().sqrt() for x in (original, patched))
+    assert ours <= 1.5 * own
+
+
+def test_state_dict_is_the_original(family, tmp_path):
+    model = tiny(family)
+    original = {n: x.clone() for n, x in model.state_dict().items()}
+    mt.patch(model)
+    state = model.state_dict()
+    assert list(state) == list(original)
+    assert all(torch.equal(state[n], x) for n, x in original.items())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(x, original[n]) for n, x in loaded.state_dict().items())
+    torch.save(state, tmp_path / "state.pt")
+    assert all(torch.equal(x, original[n]) for n, x in torch.load(tmp_path / "state.pt").items())
+
+
+def test_packed_weights_are_held_once(family):
+    model = tiny(family)
+    mt.patch(model)
+    mlp = model.model.layers[0].mlp
+    storages = {m.weight.untyped_storage().data_ptr() for m in
+                (mlp.gate, mlp.shared_expert.gate_proj, mlp.shared_expert.up_proj, mlp.shared_expert_gate)}  # fmt: skip
+    assert len(storages) == 1
+    mt.unpatch(model)
+    assert mlp.gate.weight.untyped_storage().nbytes() == mlp.gate.weight.numel() * 4
+
+
+def test_loading_moving_and_replacing_weights_is_seen(family):
+    model, other, ids = tiny(family), tiny(family, seed=7), tokens()
+    wanted = logits(other, ids)
+    mt.patch(model)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=2e-5, atol=2e-5)
+    model.load_state_dict(copy.deepcopy(other).state_dict(), assign=True)
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=2e-5, atol=2e-5)
+    rounded = logits(copy.deepcopy(other).bfloat16().float(), ids)
+    torch.testing.assert_close(logits(model.bfloat16().float(), ids), rounded, rtol=2e-5, atol=2e-5)
+
+
+def test_copies_are_independent(family):
+    model, ids = tiny(family), tokens()
+    mt.patch(model)
+    wanted = logits(model, ids)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.zero_()
+    torch.testing.assert_close(logits(twin, ids), wanted)
+    assert not torch.equal(logits(model, ids), wanted)
+
+
+def test_router_logits_are_still_recorded(family):
+    model, ids = tiny(family), tokens()
+    with torch.no_grad():
+        wanted = model(ids, output_router_logits=True)
+        mt.patch(model)
+        got = model(ids, output_router_logits=True)
+    for a, b in zip(got.router_logits, wanted.router_logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got.aux_loss, wanted.aux_loss, rtol=2e-5, atol=2e-5)
+
+
+def test_training_has_the_original_gradients(family):
+    model, ids = tiny(family), tokens()
+    model(ids, labels=ids).loss.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    mt.patch(model)
+    model(ids, labels=ids).loss.backward()
+    for n, p in model.named_parameters():
+        if n in wanted:
+            torch.testing.assert_close(p.grad, wanted[n], rtol=1e-3, atol=1e-5)
+
+
+def test_patching_twice_and_unpatching_twice(family):
+    model, ids = tiny(family), tokens()
+    before = logits(model, ids)
+    assert mt.patch(model).replaced == mt.patch(model).replaced
+    torch.testing.assert_close(logits(model, ids), before, rtol=2e-5, atol=2e-5)
+    assert mt.unpatch(mt.unpatch(model)) is model
+    assert all("forward" not in m.__dict__ and "_moekit_packed" not in m.__dict__ for m in model.modules())
+    assert torch.equal(logits(model, ids), before)
+
+
+class Quantised(torch.nn.Linear):
+    """Stands in for a quantised layer."""
+
+
+def spoil_bias(block):
+    block.shared_expert.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
+
+
+def spoil_dtype(block):
+    block.gate.weight.data = block.gate.weight.data.bfloat16().float().double()
+
+
+def spoil_mix(block):
+    block.shared_expert_gate.to(torch.bfloat16)
+
+
+def spoil_class(block):
+    block.shared_expert.gate_proj.__class__ = Quantised
+
+
+def spoil_hook(block):
+    block.shared_expert.register_forward_hook(lambda *args: None)
+
+
+def spoil_activation(block):
+    block.shared_expert.act_fn = torch.nn.GELU()
+
+
+def spoil_device(block):
+    block.shared_expert.up_proj.to("meta")
+
+
+LEFT = {
+    spoil_bias: "shared_expert.up_proj has a bias",
+    spoil_dtype: "gate.weight is float64; float32, float16 and bfloat16 are served",
+    spoil_mix: "shared_expert_gate is bfloat16 but its input is float32",
+    spoil_class: "shared_expert.gate_proj is a Quantised, not a plain Linear: quantised or sharded",
+    spoil_hook: "shared_expert has hooks, which the fused path would pass by",
+    spoil_activation: "the shared expert's activation is GELU; silu_and_mul has SiLU",
+    spoil_device: "shared_expert.up_proj.weight is on the meta device",
+}
+
+
+@pytest.mark.parametrize("spoil", list(LEFT), ids=lambda f: f.__name__)
+def test_what_is_left_and_why(spoil):
+    model = tiny("Qwen3Next", num_hidden_layers=1, layer_types=["full_attention"])
+    spoil(model.model.layers[0].mlp)
+    left = dict(mt.patch(model).left)
+    assert LEFT[spoil] in left["model.layers.0.mlp"]
+    assert set(left) <= {"model.layers.0.mlp", "model.layers.0.mlp.gate"}
+
+
+def test_a_dense_layer_stays():
+    model, ids = tiny("Qwen3Next", mlp_only_layers=[1]), tokens()
+    before = logits(model, ids)
+    assert not any(name == "model.layers.1.mlp" for name, _ in mt.patch(model).replaced)
+    torch.testing.assert_close(logits(model, ids), before, rtol=2e-5, atol=2e-5)
+
+
+def test_another_model_is_refused():
+    with pytest.raises(MoekitError, match="patch: the model is a Linear; it must be a Qwen3NextForCausalLM or"):
+        mt.patch(torch.nn.Linear(2, 2))
+
+
+def test_compiled(family):
+    """The patched decoder layers compile without a break of moekit's making."""
+    model, ids = tiny(family), tokens()
+    mt.patch(model)
+    wanted = logits(model, ids)
+    layer = model.model.layers[3].mlp
+    torch._dynamo.reset()
+    layer.compile(backend="aot_eager")
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=2e-5, atol=2e-5)

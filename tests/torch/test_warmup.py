@@ -1,0 +1,43 @@
+"""`warmup`: every form of the fusions asked for is called, at the sizes asked for."""
+
+import pytest
+import torch
+
+import moekit.torch as mt
+from moekit.errors import MoekitError
+
+SIZES = {"T": 2, "H": 32, "D": 32, "P": 24, "I": 16, "E": 16, "V": 2, "K": 1, "Dk": 8, "Dv": 8}
+
+
+def test_every_form_of_every_fusion():
+    warmed = mt.warmup(sizes=SIZES, dtype="float32", device="cpu")
+    assert {(w.fusion, w.in_place) for w in warmed} == {
+        (f, False)
+        for f in (
+            "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
+            "delta_rule_step",
+        )
+    } | {(f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step")}  # fmt: skip
+    assert all(w.first > 0 < w.next for w in warmed)
+
+
+def test_chosen_fusions_several_sizes_and_parameters():
+    sizes = [{"T": 1, "E": 16}, {"T": 1, "E": 32}]
+    warmed = mt.warmup(["topk_softmax", mt.silu_and_mul.fusion], sizes, params={"k": 3}, device="cpu")
+    assert [(w.fusion, w.sizes) for w in warmed if w.fusion == "topk_softmax"] == [
+        ("topk_softmax", (("T", 1), ("E", 16))),
+        ("topk_softmax", (("T", 1), ("E", 32))),
+    ]
+
+
+def test_kernels_are_there_afterwards(emulated, monkeypatch):
+    """What a warm-up compiles is what calls of any other T need."""
+    serve = mt.add_rms_norm
+    for tokens in (2, 1, 7, 64):
+        serve(*(torch.zeros(tokens, 32) for _ in range(2)), torch.zeros(32), implementation="triton")
+    assert len(emulated.compiled) == 1
+
+
+def test_unknown_fusion():
+    with pytest.raises(MoekitError, match="there is no fusion 'rope'"):
+        mt.warmup(["rope"])
