@@ -1,4 +1,4 @@
-"""The emitted Triton, run by Triton's own interpreter in a process of its own: float32 and float16 (it is wrong for bfloat16)."""
+"""The emitted Triton in Triton's own interpreter, a process of its own: float32 and float16 (it is wrong for bfloat16)."""
 
 import os
 import subprocess

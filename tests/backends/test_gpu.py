@@ -1,0 +1,127 @@
+"""What only a GPU can show: offsets past 2³¹ elements in real memory, more than 65,535 rows, strides that stay strides."""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+FAR = 2**31
+
+
+def _row_pairs(torch):
+    """Rows more than 2³¹ elements apart, in one bfloat16 allocation of 4.3 GB."""
+    base = torch.empty(FAR + 70_000, device="cuda", dtype=torch.bfloat16)
+    return base, base.as_strided((2, 4096), (FAR + 64, 1)), base.as_strided((2, 4096), (FAR + 64, 1), 8192)
+
+
+def test_triton_rows_past_two_to_the_31():
+    """The row offset of a strided operand and of a strided output is computed in 64 bits."""
+    import torch
+
+    from moekit.torch import add_rms_norm, silu_and_mul
+
+    base, x, out = _row_pairs(torch)
+    base[:16384].normal_()
+    base[FAR:].normal_()
+    got = silu_and_mul(x, out=out[:, :2048])
+    assert got.data_ptr() == out.data_ptr()
+    wanted = silu_and_mul(x.contiguous(), implementation="eager")
+    torch.testing.assert_close(got.contiguous(), wanted, rtol=1e-2, atol=1e-2)
+    weight = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    for mine, theirs in zip(add_rms_norm(x, out, weight), add_rms_norm(x, out, weight, implementation="eager"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_triton_columns_past_two_to_the_31():
+    """So is the offset along an axis of static size whose stride is huge."""
+    import torch
+
+    from moekit.torch import silu_and_mul
+
+    base = torch.empty(FAR + 70_000, device="cuda", dtype=torch.bfloat16)
+    x = base.as_strided((3, 4), (16, FAR // 3))
+    x.copy_(torch.randn(3, 4, device="cuda"))
+    torch.testing.assert_close(silu_and_mul(x), silu_and_mul(x.contiguous(), implementation="eager"), rtol=1e-2, atol=1e-2)
+
+
+def test_triton_gather_past_two_to_the_31():
+    """And that of a row chosen by an id."""
+    import torch
+
+    from moekit.lang import In, cast, fusion, gather
+    from moekit.torch import op
+
+    @fusion(None, table=In("S H"), ids=In("T", dtype="int32"), dynamic="T S")
+    def pick(table, ids):
+        return cast(gather(table, ids, over="S"), table.dtype)
+
+    table = torch.zeros(FAR // 2048 + 3, 2048, device="cuda", dtype=torch.bfloat16)
+    table[-1].normal_()
+    ids = torch.tensor([table.shape[0] - 1, 0, -1, table.shape[0]], device="cuda", dtype=torch.int32)
+    got = op(pick)(table, ids)
+    assert torch.equal(got[0], table[-1])
+    assert not got[1:].any()
+
+
+def test_pallas_views_past_two_to_the_31():
+    """A View whose elements lie past 2³¹ in its base is indexed per axis, never flat."""
+    import jax
+    import jax.numpy as jnp
+
+    from moekit.jax import silu_and_mul, view
+
+    rows = FAR // 2048 + 4
+    tail = jax.random.normal(jax.random.key(0), (4, 2048), jnp.bfloat16)
+    base = jax.jit(lambda t: jnp.zeros((rows, 2048), jnp.bfloat16).at[-4:].set(t))(tail)
+    got = jax.jit(lambda b: silu_and_mul(view(b)[rows - 4 :, 1024:], implementation="pallas"))(base)
+    wanted = silu_and_mul(tail[:, 1024:], implementation="xla")
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [65_535, 65_536, 200_003])
+def test_more_rows_than_a_second_grid_axis_has(tokens):
+    """Tokens ride on the first grid axis, which is the only one."""
+    import torch
+
+    from moekit.torch import add_rms_norm, topk_softmax
+
+    x, residual = torch.randn(2, tokens, 32, device="cuda")
+    weight = torch.randn(32, device="cuda")
+    for mine, theirs in zip(
+        add_rms_norm(x, residual, weight), add_rms_norm(x, residual, weight, implementation="eager"), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    _, ids = topk_softmax(x, 4)
+    assert torch.equal(ids, topk_softmax(x, 4, implementation="eager")[1])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Bitwise: any slice of the batch gives the rows of the whole batch, for every fusion, in both backends."""
+    import jax
+    import torch
+
+    from moekit.fusions import FUSIONS
+    from moekit.jax import op as jax_op
+    from moekit.testing import operands
+    from moekit.torch import op as torch_op
+
+    from .samples import SAMPLES
+
+    for name, fusion in FUSIONS.items():
+        sample = SAMPLES[name]
+        sizes = dict(sample.bound()[1].sizes) | {"T": 37}
+        values = operands(fusion, sizes, "bfloat16", "normal", 3)
+        tokens = [n for n, s in fusion.tensors.items() if s.shape.startswith("T")]
+        for rows in (slice(0, 1), slice(5, 6), slice(30, 37), slice(3, 20)):
+            part = {n: x[rows] if n in tokens else x for n, x in values.items()}
+            as_torch = lambda x: torch.from_numpy(x.astype(np.float32)).cuda().to(getattr(torch, x.dtype.name))  # noqa: E731
+            whole, few = (_tuple(torch_op(fusion)(*map(as_torch, v.values()), **sample.params)) for v in (values, part))
+            assert all(torch.equal(w[rows], f) for w, f in zip(whole, few, strict=True)), f"triton {name} {rows}"
+            face = jax.jit(lambda *xs, f=fusion, p=sample.params: jax_op(f)(*xs, **p, implementation="pallas"))
+            whole, few = (_tuple(face(*v.values())) for v in (values, part))
+            same = (np.array_equal(np.asarray(w[rows]), np.asarray(f)) for w, f in zip(whole, few, strict=True))
+            assert all(same), f"pallas {name} {rows}"
+
+
+def _tuple(outs) -> tuple:
+    return outs if isinstance(outs, tuple) else (outs,)
