@@ -249,10 +249,8 @@ def test_only_outputs_and_scratch_are_allocated(fused, params, tensors, in_place
     for call in (lambda *xs: face(*xs, **params), lambda *xs: operator(*xs, *params.values())):
         call(*device_tensors(tensors, fused))
         for _ in range(2):
-            outs, operands = (
-                None,
-                device_tensors(tensors, fused),
-            )  # the last turn's outputs are freed before, not during, the call
+            outs = fresh = None  # the last turn's outputs are freed before the call, not during it
+            operands = device_tensors(tensors, fused)
             torch.cuda.synchronize()
             before = torch.cuda.memory_stats()
             peak = torch.cuda.memory_allocated()

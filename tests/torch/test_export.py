@@ -1,0 +1,128 @@
+"""Exported files: they stand alone, test themselves, and refuse what does not fit."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moekit.compile.schedule import Schedule
+from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError
+from moekit.export import export
+from moekit.fusions import FUSIONS
+from moekit.lang import In, cast, f32, fusion
+
+SIZES = {
+    "gate_gemm": {"D": 64, "P": 24},
+    "silu_and_mul": {"I": 24},
+    "topk_softmax": {"E": 40},
+    "shared_expert_combine": {"H": 40, "H?": 1},
+    "add_rms_norm": {"H": 40},
+    "gated_rms_norm": {"V": 3, "D": 16},
+    "delta_rule_step": {"K": 1, "V": 2, "Dk": 16, "Dv": 16},
+}
+SPLIT = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
+
+RUN = """
+import runpy, sys
+sys.modules["moekit"] = None  # importing it would raise
+for path in sys.argv[1:]:
+    print("==", path)
+    runpy.run_path(path, run_name="__main__")
+"""
+
+
+def write(folder, dtypes) -> list[str]:
+    """Every fusion in every dtype, one with a width of its own, and one whose contraction is split."""
+    paths = []
+    for dtype in dtypes:
+        texts = {name: export(f, dtype, SIZES[name]) for name, f in FUSIONS.items()}
+        texts["gate_gemm_split"] = export(FUSIONS["gate_gemm"], dtype, SIZES["gate_gemm"], schedule=SPLIT)
+        texts["combine_wide"] = export(FUSIONS["shared_expert_combine"], dtype, {"H": 40})
+        texts["topk_plain"] = export(FUSIONS["topk_softmax"], dtype, {"E": 33}, {"k": 3, "renormalize": False})
+        for name, text in texts.items():
+            paths.append(str(folder / f"{name}_{dtype}.py"))
+            (folder / f"{name}_{dtype}.py").write_text(text)
+    return paths
+
+
+def run(paths, folder, **environment):
+    command = [sys.executable, "-c", RUN, *paths]
+    clean = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
+    paths = write(tmp_path, ("float32", "float16"))
+    done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count(": right") == len(paths) == 20
+
+
+@pytest.mark.gpu
+def test_exported_files_run_on_the_gpu(tmp_path):
+    paths = write(tmp_path, ("float32", "float16", "bfloat16"))
+    done = run(paths, tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count(": right") == len(paths) == 30
+
+
+def test_self_test_catches_a_wrong_kernel(tmp_path):
+    text = export(FUSIONS["add_rms_norm"], "float32", {"H": 40})
+    (tmp_path / "wrong.py").write_text(text.replace("+ 1e-06", "+ 1e-01"))
+    done = run([str(tmp_path / "wrong.py")], tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode != 0
+    assert "out is wrong" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_what_a_file_imports_and_says(name):
+    text = export(FUSIONS[name])
+    tree = ast.parse(text)
+    imported = {a.name for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+    assert imported == {"torch", "triton", "triton.language"}
+    assert "moekit." not in text
+    assert ast.get_docstring(tree).startswith(f"{name}: ")
+    launcher = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    assert ast.get_docstring(launcher)
+
+
+def test_a_file_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "silu.py").write_text(export(FUSIONS["silu_and_mul"], "float32", {"I": 8}))
+    scope = {"__name__": "silu"}
+    source = (tmp_path / "silu.py").read_text().replace("@triton.jit", "@(lambda **k: lambda f: f)")
+    exec(compile(source, "silu.py", "exec"), scope)
+    with pytest.raises(ValueError, match=r"gate_up is torch.float32 \[3, 15\] on cpu; it must be torch.float32 \[3, 16\]"):
+        scope["silu_and_mul"](torch.zeros(3, 15))
+    with pytest.raises(ValueError, match=r"out is torch.float16"):
+        scope["silu_and_mul"](torch.zeros(3, 16), torch.zeros(3, 8, dtype=torch.float16))
+    assert scope["silu_and_mul"](torch.zeros(0, 16)).shape == (0, 8)
+
+
+def test_refusals():
+    with pytest.raises(ShapeError, match="there is no axis 'Q'; its axes are T, I"):
+        export(FUSIONS["silu_and_mul"], sizes={"Q": 3})
+    with pytest.raises(DtypeError, match="no operand can be int8"):
+        export(FUSIONS["silu_and_mul"], dtype="int8")
+    with pytest.raises(ScheduleError, match="schedule"):
+        export(FUSIONS["silu_and_mul"], schedule=SPLIT)
+    with pytest.raises(TypeError, match="there is no parameter 'k'"):
+        export(FUSIONS["silu_and_mul"], params={"k": 3})
+
+
+def borrowed(x):
+    """A reference that leans on something the file cannot take along."""
+    return {"out": torch.from_numpy(x).numpy() * 2}
+
+
+@fusion(borrowed, x=In("T H"))
+def doubled(x):
+    """out = 2·x."""
+    return cast(f32(x) * 2.0, x.dtype)
+
+
+def test_reference_that_cannot_be_taken_along():
+    with pytest.raises(MoekitError, match="the reference of doubled uses torch, which cannot be taken along"):
+        export(doubled)
