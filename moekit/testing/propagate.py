@@ -240,7 +240,7 @@ def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         exact = f(x.exact, axis=axis, keepdims=True) if _known(x) else None
         return replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact)
     total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
-    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + TINY
+    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
     return Bound(total(x.value), total(x.noise) + own, total(x.flips))
 
 
@@ -260,7 +260,10 @@ def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     run = lambda v: np.cumsum(v, axis=axis)  # noqa: E731
     if not is_float(node.dtype):
         return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
-    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * run(np.abs(x.value)) + TINY
+    one_by_one = ev.sizes[node.attr("axis")] / 8  # numpy adds in order, and rounds equal terms the same way each time
+    own = (
+        UNIT * max(_growth(ev.sizes[node.attr("axis")]), one_by_one) * run(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
+    )
     return Bound(run(x.value), run(x.noise) + own, run(x.flips))
 
 
@@ -271,7 +274,7 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     value = dot(a.value, b.value)
     noise = dot(a.noise, size_b) + dot(size_a, b.noise)
-    noise = noise + UNIT * _growth(ev.sizes[node.attr("axis")]) * dot(size_a, size_b) + TINY
+    noise = noise + UNIT * _growth(ev.sizes[node.attr("axis")]) * dot(size_a, size_b) + ev.sizes[node.attr("axis")] * TINY
     return Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
 
 
