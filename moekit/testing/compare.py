@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, round_to
+from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.fusion import Fusion
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.constants import constant
@@ -79,23 +79,49 @@ def compare(
     return Comparison(tuple(problems), ratios)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a float output may be: computed once from the reference and its bound, and then held to any number of outputs."""
+
+    want: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    flushable: np.ndarray
+    allowance: np.ndarray
+    noise: np.ndarray
+    exact: np.ndarray | None
+    excused: np.ndarray
+    zeroable: np.ndarray
+    unknown: np.ndarray
+
+    @classmethod
+    def of(cls, want: np.ndarray, limit: Bound, factor: float, dtype: str) -> Judgement:
+        """The judgement of an output of `dtype` for which the reference says `want`."""
+        tiny, want = float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal), want.astype(np.float64)
+        reach, unknown = limit.error(factor), np.isinf(limit.noise)
+        reach = np.where(want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach)
+        allowance = np.maximum(0.5 * ulp(want, dtype), _flip(limit.value, limit.flips, dtype)) + limit.flips
+        zeroable = np.zeros(()) > 0 if limit.exact is None else np.abs(limit.exact) < tiny
+        return cls(want, round_to(want - reach, dtype), round_to(want + reach, dtype), np.abs(want) - reach < tiny,
+                   allowance, np.where(unknown, 0.0, limit.noise), limit.exact, limit.flips > 0, zeroable, unknown)  # fmt: skip
+
+    def __call__(self, got: np.ndarray) -> tuple[float, np.ndarray]:
+        """The ratio of an output, and where it is out of bounds."""
+        value = got.astype(np.float64)
+        flushed = (value == 0) & self.flushable
+        fine = ((value >= self.low) & (value <= self.high)) | flushed | (np.isnan(self.want) & np.isnan(value))
+        if self.exact is not None:
+            same = (value == self.exact) | (np.isnan(value) & np.isnan(self.exact))
+            fine &= same | self.excused | ((value == 0) & self.zeroable)
+        beyond = np.where(flushed, 0.0, np.abs(value - self.want) - self.allowance)
+        known = (self.noise > 0) & np.isfinite(beyond)
+        ratio = np.where(known, beyond / np.where(known, self.noise, 1.0), 0.0)
+        return max(0.0, float(ratio.max(initial=0.0))), ~(fine | self.unknown)
+
+
 def judge(got: np.ndarray, want: np.ndarray, limit: Bound, factor: float) -> tuple[float, np.ndarray]:
     """The ratio of a float output, and where it is out of bounds."""
-    dtype, tiny = got.dtype.name, float(ml_dtypes.finfo(got.dtype).smallest_normal)
-    value, want = got.astype(np.float64), want.astype(np.float64)
-    reach, unknown = limit.error(factor), np.isinf(limit.noise)
-    reach = np.where(want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach)
-    low, high = round_to(want - reach, dtype), round_to(want + reach, dtype)
-    flushed = (value == 0) & (np.abs(want) - reach < tiny)
-    fine = ((value >= low) & (value <= high)) | flushed | (np.isnan(want) & np.isnan(value))
-    if limit.exact is not None:
-        same = (value == limit.exact) | (np.isnan(value) & np.isnan(limit.exact))
-        fine &= same | (limit.flips > 0) | ((value == 0) & (np.abs(limit.exact) < tiny))
-    beyond = np.abs(value - want) - np.maximum(0.5 * ulp(want, dtype), _flip(limit.value, limit.flips, dtype))
-    beyond = np.where(flushed, 0.0, beyond - limit.flips)
-    known = (limit.noise > 0) & ~unknown & np.isfinite(beyond)
-    ratio = np.where(known, beyond / np.where(known, limit.noise, 1.0), 0.0)
-    return max(0.0, float(ratio.max(initial=0.0))), ~(fine | unknown)
+    return Judgement.of(want, limit, factor, got.dtype.name)(got)
 
 
 def _flip(value: np.ndarray, reach: np.ndarray, dtype: str) -> np.ndarray:

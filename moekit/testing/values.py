@@ -38,12 +38,46 @@ def _special(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np
     return x
 
 
+def _ties(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Three values only, so that most elements have an equal."""
+    return rng.choice([-1.5, 0.0, 2.25], shape)
+
+
+def _equal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """One value along each row."""
+    return np.broadcast_to(rng.standard_normal((*shape[:-1], 1)) if shape else rng.standard_normal(()), shape)
+
+
+def _lowest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Rows of -inf; in every second row one finite element."""
+    x = np.full(shape, -np.inf)
+    if x.size and x.ndim:
+        rows = x.reshape(-1, shape[-1])
+        rows[np.arange(0, len(rows), 2), rng.integers(0, shape[-1], len(rows[::2]))] = 1.0
+    return x
+
+
+def _zeros(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Zeros of both signs and here and there a one: what divides by a sum or a norm meets eps alone."""
+    return rng.choice([0.0, -0.0, 0.0, -0.0, 1.0], shape)
+
+
+def _mixed(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Magnitudes from 2^-12 to 2^6, so that sums cancel and small terms meet large ones."""
+    return rng.standard_normal(shape) * np.exp2(rng.integers(-12, 7, shape))
+
+
 RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...], str], np.ndarray]] = {
     "normal": _normal,
     "integers": _integers,
     "tiny": _tiny,
     "huge": _huge,
     "special": _special,
+    "ties": _ties,
+    "equal": _equal,
+    "lowest": _lowest,
+    "zeros": _zeros,
+    "mixed": _mixed,
 }
 
 

@@ -1,0 +1,261 @@
+"""A fuzz case: everything that is needed to run one call again, as plain data that goes to JSON and back.
+
+A `Layout` says how a tensor lies in memory as a dense base array says it: per dimension a start, a step and padding,
+an order of storage, dimensions of stride 0, and a shift. Both faces can build it: PyTorch as strides and an offset,
+JAX as a `View` of the base.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moekit.compile.alias import written_name
+from moekit.errors import MoekitError, UnavailableError
+from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
+from moekit.testing.values import make
+
+RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the elements of a tensor of rank `len(order)` lie. `order`: dimensions as stored, outermost first.
+
+    Along dimension d the base has `starts[d] + steps[d]·(n-1) + 1 + pads[d]` elements. Dimensions in `zero` have stride 0;
+    `shift` moves the whole tensor by that many elements. `kind` is what coverage counts it as.
+    """
+
+    kind: str
+    order: tuple[int, ...]
+    starts: tuple[int, ...]
+    steps: tuple[int, ...]
+    pads: tuple[int, ...]
+    zero: tuple[int, ...] = ()
+    shift: int = 0
+
+    @classmethod
+    def dense(cls, rank: int) -> Layout:
+        """Row-major and contiguous."""
+        return cls("dense", tuple(range(rank)), (0,) * rank, (1,) * rank, (0,) * rank)
+
+    def base(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The base's extent along each dimension of the tensor (1 where the stride is 0)."""
+        return tuple(
+            1 if d in self.zero else self.starts[d] + self.steps[d] * max(0, n - 1) + 1 + self.pads[d]
+            for d, n in enumerate(shape)
+        )
+
+    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides in elements, as torch.as_strided has them."""
+        base, strides, step = self.base(shape), [0] * len(shape), 1
+        for d in reversed(self.order):
+            strides[d] = 0 if d in self.zero else step * self.steps[d]
+            step *= base[d]
+        return tuple(strides)
+
+    def offset(self, shape: tuple[int, ...]) -> int:
+        """The first element's place in the base, the shift included."""
+        base, offset, step = self.base(shape), self.shift, 1
+        for d in reversed(self.order):
+            offset += 0 if d in self.zero else self.starts[d] * step
+            step *= base[d]
+        return offset
+
+    def span(self, shape: tuple[int, ...]) -> int:
+        """Elements from the beginning of the base to its end."""
+        total = self.shift
+        return total + int(np.prod(self.base(shape), dtype=np.int64))
+
+    @property
+    def viewable(self) -> bool:
+        """Whether a JAX View can say it."""
+        return not self.zero and not self.shift and self.kind != "far"
+
+    def to_json(self) -> dict:
+        """Only what differs from a contiguous tensor."""
+        plain, found = Layout.dense(len(self.order)), {"kind": self.kind, "rank": len(self.order)}
+        for name in ("order", "starts", "steps", "pads", "zero", "shift"):
+            if getattr(self, name) != getattr(plain, name):
+                value = getattr(self, name)
+                found[name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> Layout:
+        """The layout that `to_json` wrote."""
+        plain = cls.dense(data["rank"])
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n != "rank"}
+        return cls(**{n: given.get(n, getattr(plain, n)) for n in plain.__dataclass_fields__})
+
+
+@functools.lru_cache(maxsize=512)
+def find_fusion(name: str) -> Fusion:
+    """A fusion by name: moekit's own, one of `moekit.testing.probes`, `module:attribute`, or `random:SEED`.
+
+    Raises UnavailableError for a name that is none of these.
+    """
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+
+    if name in FUSIONS:
+        return FUSIONS[name]
+    if name in PROBES:
+        return PROBES[name]
+    if name.startswith(RANDOM):
+        from moekit.testing.random_graphs import random_fusion
+
+        return random_fusion(int(name.removeprefix(RANDOM)))
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        known = ", ".join((*FUSIONS, *PROBES))
+        raise UnavailableError(f"there is no fusion {name!r}; name one of {known}, or module:attribute")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f"{name}: {error}") from None
+    if not isinstance(found, Fusion):
+        raise UnavailableError(f"{name} is {type(found).__name__}; it must be a declared fusion")
+    return found
+
+
+@dataclass(frozen=True)
+class FuzzCase:
+    """One call of `fusion`. `layouts`: of operands by name and of outputs (an InOut operand's output that does not go in
+    place is `<name>_new`); contiguous where not said.
+
+    `mode`: "plain" (the face allocates outputs), "out" (every output is given), "in place" (InOut operands are updated,
+    other outputs are given), "over:OUT:OPERAND" (OUT is the operand's own memory, where the declaration allows it).
+    """
+
+    fusion: str
+    sizes: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    params: Mapping[str, object] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    mode: str = "out"
+    recipe: str = "normal"
+    seed: int = 0
+    schedule: str = "heuristic"
+
+    @property
+    def declaration(self) -> Fusion:
+        """The fusion itself."""
+        return find_fusion(self.fusion)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every operand."""
+        sizes = dict(self.sizes)
+        return {
+            n: tuple(sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(sizes) for d in s.dims)
+            for n, s in self.declaration.tensors.items()
+        }
+
+    @functools.cached_property
+    def binding(self) -> Binding:
+        """The call bound to the declaration; raises MoekitError where it does not fit."""
+        fusion = self.declaration
+        return fusion.bind(self.shapes, dict(self.dtypes), fusion.bind_params(dict(self.params)))
+
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """The traced graph."""
+        return self.declaration.trace(self.binding)
+
+    @functools.cached_property
+    def extents(self) -> dict[str, int]:
+        """The size of every axis of the graph."""
+        return dict(self.binding.sizes) | {a: s for a, s in self.graph.axes.items() if s is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """The outputs, in the order they are returned."""
+        return [w.tensor for w in self.graph.writes]
+
+    @functools.cached_property
+    def targets(self) -> dict[str, str]:
+        """For every output the name of the memory it is written to."""
+        over = dict([self.mode.split(":")[1:]]) if self.mode.startswith("over:") else {}
+        in_place = self.mode == "in place"
+        return {n: over.get(n, written_name(n) if n in self.shapes and not in_place else n) for n in self.names}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an operand, an output or an output's memory."""
+        if name in self.shapes:
+            return self.shapes[name]
+        found = next((n for n, target in self.targets.items() if target == name), name)
+        return self.shapes.get(found) or tuple(self.extents[d.text] for d in self.graph.tensors[found].dims)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of an operand, an output or an output's memory."""
+        found = next((n for n, target in self.targets.items() if target == name), name)
+        return self.graph.tensors[found if found in self.graph.tensors else name].dtype
+
+    def memory(self) -> list[str]:
+        """The names of all tensors of the call: operands, then outputs with memory of their own."""
+        return list(dict.fromkeys([*self.shapes, *self.targets.values()]))
+
+    def layout(self, name: str) -> Layout:
+        """The layout of a tensor, contiguous where none is given."""
+        return self.layouts.get(name) or Layout.dense(len(self.shape(name)))
+
+    def elements(self) -> int:
+        """Elements of the largest tensor."""
+        return max(int(np.prod(self.shape(n))) for n in self.memory())
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The operands' values, by recipe and seed; where a stride is 0, elements that are one are equal."""
+        rng = np.random.default_rng([self.seed, len(self.recipe)])
+        arrays, ids = {}, unique_ids(self.graph)
+        for name, shape in self.shapes.items():
+            if name in ids:
+                largest = max(self.extents[ids[name]], int(np.prod(shape))) + 2
+                arrays[name] = (rng.permutation(largest)[: int(np.prod(shape))].reshape(shape) - 1).astype(self.dtypes[name])
+                continue
+            x = make(self.recipe, shape, self.dtypes[name], rng)
+            zero = self.layout(name).zero
+            if zero and x.size:
+                x = np.broadcast_to(x[tuple(slice(0, 1) if d in zero else slice(None) for d in range(x.ndim))], shape)
+            arrays[name] = x
+        return arrays
+
+    def to_json(self) -> dict:
+        """The case as JSON has it."""
+        found = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        found["layouts"] = {n: v.to_json() for n, v in self.layouts.items()}
+        return {n: dict(v) if isinstance(v, Mapping) else v for n, v in found.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> FuzzCase:
+        """The case that `to_json` wrote."""
+        return cls(**(dict(data) | {"layouts": {n: Layout.from_json(v) for n, v in data["layouts"].items()}}))
+
+    def problem(self) -> str | None:
+        """Why the case is no call at all, None if it is one."""
+        try:
+            nodes = [n for n in self.graph.nodes if n.op == "reduce" and n.attr("kind") != "sum"]
+        except (MoekitError, TypeError) as error:
+            return str(error)
+        empty = [n.attr("axis") for n in nodes if self.extents[n.attr("axis")] == 0]
+        return f"{self.fusion}: {empty[0]} = 0, and nothing is the largest of nothing" if empty else None
+
+
+def unique_ids(graph: Graph) -> dict[str, str]:
+    """Operands that hold the ids of a `put`, which must be unique, with the axis they count along."""
+    found = {}
+    for w in graph.writes:
+        for i in w.ids:
+            while graph.nodes[i].op == "cast":
+                i = graph.nodes[i].args[0]
+            if graph.nodes[i].op == "read":
+                axis = next(
+                    d.axis for d, e in zip(graph.tensors[w.tensor].dims, w.index, strict=True) if not hasattr(e, "axis")
+                )
+                found[graph.nodes[i].attr("tensor")] = axis
+    return found

@@ -1,0 +1,250 @@
+"""The space of fuzz cases, written once against a `Source` of choices.
+
+`numpy_source` makes choices fast, for campaigns; `moekit.testing.strategies` makes the same choices through Hypothesis,
+which shrinks them: every list below starts with what is simplest, and every integer is simplest when small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from moekit.compile.alias import may_overwrite, written_name
+from moekit.errors import MoekitError
+from moekit.lang.arguments import parameter_type
+from moekit.lang.dtypes import FLOATS, is_float, itemsize
+from moekit.lang.fusion import Fusion
+from moekit.testing.case import FuzzCase, Layout, unique_ids
+from moekit.testing.schedules import variants
+from moekit.testing.values import RECIPES
+
+T = TypeVar("T")
+
+DYNAMIC = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129, 257, 300, 0)
+STATIC = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 37, 48, 60, 63, 64, 65, 97, 100, 127, 128, 129, 255, 256, 257,
+          384, 512, 640, 768, 1000, 1023, 1025, 2048, 2560)  # fmt: skip
+KINDS = ("dense", "padded", "padded 16", "strided", "transposed", "shifted", "apart", "transposed padded", "arbitrary",
+         "row 0", "column 0", "far")  # fmt: skip
+READ_ONLY = ("row 0", "column 0")
+SCHEDULES = ("heuristic", "looped", "rows", "small", "whole", "dots", "split")
+BEYOND = 2**31
+
+
+class Source(Protocol):
+    """Where choices come from."""
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer from low to high, both included; simplest when small."""
+        ...
+
+    def choose(self, options: Sequence[T]) -> T:
+        """One of the options; simplest when early."""
+        ...
+
+
+@dataclass(frozen=True)
+class NumpySource:
+    """Choices from a numpy generator."""
+
+    rng: np.random.Generator
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform."""
+        return int(self.rng.integers(low, high + 1))
+
+    def choose(self, options: Sequence[T]) -> T:
+        """Uniform."""
+        return options[int(self.rng.integers(len(options)))]
+
+
+def numpy_source(*seed: int) -> NumpySource:
+    """Choices that follow from a seed."""
+    return NumpySource(np.random.default_rng(seed))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a case may go: elements of its largest tensor, and which kinds of layouts and modes there are."""
+
+    elements: int = 20_000
+    smallest: int = 0
+    kinds: tuple[str, ...] = KINDS
+    modes: tuple[str, ...] = ("out", "in place", "over", "plain")
+    schedules: tuple[str, ...] = SCHEDULES
+    dtypes: tuple[str, ...] = FLOATS
+
+
+def axes_of(fusion: Fusion) -> list[str]:
+    """The plain axes of a fusion, as its operands name them."""
+    return list(dict.fromkeys(a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms))
+
+
+def draw_call(fusion: Fusion, name: str, source: Source, limits: Limits) -> FuzzCase:
+    """Sizes, dtypes and parameters of a call that fits the declaration; layouts are contiguous yet."""
+    case = None
+    for _ in range(200):
+        case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits), {})
+        case = replace(case, params=_params(fusion, source, case))
+        if case.problem() is None and limits.smallest <= case.elements() <= limits.elements:
+            return case
+    return _smallest(fusion, case)
+
+
+def _smallest(fusion: Fusion, case: FuzzCase) -> FuzzCase:
+    """A call that fits, when chance gives none: every axis as small as one size for all can be."""
+    for size in (8, 4, 2, 1, 16, 64):
+        found = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
+        if found.problem() is None:
+            return found
+    raise MoekitError(f"{fusion.name}: no sizes found for which it can be traced; say them with FuzzCase(sizes=…)")
+
+
+def _sizes(fusion: Fusion, source: Source) -> dict[str, int]:
+    sizes = {a: source.choose(DYNAMIC if a in fusion.dynamic else STATIC) for a in axes_of(fusion)}
+    optional = [d.text for s in fusion.tensors.values() for d in s.dims if d.optional]
+    return sizes | {f"{a}?": 1 for a in optional if source.integer(0, 1)}
+
+
+def redraw_dynamic(case: FuzzCase, source: Source, limits: Limits) -> FuzzCase:
+    """The same call with other dynamic sizes: what costs no compilation."""
+    dynamic = [a for a in case.sizes if a in case.declaration.dynamic]
+    for _ in range(20):
+        found = replace(case, sizes={**case.sizes, **{a: source.choose(DYNAMIC) for a in dynamic}})
+        if limits.smallest <= found.elements() <= limits.elements:
+            return found
+    return case
+
+
+def _dtypes(fusion: Fusion, source: Source, limits: Limits) -> dict[str, str]:
+    uniform, mixed = source.choose(limits.dtypes), source.integer(0, 5) == 5
+    found = {}
+    for name, spec in fusion.tensors.items():
+        options = [d for d in spec.dtypes if d in limits.dtypes or not is_float(d)] or list(spec.dtypes)
+        wanted = source.choose(options) if mixed or uniform not in options else uniform
+        found[name] = wanted
+    return found
+
+
+def _params(fusion: Fusion, source: Source, case: FuzzCase) -> dict[str, object]:
+    found = {}
+    for name, p in fusion.params.items():
+        kind, default = parameter_type(p), None if p.default is p.empty else p.default
+        if kind is bool:
+            found[name] = source.choose((default or False, not default))
+        elif kind is int:
+            largest = max(case.sizes.values())
+            found[name] = source.choose(
+                [*([default] if default is not None else []), *(n for n in range(1, 17) if n <= largest)]
+            )
+        elif kind is float:
+            found[name] = source.choose((default or 0.0, (default or 1.0) * 2))
+        elif default is not None:
+            found[name] = default
+    return found
+
+
+def draw_kinds(case: FuzzCase, source: Source, limits: Limits) -> dict[str, str]:
+    """A kind of layout for every tensor of the call; at most one lies far, and outputs are never broadcast."""
+    every, found = [k for k in limits.kinds if k != "far"], {}
+    calm = source.integer(0, 3) == 0
+    for name in case.memory():
+        free = name in case.shapes and name not in case.targets.values() and name not in unique_ids(case.graph)
+        allowed = every if free else [k for k in every if k not in READ_ONLY]
+        found[name] = "dense" if calm and source.integer(0, 2) else source.choose(allowed)
+    if "far" in limits.kinds and source.integer(0, 15) == 15:
+        found[source.choose(list(found))] = "far"
+    return found
+
+
+def draw_layout(kind: str, shape: tuple[int, ...], itemsize: int, source: Source) -> Layout:
+    """A layout of one kind for a shape; "far" needs two elements along some dimension."""
+    rank = len(shape)
+    plain = Layout.dense(rank)
+    if kind == "dense" or rank == 0:
+        return plain
+    last, odd = rank - 1, lambda: 2 * source.integer(0, 7) + 1
+    if kind == "shifted":
+        return replace(plain, kind=kind, shift=odd())
+    if kind in READ_ONLY:
+        return replace(plain, kind=kind, zero=(0 if kind == "row 0" else last,))
+    if kind == "padded":
+        return replace(plain, kind=kind, pads=_at(rank, last, odd()))
+    if kind == "padded 16":
+        lane = 16 // itemsize
+        return replace(plain, kind=kind, pads=_at(rank, last, -shape[last] % lane + lane * source.integer(1, 4)))
+    if kind == "strided":
+        return replace(
+            plain, kind=kind, steps=_at(rank, last, source.integer(2, 5), 1), starts=_at(rank, last, source.integer(0, 2))
+        )
+    if kind == "transposed":
+        return replace(plain, kind=kind, order=tuple(reversed(range(rank))))
+    if kind == "transposed padded":
+        return replace(plain, kind=kind, order=tuple(reversed(range(rank))), pads=_at(rank, 0, odd()))
+    if kind == "apart":
+        return replace(plain, kind=kind, steps=_at(rank, 0, source.integer(2, 7), 1), starts=_at(rank, 0, source.integer(0, 2)))
+    if kind == "far":
+        return _far(shape, source)
+    order = list(range(rank))
+    for d in range(rank - 1):
+        other = source.integer(d, rank - 1)
+        order[d], order[other] = order[other], order[d]
+    numbers = lambda low, high: tuple(source.integer(low, high) for _ in range(rank))  # noqa: E731
+    return Layout("arbitrary", tuple(order), numbers(0, 3), numbers(1, 3), numbers(0, 3))
+
+
+def _at(rank: int, place: int, value: int, other: int = 0) -> tuple[int, ...]:
+    return tuple(value if d == place else other for d in range(rank))
+
+
+def _far(shape: tuple[int, ...], source: Source) -> Layout:
+    """The outermost dimension of more than one element so wide apart that offsets pass 2³¹ elements."""
+    rank = len(shape)
+    place = next((d for d, n in enumerate(shape) if n > 1), None)
+    if place is None:
+        return Layout.dense(rank)
+    inner = int(np.prod(shape[place + 1 :], dtype=np.int64))
+    step = -(-(BEYOND + source.integer(0, 1000)) // ((shape[place] - 1) * max(1, inner)))
+    return replace(Layout.dense(rank), kind="far", steps=_at(rank, place, step, 1))
+
+
+def draw_mode(case: FuzzCase, source: Source, limits: Limits) -> str:
+    """How outputs are given, of the modes that mean something for this call."""
+    options = ["out", "out"]
+    if "in place" in limits.modes and any(n in case.shapes for n in case.names):
+        options += ["in place", "in place"]
+    if "over" in limits.modes:
+        pairs = [(o, i) for o in case.names if o not in case.shapes for i in case.shapes
+                 if case.shape(o) == case.shape(i) and i not in case.names and may_overwrite(case.graph, o, i)]  # fmt: skip
+        options += [f"over:{o}:{i}" for o, i in pairs[:1]]
+    if "plain" in limits.modes:
+        options.append("plain")
+    return source.choose(options)
+
+
+def draw_layouts(case: FuzzCase, kinds: dict[str, str], source: Source) -> dict[str, Layout]:
+    """A layout of its kind for every tensor whose kind is not "dense"."""
+    found = {n: draw_layout(k, case.shape(n), itemsize(case.dtype(n)), source) for n, k in kinds.items() if k != "dense"}
+    return {n: v for n, v in found.items() if v.kind != "dense"}
+
+
+def draw_case(fusion: Fusion, name: str, source: Source, limits: Limits = Limits()) -> FuzzCase:
+    """A whole case."""
+    case = draw_call(fusion, name, source, limits)
+    case = replace(case, mode=draw_mode(case, source, limits), recipe=source.choose(list(RECIPES)))
+    case = replace(case, schedule=draw_schedule(case, source, limits), seed=source.integer(0, 2**20))
+    return replace(case, layouts=draw_layouts(case, draw_kinds(case, source, limits), source))
+
+
+def draw_schedule(case: FuzzCase, source: Source, limits: Limits) -> str:
+    """The heuristic's schedule more often than not, else one of the legal variants."""
+    if source.integer(0, 2) or len(limits.schedules) == 1:
+        return "heuristic"
+    return source.choose([s for s in variants(case.graph) if s in limits.schedules])
+
+
+def new_name(name: str) -> str:
+    """The memory that takes an InOut operand's new value when it does not go in place."""
+    return written_name(name)

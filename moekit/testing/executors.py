@@ -1,0 +1,263 @@
+"""Implementations as a campaign runs them: on tensors that already lie in guarded memory, many calls at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moekit.compile import interpret
+from moekit.compile.alias import out_of_place, over_operand, written_name
+from moekit.compile.plan import Plan, plan
+from moekit.compile.schedule import Schedule
+from moekit.compile.tile import Strided
+from moekit.errors import UnavailableError
+from moekit.lang.fusion import Binding, Fusion
+from moekit.testing.case import FuzzCase
+from moekit.testing.guard import Arena, Placed, Slot
+from moekit.testing.schedules import variants
+
+launches: Counter[str] = Counter()  # kernels launched, by implementation: a case that launches none does not count
+
+
+def static(case: FuzzCase) -> Binding:
+    """The case's binding with dynamic sizes blanked: what plans and schedules depend on."""
+    b, dynamic = case.binding, case.declaration.dynamic
+    return Binding(tuple((a, 1 if a in dynamic else s) for a, s in b.sizes), b.dtypes, b.params, b.ones)
+
+
+def schedule_of(case: FuzzCase) -> Schedule | None:
+    """The schedule that a case names; the heuristic's (None) where it is not legal."""
+    return _schedules(case.declaration, static(case)).get(case.schedule) if case.schedule != "heuristic" else None
+
+
+@functools.lru_cache(maxsize=2048)
+def _schedules(fusion: Fusion, binding: Binding) -> dict[str, Schedule | None]:
+    return variants(fusion.trace(binding))
+
+
+class Executor:
+    """How one implementation runs a case on tensors by name, writing each output to its target."""
+
+    compiled = True
+    reference: Callable | None = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def supports(self, case: FuzzCase) -> bool:
+        """Whether the implementation can be asked to serve the case at all."""
+        return True
+
+    def upload(self, image: np.ndarray) -> Any:
+        """The image where the implementation can reach it; it may be written."""
+        return image
+
+    def tensor(self, memory: Any, slot: Slot) -> Any:
+        """One tensor in that memory."""
+        return slot.view(memory)
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        """Run the case."""
+        raise NotImplementedError(type(self).__name__)
+
+    def download(self, memory: Any) -> np.ndarray:
+        """The bytes of the memory after every call has ended."""
+        return memory
+
+    def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+        """Run cases on one image of the arena: bytes before and after, and per case what was raised (None: nothing)."""
+        before = arena.image(poison)
+        memory = self.upload(before.copy() if self.upload.__func__ is Executor.upload else before)
+        raised: list[str | None] = []
+        for p in placed:
+            tensors = {n: self.tensor(memory, s) for n, s in p.slots.items()}
+            try:
+                self.call(p.case, tensors)
+                raised.append(None)
+            except Exception as error:
+                if fatal(error):
+                    raise
+                raised.append(f"{type(error).__name__}: {error}")
+        return before, self.download(memory), raised
+
+
+def fatal(error: Exception) -> bool:
+    """Whether an error leaves the device unusable for this process."""
+    text = str(error)
+    return any(sign in text for sign in ("CUDA error", "CUDA_ERROR", "Triton Error", "illegal memory access"))
+
+
+class Interpret(Executor):
+    """The tile program, executed by numpy."""
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
+        """Lower (cached by static sizes and strides' classes) and interpret."""
+        dynamic = frozenset(case.declaration.dynamic)
+        separate = frozenset(n for n in case.names if n in case.shapes and case.targets[n] != n)
+        over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
+        layouts = tuple((n, strided(x, _axes(case, n), dynamic)) for n, x in tensors.items())
+        if any(x.size for x in (tensors[t] for t in case.targets.values())):
+            made = _planned(case.declaration, static(case), separate, over, layouts, schedule_of(case))
+            for w in case.graph.writes:
+                if w.ids and case.targets[w.tensor] != w.tensor:
+                    tensors[case.targets[w.tensor]][...] = tensors[w.tensor]
+            interpret.run(made, tensors, case.extents)
+            launches[self.name] += len(made.programs)
+
+
+def _axes(case: FuzzCase, name: str) -> tuple[str | None, ...]:
+    found = next((n for n in case.names if written_name(n) == name), name)
+    return case.graph.tensors[found].axes
+
+
+def strided(x: np.ndarray, axes: Sequence[str | None], dynamic: frozenset[str]) -> Strided:
+    """What the compiler is told of an array's strides, as the PyTorch face tells it."""
+    kinds, reach, size = [], 0, x.itemsize
+    for n, step, axis in zip(x.shape, x.strides, axes, strict=True):
+        stride = step // size
+        unit = stride == 1 or (n == 1 and axis not in dynamic)
+        kinds.append("unit" if unit else "aligned" if step % 16 == 0 and stride < 2**31 else "any")
+        reach += 0 if axis in dynamic else max(0, n - 1) * stride
+    return Strided(tuple(kinds), wide=reach >= 2**31)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(fusion: Fusion, binding: Binding, separate, over, layouts, schedule) -> Plan:
+    graph = over_operand(out_of_place(fusion.trace(binding), separate), over)
+    return plan(graph, schedule, dict(layouts))
+
+
+class Evaluate(Executor):
+    """The graph, evaluated by numpy."""
+
+    compiled = False
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
+        """Evaluate, then copy to the targets."""
+        from moekit.backends.array import evaluate
+
+        results = evaluate(case.graph, {n: tensors[n] for n in case.shapes}, case.extents, "numpy")
+        launches[self.name] += 1
+        for name, target in case.targets.items():
+            tensors[target][...] = results[name]
+
+
+class Torch(Executor):
+    """A PyTorch implementation through its face; on a GPU an image is copied there and back once per batch."""
+
+    def __init__(self, name: str, implementation: str, device: str):
+        import torch
+
+        super().__init__(name)
+        self.torch, self.implementation, self.device = torch, implementation, device
+        self.compiled = implementation == "triton"
+        self.flat: dict[int, dict[str, Any]] = {}
+        if self.compiled:
+            _count_launches(name)
+
+    def upload(self, image: np.ndarray) -> Any:
+        """The image as a tensor of bytes on the device."""
+        return self.torch.from_numpy(image.copy() if self.device == "cpu" else image).to(self.device)
+
+    def tensor(self, memory: Any, slot: Slot) -> Any:
+        """A view of exactly the slot's strides and offset."""
+        key = memory.data_ptr()
+        if key not in self.flat:
+            self.flat = {key: {}}
+        flat = self.flat[key]
+        if slot.dtype not in flat:
+            flat[slot.dtype] = memory.view(getattr(self.torch, slot.dtype))
+        return self.torch.as_strided(flat[slot.dtype], slot.shape, slot.strides, slot.start)
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        """Call the face as the case's mode says."""
+        in_place = case.mode == "in place"
+        given = None
+        if case.mode != "plain":
+            given = tuple(None if t == n and n in case.shapes else tensors[t] for n, t in case.targets.items())
+            given = None if all(x is None for x in given) else given
+        face = _face(case.declaration, in_place)
+        got = face(*(tensors[n] for n in case.shapes), **case.params, implementation=self.implementation,
+                   schedule=schedule_of(case), out=given)  # fmt: skip
+        if not self.compiled:
+            launches[self.name] += 1
+        if case.mode == "plain":
+            got = got if isinstance(got, tuple) else (got,)
+            for result, target in zip(got, case.targets.values(), strict=True):
+                tensors[target].copy_(result)
+
+    def download(self, memory: Any) -> np.ndarray:
+        """The bytes, back on the host."""
+        self.flat = {}
+        return memory.cpu().numpy()
+
+
+@functools.lru_cache(maxsize=256)
+def _face(fusion: Fusion, in_place: bool) -> Callable:
+    from moekit.torch import op
+
+    return op(fusion, in_place=in_place)
+
+
+def _count_launches(name: str) -> None:
+    """Count every kernel that moekit launches through Triton, by either way, in this process."""
+    from moekit.torch import fast, launch
+
+    if hasattr(fast, "_uncounted"):
+        return
+    fast._uncounted, slow = fast._launch, launch._start
+
+    def quick(entry, pointers):
+        launches[name] += len(entry.ready)
+        fast._uncounted(entry, pointers)
+
+    def front(one, tensors):
+        launches[name] += 1
+        return slow(one, tensors)
+
+    fast._launch, launch._start = quick, front
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "interpret": lambda: Interpret("interpret"),
+    "numpy": lambda: Evaluate("numpy"),
+    "eager": lambda: Torch("eager", "eager", "cpu"),
+    "triton": lambda: Torch("triton", "triton", "cuda"),
+    "triton-interpreter": lambda: Torch("triton-interpreter", "triton", "cpu"),
+}
+
+
+def executor(name: str) -> Executor:
+    """The implementation `name`; raises UnavailableError if there is none, or none here."""
+    from moekit.testing.peers import PEERS, peer_executor
+
+    if name in PEERS or ":" in name:
+        return peer_executor(name)
+    if name not in EXECUTORS:
+        raise UnavailableError(f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, 'xla', 'pallas'))}")
+    if why := unavailable(name):
+        raise UnavailableError(f"{name}: {why}")
+    return EXECUTORS[name]()
+
+
+def unavailable(name: str) -> str | None:
+    """Why an implementation cannot be run here, None if it can."""
+    import importlib.util
+    import os
+
+    need = {"eager": "torch", "triton": "torch", "triton-interpreter": "torch", "xla": "jax", "pallas": "jax"}.get(name)
+    if need and importlib.util.find_spec(need) is None:
+        return f"{need} is not installed; install moekit[{need}]"
+    if name.startswith("triton") and importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install moekit[torch]"
+    if name == "triton-interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's interpreter needs TRITON_INTERPRET=1 in the environment"
+    if name == "triton":
+        from moekit.cli.platform import gpu_count
+
+        return None if gpu_count() else "there is no NVIDIA GPU here; choose interpret, eager or pallas"
+    return None

@@ -1,0 +1,137 @@
+"""Running cases through JAX: one compiled shape and layout, many values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moekit.jax import View, launch, op
+from moekit.lang.dtypes import numpy_dtype
+from moekit.testing.batch import Verdict
+from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.executors import launches, schedule_of
+from moekit.testing.guard import POISONS
+from moekit.testing.oracle import Oracle
+
+
+def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
+    """The tensor of `shape` that `layout` places in `base` (whose axes are in the order of storage)."""
+    axes = tuple(layout.order.index(d) for d in range(len(shape)))
+    return View(base, axes, layout.starts, layout.steps, shape)
+
+
+def base_of(values: np.ndarray | None, shape: tuple[int, ...], dtype: str, layout: Layout, poison: int) -> np.ndarray:
+    """The base array of a tensor: its values, and `poison` in every other byte."""
+    extents = layout.base(shape)
+    base = np.empty([extents[d] for d in layout.order], numpy_dtype(dtype))
+    base.view(np.uint8)[...] = poison
+    if values is not None:
+        _elements(base, layout, shape)[...] = values
+    return base
+
+
+def _elements(base: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> np.ndarray:
+    index = [slice(layout.starts[d], layout.starts[d] + layout.steps[d] * (shape[d] - 1) + 1 if shape[d] else layout.starts[d],
+                   layout.steps[d]) for d in layout.order]  # fmt: skip
+    return np.transpose(base[tuple(index)], [layout.order.index(d) for d in range(len(shape))])
+
+
+def _layout(case: FuzzCase, name: str) -> Layout:
+    layout = case.layout(name)
+    return layout if layout.viewable else Layout.dense(len(layout.order))
+
+
+def key(case: FuzzCase) -> str:
+    """What a compiled program of the case depends on."""
+    parts = (sorted(case.extents.items()), sorted(case.dtypes.items()), sorted(case.params.items()), case.mode, case.schedule,
+             [(n, _layout(case, n)) for n in case.memory()])  # fmt: skip
+    return f"{case.fusion} {parts}"
+
+
+def compiled(implementation: str, case: FuzzCase):
+    """A jitted function of the base arrays of the case's memory, by name; it returns the outputs' bases."""
+    face, names = op(case.declaration), list(case.shapes)
+
+    @jax.jit
+    def run(bases: Mapping[str, Any]) -> tuple:
+        views = {n: view_of(x, _layout(case, n), case.shape(n)) for n, x in bases.items()}
+        given = None
+        if case.mode != "plain":
+            given = tuple(views[t] for t in case.targets.values())
+        options = {"implementation": implementation, "schedule": schedule_of(case), "out": given}
+        got = face(*(views[n] for n in names), **case.params, **options)
+        return got if isinstance(got, tuple) else (got,)
+
+    return run
+
+
+def run_values(implementation: str, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> list[Verdict]:
+    """Run cases that differ in values alone, through one compiled function."""
+    first = pairs[0][0]
+    kernels = _counting()
+    before = kernels.count
+    function, verdicts = compiled(implementation, first), []
+    for i, (case, oracle) in enumerate(pairs):
+        verdict = Verdict(case)
+        runs = []
+        for poison in POISONS if i % 4 == 0 else POISONS[:1]:
+            try:
+                runs.append(_one(function, case, oracle, poison, verdict))
+            except Exception as error:
+                if "CUDA_ERROR" in str(error):
+                    raise
+                verdict.problems.append(f"{type(error).__name__}: {str(error)[:500]}")
+                return [*verdicts, verdict, *(Verdict(c) for c, _ in pairs[i + 1 :])]
+        verdict.launched = implementation == "xla" or kernels.count > before
+        launches[implementation] += len(runs) * verdict.launched
+        problems, verdict.ratio = oracle.problems(runs[0])
+        verdict.problems += problems
+        for n, x in runs[-1].items():
+            if x.tobytes() != runs[0][n].tobytes():
+                verdict.problems.append(f"{case.fusion}: {n} depends on what lies around the tensors")
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _one(function, case: FuzzCase, oracle: Oracle, poison: int, verdict: Verdict) -> dict[str, np.ndarray]:
+    """The outputs of one run; what was written beside them goes to the verdict."""
+    fresh = case.mode == "plain"
+    memory = [n for n in case.memory() if n in case.shapes or not fresh]
+    bases = {n: base_of(oracle.values.get(n), case.shape(n), case.dtype(n), _layout(case, n), poison) for n in memory}
+    got = function({n: jnp.asarray(x) for n, x in bases.items()})
+    found = {}
+    for (name, target), x in zip(case.targets.items(), got, strict=True):
+        after = np.asarray(x)
+        if fresh:
+            found[name] = after
+            continue
+        layout, shape = _layout(case, target), case.shape(target)
+        found[name] = _elements(after, layout, shape)
+        expected = bases[target].copy()
+        _elements(expected, layout, shape)[...] = found[name]
+        if expected.tobytes() != after.tobytes():
+            verdict.problems.append(f"{case.fusion}: elements outside the view of {name} were written")
+    return found
+
+
+class _Count:
+    """How many kernels were built into programs in this process."""
+
+    count = 0
+
+
+@functools.lru_cache(maxsize=1)
+def _counting() -> _Count:
+    counter, original = _Count(), launch.kernel
+
+    def counted(program):
+        counter.count += 1
+        return original(program)
+
+    launch.kernel = counted
+    return counter

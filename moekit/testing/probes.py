@@ -1,0 +1,168 @@
+"""Small declarations that use the corners of the language which moekit's own fusions leave out.
+
+They are what shows a fault in the compiler that no shipped fusion meets: `moekit fuzz` and `moekit mutants` run them
+beside the fusions. Each has a numpy reference of its own, like any declaration.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moekit import lang as ml
+from moekit.lang import In, InOut, Out, fusion, round_to
+
+
+def _f64(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [a.astype(np.float64) for a in arrays]
+
+
+def _running(x, mask):
+    return {"total": np.cumsum(x.astype(np.float64) * mask, -1), "place": np.cumsum(mask, -1, dtype=np.int32) - mask}
+
+
+@fusion(_running, x=In("T E"), mask=In("T E", dtype="int32"))
+def probe_running(x, mask):
+    """Running sums of floats and of counts."""
+    return {"total": ml.cumsum(ml.f32(x) * ml.f32(mask), over="E"), "place": ml.cumsum(mask, over="E") - mask}
+
+
+def _slots(x, slots, state, *, keep):
+    state = state.astype(np.float64).copy()
+    valid = (slots >= 0) & (slots < len(state))
+    old = np.where(valid[:, None], state[np.where(valid, slots, 0)] if len(state) else 0.0, 0.0)
+    new = old * keep + x.astype(np.float64)
+    state[slots[valid]] = new[valid]
+    return {"state": state, "out": old - x.astype(np.float64)}
+
+
+@fusion(_slots, x=In("T H"), slots=In("T", dtype=("int32", "int64")), state=InOut("S H", dtype="float32"), dynamic="T S")
+def probe_slots(x, slots, state, keep: float = 0.5):
+    """Rows of a state, read and written by slot; slots out of range read zero and write nothing."""
+    old = ml.gather(state, slots, over="S")
+    return {"state": ml.put(old * keep + ml.f32(x), slots, over="S"), "out": old - ml.f32(x)}
+
+
+def _nearest(x):
+    return {"low": np.argmin(x, -1).astype(np.int32), "high": np.argmax(x, -1).astype(np.int32), "span": _span(x)}
+
+
+def _span(x):
+    with np.errstate(invalid="ignore"):
+        return np.max(x, -1).astype(np.float64) - np.min(x, -1).astype(np.float64)
+
+
+@fusion(_nearest, x=In("T H"))
+def probe_nearest(x):
+    """Indices of the first minimum and maximum, and the distance between them."""
+    span = ml.f32(ml.max(x, over="H")) - ml.f32(ml.min(x, over="H"))
+    return {"low": ml.argmin(x, over="H"), "high": ml.argmax(x, over="H"), "span": span}
+
+
+def _interleaved(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        turned = x[..., 0::2] * y - x[..., 1::2]
+    return {"turned": turned, "lifted": x[:, -1] + np.arange(x.shape[2])}
+
+
+@fusion(_interleaved, x=In("T A 2*R"), y=In("T A R"))
+def probe_interleaved(x, y):
+    """Slices with a start and a step, along an inner and a middle axis, and an index used as a number."""
+    x32 = ml.f32(x)
+    left, right = (ml.slice(x32, "2*R", start, ml.size("R"), "R", step=2) for start in (0, 1))
+    last = ml.sum(ml.slice(x32, "A", ml.size("A") - 1, 1, "one"), over="one")
+    return {"turned": left * ml.f32(y) - right, "lifted": last + ml.f32(ml.iota("2*R"))}
+
+
+def _gated(x, w, bias):
+    x, w, bias = _f64(x, w, bias)
+    gate, up = np.split(x @ w.T + bias, 2, -1)
+    return {"out": np.maximum(gate, 0) * up, "gate": gate}
+
+
+@fusion(_gated, x=In("T D"), w=In("2*I D"), bias=In("2*I"))
+def probe_gated(x, w, bias):
+    """A product whose epilogue joins two halves of its columns."""
+    gate, up = ml.halves(ml.contract(x, w, over="D") + ml.f32(bias), "I")
+    return {"out": ml.cast(ml.maximum(gate, 0.0) * up, x.dtype), "gate": gate}
+
+
+def _planes(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        e = np.exp(x - x.max((1, 2), keepdims=True))
+        weights = e / e.sum((1, 2), keepdims=True)
+        return {"out": (weights * y).sum((1, 2)), "each": np.swapaxes(weights, 1, 2), "least": y.min(2)}
+
+
+@fusion(_planes, x=In("T A B"), y=In("T A B"), each=Out("T B A"))
+def probe_planes(x, y):
+    """A softmax over two axes together, reductions of it, and an output stored in another order of axes."""
+    x32 = ml.f32(x)
+    e = ml.exp(x32 - ml.max(x32, over="A B"))
+    weights = e / ml.sum(e, over="A B")
+    out = ml.sum(weights * ml.f32(y), over="A B")
+    return {"out": out, "each": weights, "least": ml.f32(ml.min(y, over="B"))}
+
+
+def _columns(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        return {"total": x.sum(0), "largest": np.maximum(x, 0).max(0, initial=0.0), "product": x.T @ y}
+
+
+@fusion(_columns, x=In("T H"), y=In("T P"))
+def probe_columns(x, y):
+    """Reductions and a product over the dynamic axis."""
+    x32 = ml.f32(x)
+    largest = ml.max(ml.maximum(ml.where(ml.iota("T") >= 0, x32, 0.0), 0.0), over="T")
+    return {"total": ml.sum(x32, over="T"), "largest": ml.maximum(largest, 0.0), "product": ml.contract(x, y, over="T")}
+
+
+def _bits(x, n):
+    high = round_to(x.astype(np.float64), "bfloat16").astype(np.float32).view(np.int32) >> 16
+    with np.errstate(invalid="ignore"):
+        odd = (np.arange(x.shape[1]) % 3 == 1) & (x > 0)
+    return {"high": high.astype(np.int16), "odd": odd, "quotient": np.trunc(n / 3).astype(np.int32) + (n << 2)}
+
+
+@fusion(_bits, x=In("T H", dtype="float32"), n=In("T H", dtype="int32"))
+def probe_bits(x, n):
+    """Bit operations, integer division, a narrow integer output and a bool one."""
+    high = ml.cast(ml.bitcast(ml.f32(ml.cast(x, "bfloat16")), "int32") >> 16, "int16")
+    return {"high": high, "odd": (ml.iota("H") % 3 == 1) & (x > 0), "quotient": n // 3 + (n << 2)}
+
+
+def _rounded(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        step = round_to(x * 3, "float16")
+        return {"out": round_to(step + round_to(y, "bfloat16"), "bfloat16") * 2}
+
+
+@fusion(_rounded, x=In("T H", dtype="float32"), y=In("T H", dtype="float32"))
+def probe_rounded(x, y):
+    """Three rounding points in a row, to both narrow formats."""
+    step = ml.f32(ml.cast(x * 3.0, "float16"))
+    return ml.f32(ml.cast(step + ml.f32(ml.cast(y, "bfloat16")), "bfloat16")) * 2.0
+
+
+def _grouped(x, w, ids):
+    x, w = _f64(x, w)
+    valid = (ids >= 0) & (ids < len(w))
+    chosen = np.where(valid[..., None, None], w[np.where(valid, ids, 0)], 0)
+    with np.errstate(all="ignore"):
+        return {"out": np.einsum("td,tkpd->tpk", x, chosen)}
+
+
+@fusion(_grouped, x=In("T D"), w=In("E P D"), ids=In("T K", dtype="int32"))
+def probe_grouped(x, w, ids):
+    """Each token times the weights of the experts chosen for it: a gather on the weight."""
+    return ml.contract(x, ml.gather(w, ids, over="E"), over="D")
+
+
+PROBES = {
+    f.name: f
+    for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
+              probe_bits, probe_rounded, probe_grouped)
+}  # fmt: skip

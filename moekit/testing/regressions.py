@@ -1,0 +1,72 @@
+"""Cases that once failed: kept as JSON, one file per fusion, and replayed before anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekit.testing.case import FuzzCase
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A case, the implementation that got it wrong, and what was said then."""
+
+    case: FuzzCase
+    implementation: str
+    problems: tuple[str, ...]
+    note: str = ""
+
+    def to_json(self) -> dict:
+        """As the file has it."""
+        return {"implementation": self.implementation, "note": self.note, "problems": list(self.problems),
+                "case": self.case.to_json()}  # fmt: skip
+
+
+def load(path: Path) -> list[Regression]:
+    """The cases of a file, or of every JSON file of a directory; raises ValueError for a file that holds none."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        try:
+            rows = json.loads(file.read_text())
+            rows = rows if isinstance(rows, list) else [rows]
+            for row in rows:
+                row = row if "case" in row else {"case": row}
+                found.append(Regression(FuzzCase.from_json(row["case"]), row.get("implementation", "interpret"),
+                                        tuple(row.get("problems", ())), row.get("note", "")))  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} holds no fuzz case: {error}") from None
+    return found
+
+
+def append(directory: Path, regression: Regression) -> Path:
+    """Add a case to its fusion's file, once; the file's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in regression.case.fusion)
+    path = directory / f"{name}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    if all((r["case"], r["implementation"]) != (regression.to_json()["case"], regression.implementation) for r in rows):
+        path.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*rows, regression.to_json()]) + "\n]\n")
+    return path
+
+
+def pasteable(case: FuzzCase, implementation: str) -> str:
+    """A test that runs a case, ready to paste."""
+    name = "".join(c if c.isalnum() else "_" for c in f"{case.fusion}_{implementation}")
+    return "\n".join(_lines(name, case, implementation))
+
+
+def _lines(name: str, case: FuzzCase, implementation: str) -> Iterator[str]:
+    yield "from moekit.testing.campaign import replay"
+    yield "from moekit.testing.case import FuzzCase"
+    yield ""
+    yield ""
+    yield f"def test_{name}():"
+    yield "    case = FuzzCase.from_json({"
+    for key, value in case.to_json().items():
+        yield f"        {key!r}: {value!r},"
+    yield "    })"
+    yield f"    assert not replay(case, {implementation!r})"

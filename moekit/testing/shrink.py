@@ -1,0 +1,94 @@
+"""Making a failing case small: fewer and smaller axes, contiguous layouts, plain values, the heuristic's schedule.
+
+Each step is kept if the case still fails; steps are tried until none helps. What is left is what a person must look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from moekit.errors import MoekitError
+from moekit.testing.case import FuzzCase, Layout
+
+RECIPES = ("integers", "normal", "ties", "mixed")
+
+
+def simpler(case: FuzzCase) -> Iterator[FuzzCase]:
+    """Cases a step simpler than `case`, boldest first."""
+    if case.layouts:
+        yield replace(case, layouts={})
+    for name in case.layouts:
+        yield replace(case, layouts={n: v for n, v in case.layouts.items() if n != name})
+    for axis, n in case.sizes.items():
+        for smaller in dict.fromkeys((1, n // 4, n // 2, n - n // 8, n - 1)):
+            if 0 < smaller < n:
+                yield _resized(case, {**case.sizes, axis: smaller})
+    if case.schedule != "heuristic":
+        yield replace(case, schedule="heuristic")
+    for recipe in RECIPES[: RECIPES.index(case.recipe) if case.recipe in RECIPES else None]:
+        yield replace(case, recipe=recipe)
+    floats = [n for n, d in case.dtypes.items() if d in ("float16", "bfloat16")]
+    if floats:
+        yield replace(case, dtypes={n: "float32" if n in floats else d for n, d in case.dtypes.items()})
+    for name, p in case.declaration.params.items():
+        if p.default is not p.empty and case.params.get(name) != p.default:
+            yield replace(case, params={n: v for n, v in case.params.items() if n != name})
+        elif isinstance(case.params.get(name), int) and case.params[name] > 1:
+            yield replace(case, params={**case.params, name: 1})
+    for name, layout in case.layouts.items():
+        for field in ("starts", "pads"):
+            if any(getattr(layout, field)):
+                yield _with(case, name, replace(layout, **{field: (0,) * len(layout.order)}))
+        if any(s > 2 for s in layout.steps) and layout.kind != "far":
+            yield _with(case, name, replace(layout, steps=tuple(min(s, 2) for s in layout.steps)))
+        if layout.order != tuple(range(len(layout.order))):
+            yield _with(case, name, replace(layout, order=tuple(range(len(layout.order)))))
+        if layout.shift > 1:
+            yield _with(case, name, replace(layout, shift=1))
+    if case.seed:
+        yield replace(case, seed=0)
+
+
+def _with(case: FuzzCase, name: str, layout: Layout) -> FuzzCase:
+    return replace(case, layouts={**case.layouts, name: layout})
+
+
+def _resized(case: FuzzCase, sizes: dict[str, int]) -> FuzzCase:
+    """The case at other sizes; a far layout is laid out anew, so that it stays far."""
+    found = replace(case, sizes=sizes)
+    layouts = {}
+    for name, layout in case.layouts.items():
+        if layout.kind == "far":
+            if found.problem():
+                return found
+            place = next((d for d, s in enumerate(layout.steps) if s > 1), 0)
+            shape = found.shape(name)
+            inner = max(1, layout.strides(shape)[place] // layout.steps[place])
+            if shape[place] > 1:
+                step = -(-(2**31 + 1) // ((shape[place] - 1) * inner))
+                layout = replace(layout, steps=tuple(step if d == place else s for d, s in enumerate(layout.steps)))
+        layouts[name] = layout
+    return replace(found, layouts=layouts)
+
+
+def shrink(case: FuzzCase, fails: Callable[[FuzzCase], bool], most: int = 300) -> FuzzCase:
+    """The smallest case found that still fails, after at most `most` tries."""
+    tries, progress = 0, True
+    while progress and tries < most:
+        progress = False
+        for candidate in simpler(case):
+            if tries >= most:
+                break
+            tries += 1
+            if _valid(candidate) and fails(candidate):
+                case, progress = candidate, True
+                break
+    return case
+
+
+def _valid(case: FuzzCase) -> bool:
+    try:
+        return case.problem() is None and bool(case.memory())
+    except (MoekitError, KeyError, ValueError):
+        return False

@@ -1,0 +1,187 @@
+"""The work of a campaign in pieces that a worker process can take: which cases a piece has follows from its numbers alone."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from dataclasses import dataclass, field, replace
+
+from moekit.testing.batch import Verdict, run_cases
+from moekit.testing.case import FuzzCase, find_fusion
+from moekit.testing.coverage import Coverage, blocks
+from moekit.testing.draw import (
+    KINDS,
+    Limits,
+    draw_call,
+    draw_kinds,
+    draw_layouts,
+    draw_mode,
+    draw_schedule,
+    numpy_source,
+    redraw_dynamic,
+)
+from moekit.testing.executors import Executor, executor, schedule_of
+from moekit.testing.oracle import Oracle
+from moekit.testing.values import RECIPES
+
+JAX = ("pallas", "xla")
+VIEWS = ("dense", "padded", "padded 16", "strided", "transposed", "apart", "transposed padded", "arbitrary")
+ON_CPU = frozenset({"interpret", "numpy", "eager", "triton-interpreter", "pallas", "xla"})
+SLOW_BLOCKS = 160  # blocks of work beyond which the interpreters are too slow for a campaign
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cases `start` to `stop` of one batch: call number `combo` of a fusion (what costs a compilation), turn `turn` of it.
+
+    A batch has `groups` sets of values, each run with `layouts` sets of strides. `accelerated`: on a GPU.
+    """
+
+    fusion: str
+    implementation: str
+    seed: int
+    combo: int
+    turn: int
+    groups: int = 8
+    layouts: int = 8
+    accelerated: bool = False
+    start: int = 0
+    stop: int = 1_000_000
+
+    def halves(self) -> list[Task]:
+        """The task in two, or nothing if it is one case."""
+        stop = min(self.stop, self.groups * self.layouts)
+        if stop - self.start < 2:
+            return []
+        middle = (self.start + stop) // 2
+        return [replace(self, stop=middle), replace(self, start=middle, stop=stop)]
+
+
+@dataclass
+class Report:
+    """What a worker sends back for a task."""
+
+    task: Task
+    coverage: Coverage = field(default_factory=Coverage)
+    failures: list[tuple[FuzzCase, list[str]]] = field(default_factory=list)
+    launches: int = 0
+
+
+def limits_of(task: Task) -> Limits:
+    """How far the cases of a task may go."""
+    edge = task.turn % 25 == 24
+    elements = 12_000 if task.accelerated else 2500
+    name, kinds, modes = task.implementation, KINDS, ("out", "in place", "over", "plain")
+    schedules: tuple[str, ...] = Limits().schedules
+    dtypes: tuple[str, ...] = Limits().dtypes
+    if name in JAX:
+        kinds, modes = VIEWS, ("out", "in place", "plain")
+    if name == "triton-interpreter":
+        dtypes = ("float32", "float16")
+    if name in ("numpy", "eager", "xla"):
+        schedules = ("heuristic",)
+    return Limits(elements, 0 if edge else 64, kinds, modes, schedules, dtypes)
+
+
+@functools.lru_cache(maxsize=512)
+def template(task: Task) -> tuple[FuzzCase, tuple[tuple[str, str], ...]]:
+    """The call that a combo stands for, and the kind of layout of each of its tensors."""
+    limits = limits_of(replace(task, turn=0))
+    source = numpy_source(task.seed, zlib.crc32(task.fusion.encode()), task.combo)
+    fusion = find_fusion(task.fusion)
+    case = draw_call(fusion, task.fusion, source, limits)
+    case = replace(case, mode=draw_mode(case, source, limits))
+    case = replace(case, schedule=draw_schedule(case, source, limits))
+    return case, tuple(draw_kinds(case, source, limits).items())
+
+
+def work(case: FuzzCase) -> int:
+    """Blocks that an interpreter goes through for a case."""
+    total = 1
+    for axis, block in blocks(case).items():
+        total *= max(1, -(-case.extents[axis] // block))
+    return total
+
+
+def _affordable(case: FuzzCase, task: Task) -> FuzzCase:
+    if task.accelerated or task.implementation not in ("interpret", "triton-interpreter", "pallas"):
+        return case
+    most = SLOW_BLOCKS if task.implementation == "interpret" else SLOW_BLOCKS // 4
+    if work(case) > most and case.schedule != "heuristic":
+        case = replace(case, schedule="heuristic")
+    while work(case) > most and any(case.sizes[a] > 1 for a in case.sizes if a in case.declaration.dynamic):
+        case = replace(case, sizes={a: max(1, n // 2) if a in case.declaration.dynamic else n for a, n in case.sizes.items()})
+    return case
+
+
+def cases(task: Task) -> list[list[FuzzCase]]:
+    """All cases of a task's batch: groups that share their values."""
+    base, kinds = template(replace(task, turn=0, start=0, stop=1))
+    source = numpy_source(task.seed, zlib.crc32(task.fusion.encode()), task.combo, task.turn + 1)
+    limits = limits_of(task)
+    static = redraw_dynamic(base, source, limits)
+    found = []
+    for _ in range(task.groups):
+        call = static if task.implementation in JAX else redraw_dynamic(base, source, limits)
+        call = _affordable(call, task)
+        if call.problem():
+            call = base
+        call = replace(call, recipe=source.choose([*RECIPES, "normal", "integers"]), seed=source.integer(0, 2**30))
+        group = []
+        for _ in range(task.layouts):
+            layouts = draw_layouts(call, dict(kinds), source) if task.implementation not in JAX or not found else dict(
+                found[0][0].layouts)  # fmt: skip
+            group.append(replace(call, layouts=layouts))
+        found.append(group)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _executor(name: str) -> Executor:
+    return executor(name)
+
+
+def run_task(task: Task) -> Report:
+    """Run a task in this process."""
+    report = Report(task)
+    groups, number, pairs = cases(task), 0, []
+    reference = None if task.implementation in JAX else _executor(task.implementation).reference
+    for group in groups:
+        oracle = None
+        for case in group:
+            if task.start <= number < task.stop:
+                oracle = oracle or Oracle.of(case, task.implementation, reference)
+                pairs.append((case, oracle))
+            number += 1
+    for verdict in _run(task, pairs):
+        _note(report, verdict)
+    return report
+
+
+def _run(task: Task, pairs: list[tuple[FuzzCase, Oracle]]) -> list[Verdict]:
+    if not pairs:
+        return []
+    if task.implementation in JAX:
+        from moekit.testing.jax_batch import run_values
+
+        return run_values(task.implementation, pairs)
+    made = _executor(task.implementation)
+    return run_cases(made, [(c, o) for c, o in pairs if made.supports(c)])
+
+
+def _note(report: Report, verdict: Verdict) -> None:
+    case, coverage = verdict.case, report.coverage
+    if verdict.problems:
+        report.failures.append((case, verdict.problems))
+        coverage.ran += 1
+        return
+    coverage.note(case, verdict.launched, verdict.ratio)
+    if report.task.implementation in JAX:
+        from moekit.testing.jax_batch import key
+
+        coverage.compiled.add(f"{case.fusion} {zlib.crc32(key(case).encode()):08x}")
+    else:
+        signature = ", ".join(f"{n} {case.layout(n).kind}" for n in case.memory())
+        statics = [(a, n) for a, n in case.extents.items() if a not in case.declaration.dynamic]
+        text = repr((statics, case.dtypes, case.params, case.mode, schedule_of(case), signature))
+        coverage.compiled.add(f"{case.fusion} {zlib.crc32(text.encode()):08x}")
