@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -20,6 +21,7 @@ from moekit.jax.view import View, view
 from moekit.lang.arguments import bind_arguments, face_signature
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
+from moekit.tune.table import tuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
 
@@ -72,7 +74,7 @@ class Call:
             for m, w in others:
                 if w.base is v.base and v.overlaps(w):
                     raise AliasError(
-                        f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements of the base, or to another array"
+                        f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements, or to another array"
                     )
 
     def xla(self) -> dict[str, jax.Array]:
@@ -90,12 +92,24 @@ class Call:
             }
         if any(v.size == 0 for v in self.views.values()):
             return self.xla()
+        self._keep_rows()
         bases, layouts, separate, shapes = self._buffers()
-        planned = planned_for(self.fusion, self.binding, separate, tuple(layouts.items()), self.schedule)
+        schedule = self.schedule or tuned(jax.devices()[0].device_kind, self.graph)
+        planned = planned_for(self.fusion, self.binding, separate, tuple(layouts.items()), schedule)
         flat = tuple(bases.values())
         results = _with_rules(self, tuple(bases), planned, shapes)(*flat)
         where = {n: layouts[written_name(n) if n in separate else n].buffer for n in self.names}
         return {n: results[where[n]] for n in self.names}
+
+    def _keep_rows(self) -> None:
+        """Where a `put` does not go in place, put the old rows there first: the kernel writes those at its ids only."""
+        for n in [w.tensor for w in self.graph.writes if w.ids and not self._in_place(w.tensor)]:
+            old = self.views[n].array()
+            if n in self.out:
+                base, was = self.out[n].set(old), self.out[n]
+                self.out = {m: replace(v, base=base) if v.base is was.base else v for m, v in self.out.items()}
+            else:
+                self.views[n] = view(old)
 
     def _buffers(self):
         """Every base array once, the layout of every tensor in them, and the InOut tensors not updated in place."""

@@ -16,8 +16,11 @@ from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ShapeError
 from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
 from moekit.torch import launch
 from moekit.torch.binding import DTYPES, bind, checked
+from moekit.tune.table import tuned
+from moekit.tune.table import tuned
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -132,7 +135,8 @@ class Call:
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
-        planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, self.schedule)
+        schedule = self.schedule or tuned(_device_name(self.device), self.graph)
+        planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
@@ -196,6 +200,21 @@ def _own(x: torch.Tensor, held: set[int]) -> torch.Tensor:
     """A contiguous tensor of its own memory, whatever operands' memory `x` may be a view of."""
     dense = x.contiguous()
     return dense.clone() if dense.untyped_storage().data_ptr() in held else dense
+
+
+@lru_cache(maxsize=64)
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tuned_here(device: torch.device, graph: Graph) -> Schedule | None:
+    """The schedule that the table of a GPU has for a graph; None where the heuristic decides."""
+    return tuned(_device_name(device.index), graph) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=64)
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @lru_cache(maxsize=8192)

@@ -48,10 +48,10 @@ def test_triton_gather_past_two_to_the_31():
     """And that of a row chosen by an id."""
     import torch
 
-    from moekit.lang import In, cast, fusion, gather
+    from moekit.lang import In, Out, cast, fusion, gather
     from moekit.torch import op
 
-    @fusion(None, table=In("S H"), ids=In("T", dtype="int32"), dynamic="T S")
+    @fusion(None, table=In("S H"), ids=In("T", dtype="int32"), out=Out("T H"), dynamic="T S")
     def pick(table, ids):
         return cast(gather(table, ids, over="S"), table.dtype)
 
