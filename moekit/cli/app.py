@@ -8,7 +8,9 @@ from moekit import __version__
 from moekit.cli.decode import decode
 from moekit.cli.doctor import doctor
 from moekit.cli.fusions import list_fusions
+from moekit.cli.fuzz import fuzz
 from moekit.cli.show import show
+from moekit.cli.tune import tune
 from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 
 FAILED, USAGE, UNAVAILABLE = 1, 2, 3
@@ -42,5 +44,5 @@ def cli() -> None:
     """
 
 
-for _command in (decode, list_fusions, show, doctor):
+for _command in (decode, list_fusions, show, doctor, tune, fuzz):
     cli.add_command(_command)
