@@ -24,7 +24,6 @@ from moekit.models.qwen3next import TINY, Config, Model, load, write_random_chec
 from moekit.models.qwen3next.config import ATTENTION, GDN
 
 CASES = {
-    "two-layers": replace(TINY, vocab_size=256, layer_types=(GDN, ATTENTION)),
     "four-layers": replace(TINY, vocab_size=256),
     "eight-layers": replace(
         TINY,
@@ -54,11 +53,10 @@ CASES = {
         tie_word_embeddings=True,
         layer_types=(GDN, ATTENTION, GDN, ATTENTION),
     ),
+    "two-layers": replace(TINY, vocab_size=256, layer_types=(GDN, ATTENTION)),
 }
-LENGTHS, NEW = (
-    (70, 3, 18),
-    32,
-)  # more than one chunk of the delta rule; less than the convolution's width; neither
+FILES = {"sixteen-value-heads": 3, "odd-experts": 2}  # of the checkpoint; one for the others
+LENGTHS, NEW = (70, 3), 32  # more than a chunk of the delta rule, and less than the convolution's width
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ class Zoo:
 
     def _write(self, root: Path, case: str, dtype: str) -> Path:
         seed = list(CASES).index(case)
-        return write_random_checkpoint(root / f"{case}-{dtype}", CASES[case], seed, dtype, files=1 + seed % 3)
+        where = root / f"{case}-{dtype}"
+        return write_random_checkpoint(where, CASES[case], seed, dtype, files=FILES.get(case, 1))
 
     def _transformers(self, case: str, dtype: str = "float32", wide: bool = False) -> Qwen3NextForCausalLM:
         kind = getattr(torch, dtype)

@@ -47,17 +47,17 @@ def close(mine, theirs, tolerance=2e-5):
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
-    model, config, kernels = zoo.model(case, tp=tp), zoo.config(case), named("pallas")
+    model, config = zoo.model(case, tp=tp), zoo.config(case)
     theirs = zoo.transformers(case).model.layers[0].linear_attn
     x = hidden(zoo, case)
     expected = theirs(torch.tensor(x)).detach().numpy()
     state = DeltaState(CUT, CUT)
 
     def prompt(weights, x, lengths):
-        return gdn.prefill(x, weights, lengths, config, kernels)
+        return gdn.prefill(x, weights, lengths, config, named("xla"))
 
     def token(weights, x, memory):
-        return gdn.decode(x, weights, memory, config, kernels)
+        return gdn.decode(x, weights, memory, config, named("pallas"))
 
     # The second sequence is shorter, and its padding is loud: neither its output nor its state may hear it.
     lengths = np.array([S - 3, S - 5], np.int32)
@@ -112,7 +112,7 @@ def test_mixture_of_experts(zoo, case, kernels, tp):
         return (moe.moe(x, weights, config, named(kernels)),)
 
     rows = x.reshape(B * S, -1)
-    close(summed(model, 1, "mlp", block, rows)[0], expected)
+    close(summed(model, 1, "mlp", block, rows[:20])[0], expected[:20])
     close(summed(model, 1, "mlp", block, rows[:2])[0], expected[:2])  # few tokens gather their experts
 
 
@@ -188,7 +188,7 @@ def test_a_gate_that_may_not_be_packed_takes_three_products(zoo):
     mixed = pack_gates(replace(split, params={**split.params, "layers": layers}))
     assert isinstance(mixed.params["layers"][1]["mlp"]["gate"], dict)
     assert not isinstance(mixed.params["layers"][0]["mlp"]["gate"], dict)
-    x = hidden(zoo, "four-layers").reshape(B * S, -1)
+    x = hidden(zoo, "four-layers").reshape(B * S, -1)[:20]
     config = zoo.config("four-layers")
 
     def block(weights, x, kernels):

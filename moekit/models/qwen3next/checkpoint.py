@@ -111,8 +111,8 @@ def _array(checkpoint: Checkpoint, parameter: Parameter, mesh: Mesh, dtype: np.d
     tp, cut = mesh.shape[AXIS], parameter.cut_axis
     local = parameter.local_shape(tp)
 
-    def share(index: Sequence[slice]) -> np.ndarray:
-        rank = 0 if cut is None else (index[cut].start or 0) // local[cut]
+    def share(index: tuple[slice, ...] | None) -> np.ndarray:
+        rank = 0 if cut is None or index is None else (index[cut].start or 0) // local[cut]
         return _share(checkpoint, parameter, rank, local, dtype)
 
     return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, parameter.spec), share)

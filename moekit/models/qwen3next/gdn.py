@@ -142,10 +142,10 @@ def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[
     """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, C, width - 1]."""
     width, length = weight.shape[1], mixed.shape[1]
     padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
-    taps = (padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width))
+    taps = [padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width)]
     positions = lengths[:, None] + jnp.arange(width - 1)
     last = jnp.take_along_axis(padded, positions[..., None], axis=1)
-    return _silu(sum(taps), mixed.dtype), jnp.swapaxes(last, 1, 2)
+    return _silu(sum(taps[1:], taps[0]), mixed.dtype), jnp.swapaxes(last, 1, 2)
 
 
 def _silu(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

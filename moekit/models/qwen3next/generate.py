@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +19,7 @@ PROMPT_BUCKET, CACHE_BUCKET = 16, 64  # lengths are rounded up to these, so that
 class Progress:
     """One finished call. stage: 'prefill' or 'decode'; step counts new tokens of each sequence, of `total`.
 
-    seconds: from the start of this call to its tokens. tokens: the new token of each sequence.
+    seconds: since the tokens before it. tokens: the new token of each sequence.
     """
 
     stage: str
@@ -72,16 +72,29 @@ def generate(
         model = unpack_gates(model)
     stops = frozenset((eos,) if isinstance(eos, int) else eos or ())
     run = _Run(len(prompts), max_new_tokens, stops, progress)
+    calls = _calls(model, prompts, max_new_tokens, kernels)
+    for stage in ("prefill", "decode"):  # each compiles, so each is awaited before the next is dispatched
+        if not run.finished:
+            run.take(stage, next(calls))
+    waiting = None if run.finished else next(calls)
+    while waiting is not None:
+        following = next(calls, None)  # runs on the devices while the host waits for the one before
+        run.take("decode", waiting)
+        waiting = None if run.finished else following
+    return run.result()
+
+
+def _calls(model: Model, prompts: Sequence[Sequence[int]], total: int, kernels: Kernels) -> Iterator[jax.Array]:
+    """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
     tokens, lengths = _padded(prompts)
-    room = _round_up(tokens.shape[1] + max_new_tokens, CACHE_BUCKET)
-    logits, cache = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
+    room = _round_up(tokens.shape[1] + total, CACHE_BUCKET)
+    logits, memory = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
     current = most_likely(model, logits)
     del logits
-    finished = run.take("prefill", current)
-    while not finished:
-        current, cache = greedy_step(model, current, cache, kernels=kernels)
-        finished = run.take("decode", current)
-    return run.result()
+    yield current
+    for _ in range(total - 1):
+        current, memory = greedy_step(model, current, memory, kernels=kernels)
+        yield current
 
 
 class _Run:
@@ -94,8 +107,13 @@ class _Run:
         self.seconds: list[float] = []
         self.since = time.perf_counter()
 
-    def take(self, stage: str, current: jax.Array) -> bool:
-        """Wait for one call's tokens and note them; whether nothing is left to do."""
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended or has all its tokens."""
+        return len(self.seconds) == self.total or all(self.ended)
+
+    def take(self, stage: str, current: jax.Array) -> None:
+        """Wait for one call's tokens and note them."""
         new = tuple(int(token) for token in np.asarray(current))
         now = time.perf_counter()
         self.seconds.append(now - self.since)
@@ -103,11 +121,9 @@ class _Run:
             if not self.ended[i]:
                 self.tokens[i].append(token)
                 self.ended[i] = token in self.stops
-        step = len(self.seconds)
         if self.progress is not None:
-            self.progress(Progress(stage, step, self.total, self.seconds[-1], new))
+            self.progress(Progress(stage, len(self.seconds), self.total, self.seconds[-1], new))
         self.since = time.perf_counter()
-        return step == self.total or all(self.ended)
 
     def result(self) -> Generation:
         """The tokens and the times of the whole run."""

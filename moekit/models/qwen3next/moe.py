@@ -41,7 +41,8 @@ def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[Any, Any, Any]:
         out = kernels.gate_gemm(x, weights)
         return out.gate_up, out.router_logits, out.shared_gate
     parts = unpacked(weights) if isinstance(weights, PackedGate) else weights
-    return tuple(linear(x, parts[name].astype(x.dtype)) for name in PARTS)
+    gate_up, logits, shared_gate = (linear(x, parts[name].astype(x.dtype)) for name in PARTS)
+    return gate_up, logits, shared_gate
 
 
 def unpacked(packed: PackedGate) -> dict[str, jax.Array]:
@@ -64,8 +65,8 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array,
     if tokens <= chunk:
         return _dense(x, chosen, ids, gate_up, down)
     blocks = -(-tokens // chunk)
-    padded = tuple(jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1) for a in (x, chosen, ids))
-    out = lax.map(lambda block: _dense(*block, gate_up, down), padded)
+    pieces = tuple(jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1) for a in (x, chosen, ids))
+    out = lax.map(lambda piece: _dense(piece[0], piece[1], piece[2], gate_up, down), pieces)
     return out.reshape(blocks * chunk, -1)[:tokens]
 
 

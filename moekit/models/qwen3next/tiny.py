@@ -35,6 +35,13 @@ TINY = Config(
     shared_expert_intermediate_size=64,
 )
 
+GAINS = {
+    "mlp.gate.weight": 4.0,
+    "shared_expert_gate.weight": 2.0,
+    "in_proj_ba.weight": 2.0,
+}
+OUTPUTS = ("o_proj.weight", "out_proj.weight", "down_proj.weight")  # added to the residual stream
+
 
 def write_random_checkpoint(
     directory: str | Path,
@@ -68,12 +75,12 @@ def random_tensors(config: Config, seed: int, dtype: str) -> Iterator[tuple[str,
     rng = np.random.default_rng(seed)
     narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     for name, shape in checkpoint_shapes(config).items():
-        value = _random(rng, name, shape)
+        value = _random(rng, name, shape, config)
         value = value.astype(narrow)
         yield name, value.astype(np.float32) if name.endswith(("A_log", "dt_bias")) else value
 
 
-def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], config: Config) -> np.ndarray:
     """Float32 values of the size that the named parameter has in a trained model."""
     if name.endswith("A_log"):
         value = np.log(rng.uniform(0.05, 4.0, shape))
@@ -84,11 +91,12 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
     elif name.endswith("norm.weight"):
         value = rng.uniform(-0.4, 0.4, shape)
     elif "embed_tokens" in name:
-        value = rng.standard_normal(shape)
+        value = rng.standard_normal(shape) * (0.3 if config.tie_word_embeddings else 1.0)
     elif "conv1d" in name:
         value = rng.standard_normal(shape) * 0.6
-    else:  # a projection: unit input gives about unit output, twice that before a sigmoid or a softmax
-        gain = 2.0 if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "in_proj_ba.weight")) else 1.0
+    else:  # a projection: unit input gives about unit output, and more before a sigmoid or a softmax
+        gain = next((gain for end, gain in GAINS.items() if name.endswith(end)), 1.0)
+        gain *= config.num_layers**-0.5 if name.endswith(OUTPUTS) else 1.0
         value = rng.standard_normal(shape) * gain * shape[-1] ** -0.5
     return np.asarray(value, np.float32)
 
