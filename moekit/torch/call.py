@@ -16,10 +16,8 @@ from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ShapeError
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph
 from moekit.torch import launch
 from moekit.torch.binding import DTYPES, bind, checked
-from moekit.tune.table import tuned
 from moekit.tune.table import tuned
 
 Outputs = tuple[torch.Tensor, ...]
@@ -205,16 +203,6 @@ def _own(x: torch.Tensor, held: set[int]) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def tuned_here(device: torch.device, graph: Graph) -> Schedule | None:
-    """The schedule that the table of a GPU has for a graph; None where the heuristic decides."""
-    return tuned(_device_name(device.index), graph) if device.type == "cuda" else None
-
-
-@lru_cache(maxsize=64)
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
 
 
 @lru_cache(maxsize=8192)

@@ -144,3 +144,20 @@ def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
             operands = [order(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)]
             face(*operands, **extra, **TRITON)
         assert len(emulated.compiled) <= most + (order is transposed)
+
+
+def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):
+    from moekit.compile.schedule import Schedule
+    from moekit.torch import call
+
+    asked = []
+
+    def table(device, graph):
+        asked.append(graph.name)
+        return Schedule.parse("T:grid:2 H:whole:32 warps:2 stages:1")
+
+    monkeypatch.setattr(call, "tuned", table)
+    x, residual, weight = norm_operands(4, 32)
+    same(mt.add_rms_norm(x, residual, weight, **TRITON), mt.add_rms_norm(x, residual, weight, **EAGER))
+    ((program, _),) = emulated.compiled
+    assert (program.warps, program.axis("T").block, asked) == (2, 2, ["add_rms_norm"])

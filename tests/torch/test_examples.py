@@ -1,0 +1,41 @@
+"""Every script in examples/ runs, here on the CPU, and on the GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(script, folder, **environment):
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": python_path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_there_are_examples():
+    assert {s.stem for s in SCRIPTS} >= {"cuda_graph", "export_a_kernel", "patch_a_model", "strided_slices"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
+def test_example(script, tmp_path):
+    done = run(script, tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
+def test_example_on_the_gpu(script, tmp_path):
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
