@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from operator import itemgetter
 
 import torch
@@ -21,6 +20,8 @@ MOST_ENTRIES = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 current_device = torch.cuda.current_device
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+empty, empty_like = torch.empty, torch.empty_like
+increment_version = torch.autograd.graph.increment_version
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class Fresh:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-    def make(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Uninitialised, contiguous memory."""
-        if self.like is not None:
-            return torch.empty_like(tensors[self.like])
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -96,30 +91,31 @@ class Cache:
     def __init__(self):
         self.slots: dict[tuple, Slot] = {}
 
-    def find(self, tensors: Sequence[torch.Tensor], static: tuple) -> tuple[Entry | None, list[int]]:
-        """The entry that serves these tensors, and their addresses; None if there is none yet."""
-        key, pointers = self.key(tensors, static)
+    def find(self, tensors: Sequence[torch.Tensor], static: tuple) -> tuple[Entry | None, list[int], bool]:
+        """The entry that serves these tensors (None if there is none yet), their addresses, and whether any requires grad."""
+        key, pointers, grad = self.key(tensors, static)
         slot = self.slots.get(key)
-        return (None if slot is None else slot.entry(pointers)), pointers
+        return (None if slot is None else slot.entry(pointers)), pointers, grad
 
     @staticmethod
-    def key(tensors: Sequence[torch.Tensor], static: tuple) -> tuple[tuple, list[int]]:
-        """What decides which entry serves, and addresses.
+    def key(tensors: Sequence[torch.Tensor], static: tuple) -> tuple[tuple, list[int], bool]:
+        """What decides which entry serves, addresses, and whether any requires grad.
 
         Raises TypeError for anything but plain tensors, RuntimeError for those without an address (under vmap).
         """
-        key, pointers = [static], []
+        key, pointers, grad = [static], [], False
         for x in tensors:
             if type(x) not in PLAIN:
                 raise TypeError(f"{type(x).__name__} is no plain tensor")
             pointer = x.data_ptr()
             pointers.append(pointer)
-            key += (x.shape, x.stride(), x.dtype, x.get_device(), pointer & 15)
-        return tuple(key), pointers
+            key.append((pointer & 15, x.get_device(), x.dtype, x.shape, x.stride()))
+            grad = grad or x.requires_grad
+        return tuple(key), pointers, grad
 
     def keep(self, tensors: Sequence[torch.Tensor], static: tuple, near: tuple, entry: Entry) -> None:
         """Remember what a call of this layout came to."""
-        key, pointers = self.key(tensors, static)
+        key, pointers, _ = self.key(tensors, static)
         if len(self.slots) >= MOST_ENTRIES:
             self.slots.clear()
         slot = self.slots.setdefault(key, Slot(near))
@@ -132,43 +128,55 @@ class Cache:
 
 def launch(entry: Entry, tensors: Sequence[torch.Tensor], pointers: list[int]) -> tuple[torch.Tensor, ...]:
     """Allocate what is fresh, launch the kernels on the current stream, and return the outputs."""
-    every = [*tensors, *(f.make(tensors) for f in entry.fresh)]
-    pointers += [x.data_ptr() for x in every[len(tensors) :]]
+    every = list(tensors)
+    for f in entry.fresh:
+        made = empty(f.shape, dtype=f.dtype, device=f.device) if f.like is None else empty_like(tensors[f.like])
+        every.append(made)
+        pointers.append(made.data_ptr())
     if not entry.ready or entry.device == current_device():
         _launch(entry, pointers)
     else:
         with torch.cuda.device(entry.device):
             _launch(entry, pointers)
-    for i in entry.written:
-        torch.autograd.graph.increment_version(every[i])
+    if entry.written:
+        increment_version([every[i] for i in entry.written])
     return tuple([every[i] for i in entry.results])
 
 
 def _launch(entry: Entry, pointers: list[int]) -> None:
-    if not entry.ready:
-        return
     stream = raw_stream(entry.device)
     for r in entry.ready:
         r.run(r.count, 1, 1, stream, r.function, r.metadata, None, None, None, *r.pick(pointers), *r.integers)
 
 
-@lru_cache(maxsize=1)
-def _runtime():
-    from triton import knobs
+class _Watch:
+    """Triton's hooks on launches: only its own front door calls them."""
 
-    return knobs.runtime
+    runtime = None
+
+    @classmethod
+    def usable(cls) -> bool:
+        """Whether the hooks are where they are looked for; called before anything is remembered."""
+        if cls.runtime is None:
+            from triton import knobs
+
+            hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+            if not all(hasattr(h, "calls") for h in hooks):
+                return False
+            cls.runtime = knobs.runtime
+        return True
 
 
 def watched() -> bool:
-    """Whether a profiler listens to Triton's launches, which only its own front door tells it of."""
-    enter, leave = _runtime().launch_enter_hook, _runtime().launch_exit_hook
-    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+    """Whether a profiler listens to Triton's launches."""
+    runtime = _Watch.runtime
+    return bool(runtime is not None and (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls))
 
 
 def ready(one: Launch, compiled: object, order: Sequence[str]) -> Ready | None:
     """A launch as it can be repeated; None if this Triton's compiled kernels are not as expected."""
     parts = [getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")]
-    if any(p is None for p in parts) or raw_stream is None:
+    if any(p is None for p in parts) or raw_stream is None or not _Watch.usable():
         return None
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)

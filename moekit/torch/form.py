@@ -29,18 +29,23 @@ class Form:
         schedule: Schedule | None = None,
     ) -> Outputs:  # fmt: skip
         """All outputs in declared order. `tensors` and `params` in declared order, the rest as `op` documents it."""
-        if implementation != "eager":
-            try:
-                given, static = _flat(tensors, params, out, schedule)
-                entry, pointers = (None, []) if moded() else self.cache.find(given, static)
-            except (TypeError, RuntimeError):
-                entry = None
-            if entry is not None and not fast.watched():
-                if not needs_grad(given):
-                    return fast.launch(entry, given, pointers)
-                if not entry.written:
-                    return self._recorded(tensors, params, schedule)
-        return self.serve(tensors, params, out, implementation, schedule)
+        results = None if implementation == "eager" else self.quick(tensors, params, out, schedule)
+        return self.serve(tensors, params, out, implementation, schedule) if results is None else results
+
+    def quick(self, tensors: tuple, params: tuple, out, schedule: Schedule | None) -> Outputs | None:
+        """The call by the short way; None if it has to take the long one."""
+        if moded():
+            return None
+        try:
+            given, static = _flat(tensors, params, out, schedule)
+            entry, pointers, grad = self.cache.find(given, static)
+        except (TypeError, RuntimeError):
+            return None
+        if entry is None or fast.watched():
+            return None
+        if grad and torch.is_grad_enabled():
+            return None if entry.written else self._recorded(tensors, params, schedule)
+        return fast.launch(entry, given, pointers)
 
     def serve(self, tensors: tuple, params: tuple, out, implementation, schedule) -> Outputs:
         """A call with every check."""
@@ -142,7 +147,7 @@ def transformed() -> bool:
 def _flat(tensors: tuple, params: tuple, out, schedule) -> tuple[tuple, tuple]:
     """Operands and given outputs in one row, and what else a call depends on."""
     if out is None:
-        return tensors, (params, schedule, None)
+        return tensors, (params, schedule)
     outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
     mask = tuple([x is not None for x in outs])
     return (*tensors, *[x for x in outs if x is not None]), (params, schedule, mask)
