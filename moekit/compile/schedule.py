@@ -127,6 +127,9 @@ def _split_problem(graph: Graph, schedule: Schedule, axis: str, parts: int) -> s
         return "an output runs along it"
     if len(reduction_levels(graph, {axis})[1]) > 1:
         return "one of its reductions needs the result of another"
+    summed = [n for n in (graph.nodes[i] for i in graph.live()) if n.op in ("reduce", "contract") and n.attr("axis") == axis]
+    if len({frozenset(a for a in n.axes if schedule.mode(a) == "grid") for n in summed}) > 1:
+        return "its reductions vary over different axes of the grid, so programs would write the same partial result"
     return None
 
 

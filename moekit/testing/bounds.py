@@ -25,9 +25,7 @@ import numpy as np
 
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Along, Graph, Node, Write
-from moekit.testing.propagate import RULES, Bound
-
-LARGEST = float(np.finfo(np.float32).max)
+from moekit.testing.propagate import LARGEST, RULES, Bound
 
 
 def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -111,6 +112,8 @@ def find_fusion(name: str) -> Fusion:
         from moekit.testing.random_graphs import random_fusion
 
         return random_fusion(int(name.removeprefix(RANDOM)))
+    if name in _named:
+        return _named[name]
     module, _, attribute = name.partition(":")
     if not attribute:
         known = ", ".join((*FUSIONS, *PROBES))
@@ -122,6 +125,27 @@ def find_fusion(name: str) -> Fusion:
     if not isinstance(found, Fusion):
         raise UnavailableError(f"{name} is {type(found).__name__}; it must be a declared fusion")
     return found
+
+
+_named: dict[str, Fusion] = {}
+
+
+def name_of(fusion: Fusion) -> str:
+    """A name by which `find_fusion` finds a declaration: its own if it is moekit's, `module:attribute` if its module has it.
+
+    One that no module holds is known by its name in this process only.
+    """
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+
+    if {**FUSIONS, **PROBES}.get(fusion.name) is fusion:
+        return fusion.name
+    module = fusion.fn.__module__
+    if getattr(sys.modules.get(module), fusion.name, None) is fusion:
+        return f"{module}:{fusion.name}"
+    _named[f"local:{fusion.name}"] = fusion
+    find_fusion.cache_clear()
+    return f"local:{fusion.name}"
 
 
 @dataclass(frozen=True)

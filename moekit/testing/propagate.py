@@ -18,6 +18,7 @@ from moekit.lang.dtypes import MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.graph import COMPARE, Along, Node
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
+LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # its smallest normal number: anything smaller may read as zero
 REACH = 8.0  # how many times the estimated noise may carry a value over a tie
 
@@ -241,7 +242,13 @@ def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         return replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact)
     total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
     own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
-    return Bound(total(x.value), total(x.noise) + own, total(x.flips))
+    noise = np.where(total(_tame(x.value)) > LARGEST, np.inf, total(x.noise) + own)
+    return Bound(total(x.value), noise, total(x.flips))
+
+
+def _tame(v: np.ndarray) -> np.ndarray:
+    """Magnitudes without infinities: where these add up to more than float32 holds, the order of addition decides."""
+    return np.where(np.isfinite(v), np.abs(v), 0.0)
 
 
 def _worst(x: Bound, axis: int) -> Bound:
@@ -260,11 +267,11 @@ def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     run = lambda v: np.cumsum(v, axis=axis)  # noqa: E731
     if not is_float(node.dtype):
         return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
-    one_by_one = ev.sizes[node.attr("axis")] / 8  # numpy adds in order, and rounds equal terms the same way each time
-    own = (
-        UNIT * max(_growth(ev.sizes[node.attr("axis")]), one_by_one) * run(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
-    )
-    return Bound(run(x.value), run(x.noise) + own, run(x.flips))
+    n = ev.sizes[node.attr("axis")]
+    depth = max(_growth(n), n / 8)  # numpy adds in order, and rounds equal terms the same way each time
+    own = UNIT * depth * run(np.abs(x.value)) + n * TINY
+    noise = np.where(run(_tame(x.value)) > LARGEST, np.inf, run(x.noise) + own)
+    return Bound(run(x.value), noise, run(x.flips))
 
 
 def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
@@ -275,6 +282,7 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     value = dot(a.value, b.value)
     noise = dot(a.noise, size_b) + dot(size_a, b.noise)
     noise = noise + UNIT * _growth(ev.sizes[node.attr("axis")]) * dot(size_a, size_b) + ev.sizes[node.attr("axis")] * TINY
+    noise = np.where(dot(_tame(a.value), _tame(b.value)) > LARGEST, np.inf, noise)
     return Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
 
 

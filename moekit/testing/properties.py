@@ -1,0 +1,203 @@
+"""Properties of any declaration, each a function of a case and an implementation that returns what is wrong.
+
+They follow from the declaration: which axes are independent, what is read and written, which outputs no reduction reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from moekit.compile.analysis import axis_uses
+from moekit.errors import AliasError
+from moekit.lang.graph import Along, Graph
+from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.executors import Executor, Torch
+from moekit.testing.guard import POISONS, Arena, place
+from moekit.testing.oracle import Oracle
+
+SCALE = 4.0
+
+
+def outputs(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """The outputs of one run; raises what the implementation raises."""
+    arena = Arena()
+    placed = place(arena, case, dict(values if values is not None else case.values()))
+    _, after, raised = executor.run(arena, [placed], POISONS[0])
+    if raised[0]:
+        raise RuntimeError(raised[0])
+    return {n: x.copy() for n, x in placed.outputs(after).items()}
+
+
+def agreement(executor: Executor, case: FuzzCase) -> list[str]:
+    """The outputs lie within the bound of the reference."""
+    return Oracle.of(case, executor.name, executor.reference).problems(outputs(executor, case))[0]
+
+
+def repeatable(executor: Executor, case: FuzzCase) -> list[str]:
+    """Two runs give the same bits."""
+    return _unequal(outputs(executor, case), outputs(executor, case), "in a second run")
+
+
+def layouts_do_not_matter(executor: Executor, case: FuzzCase) -> list[str]:
+    """Outputs that no float reduction reaches have the same bits for contiguous tensors; the others stay within the bound."""
+    plain = replace(case, layouts={n: Layout.dense(len(v.order)) for n, v in case.layouts.items()}, mode="out")
+    values = case.values()
+    here, there = outputs(executor, case, values), outputs(executor, plain, values)
+    exact = {n for n in case.names if not _reduced(case.graph, n)}
+    found = _unequal({n: here[n] for n in exact}, {n: there[n] for n in exact}, "with contiguous tensors")
+    return found + Oracle.of(case, executor.name, executor.reference).problems(there)[0]
+
+
+def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
+    """A token's results do not depend on the tokens beside it: permuted, cut off or padded with others, the bits are the same."""
+    axis = token_axis(case)
+    if axis is None or case.extents[axis] < 2:
+        return []
+    values, n = case.values(), case.extents[axis]
+    rng = np.random.default_rng(case.seed)
+    order, kept, found = rng.permutation(n), max(1, n // 2), []
+    whole = outputs(executor, case, values)
+    for text, index in (("with the tokens permuted", order), ("with fewer tokens", np.arange(kept)),
+                        ("with other tokens behind", np.concatenate([np.arange(n), rng.integers(0, n, 3)]))):  # fmt: skip
+        other = replace(case, sizes={**case.sizes, axis: len(index)}, layouts={})
+        taken = {name: take(case, name, x, axis, index) for name, x in values.items()}
+        if text.startswith("with other"):
+            taken = {name: _stained(case, name, x, axis, n) for name, x in taken.items()}
+        dense = outputs(executor, replace(case, layouts={}), values) if case.layouts else whole
+        got = outputs(executor, other, taken)
+        size = min(n, len(index))
+        wanted = {name: take(case, name, x, axis, index[:size]) for name, x in dense.items()}
+        got = {name: take(case, name, x, axis, np.arange(size)) for name, x in got.items()}
+        found += _unequal(wanted, got, text)
+    return found
+
+
+def scaling(executor: Executor, case: FuzzCase, names: tuple[str, ...]) -> list[str]:
+    """Where the outputs are linear in operands `names` together, a power of two passes through without rounding."""
+    values = {n: np.where(np.isfinite(x.astype(np.float64)), x, 0).astype(x.dtype) for n, x in case.values().items()}
+    scaled = {n: (x.astype(np.float32) * SCALE).astype(x.dtype) if n in names else x for n, x in values.items()}
+    once, more = outputs(executor, case, values), outputs(executor, case, scaled)
+    found = []
+    for n, x in once.items():
+        wanted = x.astype(np.float64) * SCALE
+        tame = (np.abs(wanted) < 1e4) & (np.abs(wanted) > 1e-3)
+        if (bad := tame & (wanted != more[n].astype(np.float64))).any():
+            found.append(f"{case.fusion}: {n} is not {SCALE:g} times as large for {names} {SCALE:g} times as large, "
+                         f"in {int(bad.sum())} of {bad.size} elements")  # fmt: skip
+    return found
+
+
+def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
+    """Updating operands in place gives the bits that the plain form gives."""
+    if all(n not in case.shapes for n in case.names):
+        return []
+    layouts = {n: v for n, v in case.layouts.items() if not v.zero}
+    moved = {f"{n}_new": v for n, v in layouts.items() if n in case.names}
+    values = replace(case, layouts=layouts).values()
+    here = outputs(executor, replace(case, layouts=layouts, mode="in place"), values)
+    there = outputs(executor, replace(case, layouts={**layouts, **moved}, mode="out"), values)
+    return _unequal(here, there, "out of place")
+
+
+def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
+    """An output that shares an element with an operand, but is not that operand, is refused before anything is written."""
+    if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
+        return []
+    case = replace(case, layouts={}, mode="out")
+    arena = Arena()
+    placed = place(arena, case, case.values())
+    memory = executor.upload(arena.image(POISONS[0]))
+    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    found = []
+    for output, target in case.targets.items():
+        for operand in case.shapes:
+            shape, source = tensors[target].shape, placed.slots[operand]
+            if tensors[operand].dtype != tensors[target].dtype or tensors[operand].numel() < 2 or not len(shape):
+                continue
+            size = tensors[target].element_size()
+            flat = memory.view(tensors[target].dtype)
+            shifted = executor.torch.as_strided(flat, shape, tensors[target].stride(), source.start + 1)
+            if (source.start + 1) * size + shifted.numel() * size > memory.numel():
+                continue
+            before = executor.download(memory).copy()
+            try:
+                executor.call(case, {**tensors, target: shifted})
+                found.append(f"{case.fusion}: {output} written one element beside {operand}, over it, was not refused")
+            except AliasError:
+                if not np.array_equal(before, executor.download(memory)):
+                    found.append(f"{case.fusion}: memory was written before {output} over {operand} was refused")
+    return found
+
+
+def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: str = "xla") -> list[str]:
+    """PyTorch's outputs and JAX's, on the same bytes, both lie within the bound: each is held to the one reference."""
+    from moekit.testing.jax_batch import run_values
+
+    oracle = Oracle.of(case, executor.name, executor.reference)
+    mine = oracle.problems(outputs(executor, case))[0]
+    return mine + run_values(implementation, [(replace(case, schedule="heuristic"), oracle)])[0].problems
+
+
+def token_axis(case: FuzzCase) -> str | None:
+    """A dynamic axis whose elements are independent: every output varies over it, and nothing is reduced along it."""
+    graph = case.graph
+    free = [a for a, use in axis_uses(graph).items() if use.parallel and a in case.declaration.dynamic and a in case.sizes]
+    if any(w.ids for w in graph.writes) or any(n.op == "extent" for n in graph.nodes):
+        return None
+    indexed = {n.attr("index").axis for n in graph.nodes if n.op == "iota" and isinstance(n.attr("index"), Along)}
+    return next((a for a in free if a not in indexed), None)
+
+
+def take(case: FuzzCase, name: str, x: np.ndarray, axis: str, index: np.ndarray) -> np.ndarray:
+    """Elements `index` of a tensor along an axis, all of it where it does not vary along that axis."""
+    tensor = case.graph.tensors[name]
+    dims = [d for d, a in enumerate(tensor.axes) if a == axis]
+    return np.ascontiguousarray(np.take(x, index, axis=dims[0])) if dims else x
+
+
+def _stained(case: FuzzCase, name: str, x: np.ndarray, axis: str, n: int) -> np.ndarray:
+    """The tensor with infinities in the rows from `n` on: padding that must not leak into the others."""
+    dims = [d for d, a in enumerate(case.graph.tensors[name].axes) if a == axis]
+    if not dims or x.dtype.kind in "iub":
+        return x
+    x = x.copy()
+    x[tuple(slice(n, None) if d == dims[0] else slice(None) for d in range(x.ndim))] = np.inf
+    return x
+
+
+def _reduced(graph: Graph, output: str) -> bool:
+    """Whether a float reduction lies behind an output."""
+    stack, seen = [next(w.value for w in graph.writes if w.tensor == output)], set()
+    while stack:
+        i = stack.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        node = graph.nodes[i]
+        if node.op in ("contract", "cumsum") or (node.op == "reduce" and node.attr("kind") == "sum"):
+            return True
+        stack.extend(node.args)
+    return False
+
+
+def _unequal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], text: str) -> list[str]:
+    found = []
+    for name, x in a.items():
+        same = (x == b[name]) | ((x != x) & (b[name] != b[name]))
+        if not np.all(same):
+            at = tuple(int(i) for i in np.argwhere(~same)[0])
+            found.append(f"{name}{list(at)} is {x[at]}, but {b[name][at]} {text}; {int((~same).sum())} of {x.size} elements differ")
+    return found
+
+
+PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
+    "agreement": agreement,
+    "repeatable": repeatable,
+    "layouts do not matter": layouts_do_not_matter,
+    "rows are independent": rows_are_independent,
+    "in place is out of place": in_place_is_out_of_place,
+    "overlap is refused": overlap_is_refused,
+}
