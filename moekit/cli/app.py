@@ -7,6 +7,7 @@ import click
 from moekit import __version__
 from moekit.cli.decode import decode
 from moekit.cli.doctor import doctor
+from moekit.cli.export import export
 from moekit.cli.fusions import list_fusions
 from moekit.cli.fuzz import fuzz
 from moekit.cli.show import show
@@ -44,5 +45,5 @@ def cli() -> None:
     """
 
 
-for _command in (decode, list_fusions, show, doctor, tune, fuzz):
+for _command in (decode, list_fusions, show, export, doctor, tune, fuzz):
     cli.add_command(_command)

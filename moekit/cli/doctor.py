@@ -14,6 +14,7 @@ import click
 from moekit import __version__
 from moekit.cli import platform
 from moekit.cli.output import console, print_json, table
+from moekit.errors import UnavailableError
 
 PACKAGES = (
     "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "jax-cuda13-plugin", "safetensors",
@@ -34,8 +35,13 @@ class Finding:
 
 @click.command(short_help="Versions, devices, and what works here and why not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
-    """Say what is installed, what devices there are, and what each implementation can do here and why not."""
+@click.option("--warm", is_flag=True, help="Also call every fusion in PyTorch once, and say what the first call costs.")
+def doctor(as_json: bool, warm: bool) -> None:
+    """Say what is installed, what devices there are, and what each implementation can do here and why not.
+
+    With --warm: what the first call of each fusion costs in PyTorch (tracing, compiling or reading Triton's cache) and what
+    the next one does. It compiles as `moekit.torch.warmup` does, so later processes find the kernels in Triton's cache.
+    """
     report = {
         "moekit": __version__,
         "python": host.python_version(),
@@ -43,6 +49,8 @@ def doctor(as_json: bool) -> None:
         "devices": devices(),
         "implementations": [asdict(finding) for finding in findings()],
     }
+    if warm:
+        report["warm"] = warmed()
     if as_json:
         print_json(report)
         return
@@ -58,6 +66,30 @@ def doctor(as_json: bool) -> None:
         colour = {"runs": "green", "compiles": "yellow", "no": "red"}[row["state"]]
         rows.add_row(row["implementation"], row["framework"], f"[{colour}]{row['state']}[/{colour}]", row["why"])
     out.print(rows)
+    if warm:
+        _print_warm(report["warm"])
+
+
+def warmed() -> dict:
+    """What the first call of every form costs in PyTorch, in seconds; raises UnavailableError without torch."""
+    if not platform.installed("torch"):
+        raise UnavailableError("doctor --warm: torch is not installed; install moekit[torch]")
+    import torch
+
+    from moekit.torch import warmup
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    calls = [asdict(w) | {"sizes": dict(w.sizes)} for w in warmup()]
+    return {"device": where, "calls": calls, "seconds": sum(c["first"] for c in calls)}
+
+
+def _print_warm(found: dict) -> None:
+    rows = table("fusion", "first call", "next call", title=f"\nfirst calls in PyTorch on {found['device']}")
+    for call in found["calls"]:
+        name = call["fusion"] + "_" * call["in_place"]
+        rows.add_row(name, f"{call['first'] * 1e3:.1f} ms", f"{call['next'] * 1e3:.3f} ms")
+    console().print(rows)
+    console().print(f"{found['seconds']:.1f} s in all; moekit.torch.warmup pays it before the first request")
 
 
 def devices() -> dict:

@@ -1,0 +1,41 @@
+"""`moekit export` and `moekit doctor --warm`."""
+
+import json
+
+
+def test_export_to_a_file_and_to_stdout(moekit, tmp_path):
+    path = tmp_path / "norm.py"
+    arguments = ("export", "add_rms_norm", "--dtype", "float16", "--sizes", "H=48", "--params", "eps=1e-5")
+    written = moekit(*arguments, "-o", str(path))
+    assert written.exit_code == 0
+    assert f"wrote {path}" in written.stderr
+    text = path.read_text()
+    compile(text, str(path), "exec")
+    assert "eps = 1e-05" in text
+    assert "H = 48" in text
+    assert moekit(*arguments).stdout.rstrip() == text.rstrip()
+
+
+def test_export_with_a_schedule_and_a_dimension_of_one(moekit):
+    shown = moekit(
+        "export", "shared_expert_combine", "--sizes", "H=64,H?=1", "--schedule", "T:grid:1 H:grid:64 warps:2 stages:1"
+    )
+    assert shown.exit_code == 0
+    assert "gate: bfloat16 (T, 1)" in shown.stdout
+    assert "num_warps=2" in shown.stdout
+
+
+def test_export_asked_wrongly(moekit):
+    for arguments in (("rope",), ("silu_and_mul", "--dtype", "int8"), ("silu_and_mul", "--schedule", "T:grid:1")):
+        refused = moekit("export", *arguments)
+        assert refused.exit_code == 2
+        assert refused.stderr
+
+
+def test_doctor_warm(moekit):
+    report = json.loads(moekit("doctor", "--warm", "--json").stdout)["warm"]
+    assert report["device"]
+    assert {"fusion", "in_place", "sizes", "first", "next"} == set(report["calls"][0])
+    assert len(report["calls"]) == 10
+    assert report["seconds"] > 0
+    assert "first call" in moekit("doctor", "--warm").stdout
