@@ -43,6 +43,13 @@ def logits(model, ids):
     return model(ids).logits
 
 
+def in_double(model):
+    """A float64 copy of a model."""
+    copied = copy.deepcopy(model).double()
+    copied.set_experts_implementation("eager")  # the grouped one has no float64
+    return copied
+
+
 def tokens(seed: int = 0, shape=(2, 9)):
     return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
@@ -79,9 +86,7 @@ def test_same_logits_and_tokens_in_float32(family):
 def test_bfloat16_within_the_error_of_the_original(family, seed):
     """Teacher-forced: no further from the float64 model, on the same rounded weights, than 1.5 times the original is."""
     model = tiny(family, seed).bfloat16()
-    reference = copy.deepcopy(model).double()
-    reference.set_experts_implementation("eager")  # the grouped one has no float64
-    exact = logits(reference, tokens(seed))
+    exact = logits(in_double(model), tokens(seed))
     original = logits(model, tokens(seed)).double()
     mt.patch(model)
     patched = logits(model, tokens(seed)).double()
@@ -243,3 +248,22 @@ def test_compiled(family):
     torch._dynamo.reset()
     layer.compile(backend="aot_eager")
     torch.testing.assert_close(logits(model, ids), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu(family, dtype):
+    """Triton kernels in the model: close to the float64 model, and the same tokens in float32."""
+    model, ids = tiny(family).cuda().to(dtype), tokens().cuda()
+    exact = logits(in_double(model), ids)
+    original = logits(model, ids)
+    chosen = model.generate(ids, max_new_tokens=8, do_sample=False)
+    mt.patch(model)
+    for _ in range(2):  # the second pass takes the short way
+        patched = logits(model, ids)
+        own, ours = ((x.double() - exact).square().mean().sqrt() for x in (original, patched))
+        assert ours <= 1.5 * own + 1e-6
+    if dtype == torch.float32:
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), chosen)
+    mt.unpatch(model)
+    assert torch.equal(logits(model, ids), original)
