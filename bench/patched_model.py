@@ -3,8 +3,8 @@
     python bench/patched_model.py [--layers 4] [--batch 1 16 64] [--json FILE]
 
 Both sides in one process, on one model (patched, then unpatched, then patched again), the same prompts, bfloat16, no graph:
-what a user of `generate` waits for. `step` is the median host time of a synchronised step, `gpu` the median time between CUDA events
-around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times.
+what a user of `generate` waits for. `step` is the median host time of a synchronised step, `gpu` the median time between CUDA
+events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times.
 """
 
 from __future__ import annotations

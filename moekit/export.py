@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from moekit import __version__
 from moekit.backends import triton as emitter
@@ -184,7 +185,7 @@ def _fits(made: _Exported, x: t.Param) -> str | None:
     """The test that a tensor is laid out as the kernels for dense tensors expect; none for scratch."""
     if x.name not in made.graph.tensors:
         return None
-    kinds = x.layout.strides
+    kinds = x.layout.strides if isinstance(x.layout, t.Strided) else ()
     unit = tuple(d for d, k in enumerate(kinds) if k == "unit" and x.axes[d] is not None)
     aligned = tuple(d for d, k in enumerate(kinds) if k == "aligned")
     static = tuple(d for d, a in enumerate(x.axes) if a is not None and a not in made.dynamic)
@@ -277,7 +278,7 @@ print("{made.fusion.name}: right")
 
 def _reference_source(fusion: Fusion) -> str:
     """The reference's source under the name `reference`, with the functions of its own module that it calls."""
-    function = fusion.reference
+    function: Any = fusion.reference
     found = [re.sub(rf"^def {function.__name__}\(", "def reference(", textwrap.dedent(inspect.getsource(function)))]
     loaded = dict.fromkeys(i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL")
     for name in loaded:

@@ -226,6 +226,7 @@ def numpy_library() -> Library:
 def torch_library() -> Library:
     """PyTorch; every operation is differentiable where its maths is."""
     import torch
+    from torch._C._functorch import peek_interpreter_stack
 
     dtypes = {
         name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")
@@ -244,7 +245,7 @@ def torch_library() -> Library:
         backward = staticmethod(lambda ctx, *grads: (None, None))
 
     def bitcast(x, dtype):
-        under_vmap = torch._C._functorch.peek_interpreter_stack() is not None
+        under_vmap = peek_interpreter_stack() is not None
         return Bitcast.apply(x, dtype) if under_vmap else x.view(dtype)
 
     def take(array, index, lib):

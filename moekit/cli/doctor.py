@@ -79,8 +79,9 @@ def warmed() -> dict:
     from moekit.torch import warmup
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    calls = [asdict(w) | {"sizes": dict(w.sizes)} for w in warmup()]
-    return {"device": where, "calls": calls, "seconds": sum(c["first"] for c in calls)}
+    found = warmup()
+    calls = [asdict(w) | {"sizes": dict(w.sizes)} for w in found]
+    return {"device": where, "calls": calls, "seconds": sum(w.first for w in found)}
 
 
 def _print_warm(found: dict) -> None:

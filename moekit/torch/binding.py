@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,11 +18,11 @@ STAND_IN = 7919  # what a symbolic size is to the declaration, which never looks
 
 @dataclass(frozen=True)
 class Bound:
-    """A call's graph, and the size of every axis: numbers, or torch's symbols for dynamic axes."""
+    """A call's graph, and the size of every axis: numbers, or torch's symbolic ones for dynamic axes."""
 
     binding: Binding
     graph: Graph
-    sizes: Mapping[str, int | torch.SymInt]
+    sizes: Mapping[str, int]
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +78,7 @@ def _plain_shapes(fusion: Fusion, operands: Mapping[str, torch.Tensor]) -> tuple
     shapes = {n: tuple(x.shape) for n, x in operands.items()}
     if all(type(s) is int for shape in shapes.values() for s in shape):
         return shapes, {}
-    symbols: dict[str, torch.SymInt] = {}
+    symbols: dict[str, Any] = {}
     along = [
         (n, i, d.text)
         for n, spec in fusion.tensors.items()

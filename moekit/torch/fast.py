@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from moekit.torch.launch import Launch
 MOST_ENTRIES = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 current_device = torch.cuda.current_device
-raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 empty, empty_like = torch.empty, torch.empty_like
 increment_version = torch.autograd.graph.increment_version
 
@@ -28,7 +29,7 @@ increment_version = torch.autograd.graph.increment_version
 class Ready:
     """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all pointers."""
 
-    run: Callable
+    run: Any
     function: object
     metadata: object
     count: int
@@ -180,4 +181,5 @@ def ready(one: Launch, compiled: object, order: Sequence[str]) -> Ready | None:
         return None
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)
-    return Ready(*parts, one.count, pick, one.integers)
+    run, function, metadata = parts
+    return Ready(run, function, metadata, one.count, pick, one.integers)

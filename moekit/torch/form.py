@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 from moekit.compile.schedule import Schedule
 from moekit.errors import UnavailableError
@@ -21,7 +24,7 @@ class Form:
         self.fusion, self.in_place = fusion, in_place
         self.cache = fast.Cache()
         names = list(fusion.tensors)
-        self.dispatched = None  # set by `ops.register`: the same call through torch's dispatcher
+        self.dispatched: Callable | None = None  # set by `ops.register`: the same call through torch's dispatcher
         self.updated = tuple(i for i, n in enumerate(names) if fusion.tensors[n].role == "InOut" and in_place)
 
     def __call__(
@@ -110,13 +113,13 @@ class Form:
         place = {n: operands.index(n) for n in call.outs if n not in call.given}
         place |= {n: len(operands) + i for i, n in enumerate(made_here)}
         pairs = zip(made.launches, compiled, strict=True)
-        ready = tuple(fast.ready(one, kernel, order) for one, kernel in pairs)
-        if any(r is None for r in ready):
+        ready = [r for one, kernel in pairs if (r := fast.ready(one, kernel, order)) is not None]
+        if len(ready) < len(made.launches):
             return None
         allocated = [*(made.results[n] for n in fresh), *(made.memory[n] for n in made.scratch)]
         return fast.Entry(
             call.device.index,
-            ready,
+            tuple(ready),
             tuple(_fresh(x, given) for x in allocated),
             tuple(place[n] for n in call.names),
             tuple(place[n] for n in call.outs),
@@ -141,7 +144,7 @@ def foreign(tensors: tuple) -> bool:
 
 def transformed() -> bool:
     """Whether a torch.func transform (vmap, grad, …) is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def _flat(tensors: tuple, params: tuple, out, schedule) -> tuple[tuple, tuple]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ class _Record:
 class _Packed:
     """The packed weight of one block and the modules whose parameters are its rows."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Any):
         self.linears = (
             block.shared_expert.gate_proj, block.shared_expert.up_proj, block.gate, block.shared_expert_gate,
         )  # fmt: skip
@@ -138,7 +139,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def _kind(module: nn.Module) -> str | None:
+def _kind(module: Any) -> str | None:
     """The name of a module's class without its family, if it is one that is replaced."""
     name = type(module).__name__
     family = next((f for f in FAMILIES if name.startswith(f)), None)
@@ -146,7 +147,7 @@ def _kind(module: nn.Module) -> str | None:
     return kind if kind in PATCHES and type(module).__module__.startswith("transformers.") else None
 
 
-def _refusal(module: nn.Module) -> str | None:
+def _refusal(module: Any) -> str | None:
     """Why a module of a known class is left, whatever it is: hooks, tensors that are not plain, dtypes."""
     if "forward" in module.__dict__:
         return "its forward has been replaced already (accelerate does so when it offloads)"
@@ -166,16 +167,16 @@ def _weight_refusal(name: str, weight: torch.Tensor) -> str | None:
     return None
 
 
-def _served(module: nn.Module) -> str | None:
+def _served(module: Any) -> str | None:
     return None
 
 
-def _gated_refusal(module: nn.Module) -> str | None:
+def _gated_refusal(module: Any) -> str | None:
     activation = getattr(module, "activation", "silu")
     return None if activation in ("silu", "swish") else f"its activation is {activation}; gated_rms_norm has silu"
 
 
-def _block_refusal(block: nn.Module) -> str | None:
+def _block_refusal(block: Any) -> str | None:
     """Why the gate GEMMs of a block cannot be one."""
     shared = block.shared_expert
     linears = {
@@ -205,7 +206,7 @@ def _block_refusal(block: nn.Module) -> str | None:
     return gate_refusal(dtype(shared.gate_proj), weights, biased)
 
 
-def _hooks(module: nn.Module) -> str | None:
+def _hooks(module: Any) -> str | None:
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return "has hooks, which the fused path would pass by" if hooked else None
 
@@ -261,7 +262,7 @@ def _layer_forward(
     return residual + (moved[0] if isinstance(moved, tuple) else moved)
 
 
-def _layer_refusal(layer: nn.Module) -> str | None:
+def _layer_refusal(layer: Any) -> str | None:
     if hooked := _hooks(layer.post_attention_layernorm):
         return f"post_attention_layernorm {hooked}"
     return _weight_refusal("post_attention_layernorm.weight", layer.post_attention_layernorm.weight)

@@ -114,11 +114,11 @@ def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
 def unavailable(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """None if Triton can serve these tensors here, else why not."""
     try:
-        import triton
+        from triton import knobs
     except ImportError:
         return "triton is not installed; install moekit[torch]"
     on_cpu = [n for n, x in tensors.items() if x.device.type != "cuda"]
-    if on_cpu and not triton.knobs.runtime.interpret:
+    if on_cpu and not knobs.runtime.interpret:
         where = tensors[on_cpu[0]].device.type
         return f"{on_cpu[0]} is on {where}; Triton needs CUDA tensors, so use implementation='eager'"
     return None

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -45,12 +46,12 @@ class Ops:
     forms: dict[bool, Form]
     outputs: tuple[str, ...]
     updated: tuple[str, ...]
-    plain: Callable | None = None
-    plain_out: Callable | None = None
-    plain_into: Callable | None = None
-    in_place: Callable | None = None
-    in_place_out: Callable | None = None
-    in_place_into: Callable | None = None
+    plain: Any = None
+    plain_out: Any = None
+    plain_into: Any = None
+    in_place: Any = None
+    in_place_out: Any = None
+    in_place_into: Any = None
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ def registered(fusion: Fusion) -> Ops | None:
 
 def dispatch(ops: Ops | None, in_place: bool, tensors, params, out, implementation, schedule) -> tuple:
     """A call of a face through the dispatcher, as torch.compile traces it: all outputs in declared order."""
-    _check_traced(ops, tensors, implementation, schedule)
+    ops = _traceable(ops, tensors, implementation, schedule)
     if out is None:
         if not in_place:
             return _as_tuple(ops.plain(*tensors, *params))
@@ -235,7 +236,7 @@ def dispatch(ops: Ops | None, in_place: bool, tensors, params, out, implementati
     return tuple([operands[n] if outs.get(n) is None else outs[n] for n in ops.outputs])
 
 
-def _check_traced(ops: Ops | None, tensors, implementation, schedule) -> None:
+def _traceable(ops: Ops | None, tensors, implementation, schedule) -> Ops:
     if ops is None:
         raise UnavailableError(
             "a fusion must be registered before torch.compile meets it: call moekit.torch.register(fusion) first"
@@ -245,6 +246,7 @@ def _check_traced(ops: Ops | None, tensors, implementation, schedule) -> None:
         raise UnavailableError(
             f"{ops.fusion.name}: under torch.compile the device decides; leave out implementation= and schedule="
         )
+    return ops
 
 
 def _in_order(ops: Ops, tensors, returned: tuple) -> tuple:
