@@ -182,7 +182,14 @@ def _unary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         "softplus": lambda: (1 - np.exp(-v), 16 + np.minimum(np.abs(x.value), 128)),
         "sigmoid": lambda: (v * (1 - v), 6 + (4 + np.minimum(np.abs(x.value), 128)) * (1 - v)),
     }[node.op]()
-    return _made(v, [(np.nan_to_num(slope, nan=0.0, posinf=np.inf), x)], own)
+    made = _made(v, [(np.nan_to_num(slope, nan=0.0, posinf=np.inf), x)], own)
+    return replace(made, flips=np.maximum(made.flips, _moved(UNARY[node.op], v, x))) if np.any(x.flips) else made
+
+
+def _moved(f: Callable, v: np.ndarray, x: Bound) -> np.ndarray:
+    """How far flips move a monotone function: near a pole, or the end of its domain, its slope does not say."""
+    ends = [f(np.where(x.value > 0, np.maximum(x.value + side * x.flips, 0), x.value + side * x.flips)) for side in (-1, 1)]
+    return np.where(np.isfinite(v), np.nan_to_num(np.maximum(*(np.abs(e - v) for e in ends)), nan=0.0, posinf=np.inf), 0.0)
 
 
 def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound, Bound]:
