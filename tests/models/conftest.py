@@ -14,13 +14,14 @@ if "jax" not in sys.modules:  # as the top-level conftest does: eight virtual de
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
 from transformers import Qwen3NextForCausalLM
 
-from moekit.models.qwen3next import TINY, Config, Model, load, write_random_checkpoint
+from moekit.models.qwen3next import TINY, Config, Model, decode_step, load, prefill, write_random_checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN
 
 CASES = {
@@ -152,3 +153,32 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def mesh() -> Callable[[int], Mesh]:
     """From tp to a mesh."""
     return mesh_of
+
+
+def padded(prompts):
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    tokens = np.full((len(prompts), lengths.max() + 2), 1, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def teacher_forced(model, prompts, tokens, fill="pallas"):
+    """The logits of every prompt position, and those after each prompt and each of tokens [B, N]: [B, N + 1, V].
+
+    fill: the kernels that read the prompts; the steps take Pallas's.
+    """
+    ids, lengths = padded(prompts)
+    every, cache = prefill(model, ids, lengths, cache_length=128, every_logit=True, kernels=fill)
+    every = np.asarray(every)
+    steps = [every[np.arange(len(prompts)), np.asarray(lengths) - 1]]
+    for token in np.asarray(tokens, np.int32).T:
+        logits, cache = decode_step(model, jnp.asarray(token), cache)
+        steps.append(np.asarray(logits))
+    return [row[: len(p)] for row, p in zip(every, prompts, strict=True)], np.stack(steps, axis=1)
+
+
+@pytest.fixture(scope="session")
+def forced():
+    """teacher_forced, for tests."""
+    return teacher_forced

@@ -1,0 +1,26 @@
+"""Bfloat16 against transformers' own bfloat16, both measured by a float64 run of the same weights."""
+
+import numpy as np
+import pytest
+
+CASES = ("four-layers", "eight-layers", "sixteen-value-heads", "odd-experts")
+
+
+@pytest.mark.parametrize(
+    ("case", "tp"), [(case, tp) for case in CASES for tp in (1, 2, 4, 8) if tp in (1, 8) or case == CASES[0]]
+)
+def test_bfloat16_error_is_that_of_transformers(zoo, forced, case, tp):
+    """Teacher-forced on random tokens, against a float64 run of the same bfloat16 weights."""
+    exact, theirs, sequences = zoo.narrow_answers(case)
+    every, steps = forced(zoo.model(case, "bfloat16", tp), sequences[:, :8].tolist(), sequences[:, 8:])
+    mine = np.concatenate([np.stack(every)[:, :-1], steps], axis=1)
+    error = theirs - exact
+    assert root_mean_square(mine - exact) <= 1.5 * root_mean_square(error)
+    top = np.sort(exact, axis=-1)
+    clear = top[..., -1] - top[..., -2] > 2 * np.abs(error).max()
+    assert clear.any()
+    assert np.array_equal(mine.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+def root_mean_square(x):
+    return np.sqrt(np.mean(x**2))
