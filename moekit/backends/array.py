@@ -241,8 +241,11 @@ def torch_library() -> Library:
 
         forward = staticmethod(lambda x, dtype: x.view(dtype))
         setup_context = staticmethod(lambda ctx, inputs, output: ctx.mark_non_differentiable(output))
-        vmap = staticmethod(lambda info, dims, x, dtype: (Bitcast.apply(x, dtype), dims[0]))
         backward = staticmethod(lambda ctx, *grads: (None, None))
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return Bitcast.apply(*args), in_dims[0]
 
     def bitcast(x, dtype):
         under_vmap = peek_interpreter_stack() is not None

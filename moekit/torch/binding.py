@@ -49,6 +49,8 @@ def checked(fusion: Fusion, name: str, x: object) -> torch.Tensor:
         raise MoekitError(f"{fusion.name}: {name} is {type(x).__name__}; it must be a torch.Tensor")
     if x.layout is not torch.strided:
         raise MoekitError(f"{fusion.name}: {name} has layout {x.layout}; it must be strided, so call to_dense()")
+    if x.is_neg():
+        raise MoekitError(f"{fusion.name}: {name} is a view that negates lazily; its memory is needed, so call resolve_neg()")
     return x
 
 

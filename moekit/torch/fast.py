@@ -106,7 +106,7 @@ class Cache:
         """
         key, pointers, grad = [static], [], False
         for x in tensors:
-            if type(x) not in PLAIN:
+            if type(x) not in PLAIN or x.is_neg():
                 raise TypeError(f"{type(x).__name__} is no plain tensor")
             pointer = x.data_ptr()
             pointers.append(pointer)

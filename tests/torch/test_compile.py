@@ -117,3 +117,23 @@ def test_refusals_keep_their_sentence(tensors):
         torch.compile(lambda *xs: mt.add_rms_norm(*xs, implementation="triton"), fullgraph=True, backend="eager")(
             x, residual, weight
         )
+
+
+def test_tracing_and_exporting_see_operators(tensors):
+    """make_fx on real tensors (a dispatch mode is active, the tensors are plain) and torch.export."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, residual, weight = tensors("add_rms_norm")
+    traced = make_fx(lambda *xs: mt.add_rms_norm(*xs)[0])(x, residual, weight)
+    assert next(n.target for n in traced.graph.nodes if n.op == "call_function") is torch.ops.moekit.add_rms_norm.default
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, residual, weight):
+            return mt.add_rms_norm(x, residual, weight)
+
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    shapes = ({0: tokens}, {0: tokens}, None)
+    exported = torch.export.export(Norm(), (x, residual, weight), dynamic_shapes=shapes)
+    assert "moekit.add_rms_norm.default" in exported.graph_module.code
+    more = torch.randn(9, 24), torch.randn(9, 24), weight
+    torch.testing.assert_close(exported.module()(*more), mt.add_rms_norm(*more))

@@ -79,6 +79,11 @@ REFUSALS = {
         MoekitError,
         "silu_and_mul: gate_up has layout torch.sparse_coo; it must be strided, so call to_dense",
     ),
+    "tensor that negates lazily": (
+        lambda: mt.silu_and_mul(torch.randn(2, 4, dtype=torch.complex64).conj().imag),
+        MoekitError,
+        "silu_and_mul: gate_up is a view that negates lazily; its memory is needed, so call resolve_neg",
+    ),
     "shape of an output": (
         lambda: mt.silu_and_mul(X, out=torch.empty(4, 9)),
         ShapeError,

@@ -286,6 +286,8 @@ def test_host_cost():
     rows = runpy.run_path(str(ROOT / "bench" / "host_overhead.py"))["rows"](2000)
     cost = {(r["op"], r["way"]): r["us"] for r in rows}
     print("\n" + "\n".join(f"{op:16s} {way:20s} {us:8.2f} µs" for (op, way), us in cost.items()))
+    for op in ("add_rms_norm", "silu_and_mul"):
+        assert cost[op, "function, out="] <= cost[op, "raw triton"]
     for op in {o for o, _ in cost}:
         assert cost[op, "function"] <= cost[op, "raw triton + empty"]
         assert cost[op, "torch.ops"] <= cost[op, "raw triton + empty"] + 4
