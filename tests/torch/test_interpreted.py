@@ -1,0 +1,46 @@
+"""The emitted kernels themselves, on Triton's interpreter, through the functions of the package: a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import torch
+import moekit.torch as mt
+from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
+from moekit.testing import as_torch, operands, place
+
+SIZES = {
+    "gate_gemm": {"T": 5, "D": 24, "P": 17}, "silu_and_mul": {"T": 5, "I": 9}, "topk_softmax": {"T": 5, "E": 20},
+    "shared_expert_combine": {"T": 5, "H": 9}, "add_rms_norm": {"T": 5, "H": 24},
+    "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
+}
+for name, sizes in SIZES.items():
+    params = {"k": 3} if name == "topk_softmax" else {}
+    for dtype, tolerance in (("float32", 2e-5), ("float16", 4e-3)):
+        for layout in ("contiguous", "row_padded", "transposed"):
+            for in_place in (False, True):
+                make = lambda: [as_torch(place(x, layout)) for x in operands(FUSIONS[name], sizes, dtype).values()]
+                face = mt.op(FUSIONS[name], in_place=in_place)
+                got = face(*make(), **params, implementation="triton")
+                wanted = face(*make(), **params, implementation="eager")
+                torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+x, packed = torch.randn(5, 32), torch.randn(16, 32)
+split = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
+torch.testing.assert_close(mt.gate_gemm(x, packed, implementation="triton", schedule=split), x @ packed.T)
+x = torch.randn(3, 8, requires_grad=True)
+mt.silu_and_mul(x, implementation="triton").sum().backward()
+wanted = torch.autograd.grad((torch.nn.functional.silu(x[:, :4]) * x[:, 4:]).sum(), x)[0]
+torch.testing.assert_close(x.grad, wanted)
+print("kernels agree")
+"""
+
+
+def test_kernels_agree_with_array_evaluation():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "kernels agree" in done.stdout
