@@ -118,20 +118,22 @@ class Variant:
         tensors, params, out = self.split(args, kwargs)
         return self.packed(self.form(tensors, params, out))
 
-    def entrance(self) -> Callable:
-        """The operator as the dispatcher first meets it: calls seen before are served at once."""
-        count, quick = len(self.ops.fusion.tensors), self.form.quick
+    def quick(self, otherwise: Callable) -> Callable:
+        """`otherwise` (`kernel` or `entry`), but calls seen before are served at once."""
+        count, form, split = len(self.ops.fusion.tensors), self.form.quick, self.split
         defaults = tuple(p.default for p in self.ops.fusion.params.values())
         kept = [i for i, n in enumerate(self.ops.outputs) if n in self.returned]
 
-        def enter(*args, **kwargs):
-            tensors, params = args[:count], args[count:] + defaults[len(args) - count :]
-            outs = quick(tensors, params, None, None)
+        def returning(*args, **kwargs):
+            outs = form(args[:count], args[count:] + defaults[len(args) - count :], None, None)
             if outs is None:
-                return self.entry(*args, **kwargs)
+                return otherwise(*args, **kwargs)
             return outs[kept[0]] if len(kept) == 1 else tuple([outs[i] for i in kept]) if kept else None
 
-        return self.entry if self.given else enter
+        def writing(*args, **kwargs):
+            return otherwise(*args, **kwargs) if form(*split(args, kwargs), None) is None else None
+
+        return writing if self.given else returning
 
     def entry(self, *args, **kwargs):
         """The operator with everything decided: plain tensors are served, others go on below autograd."""
@@ -286,8 +288,8 @@ def _parameter(fusion: Fusion, name: str) -> str:
 
 def _define(variant: Variant):
     _library.define(variant.schema(), tags=TAGS)
-    _library.impl(variant.name, variant.kernel, "CompositeExplicitAutograd")
-    _library.impl(variant.name, variant.entrance(), "Autograd")
+    _library.impl(variant.name, variant.quick(variant.kernel), "CompositeExplicitAutograd")
+    _library.impl(variant.name, variant.quick(variant.entry), "Autograd")
     torch.library.register_fake(variant.qualified, variant.fake, lib=_library)
     _library.impl(variant.name, variant.transformed, "FuncTorchDynamicLayerFrontMode")
     return overload(variant.name)

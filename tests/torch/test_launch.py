@@ -46,6 +46,22 @@ def test_short_way_in_place_and_out(emulated):
     assert (emulated.front, emulated.short) == (2, 4)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_operators_take_the_short_way(emulated, mode):
+    with mode():
+        x, residual, weight = norm_operands(4, 32)
+        wanted = mt.add_rms_norm(x, residual, weight, **EAGER)
+        outs = torch.empty_like(x), torch.empty_like(x)
+        mt.add_rms_norm(x, residual, weight, **TRITON)
+        mt.add_rms_norm(x, residual, weight, out=outs, **TRITON)
+        mt.add_rms_norm_(x, residual.clone(), weight, **TRITON)
+        same(torch.ops.moekit.add_rms_norm(x, residual, weight), wanted)
+        assert torch.ops.moekit.add_rms_norm.out(x, residual, weight, out=outs[0], residual_out=outs[1]) is None
+        same(outs, wanted)
+        same((torch.ops.moekit.add_rms_norm_(x, residual, weight), residual), wanted)
+    assert (emulated.front, emulated.short) == (3, 3)
+
+
 def test_one_tensor_as_two_operands_is_not_taken_for_two(emulated):
     x, residual, weight = norm_operands(3, 16)
     same(mt.add_rms_norm(x, x, weight, **TRITON), mt.add_rms_norm(x, x, weight, **EAGER))
