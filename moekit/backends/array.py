@@ -88,7 +88,7 @@ class _Evaluation:
         return index[tuple(slice(None) if a == entry.axis else None for a in axes)]
 
     def iota(self, entry: Along):
-        return self.lib.arange(self.sizes[entry.axis], self.like) * entry.step + entry.start
+        return self.lib.arange(self.sizes[str(entry.axis)], self.like) * entry.step + entry.start
 
 
 def _read(e: _Evaluation, _: int, n: Node):
@@ -177,8 +177,8 @@ def evaluate(graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], 
         return _Evaluation(graph, arrays, sizes, LIBRARIES[library]()).run()
 
 
-def _in_range(index, shape):
-    ok = True
+def _in_range(index, shape) -> Any:
+    ok: Any = True
     for i, size in zip(index, shape, strict=True):
         ok = ok & (i >= 0) & (i < size)
     return ok

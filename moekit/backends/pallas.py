@@ -61,10 +61,10 @@ def buffers(program: t.TileProgram) -> tuple[list[str], list[str]]:
     """The arrays a kernel reads and the arrays it writes, each once; one in both lists is aliased."""
     read, written = [], []
     for p in program.params:
-        if p.role != "Out" or p.layout.buffer != p.name:
-            read.append(p.layout.buffer)
+        if p.role != "Out" or p.viewed.buffer != p.name:
+            read.append(p.viewed.buffer)
         if p.role != "In":
-            written.append(p.layout.buffer)
+            written.append(p.viewed.buffer)
     return list(dict.fromkeys(read)), list(dict.fromkeys(written))
 
 
@@ -100,7 +100,7 @@ class PallasPrinter(Printer):
 
     def store(self, op: t.Store) -> str:
         axes = self.store_axes(op)
-        written = self.program.param(op.tensor).layout.buffer
+        written = self.program.param(op.tensor).viewed.buffer
         ref = f"{written}_out_ref" if written in buffers(self.program)[0] else f"{written}_ref"
         value = self.block(op.value, axes)
         mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""
@@ -114,7 +114,7 @@ class PallasPrinter(Printer):
 
     def index(self, op, axes: tuple[str, ...]) -> str:
         """One index per axis of the base array."""
-        layout = self.program.param(op.tensor).layout
+        layout = self.program.param(op.tensor).viewed
         texts = {axis: self.constant(at, axes) for axis, at in layout.fixed}
         for v, axis, start, step in zip(op.index, layout.axes, layout.starts, layout.steps, strict=True):
             text = "0" if v is None else self.at(v, axes)
@@ -132,7 +132,7 @@ class PallasPrinter(Printer):
 
 def _load(p: PallasPrinter, op: t.Load) -> str:
     axes = op.out.axes
-    ref = f"{p.program.param(op.tensor).layout.buffer}_ref"
+    ref = f"{p.program.param(op.tensor).viewed.buffer}_ref"
     mask = f", mask={p.block(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""
     return f"plt.load({ref}.at[{p.index(op, axes)}]{mask})"
 

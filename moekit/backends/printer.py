@@ -41,10 +41,11 @@ class Printer:
 
     def comment(self, op, depth: int) -> list[str]:
         """The declaration's line, where one begins."""
-        name = op.out.name if hasattr(op, "out") else ""
+        made = t.result(op)
+        name = made.name if made else ""
         return ["    " * depth + "# " + self.program.comments[name]] if name in self.program.comments else []
 
-    def line(self, op: t.Op, local: Counter) -> str | None:
+    def line(self, op, local: Counter) -> str | None:
         """`name = expression`, or None if the expression goes where its value is used."""
         text = self.expressions[type(op)](self, op)
         name = op.out.name
@@ -53,7 +54,7 @@ class Printer:
             return None
         return f"{name} = {_bare(text)}"
 
-    def _goes_inline(self, op: t.Op, text: str, local: Counter) -> bool:
+    def _goes_inline(self, op, text: str, local: Counter) -> bool:
         name = op.out.name
         if isinstance(op, t.Full) and self.uses[name] == 1:
             return True

@@ -65,9 +65,9 @@ def arguments(program: t.TileProgram) -> tuple[Argument, ...]:
     args += [Argument(extent_text(program, a.name), "extent", a.name) for a in program.axes if a.extent is None]
     for p in program.params:
         for d, axis in enumerate(p.axes):
-            if axis is None or p.layout.strides[d] == "unit":
+            if axis is None or p.strided.strides[d] == "unit":
                 continue
-            unit = 16 // itemsize(p.dtype) if p.layout.strides[d] == "aligned" else 1
+            unit = 16 // itemsize(p.dtype) if p.strided.strides[d] == "aligned" else 1
             suffix = f"_by{unit}" if unit > 1 else ""
             args.append(Argument(stride(p.name, axis) + suffix, "stride", p.name, d, unit))
     return tuple(args)
@@ -103,13 +103,13 @@ class TritonPrinter(Printer):
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the operation says so."""
         param = self.program.param(op.tensor)
         terms = [f"{op.tensor}_ptr"]
-        for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.layout.strides, strict=True):
+        for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.strided.strides, strict=True):
             if v is None:
                 continue
             index = self.at(v, axes)
             if wide:
                 index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"
-            terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis)}")
+            terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis or '')}")
         return " + ".join(terms)
 
 
@@ -218,4 +218,4 @@ def _wrapped(names: list[str]) -> list[str]:
 def _alignment_hints(program: t.TileProgram) -> list[str]:
     """Strides in elements, from those that came in units of 16 bytes."""
     scaled = [a for a in arguments(program) if a.unit > 1]
-    return [f"    {stride(a.subject, program.param(a.subject).axes[a.dim])} = {a.name} * {a.unit}" for a in scaled]
+    return [f"    {stride(a.subject, program.param(a.subject).axes[a.dim] or '')} = {a.name} * {a.unit}" for a in scaled]

@@ -29,7 +29,7 @@ class GemmAxes:
 
 def reach(graph: Graph, write) -> set[str]:
     """The axes along which a write spreads."""
-    axes = {i.axis for i in write.index if isinstance(i, Along)}
+    axes = {i.axis for i in write.index if isinstance(i, Along) and i.axis}
     return axes | {a for n in write.ids for a in graph.nodes[n].axes}
 
 
@@ -78,5 +78,9 @@ def gemm_axes(graph: Graph, node: int) -> GemmAxes | None:
     rows, columns = left - right, right - left
     if not rows or not columns:
         return None
-    size = lambda a: float("inf") if graph.axes[a] is None else graph.axes[a]  # noqa: E731
+
+    def size(axis: str) -> float:
+        extent = graph.axes[axis]
+        return float("inf") if extent is None else extent
+
     return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), k)

@@ -28,7 +28,7 @@ def _elementwise(kind, field_names: tuple[str, ...], op: bool = True):
 
 
 def _iota(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
-    return low._along(scope, n.attr("index"))
+    return low.along(scope, n.attr("index"))
 
 
 def _constant(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:

@@ -120,7 +120,7 @@ class _Program:
         return product if op.acc is None else self.values[op.acc.name] + product
 
     def index(self, op: t.Index) -> np.ndarray:
-        start = self.values[op.start.name] if op.start is not None else np.int32(0)
+        start = self.values[op.start.name] if op.start is not None else np.zeros((), np.int32)
         return start + np.arange(self.program.axis(op.axis).block, dtype=np.int32) if op.out.axes else start
 
     def binary(self, op: t.Binary) -> np.ndarray:

@@ -80,7 +80,7 @@ class Lowering(Writer):
     def _read(self, node: int, n: Node, home: Scope) -> t.Value:
         tensor = n.attr("tensor")
         index, wide, mask = self._address(tensor, n.attr("index"), n.args, home)
-        hint = self.graph.names.get(node, tensor)
+        hint = self.graph.names.get(node) or tensor
         before = len(home.ops)
         out = self.emit(
             home,
@@ -105,7 +105,7 @@ class Lowering(Writer):
         everywhere = isinstance(layout, t.Strided) and layout.wide
         for dim, entry in zip(dims, index, strict=True):
             if isinstance(entry, Along):
-                values.append(self._along(scope, entry))
+                values.append(self.along(scope, entry) if entry.axis or entry.start else None)
                 masks += [self.bound(scope, entry.axis)[1]] if entry.axis else []
                 dynamic = entry.axis is not None and self.graph.axes[entry.axis] is None
             else:
@@ -117,10 +117,10 @@ class Lowering(Writer):
             wide.append(isinstance(layout, t.Strided) and (everywhere or dynamic))
         return tuple(values), tuple(wide), self.all(scope, masks)
 
-    def _along(self, scope: Scope, entry: Along) -> t.Value | None:
-        """start + step · (index of the axis)."""
+    def along(self, scope: Scope, entry: Along) -> t.Value:
+        """start + step · (index of the axis); the constant `start` where there is no axis."""
         if entry.axis is None:
-            return self.const(scope, entry.start) if entry.start else None
+            return self.const(scope, entry.start)
         index, _ = self.bound(scope, entry.axis)
         home = self.home((entry.axis,), scope)
         key = ("along", entry)

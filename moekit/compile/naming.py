@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
+from collections.abc import Iterable
 
 TEMPORARY = "tmp"
 RESERVED = {
@@ -31,7 +32,7 @@ def identifier(axis: str) -> str:
 class Names:
     """Hands out each name once."""
 
-    def __init__(self, taken: set[str] = frozenset()):
+    def __init__(self, taken: Iterable[str] = ()):
         self.taken = {*RESERVED, *taken}
 
     def fresh(self, hint: str) -> str:

@@ -212,8 +212,7 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
     tile = 1
     inner = [u for u in uses.values() if not u.parallel]
     for use in sorted(inner, key=lambda u: (not u.whole, u.extent is None, u.extent or 0)):
-        fits = use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE)
-        if fits:
+        if use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE):
             chosen[use.name] = ("whole", pow2(use.extent))
         else:
             chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))

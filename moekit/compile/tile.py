@@ -221,7 +221,7 @@ class AxisBlock:
     @property
     def share(self) -> int:
         """Elements of the axis that one part covers, a multiple of the block (static axes only)."""
-        blocks = -(-self.extent // self.block)
+        blocks = -(-(self.extent or 0) // self.block)
         return -(-blocks // self.parts) * self.block
 
 
@@ -256,6 +256,20 @@ class Param:
     dtype: str
     axes: tuple[str | None, ...]
     layout: Strided | Viewed
+
+    @property
+    def strided(self) -> Strided:
+        """The layout of a tensor behind a pointer; TypeError if it is part of an array."""
+        if not isinstance(self.layout, Strided):
+            raise TypeError(f"{self.name} is {self.layout}, which has no strides")
+        return self.layout
+
+    @property
+    def viewed(self) -> Viewed:
+        """The layout of a tensor that is part of an array; TypeError if it is behind a pointer."""
+        if not isinstance(self.layout, Viewed):
+            raise TypeError(f"{self.name} is {self.layout}, which is part of no array")
+        return self.layout
 
 
 @dataclass(frozen=True)
@@ -304,6 +318,11 @@ class TileProgram:
         return "\n".join(lines + text_of(self.body, 1))
 
 
+def result(op: Op) -> Value | None:
+    """The one value an operation defines (None for a store and a loop)."""
+    return None if isinstance(op, Store | Loop) else op.out
+
+
 def operands(op: Op) -> tuple[Value, ...]:
     """The values an operation reads (a loop: its inits; its body reads are its own)."""
     if isinstance(op, Loop):
@@ -337,7 +356,8 @@ def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
             value = getattr(op, name)
             if name != "out" and value is not None:
                 fields.append(f"{name}={_short(value)}")
-        left = f"{op.out} = " if hasattr(op, "out") else ""
+        made = result(op)
+        left = f"{made} = " if made else ""
         lines.append(f"{pad}{left}{type(op).__name__}({', '.join(fields)})")
     return lines
 

@@ -56,7 +56,8 @@ def _plain_step(low: Lowering, scope: Scope, rank: t.Value, carries, axis: str, 
     keys, best, ids = carries
     index, mask = low.bound(scope, axis)
     top = reduce(low, -1, scope, "max", keys, axis)
-    hit = low.all(scope, (low.binary(scope, "eq", keys, top), mask))
+    hit = low.binary(scope, "eq", keys, top)
+    hit = low.all(scope, (hit, mask)) or hit
     found = low.where(scope, hit, index, low.const(scope, IDENTITY["min", "int32"]), "found")
     first = reduce(low, -1, scope, "min", found, axis)
     here = low.binary(scope, "eq", low.bound(scope, into)[0], rank)

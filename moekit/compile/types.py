@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from moekit.compile import tile as t
 from moekit.lang import dtypes
@@ -120,7 +121,7 @@ def _scan_type(p: t.TileProgram, op: t.Scan) -> str | None:
     return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
 
 
-TYPES: dict[type, Callable[[t.TileProgram, t.Op], str | None]] = {
+TYPES: dict[type, Callable[[t.TileProgram, Any], str | None]] = {
     t.Binary: _binary_type,
     t.Where: _where_type,
     t.Unary: _unary_type,

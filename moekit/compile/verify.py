@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from moekit.compile import tile as t
 from moekit.compile.types import TYPES
@@ -59,12 +60,12 @@ def facts_of(program: t.TileProgram) -> Facts:
         if isinstance(op, t.Loop):
             for i, (carry, out) in enumerate(zip(op.carries, op.outs, strict=False)):
                 carried[carry.name] = carried[out.name] = (op, i)
-        elif hasattr(op, "out"):
-            made_by[op.out.name] = op
+        elif made := t.result(op):
+            made_by[made.name] = op
     return Facts(program, made_by, carried, ops)
 
 
-def _fail(f: Facts, rule: str, op, hint: str) -> None:
+def _fail(f: Facts, rule: str, op, hint: str) -> NoReturn:
     at = t.text_of((op,), 0)[0] if op is not None else ""
     raise VerifyError(f"{f.program.name}: {rule}: {hint}" + (f" in `{at}`" if at else ""))
 
@@ -96,7 +97,7 @@ def defined_once(f: Facts) -> None:
             if isinstance(op, t.Loop):
                 inner = {op.var.name, *(c.name for c in op.carries)}
                 visit(op.body, add(op, inner, known))
-                made = inner | known | {o.out.name for o in op.body if hasattr(o, "out")}
+                made = inner | known | {made.name for o in op.body if (made := t.result(o))}
                 made |= {out.name for o in op.body if isinstance(o, t.Loop) for out in o.outs}
                 for v in op.yields:
                     if v.name not in made:
@@ -138,7 +139,7 @@ def memory_masked(f: Facts) -> None:
             for dim, value in enumerate(op.index):
                 axis = f.program.param(op.tensor).axes[dim]
                 checked = {(axis, value.name), (NOT_NEGATIVE, value.name)} <= kept if value is not None else True
-                if not checked and not _affine(f, value):
+                if value is not None and not checked and not _affine(f, value):
                     _fail(f, "memory masked", op, f"{value.name} is data; mask it to the range of {axis}")
 
 
@@ -340,8 +341,9 @@ def loops_cover(f: Facts) -> None:
         if isinstance(owner.stop, int) != (stop is not None) or (stop is not None and owner.stop != stop):
             _fail(f, "loops cover", owner, f"it must run from 0 to {stop}, the end of {op.axis}")
     for op, _ in f.ops:
-        over_axis = isinstance(op, t.Loop) and any(isinstance(o, t.Index) for o in op.body)
-        for value in op.yields if over_axis else ():
+        if not isinstance(op, t.Loop) or not any(isinstance(o, t.Index) for o in op.body):
+            continue
+        for value in op.yields:
             if not _depends(f, value, op.var.name, set()):
                 _fail(f, "loops cover", op, f"{value.name} is the same every turn; it must be made from the loop's own index")
 

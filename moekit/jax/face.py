@@ -54,8 +54,10 @@ class Call:
             raise ShapeError(
                 f"{self.fusion.name}: out has {len(given)} entries; it needs {len(self.names)} ({', '.join(self.names)})"
             )
-        views = {n: v for n, v in zip(self.names, given, strict=True) if v is not None}
-        for n, v in views.items():
+        views: dict[str, View] = {}
+        for n, v in zip(self.names, given, strict=True):
+            if v is None:
+                continue
             if not isinstance(v, View):
                 raise ShapeError(
                     f"{self.fusion.name}: out for {n} is {type(v).__name__}; it must be a View of the array to write to"
@@ -64,6 +66,7 @@ class Call:
                 raise ShapeError(f"{self.fusion.name}: out for {n} has shape {list(v.shape)}; it must be {list(self.shape(n))}")
             if v.dtype.name != self.graph.tensors[n].dtype:
                 raise DtypeError(f"{self.fusion.name}: out for {n} is {v.dtype.name}; it must be {self.graph.tensors[n].dtype}")
+            views[n] = v
         return views
 
     def _check_aliases(self) -> None:

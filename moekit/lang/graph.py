@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from moekit.lang.spec import Dim
 
@@ -54,7 +55,7 @@ class Node:
     axes: tuple[str, ...]
     dtype: str
 
-    def attr(self, name: str):
+    def attr(self, name: str) -> Any:
         """The attribute `name`."""
         return dict(self.attrs)[name]
 

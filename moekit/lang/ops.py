@@ -243,7 +243,7 @@ class Put:
     """An output written at `ids` of axis `over` of its InOut tensor; see `put`."""
 
     value: Value
-    ids: Value
+    ids: Value | None
     over: str
 
 

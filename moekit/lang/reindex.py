@@ -28,7 +28,7 @@ def _visit(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, 
 def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
     new_axes = (by.axis,) if isinstance(by, Along) else by.axes
-    inner = {dict(n.attrs).get("axis"), dict(n.attrs).get("into")} - {None}
+    inner = {str(value) for name, value in n.attrs if name in ("axis", "into")}
     if n.op in ("cumsum", "top_k", "pick") and axis in inner:
         raise DeclarationError(
             f"{b.name}: a {n.op} cannot be sliced or gathered along its own axis {axis!r}; slice its operand, "

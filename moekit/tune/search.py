@@ -43,7 +43,8 @@ def _row_options(graph: Graph, base: Schedule) -> Iterator[Schedule]:
     columns = [a for a in parallel if uses[a].extent is not None]
     inner = columns[-1:] if columns else []
     row_blocks = (1, 2, 4, 8)
-    column_blocks = [b for b in (512, 256, 1024, 128, 64, 32, 16, 8, 4, 2, 1) if not inner or b <= pow2(uses[inner[0]].extent)]
+    widest = pow2(uses[inner[0]].extent or 1) if inner else 1
+    column_blocks = [b for b in (512, 256, 1024, 128, 64, 32, 16, 8, 4, 2, 1) if b <= widest]
     for warps, r, c in itertools.product((4, 8, 2, 1, 16), row_blocks, column_blocks if inner else (1,)):
         schedule = replace(base, warps=warps)
         for a in rows[:1]:
