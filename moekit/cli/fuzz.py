@@ -14,6 +14,7 @@ from moekit.cli.output import console, notes, print_json, table
 from moekit.errors import UnavailableError
 
 FAILED = 1
+SHOWN = 10  # failures printed in full as they come
 SHRUNK = 5  # failures that are made small: the first of each fusion and implementation
 
 
@@ -60,12 +61,11 @@ def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: fl
     if seconds is None and examples is None:
         examples = 2000
     plan = campaign.Plan(names, chosen, seed, examples, seconds, workers or min(12, os.cpu_count() or 1), combos, 8, batch)
-    result = _watched(plan)
+    result = _watched(plan, json_file)
     rows = _shrunk(result, save)
     summary = summarise(plan, result, rows)
     if json_file:
-        cells = {i: [[*c, n] for c, n in sorted(v.cells.items())] for i, v in result.coverage.items()}
-        json_file.write_text(json.dumps({**summary, "by_cell": cells}, indent=1))
+        _write(json_file, summary, result)
     if as_json:
         print_json(summary)
     else:
@@ -100,11 +100,33 @@ def _check(name: str, why: str | None) -> None:
         )
 
 
-def _watched(plan) -> Any:
-    """Run the campaign under a live line on stderr (a line every half minute where stderr is no terminal)."""
-    from moekit.testing import campaign
+def _write(path: Path, summary: dict, result: Any) -> None:
+    cells = {i: [[*c, n] for c, n in sorted(v.cells.items())] for i, v in result.coverage.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**summary, "by_cell": cells}, indent=1))
 
-    out, last = notes(), [time.monotonic()]
+
+def _watched(plan: Any, json_file: Path | None) -> Any:
+    """Run the campaign under a live line on stderr (a line every half minute where stderr is no terminal).
+
+    Failures are printed as they come, and what is known so far is written to `json_file` every twenty seconds.
+    """
+    from moekit.testing import campaign
+    from moekit.testing.regressions import pasteable
+
+    out, last, written, shown = notes(), [time.monotonic()], [time.monotonic()], [0]
+
+    def keep(result: Any) -> None:
+        for failure in result.failures[shown[0] : shown[0] + SHOWN]:
+            out.print(f"{failure.case.fusion}, {failure.implementation}:", *failure.problems[:3], sep="\n  ", markup=False)
+            if shown[0] < SHOWN:
+                out.print(pasteable(failure.case, failure.implementation), markup=False, soft_wrap=True)
+        shown[0] = len(result.failures)
+        if json_file and time.monotonic() - written[0] > 20:
+            written[0] = time.monotonic()
+            rows = [{"fusion": f.case.fusion, "implementation": f.implementation, "problems": list(f.problems),
+                     "case": f.case.to_json()} for f in result.failures]  # fmt: skip
+            _write(json_file, summarise(plan, result, rows), result)
 
     def line(result) -> Text:
         cells = sum(len(c.cells) for c in result.coverage.values())
@@ -115,13 +137,14 @@ def _watched(plan) -> Any:
     if not out.is_terminal:
 
         def report(result) -> None:
+            keep(result)
             if time.monotonic() - last[0] > 30:
                 last[0] = time.monotonic()
                 out.print(line(result))
 
         return campaign.run(plan, report)
     with Live(console=out, refresh_per_second=4, transient=True) as live:
-        return campaign.run(plan, lambda result: live.update(line(result)))
+        return campaign.run(plan, lambda result: (keep(result), live.update(line(result))))
 
 
 def _shrunk(result, save: Path) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, fatal, launches
 from moekit.testing.guard import POISONS, Arena, FarArena, Placed, differing, place
 from moekit.testing.oracle import Oracle
+
+LARGEST_ARENA = 2**24  # bytes: what malloc hands out again without new pages
 
 
 @dataclass
@@ -28,9 +30,25 @@ class Verdict:
 def run_cases(executor: Executor, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> list[Verdict]:
     """Run cases with their oracles, twice each on differently poisoned memory; verdicts in the same order."""
     near = [(c, o) for c, o in pairs if all(v.kind != "far" for v in c.layouts.values())]
-    found = dict(zip([id(c) for c, _ in near], _run_near(executor, near), strict=True))
+    found: dict[int, Verdict] = {}
+    for part in _parts(near):
+        found |= dict(zip([id(c) for c, _ in part], _run_near(executor, part), strict=True))
     found |= {id(c): _run_far(executor, c, o) for c, o in pairs if id(c) not in found}
     return [found[id(c)] for c, _ in pairs]
+
+
+def _parts(pairs: Sequence[tuple[FuzzCase, Oracle]]) -> Iterator[list[tuple[FuzzCase, Oracle]]]:
+    """The pairs in runs that fit an arena of `LARGEST_ARENA` bytes (one case at least)."""
+    part, total = [], 0
+    for case, oracle in pairs:
+        size = sum(8 * case.layout(n).span(case.shape(n)) for n in case.memory())
+        if part and total + size > LARGEST_ARENA:
+            yield part
+            part, total = [], 0
+        part.append((case, oracle))
+        total += size
+    if part:
+        yield part
 
 
 def run_case(executor: Executor, case: FuzzCase) -> Verdict:

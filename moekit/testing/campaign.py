@@ -20,7 +20,8 @@ from moekit.testing.case import FuzzCase
 from moekit.testing.coverage import Coverage
 from moekit.testing.tasks import JAX, Report, Task, cases, run_task
 
-HANGS = 300.0  # seconds after which a task is taken to hang (the first of a worker compiles and imports)
+HANGS = 120.0  # seconds after which a task is taken to hang
+GRACE = 10.0  # seconds that workers have to end what they are at once the time is over
 MOST_FAILURES = 50
 
 
@@ -170,7 +171,7 @@ def _drive(plan: Plan, result: Result, workers: list[_Worker], begin: float, wat
         busy = [w for w in workers if w.task is not None]
         if not busy:
             return
-        ready = multiprocessing.connection.wait([w.connection for w in busy], timeout=5)
+        ready = multiprocessing.connection.wait([w.connection for w in busy], timeout=2)
         for w in busy:
             if w.connection in ready:
                 _receive(w, workers, result, again, context)
@@ -178,6 +179,9 @@ def _drive(plan: Plan, result: Result, workers: list[_Worker], begin: float, wat
                 _lost(w, workers, result, again, context, f"it did not end in {HANGS:.0f} seconds")
         result.seconds = time.monotonic() - begin
         watch(result)
+        if plan.seconds is not None and result.seconds > plan.seconds + GRACE:
+            result.stopped = f"{len([w for w in workers if w.task])} tasks were cut off"
+            return
 
 
 def _receive(w: _Worker, workers: list[_Worker], result: Result, again: deque, context) -> None:

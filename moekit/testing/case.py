@@ -48,7 +48,7 @@ class Layout:
     def base(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The base's extent along each dimension of the tensor (1 where the stride is 0)."""
         return tuple(
-            1 if d in self.zero else self.starts[d] + self.steps[d] * max(0, n - 1) + 1 + self.pads[d]
+            1 if d in self.zero else self.starts[d] + (self.steps[d] * (n - 1) + 1 + self.pads[d] if n else 0)
             for d, n in enumerate(shape)
         )
 
@@ -70,8 +70,7 @@ class Layout:
 
     def span(self, shape: tuple[int, ...]) -> int:
         """Elements from the beginning of the base to its end."""
-        total = self.shift
-        return total + int(np.prod(self.base(shape), dtype=np.int64))
+        return self.shift + int(np.prod(self.base(shape), dtype=np.int64))
 
     @property
     def viewable(self) -> bool:
@@ -232,6 +231,10 @@ class FuzzCase:
     def elements(self) -> int:
         """Elements of the largest tensor."""
         return max(int(np.prod(self.shape(n))) for n in self.memory())
+
+    def weight(self) -> int:
+        """Elements of the largest tensor, were no axis empty: what its static sizes cost."""
+        return max(int(np.prod([max(1, s) for s in self.shape(n)])) for n in self.memory())
 
     def values(self) -> dict[str, np.ndarray]:
         """The operands' values, by recipe and seed; where a stride is 0, elements that are one are equal."""

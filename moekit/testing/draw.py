@@ -88,7 +88,7 @@ def draw_call(fusion: Fusion, name: str, source: Source, limits: Limits) -> Fuzz
     for _ in range(200):
         case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits), {})
         case = replace(case, params=_params(fusion, source, case))
-        if case.problem() is None and limits.smallest <= case.elements() <= limits.elements:
+        if case.problem() is None and limits.smallest <= case.elements() and case.weight() <= limits.elements:
             return case
     return _smallest(fusion, case)
 
@@ -113,7 +113,7 @@ def redraw_dynamic(case: FuzzCase, source: Source, limits: Limits) -> FuzzCase:
     dynamic = [a for a in case.sizes if a in case.declaration.dynamic]
     for _ in range(20):
         found = replace(case, sizes={**case.sizes, **{a: source.choose(DYNAMIC) for a in dynamic}})
-        if limits.smallest <= found.elements() <= limits.elements:
+        if limits.smallest <= found.elements() and found.weight() <= limits.elements:
             return found
     return case
 

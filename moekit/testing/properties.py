@@ -189,7 +189,9 @@ def _unequal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], text: str
         same = (x == b[name]) | ((x != x) & (b[name] != b[name]))
         if not np.all(same):
             at = tuple(int(i) for i in np.argwhere(~same)[0])
-            found.append(f"{name}{list(at)} is {x[at]}, but {b[name][at]} {text}; {int((~same).sum())} of {x.size} elements differ")
+            found.append(
+                f"{name}{list(at)} is {x[at]}, but {b[name][at]} {text}; {int((~same).sum())} of {x.size} elements differ"
+            )
     return found
 
 

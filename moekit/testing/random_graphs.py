@@ -41,9 +41,7 @@ def random_fusion(seed: int) -> Fusion:
 
     declared.__name__ = f"random_{seed}"
     declared.__doc__ = f"Random declaration {seed}."
-    declared.__signature__ = inspect.Signature(
-        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in specs]
-    )
+    declared.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in specs])
     made = Fusion(declared, reference, specs, ("T",))
     return made
 
@@ -167,4 +165,3 @@ def _gather(b: _Body) -> Value | None:
 STEPS: tuple[Callable[[_Body], Value | None], ...] = (
     _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
 )  # fmt: skip
-

@@ -70,7 +70,7 @@ class Report:
 def limits_of(task: Task) -> Limits:
     """How far the cases of a task may go."""
     edge = task.turn % 25 == 24
-    elements = 12_000 if task.accelerated else 2500
+    elements = 5_000 if task.accelerated else 2500
     name, kinds, modes = task.implementation, KINDS, ("out", "in place", "over", "plain")
     schedules: tuple[str, ...] = Limits().schedules
     dtypes: tuple[str, ...] = Limits().dtypes
