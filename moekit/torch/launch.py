@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from moekit.compile.plan import Plan
 from moekit.errors import ShapeError, UnavailableError
 
 LARGEST_GRID = 2**31 - 1
+MOST_KNOWN = 8192
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ def kernel(program: t.TileProgram):
     names: dict = {"__name__": f"moekit_generated_{program.name}"}
     exec(compile(source, filename, "exec"), names)
     return names[emitter.kernel_name(program)]
+
+
+_known: dict[int, tuple[t.TileProgram, Any, tuple[emitter.Argument, ...]]] = {}
+
+
+def known(program: t.TileProgram) -> tuple[t.TileProgram, Any, tuple[emitter.Argument, ...]]:
+    """A program with its kernel and the kernel's arguments, found by identity: hashing a program takes longer than a launch."""
+    found = _known.get(id(program))
+    if found is None or found[0] is not program:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        found = _known[id(program)] = (program, kernel(program), emitter.arguments(program))
+    return found
 
 
 def strides_of(tensor: torch.Tensor, axes: Sequence[str | None], dynamic: frozenset[str]) -> tuple[int, ...]:
@@ -84,7 +99,7 @@ def launches(
         if count > LARGEST_GRID:
             most = f"more than one launch can have ({LARGEST_GRID})"
             raise ShapeError(f"{program.name}: {count} programs are {most}; split the tokens")
-        arguments = emitter.arguments(program)
+        arguments = known(program)[2]
         strides = {p.name: strides_of(tensors[p.name], p.axes, dynamic) for p in program.params}
         integers = tuple(
             sizes[a.subject] if a.kind == "extent" else strides[a.subject][a.dim] // a.unit
@@ -108,7 +123,7 @@ def start(launched: Sequence[Launch], tensors: Mapping[str, torch.Tensor], devic
 def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
     options = {"num_warps": one.program.warps, "num_stages": one.program.stages}
     pointers = [tensors[n] for n in one.pointers]
-    return kernel(one.program)[(one.count,)](*pointers, *one.integers, **options)
+    return known(one.program)[1][(one.count,)](*pointers, *one.integers, **options)
 
 
 def unavailable(tensors: Mapping[str, torch.Tensor]) -> str | None:

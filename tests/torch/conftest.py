@@ -89,6 +89,7 @@ def emulated(monkeypatch) -> Log:
     from moekit.torch import fast, launch, ops
 
     log, made, original = Log(), {}, launch.kernel
+    monkeypatch.setattr(launch, "_known", {})
     monkeypatch.setattr(launch, "unavailable", lambda tensors: None)
     monkeypatch.setattr(launch, "kernel", lambda p: made.setdefault(p, Emulated(p, original(p), log)))
     monkeypatch.setattr(fast, "current_device", lambda: None)

@@ -195,6 +195,7 @@ def count_kernels(monkeypatch):
         return found
 
     KERNELS.clear()
+    monkeypatch.setattr(launch, "_known", {})
     monkeypatch.setattr(launch, "kernel", kernel)
 
 
