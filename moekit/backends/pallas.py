@@ -31,10 +31,12 @@ UNARY = {
 # that sort as they do, with NaN at the end that wins.
 HELPERS = {
     "trunc_div": """def trunc_div(a, b):
-    return lax.div(*jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype)))
+    dtype = jnp.result_type(a, b)
+    return lax.div(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))
 """,
     "trunc_rem": """def trunc_rem(a, b):
-    return lax.rem(*jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype)))
+    dtype = jnp.result_type(a, b)
+    return lax.rem(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))
 """,
     "nan_maximum": """def nan_maximum(a, b):
     return jnp.where(a != a, a, jnp.where(b != b, b, jnp.maximum(a, b)))

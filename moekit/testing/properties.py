@@ -52,7 +52,7 @@ def layouts_do_not_matter(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
-    """A token's results do not depend on the tokens beside it: permuted, cut off or padded with others, the bits are the same."""
+    """A token's results do not depend on the tokens beside it: permuted, cut off or padded, the bits are the same."""
     axis = token_axis(case)
     if axis is None or case.extents[axis] < 2:
         return []

@@ -134,7 +134,9 @@ def launch(entry: Entry, tensors: Sequence[torch.Tensor], pointers: list[int]) -
         made = empty(f.shape, dtype=f.dtype, device=f.device) if f.like is None else empty_like(tensors[f.like])
         every.append(made)
         pointers.append(made.data_ptr())
-    if not entry.ready or entry.device == current_device():
+    if not entry.ready:
+        pass  # nothing to launch: no tokens
+    elif entry.device == current_device():
         _launch(entry, pointers)
     else:
         with torch.cuda.device(entry.device):
