@@ -81,6 +81,7 @@ def main() -> None:
     model, rows = build(options.layers), []
     print(report := mt.patch(model))
     for batch in options.batch:
+        decode(model, batch, options.steps)  # the first pass at a batch is several times slower on either side: not shown
         for way in ("patched", "original", "patched again"):
             (mt.unpatch if way == "original" else mt.patch)(model)
             decode(model, batch, 4)
