@@ -246,6 +246,8 @@ class FuzzCase:
                 arrays[name] = (rng.permutation(largest)[: int(np.prod(shape))].reshape(shape) - 1).astype(self.dtypes[name])
                 continue
             x = make(self.recipe, shape, self.dtypes[name], rng)
+            if x.dtype.kind == "i" and name not in read_ids(self.graph):
+                x = rng.integers(-4, 5, shape).astype(x.dtype)
             zero = self.layout(name).zero
             if zero and x.size:
                 x = np.broadcast_to(x[tuple(slice(0, 1) if d in zero else slice(None) for d in range(x.ndim))], shape)
@@ -271,6 +273,12 @@ class FuzzCase:
             return str(error)
         empty = [n.attr("axis") for n in nodes if self.extents[n.attr("axis")] == 0]
         return f"{self.fusion}: {empty[0]} = 0, and nothing is the largest of nothing" if empty else None
+
+
+def read_ids(graph: Graph) -> set[str]:
+    """Operands of which a `gather` takes its ids, as they are: they stay where a reference may index with them."""
+    by = {a for n in graph.nodes if n.op == "read" for a in n.args}
+    return {graph.nodes[i].attr("tensor") for i in by if graph.nodes[i].op == "read"}
 
 
 def unique_ids(graph: Graph) -> dict[str, str]:

@@ -99,8 +99,9 @@ class Judgement:
         """The judgement of an output of `dtype` for which the reference says `want`."""
         tiny, want = float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal), want.astype(np.float64)
         reach, unknown = limit.error(factor), np.isinf(limit.noise)
-        reach = np.where(want == round_to(want, dtype), np.maximum(reach, _flip(limit.value, reach, dtype)), reach)
-        allowance = np.maximum(0.5 * ulp(want, dtype), _flip(limit.value, limit.flips, dtype)) + limit.flips
+        turned = np.where(want == round_to(want, dtype), _flip(limit.value, reach, dtype), 0.0)  # a tie that noise may turn
+        allowance = np.maximum(np.maximum(0.5 * ulp(want, dtype), turned), _flip(limit.value, limit.flips, dtype)) + limit.flips
+        reach = np.maximum(reach, turned)
         zeroable = np.zeros(()) > 0 if limit.exact is None else np.abs(limit.exact) < tiny
         return cls(want, round_to(want - reach, dtype), round_to(want + reach, dtype), np.abs(want) - reach < tiny,
                    allowance, np.where(unknown, 0.0, limit.noise), limit.exact, limit.flips > 0, zeroable, unknown)  # fmt: skip

@@ -161,8 +161,26 @@ def probe_grouped(x, w, ids):
     return ml.contract(x, ml.gather(w, ids, over="E"), over="D")
 
 
+def _extremes(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1), "product": (x + 1) @ (w + 2).T}
+
+
+@fusion(_extremes, x=In("T H"), w=In("P H"))
+def probe_extremes(x, w):
+    """Reductions of every kind side by side, and a product of two computed operands: both are other than zero past the end."""
+    x32 = ml.f32(x)
+    return {
+        "high": ml.max(x32, over="H"),
+        "low": ml.min(x32, over="H"),
+        "total": ml.sum(x32, over="H"),
+        "product": ml.contract(x32 + 1.0, ml.f32(w) + 2.0, over="H"),
+    }
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes)
 }  # fmt: skip

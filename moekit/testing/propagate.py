@@ -153,7 +153,16 @@ def _binary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         "mul": lambda: (np.abs(b.value) + b.noise, np.abs(a.value)),
         "div": lambda: (1 / np.abs(b.value), np.abs(value / b.value)),
     }[node.op]()
-    return _made(value, zip(slopes, args, strict=True), OWN[node.op], exact, node.op == "mul")
+    made = _made(value, zip(slopes, args, strict=True), OWN[node.op], exact, node.op == "mul")
+    if node.op != "mul" or np.isfinite(value).all():
+        return made
+    vanishing = [np.isinf(x.value) & (y.value != 0) & (np.abs(y.value) < TINY) for x, y in ((a, b), (b, a))]
+    return _unknown(made, vanishing[0] | vanishing[1])  # infinity times what may read as zero
+
+
+def _unknown(b: Bound, where: np.ndarray) -> Bound:
+    """The bound with nothing known where float32 may overflow, or meet a zero, on the way to a value that float64 has."""
+    return replace(b, value=np.where(where, 0.0, b.value), noise=np.where(where, np.inf, b.noise))
 
 
 def _larger(f: Callable, a: Bound, b: Bound) -> Bound:
@@ -249,8 +258,7 @@ def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         return replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact)
     total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
     own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
-    noise = np.where(total(_tame(x.value)) > LARGEST, np.inf, total(x.noise) + own)
-    return Bound(total(x.value), noise, total(x.flips))
+    return _unknown(Bound(total(x.value), total(x.noise) + own, total(x.flips)), total(_tame(x.value)) > LARGEST)
 
 
 def _tame(v: np.ndarray) -> np.ndarray:
@@ -277,8 +285,7 @@ def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     n = ev.sizes[node.attr("axis")]
     depth = max(_growth(n), n / 8)  # numpy adds in order, and rounds equal terms the same way each time
     own = UNIT * depth * run(np.abs(x.value)) + n * TINY
-    noise = np.where(run(_tame(x.value)) > LARGEST, np.inf, run(x.noise) + own)
-    return Bound(run(x.value), noise, run(x.flips))
+    return _unknown(Bound(run(x.value), run(x.noise) + own, run(x.flips)), run(_tame(x.value)) > LARGEST)
 
 
 def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
@@ -289,8 +296,8 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     value = dot(a.value, b.value)
     noise = dot(a.noise, size_b) + dot(size_a, b.noise)
     noise = noise + UNIT * _growth(ev.sizes[node.attr("axis")]) * dot(size_a, size_b) + ev.sizes[node.attr("axis")] * TINY
-    noise = np.where(dot(_tame(a.value), _tame(b.value)) > LARGEST, np.inf, noise)
-    return Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
+    made = Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
+    return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
 
 
 def _dot(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:

@@ -1,0 +1,148 @@
+"""The mutants: each one mistake that a person, or a refactoring, could make in the lowering or an emitter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one."""
+
+    name: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    about: str
+
+
+def _one(name: str, file: str, old: str, new: str, about: str) -> Mutant:
+    return Mutant(name, file, ((old, new),), about)
+
+
+HISTORICAL = (
+    _one("row-stride-ignored", "backends/triton.py", 'terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis)}")',
+         'terms.append(index if kind == "unit" else f"{index} * {extent_text(self.program, param.axes[-1])}" if len(terms) == 1 else '
+         'f"{index} * {stride(op.tensor, axis)}")',
+         "logits [M, 60] with stride 64 read as if rows were dense (vLLM 57823, FlashInfer 4713)"),
+    _one("stored-then-reloaded", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
+         "            if w.tensor in {t.name for t in self.graph.tensors.values() if t.role == 'InOut'}:\n"
+         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), [w])\n"
+         "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
+         "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
+    _one("nan-is-padding", "lang/ops.py", "return where(isnan(x), lowest + 1, where(bits == lowest, 0, flipped)), width",
+         "return where(isnan(x), lowest, where(bits == lowest, 0, flipped)), width",
+         "rows of NaN choose one expert k times (vLLM 39244) or ids out of range (SGLang 30079)"),
+    _one("offsets-32-bit", "compile/lower.py", "wide.append(isinstance(layout, t.Strided) and (everywhere or dynamic))", "wide.append(False)",
+         "int32 offsets past 2^31 (Liger 1248 and 1296, megablocks 186, vLLM 42173)"),
+    _one("experts-past-256", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n",
+         "    keys = low.remask(home, keys, axis, lowest)\n"
+         "    near = low.binary(home, 'lt', index, low.const(home, 256))\n"
+         "    keys = low.where(home, near, keys, low.const(home, lowest), 'keys')\n",
+         "more than 256 experts ignored (SGLang 23609's neighbours)"),
+)  # fmt: skip
+
+LOWERING = (
+    _one("no-mask-dynamic", "compile/tile.py", "        return self.extent is None or self.extent %", "        return self.extent is not None and self.extent %",
+         "tokens past the last are loaded and stored"),
+    _one("no-mask-whole", "compile/tile.py", "            return self.extent != self.block", "            return False", "a block of 64 over 37 columns has no mask"),
+    _one("no-mask-looped", "compile/scope.py", "        if block.partial:", '        if block.partial and block.mode != "loop":', "the last turn of a loop has no mask"),
+    _one("start-off", "compile/scope.py", "self.const(scope, block.block), f\"{identifier(axis)}_start\"",
+         "self.const(scope, max(1, block.block - 1)), f\"{identifier(axis)}_start\"", "programs overlap by one element each"),
+    _one("no-remask", "compile/scope.py", "        if mask is None or (identity == 0", "        if True or (identity == 0", "reductions add up what lies past the end"),
+    _one("zero-for-any-identity", "compile/scope.py", "(identity == 0 and axis in self.zeroed.get(value.name, ()))", "(axis in self.zeroed.get(value.name, ()))",
+         "the zeros of masked lanes take part in max and min"),
+    _one("one-mask-of-two", "compile/scope.py", "        if len(masks) < 2:\n            return masks[0] if masks else None",
+         "        if True:\n            return masks[0] if masks else None", "of two ragged axes only the first is masked"),
+    _one("last-block-dropped", "compile/scope.py", "home.ops.append(t.Loop(var, stop, block.block,",
+         "home.ops.append(t.Loop(var, stop - stop % block.block if isinstance(stop, int) else stop, block.block,", "a loop leaves out its ragged last block"),
+    _one("parts-start-wrong", "compile/scope.py", "self.const(home, block.share), f\"{identifier(axis)}_first\"",
+         "self.const(home, block.block), f\"{identifier(axis)}_first\"", "the parts of a split axis begin too early"),
+    _one("share-rounds-down", "compile/tile.py", "return -(-blocks // self.parts) * self.block", "return max(1, blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
+    _one("slice-start-ignored", "compile/lower.py", "            if entry.start:\n", "            if False:\n", "the second half is the first"),
+    _one("slice-step-ignored", "compile/lower.py", "            if entry.step != 1:\n", "            if False:\n", "interleaved slices are read side by side"),
+    _one("ids-unchecked", "compile/lower.py", "                masks.append(self._in_range(scope, ids, dim.axis))\n", "", "ids out of range reach memory"),
+    _one("id-zero-invalid", "compile/lower.py", 'low = self.binary(scope, "ge", ids', 'low = self.binary(scope, "gt", ids', "id 0 is taken for padding"),
+    _one("store-unmasked", "compile/lower.py", "t.Store(w.tensor, index, wide, value, mask)", "t.Store(w.tensor, index, wide, value, None)", "stores past the end"),
+    _one("load-unmasked", "compile/lower.py", "            wide=wide,\n            mask=mask,\n", "            wide=wide,\n            mask=None,\n", "loads past the end"),
+    _one("second-output-lost", "compile/lower.py", "            scope.ops.extend(stores)", "            scope.ops.extend(stores[:1])", "only the first of several outputs is stored"),
+    _one("indices-swapped", "compile/lower.py", "        return tuple(values), tuple(wide), self.all(scope, masks)",
+         "        return tuple(values[::-1]), tuple(wide), self.all(scope, masks)", "rows for columns"),
+    _one("max-from-zero", "compile/reductions.py", '("max", "float32"): float("-inf")', '("max", "float32"): 0.0', "the maximum of negative numbers is zero"),
+    _one("min-from-zero", "compile/reductions.py", '("min", "float32"): float("inf")', '("min", "float32"): 0.0', "the minimum of positive numbers is zero"),
+    _one("min-int-from-zero", "compile/reductions.py", '("min", "int32"): 2**31 - 1', '("min", "int32"): 0', "the first index is always 0"),
+    _one("product-unwidened", "compile/reductions.py", "    left, right = (_f32(low, scope, a) for a in args)", "    left, right = args", "products are rounded to the operands' dtype"),
+    _one("whole-not-remasked", "compile/reductions.py", "    value = low.remask(home, value, axis, IDENTITY[kind, value.dtype])\n", "", "a reduction of a whole block is not masked"),
+    _one("loop-not-remasked", "compile/reductions.py", "value = low.remask(scope, _reducible(low, other, scope), axis, IDENTITY[_kind(other), other.dtype])",
+         "value = _reducible(low, other, scope)", "the last block of a looped reduction is not masked"),
+    _one("dot-not-remasked", "compile/reductions.py", "(low.remask(scope, low.value(a, scope), axis, 0) for a in n.args)", "(low.value(a, scope) for a in n.args)",
+         "the matrix unit multiplies what lies past the end"),
+    _one("accumulator-from-zero", "compile/reductions.py", "other.dtype, axes, value=identity)", "other.dtype, axes, value=0)", "a looped maximum begins at zero"),
+    _one("last-block-only", "compile/reductions.py", "yields.append(low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name))", "yields.append(value)", "a looped reduction forgets all but its last block"),
+    _one("dot-forgets", "compile/reductions.py", "yields.append(_dot(low, other, home, scope, carry))", "yields.append(_dot(low, other, home, scope, None))", "a looped product forgets all but its last block"),
+    _one("max-becomes-min", "compile/reductions.py", '"max": "maximum"', '"max": "minimum"', "looped maxima are combined by minimum"),
+    _one("dot-operands-kept", "compile/reductions.py", "    if axes[0] in right.axes:\n        left, right = right, left\n", "", "the rows of a product are its columns"),
+    _one("accumulator-bfloat16", "compile/reductions.py", "                yields.append(low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name))",
+         "                kept = low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name)\n"
+         "                if kept.dtype == 'float32':\n"
+         "                    kept = low.emit(scope, t.Cast, 'narrow', 'bfloat16', kept.axes, value=kept)\n"
+         "                    kept = low.emit(scope, t.Cast, 'wide', 'float32', kept.axes, value=kept)\n"
+         "                yields.append(kept)", "sums are kept in bfloat16"),
+    Mutant("ties-to-the-higher", "compile/topk.py", (
+        ('inverted = low.binary(home, "sub", low.const(home, 0xFFFF), index)', 'inverted = low.binary(home, "add", low.const(home, 0), index)'),
+        ('ids = low.binary(home, "sub", low.const(home, 0xFFFF), inverted, "ids")', 'ids = low.binary(home, "add", low.const(home, 0), inverted, "ids")')),
+        "16-bit ties go to the higher index"),
+    _one("ties-struck-together", "compile/topk.py", 'low.binary(scope, "eq", index, first)', 'low.binary(scope, "eq", keys, top)', "of several equal keys only one is ever chosen"),
+    _one("topk-not-remasked", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n", "", "padding columns compete for the top k"),
+    _one("ranks-smeared", "compile/topk.py", "here = low.binary(scope, \"eq\", low.bound(scope, into)[0], rank)", "here = low.binary(scope, \"le\", low.bound(scope, into)[0], rank)", "the k-th best everywhere"),
+    _one("log1p-uncorrected", "compile/elementwise.py", 'ratio = low.binary(scope, "div", low.binary(scope, "mul", unary("log", u), e), below)', 'ratio = unary("log", u)', "softplus loses its small values"),
+    _one("softplus-min", "compile/elementwise.py", 'low.binary(scope, "maximum", x, zero)', 'low.binary(scope, "minimum", x, zero)', "softplus of the wrong side"),
+    _one("where-swapped", "compile/elementwise.py", '_elementwise(t.Where, ("condition", "yes", "no"), op=False)', '_elementwise(t.Where, ("condition", "no", "yes"), op=False)', "where takes the other branch"),
+    _one("operands-swapped", "compile/elementwise.py", '_elementwise(t.Binary, ("left", "right"))', '_elementwise(t.Binary, ("right", "left"))', "a - b is b - a"),
+    _one("rounding-dropped", "compile/lower.py", "        if n.op in RULES:\n",
+         "        if n.op == 'cast' and n.dtype in ('float16', 'bfloat16') and any(node in m.args for m in self.graph.nodes):\n"
+         "            return self.value(n.args[0], home)\n        if n.op in RULES:\n", "a declared rounding inside the declaration is left out"),
+    _one("parts-added", "compile/plan.py", 'kind = "sum" if node.op == "contract" else node.attr("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
+    _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
+    _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
+)  # fmt: skip
+
+PRINTER = (
+    _one("program-id-undecoded", "backends/printer.py", "return rem.format(text, count(axis)) if at > 0 else text", "return text", "an inner grid axis is not taken modulo its blocks"),
+    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
+         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "a store forgets axes"),
+)  # fmt: skip
+
+TRITON = (
+    _one("triton-mask-le", "backends/triton.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
+    _one("triton-unit-lost", "backends/triton.py", "= {a.name} * {a.unit}\"", "= {a.name}\"", "strides in units of 16 bytes taken for elements"),
+    _one("triton-32-bit", "backends/triton.py", "            if wide:\n", "            if False:\n", "the 64-bit product is printed in 32 bits"),
+    _one("triton-store-mask", "backends/triton.py", 'mask = f", mask={self.at(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
+    _one("triton-load-mask", "backends/triton.py", 'mask = f", mask={p.at(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""', 'mask = ""', "loads are not masked"),
+    _one("triton-load-fill", "backends/triton.py", "other={number(op.fill)}\"", "other=1\"", "masked lanes read as one"),
+    _one("triton-dot-forgets", "backends/triton.py", '    acc = f", {p.text(op.acc)}" if op.acc is not None else ""\n', '    acc = ""\n', "tl.dot without its accumulator"),
+    _one("triton-cast-lost", "backends/triton.py", '    t.Cast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})"',
+         '    t.Cast: lambda p, op: p.text(op.value) if op.out.dtype in ("float16", "bfloat16") else f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})"', "narrowing casts are not printed"),
+    _one("triton-bitcast-converts", "backends/triton.py", ", bitcast=True)", ")", "bits are converted instead of read"),
+    _one("triton-loop-short", "backends/triton.py", "in range(0, {stop}, {op.step}):", "in range(0, {stop} - {op.step} + 1, {op.step}):", "a loop leaves out its ragged last block"),
+    _one("triton-grid-mixed", "backends/triton.py", '"({} // {})", "{} % {}"', '"({} % {})", "{} // {}"', "division for remainder in the program id"),
+    _one("triton-reduce-other", "backends/triton.py", '    return f"tl.{op.op}({p.arg(op.value)}, axis={axis})"', '    return f"tl.max({p.arg(op.value)}, axis={axis})"', "every reduction is a maximum"),
+    _one("triton-scan-reversed", "backends/triton.py", "axis={op.value.axes.index(op.axis)})\"", "axis={op.value.axes.index(op.axis)}, reverse=True)\"", "running sums from the other end"),
+)  # fmt: skip
+
+PALLAS = (
+    _one("pallas-mask-le", "backends/pallas.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
+    _one("pallas-start-lost", "backends/pallas.py", 'texts[axis] = f"{text} + {start}" if start else text', "texts[axis] = text", "a View's start is ignored"),
+    _one("pallas-step-lost", "backends/pallas.py", 'text = f"{text} * {step}" if step != 1 else text', "text = text", "a View's step is ignored"),
+    _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
+    _one("pallas-store-mask", "backends/pallas.py", 'mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
+    _one("pallas-load-fill", "backends/pallas.py", "other={number(op.fill)}\"", "other=1\"", "masked lanes read as one"),
+    _one("pallas-loop-short", "backends/pallas.py", "else -(-op.stop // op.step)", "else op.stop // op.step", "a loop leaves out its ragged last block"),
+    _one("pallas-nan-ignored", "backends/pallas.py", "key = jnp.where(x != x, 0x7FFFFFFF,", "key = jnp.where(x != x, -0x80000000,", "the maximum of a row with NaN is a number"),
+    _one("pallas-fixed-lost", "backends/pallas.py", "texts[axis] = self.constant(int(text) * step + start, axes)", "texts[axis] = self.constant(int(text), axes)", "start and step of a single element are ignored"),
+    _one("pallas-dot-untransposed", "backends/pallas.py", 'right = p.text(op.right) if op.right.axes == (op.axis, n) else f"{p.text(op.right)}.T"',
+         "right = p.text(op.right)", "a weight stored by rows is not transposed"),
+    _one("pallas-dot-forgets", "backends/pallas.py", 'return product if op.acc is None else f"{p.text(op.acc)} + {product}"', "return product", "a looped product forgets all but its last block"),
+    _one("pallas-grid-rounds-down", "jax/launch.py", "grid=(program.programs(sizes),)", "grid=(max(1, program.programs(sizes) - 1),)", "the last program is never started"),
+)  # fmt: skip
+
+TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *PALLAS)
