@@ -16,7 +16,7 @@ from moekit.jax import add_rms_norm, gate_gemm, op, pack_gate, shared_expert_com
 
 from .samples import SAMPLES
 
-DATA = Path(__file__).parent / "data" / "h200.textproto"
+DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
 
 
 @pytest.fixture(scope="module")

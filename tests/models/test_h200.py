@@ -17,7 +17,7 @@ from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_s
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
 
-H200 = (Path(__file__).parent / "data" / "h200.textproto").read_text()
+H200 = (Path(__file__).parents[1] / "data" / "h200.textproto").read_text()
 BATCH, ROOM, TP = 4, 1024, 8
 CONFIG = replace(  # two layers of Qwen3-Next-80B-A3B
     TINY,
