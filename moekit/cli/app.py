@@ -10,6 +10,7 @@ from moekit.cli.doctor import doctor
 from moekit.cli.export import export
 from moekit.cli.fusions import list_fusions
 from moekit.cli.fuzz import fuzz
+from moekit.cli.mutants import mutants
 from moekit.cli.show import show
 from moekit.cli.tune import tune
 from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
@@ -45,5 +46,5 @@ def cli() -> None:
     """
 
 
-for _command in (decode, list_fusions, show, export, doctor, tune, fuzz):
+for _command in (decode, list_fusions, show, export, doctor, tune, fuzz, mutants):
     cli.add_command(_command)
