@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from moekit.compile import interpret
-from moekit.lang.dtypes import numpy_dtype
+from moekit.errors import ShapeError
+from moekit.lang.dtypes import is_float, numpy_dtype
 from moekit.lang.graph import Along, By, Graph, Node, Write
 
 
@@ -115,6 +116,9 @@ def _where(e: _Evaluation, _: int, n: Node):
 
 
 def _reduce(e: _Evaluation, _: int, n: Node):
+    if n.attr("kind") != "sum" and e.sizes[n.attr("axis")] == 0:
+        axis, kind = n.attr("axis"), n.attr("kind")
+        raise ShapeError(f"{e.graph.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
     return e.lib.reduce[n.attr("kind")](e.values[n.args[0]], e.graph.nodes[n.args[0]].axes.index(n.attr("axis")))
 
 
@@ -262,6 +266,11 @@ def torch_library() -> Library:
         ok = _in_range(index, base.shape)
         return base.clone().index_put(tuple(i[ok].long() for i in index), value[ok])
 
+    def rounded(v, dtype):
+        """What overflows is infinite, as everywhere else."""
+        with np.errstate(over="ignore"):
+            return float(np.float32(v)) if is_float(dtype) else v
+
     def einsum(eq, a, b):
         a, b = a.float(), b.float()
         if not a.is_cuda or not torch.backends.cuda.matmul.allow_tf32:
@@ -294,7 +303,7 @@ def torch_library() -> Library:
         cast=lambda x, dtype, inner: x.to(dtypes[dtype]),
         bitcast=lambda x, dtype: bitcast(x, dtypes[dtype]),
         arange=lambda n, like: torch.arange(n, dtype=torch.int32, device=like.device),
-        constant=lambda v, dtype, like: torch.full((), v, dtype=dtypes[dtype], device=like.device),
+        constant=lambda v, dtype, like: torch.full((), rounded(v, dtype), dtype=dtypes[dtype], device=like.device),
         cumsum=lambda x, axis: torch.cumsum(x, axis, dtype=x.dtype),
         einsum=einsum,
         top_k=top_k,
@@ -334,6 +343,13 @@ def jax_library() -> Library:
     def safe(f):
         return whole(lambda a, b: jnp.where(b == 0, f(a, a) * 0, f(a, jnp.where(b == 0, 1, b))))
 
+    def einsum(eq, a, b):
+        product = partial(jnp.einsum, eq, precision="highest", preferred_element_type=jnp.float32)
+        if a.dtype == b.dtype == jnp.float32:
+            return product(a, b)
+        # XLA on CPU lacks some products of narrow floats with a float32 result
+        return lax.platform_dependent(a, b, cpu=lambda a, b: product(*(x.astype(jnp.float32) for x in (a, b))), default=product)
+
     names = {"sub": "subtract", "mul": "multiply", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
              "shl": "left_shift", "shr": "right_shift", "div": "divide", "eq": "equal", "ne": "not_equal", "lt": "less",
              "le": "less_equal", "gt": "greater", "ge": "greater_equal"}  # fmt: skip
@@ -355,7 +371,7 @@ def jax_library() -> Library:
         arange=lambda n, like: jnp.arange(n, dtype=jnp.int32),
         constant=lambda v, dtype, like: jnp.asarray(v, dtype),
         cumsum=lambda x, axis: jnp.cumsum(x, axis=axis, dtype=x.dtype),
-        einsum=lambda eq, a, b: jnp.einsum(eq, a, b, precision="highest", preferred_element_type=jnp.float32),
+        einsum=einsum,
         top_k=lambda keys, k: tuple(lax.top_k(keys, k)),
         transpose=jnp.transpose,
         expand=jnp.broadcast_to,

@@ -7,7 +7,7 @@ axis of its base and nothing is ever sliced before the kernel.
 from __future__ import annotations
 
 from moekit import __version__
-from moekit.backends.printer import Printer, blocks, extent_text, header, number
+from moekit.backends.printer import Printer, _bare, blocks, extent_text, header, number
 from moekit.compile import tile as t
 from moekit.lang.dtypes import is_float
 
@@ -100,6 +100,9 @@ class PallasPrinter(Printer):
         lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
         return lines
 
+    def scalar(self, literal: str, dtype: str) -> str:
+        return literal if literal.startswith("jnp.") else f"{DTYPES[dtype]}({literal})"
+
     def store(self, op: t.Store) -> str:
         axes = self.store_axes(op)
         written = self.program.param(op.tensor).viewed.buffer
@@ -125,7 +128,7 @@ class PallasPrinter(Printer):
                 continue
             text = f"{text} * {step}" if step != 1 else text
             texts[axis] = f"{text} + {start}" if start else text
-        return ", ".join(texts[axis] for axis in range(len(layout.base)))
+        return ", ".join(texts[axis] for axis in range(len(layout.base))) or "..."
 
     def constant(self, at: int, axes: tuple[str, ...]) -> str:
         """A fixed index, traced: JAX 0.11's interpret mode refuses a literal beside a mask."""
@@ -135,12 +138,14 @@ class PallasPrinter(Printer):
 def _load(p: PallasPrinter, op: t.Load) -> str:
     axes = op.out.axes
     ref = f"{p.program.param(op.tensor).viewed.buffer}_ref"
-    mask = f", mask={p.block(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""
+    fill = number(bool(op.fill) if op.out.dtype == "bool" else op.fill)
+    mask = f", mask={p.block(op.mask, axes)}, other={fill}" if op.mask is not None else ""
     return f"plt.load({ref}.at[{p.index(op, axes)}]{mask})"
 
 
 def _binary(p: PallasPrinter, op: t.Binary) -> str:
     a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
+    a = p.typed(op.left) if {op.left.name, op.right.name} <= p.literals else a
     if op.op in ("maximum", "minimum"):
         name = p.helper(f"nan_{op.op}") if is_float(op.left.dtype) else f"jnp.{op.op}"
         return f"{name}({a}, {b})"
@@ -181,7 +186,8 @@ def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
 
 def _where(p: PallasPrinter, op: t.Where) -> str:
     axes = op.out.axes
-    return f"jnp.where({p.at(op.condition, axes)}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
+    condition = p.typed(op.condition) if op.condition.name in p.literals else p.at(op.condition, axes)
+    return f"jnp.where({condition}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
 
 
 def _const(p: PallasPrinter, op: t.Const) -> str:
@@ -197,9 +203,9 @@ EXPRESSIONS = {
     t.Index: _index,
     t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
     t.Load: _load,
-    t.Cast: lambda p, op: f"{p.text(op.value)}.astype({DTYPES[op.out.dtype]})",
-    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({p.arg(op.value)}, {DTYPES[op.out.dtype]})",
-    t.Unary: lambda p, op: UNARY[op.op].format(a=p.text(op.value), b=p.arg(op.value)),
+    t.Cast: lambda p, op: f"{p.typed(op.value)}.astype({DTYPES[op.out.dtype]})",
+    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({_bare(p.typed(op.value))}, {DTYPES[op.out.dtype]})",
+    t.Unary: lambda p, op: UNARY[op.op].format(a=p.typed(op.value), b=p.arg(op.value)),
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,

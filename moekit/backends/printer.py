@@ -22,6 +22,7 @@ class Printer:
     def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable[[Printer, t.Op], str]]):
         self.program, self.expressions = program, expressions
         self.inline: dict[str, str] = {}
+        self.literals: set[str] = set()
         self.helpers: set[str] = set()
         self.uses = _uses(program.body)
 
@@ -49,7 +50,9 @@ class Printer:
         """`name = expression`, or None if the expression goes where its value is used."""
         text = self.expressions[type(op)](self, op)
         name = op.out.name
-        if isinstance(op, t.Const) or text == "0" or self._goes_inline(op, text, local):
+        if isinstance(op, t.Const) or text == "0":
+            self.literals.add(name)
+        if name in self.literals or self._goes_inline(op, text, local):
             self.inline[name] = text
             return None
         return f"{name} = {_bare(text)}"
@@ -65,6 +68,15 @@ class Printer:
     def text(self, value: t.Value) -> str:
         """A value where it is used."""
         return self.inline.get(value.name, value.name)
+
+    def typed(self, value: t.Value) -> str:
+        """A value where a Python number would not do: one that is a literal gets its dtype."""
+        text = self.text(value)
+        return self.scalar(text, value.dtype) if value.name in self.literals else text
+
+    def scalar(self, literal: str, dtype: str) -> str:
+        """A literal as a scalar of a dtype."""
+        raise NotImplementedError(type(self).__name__)
 
     def arg(self, value: t.Value) -> str:
         """A value as the argument of a call."""

@@ -91,6 +91,9 @@ class TritonPrinter(Printer):
         self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
         return lines
 
+    def scalar(self, literal: str, dtype: str) -> str:
+        return literal if literal.startswith("tl.") else f"tl.full((), {literal}, {DTYPES[dtype]})"
+
     def store(self, op: t.Store) -> str:
         axes = self.store_axes(op)
         value = (
@@ -121,6 +124,7 @@ def _load(p: TritonPrinter, op: t.Load) -> str:
 
 def _binary(p: Printer, op: t.Binary) -> str:
     a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
+    a = p.typed(op.left) if {op.left.name, op.right.name} <= p.literals else a
     if op.op in ("maximum", "minimum"):
         nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(op.left.dtype) else ""
         return f"tl.{op.op}({a}, {b}{nan})"
@@ -160,7 +164,8 @@ def _program_id(p: Printer, op: t.ProgramId) -> str:
 
 def _where(p: Printer, op: t.Where) -> str:
     axes = op.out.axes
-    return f"tl.where({p.at(op.condition, axes)}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
+    condition = p.typed(op.condition) if op.condition.name in p.literals else p.at(op.condition, axes)
+    return f"tl.where({condition}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
 
 
 def _const(p: Printer, op: t.Const) -> str:
@@ -176,9 +181,9 @@ EXPRESSIONS = {
     t.Index: _index,
     t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
     t.Load: _load,
-    t.Cast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})",
-    t.Bitcast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
-    t.Unary: lambda p, op: UNARY[op.op].format(a=p.text(op.value), b=p.arg(op.value)),
+    t.Cast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]})",
+    t.Bitcast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
+    t.Unary: lambda p, op: UNARY[op.op].format(a=p.typed(op.value), b=p.arg(op.value)),
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,

@@ -108,7 +108,7 @@ class _Program:
         ordered = tuple(a.name for a in self.program.axes if a.name in axes)
         array, index, mask = self._address(op, ordered)
         value = np.broadcast_to(self.at(op.value, ordered), mask.shape)
-        array[tuple(i[mask] for i in index)] = value[mask]
+        array[(*(i[mask] for i in index), ...)] = value[mask]
 
     def dot(self, op: t.Dot) -> np.ndarray:
         m, n = op.out.axes

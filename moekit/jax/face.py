@@ -84,7 +84,11 @@ class Call:
         """The outputs by array evaluation; a base written to is returned whole."""
         arrays = {n: v.array() for n, v in self.views.items()}
         outs = evaluate(self.graph, arrays, self.sizes, "jax")
-        return {n: self.out[n].set(x) if n in self.out else x for n, x in outs.items()}
+        bases: dict[int, jax.Array] = {}  # outputs that go to one base are written one after the other
+        for n in self.out:
+            mine = self.out[n]
+            bases[id(mine.base)] = replace(mine, base=bases.get(id(mine.base), mine.base)).set(outs[n])
+        return {n: bases[id(self.out[n].base)] if n in self.out else x for n, x in outs.items()}
 
     def pallas(self) -> dict[str, jax.Array]:
         """The outputs by the emitted kernels."""
@@ -182,7 +186,7 @@ def _with_rules(call: Call, names: tuple[str, ...], planned: Plan, shapes: dict)
     def run(*bases: jax.Array) -> dict:
         return launched(*bases)
 
-    run.defvjp(lambda *bases: (launched(*bases), bases), lambda bases, grads: jax.vjp(array_form, *bases)[1](grads))
+    run.defvjp(lambda *bases: (run(*bases), bases), lambda bases, grads: jax.vjp(array_form, *bases)[1](grads))
     return run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
@@ -23,6 +23,10 @@ class Binding:
     dtypes: tuple[tuple[str, str], ...]
     params: tuple[tuple[str, object], ...]
     ones: tuple[tuple[str, frozenset[int]], ...]
+    spelled: str = field(init=False)  # tells apart parameters that Python finds equal: 1, 1.0 and True, 0.0 and -0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "spelled", repr(self.params))
 
 
 class Fusion:
@@ -30,7 +34,8 @@ class Fusion:
 
     def __init__(self, fn: Callable, reference: Callable | None, specs: Mapping[str, Spec], dynamic: tuple[str, ...]):
         self.fn, self.reference, self.dynamic = fn, reference, dynamic
-        self.name, self.doc = fn.__name__, inspect.getdoc(fn) or ""
+        self.name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # a lambda
+        self.doc = inspect.getdoc(fn) or ""
         self.__name__, self.__doc__ = self.name, self.doc
         operands = {n: s for n, s in specs.items() if s.role != "Out"}
         self.out_specs = MappingProxyType({n: s for n, s in specs.items() if s.role == "Out"})
@@ -44,7 +49,19 @@ class Fusion:
             )
         self.params = MappingProxyType({n: self.signature.parameters[n] for n in names[len(operands) :]})
         self._dims = {n: s.dims for n, s in operands.items()}
+        self._check_names()
         self._trace = functools.lru_cache(maxsize=512)(self._trace_uncached)
+
+    def _check_names(self) -> None:
+        """Variables of kernels are named after axes in lower case, and values are aligned by axis."""
+        seen: dict[str, str] = {}
+        for tensor, dims in self._dims.items():
+            for d in dims:
+                for axis in [a for _, a in d.terms]:
+                    if seen.setdefault(axis.lower(), axis) != axis:
+                        raise DeclarationError(f"{self.name}: axes {seen[axis.lower()]!r} and {axis!r} differ only in case")
+            if twice := [d.text for i, d in enumerate(dims) if d.terms and d.text in [e.text for e in dims[:i]]]:
+                raise DeclarationError(f"{self.name}: {tensor} has axis {twice[0]!r} twice; give each dimension its own name")
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{n}={s}" for n, s in self.tensors.items())
@@ -120,7 +137,7 @@ class Fusion:
     def trace(self, binding: Binding) -> Graph:
         """The Graph of a call; the sizes of dynamic axes do not matter to it."""
         sizes = tuple((a, None if self._is_dynamic(a) else s) for a, s in binding.sizes)
-        return self._trace(sizes, binding.dtypes, binding.params, binding.ones)
+        return self._trace(sizes, binding.dtypes, binding.params, binding.ones, binding.spelled)
 
     def _is_dynamic(self, axis: str) -> bool:
         dim = Dim.parse(axis)
@@ -130,7 +147,7 @@ class Fusion:
             return True
         return False
 
-    def _trace_uncached(self, sizes: tuple, dtypes: tuple, params: tuple, ones: tuple) -> Graph:
+    def _trace_uncached(self, sizes: tuple, dtypes: tuple, params: tuple, ones: tuple, spelled: str) -> Graph:
         ones_of, dtype_of = dict(ones), dict(dtypes)
         tensors = {n: Tensor(n, s.role, self._dims[n], dtype_of[n], ones_of[n]) for n, s in self.tensors.items()}
         order = [d.axis for dims in self._dims.values() for d in dims]

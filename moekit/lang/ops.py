@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
 from moekit.lang.dtypes import int_of_width, is_float, itemsize
@@ -94,13 +95,18 @@ def _axes(over: str) -> list[str]:
     return names
 
 
+def _summable(x: Value) -> Value:
+    """Bools and narrow integers in int32, wider ones as they are."""
+    return convert(x, "int32") if x.dtype in ("bool", "int8", "int16") else x
+
+
 def _reduce(kind: str, x, over: str) -> Value:
     x = as_value(x, "float32")
     builder = x.builder
     if is_float(x.dtype):
         x = convert(x, "float32")
-    elif x.dtype == "bool":
-        x = convert(x, "int32")
+    else:
+        x = _summable(x)
     for axis in _axes(over):
         size = builder.axis_size(axis)
         if kind != "sum" and size == 0:
@@ -129,16 +135,20 @@ def min(x, over: str) -> Value:
 
 def mean(x, over: str) -> Value:
     """Arithmetic mean over the named axes, in float32."""
-    count = None
-    for axis in _axes(over):
-        count = extent(axis) if count is None else count * extent(axis)
-    return f32(sum(x, over)) / f32(count)
+    builder, axes = current(), _axes(over)
+    known = prod(n for a in axes if (n := builder.axis_size(a)) is not None)
+    counts = [extent(a) for a in axes if builder.axis_size(a) is None]
+    counts += [constant(known, "int32" if known < 2**31 else "int64")] if known != 1 or not counts else []
+    total, count = f32(sum(x, over)), f32(counts[0])
+    for other in counts[1:]:  # in float32, as a product of sizes can pass 32 bits
+        count = count * f32(other)
+    return total / count
 
 
 def cumsum(x, over: str) -> Value:
     """Running sum along one axis, inclusive, in float32 for floats."""
     x = as_value(x, "float32")
-    x = convert(x, "float32") if is_float(x.dtype) else convert(x, "int32") if x.dtype == "bool" else x
+    x = convert(x, "float32") if is_float(x.dtype) else _summable(x)
     if over not in x.axes:
         raise DeclarationError(f"{x.builder.name}: cumsum over {over!r}, but the value varies over {x.axes}")
     if x.builder.axis_size(over) is None:
@@ -211,8 +221,12 @@ def slice(x: Value, over: str, start: int, size: int, into: str, step: int = 1) 
     """Elements start, start+step, … (`size` of them) of axis `over`, along the new axis `into`."""
     builder = x.builder
     full = builder.axis_size(over)
+    if full is None:
+        raise DeclarationError(f"{builder.name}: slice of the dynamic axis {over!r} could leave it; use gather (zero outside)")
+    if step < 1 or size < 0:
+        raise ShapeError(f"{builder.name}: slice takes step >= 1 and size >= 0, got {step} and {size}; gather goes backwards")
     last = start + step * (size - 1)
-    if full is not None and size > 0 and not (0 <= start < full and 0 <= last < full):
+    if size > 0 and not (0 <= start < full and 0 <= last < full):
         raise ShapeError(f"{builder.name}: slice {start}:{last + 1}:{step} leaves axis {over} of size {full}")
     builder.new_axis(into, size)
     return reindex(x, over, Along(into, start, step))
@@ -235,7 +249,7 @@ def gather(table: Value, ids: Value, over: str) -> Value:
     if is_float(ids.dtype) or ids.dtype == "bool":
         raise DtypeError(f"{table.builder.name}: gather needs integer ids, got {ids.dtype}")
     table.builder.axis_size(over)
-    return reindex(table, over, ids)
+    return reindex(table, over, _summable(ids))
 
 
 @dataclass(frozen=True)
@@ -252,7 +266,9 @@ def put(value: Value, ids: Value, over: str) -> Put:
 
     Ids must be unique (a precondition); one outside the axis writes nothing.
     """
-    return Put(value, ids, over)
+    if not isinstance(ids, Value) or is_float(ids.dtype) or ids.dtype == "bool":
+        raise DtypeError(f"{current().name}: put needs integer ids, got {ids!r}")
+    return Put(value, _summable(ids), over)
 
 
 def silu(x) -> Value:

@@ -7,10 +7,11 @@ import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import copysign
 
 from moekit.errors import DeclarationError, DtypeError
 from moekit.lang import graph as g
-from moekit.lang.dtypes import is_float, promote, widened
+from moekit.lang.dtypes import INTS, is_float, itemsize, promote, widened
 from moekit.lang.fold import fold
 
 _builder: contextvars.ContextVar[Builder | None] = contextvars.ContextVar("moekit_builder", default=None)
@@ -135,7 +136,7 @@ class Builder:
         if args and all(self.nodes[a].op == "const" for a in args):
             value = fold(op, [(self.nodes[a].attr("value"), self.nodes[a].dtype) for a in args], dtype)
             if value is not None:
-                op, args, attrs, axes = "const", (), (("value", value),), ()
+                op, args, attrs, axes = "const", (), constant_attrs(value), ()
         wanted = set(axes)
         ordered = tuple(a for a in self.sizes if a in wanted)
         node = g.Node(op, tuple(args), tuple(attrs), ordered, dtype)
@@ -199,7 +200,16 @@ def current() -> Builder:
 def constant(value: bool | int | float, dtype: str) -> Value:
     """A constant of the given dtype."""
     kind = float if is_float(dtype) else bool if dtype == "bool" else int
-    return current().add("const", (), (("value", kind(value)),), (), dtype)
+    value = kind(value)
+    if dtype in INTS and not -(2 ** (8 * itemsize(dtype) - 1)) <= value < 2 ** (8 * itemsize(dtype) - 1):
+        raise DtypeError(f"{current().name}: {value} is no {dtype}; cast the other operand to a wider dtype first")
+    return current().add("const", (), constant_attrs(value), (), dtype)
+
+
+def constant_attrs(value: bool | int | float) -> tuple[tuple[str, object], ...]:
+    """The attributes of a constant; -0.0, which Python finds equal to 0.0, gets one more."""
+    negative_zero = isinstance(value, float) and value == 0 and copysign(1, value) < 0
+    return (("value", value), ("negative", True)) if negative_zero else (("value", value),)
 
 
 def as_value(x, like: str) -> Value:
