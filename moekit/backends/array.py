@@ -272,14 +272,17 @@ def torch_library() -> Library:
             return float(np.float32(v)) if is_float(dtype) else v
 
     def einsum(eq, a, b):
+        """The product in IEEE float32, whatever the caller allows torch: TF32 on a GPU, bfloat16 on a CPU."""
         a, b = a.float(), b.float()
-        if not a.is_cuda or not torch.backends.cuda.matmul.allow_tf32:
+        backend = torch.backends.cuda.matmul if a.is_cuda else torch.backends.mkldnn.matmul
+        allowed = backend.fp32_precision
+        if allowed in ("ieee", "none"):
             return torch.einsum(eq, a, b)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        backend.fp32_precision = "ieee"
         try:
             return torch.einsum(eq, a, b)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = True
+            backend.fp32_precision = allowed
 
     def div(a, b):
         return torch.where(b == 0, 0, torch.div(a, torch.where(b == 0, 1, b), rounding_mode="trunc"))
