@@ -37,5 +37,8 @@ def export(
     if output is None:
         print_source(text, "python")
         return
-    output.write_text(text)
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise click.ClickException(f"export: cannot write {output}: {error.strerror}") from None
     notes().print(f"wrote {output}; test it with: python {output}", soft_wrap=True)

@@ -129,10 +129,19 @@ class Fusion:
             value = values.get(name, p.default)
             if not isinstance(value, (bool, int, float, str, type(None))):
                 raise TypeError(f"{self.name}: {name} must be a Python number, bool or str, got {type(value).__name__}")
-            bound[name] = value
+            bound[name] = self._typed(name, p.annotation, value)
         if unknown := set(values) - set(self.params):
             raise TypeError(f"{self.name}: there is no parameter {sorted(unknown)[0]!r}; it has {', '.join(self.params)}")
         return bound
+
+    def _typed(self, name: str, annotation, value):
+        """A parameter as its annotation says: an int where a float is wanted becomes one, a bool is no number."""
+        wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+        if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if wanted in ("int", "float", "bool", "str") and type(value).__name__ != wanted:
+            raise TypeError(f"{self.name}: {name} must be {wanted}, got {type(value).__name__} {value!r}")
+        return value
 
     def trace(self, binding: Binding) -> Graph:
         """The Graph of a call; the sizes of dynamic axes do not matter to it."""

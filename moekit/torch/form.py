@@ -150,10 +150,10 @@ def transformed() -> bool:
 def _flat(tensors: tuple, params: tuple, out, schedule) -> tuple[tuple, tuple]:
     """Operands and given outputs in one row, and what else a call depends on."""
     if out is None:
-        return tensors, (params, schedule)
+        return tensors, (repr(params), schedule)
     outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
     mask = tuple([x is not None for x in outs])
-    return (*tensors, *[x for x in outs if x is not None]), (params, schedule, mask)
+    return (*tensors, *[x for x in outs if x is not None]), (repr(params), schedule, mask)
 
 
 def _fresh(x: torch.Tensor, given: tuple) -> fast.Fresh:

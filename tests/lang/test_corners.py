@@ -21,11 +21,11 @@ def test_parameters_that_python_finds_equal():
     """2 and 2.0 give different dtypes, 0.0 and -0.0 different signs, whichever came first."""
 
     @fusion(None, x=In("T H"))
-    def scaled(x, s: float):
+    def scaled(x, s):
         return ml.cast(x, "int32") * s
 
     @fusion(None, x=In("T H"))
-    def signed(x, s: float):
+    def signed(x, s):
         return abs(ml.f32(x)) * s
 
     assert run(scaled, s=2)["out"].dtype == np.int32
@@ -38,7 +38,7 @@ def test_bindings_of_equal_parameters_differ():
     """Plans are cached by binding."""
 
     @fusion(None, x=In("T H"))
-    def scaled(x, s: float):
+    def scaled(x, s):
         return ml.f32(x) * s
 
     one, other = (Call(scaled, {"x": X}, {"s": s}).binding for s in (1, 1.0))
@@ -100,3 +100,20 @@ def test_mean_over_more_elements_than_an_int32_counts():
     f = fusion(None, x=In("T H"), k=In("K"))(lambda x, k: mean(x) + ml.f32(k) * 0)
     graph = Call(f, {"x": np.ones((2, 3), np.float32), "k": np.ones(4, np.float32)}).graph
     assert not [n for n in graph.nodes if n.op == "mul" and n.dtype == "int32" and n.axes == ()]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"k": "3"}, "k must be int, got str '3'"),
+        ({"k": True}, "k must be int, got bool True"),
+        ({"k": 3, "renormalize": 1}, "renormalize must be bool, got int 1"),
+    ],
+)
+def test_parameters_have_the_declared_types(params, message):
+    """A static parameter of another type is refused by name; an int where a float is declared is that float."""
+    from moekit.fusions import FUSIONS
+
+    with pytest.raises(TypeError, match=message):
+        FUSIONS["topk_softmax"].bind_params(params)
+    assert repr(FUSIONS["add_rms_norm"].bind_params({"eps": 0})["eps"]) == "0.0"
