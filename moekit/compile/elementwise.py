@@ -27,6 +27,27 @@ def _elementwise(kind, field_names: tuple[str, ...], op: bool = True):
     return rule
 
 
+def _cast(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    """A conversion; bfloat16 becomes float32 by its bits where something is rounded to float16 besides.
+
+    LLVM (that of Triton 3.6) turns float16(float32(b) + float32(h)) into float16(b) + h, which is another number for a bfloat16
+    b: it takes a narrower mantissa for a narrower type, and drops b's exponent range. It does not see through the bits.
+    """
+    halves = any(m.op == "cast" and m.dtype == "float16" for m in low.graph.nodes)
+    if (args[0].dtype, n.dtype) != ("bfloat16", "float32") or not halves:
+        return _plain_cast(low, n, scope, args, name)
+    axes = args[0].axes
+    bits = low.emit(scope, t.Bitcast, TEMPORARY, "int16", axes, value=args[0])
+    bits = low.emit(scope, t.Cast, TEMPORARY, "int32", axes, value=bits)
+    bits = low.binary(scope, "shl", bits, low.const(scope, 16))
+    out = low.emit(scope, t.Bitcast, name or TEMPORARY, "float32", axes, value=bits)
+    low.zeroed[out.name] = low.zeroed.get(args[0].name, set())
+    return out
+
+
+_plain_cast = _elementwise(t.Cast, ("value",), op=False)
+
+
 def _iota(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
     return low.along(scope, n.attr("index"))
 
@@ -67,7 +88,7 @@ def _rules() -> dict:
     rules |= {op: _elementwise(t.Binary, ("left", "right")) for op in BINARY}
     return rules | {
         "where": _elementwise(t.Where, ("condition", "yes", "no"), op=False),
-        "cast": _elementwise(t.Cast, ("value",), op=False),
+        "cast": _cast,
         "bitcast": _elementwise(t.Bitcast, ("value",), op=False),
         "iota": _iota,
         "const": _constant,

@@ -122,7 +122,7 @@ def probe_columns(x, y):
 def _bits(x, n):
     high = round_to(x.astype(np.float64), "bfloat16").astype(np.float32).view(np.int32) >> 16
     with np.errstate(invalid="ignore"):
-        odd = (np.arange(x.shape[1]) % 3 == 1) & (x > 0)
+        odd = (np.arange(x.shape[1]) % 3 == 1) & (x > 0.5)
     return {"high": high.astype(np.int16), "odd": odd, "quotient": np.trunc(n / 3).astype(np.int32) + (n << 2)}
 
 
@@ -130,7 +130,7 @@ def _bits(x, n):
 def probe_bits(x, n):
     """Bit operations, integer division, a narrow integer output and a bool one."""
     high = ml.cast(ml.bitcast(ml.f32(ml.cast(x, "bfloat16")), "int32") >> 16, "int16")
-    return {"high": high, "odd": (ml.iota("H") % 3 == 1) & (x > 0), "quotient": n // 3 + (n << 2)}
+    return {"high": high, "odd": (ml.iota("H") % 3 == 1) & (x > 0.5), "quotient": n // 3 + (n << 2)}
 
 
 def _rounded(x, y):
@@ -161,26 +161,33 @@ def probe_grouped(x, w, ids):
     return ml.contract(x, ml.gather(w, ids, over="E"), over="D")
 
 
-def _extremes(x, w):
+def _extremes(x):
+    (x,) = _f64(x)
+    with np.errstate(all="ignore"):
+        return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1)}
+
+
+@fusion(_extremes, x=In("T H"))
+def probe_extremes(x):
+    """Reductions of every kind side by side."""
+    x32 = ml.f32(x)
+    return {"high": ml.max(x32, over="H"), "low": ml.min(x32, over="H"), "total": ml.sum(x32, over="H")}
+
+
+def _product(x, w):
     x, w = _f64(x, w)
     with np.errstate(all="ignore"):
-        return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1), "product": (x + 1) @ (w + 2).T}
+        return {"out": (x + 1) @ (w + 2).T}
 
 
-@fusion(_extremes, x=In("T H"), w=In("P H"))
-def probe_extremes(x, w):
-    """Reductions of every kind side by side, and a product of two computed operands: both are other than zero past the end."""
-    x32 = ml.f32(x)
-    return {
-        "high": ml.max(x32, over="H"),
-        "low": ml.min(x32, over="H"),
-        "total": ml.sum(x32, over="H"),
-        "product": ml.contract(x32 + 1.0, ml.f32(w) + 2.0, over="H"),
-    }
+@fusion(_product, x=In("T H"), w=In("P H"))
+def probe_product(x, w):
+    """A product of two computed operands: past the end both are other than zero."""
+    return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H")
 
 
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product)
 }  # fmt: skip

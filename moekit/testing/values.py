@@ -57,6 +57,17 @@ def _lowest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.
     return x
 
 
+def _nans(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Rows of NaN alone, as a CUDA graph's padding may hold; in every second row some numbers among them."""
+    x = np.full(shape, np.nan)
+    if x.size and x.ndim:
+        rows = x.reshape(-1, shape[-1])
+        few = max(1, shape[-1] // 8)
+        for row in rows[1::2]:
+            row[rng.choice(shape[-1], few, replace=False)] = rng.standard_normal(few)
+    return x
+
+
 def _zeros(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Zeros of both signs and here and there a one: what divides by a sum or a norm meets eps alone."""
     return rng.choice([0.0, -0.0, 0.0, -0.0, 1.0], shape)
@@ -76,6 +87,7 @@ RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...], str], np.ndar
     "ties": _ties,
     "equal": _equal,
     "lowest": _lowest,
+    "nans": _nans,
     "zeros": _zeros,
     "mixed": _mixed,
 }

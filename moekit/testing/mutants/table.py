@@ -20,9 +20,10 @@ def _one(name: str, file: str, old: str, new: str, about: str) -> Mutant:
 
 
 HISTORICAL = (
-    _one("row-stride-ignored", "backends/triton.py", 'terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis)}")',
-         'terms.append(index if kind == "unit" else f"{index} * {extent_text(self.program, param.axes[-1])}" if len(terms) == 1 else '
-         'f"{index} * {stride(op.tensor, axis)}")',
+    _one("row-stride-ignored", "backends/triton.py", "terms.append(index if kind == \"unit\" else f\"{index} * {stride(op.tensor, axis or '')}\")",
+         "dense = len(terms) == 1 and param.axes[-1] is not None and param.axes[-1] != axis\n"
+         "            row = extent_text(self.program, param.axes[-1]) if dense else stride(op.tensor, axis or '')\n"
+         "            terms.append(index if kind == \"unit\" else f\"{index} * {row}\")",
          "logits [M, 60] with stride 64 read as if rows were dense (vLLM 57823, FlashInfer 4713)"),
     _one("stored-then-reloaded", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "            if w.tensor in {t.name for t in self.graph.tensors.values() if t.role == 'InOut'}:\n"
@@ -120,8 +121,8 @@ TRITON = (
     _one("triton-load-mask", "backends/triton.py", 'mask = f", mask={p.at(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""', 'mask = ""', "loads are not masked"),
     _one("triton-load-fill", "backends/triton.py", "other={number(op.fill)}\"", "other=1\"", "masked lanes read as one"),
     _one("triton-dot-forgets", "backends/triton.py", '    acc = f", {p.text(op.acc)}" if op.acc is not None else ""\n', '    acc = ""\n', "tl.dot without its accumulator"),
-    _one("triton-cast-lost", "backends/triton.py", '    t.Cast: lambda p, op: f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})"',
-         '    t.Cast: lambda p, op: p.text(op.value) if op.out.dtype in ("float16", "bfloat16") else f"{p.text(op.value)}.to({DTYPES[op.out.dtype]})"', "narrowing casts are not printed"),
+    _one("triton-cast-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "float16" else f"',
+         "narrowing casts are not printed"),
     _one("triton-bitcast-converts", "backends/triton.py", ", bitcast=True)", ")", "bits are converted instead of read"),
     _one("triton-loop-short", "backends/triton.py", "in range(0, {stop}, {op.step}):", "in range(0, {stop} - {op.step} + 1, {op.step}):", "a loop leaves out its ragged last block"),
     _one("triton-grid-mixed", "backends/triton.py", '"({} // {})", "{} % {}"', '"({} % {})", "{} // {}"', "division for remainder in the program id"),
@@ -135,7 +136,7 @@ PALLAS = (
     _one("pallas-step-lost", "backends/pallas.py", 'text = f"{text} * {step}" if step != 1 else text', "text = text", "a View's step is ignored"),
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", 'mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
-    _one("pallas-load-fill", "backends/pallas.py", "other={number(op.fill)}\"", "other=1\"", "masked lanes read as one"),
+    _one("pallas-load-fill", "backends/pallas.py", "other={fill}", "other=1", "masked lanes read as one"),
     _one("pallas-loop-short", "backends/pallas.py", "else -(-op.stop // op.step)", "else op.stop // op.step", "a loop leaves out its ragged last block"),
     _one("pallas-nan-ignored", "backends/pallas.py", "key = jnp.where(x != x, 0x7FFFFFFF,", "key = jnp.where(x != x, -0x80000000,", "the maximum of a row with NaN is a number"),
     _one("pallas-fixed-lost", "backends/pallas.py", "texts[axis] = self.constant(int(text) * step + start, axes)", "texts[axis] = self.constant(int(text), axes)", "start and step of a single element are ignored"),

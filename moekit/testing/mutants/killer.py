@@ -1,0 +1,120 @@
+"""The process that tries to kill one mutant: numerical properties of cases over every fusion and probe, `verify` switched off.
+
+    python -m moekit.testing.mutants.killer STAGE SECONDS
+
+It runs in a copy of the package and prints one JSON line: what failed first, or that nothing did.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+STAGES = ("interpret", "triton-interpreter", "pallas")
+COMBOS = {"interpret": 24, "triton-interpreter": 10, "pallas": 8}
+SEED = 7
+
+
+def disarm() -> None:
+    """Switch off every check that is not numerical: the verifier's rules."""
+    from moekit.compile import plan
+
+    plan.verify = lambda program: None
+
+
+def tasks(stage: str) -> Iterator:
+    """Small batches, every fusion and probe in turn, then random declarations."""
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+    from moekit.testing.tasks import JAX, Task
+
+    shape = (5, 1) if stage in JAX else (2, 2)
+    for combo in range(COMBOS[stage]):
+        for name in (*PROBES, *FUSIONS):
+            if stage == "triton-interpreter" and name == "probe_columns":
+                continue  # Triton's interpreter cannot loop to a run-time extent under numpy 2.4
+            yield Task(name, stage, SEED, combo, 0, *shape)
+    for number in range(8 if stage in JAX else 24):
+        yield Task(f"random:{number}", stage, SEED, 0, 0, *shape)
+
+
+def directed(stage: str) -> Iterator:
+    """Cases that chance meets seldom: offsets past 2³¹, more than 256 experts, rows of NaN, a split of every reduction."""
+    from moekit.testing.case import FuzzCase, Layout
+
+    f32 = "float32"
+    far = Layout("far", (0, 1), (0, 0), (2**27 + 5, 1), (0, 0))
+    if stage != "pallas":
+        yield FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={"gate_up": far})
+        yield FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={"out": far})
+    for dtype in (f32, "float16"):
+        for recipe in ("nans", "normal", "special", "lowest", "ties", "equal"):
+            for experts in (300, 60):
+                yield FuzzCase("topk_softmax", {"T": 4, "E": experts}, {"logits": dtype}, {"k": 10, "renormalize": True,
+                               "nan_to_zero": False}, recipe=recipe, layouts={"logits": Layout(
+                                   "padded", (0, 1), (0, 0), (1, 1), (0, 4))} if stage != "pallas" else {})  # fmt: skip
+    for schedule in ("looped", "split", "whole", "dots", "small"):
+        for recipe in ("integers", "normal", "huge"):
+            for dtype in (f32, "float16"):
+                for name in ("probe_extremes", "probe_product", "probe_gated", "add_rms_norm", "gate_gemm"):
+                    sizes = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21}
+                    fusion = FuzzCase(name, sizes, {}).declaration
+                    dtypes = dict.fromkeys(fusion.tensors, dtype)
+                    mode = "in place" if name == "add_rms_norm" else "out"
+                    params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {}
+                    used = {a: n for a, n in sizes.items() if a in _axes(fusion)}
+                    yield FuzzCase(name, used, dtypes, params, mode=mode, recipe=recipe, schedule=schedule)
+
+
+def _axes(fusion) -> set[str]:
+    return {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+
+
+def hunt(stage: str, seconds: float) -> dict:
+    """The first failure of the stage, and how many cases it took."""
+    from moekit.testing.campaign import replay
+    from moekit.testing.tasks import run_task
+
+    begin, ran = time.monotonic(), 0
+    batches, single = tasks(stage), directed(stage)
+    for turn in range(1_000_000):
+        if time.monotonic() - begin > seconds:
+            break
+        case = next(single, None) if turn % 3 == 0 or stage != "pallas" else None
+        if case is not None:
+            ran += 1
+            try:
+                problems = replay(case, stage)
+            except Exception as error:
+                problems = [f"{type(error).__name__}: {error}"]
+            if problems:
+                return {"killed": True, "ran": ran, "by": problems[0][:200], "case": case.to_json()}
+        task = next(batches, None)
+        if task is None and case is None:
+            break
+        if task is None:
+            continue
+        try:
+            report = run_task(task)
+        except Exception as error:
+            return {"killed": True, "ran": ran + 1, "by": f"{task.fusion}: {type(error).__name__}: {error}"[:200], "case": None}
+        ran += report.coverage.ran
+        if report.failures:
+            failed, problems = report.failures[0]
+            return {"killed": True, "ran": ran, "by": problems[0][:200], "case": failed.to_json()}
+    return {"killed": False, "ran": ran, "by": "", "case": None}
+
+
+def main() -> None:
+    """Run one stage and print what came of it."""
+    from moekit.cli.platform import prepare_jax
+
+    prepare_jax()
+    disarm()
+    print(json.dumps(hunt(sys.argv[1], float(sys.argv[2]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Applying mutants to a copy of the package, and running what may kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import moekit
+from moekit.errors import MoekitError
+from moekit.testing.mutants.killer import STAGES
+from moekit.testing.mutants.table import Mutant
+
+SECONDS = 90.0  # for one stage of one mutant
+PACKAGE = Path(moekit.__file__).parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: killed or not, at which stage, after how many cases, by what."""
+
+    name: str
+    file: str
+    about: str
+    killed: bool
+    stage: str
+    cases: int
+    seconds: float
+    by: str
+
+
+def stages_of(files: Iterable[str]) -> tuple[str, ...]:
+    """The stages in which a change of these files can be seen."""
+    files = list(files)
+    if all(f.endswith("backends/triton.py") or "/torch/" in f or f.startswith("torch/") for f in files):
+        return ("triton-interpreter",)
+    if all(f.endswith("backends/pallas.py") or "/jax/" in f or f.startswith("jax/") for f in files):
+        return ("pallas",)
+    if all(f.endswith("backends/printer.py") for f in files):
+        return STAGES[1:]
+    return STAGES
+
+
+def copy_package(folder: Path) -> Path:
+    """A copy of the package in `folder`."""
+    target = folder / "moekit"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def mutate(mutant: Mutant, package: Path) -> None:
+    """Apply a mutant to a copy of the package; raises MoekitError where its text is not there any more."""
+    path = package / mutant.file
+    text = path.read_text()
+    for old, new in mutant.edits:
+        if old not in text:
+            raise MoekitError(f"mutant {mutant.name}: {mutant.file} has no {old.strip()[:60]!r} any more; write the mutant anew")
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def apply_patch(patch: Path, folder: Path) -> list[str]:
+    """Apply a unified diff (paths as in the repository) to a copy in `folder`; the files it changes.
+
+    Raises MoekitError if it does not apply.
+    """
+    text = patch.read_text()
+    files = [line.split("\t")[0].split()[1] for line in text.splitlines() if line.startswith("+++ ")]
+    strip = "-p1" if files and files[0].startswith("b/") else "-p0"
+    done = subprocess.run(["patch", strip, "--no-backup-if-mismatch", "-d", str(folder)], input=text, capture_output=True, text=True, check=False)
+    if done.returncode or not files:
+        raise MoekitError(f"{patch}: it does not apply: {(done.stdout + done.stderr).strip()[:300] or 'it is no unified diff'}")
+    return [f.removeprefix("b/").removeprefix("moekit/") for f in files]
+
+
+def try_mutant(mutant: Mutant, seconds: float = SECONDS) -> Outcome:
+    """Run the stages against a mutant until one kills it."""
+    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
+        mutate(mutant, copy_package(Path(folder)))
+        return hunt(mutant.name, mutant.about, [mutant.file], Path(folder), seconds)
+
+
+def try_patch(patch: Path, seconds: float = SECONDS) -> Outcome:
+    """Run the stages against a patch from outside."""
+    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
+        copy_package(Path(folder))
+        files = apply_patch(patch, Path(folder))
+        return hunt(patch.stem, f"patch {patch.name}", files, Path(folder), seconds)
+
+
+def hunt(name: str, about: str, files: list[str], folder: Path, seconds: float) -> Outcome:
+    """Run every stage that can see the files, each in a process of its own with `folder` first on its path."""
+    begin, cases = time.monotonic(), 0
+    for stage in stages_of(files):
+        found = run_stage(stage, folder, seconds)
+        cases += found["ran"]
+        if found["killed"]:
+            return Outcome(name, ", ".join(files), about, True, stage, cases, time.monotonic() - begin, found["by"])
+    return Outcome(name, ", ".join(files), about, False, "", cases, time.monotonic() - begin, "")
+
+
+def run_stage(stage: str, folder: Path, seconds: float) -> dict:
+    """One stage in a process: its JSON line; a process that dies or hangs has killed the mutant."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu",
+                   "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+    environment.pop("TRITON_INTERPRET", None)
+    if stage == "triton-interpreter":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "moekit.testing.mutants.killer", stage, str(seconds)]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds + 120, check=False)
+    except subprocess.TimeoutExpired:
+        return {"killed": True, "ran": 0, "by": "it did not end"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"killed": True, "ran": 0, "by": f"its process died with exit code {done.returncode}: {last}"[:200]}
+    return json.loads(lines[-1])
+
+
+def score_all(
+    mutants: Iterable[Mutant], seconds: float = SECONDS, watch: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """Try mutants one after another; `watch` is told of each."""
+    found = []
+    for mutant in mutants:
+        found.append(try_mutant(mutant, seconds))
+        watch(found[-1])
+    return found

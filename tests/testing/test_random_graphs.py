@@ -1,0 +1,53 @@
+"""Random declarations: every implementation agrees with the float64 evaluation, and every legal schedule can be planned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moekit.compile.plan import plan
+from moekit.testing.batch import run_case
+from moekit.testing.case import FuzzCase, find_fusion
+from moekit.testing.draw import KINDS
+from moekit.testing.executors import executor
+from moekit.testing.layouts import place, tile_layout
+from moekit.testing.schedules import variants
+from moekit.testing.strategies import cases
+from moekit.testing.tasks import work
+
+SMALL = {"elements": 400, "smallest": 1, "kinds": tuple(k for k in KINDS if k != "far")}
+drawn = st.integers(0, 2000).flatmap(lambda n: cases(f"random:{n}", **SMALL)).filter(lambda c: work(c) < 60)
+
+
+@pytest.mark.parametrize("implementation", ["interpret", "numpy", "eager"])
+@given(case=drawn)
+def test_implementations_agree(implementation, case):
+    assert run_case(executor(implementation), case).problems == []
+
+
+@given(case=drawn)
+def test_legal_schedules_can_be_planned(case):
+    every_variant_can_be_planned(case)
+
+
+def every_variant_can_be_planned(case: FuzzCase) -> None:
+    """Lower and verify a case under each schedule that `legal` allows."""
+    tensors = case.values() | {n: np.zeros(case.shape(n), "float32") for n in case.names}
+    layouts = {n: tile_layout(place(x)) for n, x in tensors.items()}
+    for schedule in variants(case.graph).values():
+        assert plan(case.graph, schedule, layouts).programs
+
+
+@pytest.mark.parametrize("number", [174, 119, 34, 66])
+def test_the_same_number_is_the_same_declaration(number):
+    first = find_fusion(f"random:{number}")
+    find_fusion.cache_clear()
+    assert list(first.tensors) == list(find_fusion(f"random:{number}").tensors)
+
+
+def test_partial_results_over_different_axes_are_no_split():
+    """Their programs would write the same elements: `legal` once allowed it, and the verifier refused the program."""
+    tensors = find_fusion("random:174").tensors
+    every_variant_can_be_planned(FuzzCase("random:174", {"T": 5, "A": 6, "B": 3}, dict.fromkeys(tensors, "float32")))
