@@ -67,19 +67,26 @@ def _cumsum(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str
 
 
 def _softplus(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
-    """max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = log(u)·e/(u - 1) for u = 1 + e (Kahan)."""
-    x, one, zero = args[0], low.const(scope, 1.0, "float32"), low.const(scope, 0.0, "float32")
+    """max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2·artanh(s) = 2·s·(1 + s²/3 + s⁴/5 + …) for s = e/(e + 2) <= 1/3.
+
+    Kahan's log(u)·e/(u - 1) with u = 1 + e is shorter, but XLA takes (1 + e) - 1 for e where it interprets a kernel on a CPU.
+    """
+    x, zero = args[0], low.const(scope, 0.0, "float32")
 
     def unary(op: str, v: t.Value) -> t.Value:
         return low.emit(scope, t.Unary, TEMPORARY, "float32", v.axes, op=op, value=v)
 
     e = unary("exp", unary("neg", unary("abs", x)))
-    u = low.binary(scope, "add", e, one)
-    tiny = low.binary(scope, "eq", u, one)
-    below = low.where(scope, tiny, one, low.binary(scope, "sub", u, one))
-    ratio = low.binary(scope, "div", low.binary(scope, "mul", unary("log", u), e), below)
-    log1p = low.where(scope, tiny, e, ratio)
-    return low.binary(scope, "add", low.binary(scope, "maximum", x, zero), log1p, name or TEMPORARY)
+    s = low.binary(scope, "div", e, low.binary(scope, "add", e, low.const(scope, 2.0, "float32")), "ratio")
+    square = low.binary(scope, "mul", s, s, "square")
+    series = low.binary(scope, "mul", square, low.const(scope, 2.0 / SERIES[0], "float32"), "series")
+    for k in SERIES[1:]:
+        series = low.binary(scope, "add", series, low.const(scope, 2.0 / k, "float32"), "series")
+        series = low.binary(scope, "mul", series, square if k > 1 else s, "series")
+    return low.binary(scope, "add", low.binary(scope, "maximum", x, zero), series, name or TEMPORARY)
+
+
+SERIES = (15, 13, 11, 9, 7, 5, 3, 1)
 
 
 def _rules() -> dict:
