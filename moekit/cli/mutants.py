@@ -53,7 +53,9 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     else:
         shown = table("mutant", "file", "killed by", "cases", "seconds", "what it does")
         for o in found:
-            shown.add_row(o.name, o.file, o.stage if o.killed else "[bold red]survived[/]", str(o.cases), f"{o.seconds:.0f}", o.about)
+            shown.add_row(
+                o.name, o.file, o.stage if o.killed else "[bold red]survived[/]", str(o.cases), f"{o.seconds:.0f}", o.about
+            )
         console().print(shown)
         console().print(f"{killed} of {len(found)} killed ({100 * killed / max(1, len(found)):.1f} %)")
     raise SystemExit(0 if killed >= WANTED * len(found) else FAILED)

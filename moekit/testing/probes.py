@@ -174,16 +174,16 @@ def probe_extremes(x):
     return {"high": ml.max(x32, over="H"), "low": ml.min(x32, over="H"), "total": ml.sum(x32, over="H")}
 
 
-def _product(x, w):
-    x, w = _f64(x, w)
+def _product(bias, x, w):
+    bias, x, w = _f64(bias, x, w)
     with np.errstate(all="ignore"):
-        return {"out": (x + 1) @ (w + 2).T}
+        return {"out": (x + 1) @ (w + 2).T + bias}
 
 
-@fusion(_product, x=In("T H"), w=In("P H"))
-def probe_product(x, w):
-    """A product of two computed operands: past the end both are other than zero."""
-    return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H")
+@fusion(_product, bias=In("T P"), x=In("T H"), w=In("P H"))
+def probe_product(bias, x, w):
+    """A product of two computed operands: past the end both are other than zero, and one is held with its columns outermost."""
+    return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H") + ml.f32(bias)
 
 
 PROBES = {

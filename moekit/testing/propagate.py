@@ -219,6 +219,7 @@ def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound,
     value, reach = round_to(x.value, node.dtype), REACH * x.noise + x.flips
     if exact is not None:
         flips = np.where(exact == value, 0.0, np.abs(exact - value))
+        flips = np.maximum(flips, np.where(np.abs(value) < TINY * 2**10, 2 * TINY, 0.0))  # subnormal operands may read as zero
     else:
         ends = (round_to(x.value + reach, node.dtype), round_to(x.value - reach, node.dtype))
         flips = np.maximum(*(np.where(e == value, 0.0, np.abs(e - value)) for e in ends))

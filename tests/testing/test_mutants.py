@@ -42,8 +42,8 @@ def test_it_fits_the_source(name, tmp_path):
     ast.parse(changed)
 
 
-@pytest.mark.parametrize("name", ["no-mask-dynamic", "offsets-32-bit", "experts-past-256", "nan-is-padding", "row-stride-ignored",
-                                  "pallas-step-lost"])  # fmt: skip
+@pytest.mark.parametrize("name", ["no-mask-dynamic", "offsets-32-bit", "experts-past-256", "nan-is-padding",
+                                  "row-stride-ignored", "pallas-step-lost"])  # fmt: skip
 def test_it_is_killed(name):
     outcome = try_mutant(NAMED[name], seconds=60)
     assert outcome.killed, outcome

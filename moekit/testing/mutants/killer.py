@@ -46,7 +46,15 @@ def directed(stage: str) -> Iterator:
 
     f32 = "float32"
     far = Layout("far", (0, 1), (0, 0), (2**27 + 5, 1), (0, 0))
-    if stage != "pallas":
+    if stage == "pallas":
+        for name in ("gate_gemm", "probe_product"):
+            operands = list(FuzzCase(name, {}, {}).declaration.tensors)
+            axes = {"T": 18, "D": 150, "P": 20} if name == "gate_gemm" else {"T": 18, "H": 150, "P": 20}
+            yield FuzzCase(name, axes, dict.fromkeys(operands, f32), recipe="integers")
+        inner = Layout("arbitrary", (0, 1, 2), (0, 2, 1), (1, 3, 1), (0, 1, 0))
+        sizes = {"T": 3, "V": 8, "D": 1}
+        yield FuzzCase("gated_rms_norm", sizes, dict.fromkeys(("x", "z", "weight"), f32), layouts={"x": inner, "out": inner})
+    else:
         yield FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={"gate_up": far})
         yield FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={"out": far})
     for dtype in (f32, "float16"):

@@ -61,7 +61,9 @@ def mutate(mutant: Mutant, package: Path) -> None:
     text = path.read_text()
     for old, new in mutant.edits:
         if old not in text:
-            raise MoekitError(f"mutant {mutant.name}: {mutant.file} has no {old.strip()[:60]!r} any more; write the mutant anew")
+            raise MoekitError(
+                f"mutant {mutant.name}: {mutant.file} has no {old.strip()[:60]!r} any more; write the mutant anew"
+            )
         text = text.replace(old, new)
     path.write_text(text)
 
@@ -74,7 +76,9 @@ def apply_patch(patch: Path, folder: Path) -> list[str]:
     text = patch.read_text()
     files = [line.split("\t")[0].split()[1] for line in text.splitlines() if line.startswith("+++ ")]
     strip = "-p1" if files and files[0].startswith("b/") else "-p0"
-    done = subprocess.run(["patch", strip, "--no-backup-if-mismatch", "-d", str(folder)], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["patch", strip, "--no-backup-if-mismatch", "-d", str(folder)], input=text, capture_output=True, text=True, check=False
+    )
     if done.returncode or not files:
         raise MoekitError(f"{patch}: it does not apply: {(done.stdout + done.stderr).strip()[:300] or 'it is no unified diff'}")
     return [f.removeprefix("b/").removeprefix("moekit/") for f in files]
@@ -115,7 +119,9 @@ def run_stage(stage: str, folder: Path, seconds: float) -> dict:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "moekit.testing.mutants.killer", stage, str(seconds)]
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds + 120, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds + 120, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"killed": True, "ran": 0, "by": "it did not end"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

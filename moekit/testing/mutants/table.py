@@ -1,5 +1,6 @@
 """The mutants: each one mistake that a person, or a refactoring, could make in the lowering or an emitter."""
 
+# ruff: noqa: E501  (rows quote lines of the sources as they stand)
 from __future__ import annotations
 
 from dataclasses import dataclass
