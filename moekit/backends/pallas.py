@@ -101,7 +101,11 @@ class PallasPrinter(Printer):
         return lines
 
     def scalar(self, literal: str, dtype: str) -> str:
-        return literal if literal.startswith("jnp.") else f"{DTYPES[dtype]}({literal})"
+        """A literal that is traced: the GPU lowering has no rule for operations on literals alone."""
+        zero = "pl.program_id(0) * 0"
+        if is_float(dtype):
+            return f"(({zero}).astype({DTYPES[dtype]}) + {literal})"
+        return f"({zero} + {literal})" if dtype == "int32" else f"({zero} + {literal}).astype({DTYPES[dtype]})"
 
     def store(self, op: t.Store) -> str:
         axes = self.store_axes(op)
