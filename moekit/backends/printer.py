@@ -6,6 +6,7 @@ is written inside the expression that uses it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -16,7 +17,7 @@ INLINE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds, t.Index)
 LONGEST_INLINE = 64
 
 
-class Printer:
+class Printer(ABC):
     """Prints one program with a table of expressions; `statement` handles loops and stores."""
 
     def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable[[Printer, t.Op], str]]):
@@ -74,9 +75,9 @@ class Printer:
         text = self.text(value)
         return self.scalar(text, value.dtype) if value.name in self.literals else text
 
+    @abstractmethod
     def scalar(self, literal: str, dtype: str) -> str:
         """A literal as a scalar of a dtype."""
-        raise NotImplementedError(type(self).__name__)
 
     def arg(self, value: t.Value) -> str:
         """A value as the argument of a call."""
@@ -108,13 +109,13 @@ class Printer:
         text = div.format(pid, f"({inner})" if " " in inner else inner) if inner else pid
         return rem.format(text, count(axis)) if at > 0 else text
 
+    @abstractmethod
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         """The lines of a loop."""
-        raise NotImplementedError(type(self).__name__)
 
+    @abstractmethod
     def store(self, op: t.Store) -> str:
         """The line of a store."""
-        raise NotImplementedError(type(self).__name__)
 
 
 def header(program: t.TileProgram, version: str) -> list[str]:
