@@ -28,7 +28,13 @@ from moekit.lang.graph import Graph, Tensor
 
 ANY = "_any_strides"
 TOLERANCE = {"float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
-HELPERS = '''def _check(name, x, shape, dtype, device):
+HELPERS = '''def _overlap(device):
+    """The options of a launch: programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
+    new = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if new else {"PDL": False}
+
+
+def _check(name, x, shape, dtype, device):
     if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}; it must be {dtype} {list(shape)} on {device}")
 
@@ -125,21 +131,29 @@ def _docstring(made: _Exported) -> str:
         "It imports torch and triton alone. Run it to test it: on a GPU, or with TRITON_INTERPRET=1 on a CPU (not in bfloat16,",
         "which Triton's interpreter rounds wrongly).",
     ]  # fmt: skip
-    return '"""' + "\n".join(lines) + '\n"""\n\nimport torch\nimport triton\nimport triton.language as tl'
+    return '"""' + "\n".join(lines) + '\n"""\n\nimport torch\nimport triton\nimport triton.language as tl\n' + emitter.IMPORT
 
 
 def _kernels(made: _Exported) -> str:
     """Helpers once, then every kernel for dense tensors and for any strides."""
-    programs = [*made.dense.programs, *(replace(p, name=p.name + ANY) for p in made.strided.programs)]
+    programs = [*made.dense.programs, *(_renamed(p) for p in made.strided.programs)]
     bodies, helpers = [], {}
     for program in programs:
-        text = emitter.emit(program).split("import triton.language as tl\n", 1)[1]
+        text = emitter.emit(program).split(emitter.IMPORT + "\n", 1)[1]
         for name, helper in emitter.HELPERS.items():
             if helper in text:
                 helpers[name] = helper
                 text = text.replace(helper, "")
         bodies.append(text.strip("\n") + "\n")
     return "\n\n".join([h.strip("\n") + "\n" for h in helpers.values()] + bodies)
+
+
+def _renamed(kernel: t.Kernel) -> t.Kernel:
+    """A kernel for any strides, with a name of its own, and so its sections."""
+    if isinstance(kernel, t.Joined):
+        sections = tuple(replace(s, name=s.name + ANY) for s in kernel.sections)
+        return replace(kernel, name=kernel.name + ANY, sections=sections)
+    return replace(kernel, name=kernel.name + ANY)
 
 
 def _launcher(made: _Exported) -> str:
@@ -162,6 +176,7 @@ def _launcher(made: _Exported) -> str:
     results = ", ".join(made.outputs)
     if made.dynamic:
         lines += [f"    if {' or '.join(f'{a} == 0' for a in made.dynamic)}:", f"        return {results}"]
+    lines.append(f"    overlap = _overlap({first}.device)")
     tests = [test for p in made.dense.programs for x in p.params if (test := _fits(made, x))]
     lines += ["    dense = (", *_joined(list(dict.fromkeys(tests)), "        ", " and"), "    )"]
     lines += [f"    with torch.cuda.device_of({first}):", "        if dense:"]
@@ -192,20 +207,25 @@ def _fits(made: _Exported, x: t.Param) -> str | None:
     return f"_fits({x.name}, {unit}, {aligned}, {static})"
 
 
-def _launch(program: t.TileProgram, name: str) -> list[str]:
-    """`kernel[grid](arguments)`, on as many lines as it takes."""
+def _programs(section: t.TileProgram) -> str:
+    """How many programs a section has, as text."""
     counts = []
-    for axis in program.grid:
-        a = program.axis(axis)
+    for axis in section.grid:
+        a = section.axis(axis)
         counts.append(f"triton.cdiv({axis}, {a.block})" if a.extent is None else str(-(-a.extent // a.block)))
+    return " * ".join(c for c in counts if c != "1") or "1"
+
+
+def _launch(program: t.Kernel, name: str) -> list[str]:
+    """`kernel[grid](arguments)`, on as many lines as it takes."""
     arguments = [
         a.subject
         if a.kind in ("pointer", "extent")
         else f"{a.subject}.stride({a.dim})" + (f" // {a.unit}" if a.unit > 1 else "")
         for a in emitter.arguments(program)
     ]
-    options = [f"num_warps={program.warps}", f"num_stages={program.stages}"]
-    grid = " * ".join(c for c in counts if c != "1") or "1"
+    options = [f"num_warps={program.warps}", f"num_stages={program.stages}", "**overlap"]
+    grid = " + ".join(map(_programs, program.sections))
     pad = " " * 12
     body = textwrap.wrap(", ".join([*arguments, *options]) + ",", 108, break_long_words=False)
     return [f"{pad}{name}_kernel[({grid},)](", *(f"{pad}    {line}" for line in body), f"{pad})"]

@@ -59,7 +59,7 @@ HELPERS = {
 }
 
 
-def buffers(program: t.TileProgram) -> tuple[list[str], list[str]]:
+def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
     """The arrays a kernel reads and the arrays it writes, each once; one in both lists is aliased."""
     read, written = [], []
     for p in program.params:
@@ -70,7 +70,7 @@ def buffers(program: t.TileProgram) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(read)), list(dict.fromkeys(written))
 
 
-def kernel_name(program: t.TileProgram) -> str:
+def kernel_name(program: t.Kernel) -> str:
     """The name of the emitted function."""
     return f"{program.name}_kernel"
 
@@ -93,6 +93,8 @@ class PallasPrinter(Printer):
         lines += self.body(op.body, depth + 1)
         yields = ", ".join(self.text(y) for y in op.yields)
         lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
+        if op.unroll:
+            return [*lines, *self.written_out(op, pad, name)]
         turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else -(-op.stop // op.step)
         inits = ", ".join(self.text(i) for i in op.inits)
         outs = ", ".join(o.name for o in op.outs)
@@ -100,9 +102,17 @@ class PallasPrinter(Printer):
         lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
         return lines
 
+    def written_out(self, op: t.Loop, pad: str, name: str) -> list[str]:
+        """The turns of a loop one after the other. A turn's number is traced, for the reason `constant` gives."""
+        carry = f"{op.var.name}_carry"
+        inits = ", ".join(self.text(i) for i in op.inits)
+        outs = ", ".join(o.name for o in op.outs) + "," * (len(op.outs) == 1)
+        lines = ["", f"{pad}{carry} = ({inits}{',' * (len(op.inits) == 1)})", f"{pad}for turn in range(0, {op.stop}, {op.step}):"]
+        return [*lines, f"{pad}    {carry} = {name}({self.pid} * 0 + turn, {carry})", f"{pad}{outs} = {carry}"]
+
     def scalar(self, literal: str, dtype: str) -> str:
         """A literal that is traced: the GPU lowering has no rule for operations on literals alone."""
-        zero = "pl.program_id(0) * 0"
+        zero = f"{self.pid} * 0"
         if is_float(dtype):
             return f"(({zero}).astype({DTYPES[dtype]}) + {literal})"
         return f"({zero} + {literal})" if dtype == "int32" else f"({zero} + {literal}).astype({DTYPES[dtype]})"
@@ -136,7 +146,7 @@ class PallasPrinter(Printer):
 
     def constant(self, at: int, axes: tuple[str, ...]) -> str:
         """A fixed index, traced: JAX 0.11's interpret mode refuses a literal beside a mask."""
-        return f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else f"pl.program_id(0) * 0 + {at}"
+        return f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else f"{self.pid} * 0 + {at}"
 
 
 def _load(p: PallasPrinter, op: t.Load) -> str:
@@ -185,7 +195,7 @@ def _index(p: PallasPrinter, op: t.Index) -> str:
 
 def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
     div, rem = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
-    return p.program_id(op.axis, "pl.program_id(0)", div, rem, lambda axis: blocks(p.program, axis, "0"))
+    return p.program_id(op.axis, div, rem, lambda axis: blocks(p.program, axis, "0"))
 
 
 def _where(p: PallasPrinter, op: t.Where) -> str:
@@ -218,21 +228,40 @@ EXPRESSIONS = {
 }
 
 
-def emit(program: t.TileProgram) -> str:
+def emit(kernel: t.Kernel) -> str:
     """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`."""
-    printer = PallasPrinter(program, EXPRESSIONS)
-    body = printer.body(program.body, 1)
+    alone = len(kernel.sections) == 1
+    printers = [PallasPrinter(s, EXPRESSIONS, "pl.program_id(0)" if alone else "pid") for s in kernel.sections]
+    bodies = [p.body(p.program.body, 1) for p in printers]
     lines = [
-        *header(program, __version__),
+        *header(kernel, __version__),
         "import jax.numpy as jnp",
         "from jax import lax",
         "from jax.experimental import pallas as pl",
         "from jax.experimental.pallas import triton as plt",
         "",
     ]
-    for name in sorted(printer.helpers):
+    for name in sorted({h for p in printers for h in p.helpers}):
         lines += ["", HELPERS[name]]
-    read, written = buffers(program)
-    refs = [f"{b}_ref" for b in read] + [f"{b}_out_ref" if b in read else f"{b}_ref" for b in written]
-    lines += ["", f"def {kernel_name(program)}({', '.join(refs)}):"]
-    return "\n".join([*lines, *body, ""])
+    if not alone:
+        for section, body in zip(kernel.sections, bodies, strict=True):
+            lines += ["", f"def {section.name}({', '.join(['pid', *_refs(section)])}):", *body, ""]
+    lines += ["", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
+    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel)), ""])
+
+
+def _refs(kernel: t.Kernel) -> list[str]:
+    """What a kernel calls its buffers: those it reads, then those it writes."""
+    read, written = buffers(kernel)
+    return [f"{b}_ref" for b in read] + [f"{b}_out_ref" if b in read else f"{b}_ref" for b in written]
+
+
+def _sections(kernel: t.Kernel) -> list[str]:
+    """Which programs of a launch belong to which section; all sizes are static."""
+    lines, begin = ["    pid = pl.program_id(0)"], 0
+    for section in kernel.sections:
+        end = begin + section.programs({})
+        lines += ["", f"    @pl.when((pid >= {begin}) & (pid < {end}))", "    def _():"]
+        lines.append(f"        {section.name}({', '.join([f'pid - {begin}', *_refs(section)])})")
+        begin = end
+    return lines

@@ -55,14 +55,15 @@ class Argument:
     unit: int = 1
 
 
-def arguments(program: t.TileProgram) -> tuple[Argument, ...]:
+def arguments(program: t.Kernel) -> tuple[Argument, ...]:
     """The kernel's arguments in order: pointers, dynamic extents, then the strides that are not 1.
 
     A stride known to be a multiple of 16 bytes is passed in units of 16 bytes: Triton reads the alignment off the
     multiplication, where a hint on the argument itself is lost (seen with Triton 3.6).
     """
     args = [Argument(f"{p.name}_ptr", "pointer", p.name) for p in program.params]
-    args += [Argument(extent_text(program, a.name), "extent", a.name) for a in program.axes if a.extent is None]
+    dynamic = dict.fromkeys(a.name for a in program.axes if a.extent is None)
+    args += [Argument(extent_text(program.sections[0], a), "extent", a) for a in dynamic]
     for p in program.params:
         for d, axis in enumerate(p.axes):
             if axis is None or p.strided.strides[d] == "unit":
@@ -73,7 +74,7 @@ def arguments(program: t.TileProgram) -> tuple[Argument, ...]:
     return tuple(args)
 
 
-def kernel_name(program: t.TileProgram) -> str:
+def kernel_name(program: t.Kernel) -> str:
     """The name of the emitted function."""
     return f"{program.name}_kernel"
 
@@ -85,7 +86,11 @@ class TritonPrinter(Printer):
         pad = "    " * depth
         lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
         stop = self.text(op.stop) if isinstance(op.stop, t.Value) else op.stop
-        lines.append(f"{pad}for {op.var.name} in range(0, {stop}, {op.step}):")
+        if op.unroll:
+            lines.append(f"{pad}for turn in tl.static_range(0, {stop}, {op.step}):")
+            lines.append(f"{pad}    {op.var.name} = tl.cast(turn, tl.int32)")
+        else:
+            lines.append(f"{pad}for {op.var.name} in range(0, {stop}, {op.step}):")
         lines += self.body(op.body, depth + 1)
         lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
         self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
@@ -159,7 +164,7 @@ def _program_id(p: Printer, op: t.ProgramId) -> str:
     def count(axis: str) -> str:
         return blocks(p.program, axis, f"tl.cdiv({extent_text(p.program, axis)}, {p.program.axis(axis).block})")
 
-    return p.program_id(op.axis, "tl.program_id(0)", "({} // {})", "{} % {}", count)
+    return p.program_id(op.axis, "({} // {})", "{} % {}", count)
 
 
 def _where(p: Printer, op: t.Where) -> str:
@@ -192,22 +197,48 @@ EXPRESSIONS = {
 }
 
 
-def emit(program: t.TileProgram) -> str:
-    """The source of one kernel: imports, helpers it needs, and a `@triton.jit` function called `<name>_kernel`."""
-    printer = TritonPrinter(program, EXPRESSIONS)
-    args = arguments(program)
-    body = [*_alignment_hints(program), *printer.body(program.body, 1)]
-    fixed = [a.name for a in args if a.kind != "pointer"]
-    lines = [*header(program, __version__), "import triton", "import triton.language as tl", ""]
-    for name in sorted(printer.helpers):
+# Programmatic dependent launch: the next kernel's programs may start, and wait here, while this one's still run.
+OVERLAP = """    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()"""
+
+
+def emit(kernel: t.Kernel) -> str:
+    """The source of one kernel: imports, helpers it needs, and a `@triton.jit` function called `<name>_kernel`.
+
+    Its last argument, `PDL`, says whether it is launched with programmatic dependent launch (compute capability 9.0 and later).
+    """
+    alone = len(kernel.sections) == 1
+    printers = [TritonPrinter(s, EXPRESSIONS, "tl.program_id(0)" if alone else "pid") for s in kernel.sections]
+    bodies = [[*_alignment_hints(p.program), *p.body(p.program.body, 1)] for p in printers]
+    lines = [*header(kernel, __version__), "import triton", "import triton.language as tl", IMPORT, ""]
+    for name in sorted({h for p in printers for h in p.helpers}):
         lines += ["", HELPERS[name]]
-    lines += [
-        "",
-        f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit",
-        f"def {kernel_name(program)}(",
-    ]
-    lines += _wrapped([a.name for a in args])
-    return "\n".join([*lines, "):", *body, ""])
+    if not alone:
+        for section, body in zip(kernel.sections, bodies, strict=True):
+            names = ["pid", *(a.name for a in arguments(section))]
+            lines += ["", "@triton.jit", f"def {section.name}(", *_wrapped(names), "):", *body, ""]
+    args = arguments(kernel)
+    fixed = [a.name for a in args if a.kind != "pointer"]
+    lines += ["", f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit", f"def {kernel_name(kernel)}("]
+    lines += _wrapped([*(a.name for a in args), "PDL: tl.constexpr"])
+    return "\n".join([*lines, "):", OVERLAP, *(bodies[0] if alone else _sections(kernel)), ""])
+
+
+IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait"
+
+
+def _sections(kernel: t.Kernel) -> list[str]:
+    """Which programs of a launch belong to which section."""
+    lines, begin = ["    pid = tl.program_id(0)"], "0"
+    for number, section in enumerate(kernel.sections):
+        counts = [blocks(section, a, f"tl.cdiv({extent_text(section, a)}, {section.axis(a).block})") for a in section.grid]
+        end, call = f"end_{number}", ", ".join(a.name for a in arguments(section))
+        lines.append(f"    {end} = {begin} + {' * '.join(c for c in counts if c != '1') or '1'}".replace(" 0 +", ""))
+        inside = f"(pid >= {begin}) & (pid < {end})" if number else f"pid < {end}"
+        lines += [f"    if {inside}:", f"        {section.name}(pid{f' - {begin}' if number else ''}, {call})"]
+        begin = end
+    return lines
 
 
 def _wrapped(names: list[str]) -> list[str]:

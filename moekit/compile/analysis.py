@@ -27,6 +27,16 @@ class GemmAxes:
     k: str
 
 
+def part_axis(axis: str) -> str:
+    """The name of the axis that counts the parts of a split axis."""
+    return f"{axis}.part"
+
+
+def scattered(graph: Graph) -> set[str]:
+    """The axes along which `put` ids vary."""
+    return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}
+
+
 def reach(graph: Graph, write) -> set[str]:
     """The axes along which a write spreads."""
     axes = {i.axis for i in write.index if isinstance(i, Along) and i.axis}

@@ -30,8 +30,13 @@ def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int])
         execute(program, memory, sizes)
 
 
-def execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
+    for section in kernel.sections:
+        _execute(section, memory, sizes)
+
+
+def _execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
     counts = []
     for name in program.grid:
         a = program.axis(name)

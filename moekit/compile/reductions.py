@@ -77,6 +77,28 @@ def _loop_reductions(low: Lowering, node: int, n: Node, home: Scope) -> t.Value:
     """Open one loop for this reduction and for all that are as deep, over the same axis and in the same scope."""
     axis = n.attr("axis")
     group = [m for m in low.graph.live() if _shares_loop(low, m, node, axis) and m not in home.made]
+    results = _in_parts(low, group, axis, home) if axis in dict(low.schedule.parts) else _looped(low, group, axis, home)
+    home.made |= dict(zip(group, results, strict=True))
+    return home.made[node]
+
+
+def _in_parts(low: Lowering, group: list[int], axis: str, home: Scope) -> list[t.Value]:
+    """Reductions part by part, the parts' results added up in the order in which a split's second launch adds them."""
+    carries, inits = [], []
+    for m, other in low.numbered(group):
+        hint, identity = low.graph.names.get(m, f"{_kind(other)}_{identifier(axis)}"), IDENTITY[_kind(other), other.dtype]
+        inits.append(low.emit(home, t.Full, f"{hint}_init", other.dtype, low.tile_axes(other.axes), value=identity))
+        carries.append(t.Value(low.names.fresh(f"{hint}_total"), other.dtype, inits[-1].axes))
+
+    def body(scope: Scope) -> list[t.Value]:
+        done = zip(low.numbered(group), carries, _looped(low, group, axis, scope), strict=True)
+        return [low.binary(scope, COMBINE[_kind(m)], total, value, total.name) for (_, m), total, value in done]
+
+    return list(low.each_part(home, axis, tuple(carries), tuple(inits), body))
+
+
+def _looped(low: Lowering, group: list[int], axis: str, home: Scope) -> list[t.Value]:
+    """One loop over the blocks of `axis`, and what it leaves of each reduction brought together."""
     dots = {m: n.op == "contract" and uses_dot(low.graph, low.schedule, m) for m, n in low.numbered(group)}
     carries, inits = [], []
     for m, other in low.numbered(group):
@@ -97,9 +119,7 @@ def _loop_reductions(low: Lowering, node: int, n: Node, home: Scope) -> t.Value:
         return yields
 
     outs = low.loop(home, axis, tuple(carries), tuple(inits), body)
-    for m, out in zip(group, outs, strict=True):
-        home.made[m] = reduce(low, m, home, _kind(low.graph.nodes[m]), out, axis)
-    return home.made[node]
+    return [reduce(low, m, home, _kind(low.graph.nodes[m]), out, axis) for m, out in zip(group, outs, strict=True)]
 
 
 def _shares_loop(low: Lowering, other: int, node: int, axis: str) -> bool:

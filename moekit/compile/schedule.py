@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moekit.compile.analysis import AxisUse, axis_uses, gemm_axes
+from moekit.compile.analysis import AxisUse, axis_uses, part_axis, scattered
+from moekit.compile.sections import sections
+from moekit.compile.split import cut
 from moekit.errors import ScheduleError
-from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
 MODES = ("grid", "whole", "loop")
 WARPS = (1, 2, 4, 8, 16, 32)
 LARGEST_TILE = 2**17
-WHOLE_TILE = 2**14
-ROW_TILE = 2**11
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How a graph is cut into programs.
 
-    `axes`: for each axis its mode (`grid`, `whole`, `loop`) and block, a power of two. `split`: contracted axes of which
-    several programs each do a part, added up in a second launch. `warps` and `stages` are the compiler's.
+    `axes`: for each axis its mode (`grid`, `whole`, `loop`) and block, a power of two. `split`: a contracted axis of which
+    several programs each do a part, added up in a second launch; `parts`: one of which each program does the parts one after
+    the other, which gives the same bits. `warps` and `stages` are the compiler's. Where a launch has several sections
+    (sections.py), one that cannot take an axis as it is written here takes it as the heuristic would.
     """
 
     axes: tuple[tuple[str, str, int], ...]
     split: tuple[tuple[str, int], ...] = ()
     warps: int = 4
     stages: int = 2
+    parts: tuple[tuple[str, int], ...] = ()
 
     def mode(self, axis: str) -> str:
         """`grid`, `whole` or `loop`."""
@@ -44,30 +46,38 @@ class Schedule:
 
     def __str__(self) -> str:
         axes = " ".join(f"{a}:{m}:{b}" for a, m, b in self.axes)
-        split = "".join(f" split:{a}:{n}" for a, n in self.split)
+        split = "".join(f" split:{a}:{n}" for a, n in self.split) + "".join(f" parts:{a}:{n}" for a, n in self.parts)
         return f"{axes}{split} warps:{self.warps} stages:{self.stages}"
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read what `str` writes: `T:grid:1 H:loop:1024 split:D:4 warps:4 stages:2`."""
-        axes, split, rest = [], [], {}
+        axes, several, rest = [], {"split": [], "parts": []}, {}
         try:
             for word in text.split():
                 parts = word.split(":")
-                if parts[0] == "split":
-                    split.append((parts[1], int(parts[2])))
+                if parts[0] in several:
+                    several[parts[0]].append((parts[1], int(parts[2])))
                 elif parts[0] in ("warps", "stages"):
                     rest[parts[0]] = int(parts[1])
                 else:
                     axes.append((parts[0], parts[1], int(parts[2])))
         except (IndexError, ValueError):
             raise ScheduleError(f"cannot read schedule {text!r}; write AXIS:MODE:BLOCK … warps:N stages:N") from None
-        return cls(tuple(axes), tuple(split), **rest)
+        return cls(tuple(axes), tuple(several["split"]), parts=tuple(several["parts"]), **rest)
 
 
 def pow2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n <= 1)."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def launches(graph: Graph, schedule: Schedule) -> tuple[tuple[Graph, ...], ...]:
+    """The sections of each launch, the first launch's first."""
+    if not schedule.split:
+        return (sections(graph),)
+    first, second, _ = cut(graph, *schedule.split[0])
+    return sections(first), sections(second)
 
 
 def legal(graph: Graph, schedule: Schedule) -> str | None:
@@ -77,28 +87,44 @@ def legal(graph: Graph, schedule: Schedule) -> str | None:
     for axis in uses:
         if given.count(axis) != 1:
             return f"{graph.name}: the schedule must say once what is done with axis {axis}; it speaks of {', '.join(given)}"
-    for axis, mode, block in schedule.axes:
+    for axis, _, _ in schedule.axes:
         if axis not in uses:
             return f"{graph.name}: the schedule names axis {axis}, which the fusion does not use; it has {', '.join(uses)}"
-        if problem := _axis_problem(uses[axis], mode, block):
-            return f"{graph.name}: axis {axis} cannot be {mode} in blocks of {block}: {problem}"
     if schedule.warps not in WARPS or not 1 <= schedule.stages <= 8:
         return f"{graph.name}: {schedule.warps} warps and {schedule.stages} stages; warps are one of {WARPS}, stages 1 to 8"
-    for axis, parts in schedule.split:
+    if len(schedule.split) + len(schedule.parts) > 1:
+        return f"{graph.name}: only one axis can be split or done in parts, the schedule says {schedule}"
+    for axis, parts in (*schedule.split, *schedule.parts):
         if problem := _split_problem(graph, schedule, axis, parts):
             return f"{graph.name}: axis {axis} cannot be split in {parts}: {problem}"
+    every = launches(graph, schedule)
+    for axis, mode, block in schedule.axes:
+        found = [axis_uses(g) for g in every[0]]
+        found = [u[axis] for u in found if axis in u] or [u[axis] for g in every[-1] if axis in (u := axis_uses(g))]
+        problems = [_axis_problem(use, mode, block) for use in found]
+        if problems and all(problems):
+            return f"{graph.name}: axis {axis} cannot be {mode} in blocks of {block}: {problems[0]}"
     for axis in scattered(graph):
         if axis in uses and schedule.block(axis) != 1:
             return f"{graph.name}: an output is put at ids along {axis}, so its block must be 1, not {schedule.block(axis)}"
-    tile = largest_tile(graph, schedule)
+    tile = max(largest_tile(g, fitted(g, schedule, None)) for g in every[0])
     if tile > LARGEST_TILE:
         return f"{graph.name}: a block of {tile} elements is over the limit of {LARGEST_TILE}; use smaller blocks or loop"
     return None
 
 
-def scattered(graph: Graph) -> set[str]:
-    """The axes along which `put` ids vary."""
-    return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}
+def fitted(section: Graph, schedule: Schedule, base: Schedule | None) -> Schedule:
+    """`schedule` for one section of a launch: its axes as they are where that is legal, else as `base` has them.
+
+    A part axis, which no schedule speaks of, is on the grid where partial results are made.
+    """
+    axes = []
+    for axis, use in axis_uses(section).items():
+        said = next((x for x in schedule.axes if x[0] == axis), (axis, "grid", 1))
+        if _axis_problem(use, *said[1:]):
+            said = next((x for x in base.axes if x[0] == axis), said) if base else (axis, "loop", 1)
+        axes.append(said)
+    return replace(schedule, axes=tuple(axes), parts=tuple(p for p in schedule.parts if p[0] in axis_uses(section)))
 
 
 def _axis_problem(use: AxisUse, mode: str, block: int) -> str | None:
@@ -123,14 +149,14 @@ def _split_problem(graph: Graph, schedule: Schedule, axis: str, parts: int) -> s
         return "a split axis is looped over"
     if not 2 <= parts <= 64:
         return "the parts are 2 to 64"
-    if any(axis in graph.nodes[w.value].axes for w in graph.writes):
-        return "an output runs along it"
-    if len(reduction_levels(graph, {axis})[1]) > 1:
+    if not legal_split(graph, axis):
         return "one of its reductions needs the result of another"
-    summed = [n for n in (graph.nodes[i] for i in graph.live()) if n.op in ("reduce", "contract") and n.attr("axis") == axis]
-    if len({frozenset(a for a in n.axes if schedule.mode(a) == "grid") for n in summed}) > 1:
-        return "its reductions vary over different axes of the grid, so programs would write the same partial result"
     return None
+
+
+def legal_split(graph: Graph, axis: str) -> bool:
+    """Whether all reductions over `axis` are equally deep, so that one launch can make partial results of them all."""
+    return len(reduction_levels(graph, {axis})[1]) == 1
 
 
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
@@ -171,87 +197,3 @@ def largest_tile(graph: Graph, schedule: Schedule) -> int:
             size *= schedule.block(a)
         largest = max(largest, size)
     return largest
-
-
-def heuristic(graph: Graph) -> Schedule:
-    """A good schedule without tuning. It never depends on a dynamic size, so a row's result does not depend on T."""
-    uses = axis_uses(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
-            return _gemm_schedule(graph, uses, gemm, node)
-    return _row_schedule(graph, uses)
-
-
-def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm, node: int) -> Schedule:
-    wide = itemsize(graph.nodes[graph.nodes[node].args[0]].dtype) == 4
-    k_block = min(pow2(uses[gemm.k].extent or 64), 32 if wide else 128)
-    blocks = {a: 1 if a in scattered(graph) else b for a, b in ((gemm.m, 16), (gemm.n, 32), (gemm.k, max(16, k_block)))}
-    axes = []
-    for a, use in uses.items():
-        if a in (gemm.m, gemm.n):
-            axes.append((a, "grid", blocks[a]))
-        elif a == gemm.k and not use.whole:
-            axes.append((a, "loop", blocks[a]))
-        else:
-            axes.append(_other_axis(use))
-    return _shrunk(graph, Schedule(tuple(axes), warps=4, stages=3))
-
-
-def _other_axis(use: AxisUse) -> tuple[str, str, int]:
-    if use.parallel:
-        return use.name, "grid", 1
-    if use.extent is not None and (use.whole or pow2(use.extent) <= ROW_TILE):
-        return use.name, "whole", pow2(use.extent)
-    return use.name, "loop", 64
-
-
-def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
-    """Rows: reduced axes whole while they fit, then the innermost parallel axis, then several rows a program."""
-    chosen: dict[str, tuple[str, int]] = {}
-    tile = 1
-    inner = [u for u in uses.values() if not u.parallel]
-    for use in sorted(inner, key=lambda u: (not u.whole, u.extent is None, u.extent or 0)):
-        if use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE):
-            chosen[use.name] = ("whole", pow2(use.extent))
-        else:
-            chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
-        tile *= chosen[use.name][1]
-    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
-    columns = [u for u in uses.values() if u.parallel]
-    for use in reversed(columns):
-        extent = use.extent if use.extent is not None else 8
-        block = 1 if use.name in scattered(graph) else max(1, min(pow2(extent), budget // tile, 1024))
-        chosen[use.name] = ("grid", block)
-        tile *= block
-    schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=1 if all(m != "loop" for m, _ in chosen.values()) else 2)
-    return _shrunk(graph, schedule)
-
-
-def _contracts(graph: Graph) -> bool:
-    return any(graph.nodes[i].op == "contract" for i in graph.live())
-
-
-def _shrunk(graph: Graph, schedule: Schedule) -> Schedule:
-    """Smaller grid and loop blocks until the largest block is one a program can hold; warps to match it."""
-    while (tile := largest_tile(graph, schedule)) > WHOLE_TILE:
-        free = [(b, a) for a, m, b in schedule.axes if m != "whole" and b > 1]
-        whole = [(b, a) for a, m, b in schedule.axes if m == "whole" and not axis_uses(graph)[a].whole and b > ROW_TILE]
-        if free:
-            block, axis = max(free)
-            schedule = schedule.with_axis(axis, block=block // 2)
-        elif whole:
-            schedule = schedule.with_axis(max(whole)[1], mode="loop", block=ROW_TILE)
-        else:
-            break
-    return replace(schedule, warps=_warps(graph, schedule, tile))
-
-
-def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
-    """Warps for the largest block. Measured with `moekit tune` on an H200: element-wise blocks want 4 elements a lane (0.77 to
-    0.87 of the time with 16), reductions 16."""
-    live = graph.live()
-    if any(graph.nodes[i].op == "contract" and uses_dot(graph, schedule, i) for i in live):
-        return 4
-    reduces = any(graph.nodes[i].op in ("reduce", "contract", "cumsum", "top_k") for i in live)
-    return max(1, min(16, tile // 512)) if reduces else max(1, min(8, tile // 128))

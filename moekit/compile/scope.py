@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import axis_uses, gathered
+from moekit.compile.analysis import axis_uses, gathered, part_axis
 from moekit.compile.naming import TEMPORARY, Names, identifier
 from moekit.compile.schedule import Schedule, reduction_levels
 from moekit.lang.graph import COMPARE, Graph, Node
+
+PART = part_axis("")
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Writer:
     ):
         self.graph, self.schedule, self.layouts = graph, schedule, layouts
         extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
-        parts = dict(schedule.split)
+        parts = dict(schedule.split or schedule.parts)
         self.blocks = {
             a: t.AxisBlock(a, extent[a], schedule.block(a), schedule.mode(a), parts.get(a, 1)) for a in axis_uses(graph)
         }
@@ -136,7 +138,7 @@ class Writer:
         return [(i, self.graph.nodes[i]) for i in ids]
 
     def loop(self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]]) -> tuple[t.Value, ...]:
-        """A loop over the blocks of `axis` (or over this program's part of them)."""
+        """A loop over the blocks of `axis` (or over one part of them); one over parts is unrolled, so that all are loaded at once."""
         block = self.blocks[axis]
         scope = Scope(home)
         var = start = t.Value(self.names.fresh(f"{identifier(axis)}_start"), "int32")
@@ -148,7 +150,16 @@ class Writer:
         self.bind(scope, axis, block, start)
         yields = tuple(body(scope))
         outs = tuple(t.Value(self.names.fresh(c.name), c.dtype, c.axes) for c in carries)
-        home.ops.append(t.Loop(var, stop, block.block, carries, inits, tuple(scope.ops), yields, outs))
+        home.ops.append(t.Loop(var, stop, block.block, carries, inits, tuple(scope.ops), yields, outs, axis.endswith(PART)))
+        return outs
+
+    def each_part(self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]]) -> tuple[t.Value, ...]:
+        """A loop over the parts of `axis`; within it a `loop` goes over the blocks of one part."""
+        scope, var = Scope(home), t.Value(self.names.fresh(f"{identifier(axis)}_part"), "int32")
+        scope.bound[part_axis(axis)] = (var, None)
+        yields = tuple(body(scope))
+        outs = tuple(t.Value(self.names.fresh(c.name), c.dtype, c.axes) for c in carries)
+        home.ops.append(t.Loop(var, self.blocks[axis].parts, 1, carries, inits, tuple(scope.ops), yields, outs))
         return outs
 
     def extent(self, scope: Scope, axis: str) -> t.Value:
@@ -159,7 +170,3 @@ class Writer:
             self.root.made[key] = self.emit(self.root, t.Extent, f"{identifier(axis)}_size", "int32", (), axis=axis)
         return self.root.made[key]
 
-
-def part_axis(axis: str) -> str:
-    """The name of the grid axis that counts the parts of a split axis."""
-    return f"{axis}.part"

@@ -177,7 +177,8 @@ class Dot:
 class Loop:
     """For `var` = 0, step, 2·step, … < stop: run `body`, then each `carry` takes the value of its `yields`.
 
-    After the loop `outs` are the last carries; `stop` is a number, or the value of a dynamic extent.
+    After the loop `outs` are the last carries; `stop` is a number, or the value of a dynamic extent. `unroll`: the turns are
+    written out, so that all their loads are in flight at once.
     """
 
     var: Value
@@ -188,6 +189,7 @@ class Loop:
     body: tuple[Op, ...]
     yields: tuple[Value, ...]
     outs: tuple[Value, ...]
+    unroll: bool = False
 
 
 Op = (
@@ -286,6 +288,11 @@ class TileProgram:
     digest: str = ""
     comments: dict[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def sections(self) -> tuple[TileProgram, ...]:
+        """The program alone: what a `Joined` has several of."""
+        return (self,)
+
     def axis(self, name: str) -> AxisBlock:
         """The block of axis `name`."""
         return next(a for a in self.axes if a.name == name)
@@ -318,6 +325,45 @@ class TileProgram:
         return "\n".join(lines + text_of(self.body, 1))
 
 
+@dataclass(frozen=True)
+class Joined:
+    """One kernel that is several programs side by side: the first programs of its grid are those of the first section."""
+
+    name: str
+    sections: tuple[TileProgram, ...]
+    warps: int
+    stages: int
+    digest: str = ""
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """The tensors of all sections, each once; one that some section writes has that section's role."""
+        found: dict[str, Param] = {}
+        for p in (p for s in self.sections for p in s.params):
+            if p.name not in found or p.role != "In":
+                found[p.name] = p
+        return tuple(found.values())
+
+    @property
+    def axes(self) -> tuple[AxisBlock, ...]:
+        """Every section's blocks; an axis may be held in several ways."""
+        return tuple(a for s in self.sections for a in s.axes)
+
+    def param(self, name: str) -> Param:
+        """The tensor `name`."""
+        return next(p for p in self.params if p.name == name)
+
+    def programs(self, sizes: dict[str, int]) -> int:
+        """How many programs a launch has."""
+        return sum(s.programs(sizes) for s in self.sections)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.sections))
+
+
+Kernel = TileProgram | Joined
+
+
 def result(op: Op) -> Value | None:
     """The one value an operation defines (None for a store and a loop)."""
     return None if isinstance(op, Store | Loop) else op.out
@@ -347,7 +393,7 @@ def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
         if isinstance(op, Loop):
             stop = op.stop.name if isinstance(op.stop, Value) else op.stop
             carried = ", ".join(f"{c} = {i.name}" for c, i in zip(op.carries, op.inits, strict=False))
-            lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried})")
+            lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried})" + " unrolled" * op.unroll)
             lines += text_of(op.body, depth + 1)
             lines.append(f"{pad}  yield {', '.join(v.name for v in op.yields)} -> {', '.join(v.name for v in op.outs)}")
             continue

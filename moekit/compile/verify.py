@@ -386,8 +386,20 @@ RULES: dict[str, Callable[[Facts], None]] = {
 }
 
 
-def verify(program: t.TileProgram) -> None:
-    """Check a program against every rule; raises VerifyError naming the rule, the operation and a hint."""
-    facts = facts_of(program)
-    for rule in RULES.values():
-        rule(facts)
+def sections_apart(kernel: t.Kernel) -> None:
+    """What one section of a launch writes, no other section reads or writes: their programs run in any order."""
+    for one in kernel.sections:
+        for p in (p for p in one.params if p.role != "In"):
+            for other in kernel.sections:
+                if other is not one and any(q.name == p.name for q in other.params):
+                    hint = f"{p.name} is written by {one.name} and used by {other.name} in the same launch; join the two"
+                    raise VerifyError(f"{kernel.name}: sections apart: {hint}")
+
+
+def verify(kernel: t.Kernel) -> None:
+    """Check a kernel against every rule; raises VerifyError naming the rule, the operation and a hint."""
+    sections_apart(kernel)
+    for section in kernel.sections:
+        facts = facts_of(section)
+        for rule in RULES.values():
+            rule(facts)

@@ -2,7 +2,10 @@
 
 from moekit.fusions.add_rms_norm import add_rms_norm
 from moekit.fusions.delta_rule_step import delta_rule_step
+from moekit.fusions.down_combine import down_combine
+from moekit.fusions.gate_block import gate_block
 from moekit.fusions.gate_gemm import gate_gemm
+from moekit.fusions.gate_projections import gate_projections
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
@@ -18,5 +21,8 @@ FUSIONS = {
         add_rms_norm,
         gated_rms_norm,
         delta_rule_step,
+        gate_projections,
+        gate_block,
+        down_combine,
     )
 }

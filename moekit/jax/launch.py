@@ -18,7 +18,7 @@ from moekit.compile.plan import Plan
 
 
 @lru_cache(maxsize=1024)
-def kernel(program: t.TileProgram):
+def kernel(program: t.Kernel):
     """The kernel function of a program, compiled from its emitted source."""
     source = pallas.emit(program)
     filename = f"<moekit pallas {program.name} {program.digest} {hash(source) & 0xFFFFFFFF:08x}>"

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moekit.compile.schedule import Schedule, heuristic
+from moekit.compile.heuristic import heuristic
+from moekit.compile.schedule import Schedule
 from moekit.lang.dtypes import is_float
 from moekit.lang.fusion import Binding, Fusion
 from moekit.testing.case import FuzzCase

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moekit.compile.analysis import axis_uses
-from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.compile.heuristic import heuristic
+from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.lang.graph import Graph
 
 

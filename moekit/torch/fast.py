@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moekit.torch.launch import Launch
+from moekit.torch.launch import Launch, overlapping
 
 MOST_ENTRIES = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -27,14 +27,14 @@ increment_version = torch.autograd.graph.increment_version
 
 @dataclass(frozen=True)
 class Ready:
-    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all pointers."""
+    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all pointers, `rest` are its other arguments."""
 
     run: Any
     function: object
     metadata: object
     count: int
     pick: Callable[[list[int]], tuple]
-    integers: tuple[int, ...]
+    rest: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def launch(entry: Entry, tensors: Sequence[torch.Tensor], pointers: list[int]) -
 def _launch(entry: Entry, pointers: list[int]) -> None:
     stream = raw_stream(entry.device)
     for r in entry.ready:
-        r.run(r.count, 1, 1, stream, r.function, r.metadata, None, None, None, *r.pick(pointers), *r.integers)
+        r.run(r.count, 1, 1, stream, r.function, r.metadata, None, None, None, *r.pick(pointers), *r.rest)
 
 
 class _Watch:
@@ -184,4 +184,5 @@ def ready(one: Launch, compiled: object, order: Sequence[str]) -> Ready | None:
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)
     run, function, metadata = parts
-    return Ready(run, function, metadata, one.count, pick, one.integers)
+    overlap = overlapping(torch.device("cuda", torch.cuda.current_device()))
+    return Ready(run, function, metadata, one.count, pick, (*one.integers, overlap))

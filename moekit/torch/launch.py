@@ -25,14 +25,14 @@ MOST_KNOWN = 8192
 class Launch:
     """One kernel launch: `count` programs, the tensors whose pointers it takes, then its integer arguments."""
 
-    program: t.TileProgram
+    program: t.Kernel
     count: int
     pointers: tuple[str, ...]
     integers: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def kernel(program: t.TileProgram):
+def kernel(program: t.Kernel):
     """The `triton.jit` function of a program, made from its emitted source."""
     source = emitter.emit(program)
     short = hashlib.sha256(source.encode()).hexdigest()[:8]
@@ -43,10 +43,10 @@ def kernel(program: t.TileProgram):
     return names[emitter.kernel_name(program)]
 
 
-_known: dict[int, tuple[t.TileProgram, Any, tuple[emitter.Argument, ...]]] = {}
+_known: dict[int, tuple[t.Kernel, Any, tuple[emitter.Argument, ...]]] = {}
 
 
-def known(program: t.TileProgram) -> tuple[t.TileProgram, Any, tuple[emitter.Argument, ...]]:
+def known(program: t.Kernel) -> tuple[t.Kernel, Any, tuple[emitter.Argument, ...]]:
     """A program with its kernel and the kernel's arguments, found by identity: hashing a program takes longer than a launch."""
     found = _known.get(id(program))
     if found is None or found[0] is not program:
@@ -121,9 +121,21 @@ def start(launched: Sequence[Launch], tensors: Mapping[str, torch.Tensor], devic
 
 
 def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
-    options = {"num_warps": one.program.warps, "num_stages": one.program.stages}
     pointers = [tensors[n] for n in one.pointers]
+    overlap = overlapping(pointers[0].device)
+    options = {"num_warps": one.program.warps, "num_stages": one.program.stages, "PDL": overlap}
+    if overlap:
+        options["launch_pdl"] = True
     return known(one.program)[1][(one.count,)](*pointers, *one.integers, **options)
+
+
+@lru_cache(maxsize=64)
+def overlapping(device: torch.device) -> bool:
+    """Whether kernels are launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
+
+    Kernels wait for the kernel before them in their first line, so that nothing changes but when a launch's cost is paid.
+    """
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def unavailable(tensors: Mapping[str, torch.Tensor]) -> str | None:

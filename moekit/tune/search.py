@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from moekit.compile.analysis import axis_uses, gemm_axes
-from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.compile.heuristic import heuristic
+from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.errors import MoekitError
 from moekit.lang.graph import Graph
 

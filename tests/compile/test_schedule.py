@@ -6,7 +6,8 @@ import programs as good
 import pytest
 import unseen
 
-from moekit.compile.schedule import Schedule, heuristic, legal, pow2
+from moekit.compile.heuristic import heuristic
+from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean

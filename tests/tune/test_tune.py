@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from moekit.compile.schedule import Schedule, heuristic, legal
+from moekit.compile.heuristic import heuristic
+from moekit.compile.schedule import Schedule, legal
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
 from moekit.tune import table

@@ -1,0 +1,164 @@
+"""The heuristic: a good schedule for any graph, without tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, part_axis, scattered
+from moekit.compile.schedule import Schedule, largest_tile, launches, legal_split, pow2, uses_dot
+from moekit.compile.sections import sections
+from moekit.compile.split import cut
+from moekit.lang.dtypes import itemsize
+from moekit.lang.graph import Graph, Node
+
+PART = part_axis("")
+WHOLE_TILE = 2**14
+ROW_TILE = 2**11
+PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
+GEMM_COLUMNS = 32  # the block of a GEMM's columns
+MOST_PARTS = 8
+LEAST_DEPTH = 256  # of the contracted axis, in one part
+
+
+def heuristic(graph: Graph) -> Schedule:
+    """A good schedule without tuning. It never depends on a dynamic size, so a row's result does not depend on T."""
+    split = _splitting(graph)
+    pieces = [section_schedule(g, split) for launch in launches(graph, Schedule((), split)) for g in launch]
+    axes: dict[str, tuple[str, str, int]] = {}
+    for schedule in pieces:
+        for said in schedule.axes:
+            axes.setdefault(said[0], said)
+    return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split)
+
+
+def _splitting(graph: Graph) -> tuple[tuple[str, int], ...]:
+    """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs.
+
+    A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
+    products, the second has programs of other kinds.
+    """
+    alone = any(_gemm(g) for g in sections(graph))
+    for node in graph.live():
+        gemm = gemm_axes(graph, node)
+        if gemm is None or not legal_split(graph, gemm.k) or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
+            continue
+        blocks, depth, parts = -(-_gemm_outputs(graph, gemm) // GEMM_COLUMNS), graph.axes[gemm.k] or 0, 1
+        while parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
+            parts *= 2
+        parts = parts if alone else max(2, parts)
+        return ((gemm.k, parts),) if parts > 1 else ()
+    return ()
+
+
+def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
+    """Columns that all contractions over the same axis and rows write."""
+    found = [g for i in graph.live() if (g := gemm_axes(graph, i)) and (g.k, g.m) == (gemm.k, gemm.m)]
+    return sum(graph.axes[g.n] or 0 for g in found)
+
+
+def section_schedule(graph: Graph, split: tuple[tuple[str, int], ...] = ()) -> Schedule:
+    """A good schedule for a graph whose outputs share programs; an axis that is split is looped over."""
+    found = _gemm(graph)
+    schedule = _gemm_schedule(graph, axis_uses(graph), found) if found else _row_schedule(graph, axis_uses(graph))
+    for axis, parts in split if any(a.endswith(PART) for a in axis_uses(graph)) else ():
+        if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
+            schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // parts)))
+        schedule = replace(schedule, split=split)
+    return schedule
+
+
+def has_gemm(graph: Graph) -> bool:
+    """Whether a graph has a contraction for the matrix unit."""
+    return _gemm(graph) is not None
+
+
+def _gemm(graph: Graph) -> GemmAxes | None:
+    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
+    uses = axis_uses(graph)
+    for node in graph.live():
+        gemm = gemm_axes(graph, node)
+        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
+            return gemm
+    return None
+
+
+def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes) -> Schedule:
+    wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
+    k_block = min(pow2(uses[gemm.k].extent or 64), 32 if wide else 128)
+    blocks = {a: 1 if a in scattered(graph) else b for a, b in ((gemm.m, 16), (gemm.n, GEMM_COLUMNS), (gemm.k, max(16, k_block)))}
+    axes = []
+    for a, use in uses.items():
+        if a in (gemm.m, gemm.n):
+            axes.append((a, "grid", blocks[a]))
+        elif a == gemm.k and not use.whole:
+            axes.append((a, "loop", blocks[a]))
+        else:
+            axes.append(_other_axis(use))
+    return _shrunk(graph, Schedule(tuple(axes), warps=4, stages=3))
+
+
+def _other_axis(use: AxisUse) -> tuple[str, str, int]:
+    if use.parallel:
+        return use.name, "grid", 1
+    if use.name.endswith(PART):
+        return use.name, "loop", 1
+    if use.extent is not None and (use.whole or pow2(use.extent) <= ROW_TILE):
+        return use.name, "whole", pow2(use.extent)
+    return use.name, "loop", 64
+
+
+def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
+    """Rows: reduced axes whole while they fit, then the innermost parallel axis, then several rows a program."""
+    chosen: dict[str, tuple[str, int]] = {}
+    tile = 1
+    inner = [u for u in uses.values() if not u.parallel and not u.name.endswith(PART)]
+    chosen |= {u.name: ("loop", 1) for u in uses.values() if not u.parallel and u.name.endswith(PART)}
+    for use in sorted(inner, key=lambda u: (not u.whole, u.extent is None, u.extent or 0)):
+        if use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE):
+            chosen[use.name] = ("whole", pow2(use.extent))
+        else:
+            chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
+        tile *= chosen[use.name][1]
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    columns = [u for u in uses.values() if u.parallel]
+    for use in reversed(columns):
+        extent = use.extent if use.extent is not None else 8
+        block = 1 if use.name in scattered(graph) else max(1, min(pow2(extent), budget // tile, 1024))
+        chosen[use.name] = ("grid", block)
+        tile *= block
+    schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=2 if any(u.name in chosen and chosen[u.name][0] == "loop" for u in inner) else 1)
+    return _shrunk(graph, schedule)
+
+
+def _contracts(graph: Graph) -> bool:
+    return any(graph.nodes[i].op == "contract" for i in graph.live())
+
+
+def _shrunk(graph: Graph, schedule: Schedule) -> Schedule:
+    """Smaller grid and loop blocks until the largest block is one a program can hold; warps to match it."""
+    while (tile := largest_tile(graph, schedule)) > WHOLE_TILE:
+        free = [(b, a) for a, m, b in schedule.axes if m != "whole" and b > 1]
+        whole = [(b, a) for a, m, b in schedule.axes if m == "whole" and not axis_uses(graph)[a].whole and b > ROW_TILE]
+        if free:
+            block, axis = max(free)
+            schedule = schedule.with_axis(axis, block=block // 2)
+        elif whole:
+            schedule = schedule.with_axis(max(whole)[1], mode="loop", block=ROW_TILE)
+        else:
+            break
+    return replace(schedule, warps=_warps(graph, schedule, tile))
+
+
+def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
+    """Warps for the largest block. Measured with `moekit tune` on an H200: element-wise blocks want 4 elements a lane (0.77 to
+    0.87 of the time with 16), reductions 16."""
+    live = graph.live()
+    if any(graph.nodes[i].op == "contract" and uses_dot(graph, schedule, i) for i in live):
+        return 4
+    reduces = any(_reduces(graph.nodes[i]) for i in live)
+    return max(1, min(16, tile // 512)) if reduces else max(1, min(8, tile // 128))
+
+
+def _reduces(node: Node) -> bool:
+    """Whether a node brings lanes together; adding up parts does not."""
+    return node.op in ("reduce", "contract", "cumsum", "top_k") and not node.attr("axis").endswith(PART)
