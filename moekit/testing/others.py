@@ -22,6 +22,7 @@ def installed(package: str) -> bool:
         return False
 
 
+@functools.lru_cache(maxsize=32)
 def _module(name: str) -> Any:
     """An imported module of a package that must be installed."""
     if not installed(package := name.partition(".")[0]):
