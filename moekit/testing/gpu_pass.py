@@ -205,7 +205,7 @@ def run_pallas(case: FuzzCase) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     outputs = {}
     for (name, target), x in zip(case.targets.items(), got if isinstance(got, tuple) else (got,), strict=True):
         outputs[name] = np.asarray(replace(given[target], base=x).array() if target in given else x)
-    return outputs, {"compiled": compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')}
+    return outputs, {"compiled": (compiled.as_text() or "").count('custom_call_target="__gpu$xla.gpu.triton"')}
 
 
 def _view(case: FuzzCase, name: str, values: np.ndarray) -> Any:

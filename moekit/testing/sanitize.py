@@ -141,7 +141,9 @@ def missing(tool: str, cells: Counter[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tools and print what they found."""
-    parser = argparse.ArgumentParser(prog="python -m moekit.testing.sanitize", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moekit.testing.sanitize", description="Every kernel under compute-sanitizer."
+    )
     parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--seconds", type=float, default=540.0, help="the most that one tool may take")
