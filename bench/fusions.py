@@ -45,7 +45,6 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, makers: dict[str, Maker
             row |= check(make)
             graphs[name] = capture([make(o) for o in (sets[: max(2, count // 4)] if name in SLOW else sets)])
         except Exception as error:
-            torch.cuda.synchronize()
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         rows[name] = row
     for name, timing in replay(graphs, rounds).items():

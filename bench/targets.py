@@ -35,6 +35,7 @@ BLOCKS = ("gate_block 648", "gate_block 1544")
 SEQUENCES = tuple(
     f"peers: {norm} norm, {gemm}" for norm in ("sgl", "flashinfer") for gemm in ("three gemms", "one padded gemm")
 )
+XLA = ("xla, three gemms", "xla, one gemm")
 
 TARGETS = (
     Target(NORMS, SMALL, 0.95, ("sgl-kernel", "flashinfer", "flashinfer cuda", "liger", "torch.compile")),
@@ -49,6 +50,7 @@ TARGETS = (
     Target(EPILOGUES, DECODE, 0.6, ("cublas padded + flashinfer",)),
     Target(EPILOGUES, (256, 1024, 4096), 1.0, ("cublas padded",)),
     Target(BLOCKS, SMALL, 0.5, SEQUENCES, ("moekit", "moekit, epilogue")),
+    Target(("jax gate block, tp 8", "jax gate block, tp 1"), SMALL, 0.7, XLA, ("moekit", "moekit, epilogue")),
 )
 
 
