@@ -23,7 +23,7 @@ def installed(package: str) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
     """An imported module of a package that must be installed."""
     if not installed(package := name.partition(".")[0]):
         raise UnavailableError(f"{package} is not installed")
@@ -63,24 +63,25 @@ def vllm_moe() -> Any:
 
 def flashinfer_add_rms_norm(x, residual, weight, eps: float, offset: float) -> None:
     """x becomes the norm, residual the sum; rows may have any stride. The default of the package: CuTe kernels if they load."""
-    norm = _module("flashinfer.norm")
+    norm = module("flashinfer.norm")
     (norm.gemma_fused_add_rmsnorm if offset else norm.fused_add_rmsnorm)(x, residual, weight, eps, enable_pdl=True)
 
 
 @functools.lru_cache(maxsize=1)
-def _flashinfer_cuda() -> Any:
-    return _module("flashinfer.jit.norm").gen_norm_module().build_and_load()
+def flashinfer_cuda() -> Any:
+    """FlashInfer's CUDA norms, compiled at the first call if the package brings none."""
+    return module("flashinfer.jit.norm").gen_norm_module().build_and_load()
 
 
 def flashinfer_cuda_add_rms_norm(x, residual, weight, eps: float, offset: float) -> None:
     """The same by the package's CUDA kernels (what FLASHINFER_USE_CUDA_NORM=1 chooses)."""
-    module = _flashinfer_cuda()
-    (module.gemma_fused_add_rmsnorm if offset else module.fused_add_rmsnorm)(x, residual, weight, eps, True)
+    norm = flashinfer_cuda()
+    (norm.gemma_fused_add_rmsnorm if offset else norm.fused_add_rmsnorm)(x, residual, weight, eps, True)
 
 
 def flashinfer_silu_and_mul(gate_up, out) -> None:
     """out = silu(gate)·up."""
-    _module("flashinfer.activation").silu_and_mul(gate_up, out=out, enable_pdl=True)
+    module("flashinfer.activation").silu_and_mul(gate_up, out=out, enable_pdl=True)
 
 
 def sgl_add_rms_norm(x, residual, weight, eps: float, offset: float) -> None:
@@ -106,32 +107,32 @@ def vllm_topk_softmax(logits, weights, ids, source, renormalize: bool) -> None:
 
 def liger_add_rms_norm(x, residual, weight, eps: float, offset: float) -> tuple[Any, Any]:
     """out, residual; rows may have any stride. Gemma's casting: everything of the rounded sum in float32."""
-    forward = _module("liger_kernel.ops.fused_add_rms_norm").fused_add_rms_norm_forward
+    forward = module("liger_kernel.ops.fused_add_rms_norm").fused_add_rms_norm_forward
     return forward(x, residual, weight, eps, offset, "gemma")[:2]
 
 
 def liger_silu_and_mul(gate_up) -> Any:
     """silu(gate)·up, with silu rounded before the product; rows may have any stride."""
-    return _module("liger_kernel.ops.swiglu").swiglu_fused_gate_up_forward(gate_up)[1]
+    return module("liger_kernel.ops.swiglu").swiglu_fused_gate_up_forward(gate_up)[1]
 
 
 def quack_add_rms_norm(x, residual, weight, eps: float, offset: float) -> tuple[Any, Any]:
     """out, residual; QuACK has no offset, so the weight must carry it."""
     if offset:
         raise UnavailableError("quack: its norm has no offset; give it 1 + weight and offset 0")
-    return _module("quack.rmsnorm").rmsnorm_fwd(x, weight, residual=residual, eps=eps)[:2]
+    return module("quack.rmsnorm").rmsnorm_fwd(x, weight, residual=residual, eps=eps)[:2]
 
 
 def fla_gated_rms_norm(x, z, weight, eps: float) -> Any:
     """rms_norm(x)·weight·silu(z) of [T, V, D], unrounded inside."""
-    forward = _module("fla.modules.norm.fused_norm_gate").layer_norm_gated_fwd
+    forward = module("fla.modules.norm.fused_norm_gate").layer_norm_gated_fwd
     shape = x.shape
     return forward(x.view(-1, shape[-1]), z.view(-1, shape[-1]), weight, None, "swish", eps, is_rms_norm=True)[0].view(shape)
 
 
 def fla_delta_rule_step(q, k, v, a, b, A_log, dt_bias, state) -> tuple[Any, Any]:
     """out, state: its recurrent kernel over a sequence of one, gates and normalisation inside; its eps is 1e-6."""
-    step = _module("fla.ops.gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd
+    step = module("fla.ops.gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd
     q, k, v, a, b = (t.unsqueeze(1) for t in (q, k, v, a, b))
     inside = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "output_final_state": True}
     out, state = step(

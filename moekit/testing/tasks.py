@@ -24,6 +24,7 @@ from moekit.testing.draw import (
 )
 from moekit.testing.executors import Executor, executor, schedule_of
 from moekit.testing.oracle import Oracle
+from moekit.testing.peers import PEERS
 from moekit.testing.values import RECIPES
 
 JAX = ("pallas", "xla")
@@ -93,6 +94,8 @@ def limits_of(task: Task) -> Limits:
         dtypes = ("float32", "float16")
     if name in ("numpy", "eager", "xla"):
         schedules = ("heuristic",)
+    if name in PEERS:
+        kinds, dtypes, schedules = PEERS[name].kinds, PEERS[name].dtypes, ("heuristic",)
     return Limits(elements, 0 if edge else 64, kinds, modes, schedules, dtypes)
 
 
