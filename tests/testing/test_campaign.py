@@ -217,7 +217,7 @@ def test_a_planted_tail_mask_bug_is_found_by_the_same_command(tmp_path):
 def test_the_time_is_kept_and_what_was_left_is_said(tmp_path):
     begin = time.monotonic()
     done = run("silu_and_mul", "--impl", "numpy", "--time", "8", "--workers", "1", "--combos", "4", "--least", "100000",
-               "--json-file", str(tmp_path / "out.json"))  # fmt: skip
+               "--save", str(tmp_path), "--json-file", str(tmp_path / "out.json"))  # fmt: skip
     assert 8 <= time.monotonic() - begin < 14
     assert done.exit_code == 0
     assert "cells have fewer than 100000" in json.loads((tmp_path / "out.json").read_text())["left"][0]
