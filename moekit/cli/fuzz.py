@@ -156,10 +156,8 @@ def _check(name: str, why: str | None) -> None:
         raise UnavailableError(f"{name}: {why}")
     if name in PEERS or ":" in name:
         peer_executor(name)
-    elif name not in (*EXECUTORS, "pallas", "xla"):
-        raise click.UsageError(
-            f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, 'pallas', 'xla', *PEERS))}"
-        )
+    elif name not in EXECUTORS:
+        raise click.UsageError(f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, *PEERS))}")
 
 
 def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> list[dict]:

@@ -234,12 +234,20 @@ def _count_launches(name: str) -> None:
     fast._launch, launch._start = quick, front
 
 
+def _jax(name: str) -> Executor:
+    from moekit.testing.jax_batch import Jax
+
+    return Jax(name)
+
+
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "interpret": lambda: Interpret("interpret"),
     "numpy": lambda: Evaluate("numpy"),
     "eager": lambda: Torch("eager", "eager", "cpu"),
     "triton": lambda: Torch("triton", "triton", "cuda"),
     "triton-interpreter": lambda: Torch("triton-interpreter", "triton", "cpu"),
+    "xla": lambda: _jax("xla"),
+    "pallas": lambda: _jax("pallas"),
 }
 
 
@@ -250,7 +258,7 @@ def executor(name: str) -> Executor:
     if name in PEERS or ":" in name:
         return peer_executor(name)
     if name not in EXECUTORS:
-        raise UnavailableError(f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, 'xla', 'pallas'))}")
+        raise UnavailableError(f"there is no implementation {name!r}; choose of {', '.join(EXECUTORS)}")
     if why := unavailable(name):
         raise UnavailableError(f"{name}: {why}")
     return EXECUTORS[name]()
