@@ -11,13 +11,13 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.compile.alias import written_name
-from moekit.compile.schedule import Schedule
-from moekit.errors import AliasError, DtypeError, MoekitError, ShapeError, UnavailableError
+from moekit.compile.schedule import Schedule, legal
+from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, view
-from moekit.lang.arguments import bind_arguments, face_signature
-from moekit.lang.fusion import Fusion
+from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
+from moekit.lang.fusion import LONGEST, Fusion
 from moekit.tune.table import tuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -27,6 +27,7 @@ class Call:
     """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction."""
 
     def __init__(self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule):
+        refuse_schedule(fusion.name, schedule, Schedule)
         self.fusion, self.schedule = fusion, schedule
         self.views = {n: _operand(fusion, n, x) for n, x in operands.items()}
         shapes = {n: v.shape for n, v in self.views.items()}
@@ -34,6 +35,9 @@ class Call:
         self.binding = fusion.bind(shapes, dtypes, fusion.bind_params(params))
         self.graph = fusion.trace(self.binding)
         self.sizes = sizes_of(self.graph, self.binding)
+        refuse_empty(self.graph, self.sizes)
+        if schedule is not None and (why := legal(self.graph, schedule)):
+            raise ScheduleError(why)
         self.names = [w.tensor for w in self.graph.writes]
         self.out = self._outputs(out)
         self._check_aliases()
@@ -158,6 +162,8 @@ def _operand(fusion: Fusion, name: str, x) -> View:
 
 
 def _layout(buffer: str, v: View) -> t.Viewed:
+    if long := [n for n in v.base.shape if n > LONGEST]:
+        raise ShapeError(f"{buffer}: the base has {long[0]} elements along one axis; kernels count to {LONGEST}, so reshape it")
     return t.Viewed(buffer, tuple(v.base.shape), v.axes, v.starts, v.steps, v.fixed)
 
 

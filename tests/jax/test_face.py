@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moekit.compile.schedule import Schedule
+from moekit.errors import ScheduleError, ShapeError
 from moekit.jax import add_rms_norm, launch, program, silu_and_mul, topk_softmax, view
 
 
@@ -90,3 +92,24 @@ def test_an_eager_call_sees_its_own_arrays(traces):
         assert (grad[:, 3:19] == 0).all()
         assert (grad[:, 19:] == 1).all()
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla", None])
+def test_what_is_no_schedule(implementation):
+    """Refused by every implementation alike, whether or not it looks at schedules."""
+    x = jnp.ones((4, 16))
+    for schedule, said in (("T:grid:1 I:whole:8", "schedule is str; it must be a Schedule"), (8, "schedule is int")):
+        with pytest.raises(ScheduleError, match=f"^silu_and_mul: {said}"):
+            silu_and_mul(x, implementation=implementation, schedule=schedule)
+    with pytest.raises(ScheduleError, match=r"^silu_and_mul: the schedule must say once what is done with axis I"):
+        silu_and_mul(x, implementation=implementation, schedule=Schedule.parse("T:grid:1 H:whole:16"))
+
+
+def test_longer_than_a_kernel_counts():
+    """Refused from shapes alone: an index past 2^31 would be negative."""
+    half = jnp.float16
+    with pytest.raises(ShapeError, match="axis T has 3000000000 elements; kernels count to 2146435072"):
+        jax.eval_shape(silu_and_mul, jax.ShapeDtypeStruct((3 * 10**9, 16), half))
+    far = lambda x: silu_and_mul(view(x)[-4:], implementation="pallas")  # noqa: E731
+    with pytest.raises(ShapeError, match="the base has 3000000000 elements along one axis"):
+        jax.eval_shape(far, jax.ShapeDtypeStruct((3 * 10**9, 16), half))
