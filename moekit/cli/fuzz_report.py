@@ -31,7 +31,12 @@ def watched(plan: Any, json_file: Path | None) -> Any:
 
         return campaign.run(plan, report)
     with Live(console=out, refresh_per_second=4, transient=True) as live:
-        return campaign.run(plan, lambda result: (keep(result), live.update(_line(result))))
+
+        def refresh(result: Any) -> None:
+            keep(result)
+            live.update(_line(result))
+
+        return campaign.run(plan, refresh)
 
 
 def _line(result: Any) -> Text:

@@ -219,18 +219,19 @@ def _count_launches(name: str) -> None:
     """Count every kernel that moekit launches through Triton, by either way, in this process."""
     from moekit.torch import fast, launch
 
-    if hasattr(fast, "_uncounted"):
+    straight, slow = fast._launch, launch._start
+    if hasattr(straight, "counts"):
         return
-    fast._uncounted, slow = fast._launch, launch._start
 
     def quick(entry, pointers):
         launches[name] += len(entry.ready)
-        fast._uncounted(entry, pointers)
+        straight(entry, pointers)
 
     def front(one, tensors):
         launches[name] += 1
         return slow(one, tensors)
 
+    quick.counts = True
     fast._launch, launch._start = quick, front
 
 

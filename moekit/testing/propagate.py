@@ -183,7 +183,7 @@ def _unary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         return _integer({"not": np.invert, "neg": np.negative, "abs": np.abs}[node.op](x.value), x)
     if node.op in ("neg", "abs"):
         f = np.negative if node.op == "neg" else np.abs
-        return Bound(f(x.value), x.noise, x.flips, f(x.exact) if _known(x) else None, x.product)
+        return Bound(f(x.value), x.noise, x.flips, None if x.exact is None else f(x.exact), x.product)
     v = UNARY[node.op](x.value)
     slope, own = {
         "exp": lambda: (v, 4 + np.abs(np.nan_to_num(x.value, nan=0.0, posinf=0.0, neginf=0.0))),
@@ -217,7 +217,7 @@ def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound,
         return Bound(value, np.abs(exact - value), np.zeros(value.shape), exact)
     if node.dtype == "float32":
         return x
-    exact = round_to(x.exact, node.dtype) if _known(x) else None
+    exact = None if x.exact is None else round_to(x.exact, node.dtype)
     value, reach = round_to(x.value, node.dtype), REACH * x.noise + x.flips
     if exact is not None:
         reach = x.flips  # nothing but operands that read as zero moves it

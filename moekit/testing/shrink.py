@@ -35,7 +35,7 @@ def simpler(case: FuzzCase) -> Iterator[FuzzCase]:
     for name, p in case.declaration.params.items():
         if p.default is not p.empty and case.params.get(name) != p.default:
             yield replace(case, params={n: v for n, v in case.params.items() if n != name})
-        elif isinstance(case.params.get(name), int) and case.params[name] > 1:
+        elif isinstance(given := case.params.get(name), int) and given > 1:
             yield replace(case, params={**case.params, name: 1})
     for name, layout in case.layouts.items():
         for field in ("starts", "pads"):
