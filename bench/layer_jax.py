@@ -84,26 +84,31 @@ def chain(one: Layer, k: int, part: str) -> Callable:
 
 def slopes(sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str, lengths: tuple[int, int],
            rounds: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """µs per layer by side: the slope between two lengths of chain, all sides in turn, the L2 filled before each call.
+    """µs per layer by side."""
+    programs = {name: chain(one, k, part) for name, one in sides.items()}
+    return slopes_of(programs, lambda n: (stack[:n], x, residual), lengths, rounds)
 
-    `us` and `spread` (interquartile range) of the slope over rounds; `call us` of the longer chain, dispatch included.
+
+def slopes_of(programs: Mapping[str, Callable], operands: Callable[[int], tuple], lengths: tuple[int, int],
+              rounds: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """µs per link by program: the slope between two lengths of chain, all in turn, the L2 filled before each call.
+
+    `us` and `spread` (interquartile range over rounds) of the slope; `call us` of the longer chain, dispatch included.
     """
-    flush = jax.jit(jnp.sum)
-    filler = jnp.ones(FLUSHED, jnp.float32)
-    runs = {(name, n): chain(one, k, part) for name, one in sides.items() for n in lengths}
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for (_, n), run in runs.items():
+    flush, filler = jax.jit(jnp.sum), jnp.ones(FLUSHED, jnp.float32)
+    short, long = lengths
+    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in programs for n in lengths}
+    for name, n in seconds:
         for _ in range(3):
-            jax.block_until_ready(run(stack[:n], x, residual))
+            jax.block_until_ready(programs[name](*operands(n)))
     for _ in range(rounds):
-        for key, run in runs.items():
+        for (name, n), spent in seconds.items():
             flush(filler).block_until_ready()
             begin = time.perf_counter()
-            jax.block_until_ready(run(stack[: key[1]], x, residual))
-            seconds[key].append(time.perf_counter() - begin)
-    short, long = lengths
+            jax.block_until_ready(programs[name](*operands(n)))
+            spent.append(time.perf_counter() - begin)
     found = {}
-    for name in sides:
+    for name in programs:
         each = [(b - a) / (long - short) * 1e6 for a, b in zip(seconds[name, short], seconds[name, long], strict=True)]
         quarters = statistics.quantiles(each, n=4)
         call = statistics.median(seconds[name, long]) * 1e6
