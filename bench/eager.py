@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import linear, rms_norm, sigmoid, silu, softplus
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """`torch.compile` of a function, compiled anew for every size; past dynamo's limit on that it would silently run eagerly."""
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 10_000
+    config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, **options)
 
 
 def add_rms_norm(x, residual, weight):

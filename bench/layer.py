@@ -116,7 +116,7 @@ def peers(one: bool) -> Layer:
     return layer
 
 
-combine = torch.compile(eager.shared_expert_combine, dynamic=False)  # no peer has this kernel
+combine = eager.compiled(eager.shared_expert_combine)  # no peer has this kernel
 
 
 def layers() -> dict[str, Layer]:
@@ -126,6 +126,6 @@ def layers() -> dict[str, Layer]:
         "moekit, epilogue": moekit_epilogue,
         "peers, three gemms": peers(False),
         "peers, one padded gemm": peers(True),
-        "torch.compile": torch.compile(plain, dynamic=False),
+        "torch.compile": eager.compiled(plain),
         "eager": plain,
     }

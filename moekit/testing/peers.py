@@ -170,7 +170,8 @@ def _compiled_eager(fusion, params: tuple) -> Callable:
 
     from moekit.torch.autograd import evaluated
 
-    torch._dynamo.config.cache_size_limit = 10_000  # a static size more is a compilation more, never eager in its stead
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 10_000  # past it, dynamo would run eagerly and say nothing
 
     def eager(*tensors):
         bound, values = evaluated(fusion, dict(params), tensors)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import layer_jax, targets
+from bench import eager, layer_jax, targets
 from bench.cases import CASES
 from bench.common import load, write
 from bench.correctness import Checker
@@ -101,3 +101,17 @@ def test_results_survive_the_file_and_become_a_plot(tmp_path):
         times(result, tmp_path / name)
     assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_every_size_is_compiled():
+    """More sizes than dynamo recompiles for by default: none of them may run eagerly under the name of torch.compile."""
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(inputs)
+        return graph.forward
+
+    fast = eager.compiled(eager.silu_and_mul, backend=backend)
+    for t in range(1, 13):
+        fast(torch.ones(t, 8))
+    assert len(frames) == 12
