@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 Operands = dict[str, torch.Tensor]
+EPILOGUE = "gate_gemm_act"  # the faces' gate GEMM that returns activation, router logits and sigmoid(shared gate)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for tests of the benches alone
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, rms_norm, sigmoid, silu, softplus
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """`torch.compile` of a function, compiled anew for every size; past dynamo's limit on that it would silently run eagerly."""
+    """`torch.compile` of a function, anew for every size; past dynamo's limit on that it would silently run eagerly."""
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = 10_000
     config.fail_on_recompile_limit_hit = True

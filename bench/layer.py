@@ -16,9 +16,8 @@ from torch.nn.functional import linear
 
 from bench import eager
 from bench.cases import weight
-from bench.sides import EPS, empty
+from bench.sides import EPS, empty, gate_act
 from moekit import torch as mt
-from moekit.errors import UnavailableError
 from moekit.testing import others
 
 Layer = Callable[..., tuple]
@@ -83,10 +82,9 @@ def moekit(w: dict, x, residual, k: int, part: str) -> tuple:
 
 def moekit_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
     """moekit with the gate GEMM that carries its epilogue."""
-    if not hasattr(mt, "gate_gemm_act"):
-        raise UnavailableError("moekit: there is no gate GEMM with an epilogue in moekit.torch")
+    gemm = gate_act()
     mt.add_rms_norm_(x, residual, w["norm"], out=x)
-    active, logits, gate = mt.gate_gemm_act(x, w["packed"])[:3]
+    active, logits, gate = gemm(x, w["packed"])[:3]
     chosen, ids = mt.topk_softmax(logits, k)
     if part == "moe":
         x.addcmul_(gate, linear(active, w["down"]))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bench.cases import EPILOGUE
 from bench.layer import Sizes
 from moekit import jax as mj
 
@@ -52,7 +53,7 @@ def layer(w: dict, x, residual, k: int, part: str, *, implementation: str | None
 def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
     """A layer with the gate GEMM that carries its epilogue."""
     x, residual = mj.add_rms_norm(x, residual, w["norm"])
-    active, logits, gate = mj.gate_gemm_act(x, w["packed"])[:3]
+    active, logits, gate = getattr(mj, EPILOGUE)(x, w["packed"])[:3]
     chosen, ids = mj.topk_softmax(logits, k)
     if part == "moe":
         x = (x.astype(jnp.float32) + gate.astype(jnp.float32) * linear(active, w["down"]).astype(jnp.float32)).astype(x.dtype)
@@ -62,7 +63,7 @@ def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
 def layers() -> dict[str, Layer]:
     """Every way of computing a layer, moekit's first."""
     found: dict[str, Layer] = {"moekit": partial(layer, implementation=None, packed=True)}
-    if hasattr(mj, "gate_gemm_act"):
+    if hasattr(mj, EPILOGUE):
         found["moekit, epilogue"] = layer_epilogue
     found["xla, three gemms"] = partial(layer, implementation="xla", packed=False)
     found["xla, one gemm"] = partial(layer, implementation="xla", packed=True)

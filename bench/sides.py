@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import eager
-from bench.cases import Case, Operands
+from bench.cases import EPILOGUE, Case, Operands
 from moekit import torch as mt
 from moekit.errors import UnavailableError
 from moekit.testing import others
@@ -143,7 +143,8 @@ def _gemms(case: Case) -> dict[str, Maker]:
 
 def _epilogues(case: Case) -> dict[str, Maker]:
     def ours(o: Operands) -> Call:
-        return epilogue(o, case)
+        gemm, packed = gate_act(), mt.pack_gate(*parts(o, case))
+        return lambda: gemm(o["x"], packed)
 
     def cublas(o: Operands) -> Call:
         """The product alone, then FlashInfer on a contiguous buffer: what it would cost if its columns were one already."""
@@ -166,12 +167,11 @@ def _epilogues(case: Case) -> dict[str, Maker]:
     return {"moekit": ours, "cublas padded + flashinfer": cublas, "cublas padded": product}
 
 
-def epilogue(o: Operands, case: Case) -> Call:
-    """moekit's gate GEMM with its epilogue."""
-    if not hasattr(mt, "gate_gemm_act"):
-        raise UnavailableError("moekit: there is no gate GEMM with an epilogue in moekit.torch")
-    packed = mt.pack_gate(*parts(o, case))
-    return lambda: mt.gate_gemm_act(o["x"], packed)
+def gate_act() -> Callable:
+    """moekit's gate GEMM with its epilogue, called with rows and a packed gate."""
+    if not hasattr(mt, EPILOGUE):
+        raise UnavailableError(f"moekit.torch has no {EPILOGUE}")
+    return getattr(mt, EPILOGUE)
 
 
 def _blocks(case: Case) -> dict[str, Maker]:
@@ -188,12 +188,11 @@ def _blocks(case: Case) -> dict[str, Maker]:
         return call
 
     def fused(o: Operands) -> Call:
-        packed = mt.pack_gate(*parts(o, case))
-        epilogue(o, case)
+        gemm, packed = gate_act(), mt.pack_gate(*parts(o, case))
 
         def call():
             x, residual = mt.add_rms_norm_(o["x"], o["residual"], o["weight"], out=o["x"])
-            active, logits, gate = mt.gate_gemm_act(x, packed)[:3]
+            active, logits, gate = gemm(x, packed)[:3]
             return residual, active, *mt.topk_softmax(logits, k), gate
 
         return call
