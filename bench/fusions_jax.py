@@ -26,6 +26,7 @@ from bench.cases import CASES, Case, Operands
 from bench.common import environment, numbers, write
 from bench.correctness import Checker
 from bench.layer_jax import slopes_of
+from bench.plots import times
 from moekit import jax as mj
 from moekit.fusions import FUSIONS
 
@@ -114,7 +115,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
 
 
 def main() -> None:
-    """Run, print, write JSON."""
+    """Run, print, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them")
     parser.add_argument("--tokens", default="1,64,4096")
@@ -135,6 +136,8 @@ def main() -> None:
         print(f"{case.name} T={t} [{time.monotonic() - begin:.0f} s] {shown}", flush=True)
         if args.json:
             write(args.json, result)
+    if args.json:
+        times(result, Path(args.json).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

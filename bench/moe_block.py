@@ -26,6 +26,7 @@ from bench.cases import rows
 from bench.common import environment, numbers, write
 from bench.correctness import array
 from bench.layer import Sizes
+from bench.plots import times
 from moekit.lang.dtypes import round_to
 from moekit.tune.timer import capture, replay
 
@@ -112,7 +113,7 @@ def in_jax(sizes: Sizes, tokens: int, dtype: str, part: str, rounds: int) -> Ite
 
 
 def main() -> None:
-    """Run, print, write JSON."""
+    """Run, print, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,4,16,64,256")
     parser.add_argument("--tp", default="8,1")
@@ -137,8 +138,8 @@ def main() -> None:
                     with torch.no_grad():
                         found = [head | row for row in measure(Sizes(tp), t, dtype, part, args.rounds)]
                     result["rows"] += found
-                    times = sorted(found, key=lambda r: r.get("us", float("inf")))
-                    print(*head.values(), f"[{time.monotonic() - begin:.0f} s]", " | ".join(map(shown, times)), flush=True)
+                    fastest = sorted(found, key=lambda r: r.get("us", float("inf")))
+                    print(*head.values(), f"[{time.monotonic() - begin:.0f} s]", " | ".join(map(shown, fastest)), flush=True)
                     torch.cuda.empty_cache()
                     if args.json:
                         write(args.json, result)
@@ -146,6 +147,7 @@ def main() -> None:
     print(targets.table(result["targets"]))
     if args.json:
         write(args.json, result)
+        times(result, Path(args.json).with_suffix(".svg"))
 
 
 def shown(row: dict) -> str:
