@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.jax import View, launch, op
+from moekit.jax import View, launch, op, program
 from moekit.lang.dtypes import numpy_dtype
 from moekit.testing.batch import Verdict
 from moekit.testing.case import FuzzCase, Layout
@@ -54,7 +54,11 @@ def key(case: FuzzCase) -> str:
 
 
 def compiled(implementation: str, case: FuzzCase):
-    """A jitted function of the base arrays of the case's memory, by name; it returns the outputs' bases."""
+    """A jitted function of the base arrays of the case's memory, by name; it returns the outputs' bases.
+
+    Its kernels are traced anew, so that they are counted, whatever was traced before.
+    """
+    program.launched.cache_clear()
     face, names = op(case.declaration), list(case.shapes)
 
     @jax.jit

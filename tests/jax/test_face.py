@@ -113,3 +113,16 @@ def test_longer_than_a_kernel_counts():
     far = lambda x: silu_and_mul(view(x)[-4:], implementation="pallas")  # noqa: E731
     with pytest.raises(ShapeError, match="the base has 3000000000 elements along one axis"):
         jax.eval_shape(far, jax.ShapeDtypeStruct((3 * 10**9, 16), half))
+
+
+def test_a_campaign_counts_kernels_of_a_signature_seen_before():
+    """Each compiled function of a campaign traces its kernels itself, so that its cases count."""
+    from moekit.testing.case import FuzzCase
+    from moekit.testing.jax_batch import run_values
+    from moekit.testing.oracle import Oracle
+
+    case = FuzzCase("silu_and_mul", {"T": 3, "I": 24}, {"gate_up": "float32"})
+    for _ in range(2):
+        (verdict,) = run_values("pallas", [(case, Oracle.of(case, "pallas"))])
+        assert verdict.launched
+        assert not verdict.problems
