@@ -30,7 +30,8 @@ def environment() -> dict:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
+    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments])
     return {"device": device, "cuda": torch.version.cuda, "versions": versions(), "command": command}
 
 

@@ -69,7 +69,9 @@ def _fastest(rows: Sequence[dict], sides: tuple[str, ...]) -> dict | None:
 
 
 def judge(rows: Sequence[dict], ceilings: dict[str, float]) -> list[dict]:
-    """One row per target, case and T that was measured: ours, the best rival or the copy, the ratio, and whether it is met."""
+    """One row per target, case and T that was measured: ours, the best rival or the copy, the ratio, whether it is met,
+
+    and which rivals did not run."""
     found = []
     for target in TARGETS:
         for case in target.cases:
@@ -82,6 +84,8 @@ def judge(rows: Sequence[dict], ceilings: dict[str, float]) -> list[dict]:
                 if rival is not None:
                     ratio = ours["us"] / rival["us"]
                     row |= {"rival": rival["side"], "rival us": rival["us"], "met": ratio <= target.limit}
+                    ran = {r["side"] for r in here if "us" in r}
+                    row["not run"] = [s for s in target.rivals if s not in ran]
                 else:
                     ratio = ours["TB/s"] / ceilings["copy TB/s"]
                     row |= {"rival": "copy bandwidth", "rival us": None, "met": ratio >= target.limit}
@@ -95,7 +99,8 @@ def table(judged: Sequence[dict]) -> str:
     for r in judged:
         bandwidth = r["rival us"] is None
         sign, its = ("≥", "") if bandwidth else ("≤", f"{r['rival us']:.2f}")
-        lines.append(f"| {r['case']} | {r['T']} | {r['us']:.2f} | {r['rival']} | {its} | {r['ratio']:.2f} | "
+        missing = f" (not run: {', '.join(r['not run'])})" if r.get("not run") else ""
+        lines.append(f"| {r['case']} | {r['T']} | {r['us']:.2f} | {r['rival']}{missing} | {its} | {r['ratio']:.2f} | "
                      f"{sign} {r['limit']} | {'yes' if r['met'] else 'no'} |")  # fmt: skip
     met = sum(r["met"] for r in judged)
     return "\n".join([*lines, "", f"{met} of {len(judged)} targets met"])

@@ -75,6 +75,8 @@ def test_targets_take_the_best_rival_and_the_copy_bandwidth():
     rows = [*(row(name, 1, side, us) for side, us in measured.items()), failed, row(name, 16384, "moekit", 1.0)]
     small, large = targets.judge(rows, {"copy TB/s": 4.2})
     assert (small["rival"], small["ratio"], small["met"]) == ("liger", 0.96, False)
+    assert small["not run"] == ["flashinfer", "flashinfer cuda", "torch.compile"]
+    assert "liger (not run: flashinfer," in targets.table([small])
     assert (large["rival"], large["ratio"], large["met"]) == ("copy bandwidth", 0.952, True)
     assert "1 of 2 targets met" in targets.table([small, large])
 
