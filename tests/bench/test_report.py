@@ -35,10 +35,8 @@ def test_targets_and_missing_files(tmp_path):
     """The targets are judged from the rows; a file that is not there is said not to be."""
     write(tmp_path / "r.json", result())
     page = report.filled("<!-- targets r.json -->\n<!-- end -->\n<!-- blocks no.json -->\n<!-- end -->", tmp_path)
-    assert (
-        "| add_rms_norm 2048 | 1 | 1.23 | liger (not run: sgl-kernel, flashinfer, flashinfer cuda, torch.compile) | 1.50 | 0.82 | ≤ 0.95 | yes |"
-        in page
-    )
+    assert "| add_rms_norm 2048 | 1 | 1.23 | liger (not run: sgl-kernel, flashinfer" in page
+    assert "| 1.50 | 0.82 | ≤ 0.95 | yes |" in page
     assert "Not measured yet: there is no bench/results/no.json." in page
 
 
