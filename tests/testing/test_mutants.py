@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from moekit.cli.app import cli
 from moekit.errors import MoekitError
 from moekit.testing.mutants import HISTORICAL, TABLE, mutate, score, try_mutant
+from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.score import PACKAGE, Outcome, apply_patch, copy_package, stages_of, try_patch, try_unchanged
 from moekit.testing.mutants.table import Mutant
 
@@ -75,6 +76,12 @@ def test_stages_follow_from_the_files():
     assert stages_of(["backends/triton.py"]) == ("triton-interpreter",)
     assert stages_of(["backends/pallas.py"]) == ("pallas",)
     assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
+    assert stages_of(["backends/array.py"]) == ("numpy", "eager", "xla")
+    assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
+    assert stages_of(["jax/view.py"]) == ("pallas", "xla")
+    assert stages_of(["backends/printer.py"]) == ("triton-interpreter", "pallas")
+    assert set(stages_of(["compile/lower.py", "backends/array.py"])) == {*STAGES, *ARRAYS}
+    assert "numpy" not in stages_of(["compile/lower.py"])
 
 
 def test_the_command_lists_them():

@@ -16,10 +16,18 @@ from pathlib import Path
 
 import moekit
 from moekit.errors import MoekitError
-from moekit.testing.mutants.killer import STAGES
+from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
 SECONDS = 90.0  # for one stage of one mutant
+SEEN = (  # the file, the folder (none: ""), and the stages in which a change of them alone can be seen
+    ("backends/triton.py", "", ("triton-interpreter",)),
+    ("backends/pallas.py", "", ("pallas",)),
+    ("backends/printer.py", "", STAGES[1:]),
+    ("backends/array.py", "", ARRAYS),
+    ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
+    ("backends/pallas.py", "jax/", ("pallas", "xla")),
+)
 UNCHANGED = "unchanged"
 PACKAGE = Path(moekit.__file__).parent
 ONE_THREAD = "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false"
@@ -42,13 +50,10 @@ class Outcome:
 def stages_of(files: Iterable[str]) -> tuple[str, ...]:
     """The stages in which a change of these files can be seen."""
     files = list(files)
-    if all(f.endswith("backends/triton.py") or "/torch/" in f or f.startswith("torch/") for f in files):
-        return ("triton-interpreter",)
-    if all(f.endswith("backends/pallas.py") or "/jax/" in f or f.startswith("jax/") for f in files):
-        return ("pallas",)
-    if all(f.endswith("backends/printer.py") for f in files):
-        return STAGES[1:]
-    return STAGES
+    for ends, folder, seen in SEEN:
+        if all(f.endswith(ends) or (folder and f"/{folder}" in f"/{f}") for f in files):
+            return seen
+    return (*STAGES, *ARRAYS) if any(f.endswith("backends/array.py") for f in files) else STAGES
 
 
 def copy_package(folder: Path) -> Path:
@@ -106,7 +111,9 @@ def try_unchanged(seconds: float = SECONDS) -> Outcome:
     """Run all stages against the package as it is: unless it survives, the kills of others mean nothing."""
     with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
         copy_package(Path(folder))
-        return hunt(UNCHANGED, "nothing: the package as it is", ["compile/lower.py"], Path(folder), seconds)
+        return hunt(
+            UNCHANGED, "nothing: the package as it is", ["compile/lower.py", "backends/array.py"], Path(folder), seconds
+        )
 
 
 def hunt(name: str, about: str, files: list[str], folder: Path, seconds: float) -> Outcome:
