@@ -13,7 +13,7 @@ from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, ro
 from moekit.lang.fusion import Fusion
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.constants import constant
-from moekit.testing.propagate import Bound
+from moekit.testing.propagate import TINY, Bound
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Judgement:
         turned = np.where(want == round_to(want, dtype), _flip(limit.value, reach, dtype), 0.0)  # a tie that noise may turn
         allowance = np.maximum(np.maximum(0.5 * ulp(want, dtype), turned), _flip(limit.value, limit.flips, dtype)) + limit.flips
         reach = np.maximum(reach, turned)
-        zeroable = np.zeros(()) > 0 if limit.exact is None else np.abs(limit.exact) < tiny
+        zeroable = np.zeros(()) > 0 if limit.exact is None else (np.abs(limit.exact) < tiny) | (np.abs(limit.value) < TINY)
         return cls(want, round_to(want - reach, dtype), round_to(want + reach, dtype), np.abs(want) - reach < tiny,
                    allowance, np.where(unknown, 0.0, limit.noise), limit.exact, limit.flips > 0, zeroable, unknown)  # fmt: skip
 

@@ -225,7 +225,8 @@ def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound,
     ends += [exact] if exact is not None else []
     flips = functools.reduce(np.maximum, (np.where(e == value, 0.0, np.abs(e - value)) for e in ends))
     smallest = 2.0 ** MIN_EXPONENT[node.dtype]
-    flips = np.maximum(flips, np.where(np.abs(value) < smallest, np.abs(value), 0.0))
+    zeroed = (np.abs(value) < smallest) | (np.abs(x.value) < TINY)  # it may read as zero after the rounding, or before
+    flips = np.maximum(flips, np.where(zeroed, np.abs(value), 0.0))
     return replace(x, exact=exact), Bound(value, np.zeros(()), flips, exact)
 
 
