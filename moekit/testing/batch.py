@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +37,13 @@ def run_cases(executor: Executor, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> l
     for part in _parts(near):
         found |= dict(zip([id(c) for c, _ in part], _run_near(executor, part), strict=True))
     far = [(c, o) for c, o in pairs if id(c) not in found]
-    if far and _on_device(executor):
-        with room_for_one():
-            try:
-                found |= {id(c): _run_far(executor, c, o) for c, o in far}
-            finally:
+    with room_for_one() if far and _on_device(executor) else contextlib.nullcontext():
+        try:
+            found |= {id(c): _run_far(executor, c, o) for c, o in far}
+        finally:
+            if far:
                 executor.forget()
                 release()
-    else:
-        found |= {id(c): _run_far(executor, c, o) for c, o in far}
     return [found[id(c)] for c, _ in pairs]
 
 
@@ -164,9 +163,8 @@ def far_memory(executor: Executor, size: int) -> Any:
 
 
 def release() -> None:
-    """Give what is held on a device back to it, far memory and torch's own cache."""
-    for device in [d for d in _far if d not in ("numpy", "cpu")]:
-        del _far[device]
+    """Give far memory back, of whose pages more and more have been touched, and what torch caches on a device."""
+    _far.clear()
     if "torch" in sys.modules:
         import torch
 
