@@ -1,176 +1,126 @@
-"""How long each fusion takes on this GPU, beside torch eager, torch.compile and the peers that are installed.
+"""How long each fusion takes on this GPU, beside torch eager, torch.compile and every peer that is installed.
 
-    python bench/fusions.py [--fusions …] [--tokens 1,16,64] [--schedule "…"] [--json FILE]
+    python bench/fusions.py [--fusions NAME,…] [--tokens 1,16,64] [--dtype bfloat16] [--targets] [--seconds N] [--json FILE]
 
-One process, CUDA graphs, inputs rotated over 180 MB; the ratio is ours / best other. Correctness stands beside each time: the
-worst error over its bound (see moekit.testing.compare), which must be at most 1.
+One process, CUDA graphs, operands rotated and the L2 filled with something else between replays (moekit.tune.timer); all
+sides of a row are replayed in turn. Beside each time stands how right its outputs were. `--targets` runs the sizes that have
+a target and prints whether each is met. A plot is written beside the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import triton
-
-from moekit import __version__
-from moekit import torch as mt
-from moekit.compile.schedule import Schedule
-from moekit.tune.timer import copies_needed, microseconds
+from bench import targets
+from bench.cases import CASES, Case
+from bench.common import ceilings, environment, numbers, write
+from bench.correctness import Checker
+from bench.sides import Maker, sides
+from moekit.tune.timer import Captured, capture, copies_needed, replay
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+LARGEST_BYTES = 12e9  # of all operands together
+SLOW = ("eager",)  # sides with many kernels: fewer calls in their graphs
+PEERS = ("sgl-kernel", "flashinfer", "flashinfer cuda", "liger", "quack", "vllm", "fla")
 
 
-def rows(t: int, *shape: int) -> torch.Tensor:
-    """Random bfloat16 rows on the GPU."""
-    return torch.randn(t, *shape, device="cuda", dtype=torch.bfloat16)
+def measure(case: Case, tokens: int, dtype: torch.dtype, makers: dict[str, Maker], rounds: int) -> Iterator[dict]:
+    """One row per side for a case and T: its time, its spread and its error, or why it could not run."""
+    moved = case.moved(tokens, dtype.itemsize)
+    count = min(copies_needed(moved), max(2, int(LARGEST_BYTES // moved)))
+    sets = [case.make(tokens, dtype) for _ in range(count)]
+    graphs: dict[str, Captured] = {}
+    check, rows = Checker(case, sets[0]), {}
+    for name, make in makers.items():
+        row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
+        try:
+            row |= check(make)
+            graphs[name] = capture([make(o) for o in (sets[: max(2, count // 4)] if name in SLOW else sets)])
+        except Exception as error:
+            row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows[name] = row
+    for name, timing in replay(graphs, rounds).items():
+        rows[name] |= {"us": round(timing.us, 3), "spread": round(timing.spread, 3)}
+        rows[name] |= {"TB/s": round(moved / timing.us / 1e6, 4), "TFLOP/s": round(case.flops(tokens) / timing.us / 1e6, 2)}
+    yield from rows.values()
 
 
-def rms_norm_eager(x, residual, weight):
-    """add_rms_norm in torch, as Hugging Face writes it."""
-    total = x + residual
-    t = total.float()
-    return (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + weight.float())).to(x.dtype), total
+def wanted(args: argparse.Namespace) -> dict[str, list[int]]:
+    """Tokens by case: those with a target, or all that were asked for."""
+    names = [n for n in CASES if not args.fusions or any(n.startswith(f) for f in args.fusions.split(","))]
+    given = numbers(args.tokens) if args.tokens else None
+    if args.targets:
+        chosen = {n: targets.tokens(n) for n in names}
+        return {n: [t for t in ts if given is None or t in given] for n, ts in chosen.items()}
+    return {n: given or list(TOKENS) for n in names}
 
 
-def silu_eager(gate_up):
-    """silu_and_mul in torch."""
-    gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+def shown(rows: list[dict], best: float) -> str:
+    """A line per row of a case and T: the times, best first."""
+    parts = []
+    for row in sorted(rows, key=lambda r: r.get("us", float("inf"))):
+        if "us" not in row:
+            parts.append(f"{row['side']}: {row['problem'][:90]}")
+            continue
+        right = [f"{k} {row[k]:.3g}" for k in ("error", "relative", "ids") if k in row]
+        parts.append(f"{row['side']} {row['us']:.2f} ({', '.join(right)})")
+    return f"{rows[0]['case']} T={rows[0]['T']} [{best:.0f} s]  " + " | ".join(parts)
 
 
-def topk_eager(logits, k):
-    """topk_softmax in torch."""
-    weights, ids = torch.topk(torch.softmax(logits.float(), -1), k)
-    return weights / weights.sum(-1, keepdim=True), ids
-
-
-def combine_eager(hidden, shared, gate):
-    """shared_expert_combine in torch."""
-    return hidden + torch.sigmoid(gate) * shared
-
-
-def cases() -> dict[str, tuple[Callable, Callable, Callable, Callable]]:
-    """Name → (inputs of T, ours, torch eager, bytes moved)."""
-    found = {}
-    for h in (2048, 4096):
-        found[f"add_rms_norm {h}"] = (
-            lambda t, h=h: (rows(t, h), rows(t, h), rows(1, h)[0]),
-            lambda s: lambda x, r, w: mt.add_rms_norm_(x, r, w, out=x, schedule=s),
-            rms_norm_eager,
-            lambda t, h=h: 4 * t * h * 2,
-        )
-        found[f"shared_expert_combine {h}"] = (
-            lambda t, h=h: (rows(t, h), rows(t, h), rows(t, 648)[:, 640:641]),
-            lambda s: lambda a, b, g: mt.shared_expert_combine_(a, b, g, schedule=s),
-            combine_eager,
-            lambda t, h=h: 3 * t * h * 2,
-        )
-    for i in (64, 512, 1024):
-        found[f"silu_and_mul {i}"] = (
-            lambda t, i=i: (rows(t, 2 * i + 520)[:, : 2 * i],),
-            lambda s: lambda x: mt.silu_and_mul(x, schedule=s),
-            silu_eager,
-            lambda t, i=i: 3 * t * i * 2,
-        )
-    for e, k in ((512, 10), (256, 8)):
-        found[f"topk_softmax {e}/{k}"] = (
-            lambda t, e=e: (rows(t, e + 136)[:, 128 : 128 + e],),
-            lambda s, k=k: lambda x: mt.topk_softmax(x, k, schedule=s),
-            lambda x, k=k: topk_eager(x, k),
-            lambda t, e=e: t * e * 2,
-        )
-    for p in (648, 1544):
-        found[f"gate_gemm {p}"] = (
-            lambda t, p=p: (rows(t, 2048), rows(p, 2048)),
-            lambda s: lambda x, w: mt.gate_gemm(x, w, schedule=s),
-            lambda x, w: x @ w.T,
-            lambda t, p=p: (t * 2048 + p * 2048 + t * p) * 2,
-        )
-    found["gated_rms_norm 4x128"] = (
-        lambda t: (rows(t, 4, 128), rows(t, 4, 128), rows(1, 128)[0]),
-        lambda s: lambda x, z, w: mt.gated_rms_norm(x, z, w, schedule=s),
-        lambda x, z, w: (torch.nn.functional.rms_norm(x.float(), (128,), w.float()) * torch.nn.functional.silu(z.float())).to(
-            x
-        ),
-        lambda t: 3 * t * 512 * 2,
-    )
-    found["delta_rule_step 4x128x128"] = (
-        lambda t: (
-            rows(t, 2, 128),
-            rows(t, 2, 128),
-            rows(t, 4, 128),
-            rows(t, 4),
-            rows(t, 4),
-            rows(1, 4)[0].float(),
-            rows(1, 4)[0].float(),
-            torch.randn(t, 4, 128, 128, device="cuda"),
-        ),
-        lambda s: lambda *a: mt.delta_rule_step_(*a, schedule=s),
-        None,
-        lambda t: 2 * t * 4 * 128 * 128 * 4,
-    )
-    return found
-
-
-def measure(name: str, tokens: int, schedule: Schedule | None, compiled: bool) -> dict:
-    """Times in microseconds for one fusion and T."""
-    make, ours, eager, moved = cases()[name]
-    total = moved(tokens)
-    sets = [make(tokens) for _ in range(min(copies_needed(total), max(2, int(8e9 // max(total, 1)))))]
-    row = {"fusion": name, "T": tokens, "bytes": total, "ours": microseconds([lambda a=a: ours(schedule)(*a) for a in sets])}
-    if eager is not None:
-        row["eager"] = microseconds([lambda a=a: eager(*a) for a in sets[:40]])
-    if eager is not None and compiled:
-        fast = torch.compile(eager, dynamic=False)
-        row["compile"] = microseconds([lambda a=a: fast(*a) for a in sets])
-    row["TB/s"] = total / row["ours"] / 1e6
-    return row
+def run(args: argparse.Namespace) -> dict:
+    """Measure everything that was asked for, as long as there is time."""
+    begin, dtype = time.monotonic(), getattr(torch, args.dtype)
+    result = environment() | {"ceilings": ceilings(), "rows": [], "left out": []}
+    print(result["ceilings"], flush=True)
+    for name, tokens in wanted(args).items():
+        case = CASES[name]
+        makers = sides(case, not args.no_compile)
+        if args.targets:
+            makers = {n: m for n, m in makers.items() if n in (*PEERS, *targets.sides(name))}
+        for t in tokens:
+            if case.moved(t, dtype.itemsize) * 2 > LARGEST_BYTES or time.monotonic() - begin > args.seconds:
+                result["left out"].append(f"{name} T={t}")
+                continue
+            rows = list(measure(case, t, dtype, makers, args.rounds))
+            result["rows"] += rows
+            print(shown(rows, time.monotonic() - begin), flush=True)
+            torch.cuda.empty_cache()
+        if args.json:
+            write(args.json, result)
+    return result
 
 
 def main() -> None:
-    """Run, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fusions", default="")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--schedule", action="append", default=[])
-    parser.add_argument("--no-compile", action="store_true")
+    """Run, print, write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them")
+    parser.add_argument("--tokens", default="")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--targets", action="store_true", help="the sizes that have a target, and whether it is met")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no measurement after so long")
     parser.add_argument("--json")
     args = parser.parse_args()
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "moekit": __version__,
-        "python": platform.python_version(),
-        "command": sys.argv,
-        "rows": [],
-    }
-    schedules = [Schedule.parse(s) for s in args.schedule] or [None]
-    for name in cases():
-        if args.fusions and not any(f in name for f in args.fusions.split(",")):
-            continue
-        for tokens in map(int, args.tokens.split(",")):
-            for schedule in schedules:
-                try:
-                    row = measure(name, tokens, schedule, not args.no_compile)
-                except Exception as error:
-                    row = {"fusion": name, "T": tokens, "error": f"{type(error).__name__}: {error}"[:200]}
-                row["schedule"] = str(schedule) if schedule else "default"
-                result["rows"].append(row)
-                shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
-                print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
-                torch.cuda.empty_cache()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/fusions.py needs a CUDA device")
+    with torch.no_grad():
+        result = run(args)
+    result["targets"] = targets.judge(result["rows"], result["ceilings"])
+    print(targets.table(result["targets"]))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        from bench.plots import times
+
+        write(args.json, result)
+        times(result, Path(args.json).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

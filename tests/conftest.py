@@ -24,14 +24,14 @@ settings.register_profile(
 settings.register_profile("nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-LONGEST = "tests/models/"
+FIRST = ("tests/regressions/", "tests/models/")  # what once failed, then the longest
 _seconds: Counter[str] = Counter()
 _tests: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process ends long after the others; skip what needs a GPU where there is none."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """Regressions first, then the longest files, so that no process ends long after the others; skip what needs a GPU."""
+    items.sort(key=lambda item: next((i for i, folder in enumerate(FIRST) if item.nodeid.startswith(folder)), len(FIRST)))
     if gpu_count() > 0:
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from moekit.compile import tile as t
-from moekit.compile.naming import TEMPORARY, identifier
+from moekit.compile.naming import TEMPORARY, extent_name
 
 INLINE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds, t.Index)
 LONGEST_INLINE = 64
@@ -138,7 +138,7 @@ def blocks(program: t.TileProgram, axis: str, extent_text: str) -> str:
 def extent_text(program: t.TileProgram, axis: str) -> str:
     """An axis's extent: a number, or the kernel argument that carries it."""
     a = program.axis(axis)
-    return str(a.extent) if a.extent is not None else axis if axis.isidentifier() else identifier(axis)
+    return str(a.extent) if a.extent is not None else extent_name(axis)
 
 
 def _bare(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moekit.cli.output import notes, print_source
-from moekit.cli.show import parse_parameters, parse_sizes
+from moekit.cli.show import parse_parameters, parse_sizes, refuse_empty_axes
 from moekit.fusions import FUSIONS
 
 
@@ -32,6 +32,7 @@ def export(
     from moekit.compile.schedule import Schedule
     from moekit.export import export as written
 
+    refuse_empty_axes(FUSIONS[fusion], sizes)
     given = Schedule.parse(schedule) if schedule else None
     text = written(FUSIONS[fusion], dtype, sizes, params, given)
     if output is None:

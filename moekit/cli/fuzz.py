@@ -1,44 +1,69 @@
 """`moekit fuzz`: a campaign of random cases against the reference."""
 
-import json
+import contextlib
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.live import Live
-from rich.text import Text
 
-from moekit.cli.output import console, notes, print_json, table
+from moekit.cli import fuzz_report
+from moekit.cli.output import console, notes, print_json
 from moekit.errors import UnavailableError
 
 FAILED = 1
-SHOWN = 10  # failures printed in full as they come
 SHRUNK = 5  # failures that are made small: the first of each fusion and implementation
+FEW, MANY = 15, 150  # tries to make one small: of those that end their process, of the others
+SHORTEST = 2.0  # seconds below which it is not tried
+FOR_SHRINKING = 300.0  # seconds for all of them, where no time is given
+GROUPS = 8  # sets of sizes and values in a batch
+LEAST = {"triton": 200}  # cases that every cell must have
 
 
 @click.command(short_help="Run random cases of every fusion against its reference.")
 @click.argument("fusions", nargs=-1, metavar="[FUSION]...")
 @click.option("--impl", "implementations", multiple=True, metavar="NAME",
               help="interpret, numpy, eager, xla, pallas, triton, triton-interpreter, a peer, module:callable.")  # fmt: skip
-@click.option("--time", "seconds", type=float, help="Stop after this many seconds.")
-@click.option("--examples", type=int, help="Stop after this many cases that count.  [default: 2000, unless --time is given]")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--workers", type=int, help="Worker processes.  [default: as many as there are cores, at most 12]")
-@click.option("--combos", type=int, default=80, show_default=True, help="Distinct static calls per fusion: what compiles.")
+@click.option("--time", "seconds", type=click.FloatRange(min=0, min_open=True),
+              help="End after this many seconds, making failures small included.")  # fmt: skip
+@click.option("--examples", multiple=True, metavar="N | NAME=N",
+              help="Cases that count, of all implementations together, or of one. Repeatable.  "
+                   "[default: 2000, unless --time is given]")  # fmt: skip
+@click.option("--least", type=click.IntRange(min=0),
+              help="Cases that each cell of the coverage must have, if there is time.  "
+                   "[default: 200 for triton, else 0]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1),
+              help="Worker processes.  [default: as many as there are cores, at most 12]")  # fmt: skip
 @click.option(
-    "--batch", type=int, default=8, show_default=True, help="Layouts per set of values (values per shape in JAX: ×8)."
+    "--combos",
+    type=click.IntRange(min=1),
+    default=80,
+    show_default=True,
+    help="Distinct static calls per fusion: what compiles.",
 )
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True,
+    help="Layouts per set of sizes (values per shape in JAX: ×8).",
+)  # fmt: skip
+@click.option("--mutant", "mutants", multiple=True, metavar="NAME",
+              help="Plant a fault of `moekit mutants --list` in the workers' copy of the package; "
+                   "the verifier is off.")  # fmt: skip
+@click.option("--patch", "patches", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Plant a unified diff likewise.")  # fmt: skip
 @click.option(
     "--replay", type=click.Path(exists=True, path_type=Path), help="Run the cases of a JSON file (or directory) only."
 )
 @click.option("--save", type=click.Path(path_type=Path), default=Path("tests/regressions"), show_default=True,
               help="Where failures are appended, if the directory exists.")  # fmt: skip
+@click.option("--record", type=click.Path(path_type=Path),
+              help="Keep the worst error ratios in this JSON file (the repository's: moekit/testing/worst.json).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--json-file", type=click.Path(path_type=Path), help="Write the summary as JSON, cells included.")
-def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: float | None, examples: int | None, seed: int,
-         workers: int | None, combos: int, batch: int, replay: Path | None, save: Path, as_json: bool,
+def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: float | None, examples: tuple[str, ...],
+         least: int | None, seed: int, workers: int | None, combos: int, batch: int, mutants: tuple[str, ...],
+         patches: tuple[Path, ...], replay: Path | None, save: Path, record: Path | None, as_json: bool,
          json_file: Path | None) -> None:  # fmt: skip
     """Run random cases of FUSIONs (all of moekit's; also `probes`, `random:SEED` or module:attribute) against the reference.
 
@@ -48,29 +73,66 @@ def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: fl
     from moekit.testing import campaign
     from moekit.testing.case import find_fusion
     from moekit.testing.executors import unavailable
+    from moekit.testing.worst import record_worst
 
+    begin = time.monotonic()
     names = _fusions(fusions)
     for name in names:
         find_fusion(name)
-    chosen = implementations or ("interpret", "numpy", "eager")
+    chosen = list(dict.fromkeys(implementations)) or ["interpret", "numpy", "eager"]
     for name in chosen:
         _check(name, unavailable(name))
     if replay:
         _replay(replay, implementations, as_json)
         return
-    if seconds is None and examples is None:
-        examples = 2000
-    plan = campaign.Plan(names, chosen, seed, examples, seconds, workers or min(12, os.cpu_count() or 1), combos, 8, batch)
-    result = _watched(plan, json_file)
-    rows = _shrunk(result, save)
-    summary = summarise(plan, result, rows)
+    shared, own = _budgets(examples, chosen, seconds)
+    plan = campaign.Plan(
+        names, chosen, seed, shared, seconds, workers or min(12, os.cpu_count() or 1), combos, GROUPS, batch, own,
+        {i: LEAST.get(i, 0) if least is None else least for i in chosen},
+        frozenset(i for i in chosen if campaign.accelerated(i)), bool(mutants or patches))  # fmt: skip
+    with _package(mutants, patches):
+        result = fuzz_report.watched(plan, json_file)
+        rest = FOR_SHRINKING if seconds is None else seconds - (time.monotonic() - begin)
+        rows = _shrunk(result, None if plan.disarmed else save, rest, plan.disarmed)
+    result.seconds = time.monotonic() - begin
+    summary = fuzz_report.summarise(plan, result, rows)
     if json_file:
-        _write(json_file, summary, result)
+        fuzz_report.write(json_file, summary, result)
+    if record:
+        record_worst(record, result.coverage, plan)
     if as_json:
         print_json(summary)
     else:
-        _print(summary, rows)
+        fuzz_report.show(summary, rows)
     raise SystemExit(FAILED if result.failures else 0)
+
+
+def _budgets(given: tuple[str, ...], chosen: list[str], seconds: float | None) -> tuple[int | None, dict[str, int]]:
+    """The cases that implementations share, and those that have their own: `N` and `NAME=N`."""
+    shared, own = None, {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not number.isdecimal() or int(number) < 1:
+            raise click.UsageError(f"--examples is {text!r}; it must be a positive number, or IMPLEMENTATION=NUMBER")
+        if name and name not in chosen:
+            raise click.UsageError(f"--examples names {name!r}, which is none of --impl: {', '.join(chosen)}")
+        if name:
+            own[name] = int(number)
+        else:
+            shared = int(number)
+    if shared is None and seconds is None and len(own) < len(chosen):
+        shared = 2000
+    return shared, own
+
+
+def _package(mutants: tuple[str, ...], patches: tuple[Path, ...]) -> contextlib.AbstractContextManager:
+    """The package that the workers import: a copy with faults in it where some are to be planted."""
+    from moekit.testing.mutants.table import TABLE
+    from moekit.testing.planted import planted
+
+    if unknown := set(mutants) - {m.name for m in TABLE}:
+        raise click.UsageError(f"there is no mutant {sorted(unknown)[0]!r}; see `moekit mutants --list`")
+    return planted(mutants, patches) if mutants or patches else contextlib.nullcontext()
 
 
 def _fusions(given: tuple[str, ...]) -> list[str]:
@@ -94,146 +156,69 @@ def _check(name: str, why: str | None) -> None:
         raise UnavailableError(f"{name}: {why}")
     if name in PEERS or ":" in name:
         peer_executor(name)
-    elif name not in (*EXECUTORS, "pallas", "xla"):
-        raise click.UsageError(
-            f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, 'pallas', 'xla', *PEERS))}"
-        )
+    elif name not in EXECUTORS:
+        raise click.UsageError(f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, *PEERS))}")
 
 
-def _write(path: Path, summary: dict, result: Any) -> None:
-    cells = {i: [[*c, n] for c, n in sorted(v.cells.items())] for i, v in result.coverage.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**summary, "by_cell": cells}, indent=1))
+def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> list[dict]:
+    """The failures: the first of each fusion and implementation made small, in `seconds` for all, and appended to `save`."""
+    from moekit.testing.case import FuzzCase
+    from moekit.testing.regressions import Regression, append
 
-
-def _watched(plan: Any, json_file: Path | None) -> Any:
-    """Run the campaign under a live line on stderr (a line every half minute where stderr is no terminal).
-
-    Failures are printed as they come, and what is known so far is written to `json_file` every twenty seconds.
-    """
-    from moekit.testing import campaign
-    from moekit.testing.regressions import pasteable
-
-    out, last, written, shown = notes(), [time.monotonic()], [time.monotonic()], [0]
-
-    def keep(result: Any) -> None:
-        for failure in result.failures[shown[0] : shown[0] + SHOWN]:
-            out.print(f"{failure.case.fusion}, {failure.implementation}:", *failure.problems[:3], sep="\n  ", markup=False)
-            if shown[0] < SHOWN:
-                out.print(pasteable(failure.case, failure.implementation), markup=False, soft_wrap=True)
-        shown[0] = len(result.failures)
-        if json_file and time.monotonic() - written[0] > 20:
-            written[0] = time.monotonic()
-            rows = [{"fusion": f.case.fusion, "implementation": f.implementation, "problems": list(f.problems),
-                     "case": f.case.to_json()} for f in result.failures]  # fmt: skip
-            _write(json_file, summarise(plan, result, rows), result)
-
-    def line(result) -> Text:
-        cells = sum(len(c.cells) for c in result.coverage.values())
-        rate = result.ran / max(0.001, result.seconds)
-        return Text(f"{result.ran:,} cases, {rate:,.0f}/s, {cells:,} cells, {len(result.failures)} failures, "
-                    f"{result.seconds:.0f} s")  # fmt: skip
-
-    if not out.is_terminal:
-
-        def report(result) -> None:
-            keep(result)
-            if time.monotonic() - last[0] > 30:
-                last[0] = time.monotonic()
-                out.print(line(result))
-
-        return campaign.run(plan, report)
-    with Live(console=out, refresh_per_second=4, transient=True) as live:
-        return campaign.run(plan, lambda result: (keep(result), live.update(line(result))))
-
-
-def _shrunk(result, save: Path) -> list[dict]:
-    """The failures, one of each fusion and implementation made small and appended to the regressions."""
-    from moekit.testing.campaign import isolated
-    from moekit.testing.regressions import Regression, append, pasteable
-    from moekit.testing.shrink import shrink
-
-    rows, seen = [], set()
+    rows, seen, until = [], set(), time.monotonic() + seconds
     for failure in result.failures:
-        if (key := (failure.case.fusion, failure.implementation)) in seen or len(seen) >= SHRUNK:
+        if (key := (failure.case.fusion, failure.implementation)) in seen:
             continue
         seen.add(key)
-        died = "process died" in failure.problems[0] or "did not end" in failure.problems[0]
-        notes().print(f"making a failure of {failure.case.fusion} ({failure.implementation}) small …")
-        case = shrink(failure.case, _fails(failure.implementation, died), 15 if died else 150)
-        problems = isolated(case, failure.implementation) or list(failure.problems)
-        if save.is_dir():
-            append(save, Regression(case, failure.implementation, tuple(problems)))
-        rows.append({"fusion": case.fusion, "implementation": failure.implementation, "problems": problems,
-                     "case": case.to_json(), "found": failure.case.to_json(),
-                     "test": pasteable(case, failure.implementation)})  # fmt: skip
+        made = fuzz_report.row(failure)
+        rest = until - time.monotonic()
+        if len(seen) > SHRUNK or rest < SHORTEST or result.stopped:
+            result.left.append(f"a failure of {key[0]} ({key[1]}) was not made small")
+        else:
+            notes().print(f"making a failure of {key[0]} ({key[1]}) small …")
+            made |= _small(failure, rest / max(1, SHRUNK - len(seen)), disarmed)
+        if save is not None and save.is_dir():
+            append(save, Regression(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
+        rows.append(made)
     return rows
 
 
-def _fails(implementation: str, died: bool):
-    from moekit.testing.campaign import Prober, isolated
+def _small(failure: Any, seconds: float, disarmed: bool) -> dict:
+    """What changes in a failure's row when it is made small."""
+    from moekit.testing.regressions import pasteable
+    from moekit.testing.shrink import shrink
+    from moekit.testing.workers import Prober
 
-    if died:
-        return lambda case: bool(isolated(case, implementation))
-    return Prober(implementation)
-
-
-def summarise(plan, result, rows: list[dict]) -> dict:
-    """What the campaign says of itself, as JSON has it."""
-    return {
-        "seed": plan.seed,
-        "seconds": round(result.seconds, 1),
-        "workers": plan.workers,
-        "ran": result.ran,
-        "counted": result.counted,
-        "rate": round(result.ran / max(0.001, result.seconds), 1),
-        "stopped": result.stopped,
-        "failed": len(result.failures),
-        "implementations": {
-            name: {"ran": c.ran, "counted": c.counted, "cells": len(c.cells), "least": min(c.cells.values(), default=0),
-                   "compiled": len(c.compiled), "fusions": c.table()}
-            for name, c in result.coverage.items()
-        },
-        "failures": rows,
-    }  # fmt: skip
-
-
-def _print(summary: dict, rows: list[dict]) -> None:
-    out = console()
-    for name, c in summary["implementations"].items():
-        shown = table("fusion", "cases", "cells", "least", "compiled", "dtypes", "layouts", "tails", "worst",
-                      title=f"{name}: {c['counted']:,} cases counted of {c['ran']:,}")  # fmt: skip
-        for r in c["fusions"]:
-            numbers = (r["cells"], r["least"], r["compiled"], r["dtypes"], r["layouts"], len(r["tails"]))
-            shown.add_row(r["fusion"], f"{r['cases']:,}", *map(str, numbers), f"{r['worst']:.3f}")
-        out.print(shown)
-    for row in rows:
-        out.print(f"[bold red]{row['fusion']}, {row['implementation']}[/]", *row["problems"][:3], sep="\n  ", markup=True)
-        out.print(row["test"] + "\n", markup=False, soft_wrap=True)
-    how = f"{summary['rate']:,.0f}/s, {summary['workers']} workers, seed {summary['seed']}"
-    end = f", {summary['stopped']}" if summary["stopped"] else ""
-    out.print(f"{summary['counted']:,} cases in {summary['seconds']:.0f} s ({how}): {summary['failed']} failures{end}")
+    fails = Prober(failure.implementation, disarmed)
+    try:
+        case = shrink(failure.case, fails, FEW if failure.fatal else MANY, seconds)
+        problems = fails.problems(case, max(SHORTEST, seconds / 4)) or list(failure.problems)
+    finally:
+        fails.close()
+    return {"case": case.to_json(), "problems": problems, "test": pasteable(case, failure.implementation)}
 
 
 def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None:
-    """Run recorded cases, each in a process of its own."""
-    from moekit.testing.campaign import isolated
+    """Run recorded cases, in a process that may die of them."""
     from moekit.testing.executors import unavailable
     from moekit.testing.regressions import load
+    from moekit.testing.workers import Prober
 
     try:
         recorded = load(path)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    rows, skipped = [], 0
+    rows, skipped, probers = [], 0, {}
     for regression in recorded:
         for name in implementations or (regression.implementation,):
             if why := unavailable(name):
                 skipped += 1
                 notes().print(f"skipped {regression.case.fusion}: {name}: {why}")
                 continue
-            problems = isolated(regression.case, name)
+            problems = probers.setdefault(name, Prober(name)).problems(regression.case)
             rows.append({"fusion": regression.case.fusion, "implementation": name, "problems": problems})
+    for prober in probers.values():
+        prober.close()
     if recorded and skipped and not rows:
         raise UnavailableError(f"{path}: none of its cases can be run here")
     failed = [r for r in rows if r["problems"]]

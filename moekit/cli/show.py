@@ -112,10 +112,18 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
         raise click.BadParameter(
             f"{fusion.name} has no axis {unknown[0]}; it has {', '.join(sorted(axes))}", param_hint="--sizes"
         )
+    refuse_empty_axes(fusion, sizes)
     every = {axis: sizes.get(axis, SIZES.get(axis, OTHER_SIZE)) for axis in axes}
     shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
     dtypes = {name: s.dtypes[0] if len(s.dtypes) == 1 else dtype for name, s in fusion.tensors.items()}
     return fusion.bind(shapes, dtypes, _parameters(fusion, params))
+
+
+def refuse_empty_axes(fusion: Fusion, sizes: dict[str, int]) -> None:
+    """Refuse size 0 of an axis that is fixed in a kernel: no call has it."""
+    if empty := [a for a, n in sizes.items() if n == 0 and a not in fusion.dynamic]:
+        may = f"; only {', '.join(fusion.dynamic)} may be 0" if fusion.dynamic else ""
+        raise click.BadParameter(f"axis {empty[0]} must have an element{may}", param_hint="--sizes")
 
 
 def _parameters(fusion: Fusion, given: dict[str, Any]) -> dict[str, Any]:

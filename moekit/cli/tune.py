@@ -12,12 +12,15 @@ from rich.table import Table
 
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
+from moekit.lang.dtypes import FLOATS
 
 
-@click.command()
-@click.argument("fusions", nargs=-1, type=click.Choice(list(FUSIONS)))
-@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16",), show_default=True, help="Tune for this dtype.")
-@click.option("--time", "seconds", default=30.0, show_default=True, help="Seconds for one fusion, size and dtype.")
+@click.command(short_help="Search schedules on the GPU at hand; write its table.")
+@click.argument("fusions", nargs=-1, type=click.Choice(list(FUSIONS)), metavar="[FUSION]...")
+@click.option("--dtype", "dtypes", type=click.Choice(FLOATS), multiple=True, default=("bfloat16",), show_default=True,
+              help="Tune for this dtype. Repeatable.")  # fmt: skip
+@click.option("--time", "seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+              help="Seconds for one fusion, size and dtype.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table to write (default: the package's own).")
 @click.option("--json", "as_json", is_flag=True, help="Print what was tried as JSON.")
 def tune(fusions: tuple[str, ...], dtypes: tuple[str, ...], seconds: float, output: Path | None, as_json: bool) -> None:

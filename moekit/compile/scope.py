@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
 from moekit.compile.analysis import axis_uses, gathered, part_axis
-from moekit.compile.naming import TEMPORARY, Names, identifier
+from moekit.compile.naming import TEMPORARY, Names, arguments_of, identifier
 from moekit.compile.schedule import Schedule, reduction_levels
 from moekit.lang.graph import COMPARE, Graph, Node
 
@@ -48,7 +48,7 @@ class Writer:
         self.looped = {a for a, b in self.blocks.items() if b.mode == "loop"}
         self.grid = self._grid()
         self.level, _ = reduction_levels(graph, self.looped)
-        self.names = Names({a for a in graph.axes if a.isidentifier()})
+        self.names = Names(arguments_of(graph.axes, {n: x.axes for n, x in graph.tensors.items()}))
         self.root = Scope(None)
         self.zeroed: dict[str, set[str]] = {}
         self.comments: dict[str, str] = {}

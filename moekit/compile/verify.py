@@ -212,8 +212,10 @@ def _filled(f: Facts, v: t.Value, axis: str, identity, seen: set[str]) -> bool:
         return _filled(f, op.yes, axis, identity, seen) and _filled(f, op.no, axis, identity, seen)
     if isinstance(op, t.Load):
         return op.fill == identity and axis in f.masked_axes(op.mask)
-    if isinstance(op, t.Cast):
+    if isinstance(op, t.Cast | t.Bitcast):
         return identity == 0 and _filled(f, op.value, axis, identity, seen)
+    if isinstance(op, t.Binary) and op.op == "shl":
+        return identity == 0 and _filled(f, op.left, axis, identity, seen)
     if isinstance(op, t.Binary) and op.op in ("add", "maximum", "minimum"):
         return _filled(f, op.left, axis, identity, seen) and _filled(f, op.right, axis, identity, seen)
     return False

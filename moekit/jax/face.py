@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.backends.array import evaluate
 from moekit.compile import tile as t
-from moekit.compile.alias import out_of_place, written_name
-from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule
-from moekit.errors import AliasError, DtypeError, MoekitError, ShapeError, UnavailableError
+from moekit.compile.alias import written_name
+from moekit.compile.schedule import Schedule, legal
+from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
+from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, view
-from moekit.lang.arguments import bind_arguments, face_signature
-from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph
+from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
+from moekit.lang.fusion import LONGEST, Fusion
 from moekit.tune.table import tuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -30,21 +27,24 @@ class Call:
     """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction."""
 
     def __init__(self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule):
+        refuse_schedule(fusion.name, schedule, Schedule)
         self.fusion, self.schedule = fusion, schedule
         self.views = {n: _operand(fusion, n, x) for n, x in operands.items()}
         shapes = {n: v.shape for n, v in self.views.items()}
         dtypes = {n: v.dtype.name for n, v in self.views.items()}
         self.binding = fusion.bind(shapes, dtypes, fusion.bind_params(params))
         self.graph = fusion.trace(self.binding)
-        self.sizes = dict(self.binding.sizes) | {a: s for a, s in self.graph.axes.items() if s is not None}
+        self.sizes = sizes_of(self.graph, self.binding)
+        refuse_empty(self.graph, self.sizes)
+        if schedule is not None and (why := legal(self.graph, schedule)):
+            raise ScheduleError(why)
         self.names = [w.tensor for w in self.graph.writes]
         self.out = self._outputs(out)
         self._check_aliases()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an operand or output."""
-        tensor = self.graph.tensors[name]
-        return tuple(1 if i in tensor.ones else self.sizes[d.text] for i, d in enumerate(tensor.dims))
+        return shape_of(self.graph, self.sizes, name)
 
     def _outputs(self, out) -> dict[str, View]:
         if out is None:
@@ -83,7 +83,7 @@ class Call:
     def xla(self) -> dict[str, jax.Array]:
         """The outputs by array evaluation; a base written to is returned whole."""
         arrays = {n: v.array() for n, v in self.views.items()}
-        outs = evaluate(self.graph, arrays, self.sizes, "jax")
+        outs = evaluated(self.fusion, self.binding)(arrays)
         bases: dict[int, jax.Array] = {}  # outputs that go to one base are written one after the other
         for n in self.out:
             mine = self.out[n]
@@ -100,13 +100,12 @@ class Call:
         if any(v.size == 0 for v in self.views.values()):
             return self.xla()
         self._keep_rows()
-        bases, layouts, separate, shapes = self._buffers()
+        bases, layouts, separate, fresh = self._buffers()
         schedule = self.schedule or tuned(jax.devices()[0].device_kind, self.graph)
-        planned = planned_for(self.fusion, self.binding, separate, tuple(layouts.items()), schedule)
-        flat = tuple(bases.values())
-        results = _with_rules(self, tuple(bases), planned, shapes)(*flat)
-        where = {n: layouts[written_name(n) if n in separate else n].buffer for n in self.names}
-        return {n: results[where[n]] for n in self.names}
+        static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
+                        schedule)  # fmt: skip
+        results = launched(static)(*bases.values())
+        return {n: results[layouts[static.target(n)].buffer] for n in self.names}
 
     def _keep_rows(self) -> None:
         """Where a `put` does not go in place, put the old rows there first: the kernel writes those at its ids only."""
@@ -130,7 +129,7 @@ class Call:
 
         for n, v in self.views.items():
             layouts[n] = _layout(buffer(n, v), v)
-        separate, shapes = set(), {}
+        separate, fresh = set(), []
         for n in self.names:
             is_update = n in self.views
             in_place = is_update and self._in_place(n)
@@ -141,9 +140,9 @@ class Call:
                 layouts[target] = _layout(buffer(f"{target}_base", self.out[n]), self.out[n])
             elif not in_place:
                 shape = self.shape(n)
-                shapes[target] = (shape, self.graph.tensors[n].dtype)
+                fresh.append((target, shape, self.graph.tensors[n].dtype))
                 layouts[target] = t.Viewed(target, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-        return bases, layouts, frozenset(separate), shapes
+        return bases, layouts, frozenset(separate), tuple(fresh)
 
     def _in_place(self, name: str) -> bool:
         """Whether an InOut operand's own buffer takes its new value: the out given is it, or it is a whole array of its own."""
@@ -152,59 +151,6 @@ class Call:
             return self.out[name].base is mine.base and self.out[name].same_elements(mine)
         alone = all(v.base is not mine.base for n, v in self.views.items() if n != name)
         return alone and mine.same_elements(view(mine.base)) and all(v.base is not mine.base for v in self.out.values())
-
-
-@lru_cache(maxsize=4096)
-def planned_for(
-    fusion: Fusion,
-    binding: Binding,
-    separate: frozenset[str],
-    layouts: tuple[tuple[str, t.Viewed], ...],
-    schedule: Schedule | None,
-) -> Plan:
-    """The plan of a call, cached; all sizes are static."""
-    graph: Graph = out_of_place(fusion.trace(binding), separate)
-    return plan(graph, schedule, dict(layouts), dict(binding.sizes))
-
-
-def _with_rules(call: Call, names: tuple[str, ...], planned: Plan, shapes: dict) -> Callable:
-    """The kernel launch with gradients and vmap through array evaluation."""
-
-    def array_form(*bases: jax.Array) -> dict:
-        return _array_form(call, names, planned, bases)
-
-    @jax.custom_batching.custom_vmap
-    def launched(*bases: jax.Array) -> dict:
-        return launch.launch(planned, dict(zip(names, bases, strict=True)), shapes, call.sizes)
-
-    @launched.def_vmap
-    def _batched(axis_size, in_batched, *bases):
-        out = jax.vmap(array_form, in_axes=[0 if b else None for b in in_batched], axis_size=axis_size)(*bases)
-        return out, jax.tree.map(lambda _: True, out)
-
-    @jax.custom_vjp
-    def run(*bases: jax.Array) -> dict:
-        return launched(*bases)
-
-    run.defvjp(lambda *bases: (run(*bases), bases), lambda bases, grads: jax.vjp(array_form, *bases)[1](grads))
-    return run
-
-
-def _array_form(call: Call, names: tuple[str, ...], planned: Plan, bases: tuple) -> dict:
-    """What a launch computes, by array evaluation: every buffer that is written, whole."""
-    arrays = dict(zip(names, bases, strict=True))
-    found = {id(base): name for name, base in call._buffers()[0].items()}
-    here = lambda v: View(arrays[found[id(v.base)]], v.axes, v.starts, v.steps, v.shape, v.fixed)  # noqa: E731
-    outs = evaluate(call.graph, {n: here(v).array() for n, v in call.views.items()}, call.sizes, "jax")
-    written: dict[str, jax.Array] = {}
-    for n, x in outs.items():
-        if n in call.out:
-            buffer = found[id(call.out[n].base)]
-            v = here(call.out[n])
-            written[buffer] = View(written.get(buffer, v.base), v.axes, v.starts, v.steps, v.shape, v.fixed).set(x)
-        else:
-            written[n if n not in call.views or call._in_place(n) else written_name(n)] = x
-    return {b: written[b] for b in launch._written(planned)}
 
 
 def _operand(fusion: Fusion, name: str, x) -> View:
@@ -216,6 +162,8 @@ def _operand(fusion: Fusion, name: str, x) -> View:
 
 
 def _layout(buffer: str, v: View) -> t.Viewed:
+    if long := [n for n in v.base.shape if n > LONGEST]:
+        raise ShapeError(f"{buffer}: the base has {long[0]} elements along one axis; kernels count to {LONGEST}, so reshape it")
     return t.Viewed(buffer, tuple(v.base.shape), v.axes, v.starts, v.steps, v.fixed)
 
 

@@ -37,10 +37,11 @@ def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tupl
     names = tuple(bases)
     run = partial(_run, plan, names, dict(shapes), dict(sizes))
     outs = lax.platform_dependent(*bases.values(), cuda=partial(run, False), default=partial(run, True))
-    return dict(zip(_written(plan), outs, strict=True))
+    return dict(zip(written(plan), outs, strict=True))
 
 
-def _written(plan: Plan) -> list[str]:
+def written(plan: Plan) -> list[str]:
+    """The buffers that the kernels of a plan write, scratch left out."""
     scratch = {s.name for s in plan.scratch}
     return [b for b in dict.fromkeys(b for p in plan.programs for b in pallas.buffers(p)[1]) if b not in scratch]
 
@@ -49,23 +50,23 @@ def _run(plan: Plan, names: tuple[str, ...], shapes: dict, sizes: dict, interpre
     memory = dict(zip(names, arrays, strict=True))
     shapes = shapes | {s.name: (s.shape(sizes), s.dtype) for s in plan.scratch}
     for program in plan.programs:
-        read, written = pallas.buffers(program)
+        read, wrote = pallas.buffers(program)
         out_shapes = [jax.ShapeDtypeStruct(memory[b].shape, memory[b].dtype) if b in read
-                      else jax.ShapeDtypeStruct(*shapes[b]) for b in written]  # fmt: skip
+                      else jax.ShapeDtypeStruct(*shapes[b]) for b in wrote]  # fmt: skip
         whole = pl.BlockSpec(memory_space=pl.ANY)
         outs = pl.pallas_call(
             kernel(program),
             grid=(program.programs(sizes),),
             in_specs=[whole] * len(read),
-            out_specs=[whole] * len(written),
+            out_specs=[whole] * len(wrote),
             out_shape=out_shapes,
-            input_output_aliases={read.index(b): written.index(b) for b in written if b in read},
+            input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read},
             compiler_params=plt.CompilerParams(num_warps=program.warps, num_stages=program.stages),
             interpret=interpret,
             name=program.name,
         )(*(memory[b] for b in read))
-        memory |= dict(zip(written, outs, strict=True))
-    return tuple(memory[b] for b in _written(plan))
+        memory |= dict(zip(wrote, outs, strict=True))
+    return tuple(memory[b] for b in written(plan))
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> jax.Array:

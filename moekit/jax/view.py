@@ -7,8 +7,9 @@ from math import gcd
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moekit.errors import ShapeError
+from moekit.errors import MoekitError, ShapeError
 
 
 @jax.tree_util.register_pytree_node_class
@@ -18,7 +19,8 @@ class View:
 
     `axes[d]`, `starts[d]`, `steps[d]`, `shape[d]` describe dimension d; `fixed` pairs the remaining base axes with their
     element. Made by `view(base)` and indexing: `view(fused)[:, 128:640]`, `[::2]`, `.T`. XLA copies a slice that feeds a
-    kernel; a View is indexed inside it. It is a pytree whose one leaf is `base`.
+    kernel; a View is indexed inside it. It is a pytree whose one leaf is `base`. Raises ShapeError for what is no part of
+    the base.
     """
 
     base: jax.Array
@@ -27,6 +29,35 @@ class View:
     steps: tuple[int, ...]
     shape: tuple[int, ...]
     fixed: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        for name in ("axes", "starts", "steps", "shape"):
+            object.__setattr__(self, name, tuple(_integer(n, name) for n in getattr(self, name)))
+        object.__setattr__(self, "fixed", tuple((_integer(a, "fixed"), _integer(n, "fixed")) for a, n in self.fixed))
+        if why := self._misfit(tuple(self.base.shape)):
+            raise ShapeError(f"View: {why}")
+
+    def _misfit(self, extents: tuple[int, ...]) -> str | None:
+        """Why this is no part of a base of these extents; None if it is one."""
+        if not len(self.axes) == len(self.starts) == len(self.steps) == len(self.shape):
+            return "axes, starts, steps and shape have different lengths; each needs an entry for every dimension"
+        others = tuple(a for a, _ in self.fixed)
+        if sorted((*self.axes, *others)) != list(range(len(extents))):
+            return f"axes {self.axes} and fixed {others} must name every axis of a base of shape {list(extents)} once"
+        for d, (axis, start, step, n) in enumerate(zip(self.axes, self.starts, self.steps, self.shape, strict=True)):
+            if start < 0 or start > extents[axis]:
+                return f"start {start} in dimension {d} lies outside base axis {axis}, which has {extents[axis]} elements"
+            if step < 1 or n < 0:
+                wrong, least = (f"step {step}", 1) if step < 1 else (f"size {n}", 0)
+                return f"{wrong} in dimension {d}; it must be at least {least}"
+            if n and start + step * (n - 1) >= extents[axis]:
+                last = start + step * (n - 1)
+                return f"dimension {d} (start {start}, step {step}, size {n}) reaches element {last} of base axis {axis}, " \
+                       f"which has {extents[axis]}"  # fmt: skip
+        wrong = [(a, n) for a, n in self.fixed if not 0 <= n < extents[a]]
+        return (
+            f"fixed takes element {wrong[0][1]} of base axis {wrong[0][0]}, which has {extents[wrong[0][0]]}" if wrong else None
+        )
 
     @property
     def dtype(self):
@@ -74,8 +105,8 @@ class View:
                     raise ShapeError(f"View: step {step} in dimension {d}; steps must be positive")
                 size = len(range(start, stop, step))
                 kept.append((self.axes[d], self.starts[d] + start * self.steps[d], self.steps[d] * step, size))
-            elif isinstance(i, int) and -self.shape[d] <= i < self.shape[d]:
-                fixed.append((self.axes[d], self.starts[d] + (i % self.shape[d]) * self.steps[d]))
+            elif _is_integer(i) and -self.shape[d] <= i < self.shape[d]:
+                fixed.append((self.axes[d], self.starts[d] + (int(i) % self.shape[d]) * self.steps[d]))
             else:
                 raise ShapeError(
                     f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range and slices"
@@ -134,8 +165,21 @@ class View:
 
     @classmethod
     def tree_unflatten(cls, aux, children) -> View:
-        """The view around a new base."""
-        return cls(children[0], *aux)
+        """The view around a new base, which may be anything: JAX builds trees of what is no array, too."""
+        made = object.__new__(cls)
+        for name, value in zip(("base", "axes", "starts", "steps", "shape", "fixed"), (*children, *aux), strict=True):
+            object.__setattr__(made, name, value)
+        return made
+
+
+def _is_integer(n: object) -> bool:
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def _integer(n: object, where: str) -> int:
+    if not _is_integer(n):
+        raise ShapeError(f"View: {where} has {n!r}; it must be an integer")
+    return int(n)  # type: ignore[call-overload]
 
 
 def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
@@ -149,8 +193,15 @@ def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
 
 
 def view(base) -> View:
-    """All of an array, ready to be indexed: `view(fused)[:, 128:640]`. A View is returned as it is."""
+    """All of an array, ready to be indexed: `view(fused)[:, 128:640]`. A View is returned as it is.
+
+    Raises MoekitError for what is no array.
+    """
     if isinstance(base, View):
         return base
+    if isinstance(base, np.ndarray):
+        base = jnp.asarray(base)
+    if not (hasattr(base, "ndim") and hasattr(base, "at")):
+        raise MoekitError(f"view: the base is {type(base).__name__}; it must be a JAX array")
     n = base.ndim
     return View(base, tuple(range(n)), (0,) * n, (1,) * n, tuple(base.shape))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from moekit.errors import DtypeError, ShapeError
+from moekit.errors import DeclarationError, DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
 
 EXTRA = ("out", "implementation", "schedule")
 SIZES = {
@@ -25,8 +27,43 @@ def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dic
     return {n: bound[n] for n in fusion.tensors}, {n: v for n, v in bound.items() if n not in fusion.tensors}
 
 
+@contextlib.contextmanager
+def naming(plain: str, called: str) -> Iterator[None]:
+    """Errors that begin with the name of the plain operator begin with the name that was called."""
+    try:
+        yield
+    except (MoekitError, TypeError) as error:
+        text = str(error)
+        if called != plain and text.startswith(f"{plain}:"):
+            error.args = (called + text.removeprefix(plain), *error.args[1:])
+        raise
+
+
+def refuse_schedule(name: str, schedule: object, wanted: type) -> None:
+    """Raise ScheduleError for what is no schedule, whether or not the implementation looks at it."""
+    if schedule is not None and not isinstance(schedule, wanted):
+        raise ScheduleError(
+            f"{name}: schedule is {type(schedule).__name__}; it must be a {wanted.__name__}, which "
+            f"{wanted.__name__}.parse makes of text"
+        )
+
+
+def refuse_empty(graph: Graph, sizes: Mapping[str, int]) -> None:
+    """Raise ShapeError for a maximum or minimum over an axis of no elements: there is no largest of nothing."""
+    if 0 not in sizes.values():
+        return
+    for node in (graph.nodes[i] for i in graph.live()):
+        if node.op == "reduce" and node.attr("kind") != "sum" and sizes.get(axis := node.attr("axis")) == 0:
+            raise ShapeError(f"{graph.name}: {node.attr('kind')} over {axis} needs at least one element, got {axis} = 0")
+
+
 def face_signature(fusion: Fusion) -> inspect.Signature:
-    """The declaration's signature with the keywords every face adds."""
+    """The declaration's signature with the keywords every face adds.
+
+    Raises DeclarationError where an operand or parameter is called like one of those.
+    """
+    if taken := [n for n in EXTRA if n in fusion.signature.parameters]:
+        raise DeclarationError(f"{fusion.name}: {taken[0]!r} is a keyword of every function; give the operand another name")
     extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in EXTRA]
     return inspect.Signature([*fusion.signature.parameters.values(), *extra])
 

@@ -14,6 +14,8 @@ from moekit.lang.ops import Put
 from moekit.lang.spec import Dim, Spec
 from moekit.lang.trace import Builder, Value, constant, tracing
 
+LONGEST = 2**31 - 2**20  # elements of an axis: kernels count in int32, to the end of the last block
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -90,6 +92,10 @@ class Fusion:
                 if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
                     raise ShapeError(self._misfit(name, shapes[name], sizes))
         every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims}
+        if long := [a for a, n in every.items() if n > LONGEST]:
+            raise ShapeError(
+                f"{self.name}: axis {long[0]} has {every[long[0]]} elements; kernels count to {LONGEST}, so split the call"
+            )
         every = {**{d: s for d, s in sizes.items() if d not in every}, **every}
         return Binding(tuple(every.items()), tuple(dtypes.items()), tuple(params.items()), tuple(ones))
 

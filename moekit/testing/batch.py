@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +12,10 @@ import numpy as np
 
 from moekit.lang.dtypes import numpy_dtype
 from moekit.testing.case import FuzzCase
-from moekit.testing.executors import Executor, fatal, launches
+from moekit.testing.executors import Executor, fatal, launches, starved
 from moekit.testing.guard import POISONS, Arena, FarArena, Placed, differing, place
 from moekit.testing.oracle import Oracle
+from moekit.testing.room import place as room_for_one
 
 LARGEST_ARENA = 2**24  # bytes: what malloc hands out again without new pages
 
@@ -33,7 +36,14 @@ def run_cases(executor: Executor, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> l
     found: dict[int, Verdict] = {}
     for part in _parts(near):
         found |= dict(zip([id(c) for c, _ in part], _run_near(executor, part), strict=True))
-    found |= {id(c): _run_far(executor, c, o) for c, o in pairs if id(c) not in found}
+    far = [(c, o) for c, o in pairs if id(c) not in found]
+    with room_for_one() if far and _on_device(executor) else contextlib.nullcontext():
+        try:
+            found |= {id(c): _run_far(executor, c, o) for c, o in far}
+        finally:
+            if far:
+                executor.forget()
+                release()
     return [found[id(c)] for c, _ in pairs]
 
 
@@ -97,7 +107,7 @@ def _run_far(executor: Executor, case: FuzzCase, oracle: Oracle) -> Verdict:
         try:
             executor.call(case, {n: executor.tensor(memory, s) for n, s in placed.slots.items()})
         except Exception as error:
-            if fatal(error):
+            if fatal(error) or starved(error):
                 raise
             verdict.problems.append(f"{type(error).__name__}: {error}")
             return verdict
@@ -124,8 +134,11 @@ def _element(arena: FarArena, placed: Placed, name: str, index: np.ndarray, imag
     return np.ascontiguousarray(data).reshape(-1).view(numpy_dtype(slot.dtype)).reshape(slot.shape)
 
 
-FAR_BYTES = 2**33 + 2**28
 _far: dict[str, Any] = {}
+
+
+def _on_device(executor: Executor) -> bool:
+    return getattr(executor, "device", "cpu") not in ("cpu", "numpy")
 
 
 def far_memory(executor: Executor, size: int) -> Any:
@@ -133,20 +146,29 @@ def far_memory(executor: Executor, size: int) -> Any:
     device = getattr(executor, "device", "numpy")
     held = _far.get(device)
     if held is None or (held.nbytes if device == "numpy" else held.numel()) < size:
+        held = None
+        executor.forget()
+        release() if _on_device(executor) else _far.pop(device, None)
         size = -(-size // 2**28) * 2**28
         if device == "numpy":
             _far[device] = np.zeros(size, np.uint8)
-        elif device == "cpu":
-            import torch
-
-            _far[device] = torch.from_numpy(np.zeros(size, np.uint8))
         else:
             import torch
 
-            _far.pop(device, None)
-            size = max(size, FAR_BYTES)  # enough for every case at once: a larger one later would need both
-            _far[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            on_cpu = device == "cpu"
+            _far[device] = (
+                torch.from_numpy(np.zeros(size, np.uint8)) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
+            )
     return _far[device]
+
+
+def release() -> None:
+    """Give far memory back, of whose pages more and more have been touched, and what torch caches on a device."""
+    _far.clear()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def scatter(memory: Any, index: np.ndarray, data: np.ndarray) -> None:

@@ -78,12 +78,12 @@ class _Evaluation:
         bound, tensor = self.unrounded[w.value], self.graph.tensors[w.tensor]
         shape = tuple(self.sizes[d.axis] for d in tensor.dims)
         if not w.ids:
-            return bound.each(lambda x: self._spread(x, [i.axis for i in w.index], shape))
+            return bound.each(lambda x: self._spread(x, [i.axis for i in w.index if isinstance(i, Along)], shape))
         return self._put(bound, w, next(i for i, e in enumerate(w.index) if not isinstance(e, Along)), shape)
 
     def _put(self, bound: Bound, w: Write, dim: int, shape: tuple[int, ...]) -> Bound:
         """The operand's own values, with rows `ids` replaced; ids out of range write nothing."""
-        names = [i.axis for i in w.index if isinstance(i, Along)]
+        names = [i.axis for i in w.index if isinstance(i, Along) and i.axis is not None]
         full = (*self.graph.nodes[w.ids[0]].axes, *names)
         inner = tuple(self.sizes[a] for a in full)
         ids = self._spread(self.nodes[w.ids[0]].value, full, inner).astype(np.int64)

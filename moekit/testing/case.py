@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -263,7 +264,8 @@ class FuzzCase:
     @classmethod
     def from_json(cls, data: Mapping) -> FuzzCase:
         """The case that `to_json` wrote."""
-        return cls(**(dict(data) | {"layouts": {n: Layout.from_json(v) for n, v in data["layouts"].items()}}))
+        given: dict[str, Any] = dict(data) | {"layouts": {n: Layout.from_json(v) for n, v in data["layouts"].items()}}
+        return cls(**given)
 
     def problem(self) -> str | None:
         """Why the case is no call at all, None if it is one."""

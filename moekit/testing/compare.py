@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
+from moekit.errors import MoekitError
 from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.fusion import Fusion
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.constants import constant
-from moekit.testing.propagate import Bound
+from moekit.testing.propagate import TINY, Bound
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def compare(
     graph = fusion.trace(binding)
     limits = graph_bounds(graph, inputs, dict(binding.sizes))
     with np.errstate(all="ignore"):
-        wanted = fusion.reference(**{n: inputs[n] for n in fusion.tensors}, **params)
+        wanted = reference_of(fusion)(**{n: inputs[n] for n in fusion.tensors}, **params)
     problems, ratios = [], {}
     if set(wanted) != set(outputs):
         problems.append(f"{fusion.name}: the outputs are {sorted(outputs)}, the reference has {sorted(wanted)}")
@@ -77,6 +78,13 @@ def compare(
         if bad.any():
             problems.append(f"{fusion.name}: {_first(name, got, want, bad)}")
     return Comparison(tuple(problems), ratios)
+
+
+def reference_of(fusion: Fusion) -> Callable:
+    """The reference of a declaration; raises MoekitError where it has none."""
+    if fusion.reference is None:
+        raise MoekitError(f"{fusion.name} has no reference to be compared with; give @fusion one")
+    return fusion.reference
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Judgement:
         turned = np.where(want == round_to(want, dtype), _flip(limit.value, reach, dtype), 0.0)  # a tie that noise may turn
         allowance = np.maximum(np.maximum(0.5 * ulp(want, dtype), turned), _flip(limit.value, limit.flips, dtype)) + limit.flips
         reach = np.maximum(reach, turned)
-        zeroable = np.zeros(()) > 0 if limit.exact is None else np.abs(limit.exact) < tiny
+        zeroable = np.zeros(()) > 0 if limit.exact is None else (np.abs(limit.exact) < tiny) | (np.abs(limit.value) < TINY)
         return cls(want, round_to(want - reach, dtype), round_to(want + reach, dtype), np.abs(want) - reach < tiny,
                    allowance, np.where(unknown, 0.0, limit.noise), limit.exact, limit.flips > 0, zeroable, unknown)  # fmt: skip
 

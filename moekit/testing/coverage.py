@@ -50,12 +50,13 @@ def cell(case: FuzzCase) -> Cell:
 
 @dataclass
 class Coverage:
-    """Counts of one implementation."""
+    """Counts of one implementation. `cells` has the cases of full size, `edge_cells` those smaller than `LEAST`."""
 
     ran: int = 0
     full: int = 0
     edges: int = 0
     cells: Counter[Cell] = field(default_factory=Counter)
+    edge_cells: Counter[Cell] = field(default_factory=Counter)
     compiled: set[str] = field(default_factory=set)
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -64,10 +65,15 @@ class Coverage:
         """Cases that count: those of full size, and edges up to their quota."""
         return self.full + min(self.edges, int(EDGES * self.full))
 
+    def below(self, least: int) -> dict[Cell, int]:
+        """The cells with fewer than `least` cases, and how many they lack. What only edges reach is no cell."""
+        return {c: least - n for c, n in self.cells.items() if n < least}
+
     def add(self, other: Coverage) -> None:
         """Take in what another process has covered."""
         self.ran, self.full, self.edges = self.ran + other.ran, self.full + other.full, self.edges + other.edges
         self.cells.update(other.cells)
+        self.edge_cells.update(other.edge_cells)
         self.compiled |= other.compiled
         for name, ratio in other.worst.items():
             self.worst[name] = max(ratio, self.worst.get(name, 0.0))
@@ -79,14 +85,16 @@ class Coverage:
             return
         if case.elements() >= LEAST:
             self.full += 1
+            self.cells[cell(case)] += 1
         else:
             self.edges += 1
-        self.cells[cell(case)] += 1
+            self.edge_cells[cell(case)] += 1
         self.worst[case.fusion] = max(ratio, self.worst.get(case.fusion, 0.0))
 
-    def table(self) -> list[dict]:
-        """One row per fusion: cases, cells, the cell with the fewest cases, distinct compilations, the worst ratio."""
-        rows = []
+    def table(self, least: int = 0) -> list[dict]:
+        """One row per fusion: cases of full size, cells, the cell with the fewest cases, how many have fewer than `least`,
+        distinct compilations, the worst ratio."""
+        rows, below = [], self.below(least)
         for fusion in dict.fromkeys(c[0] for c in sorted(self.cells)):
             mine: Mapping[Cell, int] = {c: n for c, n in self.cells.items() if c[0] == fusion}
             rows.append(
@@ -95,6 +103,8 @@ class Coverage:
                     "cases": sum(mine.values()),
                     "cells": len(mine),
                     "least": min(mine.values()),
+                    "below": sum(c[0] == fusion for c in below),
+                    "edges": sum(n for c, n in self.edge_cells.items() if c[0] == fusion),
                     "dtypes": len({c[1] for c in mine}),
                     "layouts": len({c[2] for c in mine}),
                     "tails": sorted({c[3] for c in mine}),

@@ -84,7 +84,7 @@ def axes_of(fusion: Fusion) -> list[str]:
 
 def draw_call(fusion: Fusion, name: str, source: Source, limits: Limits) -> FuzzCase:
     """Sizes, dtypes and parameters of a call that fits the declaration; layouts are contiguous yet."""
-    case = None
+    case = FuzzCase(name, {}, {}, {})
     for _ in range(200):
         case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits), {})
         case = replace(case, params=_params(fusion, source, case))

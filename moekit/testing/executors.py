@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def _schedules(fusion: Fusion, binding: Binding) -> dict[str, Schedule | None]:
     return variants(fusion.trace(binding))
 
 
-class Executor:
+class Executor(ABC):
     """How one implementation runs a case on tensors by name, writing each output to its target."""
 
     compiled = True
@@ -47,6 +48,7 @@ class Executor:
 
     def __init__(self, name: str):
         self.name = name
+        self.flat: dict[int, dict[str, Any]] = {}  # by address: views of the memory at hand, by dtype
 
     def supports(self, case: FuzzCase) -> bool:
         """Whether the implementation can be asked to serve the case at all."""
@@ -60,13 +62,17 @@ class Executor:
         """One tensor in that memory."""
         return slot.view(memory)
 
+    @abstractmethod
     def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
         """Run the case."""
-        raise NotImplementedError(type(self).__name__)
 
     def download(self, memory: Any) -> np.ndarray:
         """The bytes of the memory after every call has ended."""
         return memory
+
+    def forget(self) -> None:
+        """Hold on to no memory."""
+        self.flat = {}
 
     def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
         """Run cases on one image of the arena: bytes before and after, and per case what was raised (None: nothing)."""
@@ -79,7 +85,7 @@ class Executor:
                 self.call(p.case, tensors)
                 raised.append(None)
             except Exception as error:
-                if fatal(error):
+                if fatal(error) or starved(error):
                     raise
                 raised.append(f"{type(error).__name__}: {error}")
         return before, self.download(memory), raised
@@ -88,7 +94,14 @@ class Executor:
 def fatal(error: Exception) -> bool:
     """Whether an error leaves the device unusable for this process."""
     text = str(error)
-    return any(sign in text for sign in ("CUDA error", "CUDA_ERROR", "Triton Error", "illegal memory access"))
+    signs = ("CUDA error", "CUDA_ERROR", "Triton Error", "illegal memory access")
+    return not starved(error) and any(sign in text for sign in signs)
+
+
+def starved(error: Exception) -> bool:
+    """Whether an error says that the device had no memory left, which is no fault of a kernel."""
+    text = str(error)
+    return any(sign in text for sign in ("out of memory", "OUT_OF_MEMORY", "RESOURCE_EXHAUSTED: Out of memory"))
 
 
 class Interpret(Executor):
@@ -155,7 +168,6 @@ class Torch(Executor):
         super().__init__(name)
         self.torch, self.implementation, self.device = torch, implementation, device
         self.compiled = implementation == "triton"
-        self.flat: dict[int, dict[str, Any]] = {}
         if self.compiled:
             _count_launches(name)
 
@@ -192,7 +204,7 @@ class Torch(Executor):
 
     def download(self, memory: Any) -> np.ndarray:
         """The bytes, back on the host."""
-        self.flat = {}
+        self.forget()
         return memory.cpu().numpy()
 
 
@@ -207,19 +219,26 @@ def _count_launches(name: str) -> None:
     """Count every kernel that moekit launches through Triton, by either way, in this process."""
     from moekit.torch import fast, launch
 
-    if hasattr(fast, "_uncounted"):
+    straight, slow = fast._launch, launch._start
+    if hasattr(straight, "counts"):
         return
-    fast._uncounted, slow = fast._launch, launch._start
 
     def quick(entry, pointers):
         launches[name] += len(entry.ready)
-        fast._uncounted(entry, pointers)
+        straight(entry, pointers)
 
     def front(one, tensors):
         launches[name] += 1
         return slow(one, tensors)
 
+    quick.counts = True
     fast._launch, launch._start = quick, front
+
+
+def _jax(name: str) -> Executor:
+    from moekit.testing.jax_batch import Jax
+
+    return Jax(name)
 
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
@@ -228,6 +247,8 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
     "eager": lambda: Torch("eager", "eager", "cpu"),
     "triton": lambda: Torch("triton", "triton", "cuda"),
     "triton-interpreter": lambda: Torch("triton-interpreter", "triton", "cpu"),
+    "xla": lambda: _jax("xla"),
+    "pallas": lambda: _jax("pallas"),
 }
 
 
@@ -238,7 +259,7 @@ def executor(name: str) -> Executor:
     if name in PEERS or ":" in name:
         return peer_executor(name)
     if name not in EXECUTORS:
-        raise UnavailableError(f"there is no implementation {name!r}; choose of {', '.join((*EXECUTORS, 'xla', 'pallas'))}")
+        raise UnavailableError(f"there is no implementation {name!r}; choose of {', '.join(EXECUTORS)}")
     if why := unavailable(name):
         raise UnavailableError(f"{name}: {why}")
     return EXECUTORS[name]()

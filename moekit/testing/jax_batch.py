@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.jax import View, launch, op
+from moekit.jax import View, launch, op, program
 from moekit.lang.dtypes import numpy_dtype
 from moekit.testing.batch import Verdict
 from moekit.testing.case import FuzzCase, Layout
-from moekit.testing.executors import launches, schedule_of
+from moekit.testing.executors import Executor, launches, schedule_of
 from moekit.testing.guard import POISONS
 from moekit.testing.oracle import Oracle
 
@@ -54,7 +54,11 @@ def key(case: FuzzCase) -> str:
 
 
 def compiled(implementation: str, case: FuzzCase):
-    """A jitted function of the base arrays of the case's memory, by name; it returns the outputs' bases."""
+    """A jitted function of the base arrays of the case's memory, by name; it returns the outputs' bases.
+
+    Its kernels are traced anew, so that they are counted, whatever was traced before.
+    """
+    program.launched.cache_clear()
     face, names = op(case.declaration), list(case.shapes)
 
     @jax.jit
@@ -68,6 +72,41 @@ def compiled(implementation: str, case: FuzzCase):
         return got if isinstance(got, tuple) else (got,)
 
     return run
+
+
+class Jax(Executor):
+    """A JAX implementation on tensors in numpy memory: operands become bases of their layouts, results are copied back.
+
+    For properties, which relate two calls; what is written beside a tensor is looked for by `run_values`.
+    """
+
+    def supports(self, case: FuzzCase) -> bool:
+        """An output over another operand is not to be had without strides."""
+        return not case.mode.startswith("over:")
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
+        """Run the case through a function compiled for it."""
+        memory = [n for n in case.memory() if n in case.shapes or case.mode != "plain"]
+        bases = {n: base_of(tensors[n] if n in case.shapes else None, case.shape(n), case.dtype(n), _layout(case, n), 0xFF)
+                 for n in memory}  # fmt: skip
+        got = _compiled(self.name, key(case), case)({n: jnp.asarray(x) for n, x in bases.items()})
+        launches[self.name] += 1
+        for target, x in zip(case.targets.values(), got, strict=True):
+            after = np.asarray(x)
+            plain = case.mode == "plain"
+            tensors[target][...] = after if plain else _elements(after, _layout(case, target), case.shape(target))
+
+
+_functions: dict[tuple[str, str], Callable] = {}
+
+
+def _compiled(implementation: str, text: str, case: FuzzCase) -> Callable:
+    """`compiled`, kept for the calls of one property."""
+    if (implementation, text) not in _functions:
+        if len(_functions) > 64:
+            _functions.clear()
+        _functions[implementation, text] = compiled(implementation, case)
+    return _functions[implementation, text]
 
 
 def run_values(implementation: str, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> list[Verdict]:

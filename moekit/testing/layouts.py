@@ -96,7 +96,7 @@ WRITABLE = tuple(name for name in LAYOUTS if name not in INPUT_ONLY)
 
 def place(values: np.ndarray, layout: str = "contiguous") -> Placed:
     """`values` in a guarded arena, laid out as `LAYOUTS[layout]` says; stride 0 keeps one of the values."""
-    strides, extra = LAYOUTS[layout][0](values.shape), LAYOUTS[layout][1]
+    strides, extra = LAYOUTS[layout][0](values.shape) if values.ndim else (), LAYOUTS[layout][1]
     return place_strided(values, strides, MARGIN + extra)
 
 
@@ -166,13 +166,15 @@ def to_numpy(tensor) -> np.ndarray:
 def as_view(values: np.ndarray, layout: str = "contiguous"):
     """`values` as a `moekit.jax.View` of a canary-filled base, laid out as far as a View can say it.
 
-    Stride 0 has no View: such an operand is the whole of an array.
+    Stride 0 has no View: such an operand is the whole of an array. So is a single element without axes.
     """
     import jax.numpy as jnp
 
     from moekit.jax import view
 
     shape = values.shape
+    if not shape:
+        return view(jnp.asarray(values))
     whole = tuple(slice(0, n) for n in shape)
     base_shape, index, flip = {
         "offset": ((*shape[:-1], shape[-1] + 3), (*whole[:-1], slice(3, None)), False),

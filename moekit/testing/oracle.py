@@ -11,7 +11,7 @@ from moekit.lang.dtypes import is_float, round_to
 from moekit.lang.graph import Graph
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.case import FuzzCase
-from moekit.testing.compare import Judgement
+from moekit.testing.compare import Judgement, reference_of
 from moekit.testing.constants import constant
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
@@ -37,7 +37,7 @@ class Oracle:
         params = fusion.bind_params(dict(case.params))
         factor = constant(fusion.name, implementation)
         with np.errstate(all="ignore"):
-            want = (reference or fusion.reference)(**{n: x.copy() for n, x in values.items()}, **params)
+            want = (reference or reference_of(fusion))(**{n: x.copy() for n, x in values.items()}, **params)
             limits = graph_bounds(graph, values, case.extents)
             judgements = {n: Judgement.of(np.asarray(w), limits[n], factor, graph.tensors[n].dtype)
                           for n, w in want.items() if is_float(graph.tensors[n].dtype)}  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,95 +17,145 @@ from typing import Any
 import numpy as np
 
 from moekit.errors import UnavailableError
-from moekit.lang.dtypes import round_to
+from moekit.lang.dtypes import FLOATS, itemsize, round_to
+from moekit.testing import others
 from moekit.testing.case import FuzzCase
+from moekit.testing.draw import KINDS
 from moekit.testing.executors import Executor, Torch, launches
+
+HALVES = ("bfloat16", "float16")
+DENSE = ("dense",)
+ROWS = ("dense", "padded 16")  # rows of stride 1 that begin on 16 bytes
+FINITE = ("normal", "integers", "tiny", "huge", "ties", "equal", "zeros", "mixed")
+
+Adapter = Callable[[FuzzCase, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's kernel for one fusion. `call(case, tensors)` writes the outputs; `supports` says what its documentation allows;
-    `reference` replaces the fusion's where it documents other roundings."""
+    """A peer's kernel for one fusion. `call(case, tensors)` writes the outputs; `supports`, `kinds` (of layouts) and `dtypes`
 
-    package: str
+    say what its documentation allows; `reference` replaces the fusion's where it documents other roundings; `load` raises
+    UnavailableError where it is not installed.
+    """
+
     fusion: str
-    call: Callable[[FuzzCase, Mapping[str, Any]], None]
+    call: Adapter
     supports: Callable[[FuzzCase], bool]
+    load: Callable[[], object]
     reference: Callable | None = None
+    kinds: tuple[str, ...] = DENSE
+    dtypes: tuple[str, ...] = HALVES
 
 
-def _uniform(case: FuzzCase, *dtypes: str) -> bool:
-    return len(set(case.dtypes.values())) == 1 and next(iter(case.dtypes.values())) in dtypes
+def _uniform(case: FuzzCase) -> bool:
+    """Whether all operands have one dtype."""
+    return len(set(case.dtypes.values())) == 1
 
 
-def _unit_rows(case: FuzzCase) -> bool:
-    """Whether every tensor has stride 1 along its last dimension and no stride 0."""
-    return all(
-        not case.layout(n).zero and (not case.shape(n) or case.layout(n).strides(case.shape(n))[-1] == 1) for n in case.memory()
-    )
+def _some(case: FuzzCase) -> bool:
+    """Whether there is a row: no peer says what it does with none."""
+    return case.extents.get("T", 1) > 0
 
 
-def _dense(case: FuzzCase) -> bool:
-    return all(case.layout(n).kind in ("dense", "shifted") for n in case.memory())
+def vectors(case: FuzzCase) -> bool:
+    """Whether every tensor has elements one after the other along its last dimension, and rows that begin where a vector may:
 
-
-def _wide(case: FuzzCase, axis: str, multiple: int) -> bool:
-    return case.sizes.get(axis, 0) % multiple == 0 and case.sizes.get("T", 1) > 0
+    16 bytes wide, or as many elements as divide the row. That is how wide the kernels of FlashInfer's family load.
+    """
+    for name in case.memory():
+        layout, shape, size = case.layout(name), case.shape(name), itemsize(case.dtype(name))
+        *rows, last = layout.strides(shape) or (1,)
+        vector = math.gcd(16 // size, shape[-1])
+        if layout.zero or last != 1 or any(s % vector for s in (*rows, layout.offset(shape))):
+            return False
+    return True
 
 
 def _unrounded_norm(x, residual, weight, *, eps, offset):
-    """Add-RMSNorm as FlashInfer and SGLang document it: the variance and the output are of the unrounded sum."""
+    """Add-RMSNorm as FlashInfer, SGLang and QuACK have it: the variance and the output are of the unrounded sum."""
     total = x.astype(np.float64) + residual.astype(np.float64)
     scale = 1 / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + eps)
     return {"out": total * scale * (offset + weight.astype(np.float64)), "residual": round_to(total, residual.dtype)}
 
 
-def _fused_add_norm(module: str, offset_one: str, offset_zero: str) -> Callable[[FuzzCase, Mapping[str, Any]], None]:
+def _rounded_silu(gate_up):
+    """silu·mul as Liger has it: silu is rounded before the product."""
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {"out": round_to(gate / (1 + np.exp(-gate)), gate_up.dtype) * up}
+
+
+def _unrounded_gated_norm(x, z, weight, *, eps):
+    """The gated norm as fla has it: nothing is rounded before the end."""
+    x, z = x.astype(np.float64), z.astype(np.float64)
+    with np.errstate(over="ignore"):
+        silu = z / (1 + np.exp(-z))
+    return {"out": x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(np.float64) * silu}
+
+
+def _in_place_norm(kernel: Callable) -> Adapter:
     """An in-place fused add-RMSNorm: its first two arguments become the output and the residual."""
 
     def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-        package = importlib.import_module(module)
-        kernel = getattr(package, offset_one if case.params["offset"] == 1.0 else offset_zero)
         out, residual = tensors[case.targets["out"]], tensors[case.targets["residual"]]
         if case.targets["out"] != "x":
             out.copy_(tensors["x"])
         if case.targets["residual"] != "residual":
             residual.copy_(tensors["residual"])
-        kernel(out, residual, tensors["weight"], case.params["eps"])
+        kernel(out, residual, tensors["weight"], case.params["eps"], case.params["offset"])
 
     return call
+
+
+def _returning(kernel: Callable) -> Adapter:
+    """A function of operands and parameters that returns the outputs in their order."""
+
+    def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        got = kernel(*(tensors[n] for n in case.shapes), **case.params)
+        for result, target in zip(got if isinstance(got, tuple) else (got,), case.targets.values(), strict=True):
+            tensors[target].copy_(result)
+
+    return call
+
+
+def _writing(kernel: Callable) -> Adapter:
+    """A function of one operand and the output."""
+
+    def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        kernel(tensors[next(iter(case.shapes))], tensors[case.targets["out"]])
+
+    return call
+
+
+def _quack(x, residual, weight, *, eps, offset):
+    return others.quack_add_rms_norm(x, residual, weight.float() + offset, eps, 0.0)
+
+
+def _topk(kernel: Callable, extra: bool = False) -> Adapter:
+    def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        outs = [tensors[case.targets[n]] for n in ("weights", "ids")]
+        more = [outs[1].clone()] if extra else []
+        kernel(tensors["logits"], *outs, *more, case.params["renormalize"])
+
+    return call
+
+
+def _delta(q, k, v, a, b, A_log, dt_bias, state, *, eps):
+    return others.fla_delta_rule_step(q, k, v, a, b, A_log, dt_bias, state)
 
 
 def _norm_supported(case: FuzzCase) -> bool:
-    known = case.params["offset"] in (0.0, 1.0)
-    return known and _uniform(case, "float16", "bfloat16") and _dense(case) and _wide(case, "H", 8)
-
-
-def _silu(module: str) -> Callable[[FuzzCase, Mapping[str, Any]], None]:
-    def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-        importlib.import_module(module).silu_and_mul(tensors["gate_up"], tensors[case.targets["out"]])
-
-    return call
+    return case.params["offset"] in (0.0, 1.0) and _uniform(case) and vectors(case) and _some(case)
 
 
 def _silu_supported(case: FuzzCase) -> bool:
-    return _uniform(case, "float16", "bfloat16") and _dense(case) and _wide(case, "I", 16)
-
-
-def _sgl_topk(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-    kernel = importlib.import_module("sgl_kernel").topk_softmax
-    kernel(tensors["weights"], tensors["ids"], tensors["logits"], case.params["renormalize"])
+    """ "The pointers must be multiple of 16 bytes": of both halves, and of the output's rows."""
+    return _uniform(case) and case.sizes["I"] % 8 == 0 and _some(case)
 
 
 def _topk_supported(case: FuzzCase) -> bool:
-    finite = case.recipe not in ("special", "lowest", "huge")
-    return _dense(case) and finite and _wide(case, "E", 1) and not case.params["nan_to_zero"]
-
-
-def _liger_silu(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-    function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-    half = case.sizes["I"]
-    tensors[case.targets["out"]].copy_(function.apply(tensors["gate_up"][:, :half], tensors["gate_up"][:, half:]))
+    return case.recipe in FINITE and _some(case) and not case.params["nan_to_zero"]
 
 
 def _compiled(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
@@ -120,6 +170,9 @@ def _compiled_eager(fusion, params: tuple) -> Callable:
 
     from moekit.torch.autograd import evaluated
 
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 10_000  # past it, dynamo would run eagerly and say nothing
+
     def eager(*tensors):
         bound, values = evaluated(fusion, dict(params), tensors)
         return tuple(values[n] for n in bound.names)
@@ -127,16 +180,32 @@ def _compiled_eager(fusion, params: tuple) -> Callable:
     return torch.compile(eager, dynamic=True)
 
 
+def _package(name: str) -> Callable[[], object]:
+    return functools.partial(others.module, name)
+
+
 PEERS: dict[str, Peer] = {
-    "flashinfer-add-norm": Peer("flashinfer", "add_rms_norm", _fused_add_norm(
-        "flashinfer.norm", "gemma_fused_add_rmsnorm", "fused_add_rmsnorm"), _norm_supported, _unrounded_norm),
-    "flashinfer-silu": Peer("flashinfer", "silu_and_mul", _silu("flashinfer.activation"), _silu_supported),
-    "sgl-add-norm": Peer("sgl_kernel", "add_rms_norm", _fused_add_norm(
-        "sgl_kernel", "gemma_fused_add_rmsnorm", "fused_add_rmsnorm"), _norm_supported, _unrounded_norm),
-    "sgl-silu": Peer("sgl_kernel", "silu_and_mul", _silu("sgl_kernel"), _silu_supported),
-    "sgl-topk": Peer("sgl_kernel", "topk_softmax", _sgl_topk, _topk_supported),
-    "liger-silu": Peer("liger_kernel", "silu_and_mul", _liger_silu, lambda c: _wide(c, "I", 1) and _unit_rows(c)),
-    "compiled-eager": Peer("torch", "", _compiled, lambda c: _wide(c, "T", 1) or "T" not in c.sizes),
+    "flashinfer-add-norm": Peer("add_rms_norm", _in_place_norm(others.flashinfer_add_rms_norm), _norm_supported,
+                                _package("flashinfer.norm"), _unrounded_norm, ROWS),
+    "flashinfer-cuda-add-norm": Peer("add_rms_norm", _in_place_norm(others.flashinfer_cuda_add_rms_norm), _norm_supported,
+                                     others.flashinfer_cuda, _unrounded_norm, ROWS),
+    "flashinfer-silu": Peer("silu_and_mul", _writing(others.flashinfer_silu_and_mul), _silu_supported,
+                            _package("flashinfer.activation")),
+    "sgl-add-norm": Peer("add_rms_norm", _in_place_norm(others.sgl_add_rms_norm), _norm_supported, others.sgl, _unrounded_norm),
+    "sgl-silu": Peer("silu_and_mul", _writing(others.sgl_silu_and_mul), _silu_supported, others.sgl),
+    "sgl-topk": Peer("topk_softmax", _topk(others.sgl_topk_softmax), _topk_supported, others.sgl, dtypes=FLOATS),
+    "vllm-topk": Peer("topk_softmax", _topk(others.vllm_topk_softmax, True), _topk_supported, others.vllm_moe, dtypes=FLOATS),
+    "liger-add-norm": Peer("add_rms_norm", _returning(others.liger_add_rms_norm), lambda c: _uniform(c) and _some(c),
+                           _package("liger_kernel.ops.fused_add_rms_norm"), None, (*ROWS, "padded", "shifted"), FLOATS),
+    "liger-silu": Peer("silu_and_mul", _returning(others.liger_silu_and_mul), _some,
+                       _package("liger_kernel.ops.swiglu"), _rounded_silu, (*ROWS, "padded", "shifted"), FLOATS),
+    "quack-add-norm": Peer("add_rms_norm", _returning(_quack), lambda c: _norm_supported(c) and c.sizes["H"] % 8 == 0,
+                           _package("quack.rmsnorm"), _unrounded_norm),
+    "fla-gated-norm": Peer("gated_rms_norm", _returning(others.fla_gated_rms_norm), _some,
+                           _package("fla.modules.norm.fused_norm_gate"), _unrounded_gated_norm, dtypes=FLOATS),
+    "fla-delta": Peer("delta_rule_step", _returning(_delta), lambda c: c.params["eps"] == 1e-6 and _some(c),
+                      _package("fla.ops.gated_delta_rule.fused_recurrent"), dtypes=FLOATS),
+    "compiled-eager": Peer("", _compiled, _some, _package("torch"), None, KINDS, FLOATS),
 }  # fmt: skip
 
 
@@ -160,26 +229,18 @@ class PeerExecutor(Torch):
             launches[self.name] += 1
 
 
-def _plain(function: Callable) -> Callable[[FuzzCase, Mapping[str, Any]], None]:
-    def call(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-        got = function(*(tensors[n] for n in case.shapes), **case.params)
-        for result, target in zip(got if isinstance(got, tuple) else (got,), case.targets.values(), strict=True):
-            tensors[target].copy_(result)
-
-    return call
-
-
 @functools.lru_cache(maxsize=64)
 def peer_executor(name: str) -> Executor:
     """The executor of a peer by name, or of `module:callable`; raises UnavailableError where it is not installed."""
     if name in PEERS:
-        peer = PEERS[name]
-        if importlib.util.find_spec(peer.package) is None:
-            raise UnavailableError(f"{name}: {peer.package} is not installed")
-        return PeerExecutor(name, peer)
+        try:
+            PEERS[name].load()
+        except UnavailableError as error:
+            raise UnavailableError(f"{name}: {error}") from None
+        return PeerExecutor(name, PEERS[name])
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UnavailableError(f"{name}: {error}") from None
-    return PeerExecutor(name, Peer(module, "", _plain(function), lambda case: True))
+    return PeerExecutor(name, Peer("", _returning(function), lambda case: True, lambda: function, None, KINDS, FLOATS))

@@ -188,8 +188,21 @@ def probe_product(bias, x, w):
     return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H") + ml.f32(bias)
 
 
+def _stacked(x):
+    (x,) = _f64(x)
+    with np.errstate(all="ignore"):
+        return {"height": np.cumsum(x, 1), "total": x.sum(1)}
+
+
+@fusion(_stacked, x=In("T A H"))
+def probe_stacked(x):
+    """Running sums along a middle axis, and what they add up to."""
+    x32 = ml.f32(x)
+    return {"height": ml.cumsum(x32, over="A"), "total": ml.sum(x32, over="A")}
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked)
 }  # fmt: skip

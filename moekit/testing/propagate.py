@@ -7,6 +7,7 @@ Arrays have a dimension for every axis of the graph, of size 1 where they do not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,11 +17,12 @@ import numpy as np
 from moekit.lang import graph as g
 from moekit.lang.dtypes import MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.graph import COMPARE, Along, Node
+from moekit.testing.constants import DEFAULT
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
 LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # its smallest normal number: anything smaller may read as zero
-REACH = 8.0  # how many times the estimated noise may carry a value over a tie
+REACH = DEFAULT  # how many times the estimated noise may carry a value over a tie: as often as it may be exceeded at all
 
 # own error of one operation, in UNITs of its result; room for what GPUs approximate (division, ex2, lg2)
 OWN = {"add": 1, "sub": 1, "mul": 1, "div": 4, "sqrt": 4, "rsqrt": 4, "log": 4}
@@ -181,14 +183,14 @@ def _unary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         return _integer({"not": np.invert, "neg": np.negative, "abs": np.abs}[node.op](x.value), x)
     if node.op in ("neg", "abs"):
         f = np.negative if node.op == "neg" else np.abs
-        return Bound(f(x.value), x.noise, x.flips, f(x.exact) if _known(x) else None, x.product)
+        return Bound(f(x.value), x.noise, x.flips, None if x.exact is None else f(x.exact), x.product)
     v = UNARY[node.op](x.value)
     slope, own = {
         "exp": lambda: (v, 4 + np.abs(np.nan_to_num(x.value, nan=0.0, posinf=0.0, neginf=0.0))),
         "log": lambda: (1 / np.abs(x.value), OWN["log"]),
         "sqrt": lambda: (0.5 / v, OWN["sqrt"]),
         "rsqrt": lambda: (0.5 * v / np.abs(x.value), OWN["rsqrt"]),
-        "softplus": lambda: (1 - np.exp(-v), 16 + np.minimum(np.abs(x.value), 128)),
+        "softplus": lambda: (1 - np.exp(-v), 8 + np.minimum(np.abs(x.value), 128)),
         "sigmoid": lambda: (v * (1 - v), 6 + (4 + np.minimum(np.abs(x.value), 128)) * (1 - v)),
     }[node.op]()
     made = _made(v, [(np.nan_to_num(slope, nan=0.0, posinf=np.inf), x)], own)
@@ -215,16 +217,16 @@ def _cast(ev: Evaluation, node: Node, args: list[Bound]) -> Bound | tuple[Bound,
         return Bound(value, np.abs(exact - value), np.zeros(value.shape), exact)
     if node.dtype == "float32":
         return x
-    exact = round_to(x.exact, node.dtype) if _known(x) else None
+    exact = None if x.exact is None else round_to(x.exact, node.dtype)
     value, reach = round_to(x.value, node.dtype), REACH * x.noise + x.flips
     if exact is not None:
-        flips = np.where(exact == value, 0.0, np.abs(exact - value))
-        flips = np.maximum(flips, np.where(np.abs(value) < TINY * 2**10, 2 * TINY, 0.0))  # subnormal operands may read as zero
-    else:
-        ends = (round_to(x.value + reach, node.dtype), round_to(x.value - reach, node.dtype))
-        flips = np.maximum(*(np.where(e == value, 0.0, np.abs(e - value)) for e in ends))
+        reach = x.flips  # nothing but operands that read as zero moves it
+    ends = [round_to(x.value + reach, node.dtype), round_to(x.value - reach, node.dtype)]
+    ends += [exact] if exact is not None else []
+    flips = functools.reduce(np.maximum, (np.where(e == value, 0.0, np.abs(e - value)) for e in ends))
     smallest = 2.0 ** MIN_EXPONENT[node.dtype]
-    flips = np.maximum(flips, np.where(np.abs(value) < smallest, np.abs(value), 0.0))
+    zeroed = (np.abs(value) < smallest) | (np.abs(x.value) < TINY)  # it may read as zero after the rounding, or before
+    flips = np.maximum(flips, np.where(zeroed, np.abs(value), 0.0))
     return replace(x, exact=exact), Bound(value, np.zeros(()), flips, exact)
 
 
@@ -258,7 +260,7 @@ def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         exact = f(x.exact, axis=axis, keepdims=True) if _known(x) else None
         return replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact)
     total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
-    own = UNIT * _growth(ev.sizes[node.attr("axis")]) * total(np.abs(x.value)) + ev.sizes[node.attr("axis")] * TINY
+    own = _added(ev.sizes[node.attr("axis")], total(np.abs(x.value)), total(x.value))
     return _unknown(Bound(total(x.value), total(x.noise) + own, total(x.flips)), total(_tame(x.value)) > LARGEST)
 
 
@@ -277,6 +279,17 @@ def _growth(n: int) -> float:
     return 1 + np.log2(max(1, n))
 
 
+def _added(n: int, magnitude: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """What n terms may lose by being added up, when Σ|x| is `magnitude` and Σx is `total`.
+
+    A tree of additions loses at most its depth times Σ|x|. One after another, as numpy adds along any axis but the last and a
+    schedule with small blocks does, they lose at most half an ulp of every partial sum, which for terms of one sign is
+    n/2 · |Σx| (equal terms, all rounded the same way, come to half of that; terms of both signs cancel in their partial sums
+    as in their total). The constant of the contract multiplies by four: hence n/8.
+    """
+    return UNIT * np.maximum(_growth(n) * magnitude, n / 8 * np.abs(total)) + n * TINY
+
+
 def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     axis = ev.order[node.attr("axis")]
     x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
@@ -284,8 +297,8 @@ def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     if not is_float(node.dtype):
         return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
     n = ev.sizes[node.attr("axis")]
-    depth = max(_growth(n), n / 8)  # numpy adds in order, and rounds equal terms the same way each time
-    own = UNIT * depth * run(np.abs(x.value)) + n * TINY
+    in_order = run(np.abs(run(x.value))) / 4  # half an ulp of every partial sum, as in `_added`
+    own = UNIT * np.maximum(_growth(n) * run(np.abs(x.value)), in_order) + n * TINY
     return _unknown(Bound(run(x.value), run(x.noise) + own, run(x.flips)), run(_tame(x.value)) > LARGEST)
 
 
@@ -296,9 +309,7 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     value = dot(a.value, b.value)
     noise = dot(a.noise, size_b) + dot(size_a, b.noise)
-    n = ev.sizes[node.attr("axis")]
-    depth = max(_growth(n), n / 16)  # a float32 product adds in order; equal terms are all rounded the same way
-    noise = noise + UNIT * depth * dot(size_a, size_b) + n * TINY
+    noise = noise + _added(ev.sizes[node.attr("axis")], dot(size_a, size_b), value)
     made = Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
     return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
 

@@ -154,7 +154,7 @@ def _run_jax(implementation: str, call: Call) -> Outcome:
             before, after = np.asarray(outs[name].base), np.asarray(x)
             result = replace(outs[name], base=x)
             x, blank = result.array(), interpret.poison(call.shape(name), after.dtype.name)
-            wiped = np.asarray(replace(outs[name], base=result.set(blank)).base)
+            wiped = np.asarray(replace(outs[name], base=result.set(jax.numpy.asarray(blank))).base)
             if before.view(np.uint8).tobytes() != wiped.view(np.uint8).tobytes():
                 problems.append(f"{call.fusion.name}: elements outside the view of {name} were written")
         outputs[name] = np.asarray(x)

@@ -45,7 +45,7 @@ def _reshaped(graph: Graph, base: Schedule, reduced: tuple[str, int] | None, par
             kind, block = reduced
             if kind == "whole" and use.extent is None:
                 kind, block = "loop", 2
-            base = base.with_axis(axis, kind, pow2(use.extent) if kind == "whole" else block)
+            base = base.with_axis(axis, kind, pow2(use.extent) if kind == "whole" and use.extent is not None else block)
         elif mode == "loop":
             base = base.with_axis(axis, block=max(1, base.block(axis) // 2))
     return base

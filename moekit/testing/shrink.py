@@ -5,6 +5,7 @@ Each step is kept if the case still fails; steps are tried until none helps. Wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ def simpler(case: FuzzCase) -> Iterator[FuzzCase]:
     for name, p in case.declaration.params.items():
         if p.default is not p.empty and case.params.get(name) != p.default:
             yield replace(case, params={n: v for n, v in case.params.items() if n != name})
-        elif isinstance(case.params.get(name), int) and case.params[name] > 1:
+        elif isinstance(given := case.params.get(name), int) and given > 1:
             yield replace(case, params={**case.params, name: 1})
     for name, layout in case.layouts.items():
         for field in ("starts", "pads"):
@@ -72,14 +73,15 @@ def _resized(case: FuzzCase, sizes: dict[str, int]) -> FuzzCase:
     return replace(found, layouts=layouts)
 
 
-def shrink(case: FuzzCase, fails: Callable[[FuzzCase], bool], most: int = 300) -> FuzzCase:
-    """The smallest case found that still fails, after at most `most` tries."""
+def shrink(case: FuzzCase, fails: Callable[[FuzzCase], bool], most: int = 300, seconds: float | None = None) -> FuzzCase:
+    """The smallest case found that still fails, after at most `most` tries and about `seconds`."""
     tries, progress = 0, True
+    until = None if seconds is None else time.monotonic() + seconds
     while progress and tries < most:
         progress = False
         for candidate in simpler(case):
-            if tries >= most:
-                break
+            if tries >= most or (until is not None and time.monotonic() > until):
+                return case
             tries += 1
             if _valid(candidate) and fails(candidate):
                 case, progress = candidate, True

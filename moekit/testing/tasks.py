@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from moekit.lang.dtypes import itemsize
 from moekit.testing.batch import Verdict, run_cases
 from moekit.testing.case import FuzzCase, Layout, find_fusion
-from moekit.testing.coverage import Coverage, blocks
+from moekit.testing.coverage import Cell, Coverage, blocks, cell
 from moekit.testing.draw import (
     KINDS,
     Limits,
@@ -24,19 +24,24 @@ from moekit.testing.draw import (
 )
 from moekit.testing.executors import Executor, executor, schedule_of
 from moekit.testing.oracle import Oracle
+from moekit.testing.peers import PEERS
 from moekit.testing.values import RECIPES
 
 JAX = ("pallas", "xla")
 VIEWS = ("dense", "padded", "padded 16", "strided", "transposed", "apart", "transposed padded", "arbitrary")
 ON_CPU = frozenset({"interpret", "numpy", "eager", "triton-interpreter", "pallas", "xla"})
 SLOW_BLOCKS = 160  # blocks of work beyond which the interpreters are too slow for a campaign
+EDGE_TURN = 25  # every so manieth turn of a call may have fewer elements than count
+DRAWS = 60  # how often sizes are drawn to meet a wanted cell
 
 
 @dataclass(frozen=True)
 class Task:
     """Cases `start` to `stop` of one batch: call number `combo` of a fusion (what costs a compilation), turn `turn` of it.
 
-    A batch has `groups` sets of values, each run with `layouts` sets of strides. `accelerated`: on a GPU.
+    A batch has `groups` sets of sizes and values, each run with `layouts` sets of strides; where strides come out as before,
+    the values are new, so that no case is another's twin. `accelerated`: on a GPU. `wanted`: sizes and strides are drawn to
+    fall into that cell. `trial`: which search for a deadly case it belongs to (0: none).
     """
 
     fusion: str
@@ -49,12 +54,19 @@ class Task:
     accelerated: bool = False
     start: int = 0
     stop: int = 1_000_000
+    wanted: Cell | None = None
+    trial: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many cases it has."""
+        return min(self.stop, self.groups * self.layouts) - self.start
 
     def halves(self) -> list[Task]:
         """The task in two, or nothing if it is one case."""
-        stop = min(self.stop, self.groups * self.layouts)
-        if stop - self.start < 2:
+        if self.size < 2:
             return []
+        stop = self.start + self.size
         middle = (self.start + stop) // 2
         return [replace(self, stop=middle), replace(self, start=middle, stop=stop)]
 
@@ -71,7 +83,7 @@ class Report:
 
 def limits_of(task: Task) -> Limits:
     """How far the cases of a task may go."""
-    edge = task.turn % 25 == 24
+    edge = task.wanted is None and task.turn % EDGE_TURN == EDGE_TURN - 1
     elements = 5_000 if task.accelerated else 2500
     name, kinds, modes = task.implementation, KINDS, ("out", "in place", "over", "plain")
     schedules: tuple[str, ...] = Limits().schedules
@@ -82,6 +94,8 @@ def limits_of(task: Task) -> Limits:
         dtypes = ("float32", "float16")
     if name in ("numpy", "eager", "xla"):
         schedules = ("heuristic",)
+    if name in PEERS:
+        kinds, dtypes, schedules = PEERS[name].kinds, PEERS[name].dtypes, ("heuristic",)
     return Limits(elements, 0 if edge else 64, kinds, modes, schedules, dtypes)
 
 
@@ -117,30 +131,40 @@ def _affordable(case: FuzzCase, task: Task) -> FuzzCase:
 
 
 def cases(task: Task) -> list[list[FuzzCase]]:
-    """All cases of a task's batch: groups that share their values."""
-    base, kinds = template(replace(task, turn=0, start=0, stop=1))
+    """All cases of a task's batch, in groups that share their sizes."""
+    base, kinds = template(replace(task, turn=0, start=0, stop=1, wanted=None, trial=0))
     source = numpy_source(task.seed, zlib.crc32(task.fusion.encode()), task.combo, task.turn + 1)
-    limits = limits_of(task)
-    static = redraw_dynamic(base, source, limits)
     odd = {**base.sizes, **{a: 7 for a in base.sizes if a in base.declaration.dynamic}}
     first = replace(base, sizes=odd)
     first = replace(first, layouts=draw_layouts(first, dict(kinds), numpy_source(task.seed, task.combo)))
-    found = []
+    found: list[list[FuzzCase]] = []
     for _ in range(task.groups):
-        call = static if task.implementation in JAX else redraw_dynamic(base, source, limits)
-        call = _affordable(call, task)
-        if call.problem():
-            call = base
+        if task.implementation not in JAX or not found:
+            call = _resized(base, dict(kinds), task, source)
+            layouts = draw_layouts(call, dict(kinds), source)
         call = replace(call, recipe=source.choose([*RECIPES, "normal", "integers"]), seed=source.integer(0, 2**30))
-        group = []
+        group, seen = [], set()
         for _ in range(task.layouts):
             if task.implementation not in JAX:
                 layouts = steady_layouts(call, dict(kinds), first, source)
-            else:
-                layouts = dict(found[0][0].layouts) if found else draw_layouts(call, dict(kinds), source)
+            if (key := tuple(layouts.items())) in seen:
+                call = replace(call, seed=source.integer(0, 2**30))
+            seen.add(key)
             group.append(replace(call, layouts=layouts))
         found.append(group)
     return found
+
+
+def _resized(base: FuzzCase, kinds: dict[str, str], task: Task, source: Source) -> FuzzCase:
+    """The call with other dynamic sizes: with such as meet the cell that is wanted, if one is and chance finds them."""
+    limits, call = limits_of(task), base
+    for _ in range(DRAWS):
+        call = _affordable(redraw_dynamic(base, source, limits), task)
+        if call.problem():
+            call = base
+        if task.wanted is None or cell(replace(call, layouts=draw_layouts(call, kinds, source))) == task.wanted:
+            break
+    return call
 
 
 def signature(case: FuzzCase, name: str, layout: Layout) -> tuple:
@@ -174,14 +198,15 @@ def _executor(name: str) -> Executor:
 def run_task(task: Task) -> Report:
     """Run a task in this process."""
     report = Report(task)
-    groups, number, pairs = cases(task), 0, []
     reference = None if task.implementation in JAX else _executor(task.implementation).reference
-    for group in groups:
-        oracle = None
+    number, pairs = 0, []
+    for group in cases(task):
+        oracles: dict[int, Oracle] = {}
         for case in group:
             if task.start <= number < task.stop:
-                oracle = oracle or Oracle.of(case, task.implementation, reference)
-                pairs.append((case, oracle))
+                if case.seed not in oracles:
+                    oracles[case.seed] = Oracle.of(case, task.implementation, reference)
+                pairs.append((case, oracles[case.seed]))
             number += 1
     for verdict in _run(task, pairs):
         _note(report, verdict)

@@ -13,8 +13,9 @@ from moekit.compile import tile as t
 from moekit.compile.alias import may_overwrite, out_of_place, over_operand, written_name
 from moekit.compile.overlap import Region, overlap, overlaps_itself
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule
-from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ShapeError
+from moekit.compile.schedule import Schedule, legal
+from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ScheduleError, ShapeError
+from moekit.lang.arguments import refuse_empty
 from moekit.lang.fusion import Binding, Fusion
 from moekit.torch import launch
 from moekit.torch.binding import DTYPES, bind, checked
@@ -49,6 +50,9 @@ class Call:
         self.device = one_device(fusion, self.operands)
         self.bound = bind(fusion, self.operands, params)
         self.graph, self.sizes, self.names = self.bound.graph, self.bound.sizes, self.bound.names
+        refuse_empty(self.graph, self.sizes)
+        if schedule is not None and (why := legal(self.graph, schedule)):
+            raise ScheduleError(why)
         self.given = self._given(out)
         updated = [n for n in self.names if in_place and n in self.operands and n not in self.given]
         self.outs = self.given | {n: self.operands[n] for n in updated}

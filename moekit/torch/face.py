@@ -33,11 +33,12 @@ def op(fusion: Fusion, in_place: bool = False) -> Callable:
     def traced(tensors, params, out, implementation, schedule):
         return dispatch(known or registered(fusion), in_place, tensors, params, out, implementation, schedule)
 
+    signature = face_signature(fusion)
     face = _written_out(fusion, in_place, serve, traced)
     updates = ", ".join(n for n, s in fusion.tensors.items() if s.role == "InOut")
     note = f"In place: updates {updates}. " if in_place else ""
     face.__doc__ = f"{fusion.doc}\n\n{note}Tensors of any strides; see `moekit.torch.op` for out=, implementation= and errors."
-    face.__signature__ = face_signature(fusion)
+    face.__signature__ = signature
     face.fusion = fusion
     return face
 
@@ -50,26 +51,28 @@ def _written_out(fusion: Fusion, in_place: bool, serve: Callable, traced: Callab
     name = fusion.name + "_" * in_place
     signature = fusion.signature
     parameters = [
-        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else _Named(f"_{n}"))
+        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else _Named(f"__default_{n}"))
         for n, p in signature.parameters.items()
     ]
     text = str(signature.replace(parameters=parameters, return_annotation=signature.empty))[1:-1]
     star = "" if any(p.kind is p.KEYWORD_ONLY for p in parameters) else "*, "
     tensors, params = ("".join(f"{n}, " for n in names) for names in (fusion.tensors, fusion.params))
     extra = ", ".join(EXTRA)
-    defaults = {f"_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
-    around = {"traced": traced, "serve": serve, "is_compiling": is_compiling, **defaults}
+    defaults = {f"__default_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+    around = {"__traced": traced, "__serve": serve, "__is_compiling": is_compiling, **defaults}
     source = (
         f"def make({', '.join(around)}):\n"
         f"    def {name}({text}, {star}{', '.join(f'{e}=None' for e in EXTRA)}):\n"
-        f"        call = traced if is_compiling() else serve\n"
-        f"        results = call(({tensors}), ({params}), {extra})\n"
-        f"        return results[0] if len(results) == 1 else results\n"
+        f"        __call = __traced if __is_compiling() else __serve\n"
+        f"        __results = __call(({tensors}), ({params}), {extra})\n"
+        f"        return __results[0] if __results.__len__() == 1 else __results\n"
         f"    return {name}\n"
     )
     scope: dict = {"__name__": f"moekit_face_of_{name}"}
     exec(compile(source, f"<moekit torch {name}>", "exec"), scope)
-    return scope["make"](**around)
+    made = scope["make"](**around)
+    made.__qualname__ = name  # what Python's own TypeErrors say
+    return made
 
 
 class _Named:

@@ -9,6 +9,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from moekit.compile.schedule import Schedule
 from moekit.errors import UnavailableError
+from moekit.lang.arguments import naming, refuse_schedule
 from moekit.lang.fusion import Fusion
 from moekit.torch import fast, launch
 from moekit.torch.autograd import differentiable, evaluated, needs_grad
@@ -21,7 +22,7 @@ class Form:
     """Serves calls of one fusion; `in_place` updates the InOut operands."""
 
     def __init__(self, fusion: Fusion, in_place: bool):
-        self.fusion, self.in_place = fusion, in_place
+        self.fusion, self.in_place, self.name = fusion, in_place, fusion.name + "_" * in_place
         self.cache = fast.Cache()
         names = list(fusion.tensors)
         self.dispatched: Callable | None = None  # set by `ops.register`: the same call through torch's dispatcher
@@ -51,8 +52,13 @@ class Form:
         return fast.launch(entry, given, pointers)
 
     def serve(self, tensors: tuple, params: tuple, out, implementation, schedule) -> Outputs:
-        """A call with every check."""
-        name = self.fusion.name
+        """A call with every check; errors name the form that was called."""
+        with naming(self.fusion.name, self.name):
+            return self._serve(tensors, params, out, implementation, schedule)
+
+    def _serve(self, tensors: tuple, params: tuple, out, implementation, schedule) -> Outputs:
+        name = self.name
+        refuse_schedule(name, schedule, Schedule)
         if implementation not in (None, *IMPLEMENTATIONS):
             known = " or ".join(IMPLEMENTATIONS)
             raise UnavailableError(f"{name}: there is no implementation {implementation!r} for PyTorch; choose {known}")
@@ -78,7 +84,7 @@ class Form:
 
     def _under_transform(self, operands: dict, params: dict, out, implementation) -> Outputs:
         """Inside torch.func's vmap, grad and the like: array evaluation of the plain form, which they all understand."""
-        name = self.fusion.name
+        name = self.name
         for n, x in operands.items():
             checked(self.fusion, n, x)
         if self.in_place or out is not None:

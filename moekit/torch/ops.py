@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from moekit.errors import DeclarationError, UnavailableError
-from moekit.lang.arguments import example, parameter_type
+from moekit.lang.arguments import example, naming, parameter_type
 from moekit.lang.fusion import Fusion
 from moekit.torch.autograd import differentiable, needs_grad
 from moekit.torch.binding import DTYPES, bind, checked
@@ -137,6 +137,10 @@ class Variant:
 
     def entry(self, *args, **kwargs):
         """The operator with everything decided: plain tensors are served, others go on below autograd."""
+        with naming(self.ops.fusion.name, self.form.name):
+            return self._entry(*args, **kwargs)
+
+    def _entry(self, *args, **kwargs):
         tensors, params, out = self.split(args, kwargs)
         given = tuple(x for x in out or () if x is not None)
         if not foreign((*tensors, *given)):
@@ -159,6 +163,10 @@ class Variant:
 
     def fake(self, *args, **kwargs):
         """Shapes and dtypes of the outputs, from the graph; refuses what the operator would refuse."""
+        with naming(self.ops.fusion.name, self.form.name):
+            return self._fake(*args, **kwargs)
+
+    def _fake(self, *args, **kwargs):
         tensors, params, out = self.split(args, kwargs)
         fusion = self.ops.fusion
         operands = {n: checked(fusion, n, x) for n, x in zip(fusion.tensors, tensors, strict=True)}
@@ -168,7 +176,7 @@ class Variant:
             if x is not None:
                 torch._check(
                     tuple(x.shape) == bound.shape(n) and DTYPES.get(x.dtype) == bound.graph.tensors[n].dtype,
-                    lambda n=n: f"{fusion.name}: out for {n} has another shape or dtype than {n}",
+                    lambda n=n: f"{self.form.name}: out for {n} has another shape or dtype than {n}",
                 )
         return self.packed(tuple(bound.empty(n, device) if n in self.returned else None for n in bound.names))
 
@@ -216,7 +224,7 @@ def registered(fusion: Fusion) -> Ops | None:
 
 def dispatch(ops: Ops | None, in_place: bool, tensors, params, out, implementation, schedule) -> tuple:
     """A call of a face through the dispatcher, as torch.compile traces it: all outputs in declared order."""
-    ops = _traceable(ops, tensors, implementation, schedule)
+    ops = _traceable(ops, in_place, tensors, implementation, schedule)
     if out is None:
         if not in_place:
             return _as_tuple(ops.plain(*tensors, *params))
@@ -231,14 +239,14 @@ def dispatch(ops: Ops | None, in_place: bool, tensors, params, out, implementati
         wanted, target = ops.outputs, ops.plain_into
     for n in wanted:
         if outs.get(n) is None and n not in operands:
-            raise UnavailableError(f"{ops.fusion.name}: under torch.compile out= must have a tensor for {n}")
+            raise UnavailableError(f"{ops.forms[in_place].name}: under torch.compile out= must have a tensor for {n}")
         if outs.get(n) is None:
             outs[n] = operands[n] if in_place else operands[n].new_empty(operands[n].shape)
     target(*tensors, *[outs[n] for n in wanted], *params)
     return tuple([operands[n] if outs.get(n) is None else outs[n] for n in ops.outputs])
 
 
-def _traceable(ops: Ops | None, tensors, implementation, schedule) -> Ops:
+def _traceable(ops: Ops | None, in_place: bool, tensors, implementation, schedule) -> Ops:
     if ops is None:
         raise UnavailableError(
             "a fusion must be registered before torch.compile meets it: call moekit.torch.register(fusion) first"
@@ -246,7 +254,7 @@ def _traceable(ops: Ops | None, tensors, implementation, schedule) -> Ops:
     own = "triton" if tensors[0].is_cuda else "eager"
     if schedule is not None or implementation not in (None, own):
         raise UnavailableError(
-            f"{ops.fusion.name}: under torch.compile the device decides; leave out implementation= and schedule="
+            f"{ops.forms[in_place].name}: under torch.compile the device decides; leave out implementation= and schedule="
         )
     return ops
 

@@ -26,7 +26,14 @@ def test_export_with_a_schedule_and_a_dimension_of_one(moekit):
 
 
 def test_export_asked_wrongly(moekit):
-    for arguments in (("rope",), ("silu_and_mul", "--dtype", "int8"), ("silu_and_mul", "--schedule", "T:grid:1")):
+    wrong = (
+        ("rope",),
+        ("silu_and_mul", "--dtype", "int8"),
+        ("silu_and_mul", "--schedule", "T:grid:1"),
+        ("add_rms_norm", "--sizes", "H=0"),
+        ("add_rms_norm", "--sizes", "H=99999999999"),
+    )
+    for arguments in wrong:
         refused = moekit("export", *arguments)
         assert refused.exit_code == 2
         assert refused.stderr

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moekit.jax import add_rms_norm, silu_and_mul, view
+from moekit.compile.schedule import Schedule
+from moekit.errors import ScheduleError, ShapeError
+from moekit.jax import add_rms_norm, launch, program, silu_and_mul, topk_softmax, view
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
@@ -32,3 +34,95 @@ def test_second_derivative():
         return jax.grad(lambda a: (first(a) ** 2).sum())(x)
 
     np.testing.assert_allclose(curvature("pallas"), curvature("xla"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """How often kernels are traced, from an empty cache."""
+    count, original = [], launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *args: (count.append(1), original(*args))[1])
+    program.launched.cache_clear()
+    yield count
+    program.launched.cache_clear()
+
+
+def test_eager_calls_of_one_signature_are_traced_once(traces):
+    """Other values, arrays and derivatives need no new trace; other shapes, views, dtypes and parameters do."""
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((4, 48)), jnp.float32)
+    call = lambda a, **more: silu_and_mul(view(a)[:, 8:40], implementation="pallas", **more)  # noqa: E731
+    for i in range(3):
+        np.testing.assert_allclose(call(x + i), silu_and_mul((x + i)[:, 8:40], implementation="xla"), rtol=1e-5)
+    assert len(traces) == 1
+    silu_and_mul(view(x)[:, :32], implementation="pallas")
+    assert len(traces) == 2
+    call(x.astype(jnp.float16))
+    assert len(traces) == 3
+    for k, renormalize in ((3, True), (3, True), (3, False), (4, True)):
+        topk_softmax(x, k, renormalize, implementation="pallas")
+    assert len(traces) == 6
+
+
+def test_an_eager_call_is_the_compiled_one(traces):
+    """The same function serves under jit (inlined: no call in the program), grad and vmap."""
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((3, 4, 16)), jnp.float32)
+    call = lambda a: silu_and_mul(a, implementation="pallas")  # noqa: E731
+    np.testing.assert_array_equal(call(x[0]), jax.jit(call)(x[0]))
+    assert "silu_and_mul" in str(jax.make_jaxpr(call)(x[0]))
+    assert "func private @silu_and_mul" not in jax.jit(lambda a: call(call(a))).lower(x[0]).as_text()
+    np.testing.assert_allclose(jax.vmap(call)(x)[1], call(x[1]), rtol=1e-6)
+    grads = [jax.grad(lambda a, i=i: silu_and_mul(a, implementation=i).sum())(x[0]) for i in ("pallas", "xla")]
+    np.testing.assert_allclose(*grads, rtol=1e-5)
+
+
+def test_an_eager_call_sees_its_own_arrays(traces):
+    """Nothing of one call's arrays stays for the next: in-place updates, Views to write to, gradients of both."""
+    rng = np.random.default_rng(4)
+    for _ in range(2):
+        x, residual, base = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 16), (4, 16), (4, 40)))
+        wanted = add_rms_norm(x, residual, jnp.ones(16), implementation="xla")
+        out, total = add_rms_norm(x, residual, jnp.ones(16), implementation="pallas", out=(view(base)[:, 3:19], None))
+        np.testing.assert_allclose(out[:, 3:19], wanted[0], rtol=1e-5)
+        np.testing.assert_array_equal(out[:, 19:], base[:, 19:])
+        np.testing.assert_allclose(total, wanted[1], rtol=1e-6)
+
+        def loss(b, x=x, residual=residual):
+            return add_rms_norm(x, residual, jnp.ones(16), implementation="pallas", out=(view(b)[:, 3:19], None))[0].sum()
+
+        grad = jax.grad(loss)(base)
+        assert (grad[:, 3:19] == 0).all()
+        assert (grad[:, 19:] == 1).all()
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla", None])
+def test_what_is_no_schedule(implementation):
+    """Refused by every implementation alike, whether or not it looks at schedules."""
+    x = jnp.ones((4, 16))
+    for schedule, said in (("T:grid:1 I:whole:8", "schedule is str; it must be a Schedule"), (8, "schedule is int")):
+        with pytest.raises(ScheduleError, match=f"^silu_and_mul: {said}"):
+            silu_and_mul(x, implementation=implementation, schedule=schedule)
+    with pytest.raises(ScheduleError, match=r"^silu_and_mul: the schedule must say once what is done with axis I"):
+        silu_and_mul(x, implementation=implementation, schedule=Schedule.parse("T:grid:1 H:whole:16"))
+
+
+def test_longer_than_a_kernel_counts():
+    """Refused from shapes alone: an index past 2^31 would be negative."""
+    half = jnp.float16
+    with pytest.raises(ShapeError, match="axis T has 3000000000 elements; kernels count to 2146435072"):
+        jax.eval_shape(silu_and_mul, jax.ShapeDtypeStruct((3 * 10**9, 16), half))
+    far = lambda x: silu_and_mul(view(x)[-4:], implementation="pallas")  # noqa: E731
+    with pytest.raises(ShapeError, match="the base has 3000000000 elements along one axis"):
+        jax.eval_shape(far, jax.ShapeDtypeStruct((3 * 10**9, 16), half))
+
+
+def test_a_campaign_counts_kernels_of_a_signature_seen_before():
+    """Each compiled function of a campaign traces its kernels itself, so that its cases count."""
+    from moekit.testing.case import FuzzCase
+    from moekit.testing.jax_batch import run_values
+    from moekit.testing.oracle import Oracle
+
+    case = FuzzCase("silu_and_mul", {"T": 3, "I": 24}, {"gate_up": "float32"})
+    for _ in range(2):
+        (verdict,) = run_values("pallas", [(case, Oracle.of(case, "pallas"))])
+        assert verdict.launched
+        assert not verdict.problems

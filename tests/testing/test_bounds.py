@@ -9,7 +9,10 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, fusion, round_to
 from moekit.lang.dtypes import FLOATS, numpy_dtype
 from moekit.testing import RUNNERS, Call, bounds, compare, operands
+from moekit.testing.batch import run_case
+from moekit.testing.case import FuzzCase
 from moekit.testing.compare import ulp
+from moekit.testing.executors import executor
 
 SIZES = {
     "gate_gemm": {"T": 5, "P": 9, "D": 70},
@@ -171,3 +174,36 @@ def test_ulp(dtype):
     following = np.nextafter(one, np.array(2.0, one.dtype)).astype(np.float64)
     assert ulp(np.float64(1.0), dtype) == following - 1
     assert ulp(np.float64(0.0), dtype) == float(ml_dtypes.finfo(one.dtype).smallest_subnormal)
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "gated_rms_norm", "gate_gemm"])
+def test_equal_terms_added_up_in_order_are_within_the_bound(name):
+    """A block of one adds up one term after another, and rounds equal terms the same way each time."""
+    sizes = {"gate_gemm": {"T": 2, "D": 1000, "P": 2}, "add_rms_norm": {"T": 2, "H": 1000},
+             "gated_rms_norm": {"T": 2, "V": 1, "D": 1000}}[name]  # fmt: skip
+    for seed in range(4):
+        case = FuzzCase(
+            name, sizes, dict.fromkeys(FUSIONS[name].tensors, "float32"), recipe="equal", seed=seed, schedule="small"
+        )
+        verdict = run_case(executor("interpret"), case)
+        assert not verdict.problems
+        assert verdict.ratio < 2
+
+
+def test_products_of_both_signs_have_the_bound_of_a_tree():
+    """Only what adds up to much may lose much: random terms cancel in their partial sums, too."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((4, 2560)).astype("float32"), rng.standard_normal((3, 2560)).astype("float32")
+    bound = bounds(FUSIONS["gate_gemm"], {"x": x, "packed": w})["out"]
+    assert (bound.noise < 20 * 2.0**-24 * (np.abs(x) @ np.abs(w).T)).all()
+
+
+def test_only_subnormal_operands_excuse_a_rounded_sum():
+    """Of a rounded residual of tiny numbers, exactness is given up where an operand may read as zero, and nowhere else."""
+    tiny = 2.0**-126
+    x = np.array([[3 * tiny, tiny / 2]]).astype(ml_dtypes.bfloat16)
+    values = {"x": x, "residual": np.array([[5 * tiny, 4 * tiny]]).astype(ml_dtypes.bfloat16),
+              "weight": np.ones(2, ml_dtypes.bfloat16)}  # fmt: skip
+    flips = bounds(FUSIONS["add_rms_norm"], values)["residual"].flips
+    assert flips[0, 0] == 0
+    assert flips[0, 1] > 0

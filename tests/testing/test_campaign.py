@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -11,12 +16,14 @@ from click.testing import CliRunner
 from moekit.cli.app import cli
 from moekit.errors import UnavailableError
 from moekit.testing import campaign
+from moekit.testing.agenda import EXTRA, Agenda
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.coverage import Coverage, cell, tail
 from moekit.testing.executors import executor
 from moekit.testing.regressions import Regression, append, load, pasteable
 from moekit.testing.shrink import shrink
 from moekit.testing.tasks import Task, cases, run_task
+from moekit.testing.workers import Trouble
 
 CASE = FuzzCase("silu_and_mul", {"T": 9, "I": 40}, {"gate_up": "float16"}, recipe="special", seed=5,
                 layouts={"gate_up": Layout("padded", (0, 1), (0, 0), (1, 1), (0, 3))})  # fmt: skip
@@ -43,7 +50,31 @@ def test_a_task_runs_and_counts():
     report = run_task(Task("silu_and_mul", "numpy", 0, 0, 0, 3, 4))
     assert report.coverage.ran == 12
     assert not report.failures
-    assert sum(report.coverage.cells.values()) == report.coverage.full + report.coverage.edges
+    assert sum(report.coverage.cells.values()) == report.coverage.full
+    assert sum(report.coverage.edge_cells.values()) == report.coverage.edges
+
+
+def test_no_case_is_anothers_twin():
+    for fusion in ("silu_and_mul", "gate_gemm"):  # most of their calls have layouts that come out the same each time
+        for combo in range(8):
+            every = [json.dumps(c.to_json()) for g in cases(Task(fusion, "interpret", 1, combo, 1, 4, 8)) for c in g]
+            assert len(set(every)) == len(every)
+
+
+def test_a_wanted_cell_is_met():
+    task = Task("silu_and_mul", "interpret", 1, 3, 0, 8, 4)
+    for wanted in {cell(c) for group in cases(task) for c in group}:
+        extra = replace(task, turn=EXTRA, wanted=wanted)
+        assert {cell(c) for group in cases(extra) for c in group} == {wanted}
+
+
+def test_a_campaign_ends_with_enough_cases_in_every_cell():
+    least = {"numpy": 60}
+    plan = campaign.Plan(["silu_and_mul", "topk_softmax"], ["numpy"], examples=100, workers=1, combos=3, groups=2, layouts=4,
+                         least=least)  # fmt: skip
+    result = campaign.run(plan)
+    assert min(result.coverage["numpy"].cells.values()) >= 60
+    assert not result.left
 
 
 def test_cells_name_dtype_layouts_and_tail():
@@ -64,6 +95,55 @@ def test_a_campaign_survives_a_worker_that_dies():
     assert any("out of bounds" in t for t in texts)
     assert any("died with exit code 3" in t for t in texts)
     assert all(f.case.sizes["T"] == 16 for f in result.failures if "died" in f.problems[0])
+
+
+def agenda_of(**how) -> Agenda:
+    plan = campaign.Plan(["silu_and_mul"], ["numpy"], groups=2, layouts=2, **how)
+    return Agenda(plan, campaign.Result({"numpy": Coverage()}), time.monotonic())
+
+
+def test_a_death_that_does_not_happen_again_is_a_failure_all_the_same():
+    agenda = agenda_of(examples=4)
+    task = agenda.next([])
+    agenda.lost(task, "it died")
+    while half := agenda.again.popleft() if agenda.again else None:
+        agenda.done(half, Coverage(), [])
+    assert [f.problems for f in agenda.result.failures] == [
+        ("it died; it did not happen again to any of the 4 cases from this one on",)
+    ]
+
+
+def test_a_death_that_is_not_narrowed_down_in_time_is_a_failure_all_the_same():
+    agenda = agenda_of(examples=4)
+    agenda.lost(agenda.next([]), "it died")
+    agenda.end([])
+    (failure,) = agenda.result.failures
+    assert failure.problems[0].startswith("it died; the time did not suffice")
+
+
+def test_too_little_memory_is_no_failure_and_tried_once_more_alone():
+    agenda = agenda_of(examples=4)
+    task = agenda.next([])
+    agenda.starved(task, "CUDA out of memory")
+    agenda.result.coverage["numpy"].full = 4  # all that was asked for has run
+    assert agenda.next([replace(task, turn=1)]) is None
+    assert agenda.next([]) is task
+    assert agenda.next([]) is None
+    agenda.starved(task, "CUDA out of memory")
+    agenda.end([])
+    assert not agenda.result.failures
+    assert agenda.result.left == ["4 cases of silu_and_mul (numpy) were not run: CUDA out of memory"]
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("CUDA out of memory. Tried to allocate 8 GiB", "memory"), ("Triton Error [CUDA]: out of memory", "memory"),
+    ("CUDA error: an illegal memory access was encountered", "device"),
+    ("Triton Error [CUDA]: misaligned address", "device"), ("no such thing", "error"),
+])  # fmt: skip
+def test_errors_are_told_apart(text, kind):
+    trouble = Trouble.of(RuntimeError(f"{text}\nCompile with TORCH_USE_CUDA_DSA"))
+    assert trouble.kind == kind
+    assert trouble.text.splitlines()[0] == f"RuntimeError: {text}"
 
 
 def test_shrinking_finds_the_first_wrong_token():
@@ -106,7 +186,7 @@ def test_the_command_reports_failures(tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     done = run("silu_and_mul", "--impl", "tests.testing.test_campaign:broken", "--examples", "50", "--workers", "1",
-               "--combos", "1", "--batch", "1", "--save", str(kept))  # fmt: skip
+               "--combos", "1", "--batch", "1", "--save", str(kept), "--time", "15")  # fmt: skip
     assert done.exit_code == 1
     assert "def test_silu_and_mul" in done.output
     assert load(kept)
@@ -122,7 +202,52 @@ def test_replay(tmp_path):
     assert run("--replay", str(tmp_path / "bad.json")).exit_code == 2
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(("nothing",), 3), (("--impl", "cobol"), 2), (("--what",), 2),
-                                                 (("--impl", "no_module:f"), 3)])  # fmt: skip
+def test_a_planted_tail_mask_bug_is_found_by_the_same_command(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    done = run("silu_and_mul", "gate_gemm", "--impl", "interpret", "--mutant", "no-mask-dynamic", "--examples", "10000",
+               "--time", "40", "--workers", "1", "--combos", "4", "--batch", "2", "--save", str(kept), "--json-file",
+               str(tmp_path / "out.json"))  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert json.loads((tmp_path / "out.json").read_text())["first_failure"] < 200
+    assert not list(kept.iterdir())  # what is wrong with a mutant is no regression of the package
+    assert "moekit-planted" not in str(sys.path)
+
+
+def test_the_time_is_kept_and_what_was_left_is_said(tmp_path):
+    begin = time.monotonic()
+    done = run("silu_and_mul", "--impl", "numpy", "--time", "8", "--workers", "1", "--combos", "4", "--least", "100000",
+               "--save", str(tmp_path), "--json-file", str(tmp_path / "out.json"))  # fmt: skip
+    assert 8 <= time.monotonic() - begin < 14
+    assert done.exit_code == 0
+    assert "cells have fewer than 100000" in json.loads((tmp_path / "out.json").read_text())["left"][0]
+
+
+def test_each_implementation_may_have_its_own_number(tmp_path):
+    done = run("silu_and_mul", "--impl", "numpy", "--impl", "interpret", "--examples", "40", "--examples", "interpret=8",
+               "--workers", "1", "--combos", "2", "--batch", "1", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    counted = {n: v["counted"] for n, v in json.loads(done.stdout)["implementations"].items()}
+    assert 40 <= counted["numpy"] < 64
+    assert 8 <= counted["interpret"] < 32
+
+
+def test_ctrl_c_ends_with_the_summary():
+    command = [sys.executable, "-m", "moekit.cli", "fuzz", "silu_and_mul", "--impl", "numpy", "--time", "300", "--workers", "1",
+               "--json"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(8)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert json.loads(out)["stopped"] == "interrupted"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (("nothing",), 3), (("--impl", "cobol"), 2), (("--what",), 2), (("--impl", "no_module:f"), 3),
+    (("--examples", "-1"), 2), (("--examples", "numpy=x"), 2), (("--examples", "pallas=4"), 2), (("--time", "0"), 2),
+    (("--workers", "0"), 2), (("--mutant", "nothing"), 2),
+])  # fmt: skip
 def test_exit_codes(arguments, code):
     assert run(*arguments).exit_code == code

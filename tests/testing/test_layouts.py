@@ -115,3 +115,10 @@ def test_a_kernel_that_writes_too_much_is_caught():
     inputs, _ = runners._memory(call)
     inputs["gate_up"].array[0, 0] = 9
     assert "gate_up was written, but it is an input" in runners._guarded(call, inputs, {"out"})[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_without_axes_has_every_layout(layout):
+    value = np.asarray(2.5, "float32")
+    assert place(value, layout).array == value
+    assert np.asarray(as_view(value, layout).array()) == value

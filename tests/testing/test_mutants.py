@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
+import threading
 
 import pytest
 from click.testing import CliRunner
 
 from moekit.cli.app import cli
 from moekit.errors import MoekitError
-from moekit.testing.mutants import HISTORICAL, TABLE, mutate, try_mutant
-from moekit.testing.mutants.score import PACKAGE, apply_patch, copy_package, stages_of, try_patch
+from moekit.testing.mutants import HISTORICAL, TABLE, mutate, score, try_mutant
+from moekit.testing.mutants.killer import ARRAYS, STAGES
+from moekit.testing.mutants.score import PACKAGE, Outcome, apply_patch, copy_package, stages_of, try_patch, try_unchanged
 from moekit.testing.mutants.table import Mutant
 
 NAMED = {m.name: m for m in TABLE}
@@ -73,6 +76,12 @@ def test_stages_follow_from_the_files():
     assert stages_of(["backends/triton.py"]) == ("triton-interpreter",)
     assert stages_of(["backends/pallas.py"]) == ("pallas",)
     assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
+    assert stages_of(["backends/array.py"]) == ("numpy", "eager", "xla")
+    assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
+    assert stages_of(["jax/view.py"]) == ("pallas", "xla")
+    assert stages_of(["backends/printer.py"]) == ("triton-interpreter", "pallas")
+    assert set(stages_of(["compile/lower.py", "backends/array.py"])) == {*STAGES, *ARRAYS}
+    assert "numpy" not in stages_of(["compile/lower.py"])
 
 
 def test_the_command_lists_them():
@@ -80,3 +89,62 @@ def test_the_command_lists_them():
     assert done.exit_code == 0
     assert all(name in done.output for name in NAMED)
     assert CliRunner().invoke(cli, ["mutants", "no-such-mutant"]).exit_code == 2
+
+
+def test_the_package_as_it_is_survives():
+    outcome = try_unchanged(seconds=3)
+    assert not outcome.killed, outcome
+    assert outcome.cases > 20
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """Mutants whose end is known at once: those in the set survive, the package as it is has a cause of death or none."""
+    surviving, cause = set(), []
+
+    def made(name, killed, by=""):
+        return Outcome(name, "compile/lower.py", "about it", killed, "interpret" if killed else "", 7, 0.1, by)
+
+    monkeypatch.setattr(score, "try_mutant", lambda m, seconds: made(m.name, m.name not in surviving))
+    monkeypatch.setattr(score, "try_unchanged", lambda seconds: made("unchanged", bool(cause), *cause))
+    return surviving, cause
+
+
+def test_the_command_counts_writes_and_prints(outcomes, tmp_path):
+    path = tmp_path / "found.json"
+    done = CliRunner().invoke(cli, ["mutants", "--workers", "3", "--json-file", str(path)])
+    assert done.exit_code == 0
+    assert f"{len(TABLE)} of {len(TABLE)} killed (100.0 %)" in done.output
+    assert f"{len(TABLE) + 1}/{len(TABLE) + 1} " in done.output
+    found = json.loads(path.read_text())
+    assert [o["name"] for o in found["outcomes"]] == list(NAMED)
+    assert not found["unchanged"]["killed"]
+    shown = CliRunner().invoke(cli, ["mutants", "--markdown", str(path)]).output.splitlines()
+    assert shown[0].startswith("| mutant |")
+    assert shown[2] == f"| {TABLE[0].name} | compile/lower.py | interpret | 7 | about it |"
+    assert len(shown) == len(TABLE) + 2
+
+
+def test_survivors_and_a_failing_package_are_failures(outcomes):
+    surviving, cause = outcomes
+    surviving.add(TABLE[0].name)
+    assert CliRunner().invoke(cli, ["mutants"]).exit_code == 0  # 74 of 75 are more than 98 %
+    assert CliRunner().invoke(cli, ["mutants", "--historical"]).exit_code == 1
+    surviving.clear()
+    cause.append("add_rms_norm: wrong")
+    done = CliRunner().invoke(cli, ["mutants"])
+    assert done.exit_code == 1
+    assert "add_rms_norm: wrong" in done.output
+    assert CliRunner().invoke(cli, ["mutants", TABLE[0].name]).exit_code == 0  # a named one goes without
+
+
+def test_several_at_a_time(monkeypatch):
+    """Three workers meet: each waits for the others."""
+    meeting = threading.Barrier(3, timeout=20)
+
+    def try_one(mutant, seconds):
+        meeting.wait()
+        return Outcome(mutant.name, "", "", True, "interpret", 1, 0.0, "")
+
+    monkeypatch.setattr(score, "try_mutant", try_one)
+    assert [o.name for o in score.score_all(TABLE[:6], workers=3)] == [m.name for m in TABLE[:6]]

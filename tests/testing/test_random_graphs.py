@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.compile.plan import plan
@@ -25,6 +25,14 @@ drawn = st.integers(0, 2000).flatmap(lambda n: cases(f"random:{n}", **SMALL)).fi
 @given(case=drawn)
 def test_implementations_agree(implementation, case):
     assert run_case(executor(implementation), case).problems == []
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas", pytest.param("triton", marks=pytest.mark.gpu)])
+@settings(max_examples=max(5, settings.default.max_examples // 2))
+@given(data=st.data())
+def test_implementations_that_compile_agree(implementation, data):
+    made = executor(implementation)
+    assert run_case(made, data.draw(drawn.filter(made.supports))).problems == []
 
 
 @given(case=drawn)

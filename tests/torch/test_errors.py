@@ -5,7 +5,19 @@ import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ShapeError, UnavailableError
+from moekit.compile.schedule import Schedule
+from moekit.errors import (
+    AliasError,
+    DeclarationError,
+    DeviceError,
+    DtypeError,
+    MoekitError,
+    ScheduleError,
+    ShapeError,
+    UnavailableError,
+)
+from moekit.jax import op as jax_op
+from moekit.lang import In, cast, f32, fusion
 
 
 def operands():
@@ -53,6 +65,11 @@ REFUSALS = {
         lambda: mt.add_rms_norm(X, RESIDUAL, WEIGHT[:8]),
         ShapeError,
         r"add_rms_norm: weight has shape \[8\]; it must be \[H = 16\]",
+    ),
+    "more tokens than a kernel counts": (
+        lambda: mt.silu_and_mul(torch.empty(3 * 10**9, 16, device="meta")),
+        ShapeError,
+        "^silu_and_mul: axis T has 3000000000 elements; kernels count to 2146435072, so split the call",
     ),
     "odd width": (
         lambda: mt.silu_and_mul(torch.randn(2, 7)),
@@ -112,17 +129,17 @@ REFUSALS = {
     "in place on operands that overlap": (
         lambda: mt.add_rms_norm_(RESIDUAL, RESIDUAL, WEIGHT),
         AliasError,
-        "add_rms_norm: out for residual overlaps x",
+        "add_rms_norm_: out for residual overlaps x",
     ),
     "gradient of an updated operand": (
         lambda: mt.add_rms_norm_(X, RESIDUAL.clone().requires_grad_(), WEIGHT),
         MoekitError,
-        "add_rms_norm: out for residual requires grad, which a form that writes to residual cannot record",
+        "add_rms_norm_: out for residual requires grad, which a form that writes to residual cannot record",
     ),
     "gradient of another operand": (
         lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT.clone().requires_grad_()),
         MoekitError,
-        "add_rms_norm: weight requires grad, which a form that writes to residual cannot record",
+        "add_rms_norm_: weight requires grad, which a form that writes to residual cannot record",
     ),
     "unknown implementation": (
         lambda: mt.silu_and_mul(X, implementation="cuda"),
@@ -139,7 +156,72 @@ REFUSALS = {
         TypeError,
         "add_rms_norm: eps must be a Python number, bool or str, got Tensor",
     ),
-    "operand left out": (lambda: mt.add_rms_norm(X, RESIDUAL), TypeError, r"add_rms_norm\(\) missing .* 'weight'"),
+    "operand left out": (lambda: mt.add_rms_norm(X, RESIDUAL), TypeError, r"^add_rms_norm\(\) missing .* 'weight'"),
+    "operand of the form in place left out": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL),
+        TypeError,
+        r"^add_rms_norm_\(\) missing .* 'weight'",
+    ),
+    "wrong size in place": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT[:8]),
+        ShapeError,
+        r"^add_rms_norm_: weight has shape \[8\]; it must be \[H = 16\]",
+    ),
+    "wrong size in place, by the operator": (
+        lambda: torch.ops.moekit.add_rms_norm_(X, RESIDUAL, WEIGHT[:8]),
+        ShapeError,
+        r"^add_rms_norm_: weight has shape \[8\]",
+    ),
+    "wrong size in place, on fake tensors": (
+        lambda: torch.ops.moekit.add_rms_norm_(*(x.to("meta") for x in (X, RESIDUAL, WEIGHT[:8]))),
+        ShapeError,
+        r"^add_rms_norm_: weight has shape \[8\]",
+    ),
+    "parameter in place": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT, eps="small"),
+        TypeError,
+        "^add_rms_norm_: eps must be float, got str 'small'",
+    ),
+    "implementation in place": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT, implementation="triton"),
+        UnavailableError,
+        "^add_rms_norm_: x is on cpu",
+    ),
+    "gradient by the operator": (
+        lambda: torch.ops.moekit.add_rms_norm_(X, RESIDUAL.clone().requires_grad_(), WEIGHT),
+        MoekitError,
+        "^add_rms_norm_: .* requires grad",
+    ),
+    "text for a schedule": (
+        lambda: mt.silu_and_mul(X, schedule="T:grid:1 I:whole:8"),
+        ScheduleError,
+        "^silu_and_mul: schedule is str; it must be a Schedule, which Schedule.parse makes of text",
+    ),
+    "something else for a schedule": (
+        lambda: mt.add_rms_norm_(X, RESIDUAL, WEIGHT, schedule={"T": 1}, implementation="eager"),
+        ScheduleError,
+        "^add_rms_norm_: schedule is dict; it must be a Schedule",
+    ),
+    "schedule under a transform": (
+        lambda: torch.vmap(lambda x: mt.silu_and_mul(x, schedule=3))(X[None]),
+        ScheduleError,
+        "^silu_and_mul: schedule is int; it must be a Schedule",
+    ),
+    "schedule of another fusion": (
+        lambda: mt.silu_and_mul(X, schedule=Schedule.parse("T:grid:1 H:whole:16")),
+        ScheduleError,
+        "^silu_and_mul: the schedule must say once what is done with axis I",
+    ),
+    "output that negates lazily": (
+        lambda: mt.silu_and_mul(X, out=torch._neg_view(torch.empty(4, 8))),
+        MoekitError,
+        "^silu_and_mul: out for out is a view that negates lazily",
+    ),
+    "operand that negates lazily, updated": (
+        lambda: mt.add_rms_norm_(X, torch._neg_view(RESIDUAL), WEIGHT),
+        MoekitError,
+        "^add_rms_norm_: residual is a view that negates lazily",
+    ),
     "parameter that is not there": (
         lambda: mt.silu_and_mul(X, eps=1),
         TypeError,
@@ -173,3 +255,33 @@ def test_parameters_that_require_grad_are_served_without_grad():
         out, residual = mt.add_rms_norm_(X, RESIDUAL.clone(), weight)
     assert not out.requires_grad
     assert not residual.requires_grad
+
+
+def test_lazily_negated_tensors_by_the_short_way(emulated):
+    """A call like one that was served, but for the bit: refused, and not read as if it were not set."""
+    for _ in range(3):
+        mt.silu_and_mul(X, implementation="triton")
+    assert emulated.short
+    with pytest.raises(MoekitError, match="negates lazily"):
+        mt.silu_and_mul(torch._neg_view(X), implementation="triton")
+
+
+@pytest.mark.parametrize("names", [("call", "results"), ("serve", "traced"), ("is_compiling", "make"), ("_eps", "len")])
+def test_operands_may_be_called_as_they_like(names):
+    """No name in what is generated around a declaration is taken from it."""
+    a, b = names
+    scope = {"f32": f32, "cast": cast}
+    exec(f"def product({a}, {b}, *, eps=2.0):\n    return cast(f32({a}) * f32({b}) + eps, {a}.dtype)", scope)
+    face = mt.op(fusion(None, **{a: In("T H"), b: In("T H")})(scope["product"]))
+    assert torch.equal(face(X, RESIDUAL), X * RESIDUAL + 2)
+    assert torch.equal(face(X, RESIDUAL, eps=1.0), X * RESIDUAL + 1)
+
+
+@pytest.mark.parametrize("name", ["out", "implementation", "schedule"])
+def test_names_that_every_function_has(name):
+    scope = {"f32": f32}
+    exec(f"def twice({name}):\n    return f32({name}) * 2.0", scope)
+    declared = fusion(None, **{name: In("T H")})(scope["twice"])
+    for op in (mt.op, jax_op):
+        with pytest.raises(DeclarationError, match=f"^twice: '{name}' is a keyword of every function"):
+            op(declared)

@@ -9,17 +9,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import moekit
 from moekit.errors import MoekitError
-from moekit.testing.mutants.killer import STAGES
+from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
 SECONDS = 90.0  # for one stage of one mutant
+SEEN = (  # the file, the folder (none: ""), and the stages in which a change of them alone can be seen
+    ("backends/triton.py", "", ("triton-interpreter",)),
+    ("backends/pallas.py", "", ("pallas",)),
+    ("backends/printer.py", "", STAGES[1:]),
+    ("backends/array.py", "", ARRAYS),
+    ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
+    ("backends/pallas.py", "jax/", ("pallas", "xla")),
+)
+UNCHANGED = "unchanged"
 PACKAGE = Path(moekit.__file__).parent
+ONE_THREAD = "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false"
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,10 @@ class Outcome:
 def stages_of(files: Iterable[str]) -> tuple[str, ...]:
     """The stages in which a change of these files can be seen."""
     files = list(files)
-    if all(f.endswith("backends/triton.py") or "/torch/" in f or f.startswith("torch/") for f in files):
-        return ("triton-interpreter",)
-    if all(f.endswith("backends/pallas.py") or "/jax/" in f or f.startswith("jax/") for f in files):
-        return ("pallas",)
-    if all(f.endswith("backends/printer.py") for f in files):
-        return STAGES[1:]
-    return STAGES
+    for ends, folder, seen in SEEN:
+        if all(f.endswith(ends) or (folder and f"/{folder}" in f"/{f}") for f in files):
+            return seen
+    return (*STAGES, *ARRAYS) if any(f.endswith("backends/array.py") for f in files) else STAGES
 
 
 def copy_package(folder: Path) -> Path:
@@ -99,6 +107,15 @@ def try_patch(patch: Path, seconds: float = SECONDS) -> Outcome:
         return hunt(patch.stem, f"patch {patch.name}", files, Path(folder), seconds)
 
 
+def try_unchanged(seconds: float = SECONDS) -> Outcome:
+    """Run all stages against the package as it is: unless it survives, the kills of others mean nothing."""
+    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
+        copy_package(Path(folder))
+        return hunt(
+            UNCHANGED, "nothing: the package as it is", ["compile/lower.py", "backends/array.py"], Path(folder), seconds
+        )
+
+
 def hunt(name: str, about: str, files: list[str], folder: Path, seconds: float) -> Outcome:
     """Run every stage that can see the files, each in a process of its own with `folder` first on its path."""
     begin, cases = time.monotonic(), 0
@@ -113,7 +130,7 @@ def hunt(name: str, about: str, files: list[str], folder: Path, seconds: float) 
 def run_stage(stage: str, folder: Path, seconds: float) -> dict:
     """One stage in a process: its JSON line; a process that dies or hangs has killed the mutant."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu",
-                   "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+                   "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "XLA_FLAGS": ONE_THREAD}  # fmt: skip
     environment.pop("TRITON_INTERPRET", None)
     if stage == "triton-interpreter":
         environment["TRITON_INTERPRET"] = "1"
@@ -132,11 +149,36 @@ def run_stage(stage: str, folder: Path, seconds: float) -> dict:
 
 
 def score_all(
-    mutants: Iterable[Mutant], seconds: float = SECONDS, watch: Callable[[Outcome], None] = lambda outcome: None
+    mutants: Iterable[Mutant | Path | None],
+    seconds: float = SECONDS,
+    watch: Callable[[Outcome], None] = lambda outcome: None,
+    workers: int = 1,
 ) -> list[Outcome]:
-    """Try mutants one after another; `watch` is told of each."""
-    found = []
-    for mutant in mutants:
-        found.append(try_mutant(mutant, seconds))
-        watch(found[-1])
-    return found
+    """Try mutants, patches and (None) the package as it is, `workers` at a time; `watch` is told of each as it ends.
+
+    The outcomes come in the order given.
+    """
+
+    def tried(mutant: Mutant | Path | None) -> Outcome:
+        if mutant is None:
+            return try_unchanged(seconds)
+        return try_patch(mutant, seconds) if isinstance(mutant, Path) else try_mutant(mutant, seconds)
+
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(tried, m) for m in mutants]
+        try:
+            for done in as_completed(running):
+                watch(done.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [r.result() for r in running]
+
+
+def markdown(outcomes: Iterable[Mapping]) -> str:
+    """The table of a run, from its JSON, as docs/fuzzing.md has it."""
+    rows = ["| mutant | file | killed by | cases | what it does |", "|---|---|---|---|---|"]
+    for o in outcomes:
+        killer = o["stage"] if o["killed"] else "**survived**"
+        rows.append(f"| {o['name']} | {o['file']} | {killer} | {o['cases']:,} | {o['about']} |")
+    return "\n".join(rows)

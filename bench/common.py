@@ -1,0 +1,73 @@
+"""What every bench shares: versions and device, the result file, and the ceilings of the machine measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from moekit import __version__
+
+PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang-kernel", "vllm", "liger-kernel", "quack-kernels",
+            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """moekit's version, Python's, and those of the packages that are installed."""
+    found = {"moekit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict:
+    """Device, versions and command: what stands at the head of a result file."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
+    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments])
+    return {"device": device, "cuda": torch.version.cuda, "versions": versions(), "command": command}
+
+
+def write(path: str | Path, result: dict) -> None:
+    """Write a result file: one row per line, so that two of them can be read side by side."""
+    rows = result.get("rows", [])
+    head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
+    body = ",\n".join("  " + json.dumps(row) for row in rows)
+    Path(path).write_text(head[:-2] + ',\n "rows": [\n' + body + "\n ]\n}\n")
+
+
+def load(path: str | Path) -> dict:
+    """Read a result file."""
+    return json.loads(Path(path).read_text())
+
+
+def ceilings() -> dict[str, float]:
+    """TB/s of a large device copy (read and written), TFLOP/s of a large bfloat16 product, µs of a kernel that does nothing."""
+    import torch
+
+    from moekit.tune.timer import microseconds
+
+    half, cuda = torch.bfloat16, "cuda"
+    source = [torch.randn(2**28, device=cuda, dtype=half) for _ in range(2)]
+    target = [torch.empty_like(s) for s in source]
+    copy = microseconds([lambda s=s, t=t: t.copy_(s) for s, t in zip(source, target, strict=True)])
+    a, b = (torch.randn(8192, 8192, device=cuda, dtype=half) for _ in range(2))
+    product = microseconds([lambda: a @ b] * 4)
+    one = torch.zeros(1, device=cuda)
+    return {
+        "copy TB/s": 4 * 2**28 / copy / 1e6,
+        "matmul TFLOP/s": 2 * 8192**3 / product / 1e6,
+        "smallest kernel µs": microseconds([one.zero_] * 100),
+    }
+
+
+def numbers(text: str) -> list[int]:
+    """`1,4,16` as numbers."""
+    return [int(part) for part in text.split(",")]

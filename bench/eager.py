@@ -1,0 +1,77 @@
+"""The fusions in plain PyTorch, as Hugging Face writes them: the unfused side, and what torch.compile is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear, rms_norm, sigmoid, silu, softplus
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """`torch.compile` of a function, anew for every size; past dynamo's limit on that it would silently run eagerly."""
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 10_000
+    config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, **options)
+
+
+def add_rms_norm(x, residual, weight):
+    """out, residual."""
+    total = x + residual
+    t = total.float()
+    return (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + weight.float())).to(x.dtype), total
+
+
+def silu_and_mul(gate_up):
+    """silu(gate)·up."""
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+def topk_softmax(logits, k):
+    """weights, ids."""
+    weights, ids = torch.topk(torch.softmax(logits.float(), -1), k)
+    return weights / weights.sum(-1, keepdim=True), ids.int()
+
+
+def shared_expert_combine(hidden, shared, gate):
+    """hidden."""
+    return hidden + sigmoid(gate) * shared
+
+
+def gate_gemm(x, packed):
+    """x · packedᵀ by cuBLAS."""
+    return linear(x, packed)
+
+
+def gate_epilogue(x, packed, widths):
+    """activation, router logits, sigmoid(shared gate)."""
+    fused = linear(x, packed)
+    gate_up, logits, gate = fused.split([*widths, packed.shape[0] - sum(widths)], -1)[:3]
+    return silu_and_mul(gate_up), logits, sigmoid(gate)
+
+
+def gate_block(x, residual, weight, packed, widths, k):
+    """residual, activation, weights, ids, shared gate: three products, as the model has them."""
+    x, residual = add_rms_norm(x, residual, weight)
+    parts = packed.split([*widths, packed.shape[0] - sum(widths)])
+    gate_up, logits, gate = (linear(x, part) for part in parts[:3])
+    return residual, silu_and_mul(gate_up), *topk_softmax(logits, k), gate
+
+
+def gated_rms_norm(x, z, weight):
+    """rms_norm(x)·weight·silu(z), rounded to x's dtype after the norm."""
+    normal = rms_norm(x.float(), (x.shape[-1],), eps=1e-6).to(x.dtype)
+    return (normal * weight.to(x.dtype) * silu(z.float())).to(x.dtype)
+
+
+def delta_rule_step(q, k, v, a, b, A_log, dt_bias, state):
+    """out, state."""
+    group = v.shape[1] // q.shape[1]
+    q, k = (t.float() * torch.rsqrt(t.float().pow(2).sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+    q, k = (t.repeat_interleave(group, 1) for t in (q * q.shape[-1] ** -0.5, k))
+    state = state * torch.exp(-A_log.exp() * softplus(a.float() + dt_bias))[..., None, None]
+    delta = (v.float() - (k[..., None] * state).sum(-2)) * sigmoid(b.float())[..., None]
+    state = state + k[..., None] * delta[..., None, :]
+    return (q[..., None] * state).sum(-2).to(v.dtype), state

@@ -1,0 +1,144 @@
+"""How long each fusion takes in JAX: moekit's kernels and XLA's, as the slope over the length of a chain of calls in one jit.
+
+    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--seconds N] [--json FILE]
+
+Each call of a chain has operands of its own and waits for the one before; the L2 is filled with something else before a chain
+runs. Operands are contiguous; those that a fusion updates are donated. Beside each time stands how right its outputs were, as
+in bench/fusions.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from jax import lax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.cases import CASES, Case, Operands
+from bench.common import environment, numbers, write
+from bench.correctness import Checker
+from bench.layer_jax import slopes_of
+from bench.plots import times
+from moekit import jax as mj
+from moekit.fusions import FUSIONS
+
+LENGTHS = (8, 24)
+LARGEST_BYTES = 12e9
+SIDES = {"moekit (jax)": None, "xla": "xla"}
+UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1)}
+
+
+def to_jax(x: torch.Tensor) -> jax.Array:
+    """A tensor's numbers as a contiguous JAX array."""
+    name = str(x.dtype).removeprefix("torch.")
+    whole = x.float() if x.dtype.is_floating_point else x
+    return jax.numpy.asarray(whole.cpu().numpy()).astype(name)
+
+
+def to_torch(x: jax.Array) -> torch.Tensor:
+    """The other way, on the CPU."""
+    if jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+        return torch.from_numpy(np.array(x.astype("float32"))).to(getattr(torch, x.dtype.name))
+    return torch.from_numpy(np.array(x))
+
+
+def call_of(case: Case, implementation: str | None) -> Callable:
+    """The fusion as a function of its operands that returns a tuple."""
+
+    def call(*operands):
+        got = getattr(mj, case.fusion)(*operands, **case.params, implementation=implementation)
+        return got if isinstance(got, tuple) else (got,)
+
+    return call
+
+
+class Chain:
+    """Programs of so many calls of one fusion, each on operands of its own and waiting for the one before.
+
+    What the fusion updates is donated, and the next run begins with what it became, as in a decode step.
+    """
+
+    def __init__(self, case: Case, one: Callable, sets: Sequence[dict[str, jax.Array]]):
+        self.updated, self.place = UPDATED.get(case.fusion, (None, 0))
+        self.fixed = [{n: x for n, x in s.items() if n != self.updated} for s in sets]
+        self.state = [jax.numpy.copy(s[self.updated]) if self.updated else () for s in sets]
+        self.names, self.one = list(sets[0]), one
+        self.program = jax.jit(self._run, donate_argnums=1)
+
+    def _run(self, fixed, state):
+        before, kept, after = (), [], []
+        for given, old in zip(fixed, state, strict=True):
+            (given, old), before = lax.optimization_barrier(((given, old), before))
+            named = given | ({self.updated: old} if self.updated else {})
+            before = self.one(*(named[n] for n in self.names))
+            kept.append(before[: self.place] if self.updated else before)
+            after.append(before[self.place] if self.updated else ())
+        return kept, after
+
+    def __call__(self, calls: int):
+        """Run the program of so many calls."""
+        kept, self.state[:calls] = self.program(self.fixed[:calls], self.state[:calls])
+        return kept, self.state[:calls]
+
+
+def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[dict]:
+    """One row per side."""
+    moved = case.moved(tokens, dtype.itemsize)
+    long = max(2, min(LENGTHS[1], int(LARGEST_BYTES // moved)))
+    lengths = (max(1, min(LENGTHS[0], long // 2)), long)
+    first: Operands = case.make(tokens, dtype)
+    drawn = [first, *(case.make(tokens, dtype) for _ in range(long - 1))]
+    sets = [{n: to_jax(x) for n, x in o.items()} for o in drawn]
+    check, rows, programs = Checker(case, first), {}, {}
+    for name, implementation in SIDES.items():
+        row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
+        one = call_of(case, implementation)
+        try:
+            got = tuple(to_torch(x) for x in jax.jit(one)(*sets[0].values()))
+            row |= check(lambda o, got=got: lambda: got)
+            programs[name] = Chain(case, one, sets)
+        except Exception as error:
+            row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows[name] = row
+    for name, timing in slopes_of(programs, lambda n: (n,), lengths, rounds).items():
+        us = max(timing["us"], 1e-3)
+        rows[name] |= timing | {"TB/s": round(moved / us / 1e6, 4), "TFLOP/s": round(case.flops(tokens) / us / 1e6, 2)}
+    yield from rows.values()
+
+
+def main() -> None:
+    """Run, print, write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them")
+    parser.add_argument("--tokens", default="1,64,4096")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no measurement after so long")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    begin, result = time.monotonic(), environment() | {"rows": [], "left out": []}
+    wanted = [c for n, c in CASES.items() if c.fusion in FUSIONS and n.startswith(tuple(args.fusions.split(",")))]
+    for case, t in ((c, t) for c in wanted for t in numbers(args.tokens)):
+        if time.monotonic() - begin > args.seconds:
+            result["left out"].append(f"{case.name} T={t}")
+            continue
+        rows = list(measure(case, t, getattr(torch, args.dtype), args.rounds))
+        result["rows"] += rows
+        shown = " | ".join(f"{r['side']} {r.get('us', r.get('problem'))} {r.get('error', r.get('relative', ''))}" for r in rows)
+        print(f"{case.name} T={t} [{time.monotonic() - begin:.0f} s] {shown}", flush=True)
+        if args.json:
+            write(args.json, result)
+    if args.json:
+        times(result, Path(args.json).with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Fill docs/performance.md from the result files, and draw the README's plot: no figure in them is typed by hand.
+
+    python bench/report.py [--check]
+
+Between `<!-- NAME FILE -->` and `<!-- end -->` in the page stands what NAME makes of bench/results/FILE: `made` (device,
+versions, command), `targets`, `times` (every case) or `blocks`. `--check` changes nothing and exits with 1 if the page is not
+up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import targets
+from bench.common import load
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS, PLOT = ROOT / "docs" / "performance.md", ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
+PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
+           "gate_block 648")  # fmt: skip
+SECTION = re.compile(r"<!-- (made|targets|times|blocks) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def made(result: dict) -> str:
+    """Device, versions, ceilings and command."""
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    lines = [f"{result['device']}, CUDA {result['cuda']}; {versions}."]
+    if "ceilings" in result:
+        c = result["ceilings"]
+        lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
+                     f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs.")  # fmt: skip
+    return "\n".join([*lines, "", "    " + result["command"]])
+
+
+def judged(result: dict) -> str:
+    """The targets of a run."""
+    return targets.table(targets.judge(result["rows"], result.get("ceilings", {})))
+
+
+def _cell(row: dict | None, best: float) -> str:
+    if row is None:
+        return ""
+    if "us" not in row:
+        return "–"
+    text = f"{row['us']:.2f}" if row["us"] < 100 else f"{row['us']:.0f}"
+    return f"**{text}**" if row["us"] == best else text
+
+
+def _error(row: dict | None) -> str:
+    """How right moekit's outputs were."""
+    if row is None:
+        return ""
+    parts = [f"{row[k]:.2g}" + (" rel." if k == "relative" else "") for k in ("error", "relative") if k in row]
+    return ", ".join([*parts, *([f"ids {row['ids']:.0%}"] if "ids" in row else [])])
+
+
+def _table(rows: list[dict], ceilings: dict[str, float]) -> str:
+    """One case: µs per T and side, the best in bold, and what share of its ceiling moekit reaches."""
+    sides, tokens = list(dict.fromkeys(r["side"] for r in rows)), sorted({r["T"] for r in rows})
+    lines = []
+    for t in tokens:
+        here = {r["side"]: r for r in rows if r["T"] == t}
+        best = min((r["us"] for r in here.values() if "us" in r), default=0.0)
+        mine, share = here.get("moekit"), ""
+        if ceilings and mine and "us" in mine:
+            copy, flops = mine["TB/s"] / ceilings["copy TB/s"], mine["TFLOP/s"] / ceilings["matmul TFLOP/s"]
+            share = f"{copy:.0%} copy" if copy >= flops else f"{flops:.0%} product"
+        lines.append([str(t), *(_cell(here.get(s), best) for s in sides), *([share] if ceilings else []), _error(mine)])
+    return markdown(["T", *sides, *(["of the ceiling"] if ceilings else []), "error"], lines)
+
+
+def times(result: dict) -> str:
+    """Every case of a run, a table each."""
+    cases = dict.fromkeys(r["case"] for r in result["rows"])
+    each = {c: _table([r for r in result["rows"] if r["case"] == c], result.get("ceilings", {})) for c in cases}
+    return "\n\n".join(f"### {name}\n\n{table}" for name, table in each.items())
+
+
+MAKERS: dict[str, Callable[[dict], str]] = {"made": made, "targets": judged, "times": times, "blocks": times}
+
+
+def filled(text: str, results: Path) -> str:
+    """The page with every section made anew; a section whose file is missing says so."""
+
+    def section(match: re.Match) -> str:
+        name, file = match.groups()
+        path = results / file
+        body = MAKERS[name](load(path)) if path.is_file() else f"Not measured yet: there is no bench/results/{file}."
+        return f"<!-- {name} {file} -->\n{body}\n<!-- end -->"
+
+    return SECTION.sub(section, text)
+
+
+def main() -> int:
+    """Write the page and the plot, or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    before = PAGE.read_text()
+    after = filled(before, RESULTS)
+    if args.check:
+        return int(after != before)
+    PAGE.write_text(after)
+    if (path := RESULTS / "fusions_h200.json").is_file():
+        from bench.plots import times as plot
+
+        plot(load(path), PLOT, PLOTTED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

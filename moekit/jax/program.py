@@ -1,0 +1,133 @@
+"""Launches as JAX sees them: one compiled function per static signature, with gradients and vmap through array evaluation.
+
+What a call depends on besides its arrays is a `Static`. Functions are kept by it, so that eager calls of one signature are
+traced and compiled once; inside another jit they are inlined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+
+from moekit.backends.array import evaluate
+from moekit.compile import tile as t
+from moekit.compile.alias import out_of_place, written_name
+from moekit.compile.plan import Plan, plan
+from moekit.compile.schedule import Schedule
+from moekit.jax import launch
+from moekit.jax.view import View
+from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
+
+MOST_KEPT = 1024
+
+
+@dataclass(frozen=True)
+class Static:
+    """A call without its arrays.
+
+    `buffers`: the arrays it takes, by name. `layouts`: where every tensor lies in them. `separate`: InOut tensors whose new
+    value goes elsewhere. `given`: outputs for which there is a View to write to. `fresh`: (name, shape, dtype) of the others.
+    """
+
+    fusion: Fusion
+    binding: Binding
+    buffers: tuple[str, ...]
+    layouts: tuple[tuple[str, t.Viewed], ...]
+    separate: frozenset[str]
+    given: frozenset[str]
+    fresh: tuple[tuple[str, tuple[int, ...], str], ...]
+    schedule: Schedule | None
+
+    @property
+    def graph(self) -> Graph:
+        """The traced graph."""
+        return self.fusion.trace(self.binding)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every axis."""
+        return sizes_of(self.graph, self.binding)
+
+    def target(self, name: str) -> str:
+        """The name of the memory that an output is written to."""
+        return written_name(name) if name in self.separate else name
+
+    def plan(self) -> Plan:
+        """The kernels; raises ScheduleError for a schedule that is not legal here."""
+        return plan(out_of_place(self.graph, self.separate), self.schedule, dict(self.layouts), dict(self.binding.sizes))
+
+
+def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
+    """The size of every axis of a bound graph."""
+    return dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
+
+
+def shape_of(graph: Graph, sizes: Mapping[str, int], name: str) -> tuple[int, ...]:
+    """The shape of an operand or output."""
+    tensor = graph.tensors[name]
+    return tuple(1 if i in tensor.ones else sizes[d.text] for i, d in enumerate(tensor.dims))
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def launched(static: Static) -> Callable[..., dict]:
+    """The function from the arrays of a call to every buffer that its kernels write, by name.
+
+    Raises ScheduleError.
+    """
+    planned, sizes = static.plan(), static.sizes
+    fresh = {n: (shape, dtype) for n, shape, dtype in static.fresh}
+
+    def array_form(*arrays: jax.Array) -> dict:
+        return _array_form(static, planned, arrays)
+
+    @jax.custom_batching.custom_vmap
+    def kernels(*arrays: jax.Array) -> dict:
+        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes)
+
+    @kernels.def_vmap
+    def _batched(axis_size, in_batched, *arrays):
+        out = jax.vmap(array_form, in_axes=[0 if b else None for b in in_batched], axis_size=axis_size)(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    def run(*arrays: jax.Array) -> dict:
+        return kernels(*arrays)
+
+    run.__name__ = static.fusion.name
+    ruled = jax.custom_vjp(run)
+    ruled.defvjp(lambda *arrays: (ruled(*arrays), arrays), lambda arrays, grads: jax.vjp(array_form, *arrays)[1](grads))
+    return jax.jit(ruled, inline=True)
+
+
+def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:
+    """What a launch computes, by array evaluation: every buffer that is written, whole."""
+    memory, layouts = dict(zip(static.buffers, arrays, strict=True)), dict(static.layouts)
+    graph, sizes = static.graph, static.sizes
+
+    def lying(at: t.Viewed, base: jax.Array, name: str) -> View:
+        return View(base, at.axes, at.starts, at.steps, shape_of(graph, sizes, name), at.fixed)
+
+    operands = {n: lying(layouts[n], memory[layouts[n].buffer], n).array() for n in static.fusion.tensors}
+    written: dict[str, jax.Array] = {}
+    for n, x in evaluate(graph, operands, sizes, "jax").items():
+        at = layouts[static.target(n)]
+        if n in static.given:  # outputs that go to one base are written one after the other
+            x = lying(at, written.get(at.buffer, memory[at.buffer]), n).set(x)
+        written[at.buffer] = x
+    return {b: written[b] for b in launch.written(planned)}
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def evaluated(fusion: Fusion, binding: Binding) -> Callable[[dict], dict]:
+    """The function from operands by name to outputs by name, by array evaluation."""
+    graph = fusion.trace(binding)
+    sizes = sizes_of(graph, binding)
+
+    def run(arrays: dict) -> dict:
+        return evaluate(graph, arrays, sizes, "jax")
+
+    run.__name__ = fusion.name
+    return jax.jit(run, inline=True)

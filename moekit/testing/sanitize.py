@@ -1,0 +1,183 @@
+"""compute-sanitizer over one pass of every kernel: `python -m moekit.testing.sanitize`, or `make sanitize`.
+
+Each tool (memcheck: accesses out of bounds or misaligned; racecheck: races in shared memory) first runs kernels with planted
+faults, which it must find, and then `moekit.testing.gpu_pass` in several processes, which must be clean and whose kernels must
+all have run. Exit codes: 0 clean, 1 findings, 3 no GPU or no compute-sanitizer here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from moekit.testing.gpu_pass import cases, cell
+
+FOUND = 99  # the exit code by which the sanitizer says that it found something
+TOOLS = {
+    "memcheck": ("--report-api-errors", "no", "--padding", "512"),
+    "racecheck": (),
+}
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+ENVIRONMENT = {
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one allocation per tensor
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass
+class Verdict:
+    """What came of one tool: cases and kernels that ran under it, and one sentence per finding."""
+
+    tool: str
+    cases: int = 0
+    kernels: int = 0
+    seconds: float = 0.0
+    doors: dict[str, int] = field(default_factory=dict)
+    cells: dict[str, int] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+
+def find_sanitizer() -> str | None:
+    """Where compute-sanitizer is: on the path, or in a CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in homes if h)])
+    )
+
+
+def found(log: str) -> int | None:
+    """How many errors or hazards a log sums up; None if it ends without a summary."""
+    sums = [int(a or b) for a, b in SUMMARY.findall(log)]
+    return sum(sums) if sums else None
+
+
+def command(sanitizer: str, tool: str, log: Path, arguments: list[str]) -> list[str]:
+    """A process of the pass under a tool."""
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only", *TOOLS[tool]]
+    return [sanitizer, *options, "--log-file", str(log), sys.executable, "-m", "moekit.testing.gpu_pass", *arguments]
+
+
+def check_control(sanitizer: str, tool: str, folder: Path, seconds: float) -> list[str]:
+    """Whether the tool finds what is planted; a tool that finds nothing there proves nothing."""
+    log = folder / f"{tool}.control.txt"
+    try:
+        subprocess.run(command(sanitizer, tool, log, ["control"]), env={**os.environ, **ENVIRONMENT}, timeout=seconds,
+                       capture_output=True, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [f"{tool}: the planted faults took more than {seconds:.0f} s"]
+    text = log.read_text() if log.exists() else ""
+    return [] if found(text) else [f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}"]
+
+
+def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path) -> Verdict:
+    """The control, then the pass in `workers` processes, each of which has `seconds`."""
+    begin, verdict = time.monotonic(), Verdict(tool)
+    verdict.findings += check_control(sanitizer, tool, folder, seconds)
+    running = []
+    for i in range(workers):
+        log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
+        arguments = [str(i), str(workers), str(report)]
+        with output.open("w") as sink:
+            process = subprocess.Popen(command(sanitizer, tool, log, arguments), env={**os.environ, **ENVIRONMENT},
+                                       stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        running.append((process, log, report, output))
+    doors, cells = Counter(), Counter()
+    for process, log, report, output in running:
+        try:
+            code = process.wait(max(1.0, begin + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = None
+        verdict.findings += judge(tool, code, log, report, output)
+        if report.exists():
+            told = json.loads(report.read_text())
+            verdict.cases += told["cases"]
+            doors.update(told["doors"])
+            cells.update(told["cells"])
+    verdict.findings += missing(tool, cells)
+    verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), sum(doors.values())
+    verdict.seconds = time.monotonic() - begin
+    return verdict
+
+
+def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) -> list[str]:
+    """What is wrong with one process: what the tool found, what its outputs were, how it ended."""
+    text = log.read_text() if log.exists() else ""
+    errors = found(text)
+    findings = []
+    if errors:
+        findings.append(f"{tool}: {errors} found; {log.name} begins:\n{text[:3000]}")
+    if errors is None:
+        last = output.read_text().strip()[-500:] if output.exists() else ""
+        findings.append(f"{tool}: {log.name} has no summary (exit code {code}): {last}")
+    elif code != 0 and not errors:
+        findings.append(f"{tool}: exit code {code}: {output.read_text().strip()[-500:] if output.exists() else ''}")
+    if not report.exists():
+        findings.append(f"{tool}: {report.name} was not written: its share did not end")
+    else:
+        findings += [f"{tool}: {p}" for p in json.loads(report.read_text())["problems"]]
+    return findings
+
+
+def missing(tool: str, cells: Counter[str]) -> list[str]:
+    """The cells of the pass in which no kernel ran."""
+    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
+    return [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tools and print what they found."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moekit.testing.sanitize", description="Every kernel under compute-sanitizer."
+    )
+    parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
+    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes")
+    parser.add_argument("--seconds", type=float, default=540.0, help="the most that one tool may take")
+    parser.add_argument("--folder", type=Path, help="where logs are kept (default: a temporary folder)")
+    parser.add_argument("--json-file", type=Path, help="write what came of it as JSON")
+    options = parser.parse_args(arguments)
+    from moekit.cli.platform import gpu_count
+
+    sanitizer = find_sanitizer()
+    if not gpu_count() or sanitizer is None:
+        lack = "there is no NVIDIA GPU here" if not gpu_count() else "compute-sanitizer is not on the path nor in CUDA_HOME"
+        print(f"sanitize: {lack}; run it on a GPU machine with a CUDA toolkit", file=sys.stderr)
+        return 3
+    with tempfile.TemporaryDirectory(prefix="moekit-sanitize-") as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        verdicts = []
+        for tool in options.tool or TOOLS:
+            verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder))
+            tell(verdicts[-1])
+            if options.json_file:
+                options.json_file.write_text(json.dumps([asdict(v) for v in verdicts], indent=1))
+    return 1 if any(v.findings for v in verdicts) else 0
+
+
+def tell(verdict: Verdict) -> None:
+    """Print a verdict."""
+    word = f"{len(verdict.findings)} findings" if verdict.findings else "clean"
+    print(f"{verdict.tool}: {word}; {verdict.cases} cases, {verdict.kernels} kernels in {verdict.seconds:.0f} s; the planted "
+          f"fault was {'not ' if any('planted' in f for f in verdict.findings) else ''}found", flush=True)  # fmt: skip
+    print("  " + ", ".join(f"{door}: {n}" for door, n in verdict.doors.items()), flush=True)
+    for finding in verdict.findings[:20]:
+        print(finding, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Worker processes: what a campaign gives its tasks to, so that an illegal access or a hang costs one process and no more."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from moekit.testing.case import FuzzCase
+from moekit.testing.executors import fatal, starved
+from moekit.testing.tasks import JAX, Task, run_task
+
+DEVICE = 70  # the exit code of a process that ends because its device is unusable
+PATIENCE = 120.0  # seconds for one case
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a task came to no report. `kind`: "device" (the process ends of it), "memory" (there was too little), "error"."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Trouble:
+        """What an exception means, in one line (and where it came from, if it is nobody's but ours)."""
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        text = f"{type(error).__name__}: {first}"
+        if isinstance(error, Exception) and starved(error):
+            return cls("memory", text)
+        if isinstance(error, Exception) and fatal(error):
+            return cls("device", text)
+        return cls("error", f"{text}\n{''.join(traceback.format_exception(error, limit=-4))}")
+
+
+class Worker:
+    """A process that runs one task at a time. `disarmed`: with the verifier off, as a mutant may be planted."""
+
+    def __init__(self, disarmed: bool = False):
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, disarmed), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task: Task | None = None
+        self.since = time.monotonic()
+
+    def give(self, task: Task) -> None:
+        """Hand over a task."""
+        self.task, self.since = task, time.monotonic()
+        with contextlib.suppress(OSError):  # it died meanwhile: its end of the pipe says so
+            self.connection.send(task)
+
+    def stop(self) -> None:
+        """End the process, without waiting for it."""
+        self.process.kill()
+
+    def end(self) -> int | None:
+        """Stop the process; its exit code, if it had ended by itself."""
+        self.process.join(0.2)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            self.process.join(5)
+        self.connection.close()
+        return code
+
+
+def _prepare(disarmed: bool) -> None:
+    from moekit.cli.platform import prepare_jax
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # Triton's interpreter computes with infinities in numpy
+    prepare_jax()
+    if disarmed:
+        from moekit.testing.mutants.killer import disarm
+
+        disarm()
+
+
+def _serve(connection: Any, disarmed: bool) -> None:
+    """A worker's whole life. It ends itself after an error that leaves its device unusable."""
+    _prepare(disarmed)
+    try:
+        while True:
+            task = connection.recv()
+            try:
+                connection.send(run_task(task))
+            except Exception as error:
+                _tell(connection, Trouble.of(error))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _tell(connection: Any, trouble: Trouble) -> None:
+    connection.send(trouble)
+    if trouble.kind == "device":
+        os._exit(DEVICE)
+    if trouble.kind == "memory":
+        from moekit.testing.batch import release
+
+        release()
+
+
+def replay(case: FuzzCase, implementation: str) -> list[str]:
+    """Run one case here and now; what is wrong with it."""
+    from moekit.testing.batch import run_cases
+    from moekit.testing.executors import executor
+    from moekit.testing.oracle import Oracle
+
+    if implementation in JAX:
+        from moekit.testing.jax_batch import run_values
+
+        return run_values(implementation, [(case, Oracle.of(case, implementation))])[0].problems
+    made = executor(implementation)
+    return run_cases(made, [(case, Oracle.of(case, implementation, made.reference))])[0].problems
+
+
+class Prober:
+    """Runs single cases in one process after another: replaying asks a few times, shrinking hundreds."""
+
+    def __init__(self, implementation: str, disarmed: bool = False):
+        self.implementation, self.disarmed = implementation, disarmed
+        self.process: Any = None
+        self.connection: Any = None
+
+    def problems(self, case: FuzzCase, patience: float = PATIENCE) -> list[str]:
+        """What is wrong with a case; that its process died of it, or did not end, is."""
+        if self.process is None or not self.process.is_alive():
+            self._start()
+        try:
+            self.connection.send(case)
+            if self.connection.poll(patience):
+                answer = self.connection.recv()
+                if not isinstance(answer, Trouble):
+                    return answer
+                if answer.kind != "device":
+                    return [answer.text]
+                self.close()
+                return [f"its process ended with an error of the device: {answer.text}"]
+            self.close()
+            return [f"it did not end in {patience:.0f} seconds"]
+        except (EOFError, OSError):
+            code = self.close()
+            return [f"its process died with exit code {code}"]
+
+    def __call__(self, case: FuzzCase) -> bool:
+        """Whether the case fails, or ends the process it runs in; running out of memory is neither."""
+        found = self.problems(case)
+        return bool(found) and not starved(Exception(found[0]))
+
+    def _start(self) -> None:
+        self.close()
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_probe, args=(theirs, self.implementation, self.disarmed), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def close(self) -> int | None:
+        """End the process; its exit code, if it had ended by itself."""
+        if self.process is None:
+            return None
+        self.process.join(1)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            self.process.join(5)
+        self.connection.close()
+        self.process = None
+        return code
+
+
+def _probe(connection: Any, implementation: str, disarmed: bool) -> None:
+    _prepare(disarmed)
+    while True:
+        try:
+            case = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(replay(case, implementation))
+        except Exception as error:
+            _tell(connection, Trouble.of(error))
+
+
+def isolated(case: FuzzCase, implementation: str, seconds: float = PATIENCE, disarmed: bool = False) -> list[str]:
+    """Run one case in a process of its own, which may die of it."""
+    prober = Prober(implementation, disarmed)
+    try:
+        return prober.problems(case, seconds)
+    finally:
+        prober.close()

@@ -1,0 +1,45 @@
+"""bench/report.py: the page says what the result files say."""
+
+from bench import report
+from bench.common import write
+
+
+def result(**more) -> dict:
+    """A small run."""
+    head = {"device": "NVIDIA H200", "cuda": "13.0", "versions": {"moekit": "0.1.0"}, "command": "python bench/fusions.py"}
+    head["ceilings"] = {"copy TB/s": 4.2, "matmul TFLOP/s": 700.0, "smallest kernel µs": 0.5}
+    rates = {"TB/s": 2.1, "TFLOP/s": 7.0}
+    rows = [
+        {"case": "add_rms_norm 2048", "T": 1, "side": "moekit", "us": 1.234, "error": 0.98} | rates,
+        {"case": "add_rms_norm 2048", "T": 1, "side": "liger", "us": 1.5, "error": 1.2} | rates,
+        {"case": "add_rms_norm 2048", "T": 16, "side": "moekit", "us": 211.4} | rates,
+        {"case": "add_rms_norm 2048", "T": 16, "side": "liger", "problem": "it fell"},
+    ]
+    return head | {"rows": rows} | more
+
+
+def test_a_section_is_filled_and_stays_so(tmp_path):
+    """What stands between the markers is replaced, the rest stays, and filling twice is filling once."""
+    write(tmp_path / "r.json", result())
+    page = "before\n<!-- times r.json -->\nold figures\n<!-- end -->\nafter <!-- made r.json -->\n<!-- end -->"
+    once = report.filled(page, tmp_path)
+    assert "old figures" not in once
+    assert once.startswith("before\n")
+    assert "| 1 | **1.23** | 1.50 | 50% copy | 0.98 |" in once
+    assert "| 16 | **211** | – | 50% copy |  |" in once
+    assert "copy 4.20 TB/s" in once
+    assert report.filled(once, tmp_path) == once
+
+
+def test_targets_and_missing_files(tmp_path):
+    """The targets are judged from the rows; a file that is not there is said not to be."""
+    write(tmp_path / "r.json", result())
+    page = report.filled("<!-- targets r.json -->\n<!-- end -->\n<!-- blocks no.json -->\n<!-- end -->", tmp_path)
+    assert "| add_rms_norm 2048 | 1 | 1.23 | liger (not run: sgl-kernel, flashinfer" in page
+    assert "| 1.50 | 0.82 | ≤ 0.95 | yes |" in page
+    assert "Not measured yet: there is no bench/results/no.json." in page
+
+
+def test_the_page_is_what_the_results_make_of_it():
+    """docs/performance.md was filled from bench/results as they are now."""
+    assert report.filled(report.PAGE.read_text(), report.RESULTS) == report.PAGE.read_text()

@@ -1,0 +1,117 @@
+"""The pass under compute-sanitizer: what it covers, that it runs, and that silence is not taken for success."""
+
+import json
+import stat
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moekit.cli import platform
+from moekit.fusions import FUSIONS
+from moekit.lang.dtypes import FLOATS
+from moekit.testing import sanitize
+from moekit.testing.gpu_pass import KINDS, Doors, cases, cell, run_pallas
+from moekit.testing.oracle import Oracle
+from moekit.testing.schedules import variants
+
+ROOT = Path(__file__).parents[2]
+EVERY = list(cases())
+
+FAKE = """#!{python}
+import json, os, sys
+tool, log = sys.argv[sys.argv.index("--tool") + 1], sys.argv[sys.argv.index("--log-file") + 1]
+line = "RACECHECK SUMMARY: {{}} hazard displayed" if tool == "racecheck" else "ERROR SUMMARY: {{}} errors"
+rest = sys.argv[sys.argv.index("moekit.testing.gpu_pass") + 1:]
+if rest == ["control"]:
+    open(log, "w").write(line.format(os.environ.get("FAKE_CONTROL", 1)))
+    sys.exit(99)
+errors, skip = int(os.environ.get("FAKE_ERRORS", 0)), os.environ.get("FAKE_SKIP", "nothing")
+if skip == "summary":
+    sys.exit(0)
+open(log, "w").write(line.format(errors))
+from moekit.testing.gpu_pass import cases, cell
+cells = {{}}
+for i, (implementation, case) in enumerate(cases()):
+    name = cell(implementation, case)
+    if i % int(rest[1]) == int(rest[0]) and not name.startswith(skip):
+        cells[name] = cells.get(name, 0) + 1
+if skip != "report":
+    with open(rest[2], "w") as file:
+        json.dump({{"cases": sum(cells.values()), "doors": {{"triton front": 1}}, "cells": cells, "problems": []}}, file)
+sys.exit(99 if errors else 0)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A program called compute-sanitizer that says what the environment tells it to."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE.format(python=sys.executable))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(platform, "gpu_count", lambda: 1)
+    return lambda *more: sanitize.main(["--workers", "1", "--tool", "memcheck", "--folder", str(tmp_path / "logs"), *more])
+
+
+def test_it_covers_every_fusion_dtype_layout_and_schedule():
+    cells = Counter(cell(i, c) for i, c in EVERY)
+    for implementation in ("triton", "pallas"):
+        for name, fusion in FUSIONS.items():
+            mine = [c for i, c in EVERY if (i, c.fusion) == (implementation, name)]
+            assert all(cells[f"{implementation} {name} {d}"] >= 3 for d in FLOATS)
+            assert {c.layout(n).kind for c in mine for n in c.memory()} == set(KINDS)
+            assert {c.schedule for c in mine} == set(variants(mine[0].graph))
+            assert {c.mode for c in mine} >= {"out", "plain"}
+            assert any(s.role == "InOut" for s in fusion.tensors.values()) == any(c.mode == "in place" for c in mine)
+    assert not [c.problem() for _, c in EVERY if c.problem()]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_views_lie_as_the_layout_says(kind):
+    mine = [c for i, c in EVERY if (i, c.fusion) == ("pallas", "silu_and_mul") and c.layout("gate_up").kind == kind]
+    assert not Oracle.of(mine[0], "pallas").problems(run_pallas(mine[0])[0])[0]
+
+
+def test_both_doors_are_counted(monkeypatch):
+    from moekit.torch import fast, launch
+
+    monkeypatch.setattr(launch, "_start", lambda one, tensors: "kernel")
+    monkeypatch.setattr(fast, "_launch", lambda entry, pointers: None)
+    doors = Doors()
+    assert launch._start(None, {}) == "kernel"
+    fast._launch(type("Entry", (), {"ready": (1, 2)}), [])
+    assert doors.counts == {"front": 1, "short": 2}
+
+
+def test_clean(fake, tmp_path, capsys):
+    assert fake("--json-file", str(tmp_path / "found.json")) == 0
+    assert "memcheck: clean" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())[0]["cases"] == len(EVERY)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (("FAKE_CONTROL", "0"), "did not find the planted fault"),
+        (("FAKE_ERRORS", "3"), "3 found"),
+        (("FAKE_SKIP", "pallas gate_gemm"), "no kernel ran for pallas gate_gemm bfloat16"),
+        (("FAKE_SKIP", "report"), "its share did not end"),
+        (("FAKE_SKIP", "summary"), "has no summary"),
+    ],
+)
+def test_silence_is_no_success(fake, monkeypatch, capsys, setting, said):
+    monkeypatch.setenv(*setting)
+    assert fake() == 1
+    assert said in capsys.readouterr().out
+
+
+def test_without_a_gpu_or_the_tool(monkeypatch, capsys):
+    monkeypatch.setattr(platform, "gpu_count", lambda: 0)
+    assert sanitize.main([]) == 3
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(platform, "gpu_count", lambda: 1)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    assert sanitize.main([]) == 3
