@@ -94,7 +94,7 @@ class PallasPrinter(Printer):
         yields = ", ".join(self.text(y) for y in op.yields)
         lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
         if op.unroll:
-            return [*lines, *self.written_out(op, pad, name)]
+            return self.written_out(op, pad, name, lines)
         turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else -(-op.stop // op.step)
         inits = ", ".join(self.text(i) for i in op.inits)
         outs = ", ".join(o.name for o in op.outs)
@@ -102,12 +102,13 @@ class PallasPrinter(Printer):
         lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
         return lines
 
-    def written_out(self, op: t.Loop, pad: str, name: str) -> list[str]:
+    def written_out(self, op: t.Loop, pad: str, name: str, lines: list[str]) -> list[str]:
         """The turns of a loop one after the other. A turn's number is traced, for the reason `constant` gives."""
         carry = f"{op.var.name}_carry"
         inits = ", ".join(self.text(i) for i in op.inits)
         outs = ", ".join(o.name for o in op.outs) + "," * (len(op.outs) == 1)
-        lines = ["", f"{pad}{carry} = ({inits}{',' * (len(op.inits) == 1)})", f"{pad}for turn in range(0, {op.stop}, {op.step}):"]
+        lines += ["", f"{pad}{carry} = ({inits}{',' * (len(op.inits) == 1)})"]
+        lines += [f"{pad}for turn in range(0, {op.stop}, {op.step}):"]
         return [*lines, f"{pad}    {carry} = {name}({self.pid} * 0 + turn, {carry})", f"{pad}{outs} = {carry}"]
 
     def scalar(self, literal: str, dtype: str) -> str:

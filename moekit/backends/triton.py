@@ -231,12 +231,12 @@ IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def _sections(kernel: t.Kernel) -> list[str]:
     """Which programs of a launch belong to which section."""
     lines, begin = ["    pid = tl.program_id(0)"], "0"
-    for number, section in enumerate(kernel.sections):
+    for i, section in enumerate(kernel.sections):
         counts = [blocks(section, a, f"tl.cdiv({extent_text(section, a)}, {section.axis(a).block})") for a in section.grid]
-        end, call = f"end_{number}", ", ".join(a.name for a in arguments(section))
+        end, call = f"end_{i}", ", ".join(a.name for a in arguments(section))
         lines.append(f"    {end} = {begin} + {' * '.join(c for c in counts if c != '1') or '1'}".replace(" 0 +", ""))
-        inside = f"(pid >= {begin}) & (pid < {end})" if number else f"pid < {end}"
-        lines += [f"    if {inside}:", f"        {section.name}(pid{f' - {begin}' if number else ''}, {call})"]
+        inside = f"(pid >= {begin}) & (pid < {end})" if i else f"pid < {end}"
+        lines += [f"    if {inside}:", f"        {section.name}(pid{f' - {begin}' if i else ''}, {call})"]
         begin = end
     return lines
 

@@ -85,7 +85,8 @@ def _gemm(graph: Graph) -> GemmAxes | None:
 def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes) -> Schedule:
     wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
     k_block = min(pow2(uses[gemm.k].extent or 64), 32 if wide else 128)
-    blocks = {a: 1 if a in scattered(graph) else b for a, b in ((gemm.m, 16), (gemm.n, GEMM_COLUMNS), (gemm.k, max(16, k_block)))}
+    wanted = ((gemm.m, 16), (gemm.n, GEMM_COLUMNS), (gemm.k, max(16, k_block)))
+    blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}
     axes = []
     for a, use in uses.items():
         if a in (gemm.m, gemm.n):
@@ -126,7 +127,8 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
         block = 1 if use.name in scattered(graph) else max(1, min(pow2(extent), budget // tile, 1024))
         chosen[use.name] = ("grid", block)
         tile *= block
-    schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=2 if any(u.name in chosen and chosen[u.name][0] == "loop" for u in inner) else 1)
+    loops = any(chosen[u.name][0] == "loop" for u in inner)
+    schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=2 if loops else 1)
     return _shrunk(graph, schedule)
 
 

@@ -22,11 +22,15 @@ RESERVED = {
     "self",
     "turn",
     "carry",
+    "pid",
+    "PDL",
+    "gdc_launch_dependents",
+    "gdc_wait",
     *(f"nan_{kind}" for kind in ("max", "min", "maximum", "minimum")),
     "trunc_div",
     "trunc_rem",
 }
-ARGUMENT = re.compile(r"^n_|_ptr$|_ref$|_stride_")  # as other arguments of a kernel are called
+ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_")  # as other arguments of a kernel are called
 
 
 def identifier(axis: str) -> str:

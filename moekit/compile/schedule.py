@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moekit.compile.analysis import AxisUse, axis_uses, part_axis, scattered
+from moekit.compile.analysis import AxisUse, axis_uses, scattered
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
 from moekit.errors import ScheduleError

@@ -138,7 +138,7 @@ class Writer:
         return [(i, self.graph.nodes[i]) for i in ids]
 
     def loop(self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]]) -> tuple[t.Value, ...]:
-        """A loop over the blocks of `axis` (or over one part of them); one over parts is unrolled, so that all are loaded at once."""
+        """A loop over the blocks of `axis` (or of one part of it); one over parts is unrolled: all are loaded at once."""
         block = self.blocks[axis]
         scope = Scope(home)
         var = start = t.Value(self.names.fresh(f"{identifier(axis)}_start"), "int32")
@@ -169,4 +169,3 @@ class Writer:
                 return self.const(scope, size)
             self.root.made[key] = self.emit(self.root, t.Extent, f"{identifier(axis)}_size", "int32", (), axis=axis)
         return self.root.made[key]
-

@@ -36,9 +36,9 @@ def gate_block(
     weight [D], gate_up [2I, D], router [E, D], shared_gate [G, D] -> hidden [T, D], residual, activated [T, I] in x's
     dtype, share [T, G] float32, weights [T, k] float32, ids [T, k] int32.
 
-    The products are of residual·(offset + weight), rounded to x's dtype, and each row is scaled by the norm afterwards: the sum of
-    squares and the products are then made in one pass. float16 holds no more than 65504 of that. The logits are rounded to
-    x's dtype before they are compared, as Hugging Face does.
+    The products are of residual·(offset + weight), rounded to x's dtype, and each row is scaled by the norm afterwards: the
+    sum of squares and the products are then made in one pass. float16 holds no more than 65504 of that. The logits are
+    rounded to x's dtype before they are compared, as Hugging Face does.
     """
     total = cast(f32(x) + f32(residual), residual.dtype)
     t = f32(total)

@@ -27,7 +27,7 @@ increment_version = torch.autograd.graph.increment_version
 
 @dataclass(frozen=True)
 class Ready:
-    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all pointers, `rest` are its other arguments."""
+    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all, `rest` are its other arguments."""
 
     run: Any
     function: object

@@ -35,7 +35,7 @@ REFUSED = [
     (GEMM, "T:grid:16 D:whole:128 P:grid:16 split:D:2", "axis D cannot be split in 2: a split axis is looped over"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:1", "axis D cannot be split in 1: the parts are 2 to 64"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:65", "axis D cannot be split in 65: the parts are 2 to 64"),
-    (NORM, "T:grid:4 H:loop:16 split:H:2", "axis H cannot be split in 2: an output runs along it"),
+    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:2 parts:D:2", "only one axis can be split or done in parts"),
     (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
     (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
 ]  # fmt: skip
@@ -95,7 +95,7 @@ SIZES = [1, 2, 7, 64, 1000, 4096, 16384, 20000]
 @pytest.mark.parametrize("fusion", FUSIONS.values(), ids=lambda f: f.name)
 def test_heuristic_is_legal_for_every_size(fusion, size):
     """A good schedule without tuning, from one element to the widest row; E and k stay in their limits."""
-    sizes = {"T": 3, "H": size, "I": size, "P": size, "D": size, "E": min(size, 1024), "V": 4, "K": 2, "Dk": 8, "Dv": 8}
+    sizes = {"T": 3, "H": size, "I": size, "P": size, "D": size, "E": min(size, 1024), "G": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 8}
     wanted = {a: sizes[a] for spec in fusion.tensors.values() for d in spec.dims for _, a in d.terms}
     if fusion.name == "delta_rule_step":
         wanted |= {"Dk": min(size, 256), "Dv": min(size, 256)}
@@ -115,7 +115,7 @@ def test_heuristic_does_not_depend_on_dynamic_sizes(fusion):
 
 
 def test_split_plan_has_two_launches_and_scratch_between():
-    """Partial sums have a dimension for the parts; the second launch adds them in one block."""
+    """Partial sums have a dimension for the parts; the second launch adds them in one fixed order."""
     plan = good.planned(GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:3")
     first, second = plan.programs
     (scratch,) = plan.scratch
@@ -123,7 +123,7 @@ def test_split_plan_has_two_launches_and_scratch_between():
     assert scratch.shape({"T": 7}) == (3, 7, 35)
     assert [p.name for p in first.params if p.role == "Out"] == [scratch.name]
     assert [p.name for p in second.params if p.role == "In"] == [scratch.name]
-    assert second.axis("D.part").mode == "whole"
+    assert (second.axis("D.part").mode, second.axis("D.part").block) == ("loop", 1)
     assert first.axis("D").parts == 3
     assert str(plan).count("program ") == 2
 

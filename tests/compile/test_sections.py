@@ -1,0 +1,90 @@
+"""Sections: outputs over different axes in one launch, and reductions done in parts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moekit.compile import interpret, tile
+from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.compile.sections import sections
+from moekit.compile.verify import verify
+from moekit.errors import VerifyError
+from moekit.fusions import FUSIONS
+from moekit.testing import Call, operands
+
+SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40}
+FIRST = "T:grid:16 D:loop:16 E:grid:16 G:grid:1 I:grid:16 K:whole:4"
+
+
+def call(name: str, schedule: str | None = None) -> Call:
+    fusion = FUSIONS[name]
+    axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+    params = {"k": 3} if "k" in fusion.params else {}
+    chosen = Schedule.parse(schedule) if schedule else None
+    return Call(fusion, operands(fusion, {a: SIZES[a] for a in axes}), params, schedule=chosen)
+
+
+def planned(made: Call):
+    return plan(made.graph, made.schedule, {n: tile.Strided(("any",) * len(x.dims)) for n, x in made.graph.tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("gate_projections", [{"activated"}, {"logits"}, {"share"}]),
+        ("add_rms_norm", [{"out", "residual"}]),
+        ("topk_softmax", [{"weights", "ids"}]),
+        ("delta_rule_step", [{"out", "state"}]),
+    ],
+)
+def test_outputs_that_can_share_programs_do(name, groups):
+    """Outputs over different axes are apart; those of one norm, one routing or one state are not."""
+    sizes = {"T": 3, "H": 40, "E": 21, "V": 4, "K": 2, "Dk": 8, "Dv": 8, "D": 70, "I": 9, "G": 1}
+    fusion = FUSIONS[name]
+    axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+    made = Call(fusion, operands(fusion, {a: sizes[a] for a in axes}), {"k": 3} if "k" in fusion.params else {})
+    assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
+
+
+def test_what_is_overwritten_is_read_by_its_own_section_alone():
+    """The gate block updates the residual in place: in one launch all of it is one section, in two it is not."""
+    graph = call("gate_block").graph
+    assert len(sections(graph)) == 1
+    first, second = planned(call("gate_block")).programs
+    assert (len(first.sections), len(second.sections)) == (4, 4)
+    assert all(p.role == "In" for p in first.params if p.name == "residual")
+    assert [s.name for s in second.sections if any(p.name == "residual" for p in s.params)] == ["gate_block_combine_hidden"]
+
+
+def test_sections_that_meet_in_memory_are_refused():
+    """One section may not read what another of the same launch writes."""
+    _, second = planned(call("gate_block")).programs
+    hidden, other = second.sections[0], second.sections[1]
+    hidden, other = (hidden, other) if any(p.name == "hidden" for p in hidden.params) else (other, hidden)
+    written = next(p for p in hidden.params if p.name == "hidden")
+    broken = replace(other, params=(*other.params, replace(written, role="In")))
+    with pytest.raises(VerifyError, match="hidden is written by gate_block_combine_hidden and used by"):
+        verify(replace(second, sections=(hidden, broken)))
+
+
+def test_parts_in_a_row_give_the_bits_of_a_split():
+    """Parts added up by one program, and by a second launch: the same sums in the same order."""
+    results = []
+    for how in ("split:D:3", "parts:D:3"):
+        made = call("gate_projections", FIRST.replace(" K:whole:4", "") + f" {how} warps:4 stages:2")
+        memory = {n: np.array(x) for n, x in made.operands.items()}
+        shape = {n: tuple(made.sizes[d.text] for d in x.dims) for n, x in made.graph.tensors.items()}
+        memory |= {x.name: interpret.poison(shape[x.name], x.dtype) for x in made.graph.outputs()}
+        interpret.run(planned(made), memory, made.sizes)
+        results.append(memory)
+    for x in made.graph.outputs():
+        np.testing.assert_array_equal(results[0][x.name], results[1][x.name])
+        assert np.isfinite(results[0][x.name]).all()
+
+
+def test_a_launch_numbers_the_programs_of_all_sections():
+    """As many programs as the sections have together; a section's own come one after the other."""
+    first, _ = planned(call("gate_block", FIRST + " split:D:3 warps:4 stages:2")).programs
+    assert first.programs({"T": 19}) == sum(s.programs({"T": 19}) for s in first.sections)
