@@ -74,7 +74,7 @@ def directed(stage: str) -> Iterator:
                 yield FuzzCase("topk_softmax", {"T": 4, "E": experts}, {"logits": dtype}, {"k": 10, "renormalize": True,
                                "nan_to_zero": False}, recipe=recipe, layouts={"logits": Layout(
                                    "padded", (0, 1), (0, 0), (1, 1), (0, 4))} if stage not in VIEWED else {})  # fmt: skip
-    for schedule in ("looped", "split", "whole", "dots", "small"):
+    for schedule in ("looped", "split", "single parts", "whole", "dots", "small"):
         for recipe in ("integers", "normal", "huge"):
             for dtype in (f32, "float16"):
                 for name in ("probe_extremes", "probe_product", "probe_gated", "add_rms_norm", "gate_gemm"):
