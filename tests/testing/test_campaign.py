@@ -89,7 +89,7 @@ def test_edges_count_up_to_their_quota():
 
 def test_a_campaign_survives_a_worker_that_dies():
     name = f"{__name__}:broken" if "." not in __name__ else "tests.testing.test_campaign:broken"
-    plan = campaign.Plan(["silu_and_mul"], [name], seed=1, examples=400, workers=1, combos=2, groups=6, layouts=2)
+    plan = campaign.Plan(["silu_and_mul"], [name], seed=1, examples=400, workers=1, combos=1, groups=4, layouts=1)  # seldom deadly
     result = campaign.run(plan)
     texts = [p for f in result.failures for p in f.problems]
     assert any("out of bounds" in t for t in texts)
