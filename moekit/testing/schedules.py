@@ -10,7 +10,7 @@ from moekit.lang.graph import Graph
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
-    "split".
+    "split" (in three, blocks of eight) and "single parts" (in two, blocks of one element).
     """
     base = heuristic(graph)
     found: dict[str, Schedule | None] = {"heuristic": None}
@@ -28,6 +28,10 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
         split = Schedule(split.axes, ((axis, 3),), split.warps, split.stages)
         if use.reduced and "split" not in found and legal(graph, split) is None:
             found["split"] = split
+        single = _reshaped(graph, base, reduced=("loop", 1), parallel=2)
+        single = Schedule(single.axes, ((axis, 2),), single.warps, single.stages)
+        if use.reduced and "single parts" not in found and legal(graph, single) is None:
+            found["single parts"] = single
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,21 +92,29 @@ def _serve(connection: Any, disarmed: bool) -> None:
     try:
         while True:
             task = connection.recv()
-            try:
-                connection.send(run_task(task))
-            except Exception as error:
-                _tell(connection, Trouble.of(error))
+            _tell(connection, _attempt(lambda task=task: run_task(task)))
     except (EOFError, BrokenPipeError):
         return
 
 
-def _tell(connection: Any, trouble: Trouble) -> None:
-    connection.send(trouble)
-    if trouble.kind == "device":
+def _attempt(work: Callable[[], Any]) -> Any:
+    """What the work comes to, or the trouble there was: with the error gone, its frames hold no memory any more."""
+    try:
+        return work()
+    except Exception as error:
+        return Trouble.of(error)
+
+
+def _tell(connection: Any, answer: Any) -> None:
+    connection.send(answer)
+    if not isinstance(answer, Trouble):
+        return
+    if answer.kind == "device":
         os._exit(DEVICE)
-    if trouble.kind == "memory":
+    if answer.kind == "memory":
         from moekit.testing.batch import release
 
+        gc.collect()
         release()
 
 
@@ -183,10 +193,7 @@ def _probe(connection: Any, implementation: str, disarmed: bool) -> None:
             case = connection.recv()
         except EOFError:
             return
-        try:
-            connection.send(replay(case, implementation))
-        except Exception as error:
-            _tell(connection, Trouble.of(error))
+        _tell(connection, _attempt(lambda case=case: replay(case, implementation)))
 
 
 def isolated(case: FuzzCase, implementation: str, seconds: float = PATIENCE, disarmed: bool = False) -> list[str]:

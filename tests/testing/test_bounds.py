@@ -9,10 +9,14 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, fusion, round_to
 from moekit.lang.dtypes import FLOATS, numpy_dtype
 from moekit.testing import RUNNERS, Call, bounds, compare, operands
+from moekit.testing.agenda import Plan
 from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase
 from moekit.testing.compare import ulp
+from moekit.testing.constants import constant
+from moekit.testing.coverage import Coverage
 from moekit.testing.executors import executor
+from moekit.testing.worst import record_worst, worst_seen
 
 SIZES = {
     "gate_gemm": {"T": 5, "P": 9, "D": 70},
@@ -207,3 +211,19 @@ def test_only_subnormal_operands_excuse_a_rounded_sum():
     flips = bounds(FUSIONS["add_rms_norm"], values)["residual"].flips
     assert flips[0, 0] == 0
     assert flips[0, 1] > 0
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_no_constant_is_above_four_times_the_worst_that_was_seen(name):
+    worst = worst_seen()[name]
+    assert constant(name) <= 4 * worst["ratio"]
+    assert worst["ratio"] < constant(name)
+    assert {*worst} == {"ratio", "implementation", "device", "command"}
+
+
+def test_the_worst_is_kept_with_where_it_came_from(tmp_path):
+    path, plan = tmp_path / "worst.json", Plan(["f", "g"], ["numpy"])
+    record_worst(path, {"numpy": Coverage(worst={"f": 0.5, "g": 0.25})}, plan)
+    record_worst(path, {"numpy": Coverage(worst={"f": 0.25, "g": 0.75})}, plan)
+    assert {n: v["ratio"] for n, v in worst_seen(path).items()} == {"f": 0.5, "g": 0.75}
+    assert worst_seen(path)["f"]["device"] == "CPU"

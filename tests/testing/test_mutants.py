@@ -12,10 +12,12 @@ from click.testing import CliRunner
 
 from moekit.cli.app import cli
 from moekit.errors import MoekitError
+from moekit.fusions import FUSIONS
 from moekit.testing.mutants import HISTORICAL, TABLE, mutate, score, try_mutant
-from moekit.testing.mutants.killer import ARRAYS, STAGES
+from moekit.testing.mutants.killer import ARRAYS, STAGES, tasks
 from moekit.testing.mutants.score import PACKAGE, Outcome, apply_patch, copy_package, stages_of, try_patch, try_unchanged
 from moekit.testing.mutants.table import Mutant
+from moekit.testing.tasks import template
 
 NAMED = {m.name: m for m in TABLE}
 
@@ -89,6 +91,15 @@ def test_the_command_lists_them():
     assert done.exit_code == 0
     assert all(name in done.output for name in NAMED)
     assert CliRunner().invoke(cli, ["mutants", "no-such-mutant"]).exit_code == 2
+
+
+def test_the_interpreter_of_triton_is_not_asked_for_bfloat16():
+    """It would kill every mutant, and the package as it is."""
+    asked = [template(task)[0] for task in tasks("triton-interpreter")]
+    assert len(asked) > 150
+    assert {c.fusion for c in asked} >= set(FUSIONS)
+    assert not [c.fusion for c in asked if any(n.dtype == "bfloat16" for n in c.graph.nodes)]
+    assert any(t.fusion == "probe_bits" for t in tasks("pallas"))
 
 
 def test_the_package_as_it_is_survives():
