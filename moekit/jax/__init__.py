@@ -12,6 +12,9 @@ shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
+gate_projections = op(_FUSIONS["gate_projections"])
+gate_block = op(_FUSIONS["gate_block"])
+down_combine = op(_FUSIONS["down_combine"])
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -20,7 +23,10 @@ __all__ = [
     "View",
     "add_rms_norm",
     "delta_rule_step",
+    "down_combine",
+    "gate_block",
     "gate_gemm",
+    "gate_projections",
     "gate_refusal",
     "gated_rms_norm",
     "op",

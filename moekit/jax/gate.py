@@ -25,6 +25,12 @@ class PackedGate:
     weight: jax.Array
     widths: GateWidths
 
+    @property
+    def parts(self) -> tuple[View, View, View]:
+        """gate_up, router and shared gate again, as Views: what `gate_projections` and `gate_block` take."""
+        gate_up, router, shared_gate = (view(self.weight)[part] for part in self.widths.parts.values())
+        return gate_up, router, shared_gate
+
     def tree_flatten(self):
         """The weight as the only leaf."""
         return (self.weight,), self.widths

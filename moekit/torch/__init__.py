@@ -21,6 +21,11 @@ add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
+gate_projections = op(_FUSIONS["gate_projections"])
+gate_block = op(_FUSIONS["gate_block"])
+gate_block_ = op(_FUSIONS["gate_block"], in_place=True)
+down_combine = op(_FUSIONS["down_combine"])
+down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -32,7 +37,12 @@ __all__ = [
     "add_rms_norm_",
     "delta_rule_step",
     "delta_rule_step_",
+    "down_combine",
+    "down_combine_",
+    "gate_block",
+    "gate_block_",
     "gate_gemm",
+    "gate_projections",
     "gate_refusal",
     "gated_rms_norm",
     "op",

@@ -22,6 +22,12 @@ class PackedGate:
     weight: torch.Tensor
     widths: GateWidths
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gate_up, router and shared gate again, as views: what `gate_projections` and `gate_block` take."""
+        gate_up, router, shared_gate = (self.weight[part] for part in self.widths.parts.values())
+        return gate_up, router, shared_gate
+
 
 class GateOutputs(NamedTuple):
     """What the gate GEMM gives: the fused tensor [T, P], and views of its columns."""

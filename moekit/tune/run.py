@@ -24,6 +24,9 @@ TOKENS = (1, 16, 64, 256, 4096)
 # what a decode step of the published models has at tensor parallel 1 and 8
 SIZES: Mapping[str, tuple[dict[str, int], ...]] = {
     "gate_gemm": ({"D": 2048, "P": 648}, {"D": 2048, "P": 1544}),
+    "gate_projections": ({"D": 2048, "I": 64, "E": 512, "G": 1}, {"D": 2048, "I": 512, "E": 512, "G": 1}),
+    "gate_block": ({"D": 2048, "I": 64, "E": 512, "G": 1}, {"D": 2048, "I": 512, "E": 512, "G": 1}),
+    "down_combine": ({"I": 64, "H": 2048}, {"I": 512, "H": 2048}),
     "silu_and_mul": ({"I": 64}, {"I": 512}, {"I": 1024}),
     "topk_softmax": ({"E": 512}, {"E": 256}),
     "shared_expert_combine": ({"H": 2048}, {"H": 4096}),
@@ -38,7 +41,7 @@ FLOAT32 = {"A_log", "dt_bias"}  # what the models keep in float32 whatever their
 
 def params_of(name: str, sizes: Mapping[str, int]) -> dict:
     """The static parameters a fusion is tuned with."""
-    return {"k": 10 if sizes["E"] >= 512 else 8} if name == "topk_softmax" else {}
+    return {"k": 10 if sizes["E"] >= 512 else 8} if name in ("topk_softmax", "gate_block") else {}
 
 
 class Target:
