@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, part_axis, scattered
@@ -12,26 +13,48 @@ from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph, Node
 
 PART = part_axis("")
+Parts = tuple[tuple[str, int], ...]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
 GEMM_COLUMNS = 32  # the block of a GEMM's columns
 MOST_PARTS = 8
+# Tiles by the least number of rows they are for: rows, columns, depth, stages. Measured on an H200 with gate_projections
+# (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0; T = 256 with
+# the third 7.5, with the first 11.6.
+GEMM_TILES = ((0, 16, 32, 256, 4), (17, 64, 32, 128, 4), (128, 64, 128, 64, 4), (2048, 128, 128, 64, 3))
 LEAST_DEPTH = 256  # of the contracted axis, in one part
 
 
-def heuristic(graph: Graph) -> Schedule:
-    """A good schedule without tuning. It never depends on a dynamic size, so a row's result does not depend on T."""
+def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
+    """A good schedule without tuning, for a few rows or for the class of `tokens_class`.
+
+    How anything is added up does not depend on it, so a row's result does not depend on T.
+    """
     split = _splitting(graph)
-    pieces = [section_schedule(g, split) for launch in launches(graph, Schedule((), split)) for g in launch]
+    in_a_row = tokens is not None and tokens >= GEMM_TILES[-1][0] and any(_gemm(g) for g in sections(graph))
+    split, parts = ((), split) if in_a_row else (split, ())
+    pieces = [section_schedule(g, split, tokens, parts) for launch in launches(graph, Schedule((), split)) for g in launch]
     axes: dict[str, tuple[str, str, int]] = {}
     for schedule in pieces:
         for said in schedule.axes:
             axes.setdefault(said[0], said)
-    return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split)
+    return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts)
 
 
-def _splitting(graph: Graph) -> tuple[tuple[str, int], ...]:
+def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
+    """Which of the GEMM tiles suits a call, as the most rows it is for; None where the heuristic does not look at sizes.
+
+    The tiles of all classes add up in the same order: a row has the same bits whatever the rows beside it.
+    """
+    for node in graph.live():
+        gemm = gemm_axes(graph, node)
+        if gemm and graph.axes[gemm.m] is None:
+            return next((least for least, *_ in reversed(GEMM_TILES) if sizes[gemm.m] >= least), None)
+    return None
+
+
+def _splitting(graph: Graph) -> Parts:
     """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs.
 
     A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
@@ -56,13 +79,14 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
     return sum(graph.axes[g.n] or 0 for g in found)
 
 
-def section_schedule(graph: Graph, split: tuple[tuple[str, int], ...] = ()) -> Schedule:
+def section_schedule(graph: Graph, split: Parts = (), tokens: int | None = None, parts: Parts = ()) -> Schedule:
     """A good schedule for a graph whose outputs share programs; an axis that is split is looped over."""
     found = _gemm(graph)
-    schedule = _gemm_schedule(graph, axis_uses(graph), found) if found else _row_schedule(graph, axis_uses(graph))
-    for axis, parts in split if any(a.endswith(PART) for a in axis_uses(graph)) else ():
+    uses = axis_uses(graph)
+    schedule = _gemm_schedule(graph, uses, found, split or parts, tokens) if found else _row_schedule(graph, uses)
+    for axis, several in split if any(a.endswith(PART) for a in uses) else ():
         if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
-            schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // parts)))
+            schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // several)))
         schedule = replace(schedule, split=split)
     return schedule
 
@@ -82,10 +106,17 @@ def _gemm(graph: Graph) -> GemmAxes | None:
     return None
 
 
-def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes) -> Schedule:
+def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tokens: int | None) -> Schedule:
     wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
-    k_block = min(pow2(uses[gemm.k].extent or 64), 32 if wide else 128)
-    wanted = ((gemm.m, 16), (gemm.n, GEMM_COLUMNS), (gemm.k, max(16, k_block)))
+    depth, several = uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
+    _, rows, columns, k_block, stages = next(x for x in reversed(GEMM_TILES) if (tokens or 0) >= x[0])
+    if wide:
+        rows, columns, k_block, stages = 16, GEMM_COLUMNS, 32, 3
+    elif several > 1 and depth % (several * GEMM_TILES[0][3]):
+        k_block = 128  # where a part begins would else depend on the tile
+    accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
+    columns = max(16, min(columns // accumulators if columns > 64 else columns, pow2(uses[gemm.n].extent or columns)))
+    wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
     blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}
     axes = []
     for a, use in uses.items():
@@ -95,7 +126,7 @@ def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes) -> Sc
             axes.append((a, "loop", blocks[a]))
         else:
             axes.append(_other_axis(use))
-    return _shrunk(graph, Schedule(tuple(axes), warps=4, stages=3))
+    return _shrunk(graph, Schedule(tuple(axes), warps=4, stages=stages))
 
 
 def _other_axis(use: AxisUse) -> tuple[str, str, int]:

@@ -19,7 +19,7 @@ from moekit.lang.arguments import refuse_empty
 from moekit.lang.fusion import Binding, Fusion
 from moekit.torch import launch
 from moekit.torch.binding import DTYPES, bind, checked
-from moekit.tune.table import tuned
+from moekit.tune.table import scheduled
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -137,7 +137,7 @@ class Call:
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
-        schedule = self.schedule or tuned(_device_name(self.device), self.graph)
+        schedule = self.schedule or scheduled(_device_name(self.device), self.graph, self.sizes)
         planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)

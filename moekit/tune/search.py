@@ -56,11 +56,14 @@ def _row_options(graph: Graph, base: Schedule) -> Iterator[Schedule]:
 
 
 def _gemm_options(graph: Graph, base: Schedule, gemm) -> Iterator[Schedule]:
-    """Column blocks, depth of the contracted block, its split, warps and stages; rows stay at the smallest tile."""
-    for parts, k, n, warps, stages in itertools.product((4, 8, 1, 2), (128, 256, 64), (32, 16, 64), (4, 2, 8), (3, 2, 4)):
-        schedule = base.with_axis(gemm.n, block=n).with_axis(gemm.k, block=k)
-        split = ((gemm.k, parts),) if parts > 1 else ()
-        yield replace(schedule, warps=warps, stages=stages, split=split)
+    """Column blocks, depth of the contracted block, warps and stages, at the smallest tile of rows.
+
+    The split stays, and where its parts begin: other numbers of rows have tiles of their own, which add up alike.
+    """
+    depth, parts = graph.axes[gemm.k] or 0, dict(base.split).get(gemm.k, 1)
+    deep = [k for k in (256, 128, 64) if depth % (parts * k) == 0] or [base.block(gemm.k)]
+    for k, n, warps, stages in itertools.product(deep, (32, 16, 64), (4, 2, 8), (3, 2, 4)):
+        yield replace(base.with_axis(gemm.n, block=n).with_axis(gemm.k, block=k), warps=warps, stages=stages)
 
 
 def search(

@@ -1,12 +1,14 @@
-"""Tuned schedules per GPU: JSON tables in the package, looked up by what a graph computes, never by a dynamic size."""
+"""Tuned schedules per GPU: JSON tables in the package, by what a graph computes and a class of rows that changes no result."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 
+from moekit.compile.heuristic import heuristic, tokens_class
 from moekit.compile.schedule import Schedule, legal
 from moekit.lang.graph import Graph
 
@@ -16,11 +18,12 @@ def device_key(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
-def graph_key(graph: Graph) -> str:
-    """What a table's row is found by: the fusion, its static sizes and its operands' dtypes."""
+def graph_key(graph: Graph, tokens: int | None = None) -> str:
+    """What a table's row is found by: the fusion, its static sizes, its operands' dtypes, and the class of a GEMM's rows."""
     sizes = " ".join(f"{a}={s}" for a, s in sorted(graph.axes.items()) if s is not None)
     dtypes = " ".join(f"{t.name}:{t.dtype}" for t in graph.inputs())
-    return f"{graph.name} {sizes} {dtypes}"
+    rows = f" T>={tokens}" if tokens else ""
+    return f"{graph.name} {sizes} {dtypes}{rows}"
 
 
 @lru_cache(maxsize=16)
@@ -30,9 +33,15 @@ def table(device: str) -> dict[str, str]:
     return json.loads(path.read_text())["schedules"] if path.is_file() else {}
 
 
-def tuned(device: str, graph: Graph) -> Schedule | None:
+def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
+    """The schedule of a call: the table's, else the heuristic's for its number of rows; None where that does not matter."""
+    tokens = tokens_class(graph, sizes)
+    return tuned(device, graph, tokens) or (heuristic(graph, tokens) if tokens else None)
+
+
+def tuned(device: str, graph: Graph, tokens: int | None = None) -> Schedule | None:
     """The tuned schedule for a graph on a device, None where there is none (the heuristic then decides)."""
-    text = table(device).get(graph_key(graph))
+    text = table(device).get(graph_key(graph, tokens))
     if text is None:
         return None
     schedule = Schedule.parse(text)
