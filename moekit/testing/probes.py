@@ -166,14 +166,15 @@ def probe_grouped(x, w, ids):
 def _extremes(x):
     (x,) = _f64(x)
     with np.errstate(all="ignore"):
-        return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1)}
+        return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1), "mass": np.exp(-np.abs(x)).sum(-1)}
 
 
 @fusion(_extremes, x=In("T H"))
 def probe_extremes(x):
-    """Reductions of every kind side by side."""
+    """Reductions of every kind side by side, one of a function that is not zero where nothing was loaded."""
     x32 = ml.f32(x)
-    return {"high": ml.max(x32, over="H"), "low": ml.min(x32, over="H"), "total": ml.sum(x32, over="H")}
+    mass = ml.sum(ml.exp(-abs(x32)), over="H")
+    return {"high": ml.max(x32, over="H"), "low": ml.min(x32, over="H"), "total": ml.sum(x32, over="H"), "mass": mass}
 
 
 def _product(bias, x, w):
@@ -201,8 +202,20 @@ def probe_stacked(x):
     return {"height": ml.cumsum(x32, over="A"), "total": ml.sum(x32, over="A")}
 
 
+def _turned(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": x.T @ w}
+
+
+@fusion(_turned, x=In("D T"), w=In("D P"))
+def probe_turned(x, w):
+    """A product of operands that both hold the contracted axis outermost."""
+    return ml.contract(x, w, over="D")
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned)
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -235,7 +236,9 @@ def test_each_implementation_may_have_its_own_number(tmp_path):
 def test_ctrl_c_ends_with_the_summary():
     command = [sys.executable, "-m", "moekit.cli", "fuzz", "silu_and_mul", "--impl", "numpy", "--time", "300", "--workers", "1",
                "--json"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=heard)  # fmt: skip
     time.sleep(8)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
     out, errors = process.communicate(timeout=60)

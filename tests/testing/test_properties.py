@@ -84,7 +84,7 @@ def test_properties_hold_in_tritons_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{len(properties.PROPERTIES)} passed" in done.stdout
+    assert f"{len(properties.PROPERTIES) + 1} passed" in done.stdout  # the powers of two, besides
 
 
 LINEAR = {"gate_gemm": (("x",), ("packed",)), "gated_rms_norm": (("weight",),),

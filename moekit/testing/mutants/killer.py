@@ -7,6 +7,7 @@ It runs in a copy of the package and prints one JSON line: what failed first, or
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -74,17 +75,17 @@ def directed(stage: str) -> Iterator:
                 yield FuzzCase("topk_softmax", {"T": 4, "E": experts}, {"logits": dtype}, {"k": 10, "renormalize": True,
                                "nan_to_zero": False}, recipe=recipe, layouts={"logits": Layout(
                                    "padded", (0, 1), (0, 0), (1, 1), (0, 4))} if stage not in VIEWED else {})  # fmt: skip
-    for schedule in ("looped", "split", "single parts", "whole", "dots", "small"):
-        for recipe in ("integers", "normal", "huge"):
-            for dtype in (f32, "float16"):
-                for name in ("probe_extremes", "probe_product", "probe_gated", "add_rms_norm", "gate_gemm"):
-                    sizes = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21}
-                    fusion = FuzzCase(name, sizes, {}).declaration
-                    dtypes = dict.fromkeys(fusion.tensors, dtype)
-                    mode = "in place" if name == "add_rms_norm" else "out"
-                    params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {}
-                    used = {a: n for a, n in sizes.items() if a in _axes(fusion)}
-                    yield FuzzCase(name, used, dtypes, params, mode=mode, recipe=recipe, schedule=schedule)
+    sizes = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21}
+    names = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "add_rms_norm", "gate_gemm")
+    schedules = ("dots", "split", "looped", "single parts", "whole", "small")
+    for recipe, dtype in itertools.product(("integers", "normal", "huge"), (f32, "float16")):
+        for schedule, name in itertools.product(schedules, names):
+            fusion = FuzzCase(name, sizes, {}).declaration
+            dtypes = dict.fromkeys(fusion.tensors, dtype)
+            mode = "in place" if name == "add_rms_norm" else "out"
+            params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {}
+            used = {a: n for a, n in sizes.items() if a in _axes(fusion)}
+            yield FuzzCase(name, used, dtypes, params, mode=mode, recipe=recipe, schedule=schedule)
 
 
 def _axes(fusion) -> set[str]:
