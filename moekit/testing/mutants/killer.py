@@ -53,11 +53,14 @@ def _every(stage: str) -> Iterator:
 
 
 def directed(stage: str) -> Iterator:
-    """Cases that chance meets seldom: offsets past 2³¹, more than 256 experts, rows of NaN, a split of every reduction."""
+    """Cases that chance meets seldom: one to three rows apart, offsets past 2³¹, more than 256 experts, rows of NaN, splits."""
     from moekit.testing.case import FuzzCase, Layout
 
     f32 = "float32"
     far = Layout("far", (0, 1), (0, 0), (2**27 + 5, 1), (0, 0))
+    rows = (Layout("padded", (0, 1), (0, 0), (1, 1), (0, 5)), Layout("transposed", (1, 0), (0, 0), (1, 1), (0, 0)))
+    for tokens, lying in itertools.product((1, 2, 3), rows):
+        yield FuzzCase("silu_and_mul", {"T": tokens, "I": 6}, {"gate_up": f32}, layouts={"gate_up": lying, "out": lying})
     if stage in VIEWED:
         for name in ("gate_gemm", "probe_product"):
             operands = list(FuzzCase(name, {}, {}).declaration.tensors)
@@ -75,15 +78,15 @@ def directed(stage: str) -> Iterator:
                 yield FuzzCase("topk_softmax", {"T": 4, "E": experts}, {"logits": dtype}, {"k": 10, "renormalize": True,
                                "nan_to_zero": False}, recipe=recipe, layouts={"logits": Layout(
                                    "padded", (0, 1), (0, 0), (1, 1), (0, 4))} if stage not in VIEWED else {})  # fmt: skip
-    sizes = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21}
-    names = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "add_rms_norm", "gate_gemm")
-    schedules = ("dots", "split", "looped", "single parts", "whole", "small")
+    sizes = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1}
+    names = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "add_rms_norm", "gate_gemm", "gate_block")
+    schedules = ("dots", "split", "looped", "single parts", "parts", "whole", "small")
     for recipe, dtype in itertools.product(("integers", "normal", "huge"), (f32, "float16")):
         for schedule, name in itertools.product(schedules, names):
             fusion = FuzzCase(name, sizes, {}).declaration
             dtypes = dict.fromkeys(fusion.tensors, dtype)
             mode = "in place" if name == "add_rms_norm" else "out"
-            params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {}
+            params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {"k": 3} if name == "gate_block" else {}
             used = {a: n for a, n in sizes.items() if a in _axes(fusion)}
             yield FuzzCase(name, used, dtypes, params, mode=mode, recipe=recipe, schedule=schedule)
 

@@ -103,8 +103,10 @@ LOWERING = (
     _one("rounding-dropped", "compile/lower.py", "        if n.op in RULES:\n",
          "        if n.op == 'cast' and n.dtype in ('float16', 'bfloat16') and any(node in m.args for m in self.graph.nodes):\n"
          "            return self.value(n.args[0], home)\n        if n.op in RULES:\n", "a declared rounding inside the declaration is left out"),
-    _one("parts-added", "compile/plan.py", 'kind = "sum" if node.op == "contract" else node.attr("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
+    _one("parts-added", "compile/split.py", 'kind = "sum" if node.op == "contract" else node.attr("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
     _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
+    _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(m)], total, value, total.name) for (_, m), total, value in done]", "return [value for (_, m), total, value in done]", "of the parts done in a row only the last counts"),
+    _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
     _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
 )  # fmt: skip
 
@@ -115,6 +117,7 @@ PRINTER = (
 )  # fmt: skip
 
 TRITON = (
+    _one("triton-section-offset", "backends/triton.py", "{section.name}(pid{f' - {begin}' if i else ''}, {call})", "{section.name}(pid, {call})", "a later section's programs are numbered from the launch's first"),
     _one("triton-mask-le", "backends/triton.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
     _one("triton-unit-lost", "backends/triton.py", "= {a.name} * {a.unit}\"", "= {a.name}\"", "strides in units of 16 bytes taken for elements"),
     _one("triton-32-bit", "backends/triton.py", "            if wide:\n", "            if False:\n", "the 64-bit product is printed in 32 bits"),
@@ -132,6 +135,7 @@ TRITON = (
 )  # fmt: skip
 
 PALLAS = (
+    _one("pallas-section-offset", "backends/pallas.py", "[f'pid - {begin}', *_refs(section)]", "['pid', *_refs(section)]", "a later section's programs are numbered from the launch's first"),
     _one("pallas-mask-le", "backends/pallas.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
     _one("pallas-start-lost", "backends/pallas.py", 'texts[axis] = f"{text} + {start}" if start else text', "texts[axis] = text", "a View's start is ignored"),
     _one("pallas-step-lost", "backends/pallas.py", 'text = f"{text} * {step}" if step != 1 else text', "text = text", "a View's step is ignored"),
