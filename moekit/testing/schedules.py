@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moekit.compile.analysis import axis_uses
 from moekit.compile.heuristic import heuristic
 from moekit.compile.schedule import Schedule, legal, pow2
@@ -10,7 +12,7 @@ from moekit.lang.graph import Graph
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
-    "split" (in three, blocks of eight) and "single parts" (in two, blocks of one element).
+    "split" (in three, blocks of eight), "parts" (the same, one after the other) and "single parts" (in two, blocks of one element).
     """
     base = heuristic(graph)
     found: dict[str, Schedule | None] = {"heuristic": None}
@@ -28,6 +30,8 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
         split = Schedule(split.axes, ((axis, 3),), split.warps, split.stages)
         if use.reduced and "split" not in found and legal(graph, split) is None:
             found["split"] = split
+            in_a_row = replace(split, split=(), parts=split.split)
+            found |= {"parts": in_a_row} if legal(graph, in_a_row) is None else {}
         single = _reshaped(graph, base, reduced=("loop", 1), parallel=2)
         single = Schedule(single.axes, ((axis, 2),), single.warps, single.stages)
         if use.reduced and "single parts" not in found and legal(graph, single) is None:
