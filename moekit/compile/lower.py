@@ -42,7 +42,7 @@ class Lowering(Writer):
             params,
             axes,
             self.grid,
-            tuple(self.root.ops),
+            tuple(_loads_first(self.root.ops)),
             s.warps,
             s.stages,
             digest,
@@ -176,6 +176,30 @@ class Lowering(Writer):
             return []
 
         self.loop(scope, axes[0], (), (), body)
+
+
+def _loads_first(ops: list) -> list:
+    """The operations, with every load that waits for nothing before the first operation that brings threads together.
+
+    A norm's weight is then on its way while the squares are summed up (H200, add_rms_norm: two memory latencies become one).
+    """
+    first = next((i for i, op in enumerate(ops) if isinstance(op, WAITS)), len(ops))
+    known = {v.name for op in ops[:first] if (v := t.result(op))}
+    early, late = [], []
+    for op in ops[first:]:
+        free = isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known
+        (early if free else late).append(op)
+        known |= {op.out.name} if free else set()
+    wanted = {v.name for op in early if isinstance(op, t.Load) for v in t.operands(op)}
+    for op in reversed(early):
+        if op.out.name in wanted:
+            wanted |= {v.name for v in t.operands(op)}
+    moved = [op for op in early if isinstance(op, t.Load) or op.out.name in wanted]
+    return [*ops[:first], *moved, *(op for op in ops[first:] if op not in moved)]
+
+
+WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop)
+FREE = (t.Load, t.Const, t.Extent, t.Index, t.InBounds, t.Binary)
 
 
 def _memory_ops(ops):

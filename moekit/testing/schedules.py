@@ -12,7 +12,7 @@ from moekit.lang.graph import Graph
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
-    "split" (in three, blocks of eight), "parts" (the same, one after the other) and "single parts" (in two, blocks of one element).
+    "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one).
     """
     base = heuristic(graph)
     found: dict[str, Schedule | None] = {"heuristic": None}
