@@ -185,17 +185,19 @@ def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> l
 
 def _small(failure: Any, seconds: float, disarmed: bool) -> dict:
     """What changes in a failure's row when it is made small."""
+    from moekit.testing.peers import may_ask
     from moekit.testing.regressions import pasteable
     from moekit.testing.shrink import shrink
     from moekit.testing.workers import Prober
 
-    fails = Prober(failure.implementation, disarmed)
+    prober, name = Prober(failure.implementation, disarmed), failure.implementation
+    fails = lambda case: may_ask(name, case) and prober.fails(case, failure.problems)  # noqa: E731
     try:
         case = shrink(failure.case, fails, FEW if failure.fatal else MANY, seconds)
-        problems = fails.problems(case, max(SHORTEST, seconds / 4)) or list(failure.problems)
+        problems = prober.problems(case, max(SHORTEST, seconds / 4)) or list(failure.problems)
     finally:
-        fails.close()
-    return {"case": case.to_json(), "problems": problems, "test": pasteable(case, failure.implementation)}
+        prober.close()
+    return {"case": case.to_json(), "problems": problems, "test": pasteable(case, name)}
 
 
 def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None:

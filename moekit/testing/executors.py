@@ -19,6 +19,7 @@ from moekit.errors import UnavailableError
 from moekit.lang.fusion import Binding, Fusion
 from moekit.testing.case import FuzzCase
 from moekit.testing.guard import Arena, Placed, Slot
+from moekit.testing.oracle import Standard
 from moekit.testing.schedules import variants
 
 launches: Counter[str] = Counter()  # kernels launched, by implementation: a case that launches none does not count
@@ -44,7 +45,7 @@ class Executor(ABC):
     """How one implementation runs a case on tensors by name, writing each output to its target."""
 
     compiled = True
-    reference: Callable | None = None
+    standard: Standard | None = None
 
     def __init__(self, name: str):
         self.name = name

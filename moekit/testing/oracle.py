@@ -8,15 +8,28 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moekit.lang.dtypes import is_float, round_to
+from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.case import FuzzCase
 from moekit.testing.compare import Judgement, reference_of
-from moekit.testing.constants import constant
+from moekit.testing.constants import DEFAULT, constant
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
 EXACT_SUM = 2.0**24
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What an implementation that is not moekit's is held to: values and bound of `declaration` (None: the fusion's own), which
+    has the roundings that it documents, and a constant that is not moekit's. `wrong` judges outputs of integers that may differ
+    from the reference's: by name, (operands, wanted, got) -> where it is wrong.
+    """
+
+    declaration: Fusion | None = None
+    constant: float = DEFAULT
+    wrong: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,20 +42,21 @@ class Oracle:
     factor: float
     judgements: Mapping[str, Judgement]
     exact: Mapping[str, np.ndarray] = field(default_factory=dict)
+    wrong: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, case: FuzzCase, implementation: str | None = None, reference: Callable | None = None) -> Oracle:
-        """The oracle of a case; `reference` stands in for the fusion's own where a peer documents other roundings."""
-        fusion, graph, values = case.declaration, case.graph, case.values()
-        params = fusion.bind_params(dict(case.params))
-        factor = constant(fusion.name, implementation)
+    def of(cls, case: FuzzCase, implementation: str | None = None, standard: Standard | None = None) -> Oracle:
+        """The oracle of a case: by the fusion's own declaration, or by the standard that a peer is held to."""
+        fusion, values = (standard and standard.declaration) or case.declaration, case.values()
+        graph, params = fusion.trace(case.binding), fusion.bind_params(dict(case.params))
+        factor = standard.constant if standard else constant(fusion.name, implementation)
         with np.errstate(all="ignore"):
-            want = (reference or reference_of(fusion))(**{n: x.copy() for n, x in values.items()}, **params)
+            want = reference_of(fusion)(**{n: x.copy() for n, x in values.items()}, **params)
             limits = graph_bounds(graph, values, case.extents)
             judgements = {n: Judgement.of(np.asarray(w), limits[n], factor, graph.tensors[n].dtype)
                           for n, w in want.items() if is_float(graph.tensors[n].dtype)}  # fmt: skip
-        exact = _exact(graph, want) if case.recipe in ("integers", "ties") and reference is None else {}
-        return cls(case, values, want, factor, judgements, exact)
+        exact = _exact(graph, want) if case.recipe in ("integers", "ties") else {}
+        return cls(case, values, want, factor, judgements, exact, standard.wrong if standard else {})
 
     def problems(self, outputs: Mapping[str, np.ndarray]) -> tuple[list[str], float]:
         """One sentence per output that is out of bounds, and the worst ratio of any."""
@@ -54,6 +68,8 @@ class Oracle:
                 continue
             with np.errstate(all="ignore"):
                 ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
+                if n in self.wrong:
+                    bad = self.wrong[n](self.values, want, got)
                 if n in self.exact:
                     bad = bad | (got.astype(np.float64) != self.exact[n])
             worst = max(worst, ratio)

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from moekit.errors import UnavailableError
-from moekit.lang.dtypes import FLOATS, itemsize, round_to
-from moekit.testing import others
+from moekit.lang.dtypes import FLOATS, is_float, itemsize
+from moekit.testing import others, standards
 from moekit.testing.case import FuzzCase
 from moekit.testing.draw import KINDS
 from moekit.testing.executors import Executor, Torch, launches
+from moekit.testing.oracle import Standard
 
 HALVES = ("bfloat16", "float16")
 DENSE = ("dense",)
@@ -35,15 +34,15 @@ Adapter = Callable[[FuzzCase, Mapping[str, Any]], None]
 class Peer:
     """A peer's kernel for one fusion. `call(case, tensors)` writes the outputs; `supports`, `kinds` (of layouts) and `dtypes`
 
-    say what its documentation allows; `reference` replaces the fusion's where it documents other roundings; `load` raises
-    UnavailableError where it is not installed.
+    say what its documentation allows; `standard` what it is held to where it documents other roundings or promises less; `load`
+    raises UnavailableError where it is not installed.
     """
 
     fusion: str
     call: Adapter
     supports: Callable[[FuzzCase], bool]
     load: Callable[[], object]
-    reference: Callable | None = None
+    standard: Standard = standards.DECLARED
     kinds: tuple[str, ...] = DENSE
     dtypes: tuple[str, ...] = HALVES
 
@@ -70,28 +69,6 @@ def vectors(case: FuzzCase) -> bool:
         if layout.zero or last != 1 or any(s % vector for s in (*rows, layout.offset(shape))):
             return False
     return True
-
-
-def _unrounded_norm(x, residual, weight, *, eps, offset):
-    """Add-RMSNorm as FlashInfer, SGLang and QuACK have it: the variance and the output are of the unrounded sum."""
-    total = x.astype(np.float64) + residual.astype(np.float64)
-    scale = 1 / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + eps)
-    return {"out": total * scale * (offset + weight.astype(np.float64)), "residual": round_to(total, residual.dtype)}
-
-
-def _rounded_silu(gate_up):
-    """silu·mul as Liger has it: silu is rounded before the product."""
-    gate, up = np.split(gate_up.astype(np.float64), 2, axis=-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return {"out": round_to(gate / (1 + np.exp(-gate)), gate_up.dtype) * up}
-
-
-def _unrounded_gated_norm(x, z, weight, *, eps):
-    """The gated norm as fla has it: nothing is rounded before the end."""
-    x, z = x.astype(np.float64), z.astype(np.float64)
-    with np.errstate(over="ignore"):
-        silu = z / (1 + np.exp(-z))
-    return {"out": x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(np.float64) * silu}
 
 
 def _in_place_norm(kernel: Callable) -> Adapter:
@@ -186,26 +163,29 @@ def _package(name: str) -> Callable[[], object]:
 
 PEERS: dict[str, Peer] = {
     "flashinfer-add-norm": Peer("add_rms_norm", _in_place_norm(others.flashinfer_add_rms_norm), _norm_supported,
-                                _package("flashinfer.norm"), _unrounded_norm, ROWS),
+                                _package("flashinfer.norm"), standards.UNROUNDED_NORM, ROWS),
     "flashinfer-cuda-add-norm": Peer("add_rms_norm", _in_place_norm(others.flashinfer_cuda_add_rms_norm), _norm_supported,
-                                     others.flashinfer_cuda, _unrounded_norm, ROWS),
+                                     others.flashinfer_cuda, standards.UNROUNDED_NORM, ROWS),
     "flashinfer-silu": Peer("silu_and_mul", _writing(others.flashinfer_silu_and_mul), _silu_supported,
                             _package("flashinfer.activation")),
-    "sgl-add-norm": Peer("add_rms_norm", _in_place_norm(others.sgl_add_rms_norm), _norm_supported, others.sgl, _unrounded_norm),
+    "sgl-add-norm": Peer("add_rms_norm", _in_place_norm(others.sgl_add_rms_norm), _norm_supported, others.sgl,
+                         standards.UNROUNDED_NORM),
     "sgl-silu": Peer("silu_and_mul", _writing(others.sgl_silu_and_mul), _silu_supported, others.sgl),
-    "sgl-topk": Peer("topk_softmax", _topk(others.sgl_topk_softmax), _topk_supported, others.sgl, dtypes=FLOATS),
-    "vllm-topk": Peer("topk_softmax", _topk(others.vllm_topk_softmax, True), _topk_supported, others.vllm_moe, dtypes=FLOATS),
+    "sgl-topk": Peer("topk_softmax", _topk(others.sgl_topk_softmax), _topk_supported, others.sgl,
+                     standards.ANY_TIES, dtypes=FLOATS),
+    "vllm-topk": Peer("topk_softmax", _topk(others.vllm_topk_softmax, True), _topk_supported, others.vllm_moe,
+                      standards.ANY_TIES, dtypes=FLOATS),
     "liger-add-norm": Peer("add_rms_norm", _returning(others.liger_add_rms_norm), lambda c: _uniform(c) and _some(c),
-                           _package("liger_kernel.ops.fused_add_rms_norm"), None, (*ROWS, "padded", "shifted"), FLOATS),
+                           _package("liger_kernel.ops.fused_add_rms_norm"), kinds=(*ROWS, "padded", "shifted"), dtypes=FLOATS),
     "liger-silu": Peer("silu_and_mul", _returning(others.liger_silu_and_mul), _some,
-                       _package("liger_kernel.ops.swiglu"), _rounded_silu, (*ROWS, "padded", "shifted"), FLOATS),
+                       _package("liger_kernel.ops.swiglu"), standards.ROUNDED_SILU, (*ROWS, "padded", "shifted"), FLOATS),
     "quack-add-norm": Peer("add_rms_norm", _returning(_quack), lambda c: _norm_supported(c) and c.sizes["H"] % 8 == 0,
-                           _package("quack.rmsnorm"), _unrounded_norm),
+                           _package("quack.rmsnorm"), standards.UNROUNDED_NORM),
     "fla-gated-norm": Peer("gated_rms_norm", _returning(others.fla_gated_rms_norm), _some,
-                           _package("fla.modules.norm.fused_norm_gate"), _unrounded_gated_norm, dtypes=FLOATS),
+                           _package("fla.modules.norm.fused_norm_gate"), standards.UNROUNDED_GATED_NORM, dtypes=FLOATS),
     "fla-delta": Peer("delta_rule_step", _returning(_delta), lambda c: c.params["eps"] == 1e-6 and _some(c),
-                      _package("fla.ops.gated_delta_rule.fused_recurrent"), dtypes=FLOATS),
-    "compiled-eager": Peer("", _compiled, _some, _package("torch"), None, KINDS, FLOATS),
+                      _package("fla.ops.gated_delta_rule.fused_recurrent"), standards.FLA_DELTA, dtypes=FLOATS),
+    "compiled-eager": Peer("", _compiled, _some, _package("torch"), kinds=KINDS, dtypes=FLOATS),
 }  # fmt: skip
 
 
@@ -216,7 +196,7 @@ class PeerExecutor(Torch):
         from moekit.cli.platform import gpu_count
 
         super().__init__(name, "peer", "cuda" if gpu_count() else "cpu")
-        self.peer, self.reference, self.compiled = peer, peer.reference, False
+        self.peer, self.standard, self.compiled = peer, peer.standard, False
 
     def supports(self, case: FuzzCase) -> bool:
         """Whether the case is one the peer's documentation allows."""
@@ -227,6 +207,14 @@ class PeerExecutor(Torch):
         if any(tensors[t].numel() for t in case.targets.values()):
             self.peer.call(case, tensors)
             launches[self.name] += 1
+
+
+def may_ask(name: str, case: FuzzCase) -> bool:
+    """Whether a campaign would ask implementation `name` for a case: a peer's refusal of any other is no finding."""
+    if (peer := PEERS.get(name)) is None:
+        return True
+    fits = all(case.layout(n).kind in peer.kinds for n in case.memory())
+    return fits and all(d in peer.dtypes for d in case.dtypes.values() if is_float(d)) and peer.supports(case)
 
 
 @functools.lru_cache(maxsize=64)
@@ -243,4 +231,4 @@ def peer_executor(name: str) -> Executor:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UnavailableError(f"{name}: {error}") from None
-    return PeerExecutor(name, Peer("", _returning(function), lambda case: True, lambda: function, None, KINDS, FLOATS))
+    return PeerExecutor(name, Peer("", _returning(function), lambda case: True, lambda: function, kinds=KINDS, dtypes=FLOATS))

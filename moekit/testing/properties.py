@@ -33,7 +33,7 @@ def outputs(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray]
 
 def agreement(executor: Executor, case: FuzzCase) -> list[str]:
     """The outputs lie within the bound of the reference."""
-    return Oracle.of(case, executor.name, executor.reference).problems(outputs(executor, case))[0]
+    return Oracle.of(case, executor.name, executor.standard).problems(outputs(executor, case))[0]
 
 
 def repeatable(executor: Executor, case: FuzzCase) -> list[str]:
@@ -48,7 +48,7 @@ def layouts_do_not_matter(executor: Executor, case: FuzzCase) -> list[str]:
     here, there = outputs(executor, case, values), outputs(executor, plain, values)
     exact = {n for n in case.names if not _reduced(case.graph, n)}
     found = _unequal({n: here[n] for n in exact}, {n: there[n] for n in exact}, "with contiguous tensors")
-    return found + Oracle.of(case, executor.name, executor.reference).problems(there)[0]
+    return found + Oracle.of(case, executor.name, executor.standard).problems(there)[0]
 
 
 def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
@@ -136,7 +136,7 @@ def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: 
     """PyTorch's outputs and JAX's, on the same bytes, both lie within the bound: each is held to the one reference."""
     from moekit.testing.jax_batch import run_values
 
-    oracle = Oracle.of(case, executor.name, executor.reference)
+    oracle = Oracle.of(case, executor.name, executor.standard)
     mine = oracle.problems(outputs(executor, case))[0]
     return mine + run_values(implementation, [(replace(case, schedule="heuristic"), oracle)])[0].problems
 

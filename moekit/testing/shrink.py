@@ -6,7 +6,7 @@ Each step is kept if the case still fails; steps are tried until none helps. Wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from moekit.errors import MoekitError
@@ -71,6 +71,12 @@ def _resized(case: FuzzCase, sizes: dict[str, int]) -> FuzzCase:
                 layout = replace(layout, steps=tuple(step if d == place else s for d, s in enumerate(layout.steps)))
         layouts[name] = layout
     return replace(found, layouts=layouts)
+
+
+def sort_of(problems: Sequence[str]) -> str:
+    """What sort of failure it is, so that none is taken for another: an error's type, or the fusion's name for wrong values."""
+    first = problems[0] if problems else ""
+    return "process" if first.startswith(("it ", "its ")) else first.partition(":")[0]
 
 
 def shrink(case: FuzzCase, fails: Callable[[FuzzCase], bool], most: int = 300, seconds: float | None = None) -> FuzzCase:

@@ -198,14 +198,14 @@ def _executor(name: str) -> Executor:
 def run_task(task: Task) -> Report:
     """Run a task in this process."""
     report = Report(task)
-    reference = None if task.implementation in JAX else _executor(task.implementation).reference
+    standard = None if task.implementation in JAX else _executor(task.implementation).standard
     number, pairs = 0, []
     for group in cases(task):
         oracles: dict[int, Oracle] = {}
         for case in group:
             if task.start <= number < task.stop:
                 if case.seed not in oracles:
-                    oracles[case.seed] = Oracle.of(case, task.implementation, reference)
+                    oracles[case.seed] = Oracle.of(case, task.implementation, standard)
                 pairs.append((case, oracles[case.seed]))
             number += 1
     for verdict in _run(task, pairs):

@@ -10,12 +10,13 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import fatal, starved
+from moekit.testing.shrink import sort_of
 from moekit.testing.tasks import JAX, Task, run_task
 
 DEVICE = 70  # the exit code of a process that ends because its device is unusable
@@ -129,7 +130,7 @@ def replay(case: FuzzCase, implementation: str) -> list[str]:
 
         return run_values(implementation, [(case, Oracle.of(case, implementation))])[0].problems
     made = executor(implementation)
-    return run_cases(made, [(case, Oracle.of(case, implementation, made.reference))])[0].problems
+    return run_cases(made, [(case, Oracle.of(case, implementation, made.standard))])[0].problems
 
 
 class Prober:
@@ -160,10 +161,12 @@ class Prober:
             code = self.close()
             return [f"its process died with exit code {code}"]
 
-    def __call__(self, case: FuzzCase) -> bool:
-        """Whether the case fails, or ends the process it runs in; running out of memory is neither."""
+    def fails(self, case: FuzzCase, like: Sequence[str]) -> bool:
+        """Whether the case fails, or ends the process it runs in, as another did: running out of memory is neither, and an
+        error raised (a refusal, say) is not the wrong values that were found.
+        """
         found = self.problems(case)
-        return bool(found) and not starved(Exception(found[0]))
+        return bool(found) and not starved(Exception(found[0])) and sort_of(found) == sort_of(like)
 
     def _start(self) -> None:
         self.close()

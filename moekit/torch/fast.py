@@ -176,7 +176,7 @@ def watched() -> bool:
     return bool(runtime is not None and (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls))
 
 
-def ready(one: Launch, compiled: object, order: Sequence[str]) -> Ready | None:
+def ready(one: Launch, compiled: object, order: Sequence[str], device: torch.device) -> Ready | None:
     """A launch as it can be repeated; None if this Triton's compiled kernels are not as expected."""
     parts = [getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")]
     if any(p is None for p in parts) or raw_stream is None or not _Watch.usable():
@@ -184,5 +184,4 @@ def ready(one: Launch, compiled: object, order: Sequence[str]) -> Ready | None:
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)
     run, function, metadata = parts
-    overlap = overlapping(torch.device("cuda", torch.cuda.current_device()))
-    return Ready(run, function, metadata, one.count, pick, (*one.integers, overlap))
+    return Ready(run, function, metadata, one.count, pick, (*one.integers, overlapping(device)))

@@ -119,7 +119,7 @@ class Form:
         place = {n: operands.index(n) for n in call.outs if n not in call.given}
         place |= {n: len(operands) + i for i, n in enumerate(made_here)}
         pairs = zip(made.launches, compiled, strict=True)
-        ready = [r for one, kernel in pairs if (r := fast.ready(one, kernel, order)) is not None]
+        ready = [r for one, kernel in pairs if (r := fast.ready(one, kernel, order, call.device)) is not None]
         if len(ready) < len(made.launches):
             return None
         allocated = [*(made.results[n] for n in fresh), *(made.memory[n] for n in made.scratch)]

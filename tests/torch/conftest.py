@@ -69,10 +69,12 @@ class CompiledKernel:
         self.function, self.packed_metadata = 1, (4, 1, 0)
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-        """Triton's launcher: grid, stream, handles, hooks, then addresses and integers."""
+        """Triton's launcher: grid, stream, handles, hooks, then addresses, integers and whether launches may overlap."""
         assert (y, z, function, metadata) == (1, 1, self.function, self.packed_metadata)
         self.emulated.log.short += 1
-        self.emulated._execute(*args)
+        *plain, overlap = args
+        assert overlap is False
+        self.emulated._execute(*plain)
 
 
 class Log:
