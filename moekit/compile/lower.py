@@ -141,13 +141,17 @@ class Lowering(Writer):
         return scope.made[key]
 
     def _stores(self) -> None:
-        """Everything is computed first; then outputs along looped axes are stored loop by loop, then the others."""
+        """Everything is computed first; then outputs along looped axes are stored loop by loop, then the others.
+
+        A loop may load again what it needs, so what overwrites an operand comes last.
+        """
         groups: dict[tuple[str, ...], list[Write]] = {}
         for w in self.graph.writes:
             groups.setdefault(tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), []).append(w)
             for node in (w.value, *w.ids):
                 self._prefetch(node, set())
-        for axes in sorted(groups, key=len, reverse=True):
+        updated = {n for n, x in self.graph.tensors.items() if x.role == "InOut"}
+        for axes in sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes))):
             self._store_group(self.root, axes, groups[axes])
 
     def _prefetch(self, node: int, seen: set[int]) -> None:

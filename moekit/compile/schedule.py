@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moekit.compile.analysis import AxisUse, axis_uses, scattered
+from moekit.compile.analysis import AxisUse, axis_uses, reach, scattered
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
 from moekit.errors import ScheduleError
@@ -149,6 +149,8 @@ def _split_problem(graph: Graph, schedule: Schedule, axis: str, parts: int) -> s
         return "a split axis is looped over"
     if not 2 <= parts <= 64:
         return "the parts are 2 to 64"
+    if schedule.parts and any(axis in reach(graph, w) for w in graph.writes):
+        return "an output runs along it, so its parts cannot be done one after the other by one program"
     if not legal_split(graph, axis):
         return "one of its reductions needs the result of another"
     return None

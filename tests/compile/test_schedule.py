@@ -35,6 +35,7 @@ REFUSED = [
     (GEMM, "T:grid:16 D:whole:128 P:grid:16 split:D:2", "axis D cannot be split in 2: a split axis is looped over"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:1", "axis D cannot be split in 1: the parts are 2 to 64"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:65", "axis D cannot be split in 65: the parts are 2 to 64"),
+    (NORM, "T:grid:4 H:loop:16 parts:H:2", "axis H cannot be split in 2: an output runs along it"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:2 parts:D:2", "only one axis can be split or done in parts"),
     (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
     (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),

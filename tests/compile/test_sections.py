@@ -13,6 +13,7 @@ from moekit.compile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
+from moekit.testing.suite import check
 
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40}
 FIRST = "T:grid:16 D:loop:16 E:grid:16 G:grid:1 I:grid:16 K:whole:4"
@@ -88,3 +89,22 @@ def test_a_launch_numbers_the_programs_of_all_sections():
     """As many programs as the sections have together; a section's own come one after the other."""
     first, _ = planned(call("gate_block", FIRST + " split:D:3 warps:4 stages:2")).programs
     assert first.programs({"T": 19}) == sum(s.programs({"T": 19}) for s in first.sections)
+
+
+def test_in_one_launch_the_residual_is_overwritten_last():
+    """Loops over other outputs load it again: with a D too small for the matrix unit all is one program's."""
+    fusion = FUSIONS["gate_block"]
+    values = operands(fusion, {"T": 2, "D": 3, "I": 5, "E": 7, "G": 3})
+    made = Call(fusion, values, {"k": 3})
+    (program,) = planned(made).programs
+    check("interpret", replace(made, layouts={}))
+    stored = [op.tensor for op in _stores(program.sections[0].body)]
+    assert set(stored[-2:]) == {"hidden", "residual"}
+
+
+def _stores(body):
+    for op in body:
+        if isinstance(op, tile.Loop):
+            yield from _stores(op.body)
+        elif isinstance(op, tile.Store):
+            yield op
