@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -27,6 +28,11 @@ PATCH = """--- a/moekit/compile/reductions.py
 -    ("max", "float32"): float("-inf"),
 +    ("max", "float32"): 0.0,
 """
+
+
+def test_the_documentation_has_their_number():
+    text = (Path(__file__).parents[2] / "docs" / "fuzzing.md").read_text()
+    assert f"`moekit mutants` plants {len(TABLE)} faults" in text
 
 
 def test_there_are_enough_of_every_kind():

@@ -110,8 +110,11 @@ SIZES = {
     "add_rms_norm": {"T": 5, "H": 24},
     "gated_rms_norm": {"T": 3, "V": 4, "D": 16},
     "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
+    "gate_projections": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
+    "gate_block": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
+    "down_combine": {"T": 5, "H": 24, "I": 16, "H?": 1},
 }
-PARAMS = {"topk_softmax": {"k": 4}}
+PARAMS = {"topk_softmax": {"k": 4}, "gate_block": {"k": 4}}
 
 
 @pytest.fixture

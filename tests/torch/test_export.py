@@ -22,6 +22,9 @@ SIZES = {
     "add_rms_norm": {"H": 40},
     "gated_rms_norm": {"V": 3, "D": 16},
     "delta_rule_step": {"K": 1, "V": 2, "Dk": 16, "Dv": 16},
+    "gate_projections": {"D": 64, "I": 12, "E": 20, "G": 1},
+    "gate_block": {"D": 64, "I": 12, "E": 20, "G": 1},
+    "down_combine": {"H": 40, "I": 24, "H?": 1},
 }
 SPLIT = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
 
@@ -58,7 +61,7 @@ def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
     paths = write(tmp_path, ("float32", "float16"))
     done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 20
+    assert done.stdout.count(": right") == len(paths) == 26
 
 
 @pytest.mark.gpu
@@ -66,7 +69,7 @@ def test_exported_files_run_on_the_gpu(tmp_path):
     paths = write(tmp_path, ("float32", "float16", "bfloat16"))
     done = run(paths, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 30
+    assert done.stdout.count(": right") == len(paths) == 39
 
 
 def test_self_test_catches_a_wrong_kernel(tmp_path):

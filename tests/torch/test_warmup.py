@@ -6,7 +6,7 @@ import torch
 import moekit.torch as mt
 from moekit.errors import MoekitError
 
-SIZES = {"T": 2, "H": 32, "D": 32, "P": 24, "I": 16, "E": 16, "V": 2, "K": 1, "Dk": 8, "Dv": 8}
+SIZES = {"T": 2, "H": 32, "D": 32, "P": 24, "I": 16, "E": 16, "G": 1, "V": 2, "K": 1, "Dk": 8, "Dv": 8}
 
 
 def test_every_form_of_every_fusion():
@@ -15,9 +15,11 @@ def test_every_form_of_every_fusion():
         (f, False)
         for f in (
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
-            "delta_rule_step",
+            "delta_rule_step", "gate_projections", "gate_block", "down_combine",
         )
-    } | {(f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step")}  # fmt: skip
+    } | {
+        (f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step", "gate_block", "down_combine")
+    }  # fmt: skip
     assert all(w.first > 0 < w.next for w in warmed)
 
 

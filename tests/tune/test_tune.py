@@ -19,13 +19,16 @@ SIZES = {
     "add_rms_norm": {"H": 2048},
     "gated_rms_norm": {"V": 4, "D": 128},
     "delta_rule_step": {"K": 2, "V": 4, "Dk": 128, "Dv": 128},
+    "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
+    "gate_block": {"D": 2048, "I": 64, "E": 512, "G": 1},
+    "down_combine": {"I": 64, "H": 2048, "H?": 1},
 }
 
 
 def graph(name: str, dtype: str = "bfloat16"):
     """The graph of a fusion at a decode step's sizes."""
     values = operands(FUSIONS[name], {"T": 3, **SIZES[name]}, dtype, "normal", 1)
-    return Call(FUSIONS[name], values, {"k": 10} if name == "topk_softmax" else {}).graph
+    return Call(FUSIONS[name], values, {"k": 10} if "k" in FUSIONS[name].params else {}).graph
 
 
 @pytest.mark.parametrize("name", list(FUSIONS))
