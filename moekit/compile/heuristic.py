@@ -19,10 +19,10 @@ ROW_TILE = 2**11
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
 GEMM_COLUMNS = 32  # the block of a GEMM's columns
 MOST_PARTS = 8
-# Tiles by the least number of rows they are for: rows, columns, depth, stages. Measured on an H200 with gate_projections
-# (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0; T = 256 with
-# the third 7.5, with the first 11.6.
-GEMM_TILES = ((0, 16, 32, 256, 4), (17, 64, 32, 128, 4), (128, 64, 128, 64, 4), (2048, 128, 128, 64, 3))
+# Tiles by the least number of rows they are for: rows, columns, depth, warps, stages. Measured on an H200 with a gate GEMM and
+# its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0;
+# T = 256 with the third 7.5, with the first 11.6. The last has no spills with 8 warps, and has with 4.
+GEMM_TILES = ((0, 16, 32, 256, 4, 4), (17, 64, 32, 128, 4, 4), (128, 64, 128, 64, 4, 4), (2048, 128, 128, 64, 8, 3))
 LEAST_DEPTH = 256  # of the contracted axis, in one part
 
 
@@ -109,9 +109,9 @@ def _gemm(graph: Graph) -> GemmAxes | None:
 def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tokens: int | None) -> Schedule:
     wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
     depth, several = uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
-    _, rows, columns, k_block, stages = next(x for x in reversed(GEMM_TILES) if (tokens or 0) >= x[0])
+    _, rows, columns, k_block, warps, stages = next(x for x in reversed(GEMM_TILES) if (tokens or 0) >= x[0])
     if wide:
-        rows, columns, k_block, stages = 16, GEMM_COLUMNS, 32, 3
+        rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS, 32, 4, 3
     elif several > 1 and depth % (several * GEMM_TILES[0][3]):
         k_block = 128  # where a part begins would else depend on the tile
     accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
@@ -126,7 +126,7 @@ def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts
             axes.append((a, "loop", blocks[a]))
         else:
             axes.append(_other_axis(use))
-    return _shrunk(graph, Schedule(tuple(axes), warps=4, stages=stages))
+    return _shrunk(graph, Schedule(tuple(axes), warps=warps, stages=stages))
 
 
 def _other_axis(use: AxisUse) -> tuple[str, str, int]:
@@ -156,7 +156,8 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
     columns = [u for u in uses.values() if u.parallel]
     for use in reversed(columns):
         extent = use.extent if use.extent is not None else 8
-        block = 1 if use.name in scattered(graph) else max(1, min(pow2(extent), budget // tile, 1024))
+        single = use.name in scattered(graph) or use.name.endswith(PART)
+        block = 1 if single else max(1, min(pow2(extent), budget // tile, 1024))
         chosen[use.name] = ("grid", block)
         tile *= block
     loops = any(chosen[u.name][0] == "loop" for u in inner)
@@ -185,10 +186,10 @@ def _shrunk(graph: Graph, schedule: Schedule) -> Schedule:
 
 def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
     """Warps for the largest block. Measured on an H200: element-wise blocks want 4 elements a lane (0.77 to 0.87 of the time
-    with 16), sums over a row 8 (add_rms_norm 2048 at T = 1, 64, 256: 0.84, 0.88, 0.83 of the time with 16), others 16."""
+    with 16), sums over a row 8 (a norm of 2048 at T = 1, 64, 256: 0.84, 0.88, 0.83 of the time with 16), others 16."""
     live = graph.live()
     if any(graph.nodes[i].op == "contract" and uses_dot(graph, schedule, i) for i in live):
-        return 4
+        return schedule.warps
     reduces = any(_reduces(graph.nodes[i]) for i in live)
     if all(n.op == "reduce" for n in map(graph.nodes.__getitem__, live) if _reduces(n)) and reduces:
         return max(1, min(16, tile // 256))

@@ -185,7 +185,7 @@ class Lowering(Writer):
 def _loads_first(ops: list) -> list:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
-    A norm's weight is then on its way while the squares are summed up (H200, add_rms_norm: two memory latencies become one).
+    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
     """
     first = next((i for i, op in enumerate(ops) if isinstance(op, WAITS)), len(ops))
     known = {v.name for op in ops[:first] if (v := t.result(op))}

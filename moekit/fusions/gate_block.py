@@ -1,13 +1,12 @@
-"""From the residual stream to the experts: norm, gate projections, activation and routing."""
+"""From the residual stream to the experts' gates: norm, gate projections and activation."""
 
 import numpy as np
 
-from moekit.fusions import topk_softmax
 from moekit.lang import In, InOut, cast, contract, f32, fusion, halves, mean, round_to, rsqrt, sigmoid, silu
 
 
-def reference(x, residual, weight, gate_up, router, shared_gate, *, k, eps, offset, renormalize, nan_to_zero):
-    """Rounded where the declaration rounds: the sum, the GEMM's operand, and the logits that are compared."""
+def reference(x, residual, weight, gate_up, router, shared_gate, *, eps, offset):
+    """Rounded where the declaration rounds: the sum, and the GEMM's operand."""
     total = round_to(x.astype(np.float64) + residual.astype(np.float64), residual.dtype)
     weighted = total * (offset + weight.astype(np.float64))
     scale = 1 / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + eps)
@@ -16,29 +15,23 @@ def reference(x, residual, weight, gate_up, router, shared_gate, *, k, eps, offs
         gate_up, logits, share = (scale * (operand @ w.astype(np.float64).T) for w in (gate_up, router, shared_gate))
         gate, up = np.split(gate_up, 2, axis=-1)
         activated, share = gate / (1 + np.exp(-gate)) * up, 1 / (1 + np.exp(-share))
-        logits = round_to(logits, x.dtype)
-    chosen = topk_softmax.reference(logits, k=k, renormalize=renormalize, nan_to_zero=nan_to_zero)
-    return {"hidden": weighted * scale, "residual": total, "activated": activated, "share": share, **chosen}
+    return {"hidden": weighted * scale, "residual": total, "activated": activated, "logits": logits, "share": share}
 
 
 @fusion(
     reference,
     x=In("T D"), residual=InOut("T D"), weight=In("D"), gate_up=In("2*I D"), router=In("E D"), shared_gate=In("G D"),
 )  # fmt: skip
-def gate_block(
-    x, residual, weight, gate_up, router, shared_gate, k: int, eps: float = 1e-6, offset: float = 1.0,
-    renormalize: bool = True, nan_to_zero: bool = False,
-):  # fmt: skip
-    """All that stands between the residual stream and the experts' GEMMs, in two launches.
+def gate_block(x, residual, weight, gate_up, router, shared_gate, eps: float = 1e-6, offset: float = 1.0):
+    """All that stands between the residual stream and the router's top-k and the experts' GEMMs, in two launches.
 
     residual becomes x + residual; hidden = rms_norm(residual)·(offset + weight); activated = silu(hidden·gateᵀ)·(hidden·upᵀ);
-    share = sigmoid(hidden·shared_gateᵀ); weights, ids = the k largest of softmax(hidden·routerᵀ). x, residual [T, D],
-    weight [D], gate_up [2I, D], router [E, D], shared_gate [G, D] -> hidden [T, D], residual, activated [T, I] in x's
-    dtype, share [T, G] float32, weights [T, k] float32, ids [T, k] int32.
+    logits = hidden·routerᵀ; share = sigmoid(hidden·shared_gateᵀ). x, residual [T, D], weight [D], gate_up [2I, D],
+    router [E, D], shared_gate [G, D] -> hidden [T, D], residual, activated [T, I] and logits [T, E] in x's dtype,
+    share [T, G] float32.
 
     The products are of residual·(offset + weight), rounded to x's dtype, and each row is scaled by the norm afterwards: the
-    sum of squares and the products are then made in one pass. float16 holds no more than 65504 of that. The logits are
-    rounded to x's dtype before they are compared, as Hugging Face does.
+    sum of squares and the products are then made in one pass. float16 holds no more than 65504 of that.
     """
     total = cast(f32(x) + f32(residual), residual.dtype)
     t = f32(total)
@@ -46,13 +39,10 @@ def gate_block(
     operand = cast(weighted, x.dtype)
     scale = rsqrt(mean(t * t, over="D") + eps)
     gate, up = (contract(operand, part, over="D") * scale for part in halves(gate_up, "I"))
-    logits = cast(contract(operand, router, over="D") * scale, x.dtype)
-    weights, ids = topk_softmax.choose(logits, k, renormalize, nan_to_zero)
     return {
         "hidden": cast(weighted * scale, x.dtype),
         "residual": total,
         "activated": cast(silu(gate) * up, x.dtype),
+        "logits": cast(contract(operand, router, over="D") * scale, x.dtype),
         "share": sigmoid(contract(operand, shared_gate, over="D") * scale),
-        "weights": weights,
-        "ids": ids,
     }

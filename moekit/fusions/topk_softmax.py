@@ -28,12 +28,6 @@ def topk_softmax(logits, k: int, renormalize: bool = True, nan_to_zero: bool = F
     logits [T, E] -> weights float32 [T, k], ids int32 [T, k]; softmax in float32 over all E. Ties go to the lower id.
     A row whose softmax is NaN has NaN weights (0 with `nan_to_zero`) and ids that are still valid and unique.
     """
-    weights, ids = choose(logits, k, renormalize, nan_to_zero)
-    return {"weights": weights, "ids": ids}
-
-
-def choose(logits, k: int, renormalize: bool, nan_to_zero: bool):
-    """The traced top-k softmax over E, for declarations that make the logits themselves."""
     best, ids = top_k(logits, k, over="E", into="K")
     largest = max(f32(logits), over="E")
     total = sum(exp(f32(logits) - largest), over="E")
@@ -43,4 +37,4 @@ def choose(logits, k: int, renormalize: bool, nan_to_zero: bool):
         weights = weights / sum(weights, over="K")
     if nan_to_zero:
         weights = where(isnan(weights), 0.0, weights)
-    return weights, ids
+    return {"weights": weights, "ids": ids}

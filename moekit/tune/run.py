@@ -41,7 +41,7 @@ FLOAT32 = {"A_log", "dt_bias"}  # what the models keep in float32 whatever their
 
 def params_of(name: str, sizes: Mapping[str, int]) -> dict:
     """The static parameters a fusion is tuned with."""
-    return {"k": 10 if sizes["E"] >= 512 else 8} if name in ("topk_softmax", "gate_block") else {}
+    return {"k": 10 if sizes["E"] >= 512 else 8} if name == "topk_softmax" else {}
 
 
 class Target:

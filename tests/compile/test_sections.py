@@ -16,7 +16,7 @@ from moekit.testing import Call, operands
 from moekit.testing.suite import check
 
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40}
-FIRST = "T:grid:16 D:loop:16 E:grid:16 G:grid:1 I:grid:16 K:whole:4"
+FIRST = "T:grid:16 D:loop:16 E:grid:16 G:grid:1 I:grid:16"
 
 
 def call(name: str, schedule: str | None = None) -> Call:
@@ -74,7 +74,7 @@ def test_parts_in_a_row_give_the_bits_of_a_split():
     """Parts added up by one program, and by a second launch: the same sums in the same order."""
     results = []
     for how in ("split:D:3", "parts:D:3"):
-        made = call("gate_projections", FIRST.replace(" K:whole:4", "") + f" {how} warps:4 stages:2")
+        made = call("gate_projections", FIRST + f" {how} warps:4 stages:2")
         memory = {n: np.array(x) for n, x in made.operands.items()}
         shape = {n: tuple(made.sizes[d.text] for d in x.dims) for n, x in made.graph.tensors.items()}
         memory |= {x.name: interpret.poison(shape[x.name], x.dtype) for x in made.graph.outputs()}
@@ -85,6 +85,13 @@ def test_parts_in_a_row_give_the_bits_of_a_split():
         assert np.isfinite(results[0][x.name]).all()
 
 
+@pytest.mark.parametrize("depth", [3, 16, 20, 70, 300])
+def test_any_depth(depth):
+    """A part is one program's, however small it is: several of few elements were once taken by one."""
+    fusion = FUSIONS["gate_block"]
+    check("interpret", Call(fusion, operands(fusion, {"T": 3, "D": depth, "I": 5, "E": 7, "G": 1}, "float32", "normal", 3)))
+
+
 def test_a_launch_numbers_the_programs_of_all_sections():
     """As many programs as the sections have together; a section's own come one after the other."""
     first, _ = planned(call("gate_block", FIRST + " split:D:3 warps:4 stages:2")).programs
@@ -92,12 +99,12 @@ def test_a_launch_numbers_the_programs_of_all_sections():
 
 
 def test_in_one_launch_the_residual_is_overwritten_last():
-    """Loops over other outputs load it again: with a D too small for the matrix unit all is one program's."""
+    """Loops over other outputs load it again."""
     fusion = FUSIONS["gate_block"]
     values = operands(fusion, {"T": 2, "D": 3, "I": 5, "E": 7, "G": 3})
-    made = Call(fusion, values, {"k": 3})
+    made = Call(fusion, values, schedule=Schedule.parse("T:grid:1 D:loop:2 E:loop:4 G:loop:2 I:loop:2 warps:1"))
     (program,) = planned(made).programs
-    check("interpret", replace(made, layouts={}))
+    check("interpret", made)
     stored = [op.tensor for op in _stores(program.sections[0].body)]
     assert set(stored[-2:]) == {"hidden", "residual"}
 

@@ -114,7 +114,7 @@ SIZES = {
     "gate_block": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "down_combine": {"T": 5, "H": 24, "I": 16, "H?": 1},
 }
-PARAMS = {"topk_softmax": {"k": 4}, "gate_block": {"k": 4}}
+PARAMS = {"topk_softmax": {"k": 4}}
 
 
 @pytest.fixture

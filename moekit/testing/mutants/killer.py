@@ -88,7 +88,7 @@ def directed(stage: str) -> Iterator:
             fusion = FuzzCase(name, sizes, {}).declaration
             dtypes = dict.fromkeys(fusion.tensors, dtype)
             mode = "in place" if name == "add_rms_norm" else "out"
-            params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {"k": 3} if name == "gate_block" else {}
+            params = {"eps": 1e-6, "offset": 1.0} if name in ("add_rms_norm", "gate_block") else {}
             used = {a: n for a, n in sizes.items() if a in _axes(fusion)}
             yield FuzzCase(name, used, dtypes, params, mode=mode, recipe=recipe, schedule=schedule)
 
