@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.cases import CASES, Case, Operands
 from bench.common import environment, numbers, write
-from bench.correctness import Checker
+from bench.correctness import SEVERAL, Checker
 from bench.layer_jax import slopes_of
 from bench.plots import times
 from moekit import jax as mj
@@ -33,7 +33,8 @@ from moekit.fusions import FUSIONS
 LENGTHS = (8, 24)
 LARGEST_BYTES = 12e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
-UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1)}
+UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
+           "gate_block": ("residual", 1), "down_combine": ("hidden", 0)}  # fmt: skip
 
 
 def to_jax(x: torch.Tensor) -> jax.Array:
@@ -103,7 +104,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
         one = call_of(case, implementation)
         try:
             got = tuple(to_torch(x) for x in jax.jit(one)(*sets[0].values()))
-            row |= check(lambda o, got=got: lambda: got)
+            row |= check(lambda o, got=got: lambda: got, SEVERAL.get(case.fusion, name))  # both sides are the fusion itself
             programs[name] = Chain(case, one, sets)
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
