@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moekit.fusions import topk_softmax
+from moekit.fusions.topk_softmax import choose
+from moekit.fusions.topk_softmax import reference as routing
 from moekit.lang import In, InOut, cast, contract, f32, fusion, halves, mean, round_to, rsqrt, sigmoid, silu
 
 
@@ -17,7 +18,7 @@ def reference(x, residual, weight, gate_up, router, shared_gate, *, k, eps, offs
         gate, up = np.split(gate_up, 2, axis=-1)
         activated, share = gate / (1 + np.exp(-gate)) * up, 1 / (1 + np.exp(-share))
         logits = round_to(logits, x.dtype)
-    chosen = topk_softmax.reference(logits, k=k, renormalize=renormalize, nan_to_zero=nan_to_zero)
+    chosen = routing(logits, k=k, renormalize=renormalize, nan_to_zero=nan_to_zero)
     return {"hidden": weighted * scale, "residual": total, "activated": activated, "share": share, **chosen}
 
 
@@ -47,7 +48,7 @@ def gate_block(
     scale = rsqrt(mean(t * t, over="D") + eps)
     gate, up = (contract(operand, part, over="D") * scale for part in halves(gate_up, "I"))
     logits = cast(contract(operand, router, over="D") * scale, x.dtype)
-    weights, ids = topk_softmax.choose(logits, k, renormalize, nan_to_zero)
+    weights, ids = choose(logits, k, renormalize, nan_to_zero)
     return {
         "hidden": cast(weighted * scale, x.dtype),
         "residual": total,
