@@ -2,12 +2,12 @@
 
 import pytest
 
-import moekit.jax.face
+import moekit.tune.table
 
 
 @pytest.fixture(scope="session", autouse=True)
 def untuned():
     """No tuned schedules."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moekit.jax.face, "tuned", lambda device, graph: None)
+        patch.setattr(moekit.tune.table, "tuned", lambda device, graph, tokens=None: None)
         yield
