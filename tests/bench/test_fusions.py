@@ -1,5 +1,7 @@
 """The cases, sides, correctness and targets of bench/fusions.py, on a CPU: what can be right or wrong without a GPU."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from bench import eager, layer_jax, targets
 from bench.cases import CASES
 from bench.common import load, write
 from bench.correctness import Checker
+from bench.fusions import wanted
 from bench.plots import times
 from bench.sides import sides
 
@@ -104,6 +107,17 @@ def test_every_target_names_cases_and_sides_that_exist():
                 continue
             assert {*target.ours, *target.rivals} <= set(sides(CASES[case])), case
             assert set(target.tokens) <= set(targets.tokens(case))
+
+
+def test_cases_are_measured_in_the_order_asked_for():
+    """So that what there may be no time for comes last; without names all of them, each once."""
+    asked = lambda fusions: wanted(Namespace(fusions=fusions, tokens="", targets=True))  # noqa: E731
+    assert list(asked("")) == list(CASES)
+    assert list(asked("gate_projections,gate_,add")) == [
+        "gate_projections 648", "gate_projections 1544", "gate_gemm 648", "gate_gemm 1544", "gate_block 648", "gate_block 1544",
+        "add_rms_norm 2048", "add_rms_norm 4096",
+    ]  # fmt: skip
+    assert asked("gate_projections 6")["gate_projections 648"] == [1, 4, 16, 64, 256, 1024, 4096, 16384]
 
 
 def test_results_survive_the_file_and_become_a_plot(tmp_path):
