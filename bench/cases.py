@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 Operands = dict[str, torch.Tensor]
-EPILOGUE = "gate_gemm_act"  # the faces' gate GEMM that returns activation, router logits and sigmoid(shared gate)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU is for tests of the benches alone
 
 
@@ -25,7 +24,7 @@ class Case:
     moved: Callable[[int, int], int]
     flops: Callable[[int], int] = lambda t: 0
     params: Mapping[str, object] = field(default_factory=dict)
-    widths: tuple[int, int, int] = (0, 0, 0)  # of gate_up, router and shared gate, where there is a gate
+    widths: tuple[int, int, int] = (0, 0, 0)  # of gate_up, router and shared gate in a packed weight
 
 
 def rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -96,35 +95,55 @@ def gemm_case(p: int, widths: tuple[int, int, int]) -> Case:
     )
 
 
-def epilogue_case(p: int, widths: tuple[int, int, int]) -> Case:
-    """The same product with its epilogue: silu(gate)·up, router logits, sigmoid of the shared gate."""
-    i = widths[0] // 2
+def gates(p: int, widths: tuple[int, int, int], dtype: torch.dtype) -> Operands:
+    """The three weights of a gate as a packed, padded one has them: views of its rows."""
+    gate_up, router, shared_gate = weight(p, 2048, dtype)[: sum(widths)].split(list(widths))
+    return {"gate_up": gate_up, "router": router, "shared_gate": shared_gate}
+
+
+def projections_case(p: int, widths: tuple[int, int, int]) -> Case:
+    """gate_projections: the same product with its epilogue, on the three parts of the packed weight."""
+    i, total = widths[0] // 2, sum(widths)
     return Case(
-        f"gate_epilogue {p}",
-        "gate_epilogue",
-        lambda t, d: {"x": rows(t, 2048, dtype=d), "packed": weight(p, 2048, d)},
-        lambda t, size: (t * 2048 + p * 2048 + t * (i + widths[1] + widths[2])) * size,
-        lambda t: 2 * t * 2048 * p,
-        widths=widths,
+        f"gate_projections {p}",
+        "gate_projections",
+        lambda t, d: {"x": rows(t, 2048, dtype=d)} | gates(p, widths, d),
+        lambda t, size: (t * 2048 + total * 2048 + t * (i + widths[1])) * size + t * widths[2] * 4,
+        lambda t: 2 * t * 2048 * total,
     )
 
 
 def block_case(p: int, widths: tuple[int, int, int]) -> Case:
-    """norm → gates → activation → router: what comes before the experts."""
-    i = widths[0] // 2
+    """gate_block: norm → gates → activation → router, all that comes before the experts."""
+    i, total, k = widths[0] // 2, sum(widths), 10
+
+    def make(t: int, d: torch.dtype) -> Operands:
+        x, residual = (rows(t, 2048, dtype=d) for _ in range(2))
+        return {"x": x, "residual": residual, "weight": rows(2048, dtype=d)} | gates(p, widths, d)
+
     return Case(
         f"gate_block {p}",
         "gate_block",
+        make,
+        lambda t, size: (4 * t * 2048 + 2048 + total * 2048 + t * i) * size + t * (widths[2] * 4 + k * 8),
+        lambda t: 2 * t * 2048 * total,
+        {"k": k},
+    )
+
+
+def down_case(i: int, h: int) -> Case:
+    """down_combine, in place: the shared expert's down-projection, added to what the routed experts gave."""
+    return Case(
+        f"down_combine {i}",
+        "down_combine",
         lambda t, d: {
-            "x": rows(t, 2048, dtype=d),
-            "residual": rows(t, 2048, dtype=d),
-            "weight": rows(2048, dtype=d),
-            "packed": weight(p, 2048, d),
+            "hidden": rows(t, h, dtype=d),
+            "activated": rows(t, i, dtype=d),
+            "down": weight(h, i, d),
+            "share": rows(t, 1, dtype=torch.float32).sigmoid_(),
         },
-        lambda t, size: (4 * t * 2048 + p * 2048 + t * (i + widths[2])) * size + t * 80,
-        lambda t: 2 * t * 2048 * p,
-        {"k": 10},
-        widths,
+        lambda t, size: (2 * t * h + t * i + h * i) * size + t * 4,
+        lambda t: 2 * t * i * h,
     )
 
 
@@ -162,8 +181,9 @@ CASES: dict[str, Case] = {
         *(topk_case(e, k) for e, k in ((512, 10), (256, 8))),
         *(combine_case(h) for h in (2048, 4096)),
         *(gemm_case(p, w) for p, w in GATES),
-        *(epilogue_case(p, w) for p, w in GATES),
+        *(projections_case(p, w) for p, w in GATES),
         *(block_case(p, w) for p, w in GATES),
+        *(down_case(i, 2048) for i in (64, 512)),
         gated_norm_case(4),
         gated_norm_case(32),
         delta_case(2, 4),

@@ -45,19 +45,26 @@ def gate_gemm(x, packed):
     return linear(x, packed)
 
 
-def gate_epilogue(x, packed, widths):
-    """activation, router logits, sigmoid(shared gate)."""
-    fused = linear(x, packed)
-    gate_up, logits, gate = fused.split([*widths, packed.shape[0] - sum(widths)], -1)[:3]
-    return silu_and_mul(gate_up), logits, sigmoid(gate)
+def gate_projections(x, gate_up, router, shared_gate):
+    """activation, router logits, sigmoid(shared gate): three products, as the model has them."""
+    return silu_and_mul(linear(x, gate_up)), linear(x, router), sigmoid(linear(x, shared_gate))
 
 
-def gate_block(x, residual, weight, packed, widths, k):
-    """residual, activation, weights, ids, shared gate: three products, as the model has them."""
+def gate_block(x, residual, weight, gate_up, router, shared_gate, k):
+    """hidden, residual, activation, sigmoid(shared gate), weights, ids."""
     x, residual = add_rms_norm(x, residual, weight)
-    parts = packed.split([*widths, packed.shape[0] - sum(widths)])
-    gate_up, logits, gate = (linear(x, part) for part in parts[:3])
-    return residual, silu_and_mul(gate_up), *topk_softmax(logits, k), gate
+    active, logits, share = gate_projections(x, gate_up, router, shared_gate)
+    return x, residual, active, share, *topk_softmax(logits, k)
+
+
+def down_combine(hidden, activated, down, share):
+    """hidden + share·(activated·downᵀ)."""
+    return scaled_sum(hidden, linear(activated, down), share)
+
+
+def scaled_sum(hidden, shared, share):
+    """hidden + share·shared, where share is a sigmoid already."""
+    return hidden + share.to(hidden.dtype) * shared
 
 
 def gated_rms_norm(x, z, weight):

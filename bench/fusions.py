@@ -42,7 +42,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, makers: dict[str, Maker
     for name, make in makers.items():
         row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
         try:
-            row |= check(make)
+            row |= check(make, name)
             graphs[name] = capture([make(o) for o in (sets[: max(2, count // 4)] if name in SLOW else sets)])
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -54,8 +54,8 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, makers: dict[str, Maker
 
 
 def wanted(args: argparse.Namespace) -> dict[str, list[int]]:
-    """Tokens by case: those with a target, or all that were asked for."""
-    names = [n for n in CASES if not args.fusions or any(n.startswith(f) for f in args.fusions.split(","))]
+    """Tokens by case, in the order asked for: those with a target, or all."""
+    names = list(dict.fromkeys(n for f in args.fusions.split(",") for n in CASES if n.startswith(f)))
     given = numbers(args.tokens) if args.tokens else None
     if args.targets:
         chosen = {n: targets.tokens(n) for n in names}
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> dict:
 def main() -> None:
     """Run, print, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them")
+    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them, in this order")
     parser.add_argument("--tokens", default="")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--targets", action="store_true", help="the sizes that have a target, and whether it is met")

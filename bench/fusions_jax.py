@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.cases import CASES, Case, Operands
 from bench.common import environment, numbers, write
-from bench.correctness import Checker
+from bench.correctness import SEVERAL, Checker
 from bench.layer_jax import slopes_of
 from bench.plots import times
 from moekit import jax as mj
-from moekit.fusions import FUSIONS
 
 LENGTHS = (8, 24)
 LARGEST_BYTES = 12e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
-UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1)}
+UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
+           "gate_block": ("residual", 1), "down_combine": ("hidden", 0)}  # fmt: skip
 
 
 def to_jax(x: torch.Tensor) -> jax.Array:
@@ -103,7 +103,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
         one = call_of(case, implementation)
         try:
             got = tuple(to_torch(x) for x in jax.jit(one)(*sets[0].values()))
-            row |= check(lambda o, got=got: lambda: got)
+            row |= check(lambda o, got=got: lambda: got, SEVERAL.get(case.fusion, name))  # both sides are the fusion itself
             programs[name] = Chain(case, one, sets)
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -117,7 +117,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
 def main() -> None:
     """Run, print, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them")
+    parser.add_argument("--fusions", default="", help="cases whose names begin so, comma between them, in this order")
     parser.add_argument("--tokens", default="1,64,4096")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=15)
@@ -125,8 +125,8 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     begin, result = time.monotonic(), environment() | {"rows": [], "left out": []}
-    wanted = [c for n, c in CASES.items() if c.fusion in FUSIONS and n.startswith(tuple(args.fusions.split(",")))]
-    for case, t in ((c, t) for c in wanted for t in numbers(args.tokens)):
+    wanted = dict.fromkeys(n for f in args.fusions.split(",") for n in CASES if n.startswith(f))
+    for case, t in ((CASES[n], t) for n in wanted for t in numbers(args.tokens)):
         if time.monotonic() - begin > args.seconds:
             result["left out"].append(f"{case.name} T={t}")
             continue

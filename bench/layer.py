@@ -2,7 +2,8 @@
 
 norm → gates → activation → router (the `gate` part), then the shared expert's down-projection and the combine (the
 `moe` part). The normalised rows stand in for what the routed experts add up to. A layer takes weights, x and residual and
-returns x, residual and what the experts would be called with; those of peers and moekit write over x and residual.
+returns x, residual and what the experts would be called with; those of peers and moekit write over residual, and most
+over x.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.functional import linear
 
 from bench import eager
 from bench.cases import weight
-from bench.sides import EPS, empty, gate_act
+from bench.sides import EPS, empty
 from moekit import torch as mt
 from moekit.testing import others
 
@@ -81,13 +82,20 @@ def moekit(w: dict, x, residual, k: int, part: str) -> tuple:
 
 
 def moekit_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
-    """moekit with the gate GEMM that carries its epilogue."""
-    gemm = gate_act()
+    """moekit with products that carry their epilogues."""
     mt.add_rms_norm_(x, residual, w["norm"], out=x)
-    active, logits, gate = gemm(x, w["packed"])[:3]
+    active, logits, share = mt.gate_projections(x, *w["packed"].parts)
     chosen, ids = mt.topk_softmax(logits, k)
     if part == "moe":
-        x.addcmul_(gate, linear(active, w["down"]))
+        mt.down_combine_(x, active, w["down"], share)
+    return x, residual, active, chosen, ids
+
+
+def moekit_block(w: dict, x, residual, k: int, part: str) -> tuple:
+    """moekit with the gate part as one fusion."""
+    x, residual, active, share, chosen, ids = mt.gate_block_(x, residual, w["norm"], *w["packed"].parts, k)
+    if part == "moe":
+        mt.down_combine_(x, active, w["down"], share)
     return x, residual, active, chosen, ids
 
 
@@ -122,6 +130,7 @@ def layers() -> dict[str, Layer]:
     return {
         "moekit": moekit,
         "moekit, epilogue": moekit_epilogue,
+        "moekit, one block": moekit_block,
         "peers, three gemms": peers(False),
         "peers, one padded gemm": peers(True),
         "torch.compile": eager.compiled(plain),

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bench.cases import EPILOGUE
 from bench.layer import Sizes
 from moekit import jax as mj
 
@@ -51,23 +50,32 @@ def layer(w: dict, x, residual, k: int, part: str, *, implementation: str | None
 
 
 def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
-    """A layer with the gate GEMM that carries its epilogue."""
+    """A layer of moekit's with products that carry their epilogues."""
     x, residual = mj.add_rms_norm(x, residual, w["norm"])
-    active, logits, gate = getattr(mj, EPILOGUE)(x, w["packed"])[:3]
+    active, logits, share = mj.gate_projections(x, *w["packed"].parts)
     chosen, ids = mj.topk_softmax(logits, k)
     if part == "moe":
-        x = (x.astype(jnp.float32) + gate.astype(jnp.float32) * linear(active, w["down"]).astype(jnp.float32)).astype(x.dtype)
+        x = mj.down_combine(x, active, w["down"], share)
+    return x, residual, active, chosen, ids
+
+
+def layer_block(w: dict, x, residual, k: int, part: str) -> tuple:
+    """A layer of moekit's with the gate part as one fusion."""
+    x, residual, active, share, chosen, ids = mj.gate_block(x, residual, w["norm"], *w["packed"].parts, k)
+    if part == "moe":
+        x = mj.down_combine(x, active, w["down"], share)
     return x, residual, active, chosen, ids
 
 
 def layers() -> dict[str, Layer]:
     """Every way of computing a layer, moekit's first."""
-    found: dict[str, Layer] = {"moekit": partial(layer, implementation=None, packed=True)}
-    if hasattr(mj, EPILOGUE):
-        found["moekit, epilogue"] = layer_epilogue
-    found["xla, three gemms"] = partial(layer, implementation="xla", packed=False)
-    found["xla, one gemm"] = partial(layer, implementation="xla", packed=True)
-    return found
+    return {
+        "moekit": partial(layer, implementation=None, packed=True),
+        "moekit, epilogue": layer_epilogue,
+        "moekit, one block": layer_block,
+        "xla, three gemms": partial(layer, implementation="xla", packed=False),
+        "xla, one gemm": partial(layer, implementation="xla", packed=True),
+    }
 
 
 def chain(one: Layer, k: int, part: str) -> Callable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SIDES = ("moekit", "moekit, epilogue")  # drawn thick
+from bench.targets import OURS
 
 
 def times(result: dict, path: Path, cases: tuple[str, ...] = ()) -> None:
@@ -26,9 +26,9 @@ def times(result: dict, path: Path, cases: tuple[str, ...] = ()) -> None:
         here = [r for r in rows if r["case"] == name]
         for side in dict.fromkeys(r["side"] for r in here):
             points = sorted((r["T"], r["us"]) for r in here if r["side"] == side)
-            ours = side in SIDES
+            ours = side in OURS
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=side, linewidth=2.4 if ours else 1,
-                       color="black" if side == SIDES[0] else None, zorder=3 if ours else 2)  # fmt: skip
+                       color="black" if side == OURS[0] else None, zorder=3 if ours else 2)  # fmt: skip
         panel.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="µs")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=6)

@@ -1,7 +1,8 @@
 """Every implementation that a bench sets beside moekit's: `sides(case)` gives a maker per name.
 
 A maker takes one set of operands and returns the call to be timed; what a peer prepares once (contiguous copies, output
-buffers, weights in its own form) happens in the maker. A call returns the fusion's outputs in their order.
+buffers, weights in its own form) happens in the maker. A call returns the fusion's outputs in their order, None for one that
+it does not make.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 
 from bench import eager
-from bench.cases import EPILOGUE, Case, Operands
+from bench.cases import Case, Operands
 from moekit import torch as mt
-from moekit.errors import UnavailableError
 from moekit.testing import others
 
 Call = Callable[[], Any]
@@ -112,10 +112,10 @@ def _topks(case: Case) -> dict[str, Maker]:
     return {"moekit": ours, "sgl-kernel": sgl, "vllm": vllm}
 
 
-def parts(o: Operands, case: Case) -> list[torch.Tensor]:
-    """The three weights inside a packed one, each as a tensor of its own."""
-    widths = case.widths
-    return [p.contiguous() for p in o["packed"].split([*widths, o["packed"].shape[0] - sum(widths)])[:3]]
+def product(x: torch.Tensor, weight: torch.Tensor) -> Call:
+    """x · weightᵀ by cuBLAS, into a buffer of its own."""
+    out, turned = empty(x, x.shape[0], weight.shape[0]), weight.T
+    return lambda: torch.mm(x, turned, out=out)
 
 
 def _gemms(case: Case) -> dict[str, Maker]:
@@ -123,116 +123,107 @@ def _gemms(case: Case) -> dict[str, Maker]:
         out = empty(o["x"], o["x"].shape[0], o["packed"].shape[0])
         return lambda: mt.gate_gemm(o["x"], o["packed"], out=out)
 
-    def cublas(o: Operands) -> Call:
-        out, weight = empty(o["x"], o["x"].shape[0], o["packed"].shape[0]), o["packed"].T
-        return lambda: torch.mm(o["x"], weight, out=out)
-
     def three(o: Operands) -> Call:
-        weights = [w.T for w in parts(o, case)]
-        outs = [empty(o["x"], o["x"].shape[0], w.shape[1]) for w in weights]
+        each = [product(o["x"], w.contiguous()) for w in o["packed"][: sum(case.widths)].split(list(case.widths))]
+        return lambda: [gemm() for gemm in each]
 
-        def call():
-            for w, out in zip(weights, outs, strict=True):
-                torch.mm(o["x"], w, out=out)
-            return outs
-
-        return call
-
-    return {"moekit": ours, "cublas padded": cublas, "three gemms": three}
+    return {"moekit": ours, "cublas padded": lambda o: product(o["x"], o["packed"]), "three gemms": three}
 
 
-def _epilogues(case: Case) -> dict[str, Maker]:
-    def ours(o: Operands) -> Call:
-        gemm, packed = gate_act(), mt.pack_gate(*parts(o, case))
-        return lambda: gemm(o["x"], packed)
+def gates(o: Operands) -> list[torch.Tensor]:
+    """The three weights of a gate."""
+    return [o[n] for n in ("gate_up", "router", "shared_gate")]
 
-    def cublas(o: Operands) -> Call:
+
+def _projections() -> dict[str, Maker]:
+    def padded(o: Operands) -> Call:
+        gemm, first = product(o["x"], mt.pack_gate(*gates(o)).weight), o["gate_up"].shape[0]
+        return lambda: (None, gemm()[:, first : first + o["router"].shape[0]], None)
+
+    def flashinfer(o: Operands) -> Call:
         """The product alone, then FlashInfer on a contiguous buffer: what it would cost if its columns were one already."""
-        gemm, gate_up = (
-            _gemms(case)["cublas padded"](o),
-            torch.randn_like(o["x"][:, :1]).expand(-1, case.widths[0]).contiguous(),
-        )
-        out = empty(gate_up, gate_up.shape[0], case.widths[0] // 2)
+        gemm, gate_up = padded(o), empty(o["x"], o["x"].shape[0], o["gate_up"].shape[0]).normal_()
+        out = empty(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
 
         def call():
-            gemm()
+            made = gemm()
             others.flashinfer_silu_and_mul(gate_up, out)
+            return made
 
         return call
 
-    def product(o: Operands) -> Call:
-        gemm = _gemms(case)["cublas padded"](o)
-        return lambda: (gemm(), None)[1]  # what there is to compare is in no output of its own
-
-    return {"moekit": ours, "cublas padded + flashinfer": cublas, "cublas padded": product}
-
-
-def gate_act() -> Callable:
-    """moekit's gate GEMM with its epilogue, called with rows and a packed gate."""
-    if not hasattr(mt, EPILOGUE):
-        raise UnavailableError(f"moekit.torch has no {EPILOGUE}")
-    return getattr(mt, EPILOGUE)
+    ours = lambda o: lambda: mt.gate_projections(*o.values())  # noqa: E731
+    return {"moekit": ours, "cublas padded + flashinfer": flashinfer, "cublas padded": padded}
 
 
 def _blocks(case: Case) -> dict[str, Maker]:
     k = case.params["k"]
 
     def ours(o: Operands) -> Call:
-        packed = mt.pack_gate(*parts(o, case))
+        packed = mt.pack_gate(*gates(o))
 
         def call():
             x, residual = mt.add_rms_norm_(o["x"], o["residual"], o["weight"], out=o["x"])
             got = mt.gate_gemm(x, packed)
-            return residual, mt.silu_and_mul(got.gate_up), *mt.topk_softmax(got.router_logits, k), got.shared_gate
+            return x, residual, mt.silu_and_mul(got.gate_up), None, *mt.topk_softmax(got.router_logits, k)
 
         return call
 
-    def fused(o: Operands) -> Call:
-        gemm, packed = gate_act(), mt.pack_gate(*parts(o, case))
-
+    def epilogue(o: Operands) -> Call:
         def call():
             x, residual = mt.add_rms_norm_(o["x"], o["residual"], o["weight"], out=o["x"])
-            active, logits, gate = gemm(x, packed)[:3]
-            return residual, active, *mt.topk_softmax(logits, k), gate
+            active, logits, share = mt.gate_projections(x, *gates(o))
+            return x, residual, active, share, *mt.topk_softmax(logits, k)
 
         return call
-
-    def sequence(norm, one: bool) -> Maker:
-        def make(o: Operands) -> Call:
-            x, tokens = o["x"], o["x"].shape[0]
-            weights = [o["packed"].T] if one else [w.T for w in parts(o, case)]
-            outs = [empty(x, tokens, w.shape[1]) for w in weights]
-            gate_up, logits = empty(x, tokens, case.widths[0]), empty(x, tokens, case.widths[1])
-            if not one:
-                gate_up, logits = outs[:2]
-            active, (values, ids) = empty(x, tokens, case.widths[0] // 2), _topk_buffers(x, k)
-            middle = case.widths[0] + case.widths[1]
-
-            def call():
-                norm(x, o["residual"], o["weight"], EPS, 1.0)
-                for w, out in zip(weights, outs, strict=True):
-                    torch.mm(x, w, out=out)
-                gate = outs[-1]
-                if one:
-                    gate_up.copy_(outs[0][:, : case.widths[0]])
-                    logits.copy_(outs[0][:, case.widths[0] : middle])
-                    gate = outs[0][:, middle : middle + 1]
-                others.flashinfer_silu_and_mul(gate_up, active)
-                others.sgl_topk_softmax(logits, values, ids, True)
-                return o["residual"], active, values, ids, gate
-
-            return call
-
-        return make
 
     return {
         "moekit": ours,
-        "moekit, epilogue": fused,
-        "peers: sgl norm, three gemms": sequence(others.sgl_add_rms_norm, False),
-        "peers: sgl norm, one padded gemm": sequence(others.sgl_add_rms_norm, True),
-        "peers: flashinfer norm, three gemms": sequence(others.flashinfer_add_rms_norm, False),
-        "peers: flashinfer norm, one padded gemm": sequence(others.flashinfer_add_rms_norm, True),
+        "moekit, epilogue": epilogue,
+        "moekit, one block": lambda o: lambda: mt.gate_block_(*o.values(), k),
+        "peers: sgl norm, three gemms": _sequence(others.sgl_add_rms_norm, k, False),
+        "peers: sgl norm, one padded gemm": _sequence(others.sgl_add_rms_norm, k, True),
+        "peers: flashinfer norm, three gemms": _sequence(others.flashinfer_add_rms_norm, k, False),
+        "peers: flashinfer norm, one padded gemm": _sequence(others.flashinfer_add_rms_norm, k, True),
     }
+
+
+def _sequence(norm: Callable, k: int, one: bool) -> Maker:
+    """A gate block of peers' kernels: `norm`, cuBLAS, FlashInfer's activation, sgl-kernel's router.
+
+    `one`: a padded product and copies of its columns in place of three. The sigmoid is left to whoever combines.
+    """
+
+    def make(o: Operands) -> Call:
+        x, tokens, (wide, experts) = o["x"], o["x"].shape[0], (o["gate_up"].shape[0], o["router"].shape[0])
+        products = [product(x, w) for w in ([mt.pack_gate(*gates(o)).weight] if one else gates(o))]
+        gate_up, logits = empty(x, tokens, wide), empty(x, tokens, experts)
+        active, (values, ids) = empty(x, tokens, wide // 2), _topk_buffers(x, k)
+
+        def call():
+            norm(x, o["residual"], o["weight"], EPS, 1.0)
+            outs = [gemm() for gemm in products]
+            if one:
+                gate_up.copy_(outs[0][:, :wide])
+                logits.copy_(outs[0][:, wide : wide + experts])
+            first, second = (gate_up, logits) if one else outs[:2]
+            others.flashinfer_silu_and_mul(first, active)
+            others.sgl_topk_softmax(second, values, ids, True)
+            return x, o["residual"], active, None, values, ids
+
+        return call
+
+    return make
+
+
+def _downs() -> dict[str, Maker]:
+    combine = eager.compiled(eager.scaled_sum)
+
+    def cublas(o: Operands) -> Call:
+        gemm = product(o["activated"], o["down"])
+        return lambda: combine(o["hidden"], gemm(), o["share"])
+
+    return {"moekit": lambda o: lambda: mt.down_combine_(*o.values()), "cublas + torch.compile": cublas}
 
 
 def _others(case: Case) -> dict[str, Maker]:
@@ -253,15 +244,14 @@ def sides(case: Case, compiled: bool = True) -> dict[str, Maker]:
     """Every side of a case by name: moekit first, then peers, `eager`, and with `compiled` `torch.compile` of the same."""
     table = {
         "add_rms_norm": _norms, "silu_and_mul": _silus, "topk_softmax": lambda: _topks(case), "gate_gemm": lambda: _gemms(case),
-        "gate_epilogue": lambda: _epilogues(case), "gate_block": lambda: _blocks(case),
+        "gate_projections": _projections, "gate_block": lambda: _blocks(case), "down_combine": _downs,
     }  # fmt: skip
+    torch._dynamo.reset()
     found = table.get(case.fusion, lambda: _others(case))()
     plain = getattr(eager, case.fusion)
-    fixed = dict(case.params) | ({"widths": case.widths} if case.fusion in ("gate_epilogue", "gate_block") else {})
-    plain = functools.partial(plain, **fixed) if fixed else plain
+    plain = functools.partial(plain, **case.params) if case.params else plain
     found["eager"] = lambda o: lambda: plain(*o.values())
     if compiled and case.fusion != "gate_gemm":
-        torch._dynamo.reset()
         fast = eager.compiled(plain)
         found["torch.compile"] = lambda o: lambda: fast(*o.values())
-    return found
+    return found if compiled else {n: m for n, m in found.items() if "torch.compile" not in n}

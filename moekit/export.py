@@ -212,7 +212,8 @@ def _programs(section: t.TileProgram) -> str:
     counts = []
     for axis in section.grid:
         a = section.axis(axis)
-        counts.append(f"triton.cdiv({axis}, {a.block})" if a.extent is None else str(-(-a.extent // a.block)))
+        dynamic = axis if a.block == 1 else f"triton.cdiv({axis}, {a.block})"
+        counts.append(dynamic if a.extent is None else str(-(-a.extent // a.block)))
     return " * ".join(c for c in counts if c != "1") or "1"
 
 
@@ -227,8 +228,10 @@ def _launch(program: t.Kernel, name: str) -> list[str]:
     options = [f"num_warps={program.warps}", f"num_stages={program.stages}", "**overlap"]
     grid = " + ".join(map(_programs, program.sections))
     pad = " " * 12
-    body = textwrap.wrap(", ".join([*arguments, *options]) + ",", 108, break_long_words=False)
-    return [f"{pad}{name}_kernel[({grid},)](", *(f"{pad}    {line}" for line in body), f"{pad})"]
+    whole = "\0"  # stands for the spaces within an argument, so that no line ends there
+    body = textwrap.wrap(", ".join(a.replace(" ", whole) for a in [*arguments, *options]) + ",", 108, break_long_words=False)
+    lines = [f"{pad}    {line.replace(whole, ' ')}" for line in body]
+    return [f"{pad}{name}_kernel[({grid},)](", *lines, f"{pad})"]
 
 
 def _self_test(made: _Exported) -> str:
@@ -297,18 +300,28 @@ print("{made.fusion.name}: right")
 
 
 def _reference_source(fusion: Fusion) -> str:
-    """The reference's source under the name `reference`, with the functions of its own module that it calls."""
-    function: Any = fusion.reference
-    found = [re.sub(rf"^def {function.__name__}\(", "def reference(", textwrap.dedent(inspect.getsource(function)))]
-    loaded = dict.fromkeys(i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL")
-    for name in loaded:
-        used = function.__globals__.get(name)
-        if used is None or name in ("np", "round_to"):
+    """The reference's source under the name `reference`, after that of the functions it calls, by the names it calls them."""
+    found: dict[str, Any] = {}
+    _gather(fusion, "reference", fusion.reference, found)
+    return "\n\n".join(_source(name, function) for name, function in found.items())
+
+
+def _gather(fusion: Fusion, name: str, function: Any, found: dict[str, Any]) -> None:
+    """`function` and all that it calls, callees first; only numpy and `round_to` are there already."""
+    for used_name in dict.fromkeys(i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"):
+        used = function.__globals__.get(used_name)
+        if used is None or used_name in ("np", "round_to") or found.get(used_name) is used:
             continue
-        if not inspect.isfunction(used) or used.__module__ != function.__module__:
+        if not inspect.isfunction(used) or used_name in (*found, "reference"):
             raise MoekitError(
-                f"export: the reference of {fusion.name} uses {name}, which cannot be taken along; "
-                "write it with numpy and round_to alone"
+                f"export: the reference of {fusion.name} uses {used_name}, which cannot be taken along; "
+                "write it with numpy, round_to and functions of other names that use no more"
             )
-        found.insert(0, textwrap.dedent(inspect.getsource(used)))
-    return "\n\n".join(text.strip("\n") + "\n" for text in found)
+        _gather(fusion, used_name, used, found)
+    found[name] = function
+
+
+def _source(name: str, function: Any) -> str:
+    """A function's source under a name."""
+    text = textwrap.dedent(inspect.getsource(function))
+    return re.sub(rf"^def {function.__name__}\(", f"def {name}(", text).strip("\n") + "\n"

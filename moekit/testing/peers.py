@@ -135,6 +135,11 @@ def _topk_supported(case: FuzzCase) -> bool:
     return case.recipe in FINITE and _some(case) and not case.params["nan_to_zero"]
 
 
+def _delta_supported(case: FuzzCase) -> bool:
+    """Not where exp(A_log) is infinite: times a softplus whose 1 + exp(x) is 1, which is 0, it is NaN by fla's formula."""
+    return case.params["eps"] == 1e-6 and case.recipe != "huge" and _some(case)
+
+
 def _compiled(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
     results = _compiled_eager(case.declaration, tuple(case.params.items()))(*(tensors[n] for n in case.shapes))
     for result, target in zip(results, case.targets.values(), strict=True):
@@ -183,7 +188,7 @@ PEERS: dict[str, Peer] = {
                            _package("quack.rmsnorm"), standards.UNROUNDED_NORM),
     "fla-gated-norm": Peer("gated_rms_norm", _returning(others.fla_gated_rms_norm), _some,
                            _package("fla.modules.norm.fused_norm_gate"), standards.UNROUNDED_GATED_NORM, dtypes=FLOATS),
-    "fla-delta": Peer("delta_rule_step", _returning(_delta), lambda c: c.params["eps"] == 1e-6 and _some(c),
+    "fla-delta": Peer("delta_rule_step", _returning(_delta), _delta_supported,
                       _package("fla.ops.gated_delta_rule.fused_recurrent"), standards.FLA_DELTA, dtypes=FLOATS),
     "compiled-eager": Peer("", _compiled, _some, _package("torch"), kinds=KINDS, dtypes=FLOATS),
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """The cases, sides, correctness and targets of bench/fusions.py, on a CPU: what can be right or wrong without a GPU."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -7,38 +9,41 @@ from bench import eager, layer_jax, targets
 from bench.cases import CASES
 from bench.common import load, write
 from bench.correctness import Checker
+from bench.fusions import wanted
 from bench.plots import times
 from bench.sides import sides
-from moekit.errors import UnavailableError
 
 QUICK = [n for n in CASES if n not in ("delta_rule_step 16/32", "gate_gemm 1544")]
-ON_CPU = ("moekit", "moekit, contiguous", "moekit, epilogue", "eager", "cublas padded", "three gemms")
+OWN = ("moekit", "moekit, contiguous", "moekit, epilogue", "moekit, one block")
+ON_CPU = (*OWN, "eager", "cublas padded", "three gemms")
 
 
 def made(case: str, side: str):
-    """What the checker says of a side, skipped where moekit lacks what it needs."""
+    """What the checker says of a side."""
     torch.manual_seed(5)
     checker = Checker(CASES[case], CASES[case].make(21, torch.bfloat16))
-    try:
-        return checker(sides(CASES[case], compiled=False)[side])
-    except UnavailableError as why:
-        pytest.skip(str(why))
+    return checker(sides(CASES[case], compiled=False)[side], side)
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_moekit_is_within_its_bound_in_every_case(case):
+PAIRS = [(c, s) for c in QUICK for s in sides(CASES[c], compiled=False) if s in ON_CPU]
+
+
+@pytest.mark.parametrize(("case", "side"), [p for p in PAIRS if p[1] in OWN])
+def test_moekit_is_within_its_bound_in_every_case(case, side):
     """In units of the bound for a fusion, relative to the norm for several together; ids are the reference's."""
-    found = made(case, "moekit")
-    assert 0 < found.get("error", found.get("relative", 0)) <= (1 if "error" in found else 0.01)
+    found = made(case, side)
+    assert ("error" in found) == (not case.startswith("gate_block") or side == "moekit, one block")
+    assert 0 < found.get("error", found["relative"]) <= (1 if "error" in found else 0.005)
+    assert 0 < found["relative"] < 0.005
     assert found.get("ids", 1.0) == 1.0
 
 
-@pytest.mark.parametrize(("case", "side"), [(c, s) for c in QUICK for s in ON_CPU[1:] if s in sides(CASES[c], compiled=False)])
+@pytest.mark.parametrize(("case", "side"), [p for p in PAIRS if p[1] not in OWN])
 def test_the_other_sides_compute_the_same(case, side):
     """A side that rounds elsewhere may be beyond the bound, but only by roundings."""
     found = made(case, side)
-    assert found.get("relative", 0) <= 0.01
-    if case.startswith("gate_gemm") and side == "cublas padded":
+    assert found["relative"] < 0.01
+    if side != "eager":
         assert found["error"] <= 1
 
 
@@ -60,6 +65,18 @@ def test_the_checker_sees_a_wrong_row_at_the_end():
 
     assert Checker(case, operands)(wrong)["error"] > 2
     assert torch.equal(operands["gate_up"], before)
+
+
+def test_the_checker_sees_what_is_no_number_and_what_is_not_made():
+    """NaN is infinitely wrong; an output that a side does not make is left out, but not one that it forgot."""
+    case = CASES["gate_projections 648"]
+    checker = Checker(case, case.make(3, torch.float32))
+    active, logits, share = eager.gate_projections(*checker.operands.values())
+    assert checker(lambda o: lambda: (active, logits.where(logits < 0.5, torch.nan), share))["error"] == float("inf")
+    assert checker(lambda o: lambda: (None, logits, None))["error"] <= 1
+    assert checker(lambda o: lambda: (None, logits + 1e-3, None))["error"] > 1
+    with pytest.raises(ValueError, match="shorter"):
+        checker(lambda o: lambda: (active, logits))
 
 
 def row(case: str, t: int, side: str, us: float) -> dict:
@@ -86,10 +103,21 @@ def test_every_target_names_cases_and_sides_that_exist():
     for target in targets.TARGETS:
         for case in target.cases:
             if case.startswith("jax"):  # measured by bench/moe_block.py
-                assert set(target.rivals) <= set(layer_jax.layers())
+                assert {*target.ours, *target.rivals} <= set(layer_jax.layers())
                 continue
             assert {*target.ours, *target.rivals} <= set(sides(CASES[case])), case
             assert set(target.tokens) <= set(targets.tokens(case))
+
+
+def test_cases_are_measured_in_the_order_asked_for():
+    """So that what there may be no time for comes last; without names all of them, each once."""
+    asked = lambda fusions: wanted(Namespace(fusions=fusions, tokens="", targets=True))  # noqa: E731
+    assert list(asked("")) == list(CASES)
+    assert list(asked("gate_projections,gate_,add")) == [
+        "gate_projections 648", "gate_projections 1544", "gate_gemm 648", "gate_gemm 1544", "gate_block 648", "gate_block 1544",
+        "add_rms_norm 2048", "add_rms_norm 4096",
+    ]  # fmt: skip
+    assert asked("gate_projections 6")["gate_projections 648"] == [1, 4, 16, 64, 256, 1024, 4096, 16384]
 
 
 def test_results_survive_the_file_and_become_a_plot(tmp_path):

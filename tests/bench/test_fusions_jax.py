@@ -36,7 +36,7 @@ def test_what_is_updated_is_what_the_declaration_says():
     for name, (updated, place) in UPDATED.items():
         case = next(c for c in CASES.values() if c.fusion == name)
         checker = Checker(case, case.make(2, torch.float32))
-        assert list(checker._bounded[0])[place] == updated
+        assert list(checker.expected[0])[place] == updated
 
 
 def test_numbers_survive_the_way_there_and_back():

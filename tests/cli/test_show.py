@@ -1,6 +1,7 @@
 """`moekit list` and `moekit show`."""
 
 import json
+import re
 
 import pytest
 
@@ -8,11 +9,11 @@ from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
 
 FORMS = {
-    "reference": "def reference(",
-    "graph": "graph {name}(",
-    "tile": "program {name}(",
+    "reference": r"def reference\(",
+    "graph": r"graph {name}\(",
+    "tile": r"program {name}\w*\(",
     "triton": "@triton.jit",
-    "pallas": "def {name}_kernel(",
+    "pallas": r"def {name}\w*_kernel\(",  # a launch of several says which it is
 }
 
 
@@ -40,7 +41,7 @@ def test_list_json(moekit):
 def test_show_every_fusion_in_every_form(moekit, name, form):
     result = moekit("show", name, "--as", form)
     assert result.exit_code == 0, result.output
-    assert FORMS[form].format(name=name) in result.stdout
+    assert re.search(FORMS[form].format(name=name), result.stdout)
 
 
 @pytest.mark.parametrize("form", ["triton", "pallas"])

@@ -85,10 +85,12 @@ def test_what_a_file_imports_and_says(name):
     text = export(FUSIONS[name])
     tree = ast.parse(text)
     imported = {a.name for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
-    assert imported == {"torch", "triton", "triton.language"}
+    assert imported == {"torch", "triton", "triton.language", "gdc_launch_dependents", "gdc_wait"}
     assert "moekit." not in text
     assert ast.get_docstring(tree).startswith(f"{name}: ")
-    launcher = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    assert len({n.name for n in functions}) == len(functions)  # kernels and their sections, for dense tensors and for any
+    launcher = next(n for n in functions if n.name == name)
     assert ast.get_docstring(launcher)
 
 
@@ -124,6 +126,35 @@ def borrowed(x):
 def doubled(x):
     """out = 2·x."""
     return cast(f32(x) * 2.0, x.dtype)
+
+
+def twice(x):
+    """A function of another name that a reference calls."""
+    return shifted(x) * 2 - 2
+
+
+def shifted(x):
+    """One that is called by that one."""
+    return x + 1
+
+
+def calling(x):
+    """A reference that calls others."""
+    return {"out": twice(x.astype("float64"))}
+
+
+@fusion(calling, x=In("T H"))
+def doubled_by_another(x):
+    """out = 2·x."""
+    return cast(f32(x) * 2.0, x.dtype)
+
+
+def test_what_a_reference_calls_is_taken_along(tmp_path):
+    """Also what that calls in turn; the routing of gate_block comes from another file, under a name of its own."""
+    (tmp_path / "doubled.py").write_text(export(doubled_by_another, "float32", {"H": 8}))
+    done = run([str(tmp_path / "doubled.py")], tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "def routing(logits, *, k" in export(FUSIONS["gate_block"])
 
 
 def test_reference_that_cannot_be_taken_along():
