@@ -136,8 +136,8 @@ def _topk_supported(case: FuzzCase) -> bool:
 
 
 def _delta_supported(case: FuzzCase) -> bool:
-    """Not where exp(A_log) is infinite: times a softplus whose 1 + exp(x) is 1, which is 0, it is NaN by fla's formula."""
-    return case.params["eps"] == 1e-6 and case.recipe != "huge" and _some(case)
+    """Not where exp(A_log) makes much of what fla's softplus loses: models have A_log up to log(16), here it is up to 8."""
+    return case.params["eps"] == 1e-6 and _some(case) and float(case.values()["A_log"].max(initial=0.0)) <= 8
 
 
 def _compiled(case: FuzzCase, tensors: Mapping[str, Any]) -> None:

@@ -233,6 +233,9 @@ def test_fla_is_held_to_its_own_softplus(monkeypatch):
         results[name] = replay(case, stand_in(monkeypatch, "fla-delta", step(rounded)))
     assert not results["fine"]
     assert results["coarse"]
+    asked = replace(case, recipe="normal")
+    assert may_ask("fla-delta", asked)
+    assert not may_ask("fla-delta", replace(asked, recipe="huge")), "its softplus, 0 times infinity, is NaN"
 
 
 def test_standards_compute_what_their_references_say():
