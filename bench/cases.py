@@ -25,6 +25,7 @@ class Case:
     flops: Callable[[int], int] = lambda t: 0
     params: Mapping[str, object] = field(default_factory=dict)
     widths: tuple[int, int, int] = (0, 0, 0)  # of gate_up, router and shared gate in a packed weight
+    k: int = 0  # how many experts the router chooses after the fusion, where the case goes on to that
 
 
 def rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -114,7 +115,7 @@ def projections_case(p: int, widths: tuple[int, int, int]) -> Case:
 
 
 def block_case(p: int, widths: tuple[int, int, int]) -> Case:
-    """gate_block: norm → gates → activation → router, all that comes before the experts."""
+    """gate_block and topk_softmax: norm → gates → activation → router, all that comes before the experts."""
     i, total, k = widths[0] // 2, sum(widths), 10
 
     def make(t: int, d: torch.dtype) -> Operands:
@@ -125,9 +126,9 @@ def block_case(p: int, widths: tuple[int, int, int]) -> Case:
         f"gate_block {p}",
         "gate_block",
         make,
-        lambda t, size: (4 * t * 2048 + 2048 + total * 2048 + t * i) * size + t * (widths[2] * 4 + k * 8),
+        lambda t, size: (4 * t * 2048 + 2048 + total * 2048 + t * (i + widths[1])) * size + t * (widths[2] * 4 + k * 8),
         lambda t: 2 * t * 2048 * total,
-        {"k": k},
+        k=k,
     )
 
 

@@ -51,10 +51,10 @@ def gate_projections(x, gate_up, router, shared_gate):
 
 
 def gate_block(x, residual, weight, gate_up, router, shared_gate, k):
-    """hidden, residual, activation, sigmoid(shared gate), weights, ids."""
+    """hidden, residual, activation, router logits, sigmoid(shared gate), and the router's weights and ids."""
     x, residual = add_rms_norm(x, residual, weight)
     active, logits, share = gate_projections(x, gate_up, router, shared_gate)
-    return x, residual, active, share, *topk_softmax(logits, k)
+    return x, residual, active, logits, share, *topk_softmax(logits, k)
 
 
 def down_combine(hidden, activated, down, share):

@@ -92,8 +92,9 @@ def moekit_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
 
 
 def moekit_block(w: dict, x, residual, k: int, part: str) -> tuple:
-    """moekit with the gate part as one fusion."""
-    x, residual, active, share, chosen, ids = mt.gate_block_(x, residual, w["norm"], *w["packed"].parts, k)
+    """moekit with the gate part as one fusion and the router."""
+    x, residual, active, logits, share = mt.gate_block_(x, residual, w["norm"], *w["packed"].parts)
+    chosen, ids = mt.topk_softmax(logits, k)
     if part == "moe":
         mt.down_combine_(x, active, w["down"], share)
     return x, residual, active, chosen, ids

@@ -60,8 +60,9 @@ def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
 
 
 def layer_block(w: dict, x, residual, k: int, part: str) -> tuple:
-    """A layer of moekit's with the gate part as one fusion."""
-    x, residual, active, share, chosen, ids = mj.gate_block(x, residual, w["norm"], *w["packed"].parts, k)
+    """A layer of moekit's with the gate part as one fusion and the router."""
+    x, residual, active, logits, share = mj.gate_block(x, residual, w["norm"], *w["packed"].parts)
+    chosen, ids = mj.topk_softmax(logits, k)
     if part == "moe":
         x = mj.down_combine(x, active, w["down"], share)
     return x, residual, active, chosen, ids

@@ -2,7 +2,7 @@
 
 A maker takes one set of operands and returns the call to be timed; what a peer prepares once (contiguous copies, output
 buffers, weights in its own form) happens in the maker. A call returns the fusion's outputs in their order, None for one that
-it does not make.
+it does not make, and then the router's weights and ids where the case goes on to that.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _projections() -> dict[str, Maker]:
 
 
 def _blocks(case: Case) -> dict[str, Maker]:
-    k = case.params["k"]
+    k = case.k
 
     def ours(o: Operands) -> Call:
         packed = mt.pack_gate(*gates(o))
@@ -165,7 +165,8 @@ def _blocks(case: Case) -> dict[str, Maker]:
         def call():
             x, residual = mt.add_rms_norm_(o["x"], o["residual"], o["weight"], out=o["x"])
             got = mt.gate_gemm(x, packed)
-            return x, residual, mt.silu_and_mul(got.gate_up), None, *mt.topk_softmax(got.router_logits, k)
+            logits = got.router_logits
+            return x, residual, mt.silu_and_mul(got.gate_up), logits, None, *mt.topk_softmax(logits, k)
 
         return call
 
@@ -173,14 +174,21 @@ def _blocks(case: Case) -> dict[str, Maker]:
         def call():
             x, residual = mt.add_rms_norm_(o["x"], o["residual"], o["weight"], out=o["x"])
             active, logits, share = mt.gate_projections(x, *gates(o))
-            return x, residual, active, share, *mt.topk_softmax(logits, k)
+            return x, residual, active, logits, share, *mt.topk_softmax(logits, k)
+
+        return call
+
+    def block(o: Operands) -> Call:
+        def call():
+            made = mt.gate_block_(*o.values())
+            return *made, *mt.topk_softmax(made[3], k)
 
         return call
 
     return {
         "moekit": ours,
         "moekit, epilogue": epilogue,
-        "moekit, one block": lambda o: lambda: mt.gate_block_(*o.values(), k),
+        "moekit, one block": block,
         "peers: sgl norm, three gemms": _sequence(others.sgl_add_rms_norm, k, False),
         "peers: sgl norm, one padded gemm": _sequence(others.sgl_add_rms_norm, k, True),
         "peers: flashinfer norm, three gemms": _sequence(others.flashinfer_add_rms_norm, k, False),
@@ -209,7 +217,7 @@ def _sequence(norm: Callable, k: int, one: bool) -> Maker:
             first, second = (gate_up, logits) if one else outs[:2]
             others.flashinfer_silu_and_mul(first, active)
             others.sgl_topk_softmax(second, values, ids, True)
-            return x, o["residual"], active, None, values, ids
+            return x, o["residual"], active, second, None, values, ids
 
         return call
 
@@ -249,7 +257,8 @@ def sides(case: Case, compiled: bool = True) -> dict[str, Maker]:
     torch._dynamo.reset()
     found = table.get(case.fusion, lambda: _others(case))()
     plain = getattr(eager, case.fusion)
-    plain = functools.partial(plain, **case.params) if case.params else plain
+    fixed = {**case.params, **({"k": case.k} if case.k else {})}
+    plain = functools.partial(plain, **fixed) if fixed else plain
     found["eager"] = lambda o: lambda: plain(*o.values())
     if compiled and case.fusion != "gate_gemm":
         fast = eager.compiled(plain)
