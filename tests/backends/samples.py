@@ -68,6 +68,7 @@ def viewed(graph, sizes) -> dict:
 
 _DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b": (4, 4), "A_log": (4,), "dt_bias": (4,),
           "state": (4, 4, 128, 128)}  # fmt: skip
+_GATES = {"gate_up": (128, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
 
 SAMPLES = {
     "gate_gemm": Sample("gate_gemm", {"x": (4, 2048), "packed": (648, 2048)}),
@@ -92,5 +93,15 @@ SAMPLES = {
     ),
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
+    "gate_projections": Sample("gate_projections", {"x": (4, 2048), **_GATES}),
+    "gate_projections_parts": Sample(
+        "gate_projections",
+        {"x": (4, 2048), **_GATES},
+        schedule="T:grid:64 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:2 warps:4 stages:3",
+    ),
+    "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
+    "down_combine": Sample(
+        "down_combine", {"hidden": (4, 2048), "activated": (4, 64), "down": (2048, 64), "share": (4, 1)}, f32=("share",)
+    ),
 }
 GOLDEN = {**SAMPLES, "topk_softmax_float32": replace(SAMPLES["topk_softmax"], dtype="float32", shapes={"logits": (4, 60)})}
