@@ -12,7 +12,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moekit.fusions import FUSIONS
-from moekit.jax import add_rms_norm, gate_gemm, op, pack_gate, shared_expert_combine, silu_and_mul, topk_softmax, view
+from moekit.jax import (
+    add_rms_norm,
+    down_combine,
+    gate_block,
+    gate_gemm,
+    op,
+    pack_gate,
+    shared_expert_combine,
+    silu_and_mul,
+    topk_softmax,
+    view,
+)
 
 from .samples import SAMPLES
 
@@ -84,7 +95,7 @@ def test_every_kernel_compiles(mesh, name, dtype):
     assert not copies(text)
 
 
-def gate_block(x, residual, weight, packed, down):
+def block(x, residual, weight, packed, down):
     """The shared expert's half of a MoE block on Views of one fused buffer."""
     hidden, residual = add_rms_norm(x, residual, weight, implementation="pallas")
     gates = gate_gemm(hidden, packed, implementation="pallas")
@@ -101,10 +112,26 @@ def gate_shapes():
 
 
 def test_views_make_no_copy(mesh):
-    """Every strided reader takes the fused buffer itself: five kernels and the down projection, no slice, no copy."""
-    text = compiled(mesh, gate_block, gate_shapes(), donate=(1,))
-    assert kernels(text) == 5
+    """Every strided reader takes the fused buffer itself: five fusions and the down projection, no slice, no copy."""
+    text = compiled(mesh, block, gate_shapes(), donate=(1,))
+    assert kernels(text) == 4 + len(SAMPLES["gate_gemm"].viewed().programs)
     assert consumers(text, fused_buffer(text)) == ["custom-call"] * 3
+
+
+def fused_block(x, residual, weight, packed, down):
+    """The same on the parts of a packed weight: norm, gates and activation in one fusion, down projection and sum in one."""
+    hidden, residual, activated, logits, share = gate_block(x, residual, weight, *packed.parts, implementation="pallas")
+    routed = topk_softmax(logits, 10, implementation="pallas")
+    return down_combine(x, activated, down.T, share, implementation="pallas"), residual, hidden, routed
+
+
+def test_parts_of_a_packed_weight_make_no_copy(mesh):
+    """Every program reads the packed weight itself: no slice of it, and nothing between the kernels."""
+    shapes = gate_shapes()
+    text = compiled(mesh, lambda x, r, w, p, down: fused_block(x, r, w, p, view(down)), shapes, donate=(0, 1))
+    launches = [len(SAMPLES[n].viewed().programs) for n in ("gate_block", "topk_softmax", "down_combine")]
+    assert kernels(text) == sum(launches)
+    assert not copies(text)
 
 
 def test_a_slice_would_be_seen(mesh):
