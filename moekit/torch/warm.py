@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moekit.compile.heuristic import GEMM_TILES, tokens_class
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
@@ -17,7 +18,10 @@ from moekit.torch.face import op
 
 @dataclass(frozen=True)
 class Warmed:
-    """One form that was called: seconds of the first call (compiling, or reading Triton's cache) and of the next."""
+    """One form that was called: seconds of the first call (compiling, or reading Triton's cache) and of the next.
+
+    A GEMM's `first` is that of all classes of rows together, its `next` that of the fewest rows.
+    """
 
     fusion: str
     in_place: bool
@@ -37,8 +41,9 @@ def warmup(
     """Compile the kernels of `fusions` (names or declarations; moekit's own if None) for contiguous tensors, in every form.
 
     `sizes`: sizes of axes by name, or several such mappings (Qwen3-Next's where nothing is said; axes a fusion does not have
-    are passed over). One T serves for all: no kernel depends on it. `params`: parameters by name, passed to the fusions that
-    have them. `device`: the current CUDA device, or the CPU where there is none. Compiled kernels stay in Triton's own cache.
+    are passed over). A GEMM is called once for each class of rows, unless T is given: then for that alone; of the others one T
+    serves for all. `params`: parameters by name, passed to the fusions that have them. `device`: the current CUDA device, or
+    the CPU where there is none. Compiled kernels stay in Triton's own cache.
     Raises MoekitError for a fusion that is not there.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -65,17 +70,33 @@ def _fusion(wanted: str | Fusion) -> Fusion:
 def _warmed(fusion: Fusion, in_place: bool, sizes: Mapping[str, int], dtype: str, params: Mapping, device) -> Warmed:
     axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     sizes = {a: n for a, n in sizes.items() if a.removesuffix("?") in axes}
-    binding = example(fusion, sizes, dtype, {n: v for n, v in params.items() if n in fusion.params})
-    tensors = _zeros(fusion, binding, device)
-    call, given, seconds = op(fusion, in_place), dict(binding.params), []
-    for _ in range(2):
-        begin = time.perf_counter()
-        with torch.no_grad():
-            call(*tensors, **given)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return Warmed(fusion.name, in_place, tuple(sizes.items()), *seconds)
+    given = {n: v for n, v in params.items() if n in fusion.params}
+    binding = example(fusion, sizes, dtype, given)
+    call, firsts, nexts = op(fusion, in_place), [], []
+    for rows in _classes(fusion, binding, sizes):
+        tensors = _zeros(fusion, example(fusion, {**sizes, **rows}, dtype, given), device)
+        firsts.append(_seconds(call, tensors, binding, device))
+        nexts.append(_seconds(call, tensors, binding, device))
+    return Warmed(fusion.name, in_place, tuple(sizes.items()), sum(firsts), nexts[0])
+
+
+def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
+    free = [a for a in fusion.dynamic if a not in sizes]
+    graph, found = fusion.trace(binding), {}
+    for least, *_ in GEMM_TILES:
+        rows = dict.fromkeys(free, max(1, least))
+        found.setdefault(tokens_class(graph, dict(binding.sizes) | rows), rows)
+    return list(found.values()) if len(found) > 1 else [{}]
+
+
+def _seconds(call: Callable, tensors: Sequence[torch.Tensor], binding: Binding, device: torch.device) -> float:
+    begin = time.perf_counter()
+    with torch.no_grad():
+        call(*tensors, **dict(binding.params))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _zeros(fusion: Fusion, binding: Binding, device: torch.device) -> list[torch.Tensor]:

@@ -1,10 +1,14 @@
 """`warmup`: every form of the fusions asked for is called, at the sizes asked for."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import moekit.torch as mt
 from moekit.errors import MoekitError
+from moekit.fusions import FUSIONS
+from moekit.torch import op, warm
 
 SIZES = {"T": 2, "H": 32, "D": 32, "P": 24, "I": 16, "E": 16, "G": 1, "V": 2, "K": 1, "Dk": 8, "Dv": 8}
 
@@ -37,6 +41,30 @@ def test_kernels_are_there_afterwards(emulated, monkeypatch):
     serve = mt.add_rms_norm
     for tokens in (2, 1, 7, 64):
         serve(*(torch.zeros(tokens, 32) for _ in range(2)), torch.zeros(32), implementation="triton")
+    assert len(emulated.compiled) == 1
+
+
+@pytest.mark.parametrize("fusion", ["gate_gemm", "gate_projections", "gate_block", "down_combine", "silu_and_mul"])
+def test_every_class_of_rows_is_there_afterwards(fusion, tensors, emulated, monkeypatch):
+    """A GEMM has kernels by its number of rows: calls of any T compile nothing after a warm-up without one."""
+    served = lambda f, in_place: partial(op(f, in_place), implementation="triton")  # noqa: E731
+    monkeypatch.setattr(warm, "op", served)
+    monkeypatch.setattr("moekit.compile.interpret.execute", lambda *args: None)
+    sizes = {"H": 24, "D": 64, "P": 24, "I": 8, "E": 16, "G": 1, "H?": 1}
+    mt.warmup([fusion], sizes, dtype="float32", device="cpu")
+    compiled = set(emulated.compiled)
+    assert compiled
+    for tokens in (1, 2, 16, 17, 100, 127, 128, 300, 2047, 2048, 2500):
+        axes = {a for spec in FUSIONS[fusion].tensors.values() for d in spec.dims for _, a in d.terms}
+        here = {a: n for a, n in sizes.items() if a.removesuffix("?") in axes}
+        served(FUSIONS[fusion], False)(*tensors(fusion, sizes={**here, "T": tokens}))
+    assert emulated.compiled == compiled
+
+
+def test_rows_that_are_given_are_the_only_ones(emulated, monkeypatch):
+    """A T of one's own: its class of rows alone is compiled."""
+    monkeypatch.setattr(warm, "op", lambda f, in_place: partial(op(f, in_place), implementation="triton"))
+    mt.warmup(["gate_gemm"], {"T": 3, "D": 32, "P": 24}, dtype="float32", device="cpu")
     assert len(emulated.compiled) == 1
 
 
