@@ -97,7 +97,9 @@ def _write(name: str, built: list) -> None:
     ]
     everything["triton sm_90"]["kernels"][name] = rows
     text = json.dumps(everything, indent=1, ensure_ascii=False)
-    one_line = re.sub(r"\[\s*\{[^\[\]]*\}\s*\]|\{[^{}]*\}", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+    one_line = re.sub(
+        r"\[[^\[\]{}]*\]|\[\s*\{[^\[\]]*\}\s*\]|\{[^{}]*\}", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text
+    )
     PATH.write_text(one_line + "\n")
 
 

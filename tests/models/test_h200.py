@@ -1,6 +1,8 @@
 """The decode step compiled for eight virtual H200s: what stands between the kernels in the optimised program."""
 
+import json
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,9 @@ from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_s
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
 
-H200 = (Path(__file__).parents[1] / "data" / "h200.textproto").read_text()
+DATA = Path(__file__).parents[1] / "data"
+H200 = (DATA / "h200.textproto").read_text()
+LIMITS = json.loads((DATA / "limits.json").read_text())["jax, eight h200"]
 BATCH, ROOM, TP = 4, 1024, 8
 CONFIG = replace(  # two layers of Qwen3-Next-80B-A3B
     TINY,
@@ -55,13 +59,21 @@ class Instruction:
         """The moekit fusion that this kernel call serves."""
         if self.opcode != "custom-call" or "triton" not in self.text:
             return None
-        return re.search(r'op_name="[^"]*?/(\w+)/pallas_call', self.text).group(1)
+        name = re.search(r'op_name="[^"]*?/(\w+)/pallas_call', self.text).group(1)
+        return name if name in FUSIONS else name.rpartition("_")[0]  # one of the two launches of a split
 
 
 class Program:
-    """The entry computation of a compiled module, in scheduled order, and the bodies of the others."""
+    """The entry computation of a compiled module, in scheduled order, and the bodies of the others.
 
-    def __init__(self, compiled):
+    `buffers`: what each command buffer launches, by name; `outside`: what is launched in none.
+    """
+
+    def __init__(self, lowered):
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+            (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+            self.buffers, self.outside = launched(thunks.read_text())
         self.text = compiled.as_text()
         assert "is_scheduled=true" in self.text.splitlines()[0]
         self.bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) \(.*?\{\n(.*?)^\}", self.text, re.M | re.S))
@@ -72,8 +84,10 @@ class Program:
             self.entry[found.name] = found
 
     def kernels(self, fusion):
-        """The kernel calls of one fusion."""
-        return [i for i in self.entry.values() if i.fusion == fusion]
+        """The kernel calls that write a fusion's outputs, not those that leave partial results to a second launch."""
+        calls = [i for i in self.entry.values() if i.fusion == fusion]
+        read = {operand for call in calls for operand in call.operands}
+        return [call for call in calls if call.name not in read]
 
     def producer(self, name):
         """The instruction that computes an operand; a bitcast only renames its shape."""
@@ -100,6 +114,18 @@ class Program:
                     yield from self.users(found.name)
 
 
+def launched(thunks):
+    """The launches of each command buffer and of none, from XLA's list of what the host does; waiting is no launch."""
+    buffers, outside, current = [], [], []
+    for indent, kind, name in re.findall(r"^( *)\d+: (k\w+) +\[[^\]]*\] *(\S*)", thunks, re.M):
+        if not indent:
+            current = [] if kind == "kCommandBuffer" else outside
+            buffers += [current] if kind == "kCommandBuffer" else []
+        if kind not in ("kCommandBuffer", "kAsyncStart", "kAsyncDone"):
+            current.append(name)
+    return buffers, outside
+
+
 def instruction(at, line):
     found = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
     name, shape, opcode, rest = found.groups()
@@ -119,7 +145,7 @@ def compiled_step(kernels, layer_types=CONFIG.layer_types):
     mesh, model, tokens = arguments(layer_types)
     with jax.set_mesh(mesh):
         cache = cache_shapes(model.config, mesh, BATCH, ROOM, jnp.bfloat16)
-        return Program(greedy_step.lower(model, tokens, cache, kernels=kernels).compile())
+        return Program(greedy_step.lower(model, tokens, cache, kernels=kernels))
 
 
 @pytest.fixture(scope="module")
@@ -155,18 +181,36 @@ def wrong_operands(program):
     return wrong
 
 
-def test_the_kernels_of_a_step(program):
-    layers = CONFIG.num_layers
-    assert Counter(i.fusion for i in program.entry.values() if i.fusion) == {
-        "add_rms_norm": 2 * layers + 1,
-        "gate_gemm": layers,
-        "silu_and_mul": layers,
-        "topk_softmax": layers,
-        "shared_expert_combine": layers,
-        "gated_rms_norm": 1,
-        "delta_rule_step": 1,
-    }
-    assert set(FUSIONS) == {i.fusion for i in program.entry.values() if i.fusion}
+def test_the_launches_of_each_block(program):
+    """A block is a command buffer between two all-reduces: moekit's kernels as listed, no more launches than stated."""
+    mixers = {GDN: "gated delta net", ATTENTION: "attention"}
+    blocks = [name for layer in CONFIG.layer_types for name in (mixers[layer], "moe")] + ["head"]
+    assert len(program.buffers) == len(blocks)
+    for name, launches in zip(blocks, program.buffers, strict=True):
+        limit = LIMITS[name]
+        assert sorted(n for n in launches if n.startswith(FUSIONS)) == sorted(limit["moekit"]), name
+        assert len(launches) <= limit["launches"], f"{name}: {launches}"
+
+
+def test_everything_else_is_inside_command_buffers(program):
+    """Outside are an all-reduce after each block, the gather of the best tokens, and what little follows it."""
+    outside = Counter("kernel" if not name.startswith("k") else name for name in program.outside)
+    assert outside.pop("kCollectiveKernel") == 2 * CONFIG.num_layers
+    assert outside.pop("kAllGather") == 1
+    assert outside.pop("kernel") <= LIMITS["kernels outside"]["launches"]
+    assert not outside
+
+
+def test_the_launches_are_counted_by_kind():
+    thunks = """000: kCommandBuffer [source        | next=013 (1)]
+    001: kCustomKernel [source       | next=003 (2)] gate_gemm_partial grid: [64, 1, 1]
+    002: kCopy         [source       | next=006 (1)] kCopy
+003: kAsyncStart    [prev=000 (1)  | next=000 (2)] stream=computation_stream[0], async_id=13
+    004: kCollectiveKernel [source | sink] kCollectiveKernel
+005: kAsyncDone     [source        | sink        ] async_id=13
+006: kCustomKernel  [prev=069 (1)  | next=071 (1)] loop_reduce_fusion grid: [1, 1, 1]
+"""
+    assert launched(thunks) == ([["gate_gemm_partial", "kCopy"]], ["kCollectiveKernel", "loop_reduce_fusion"])
 
 
 def test_every_view_is_the_producing_instruction_itself(program):
@@ -188,6 +232,8 @@ def test_one_slice_more_is_noticed(fusion):
     found = wrong_operands(worse)
     assert found
     assert all(line.startswith(f"{fusion}: operand ") for line in found)
+    counts = zip(("gated delta net", "moe", "head"), worse.buffers, strict=True)
+    assert any(len(launches) > LIMITS[name]["launches"] for name, launches in counts)
 
 
 def test_the_gates_product_is_dead_before_the_routed_experts_run(program):
@@ -223,7 +269,6 @@ def test_a_prompt_compiles_too():
     mesh, model, lengths = arguments()
     tokens = jax.ShapeDtypeStruct((BATCH, 128), jnp.int32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        lowered = prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas")
-        filled = Program(lowered.compile())
+        filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step"}
     assert len(re.findall(r" all-reduce\(", filled.text)) == 2 * CONFIG.num_layers
