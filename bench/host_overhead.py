@@ -48,16 +48,18 @@ def raw(name: str, operands: tuple, params: dict, in_place: bool) -> tuple[Calla
     (one,) = made.launches
     kernel, program = launch.kernel(one.program), one.program
     pointers = [made.memory[n] for n in one.pointers]
+    overlap = launch.overlapping(pointers[0].device)
+    options = {"num_warps": program.warps, "num_stages": program.stages, "PDL": overlap} | ({"launch_pdl": True} if overlap else {})
     fresh = [one.pointers.index(made.targets[n]) for n in call.names if n not in call.outs]
 
     def bare():
-        kernel[(one.count,)](*pointers, *one.integers, num_warps=program.warps, num_stages=program.stages)
+        kernel[(one.count,)](*pointers, *one.integers, **options)
 
     def allocating():
         mine = list(pointers)
         for i in fresh:
             mine[i] = torch.empty(pointers[i].shape, dtype=pointers[i].dtype, device=pointers[i].device)
-        kernel[(one.count,)](*mine, *one.integers, num_warps=program.warps, num_stages=program.stages)
+        kernel[(one.count,)](*mine, *one.integers, **options)
 
     return bare, allocating
 
