@@ -50,21 +50,21 @@ def test_every_class_of_rows_is_there_afterwards(fusion, tensors, emulated, monk
     served = lambda f, in_place: partial(op(f, in_place), implementation="triton")  # noqa: E731
     monkeypatch.setattr(warm, "op", served)
     monkeypatch.setattr("moekit.compile.interpret.execute", lambda *args: None)
-    sizes = {"H": 24, "D": 64, "P": 24, "I": 8, "E": 16, "G": 1, "H?": 1}
-    mt.warmup([fusion], sizes, dtype="float32", device="cpu")
+    sizes = {"H": 24, "D": 64, "P": 24, "I": 16, "E": 16, "G": 1, "H?": 1}
+    mt.warmup([fusion], sizes, device="cpu")
     compiled = set(emulated.compiled)
     assert compiled
     for tokens in (1, 2, 16, 17, 100, 127, 128, 300, 2047, 2048, 2500):
         axes = {a for spec in FUSIONS[fusion].tensors.values() for d in spec.dims for _, a in d.terms}
         here = {a: n for a, n in sizes.items() if a.removesuffix("?") in axes}
-        served(FUSIONS[fusion], False)(*tensors(fusion, sizes={**here, "T": tokens}))
+        served(FUSIONS[fusion], False)(*tensors(fusion, "bfloat16", sizes={**here, "T": tokens}))
     assert emulated.compiled == compiled
 
 
 def test_rows_that_are_given_are_the_only_ones(emulated, monkeypatch):
     """A T of one's own: its class of rows alone is compiled."""
     monkeypatch.setattr(warm, "op", lambda f, in_place: partial(op(f, in_place), implementation="triton"))
-    mt.warmup(["gate_gemm"], {"T": 3, "D": 32, "P": 24}, dtype="float32", device="cpu")
+    mt.warmup(["gate_gemm"], {"T": 3, "D": 32, "P": 24}, device="cpu")
     assert len(emulated.compiled) == 1
 
 
