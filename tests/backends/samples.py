@@ -97,7 +97,7 @@ SAMPLES = {
     "gate_projections_parts": Sample(
         "gate_projections",
         {"x": (4, 2048), **_GATES},
-        schedule="T:grid:64 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:2 warps:4 stages:3",
+        schedule="T:grid:16 D:loop:64 E:grid:32 G:grid:16 I:grid:32 parts:D:2 warps:4 stages:3",
     ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(
