@@ -24,9 +24,9 @@ SIZES = {
     "add_rms_norm": [dict(T=5, H=50), dict(T=3, H=300)],
     "gated_rms_norm": [dict(T=3, V=4, D=33)],
     "delta_rule_step": [dict(T=3, K=2, V=4, Dk=8, Dv=9)],
-    "gate_projections": [dict(T=5, D=70, I=9, E=21, G=1)],
-    "gate_block": [dict(T=5, D=70, I=9, E=21, G=1)],
-    "down_combine": [dict(T=5, H=35, I=40, **{"H?": 1}), dict(T=3, H=16, I=33)],
+    "gate_projections": [dict(T=3, D=35, I=5, E=9, G=1)],
+    "gate_block": [dict(T=3, D=35, I=5, E=9, G=1)],
+    "down_combine": [dict(T=3, H=19, I=33, **{"H?": 1})],
 }
 run = functools.partial(_run_torch, "triton", False, "cpu")
 count = 0
