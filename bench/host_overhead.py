@@ -49,7 +49,9 @@ def raw(name: str, operands: tuple, params: dict, in_place: bool) -> tuple[Calla
     kernel, program = launch.kernel(one.program), one.program
     pointers = [made.memory[n] for n in one.pointers]
     overlap = launch.overlapping(pointers[0].device)
-    options = {"num_warps": program.warps, "num_stages": program.stages, "PDL": overlap} | ({"launch_pdl": True} if overlap else {})
+    options = {"num_warps": program.warps, "num_stages": program.stages, "PDL": overlap} | (
+        {"launch_pdl": True} if overlap else {}
+    )
     fresh = [one.pointers.index(made.targets[n]) for n in call.names if n not in call.outs]
 
     def bare():

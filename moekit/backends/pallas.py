@@ -6,6 +6,8 @@ axis of its base and nothing is ever sliced before the kernel.
 
 from __future__ import annotations
 
+import re
+
 from moekit import __version__
 from moekit.backends.printer import Printer, _bare, blocks, extent_text, header, number
 from moekit.compile import tile as t
@@ -230,9 +232,12 @@ EXPRESSIONS = {
 
 
 def emit(kernel: t.Kernel) -> str:
-    """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`."""
+    """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`.
+
+    The program's number is asked for once, at the top: JAX 0.11's interpret mode does not know it within loops in loops.
+    """
     alone = len(kernel.sections) == 1
-    printers = [PallasPrinter(s, EXPRESSIONS, "pl.program_id(0)" if alone else "pid") for s in kernel.sections]
+    printers = [PallasPrinter(s, EXPRESSIONS, "pid") for s in kernel.sections]
     bodies = [p.body(p.program.body, 1) for p in printers]
     lines = [
         *header(kernel, __version__),
@@ -248,6 +253,7 @@ def emit(kernel: t.Kernel) -> str:
         for section, body in zip(kernel.sections, bodies, strict=True):
             lines += ["", f"def {section.name}({', '.join(['pid', *_refs(section)])}):", *body, ""]
     lines += ["", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
+    lines += ["    pid = pl.program_id(0)"] if not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) else []
     return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel)), ""])
 
 
@@ -259,7 +265,7 @@ def _refs(kernel: t.Kernel) -> list[str]:
 
 def _sections(kernel: t.Kernel) -> list[str]:
     """Which programs of a launch belong to which section; all sizes are static."""
-    lines, begin = ["    pid = pl.program_id(0)"], 0
+    lines, begin = [], 0
     for section in kernel.sections:
         end = begin + section.programs({})
         lines += ["", f"    @pl.when((pid >= {begin}) & (pid < {end}))", "    def _():"]

@@ -13,6 +13,8 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("silu_and_mul", None): 3.0,
     ("shared_expert_combine", None): 3.0,
     ("delta_rule_step", None): 2.5,
+    ("topk_softmax", None): 3.25,
+    ("gate_block", None): 3.25,
 }
 
 
