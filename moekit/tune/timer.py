@@ -36,11 +36,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph of `calls` calls, and what they returned: held, so that each writes to memory of its own."""
+    """A graph of `calls` calls. What they returned and the calls themselves are held: the graph reads and writes their memory,
+
+    and capturing another graph gives all that is free back to the device.
+    """
 
     graph: torch.cuda.CUDAGraph
     calls: int
     results: tuple[object, ...]
+    held: tuple[Call, ...] = ()
 
 
 def copies_needed(bytes_per_call: int) -> int:
@@ -59,7 +63,7 @@ def capture(calls: Sequence[Call], warmup: int = 3) -> Captured:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = tuple(call() for call in calls)
-    return Captured(graph, len(calls), results)
+    return Captured(graph, len(calls), results, tuple(calls))
 
 
 @functools.lru_cache(maxsize=1)
