@@ -154,6 +154,35 @@ def test_subnormals_may_read_as_zero():
     assert compare(fusion, {"out": np.full((1, 1), 1e-36, np.float32)}, values).problems
 
 
+ABOVE, LITTLE = 2.0**-14 * (1 + 2.0**-9), 2.0**-20
+COMBINED = {  # of two differences d and e to the number given, which subnormals come close to, or to zero: the same in both ways
+    "product": (ABOVE, lambda d, e: d * e, lambda d, e: d * e),
+    "contraction": (ABOVE, lambda d, e: ml.contract(d, e, over="N"), lambda d, e: (d * e).sum(-1)),
+    "quotient": (LITTLE, lambda d, e: 2.0 / e, lambda d, e: 2 / e),
+    "behind a pole": (LITTLE, lambda d, e: ml.rsqrt(abs(e)) * 2.0, lambda d, e: 2 / np.sqrt(np.abs(e))),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_errors_as_large_as_their_values_are_not_only_added(name):
+    """Where subnormals read as zero at a rounding point a difference of them may be all error: what is made of two is, too."""
+    other, declared, computed = COMBINED[name]
+
+    def reference(a, b):
+        return {"out": computed(*(round_to(v.astype(np.float64), "float16") - other for v in (a, b)))}
+
+    @fusion(reference, a=In("T N"), b=In("T N"))
+    def combined(a, b):
+        return declared(*(ml.f32(ml.cast(ml.f32(v), "float16")) - other for v in (a, b)))
+
+    below = np.full((1, 3), 2.0**-14 * (1 - 2.0**-8), np.float32)
+    kept, flushed = (computed(x - np.float32(other), x - np.float32(other)) for x in (below, 0 * below))
+    for out in (kept, flushed):
+        assert not compare(combined, {"out": out}, {"a": below, "b": below}).problems
+    if other == ABOVE:
+        assert compare(combined, {"out": 1.1 * flushed}, {"a": below, "b": below}).problems
+
+
 @fusion(None, x=In("T H"))
 def squares(x):
     """A sum of squares, and a value that overflows on the way."""
