@@ -155,7 +155,7 @@ def test_subnormals_may_read_as_zero():
 
 
 ABOVE, LITTLE = 2.0**-14 * (1 + 2.0**-9), 2.0**-20
-COMBINED = {  # of two differences d and e to the number given, which subnormals come close to, or to zero: the same in both ways
+COMBINED = {  # of two differences d and e to a number that subnormals come close to, or that is little beside them
     "product": (ABOVE, lambda d, e: d * e, lambda d, e: d * e),
     "contraction": (ABOVE, lambda d, e: ml.contract(d, e, over="N"), lambda d, e: (d * e).sum(-1)),
     "quotient": (LITTLE, lambda d, e: 2.0 / e, lambda d, e: 2 / e),
