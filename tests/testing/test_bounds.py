@@ -16,6 +16,7 @@ from moekit.testing.compare import ulp
 from moekit.testing.constants import constant
 from moekit.testing.coverage import Coverage
 from moekit.testing.executors import executor
+from moekit.testing.oracle import Oracle
 from moekit.testing.worst import record_worst, worst_seen
 
 SIZES = {
@@ -240,6 +241,22 @@ def test_only_subnormal_operands_excuse_a_rounded_sum():
     flips = bounds(FUSIONS["add_rms_norm"], values)["residual"].flips
     assert flips[0, 0] == 0
     assert flips[0, 1] > 0
+
+
+@pytest.mark.parametrize(("low", "fine"), [([3, 2], True), ([0, 0], True), ([1, 1], False), ([3, -1], False)])
+def test_what_is_chosen_of_subnormals_may_be_what_is_chosen_of_zeros(low, fine, monkeypatch):
+    """The first of all, as where every element reads as zero."""
+    x = np.array([[2, 3, 1, 0], [2, 1, 0, 3]], np.float32) * np.float32(2.0**-140)
+    monkeypatch.setattr(FuzzCase, "values", lambda case: {"x": x})
+    oracle = Oracle.of(FuzzCase("probe_nearest", {"T": 2, "H": 4}, {"x": "float32"}))
+    outputs = {"low": np.array(low, np.int32), "high": np.array([1, 3], np.int32), "span": x.max(1)}
+    assert (oracle.problems(outputs)[0] == []) == fine
+
+
+def test_a_router_never_takes_subnormals_for_zeros():
+    """Its keys are bits: it has no other choice."""
+    tiny = FuzzCase("topk_softmax", {"T": 5, "E": 16}, {"logits": "bfloat16"}, {"k": 3}, recipe="tiny")
+    assert not Oracle.of(tiny).chosen
 
 
 @pytest.mark.parametrize("name", FUSIONS)
