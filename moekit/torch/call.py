@@ -122,8 +122,9 @@ class Call:
             return tuple(self.outs.get(n, self.bound.empty(n, self.device)) for n in self.names)
         values = self.arrays()
         held = {x.untyped_storage().data_ptr() for x in self.operands.values()}
-        fresh = {n: values[n] if n in self.outs else _own(values[n], held) for n in self.names}
-        return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in fresh.items())
+        # every output has memory of its own before the first is written: it may go over an operand that another one is
+        ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}
+        return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in ready.items())
 
     def prepare(self) -> Prepared:
         """Everything up to the launches: plan, outputs and scratch allocated, kernels' arguments known."""
@@ -198,10 +199,9 @@ def region(x: torch.Tensor) -> Region:
     return Region(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
 
 
-def _own(x: torch.Tensor, held: set[int]) -> torch.Tensor:
-    """A contiguous tensor of its own memory, whatever operands' memory `x` may be a view of."""
-    dense = x.contiguous()
-    return dense.clone() if dense.untyped_storage().data_ptr() in held else dense
+def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:
+    """`x`, or a copy of it where it is a view of memory that is held."""
+    return x.clone() if x.untyped_storage().data_ptr() in held else x
 
 
 @lru_cache(maxsize=64)
