@@ -12,17 +12,16 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
+from moekit.compile.dense import contiguous
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError
 from moekit.lang.arguments import example
-from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph, Tensor
 
@@ -100,22 +99,11 @@ def export(
     binding = example(fusion, sizes, dtype, params)
     graph = fusion.trace(binding)
     extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
-    dense = {x.name: _dense(x, extents, graph) for x in graph.tensors.values()}
+    dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
     made = _Exported(fusion, binding, graph, plan(graph, schedule, dense), plan(graph, schedule, strided))
     parts = [_docstring(made), _kernels(made), HELPERS, _launcher(made), _self_test(made)]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
-
-
-def _dense(x: Tensor, extents: Mapping[str, int], graph: Graph) -> t.Strided:
-    """The stride classes of a contiguous tensor."""
-    shape = [1 if a is None else extents[a] for a in x.axes]
-    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    kinds = (
-        "unit" if s == 1 or x.axes[d] is None else "any" if s * itemsize(x.dtype) % 16 else "aligned"
-        for d, s in enumerate(strides)
-    )
-    return t.Strided(tuple(kinds))
 
 
 def _docstring(made: _Exported) -> str:
