@@ -118,16 +118,18 @@ def _row(fusion: str, sizes: Mapping[str, int], dtype: str, tuned: Tuned) -> dic
 
 
 def _print(report: dict) -> None:
-    """A line per graph and number of rows."""
+    """For each graph a line per number of rows, then what goes into the table."""
     out = console()
-    shown = table("fusion", "rows", "heuristic µs", "tuned µs", "heuristic / tuned", "for these rows alone", "in the table")
     for row in report["rows"]:
+        title = f"{row['fusion']} {_said(row['sizes'])} {row['dtype']}"
+        shown = table("rows", "heuristic µs", "tuned µs", "heuristic / tuned", "and for these rows alone", title=title)
         for t in row["times"]:
-            us, kept = t["us"], row["entry"].get(str(t["bucket"]), "")
-            shown.add_row(f"{row['fusion']} {_said(row['sizes'])} {row['dtype']}", str(t["rows"]), f"{us['heuristic']:.2f}",
-                          f"{us['tuned']:.2f}", f"{us['heuristic'] / us['tuned']:.2f}", f"{us['heuristic'] / us['free']:.2f}",
-                          kept)  # fmt: skip
-        if row["problem"]:
-            out.print(f"{row['fusion']}: no entry: {row['problem']}", soft_wrap=True)
-    out.print(shown, soft_wrap=True)
-    out.print(f"written to {report['table']}", soft_wrap=True)
+            us = t["us"]
+            ratios = (f"{us['heuristic'] / us[side]:.2f}" for side in ("tuned", "free"))
+            shown.add_row(str(t["rows"]), f"{us['heuristic']:.2f}", f"{us['tuned']:.2f}", *ratios)
+        out.print(shown)
+        entries = [f"from {least} rows on: {text}" for least, text in row["entry"].items()]
+        for line in [*entries, *([f"no entry: {row['problem']}"] if row["problem"] else [])]:
+            click.echo(line)
+        click.echo()
+    click.echo(f"written to {report['table']}")

@@ -19,6 +19,8 @@ from moekit.tune.table import BUCKETS, heuristics, order_of, rows_axis
 
 LONGEST_PIPELINE = 6
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
+ALONE = 0.6  # of the time is for each bucket by itself
+AT_ONCE = 32  # schedules checked between two looks at the clock
 WORTH = 0.95  # an entry is, if its schedule takes at most so much of the heuristic's time
 NO_WORSE = 1.02  # at any number of rows
 
@@ -135,7 +137,6 @@ class _Search:
     graph: Graph
     bench: Bench
     tokens: Mapping[int, Sequence[int]]
-    seconds: float
     begin: float = field(default_factory=time.monotonic)
     trials: list[Trial] = field(default_factory=list)
     problems: dict[Schedule, str | None] = field(default_factory=dict)
@@ -155,42 +156,64 @@ class _Search:
             self.orders[schedule] = order_of(self.graph, schedule)
         return self.orders[schedule]
 
-    def time(self, schedule: Schedule, rows: int) -> float:
-        if (schedule, rows) not in self.times:
-            self.times[schedule, rows] = self.bench.measure(schedule, rows)
-        return self.times[schedule, rows]
+    def check(self, schedules: Iterable[Schedule], until: float) -> None:
+        """Check what is not yet known, as long as there is time; the first of them in any case."""
+        unknown = list(dict.fromkeys(s for s in schedules if s not in self.problems))
+        for n in range(0, len(unknown), AT_ONCE):
+            if n and self.spent() > until:
+                break
+            some = unknown[n : n + AT_ONCE]
+            self.problems |= dict(zip(some, self.bench.check(some), strict=True))
 
-    def try_all(self, bucket: int, schedules: Iterable[Schedule]) -> list[Schedule]:
-        """Check and time what has not been tried for a bucket; those without a problem, the fastest first."""
-        wanted = list(dict.fromkeys(schedules))
-        unknown = [s for s in wanted if s not in self.problems]
-        self.problems |= dict(zip(unknown, self.bench.check(unknown), strict=True)) if unknown else {}
-        for schedule in wanted:
+    def ranked(self, bucket: int, schedules: Iterable[Schedule]) -> list[Schedule]:
+        """Those that were checked, timed for a bucket: the fastest first, none that has a problem."""
+        known = [s for s in dict.fromkeys(schedules) if s in self.problems]
+        for schedule in known:
             if (schedule, bucket) not in self.ratios:
                 self._try(bucket, schedule)
-        return sorted((s for s in wanted if self.problems[s] is None), key=lambda s: self.ratios[s, bucket])
+        return sorted((s for s in known if self.problems[s] is None), key=lambda s: self.ratios[s, bucket])
 
     def _try(self, bucket: int, schedule: Schedule) -> None:
         ratio = math.inf
         if self.problems[schedule] is None:
             try:
-                own = [self.time(self.base(rows), rows) for rows in self.tokens[bucket]]
-                ratio = mean(self.time(schedule, rows) / t for rows, t in zip(self.tokens[bucket], own, strict=True))
+                own = [self._time(self.base(rows), rows) for rows in self.tokens[bucket]]
+                ratio = mean(self._time(schedule, rows) / t for rows, t in zip(self.tokens[bucket], own, strict=True))
             except Exception as error:  # a schedule that the GPU cannot serve is a refused one
                 self.problems[schedule] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.ratios[schedule, bucket] = ratio
         self.trials.append(Trial(bucket, schedule, ratio, self.problems[schedule]))
         self.bench.tell(self.trials[-1], self.spent())
 
-    def descend(self, bucket: int, starts: Iterable[Schedule], until: float, allowed=lambda schedule: True) -> Schedule | None:
-        """From the best of some schedules on to neighbours, while that helps and there is time."""
-        best = next(iter(self.try_all(bucket, filter(allowed, starts))), None)
-        while best is not None and self.spent() < until:
-            steps = self.try_all(bucket, filter(allowed, neighbours(self.graph, best)))
-            if not steps or self.ratios[steps[0], bucket] > BETTER * self.ratios[best, bucket]:
-                break
-            best = steps[0]
+    def _time(self, schedule: Schedule, rows: int) -> float:
+        if (schedule, rows) not in self.times:
+            self.times[schedule, rows] = self.bench.measure(schedule, rows)
+        return self.times[schedule, rows]
+
+    def descend(
+        self, starts: Mapping[int, Iterable[Schedule]], until: float, order: Order | None = None
+    ) -> dict[int, Schedule]:
+        """From the best start of each bucket on to neighbours (of one order, if given), while that helps and there is time."""
+        allowed = {b: [s for s in own if order is None or self.order(s) == order] for b, own in starts.items()}
+        self.check((s for own in allowed.values() for s in own), math.inf)
+        best = {b: ranked[0] for b, own in allowed.items() if (ranked := self.ranked(b, own))}
+        active = set(best)
+        while active and self.spent() < until:
+            steps = {b: self._steps(b, best[b], order) for b in best if b in active}
+            self.check((s for own in steps.values() for s in own), until)
+            for b, own in steps.items():
+                ranked = self.ranked(b, [*own, *best.values()])
+                if ranked and self.ratios[ranked[0], b] <= BETTER * self.ratios[best[b], b]:
+                    best[b] = ranked[0]
+                else:
+                    active.discard(b)
         return best
+
+    def _steps(self, bucket: int, best: Schedule, order: Order | None) -> list[Schedule]:
+        """Neighbours whose blocks of rows are not beyond the bucket's rows (a product's tile has 16)."""
+        most, axis = max(16, pow2(max(self.tokens[bucket]))), rows_axis(self.graph)
+        near = [s for s in neighbours(self.graph, best) if all(b <= most for a, _, b in s.axes if a == axis)]
+        return [s for s in near if order is None or self.order(s) == order]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -201,29 +224,25 @@ def mean(values: Iterable[float]) -> float:
 
 def search(graph: Graph, bench: Bench, seconds: float, buckets: Mapping[int, Sequence[int]] = BUCKETS) -> Found:
     """The best schedules of each bucket, alone and in one order, within a time budget (what is begun is ended)."""
-    run = _Search(graph, bench, buckets, seconds)
-    if rows_axis(graph) is None:
-        return Found({}, {}, ())
-    free: dict[int, Schedule] = {}
-    for n, bucket in enumerate(buckets, 1):
-        own = [run.base(rows) for rows in buckets[bucket]]
-        best = run.descend(bucket, [*own, *list(free.values())[-1:]], 0.7 * seconds * n / len(buckets))
-        free[bucket] = best or own[0]
-    return Found(free, _together(run, free), run.trials)
+    run = _Search(graph, bench, buckets)
+    own = {b: heuristics(graph, rows) for b, rows in buckets.items()}
+    everywhere = list(dict.fromkeys(s for several in own.values() for s in several))
+    free = run.descend({b: [*several, *everywhere] for b, several in own.items()}, ALONE * seconds)
+    free = {b: free.get(b, own[b][-1]) for b in buckets}
+    heuristic = {b: several[-1] for b, several in own.items()}
+    return Found(free, _together(run, heuristic, free, seconds), run.trials)
 
 
-def _together(run: _Search, free: Mapping[int, Schedule]) -> dict[int, Schedule]:
+def _together(
+    run: _Search, heuristic: Mapping[int, Schedule], free: Mapping[int, Schedule], seconds: float
+) -> Mapping[int, Schedule]:
     """The schedules of the order that is fastest over all buckets."""
-    heuristic = {b: run.base(rows[-1]) for b, rows in run.tokens.items()}
-    orders = dict.fromkeys(run.order(s) for s in (*heuristic.values(), *free.values()))
-    chosen, best = dict(heuristic), 1.0
-    for n, wanted in enumerate(orders, 1):
-        members: dict[int, Schedule] = {}
-        for bucket in run.tokens:
-            starts = [s for s in (*heuristic.values(), *free.values(), *members.values()) if run.order(s) == wanted]
-            until = run.seconds * (0.7 + 0.3 * n / len(orders))
-            found = run.descend(bucket, starts, until, lambda s, wanted=wanted: run.order(s) == wanted)
-            members |= {bucket: found} if found else {}
+    starts = list(dict.fromkeys((*heuristic.values(), *free.values())))
+    orders = list(dict.fromkeys(map(run.order, starts)))
+    chosen, best = heuristic, 1.0
+    for n, order in enumerate(orders, 1):
+        until = seconds * (ALONE + (1 - ALONE) * n / len(orders))
+        members = run.descend(dict.fromkeys(run.tokens, starts), until, order)
         if len(members) < len(run.tokens):
             continue
         ratio = mean(run.ratios[members[b], b] for b in members)

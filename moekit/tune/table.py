@@ -15,20 +15,33 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, resources
+from math import isqrt
 
 from moekit.backends import triton as emitter
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import heuristic, tokens_class
+from moekit.compile.heuristic import GEMM_TILES, heuristic, tokens_class
 from moekit.compile.order import Order, order
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule, legal
 from moekit.errors import MoekitError
 from moekit.lang.graph import Graph
 
-# By the least number of rows of a bucket: the numbers of rows at which schedules for it are timed.
-BUCKETS: Mapping[int, tuple[int, ...]] = {
-    1: (1, 16), 17: (64,), 65: (96, 256), 257: (1024,), 1025: (1536, 4096), 4097: (16384,),
-}  # fmt: skip
+EDGES = (1, 17, 128, 512, 2048, 8192)
+MEASURED = (1, 16, 64, 256, 1024, 4096, 16384)
+
+
+def _buckets() -> dict[int, tuple[int, ...]]:
+    """The least number of rows of each bucket, and the numbers at which schedules for it are timed.
+
+    A bucket begins wherever the heuristic's choice may change, so that there is one heuristic to compare with.
+    """
+    edges = sorted({*EDGES, *(max(1, least) for least, *_ in GEMM_TILES)})
+    ends = [*edges[1:], 2 * max(MEASURED[-1], edges[-1])]
+    inside = {low: tuple(m for m in MEASURED if low <= m < end) for low, end in zip(edges, ends, strict=True)}
+    return {low: inside[low] or (isqrt(low * end),) for low, end in zip(edges, ends, strict=True)}
+
+
+BUCKETS: Mapping[int, tuple[int, ...]] = _buckets()
 
 
 @dataclass(frozen=True)
