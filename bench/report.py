@@ -38,8 +38,10 @@ def made(result: dict) -> str:
     lines = [f"{result['device']}, CUDA {result['cuda']}; {versions}."]
     if "ceilings" in result:
         c = result["ceilings"]
+        by_itself = c.get("smallest kernel by itself µs")
+        without = f" ({by_itself:.2f} without dependent launch)" if by_itself else ""
         lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
-                     f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs.")  # fmt: skip
+                     f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs{without}.")  # fmt: skip
     return "\n".join([*lines, "", "    " + result["command"]])
 
 
@@ -74,10 +76,16 @@ def _table(rows: list[dict], ceilings: dict[str, float]) -> str:
         best = min((r["us"] for r in here.values() if "us" in r), default=0.0)
         mine, share = targets.fastest(list(here.values()), targets.OURS) or here.get("moekit"), ""
         if ceilings and mine and "us" in mine:
-            copy, flops = mine["TB/s"] / ceilings["copy TB/s"], mine["TFLOP/s"] / ceilings["matmul TFLOP/s"]
-            share = f"{copy:.0%} copy" if copy >= flops else f"{flops:.0%} product"
+            share = _share(mine, ceilings)
         lines.append([str(t), *(_cell(here.get(s), best) for s in sides), *([share] if ceilings else []), _error(mine)])
     return markdown(["T", *sides, *(["of the ceiling"] if ceilings else []), "error"], lines)
+
+
+def _share(row: dict, ceilings: dict[str, float]) -> str:
+    """How near a time is to the ceiling it is nearest to: the copy's rate, the product's, or a kernel that does nothing."""
+    copy, flops = row["TB/s"] / ceilings["copy TB/s"], row["TFLOP/s"] / ceilings["matmul TFLOP/s"]
+    share, name = max((copy, "copy"), (flops, "product"), (ceilings["smallest kernel µs"] / row["us"], "launch"))
+    return f"{share:.0%} {name}"
 
 
 def times(result: dict) -> str:

@@ -138,7 +138,7 @@ class Call:
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
-        schedule = self.schedule or scheduled(_device_name(self.device), self.graph, self.sizes)
+        schedule = self.schedule or scheduled(device_name(self.device), self.graph, self.sizes)
         planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
@@ -205,7 +205,8 @@ def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a table of tuned schedules is found by."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -7,13 +7,16 @@ from bench.common import write
 def result(**more) -> dict:
     """A small run."""
     head = {"device": "NVIDIA H200", "cuda": "13.0", "versions": {"moekit": "0.1.0"}, "command": "python bench/fusions.py"}
-    head["ceilings"] = {"copy TB/s": 4.2, "matmul TFLOP/s": 700.0, "smallest kernel µs": 0.5}
+    head["ceilings"] = {"copy TB/s": 4.2, "matmul TFLOP/s": 700.0, "smallest kernel µs": 0.5,
+                        "smallest kernel by itself µs": 0.6}  # fmt: skip
     rates = {"TB/s": 2.1, "TFLOP/s": 7.0}
     rows = [
         {"case": "add_rms_norm 2048", "T": 1, "side": "moekit", "us": 1.234, "error": 0.98} | rates,
         {"case": "add_rms_norm 2048", "T": 1, "side": "liger", "us": 1.5, "error": 1.2} | rates,
         {"case": "add_rms_norm 2048", "T": 16, "side": "moekit", "us": 211.4} | rates,
         {"case": "add_rms_norm 2048", "T": 16, "side": "liger", "problem": "it fell"},
+        {"case": "silu_and_mul 64", "T": 1, "side": "moekit", "us": 0.8, "TB/s": 0.1, "TFLOP/s": 0.0},
+        {"case": "gate_gemm 648", "T": 4096, "side": "moekit", "us": 50.0, "TB/s": 0.5, "TFLOP/s": 350.0},
     ]
     return head | {"rows": rows} | more
 
@@ -28,6 +31,9 @@ def test_a_section_is_filled_and_stays_so(tmp_path):
     assert "| 1 | **1.23** | 1.50 | 50% copy | 0.98 |" in once
     assert "| 16 | **211** | – | 50% copy |  |" in once
     assert "copy 4.20 TB/s" in once
+    assert "smallest kernel in a graph 0.50 µs (0.60 without dependent launch)." in once
+    assert "| 1 | **0.80** | 62% launch |  |" in once
+    assert "| 4096 | **50.00** | 50% product |  |" in once
     assert report.filled(once, tmp_path) == once
 
 
