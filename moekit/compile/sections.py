@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moekit.compile.analysis import axis_uses
+from moekit.compile.split import PARTIAL
 from moekit.lang.graph import Graph, Write
 
 
@@ -29,7 +30,9 @@ def _part(graph: Graph, writes: tuple[Write, ...]) -> Graph:
     mine = {w.tensor for w in writes}
     tensors = {n: t for n, t in graph.tensors.items() if t.role != "Out" or n in mine}
     tensors = {n: replace(t, role="In") if t.role == "InOut" and n not in mine else t for n, t in tensors.items()}
-    return replace(graph, name=f"{graph.name}_{writes[0].tensor}", tensors=tensors, writes=writes)
+    first = writes[0].tensor
+    name = graph.name.removesuffix(f"_{PARTIAL}") if first.startswith(f"{PARTIAL}_") else graph.name
+    return replace(graph, name=f"{name}_{first}", tensors=tensors, writes=writes)
 
 
 def _together(graph: Graph, a: Graph, b: Graph) -> bool:

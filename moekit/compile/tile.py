@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LINE = 128  # bytes of memory that come at once
+
 
 @dataclass(frozen=True)
 class Value:
@@ -88,6 +90,22 @@ class Store:
     wide: tuple[bool, ...]
     value: Value
     mask: Value | None
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Ask for the memory of `size` elements of `tensor` along dimension `along`, which lie side by side, from `index` on.
+
+    A hint: nothing is read, so a program may give it while what it depends on is still being written. `size` is a power of two
+    of memory lines (`LINE` bytes).
+    """
+
+    tensor: str
+    index: tuple[Value | None, ...]
+    wide: tuple[bool, ...]
+    mask: Value | None
+    along: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,7 @@ class Loop:
 
 
 Op = (
-    Const | ProgramId | Extent | Index | InBounds | Load | Store | Cast | Bitcast | Unary | Binary | Where | Full
+    Const | ProgramId | Extent | Index | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary | Where | Full
     | Reduce | Scan | Dot | Loop
 )  # fmt: skip
 
@@ -365,8 +383,8 @@ Kernel = TileProgram | Joined
 
 
 def result(op: Op) -> Value | None:
-    """The one value an operation defines (None for a store and a loop)."""
-    return None if isinstance(op, Store | Loop) else op.out
+    """The one value an operation defines (None for a store, a prefetch and a loop)."""
+    return None if isinstance(op, Store | Prefetch | Loop) else op.out
 
 
 def operands(op: Op) -> tuple[Value, ...]:
