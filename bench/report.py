@@ -3,8 +3,8 @@
     python bench/report.py [--check]
 
 Between `<!-- NAME FILE -->` and `<!-- end -->` in the page stands what NAME makes of bench/results/FILE: `made` (device,
-versions, command), `targets`, `times` (every case) or `blocks`. `--check` changes nothing and exits with 1 if the page is not
-up to date.
+versions, command), `targets`, `times` (every case), `blocks` or `tuned`. `--check` changes nothing and exits with 1 if the page
+is not up to date.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, RESULTS, PLOT = ROOT / "docs" / "performance.md", ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
 PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
            "gate_block 648")  # fmt: skip
-SECTION = re.compile(r"<!-- (made|targets|times|blocks) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+SECTION = re.compile(r"<!-- (made|targets|times|blocks|tuned) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -95,7 +95,28 @@ def times(result: dict) -> str:
     return "\n\n".join(f"### {name}\n\n{table}" for name, table in each.items())
 
 
-MAKERS: dict[str, Callable[[dict], str]] = {"made": made, "targets": judged, "times": times, "blocks": times}
+def tuned(result: dict) -> str:
+    """The heuristic's time over the tuned one, by fusion and rows; in parentheses over that of the best schedule for those rows
+
+    alone, where that is more than 5 % better than what all rows can share.
+    """
+    rows = sorted({t["rows"] for r in result["rows"] for t in r["times"]})
+    lines = []
+    for r in sorted(result["rows"], key=lambda r: (r["fusion"], str(r["sizes"]))):
+        sizes = " ".join(f"{a}={n}" for a, n in r["sizes"].items() if not a.endswith("?"))
+        times = {t["rows"]: t["us"] for t in r["times"]}
+        lines.append([f"{r['fusion']} {sizes} {r['dtype']}", *(_nearness(times.get(n)) for n in rows)])
+    return markdown(["fusion", *map(str, rows)], lines)
+
+
+def _nearness(us: dict[str, float] | None) -> str:
+    if us is None:
+        return ""
+    shared, alone = us["heuristic"] / us["tuned"], us["heuristic"] / us["free"]
+    return f"{shared:.2f}" + (f" ({alone:.2f})" if alone > 1.05 * shared else "")
+
+
+MAKERS: dict[str, Callable[[dict], str]] = {"made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned}
 
 
 def filled(text: str, results: Path) -> str:

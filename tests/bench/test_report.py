@@ -46,6 +46,18 @@ def test_targets_and_missing_files(tmp_path):
     assert "Not measured yet: there is no bench/results/no.json." in page
 
 
+def test_tuned_times(tmp_path):
+    """A row per graph; what only these rows could have is in parentheses."""
+    us = [{"heuristic": 2.0, "tuned": 2.0, "free": 1.6}, {"heuristic": 3.3, "tuned": 3.0, "free": 2.99}]
+    times = [{"rows": n, "us": u} for n, u in zip((1, 64), us, strict=True)]
+    rows = [{"fusion": "gate_gemm", "sizes": {"P": 8, "H?": 1}, "dtype": "float16", "times": times[:n]} for n in (1, 2)]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- tuned r.json -->\n<!-- end -->", tmp_path)
+    assert "| fusion | 1 | 64 |" in page
+    assert "| gate_gemm P=8 float16 | 1.00 (1.25) |  |" in page
+    assert "| gate_gemm P=8 float16 | 1.00 (1.25) | 1.10 |" in page
+
+
 def test_the_page_is_what_the_results_make_of_it():
     """docs/performance.md was filled from bench/results as they are now."""
     assert report.filled(report.PAGE.read_text(), report.RESULTS) == report.PAGE.read_text()
