@@ -1,10 +1,9 @@
-"""Fill docs/performance.md from the result files, and draw the README's plot: no figure in them is typed by hand.
+"""Fill the pages of docs/ from the result files, and draw the README's plot: no figure in them is typed by hand.
 
     python bench/report.py [--check]
 
-Between `<!-- NAME FILE -->` and `<!-- end -->` in the page stands what NAME makes of bench/results/FILE: `made` (device,
-versions, command), `targets`, `times` (every case), `blocks` or `tuned`. `--check` changes nothing and exits with 1 if the page
-is not up to date.
+Between `<!-- NAME FILE -->` and `<!-- end -->` in a page stands what NAME makes of bench/results/FILE: `made` (device, versions
+and command), or one of the tables in `MAKERS`. `--check` changes nothing and exits with 1 if a page is not up to date.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from bench import targets
 from bench.common import load
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS, PLOT = ROOT / "docs" / "performance.md", ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "numerics", "torch"))
+RESULTS, PLOT = ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
 PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
            "gate_block 648")  # fmt: skip
-SECTION = re.compile(r"<!-- (made|targets|times|blocks|tuned) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -116,11 +115,45 @@ def _nearness(us: dict[str, float] | None) -> str:
     return f"{shared:.2f}" + (f" ({alone:.2f})" if alone > 1.05 * shared else "")
 
 
-MAKERS: dict[str, Callable[[dict], str]] = {"made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned}
+def errors(result: dict) -> str:
+    """The worst error of each implementation: ulps, and in parentheses the ratio to the bound's float32 part."""
+    names, rows = result["implementations"], {(r["fusion"], r["dtype"], r["implementation"]): r for r in result["rows"]}
+    lines = [
+        [fusion, dtype, *(f"{rows[fusion, dtype, i]['ulps']:.2f} ({rows[fusion, dtype, i]['ratio']:.2f})" for i in names)]
+        for fusion, dtype in dict.fromkeys(key[:2] for key in rows)
+    ]
+    return markdown(["fusion", "dtype", *names], lines)
+
+
+def host(result: dict) -> str:
+    """Microseconds of host time of each op, by the way it is called."""
+    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
+    times = {(r["op"], r["way"]): f"{r['us']:.1f}" for r in result["rows"]}
+    return markdown(
+        ["", *ways], [[f"`{op}`", *(times.get((op, w), "") for w in ways)] for op in dict.fromkeys(o for o, _ in times)]
+    )
+
+
+def patched(result: dict) -> str:
+    """A decode step by batch: times and kernels with the patch (twice: before and after the unpatched side) and without."""
+    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
+    rows = {(r["batch"], r["way"]): r for r in result["rows"]}
+    lines = [
+        [str(batch), *(f"{rows[batch, w]['step_ms']:.2f}, {rows[batch, w]['launches']}" for w in ways)]
+        for batch in dict.fromkeys(b for b, _ in rows)
+    ]
+    return markdown(["batch", *(f"{w}: ms, kernels" for w in ways)], lines)
+
+
+MAKERS: dict[str, Callable[[dict], str]] = {
+    "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
+    "patched": patched,
+}  # fmt: skip
+SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str, results: Path) -> str:
-    """The page with every section made anew; a section whose file is missing says so."""
+    """A page with every section made anew; a section whose file is missing says so."""
 
     def section(match: re.Match) -> str:
         name, file = match.groups()
@@ -132,15 +165,16 @@ def filled(text: str, results: Path) -> str:
 
 
 def main() -> int:
-    """Write the page and the plot, or check the page."""
+    """Write the pages and the plot, or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = PAGE.read_text()
-    after = filled(before, RESULTS)
+    before = {page: page.read_text() for page in PAGES}
+    after = {page: filled(text, RESULTS) for page, text in before.items()}
     if args.check:
         return int(after != before)
-    PAGE.write_text(after)
+    for page, text in after.items():
+        page.write_text(text)
     if (path := RESULTS / "fusions_h200.json").is_file():
         from bench.plots import times as plot
 
