@@ -32,15 +32,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made(result: dict) -> str:
-    """Device, versions, ceilings and command."""
+    """Device, versions, ceilings, what the run says of itself, and command."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    lines = [f"{result['device']}, CUDA {result['cuda']}; {versions}."]
+    lines = [result["device"] + (f", CUDA {result['cuda']}" if "cuda" in result else "") + f"; {versions}."]
     if "ceilings" in result:
         c = result["ceilings"]
         by_itself = c.get("smallest kernel by itself µs")
         without = f" ({by_itself:.2f} without dependent launch)" if by_itself else ""
         lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
                      f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs{without}.")  # fmt: skip
+    lines += [result["note"]] if "note" in result else []
     return "\n".join([*lines, "", "    " + result["command"]])
 
 

@@ -29,7 +29,8 @@ from moekit.tune.search import Bench, Found, Timed, Trial, search, winners
 from moekit.tune.table import BUCKETS, Entry, device_key, graph_key, heuristics, kernels_of, stale
 from moekit.tune.timer import capture, copies_needed, microseconds, replay
 
-CHECKED_ROWS, COMPARED_ROWS = 19, 300
+CHECKED_ROWS = 19
+COMPARED_ROWS = (2500, 300)  # the first that take no more than LARGEST_BYTES
 MOST_SETS = 100
 LARGEST_BYTES = 2**31  # of one set of operands
 MOST_WORKERS = 15
@@ -92,7 +93,7 @@ class Target:
 
     def differ(self, schedules: Sequence[Schedule]) -> str | None:
         """None if all schedules give the same bits on the same rows, else which two do not."""
-        given = self._random(COMPARED_ROWS)
+        given = self._random(next(r for r in COMPARED_ROWS if self._bytes(r) <= LARGEST_BYTES))
         every = [self._outputs(given, s) for s in schedules]
         for schedule, outs in zip(schedules, every, strict=True):
             for name, a, b in zip(self.reference.names, every[0], outs, strict=True):
@@ -237,7 +238,7 @@ def _settled(target: Target, found: Found) -> Tuned:
             named = {n: str(s) for n, s in sides.items()}
             times.append(Timed(bucket, rows, {n: us[s] for n, s in named.items()}, named))
     schedules = winners(graph, found.together, times)
-    if set(schedules) == set(found.together):  # of another order, perhaps: then it is for all rows
+    if schedules and len(kernels_of(graph, schedules)[1]) > 1:  # of another order: then it serves rows that were not timed, too
         schedules = {b: schedules[max(m for m in schedules if m <= b)] for b in BUCKETS}
     if not schedules:
         return Tuned(graph_key(graph), None, times, found.trials)
