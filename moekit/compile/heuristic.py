@@ -19,9 +19,9 @@ WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 # Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
 # 16 bytes at a time, and programs are half as many. Measured on an H200 (bfloat16), µs with larger tiles and without: a gated
-# activation of 1024 columns at T = 512, 1024, 4096, 65536: 2.20 and 1.92, 2.87 and 2.91, 7.44 and 7.77, 94.6 and 100.2; of 64 at
-# T = 8192, 16384, 65536: 2.42 and 2.35, 3.04 and 3.73, 8.19 and 11.0; a gated sum of 2048 columns at T = 256, 512, 65536: 1.87 and
-# 1.89, 2.73 and 2.79, 185.0 and 192.6, where the plain sum of two tensors needs 183.6. Tiles twice as large gain 0.5 % at most.
+# activation of 1024 columns at T = 512, 1024, 4096, 65536: 2.20 and 1.92, 2.87 and 2.91, 7.44 and 7.77, 94.6 and 100.2; of 64
+# at T = 8192, 16384, 65536: 2.42 and 2.35, 3.04 and 3.73, 8.19 and 11.0; a gated sum of 2048 columns at T = 256, 512, 65536:
+# 1.87 and 1.89, 2.73 and 2.79, 185.0 and 192.6, where a plain sum of two tensors needs 183.6. Tiles of twice that gain 0.5 %.
 MANY_ELEMENTS = 2**20
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
 GEMM_COLUMNS = 32  # the block of a GEMM's columns
