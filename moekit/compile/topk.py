@@ -54,12 +54,11 @@ def top_k(low: Lowering, node: int, n: Node, home: Scope) -> t.Value:
 def _packed_step(low: Lowering, scope: Scope, here, best, base, keys, axis: str) -> tuple[t.Value, ...]:
     """The best key below the last: keys are unique, so none need be struck out.
 
-    Seen from 2^31 below the last, round the circle of 32-bit integers, the keys that are left come out highest and those
-    that were taken lowest. A subtraction and a maximum are one instruction on an H200 (VIADDMNMX), where striking out is
-    two more: a router's 8 best of 256 took 434 instructions and are 272 now; cheaper keys and no exponentials of the others
-    are half of that (bfloat16, µs at T = 1 and 256: 1.21 and 1.49, once 1.31 and 1.63; 10 of 512: 1.46 and 1.80, once 1.74
-    and 2.31; a kernel that does nothing takes 0.81 and 0.95). Loops that are not unrolled take 10 % longer, and so do four
-    rows in a program to T = 1024.
+    Seen from 2^31 below the last, round the circle of 32-bit integers, the keys that are left come out highest and those that
+    were taken lowest. A subtraction and a maximum are one instruction on an H200 (VIADDMNMX), where striking out is two more.
+    Of the 434 instructions that a router's 8 best of 256 took, 56 went with it, 38 with cheaper keys, 73 with the exponentials
+    of the others. In bfloat16, µs at T = 1 and 256: 1.21 and 1.49, once 1.31 and 1.63; 10 of 512: 1.46 and 1.80, once 1.74 and
+    2.31; an empty kernel: 0.81 and 0.95. A loop that is not unrolled takes 10 % longer, four rows in a program do to T = 1024.
     """
     lowest = IDENTITY["max", "int32"]
     above = low.remask(scope, low.binary(scope, "sub", keys, base, "above"), axis, lowest)
