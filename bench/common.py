@@ -11,7 +11,7 @@ from pathlib import Path
 from moekit import __version__
 
 PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang-kernel", "vllm", "liger-kernel", "quack-kernels",
-            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax")  # fmt: skip
+            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax", "transformers")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 @click.option("--again", is_flag=True, help="Search nothing: time the table's entries anew and drop those that do not win.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table to write (default: the package's own).")
 @click.option("--json", "as_json", is_flag=True, help="Print times and what was tried as JSON.")
-@click.option("--json-file", type=click.Path(dir_okay=False, path_type=Path), help="Write that JSON to a file, too.")
+@click.option("--json-file", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the times to a file, which keeps those it has of other fusions and sizes.")  # fmt: skip
 def tune(
     fusions: tuple[str, ...], dtypes: tuple[str, ...], sizes: dict[str, int], seconds: float, again: bool,
     output: Path | None, as_json: bool, json_file: Path | None,
@@ -50,9 +51,9 @@ def tune(
     for name, static, dtype, tuned in _again(run, jobs, where) if again else _search(run, jobs, seconds):
         found.append({"fusion": name, "sizes": static, "dtype": dtype, "tuned": tuned})
         run.write(where, [row["tuned"] for row in found])
-    report = {"device": run.device(), "seconds": seconds, "table": str(where), "rows": [_row(**row) for row in found]}
+    report = run.made() | {"table": str(where), "rows": [_row(**row, seconds=0 if again else seconds) for row in found]}
     if json_file:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        _keep(json_file, report)
     if as_json:
         print_json(report)
     else:
@@ -97,7 +98,18 @@ def _said(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{a}={s}" for a, s in sizes.items())
 
 
-def _row(fusion: str, sizes: Mapping[str, int], dtype: str, tuned: Tuned) -> dict:
+def _keep(path: Path, report: dict) -> None:
+    """The report without what was tried, beside the rows of other graphs that the same device and versions gave."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(before.get(n) == report[n] for n in ("device", "versions"))
+    rows = {row["key"]: row for row in (before["rows"] if same else [])}
+    rows |= {row["key"]: {n: x for n, x in row.items() if n != "trials"} for row in report["rows"]}
+    lines = ",\n".join("  " + json.dumps(row) for row in rows.values())
+    head = json.dumps({n: x for n, x in report.items() if n not in ("rows", "table")}, indent=1)
+    path.write_text(head[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n")
+
+
+def _row(fusion: str, sizes: Mapping[str, int], dtype: str, tuned: Tuned, seconds: float) -> dict:
     """One graph as JSON."""
     trials = [
         {
@@ -114,7 +126,7 @@ def _row(fusion: str, sizes: Mapping[str, int], dtype: str, tuned: Tuned) -> dic
     ]
     entry = tuned.entry.to_json()["schedules"] if tuned.entry else {}
     return {"fusion": fusion, "sizes": dict(sizes), "dtype": dtype, "key": tuned.key, "entry": entry, "problem": tuned.problem,
-            "times": times, "trials": trials}  # fmt: skip
+            "seconds": seconds, "times": times, "trials": trials}  # fmt: skip
 
 
 def _print(report: dict) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moekit.compile.analysis import axis_uses, part_axis
+from moekit.compile.analysis import axis_uses
 from moekit.compile.split import PARTIAL
 from moekit.lang.graph import Graph, Write
 
@@ -39,22 +39,21 @@ def _together(graph: Graph, a: Graph, b: Graph) -> bool:
     """Whether two groups of outputs share programs: those of `b` see all that `a` needs and stay as many; or one group
     overwrites what the other reads, which programs of one launch may not.
 
-    Products that are only made here and used by a later launch stay apart: loops of one product each, with more columns at a
-    time (a split GEMM that has two products over the same columns, 648 columns in all, at T = 1, 16 and 64 on an H200: 3.3, 3.6
-    and 4.4 us, else 3.7, 4.2 and 5.0)."""
+    Products written as they are do not: nothing is done with them together, and programs of two have twice the weight to read,
+    or half the columns at a time (a split GEMM with two products over the same columns, 648 in all, at T = 1, 16 and 64 on an
+    H200, us: 3.3, 3.6 and 4.4 apart, 3.7, 4.2 and 5.0 together).
+    """
     if _written(a) & _read(b) or _written(b) & _read(a):
         return True
-    if _makes_product(a) and _makes_product(b):
+    if _products(a) and _products(b):
         return False
     both, mine = axis_uses(_part(graph, (*a.writes, *b.writes))), axis_uses(b)
     parallel = {x for x, use in both.items() if use.parallel} == {x for x, use in mine.items() if use.parallel}
     return parallel and set(axis_uses(a)) <= set(mine)
 
 
-def _makes_product(graph: Graph) -> bool:
-    """Whether what is written is a part of a product, as it is."""
-    made = [graph.nodes[w.value] for w in graph.writes]
-    return any(n.op == "contract" for n in made) and any(part_axis(n.attr("axis")) in graph.axes for n in made)
+def _products(graph: Graph) -> bool:
+    return all(graph.nodes[w.value].op == "contract" for w in graph.writes)
 
 
 def _written(graph: Graph) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,8 +29,10 @@ from moekit.tune.search import Bench, Found, Timed, Trial, search, winners
 from moekit.tune.table import BUCKETS, Entry, device_key, graph_key, heuristics, kernels_of, stale
 from moekit.tune.timer import capture, copies_needed, microseconds, replay
 
-CHECKED_ROWS, COMPARED_ROWS = 19, 300
+CHECKED_ROWS = 19
+COMPARED_ROWS = (2500, 300)  # the first that take no more than LARGEST_BYTES
 MOST_SETS = 100
+LARGEST_BYTES = 2**31  # of one set of operands
 MOST_WORKERS = 15
 
 # what a decode step of the published models has at tensor parallel 8 and 1
@@ -63,6 +68,12 @@ class Target:
         self.sets: dict[int, list[list[torch.Tensor]]] = {}
 
     @property
+    def buckets(self) -> dict[int, tuple[int, ...]]:
+        """The numbers of rows to time by bucket, but those that take too much memory."""
+        fitting = {b: tuple(r for r in rows if self._bytes(r) <= LARGEST_BYTES) for b, rows in BUCKETS.items()}
+        return {b: rows for b, rows in fitting.items() if rows}
+
+    @property
     def graph(self) -> Graph:
         """What is tuned."""
         return self.reference.graph
@@ -82,7 +93,7 @@ class Target:
 
     def differ(self, schedules: Sequence[Schedule]) -> str | None:
         """None if all schedules give the same bits on the same rows, else which two do not."""
-        given = self._random(COMPARED_ROWS)
+        given = self._random(next(r for r in COMPARED_ROWS if self._bytes(r) <= LARGEST_BYTES))
         every = [self._outputs(given, s) for s in schedules]
         for schedule, outs in zip(schedules, every, strict=True):
             for name, a, b in zip(self.reference.names, every[0], outs, strict=True):
@@ -117,6 +128,9 @@ class Target:
             self.sets[rows] = [self._random(rows) for _ in range(min(copies_needed(total), MOST_SETS))]
         return [lambda given=given: self.call(*given, **self.params, schedule=schedule) for given in self.sets[rows]]
 
+    def _bytes(self, rows: int) -> int:
+        return sum(x.itemsize * prod(shape) for x, shape in zip(self.values.values(), self._shapes(rows), strict=True))
+
     def _shapes(self, rows: int) -> list[tuple[int, ...]]:
         """The operands' shapes; T comes first wherever it is."""
         dynamic = {n: [d.axis == "T" for d in s.dims] for n, s in self.fusion.tensors.items()}
@@ -138,7 +152,8 @@ def _target(name: str, sizes: tuple[tuple[str, int], ...], dtype: str) -> Target
 
 def _checked(name: str, sizes: tuple[tuple[str, int], ...], dtype: str, schedule: Schedule) -> str | None:
     try:
-        return _target(name, sizes, dtype).check(schedule)
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints what ptxas could not assemble
+            return _target(name, sizes, dtype).check(schedule)
     except Exception as error:  # what the compiler cannot serve (shared memory, registers) is refused
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -198,7 +213,7 @@ def tune(
     """Search schedules for one graph, then time the best once more beside the heuristic's."""
     target = Target(name, sizes, dtype)
     bench = Bench(lambda schedules: checkers(name, sizes, dtype, schedules), target.measure, tell)
-    return _settled(target, search(target.graph, bench, seconds))
+    return _settled(target, search(target.graph, bench, seconds, target.buckets))
 
 
 def again(name: str, sizes: Mapping[str, int], dtype: str, entries: Mapping[str, Mapping]) -> Tuned:
@@ -208,22 +223,23 @@ def again(name: str, sizes: Mapping[str, int], dtype: str, entries: Mapping[str,
     known = Entry.parse(found) if found else None
     if known is not None and (why := stale(target.graph, known)):
         return Tuned(graph_key(target.graph), None, (), (), why)
-    together = {b: heuristics(target.graph, rows[-1:])[0] for b, rows in BUCKETS.items()} | dict(
-        known.schedules if known else {}
-    )
+    said = known.schedules if known else {}
+    together = {b: said.get(b) or heuristics(target.graph, rows[-1:])[0] for b, rows in target.buckets.items()}
     return _settled(target, Found(together, together, ()))
 
 
 def _settled(target: Target, found: Found) -> Tuned:
     """The last word: all sides in turn, the same bits for every number of rows, and an entry that holds."""
     graph, times = target.graph, []
-    for bucket, several in BUCKETS.items():
+    for bucket, several in target.buckets.items():
         for rows in several:
             sides = {"heuristic": heuristics(graph, [rows])[0], "tuned": found.together[bucket], "free": found.free[bucket]}
             us = target.timed({str(s): s for s in sides.values()}, rows)
             named = {n: str(s) for n, s in sides.items()}
             times.append(Timed(bucket, rows, {n: us[s] for n, s in named.items()}, named))
     schedules = winners(graph, found.together, times)
+    if schedules and len(kernels_of(graph, schedules)[1]) > 1:  # of another order: then it serves rows that were not timed, too
+        schedules = {b: schedules[max(m for m in schedules if m <= b)] for b in BUCKETS}
     if not schedules:
         return Tuned(graph_key(graph), None, times, found.trials)
     served = {s: None for b, rows in BUCKETS.items() for s in ([schedules[b]] if b in schedules else heuristics(graph, rows))}
@@ -237,6 +253,12 @@ def device() -> str:
     return torch.cuda.get_device_name()
 
 
+def made() -> dict:
+    """What figures were made with."""
+    versions = {"moekit": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"device": device(), "cuda": torch.version.cuda, "versions": versions, "command": "moekit tune"}
+
+
 def table_path() -> Path:
     """Where the package has the table of this GPU."""
     return Path(__file__).parent / "tables" / f"{device_key(device())}.json"
@@ -244,16 +266,11 @@ def table_path() -> Path:
 
 def write(path: Path, tuned: Sequence[Tuned]) -> None:
     """The table of a device as JSON, with what made it: what was tuned now, and what another run left of other graphs."""
-    made = {
-        "device": device(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "moekit": __version__,
-    }
+    by = {"device": device()} | made()["versions"]
     before = json.loads(path.read_text()) if path.is_file() else {}
     kept = before.get("entries", {}) if before.get("made with", {}).get("triton") == triton.__version__ else {}
     entries = {k: e for k, e in kept.items() if k not in {t.key for t in tuned}} | {
         t.key: t.entry.to_json() | {"time over the heuristic's": t.gains()} for t in tuned if t.entry
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"made with": made, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
+    path.write_text(json.dumps({"made with": by, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")

@@ -20,6 +20,7 @@ from moekit.tune.table import BUCKETS, heuristics, order_of, rows_axis
 LONGEST_PIPELINE = 6
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
 ALONE = 0.6  # of the time is for each bucket by itself
+MOST_ORDERS, MOST_STARTS = 8, 4  # that are tried for all buckets together
 AT_ONCE = 32  # schedules checked between two looks at the clock
 WORTH = 0.95  # an entry is, if its schedule takes at most so much of the heuristic's time
 NO_WORSE = 1.02  # at any number of rows
@@ -236,19 +237,37 @@ def search(graph: Graph, bench: Bench, seconds: float, buckets: Mapping[int, Seq
 def _together(
     run: _Search, heuristic: Mapping[int, Schedule], free: Mapping[int, Schedule], seconds: float
 ) -> Mapping[int, Schedule]:
-    """The schedules of the order that is fastest over all buckets."""
-    starts = list(dict.fromkeys((*heuristic.values(), *free.values())))
-    orders = list(dict.fromkeys(map(run.order, starts)))
-    chosen, best = heuristic, 1.0
-    for n, order in enumerate(orders, 1):
+    """The schedules of one order: one that is nowhere slower than the heuristic, if there is one, and fast over all buckets."""
+    orders = _orders(run, [*heuristic.values(), *free.values()])
+    chosen, best = heuristic, (False, 1.0)
+    for n, (order, starts) in enumerate(orders.items(), 1):
         until = seconds * (ALONE + (1 - ALONE) * n / len(orders))
         members = run.descend(dict.fromkeys(run.tokens, starts), until, order)
         if len(members) < len(run.tokens):
             continue
-        ratio = mean(run.ratios[members[b], b] for b in members)
-        if ratio < best * (1.0 if n == 1 else BETTER):
-            chosen, best = members, ratio
+        ratios = [run.ratios[members[b], b] for b in members]
+        found = max(ratios) > NO_WORSE, mean(ratios)
+        if found < (best if n == 1 else (best[0], BETTER * best[1])):
+            chosen, best = members, found
     return chosen
+
+
+def _orders(run: _Search, wanted: Iterable[Schedule]) -> dict[Order, list[Schedule]]:
+    """The orders worth trying for all buckets, each with its most promising schedules: the heuristic's first, those of the
+
+    schedules wanted, and those that were fastest where they were tried.
+    """
+    seen: dict[Order, dict[int, float]] = {}
+    fastest: dict[Order, list[tuple[float, Schedule]]] = {}
+    for (schedule, bucket), ratio in sorted(run.ratios.items(), key=lambda item: item[1]):
+        if run.problems[schedule] is None:
+            order = run.order(schedule)
+            seen.setdefault(order, {}).setdefault(bucket, ratio)
+            fastest.setdefault(order, []).append((ratio, schedule))
+    promising = sorted(seen, key=lambda order: mean(seen[order].get(b, 1.0) for b in run.tokens))
+    first = [order for order in dict.fromkeys(map(run.order, wanted)) if order in seen]
+    chosen = list(dict.fromkeys([*first, *promising]))[: max(MOST_ORDERS, len(first))]
+    return {order: list(dict.fromkeys(s for _, s in fastest[order]))[:MOST_STARTS] for order in chosen}
 
 
 def winners(graph: Graph, together: Mapping[int, Schedule], times: Sequence[Timed]) -> dict[int, Schedule]:

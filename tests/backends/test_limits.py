@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.heuristic import GEMM_TILES, heuristic, tokens_class
+from moekit.compile.heuristic import heuristic, row_classes
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 
@@ -66,23 +66,18 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
     "gated_rms_norm 4x128": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step 2/4": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
 }
-CLASSES = [least for least, *_ in GEMM_TILES]  # of rows
 
 
 def _programs(sample: Sample, rows: int):
-    """The kernels of a call with that many rows, None if fewer rows take the same."""
+    """The kernels of a call with that many rows, the least of a class."""
     _, binding, graph = sample.bound()
-    tokens = tokens_class(graph, dict(binding.sizes) | {"T": rows})
-    if rows and not tokens:
-        return None
-    return plan(graph, heuristic(graph, tokens or None), strided(graph, dict(binding.sizes))).programs
+    return plan(graph, heuristic(graph, rows or None), strided(graph, dict(binding.sizes))).programs
 
 
 CASES = {
-    f"{name} T>={rows}" if rows else name: programs
+    f"{name} T>={rows}" if rows else name: _programs(sample, rows)
     for name, sample in CALLS.items()
-    for rows in CLASSES
-    if (programs := _programs(sample, rows))
+    for rows in row_classes(sample.bound()[2])
 }
 
 

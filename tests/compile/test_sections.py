@@ -49,18 +49,19 @@ def test_outputs_that_can_share_programs_do(name, groups):
     assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
 
 
-def test_products_share_programs_only_where_they_are_used():
-    """Two products over the same columns: in one launch their programs make the activation, in a split's first each its own."""
-    (whole,) = planned(call("gate_projections", FIRST + " warps:4 stages:2")).programs
-    first, second = planned(call("gate_projections", FIRST + " split:D:3 warps:4 stages:2")).programs
+def test_products_share_no_programs_unless_something_is_done_with_both():
+    """Gate and up are multiplied: in one launch one section makes both; where only products are written, one each."""
+    whole = planned(call("gate_projections", f"{FIRST} warps:4 stages:2")).programs[0]
+    first, second = planned(call("gate_projections", f"{FIRST} split:D:2 warps:4 stages:2")).programs
+    assert [len(k.sections) for k in (whole, first, second)] == [3, 4, 3]
+    assert [sum(isinstance(op, tile.Dot) for op in _every(s.body)) for s in first.sections] == [1, 1, 1, 0]  # one row is a sum
+    assert [sum(isinstance(op, tile.Dot) for op in _every(s.body)) for s in whole.sections] == [2, 1, 0]
 
-    def dots(program):
-        ops = [op for op in program.body if isinstance(op, tile.Loop)]
-        return sum(isinstance(op, tile.Dot) for loop in ops for op in loop.body)
 
-    assert [dots(s) for s in whole.sections] == [2, 1, 0]  # one column is no product of blocks
-    assert [dots(s) for s in first.sections] == [1, 1, 1, 0]
-    assert len(second.sections) == 3
+def _every(ops):
+    for op in ops:
+        yield op
+        yield from _every(op.body) if isinstance(op, tile.Loop) else ()
 
 
 def test_what_is_overwritten_is_read_by_its_own_section_alone():
@@ -68,7 +69,7 @@ def test_what_is_overwritten_is_read_by_its_own_section_alone():
     graph = call("gate_block").graph
     assert len(sections(graph)) == 1
     first, second = planned(call("gate_block")).programs
-    assert (len(first.sections), len(second.sections)) == (5, 4)  # four products and the sum of squares; four outputs
+    assert (len(first.sections), len(second.sections)) == (5, 4)
     assert all(p.role == "In" for p in first.params if p.name == "residual")
     assert [s.name for s in second.sections if any(p.name == "residual" for p in s.params)] == ["gate_block_combine_hidden"]
 

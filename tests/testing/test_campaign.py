@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from moekit.cli.app import cli
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
-from moekit.testing import campaign
+from moekit.testing import agenda, campaign
 from moekit.testing.agenda import EXTRA, Agenda
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.coverage import Coverage, cell, tail
@@ -92,7 +92,8 @@ def test_edges_count_up_to_their_quota():
     assert coverage.counted == 105
 
 
-def test_a_campaign_survives_a_worker_that_dies():
+def test_a_campaign_survives_a_worker_that_dies(monkeypatch):
+    monkeypatch.setattr(agenda, "MOST_FAILURES", 12)
     name = f"{__name__}:broken" if "." not in __name__ else "tests.testing.test_campaign:broken"
     plan = campaign.Plan(["silu_and_mul"], [name], seed=1, examples=400, workers=1, combos=1, groups=4, layouts=1)
     result = campaign.run(plan)
@@ -208,7 +209,7 @@ def test_the_command_reports_failures(tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     done = run("silu_and_mul", "--impl", "tests.testing.test_campaign:broken", "--examples", "50", "--workers", "1",
-               "--combos", "1", "--batch", "1", "--save", str(kept), "--time", "15")  # fmt: skip
+               "--combos", "1", "--batch", "1", "--save", str(kept), "--time", "10")  # fmt: skip
     assert done.exit_code == 1
     assert "def test_silu_and_mul" in done.output
     assert load(kept)

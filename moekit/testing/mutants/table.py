@@ -31,15 +31,15 @@ HISTORICAL = (
          "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), [w])\n"
          "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
-    _one("nan-is-padding", "lang/ops.py", "return where(isnan(x), lowest + 1, where(bits == lowest, 0, flipped)), width",
-         "return where(isnan(x), lowest, where(bits == lowest, 0, flipped)), width",
+    _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
+         "where(isnan(x), LOWEST,",
          "rows of NaN choose one expert k times (vLLM 39244) or ids out of range (SGLang 30079)"),
     _one("offsets-32-bit", "compile/lower.py", "wide.append(isinstance(layout, t.Strided) and (everywhere or dynamic))", "wide.append(False)",
          "int32 offsets past 2^31 (Liger 1248 and 1296, megablocks 186, vLLM 42173)"),
-    _one("experts-past-256", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n",
-         "    keys = low.remask(home, keys, axis, lowest)\n"
+    _one("experts-past-256", "compile/topk.py", "    others = set(",
          "    near = low.binary(home, 'lt', index, low.const(home, 256))\n"
-         "    keys = low.where(home, near, keys, low.const(home, lowest), 'keys')\n",
+         "    keys = low.where(home, near, keys, low.const(home, lowest), 'keys')\n"
+         "    others = set(",
          "more than 256 experts ignored (SGLang 23609's neighbours)"),
 )  # fmt: skip
 
@@ -94,8 +94,11 @@ LOWERING = (
         ('ids = low.binary(home, "sub", low.const(home, 0xFFFF), inverted, "ids")', 'ids = low.binary(home, "add", low.const(home, 0), inverted, "ids")')),
         "16-bit ties go to the higher index"),
     _one("ties-struck-together", "compile/topk.py", 'low.binary(scope, "eq", index, first)', 'low.binary(scope, "eq", keys, top)', "of several equal keys only one is ever chosen"),
-    _one("topk-not-remasked", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n", "", "padding columns compete for the top k"),
-    _one("ranks-smeared", "compile/topk.py", "here = low.binary(scope, \"eq\", low.bound(scope, into)[0], rank)", "here = low.binary(scope, \"le\", low.bound(scope, into)[0], rank)", "the k-th best everywhere"),
+    Mutant("topk-not-remasked", "compile/topk.py", (
+        ("        keys = low.remask(home, keys, axis, lowest)\n", "        pass\n"),
+        ('above = low.remask(scope, low.binary(scope, "sub", keys, base, "above"), axis, lowest)', 'above = low.binary(scope, "sub", keys, base, "above")')),
+        "padding columns compete for the top k"),
+    _one("ranks-smeared", "compile/topk.py", "here = low.binary(scope, \"eq\", low.bound(scope, into)[0], var)", "here = low.binary(scope, \"le\", low.bound(scope, into)[0], var)", "the k-th best everywhere"),
     _one("series-cut-short", "compile/elementwise.py", "SERIES = (15, 13, 11, 9, 7, 5, 3, 1)", "SERIES = (5, 3, 1)", "softplus's series is cut short"),
     _one("softplus-min", "compile/elementwise.py", 'low.binary(scope, "maximum", x, zero)', 'low.binary(scope, "minimum", x, zero)', "softplus of the wrong side"),
     _one("where-swapped", "compile/elementwise.py", '_elementwise(t.Where, ("condition", "yes", "no"), op=False)', '_elementwise(t.Where, ("condition", "no", "yes"), op=False)', "where takes the other branch"),
