@@ -62,7 +62,8 @@ def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int)
 def events(file: Path) -> list[Event]:
     """All that ran on the devices of a profile, in order."""
     found = []
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+    profile = jax.profiler.ProfileData.from_file(str(file))  # what it hands out is gone with it
+    for plane in profile.planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
             for e in line.events if line.name.startswith("Stream") else ():
                 module = next((str(value) for key, value in e.stats if key == "hlo_module"), "")
