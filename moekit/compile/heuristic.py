@@ -32,7 +32,7 @@ MOST_PARTS, ENOUGH_PARTS = 8, 4
 GEMM_TILES = ((0, 16, 32, 256, 4, 3), (17, 64, 32, 128, 4, 4), (128, 64, 128, 64, 4, 4), (2048, 128, 128, 64, 8, 3))
 WEIGHT_TILE = 2**13  # elements of a block of the weight
 LEAST_DEPTH = 256  # of the contracted axis, in one part
-SUMMED_COLUMNS = 128  # of a block that adds up parts; with 8 rows of them, warps of few programs stand idle at small T
+SUMMED_COLUMNS = 256  # of a block that adds up parts
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
@@ -214,10 +214,10 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
             chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name][1]
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    budget = ROW_TILE // (4 if sums_parts else 2) if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
     columns = [u for u in uses.values() if u.parallel]
     for use in reversed(columns):
-        extent = use.extent if use.extent is not None else 16 if sums_parts else 8
+        extent = use.extent if use.extent is not None else 8
         single = use.name in scattered(graph) or use.name.endswith(PART)
         block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
         chosen[use.name] = ("grid", block)
