@@ -14,6 +14,7 @@ from moekit.lang.graph import Graph, Node
 
 PART = part_axis("")
 Parts = tuple[tuple[str, int], ...]
+Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
@@ -22,8 +23,20 @@ MOST_PARTS = 8
 # Tiles by the least number of rows they are for: rows, columns, depth, warps, stages. Measured on an H200 with a gate GEMM and
 # its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0;
 # T = 256 with the third 7.5, with the first 11.6. The last has no spills with 8 warps, and has with 4.
-GEMM_TILES = ((0, 16, 32, 256, 4, 4), (17, 64, 32, 128, 4, 4), (128, 64, 128, 64, 4, 4), (2048, 128, 128, 64, 8, 3))
+GEMM_TILES: tuple[Tile, ...] = (
+    (0, 16, 32, 256, 4, 4),
+    (17, 64, 32, 128, 4, 4),
+    (128, 64, 128, 64, 4, 4),
+    (2048, 128, 128, 64, 8, 4),
+)
 LEAST_DEPTH = 256  # of the contracted axis, in one part
+# Tiles of a GEMM with many rows: each program does all parts, so that nothing goes through memory and no launch adds up. One
+# serves until it has more programs than there are SMs: a second round of them costs what larger tiles do not. Measured on an
+# H200 as above, µs: T = 256 with the first 7.7, in two launches 7.7; T = 1024 with the second 10.0, with the first 10.6, in two
+# launches 16; T = 4096 with the third 27, with the second 29. At 2048 → 1537, 2 parts: T = 256 with the first 8.2, in two launches
+# 12.4; T = 512 with the second 10.2; T = 1024 with the third 14.8, in two launches 25.7. Stages: three of the last are 10 % slower.
+MANY_ROWS = 128
+MANY_ROWS_TILES = ((64, 64, 64, 4, 6), (64, 128, 64, 4, 6), (128, 128, 64, 8, 4))
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
@@ -32,9 +45,10 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
     split = _splitting(graph)
-    in_a_row = tokens is not None and tokens >= GEMM_TILES[-1][0] and any(_gemm(g) for g in sections(graph))
+    tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
+    in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
     split, parts = ((), split) if in_a_row else (split, ())
-    pieces = [section_schedule(g, split, tokens, parts) for launch in launches(graph, Schedule((), split)) for g in launch]
+    pieces = [section_schedule(g, split, tile, parts) for launch in launches(graph, Schedule((), split)) for g in launch]
     axes: dict[str, tuple[str, str, int]] = {}
     for schedule in pieces:
         for said in schedule.axes:
@@ -43,15 +57,46 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 
 
 def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
-    """Which of the GEMM tiles suits a call, as the most rows it is for; None where the heuristic does not look at sizes.
+    """Which of the GEMM tiles suits a call, as the least rows it is for; None where the heuristic does not look at sizes.
 
     The tiles of all classes add up in the same order: a row has the same bits whatever the rows beside it.
     """
     for node in graph.live():
         gemm = gemm_axes(graph, node)
         if gemm and graph.axes[gemm.m] is None:
-            return next((least for least, *_ in reversed(GEMM_TILES) if sizes[gemm.m] >= least), None)
+            return next(least for least in reversed(classes(graph)) if sizes[gemm.m] >= least)
     return None
+
+
+def classes(graph: Graph) -> tuple[int, ...]:
+    """The least numbers of rows for which the heuristic may have schedules of their own, in order."""
+    return tuple(least for least, *_ in tiles(graph))
+
+
+def tiles(graph: Graph) -> tuple[Tile, ...]:
+    """The tiles of a graph's GEMM: `GEMM_TILES`, or for many rows larger ones, each as soon as smaller ones are too many."""
+    gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
+    if gemm is None:
+        return GEMM_TILES[:1]
+    if not _alone(graph) or _wide(graph, gemm):
+        return GEMM_TILES
+    found, least = [x for x in GEMM_TILES if x[0] < MANY_ROWS], MANY_ROWS
+    for rows, columns, *rest in MANY_ROWS_TILES:
+        most = rows * (PROGRAMS // -(-_gemm_outputs(graph, gemm) // columns))
+        if most >= least or (rows, columns, *rest) == MANY_ROWS_TILES[-1]:
+            found.append((least, rows, columns, *rest))
+            least = most + 1
+    return tuple(found)
+
+
+def _alone(graph: Graph) -> bool:
+    """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
+    return any(_gemm(g) for g in sections(graph))
+
+
+def _wide(graph: Graph, gemm: GemmAxes) -> bool:
+    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
+    return any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
 
 
 def _splitting(graph: Graph) -> Parts:
@@ -60,7 +105,7 @@ def _splitting(graph: Graph) -> Parts:
     A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
     products, the second has programs of other kinds.
     """
-    alone = any(_gemm(g) for g in sections(graph))
+    alone = _alone(graph)
     for node in graph.live():
         gemm = gemm_axes(graph, node)
         if gemm is None or not legal_split(graph, gemm.k) or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
@@ -79,11 +124,11 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
     return sum(graph.axes[g.n] or 0 for g in found)
 
 
-def section_schedule(graph: Graph, split: Parts = (), tokens: int | None = None, parts: Parts = ()) -> Schedule:
+def section_schedule(graph: Graph, split: Parts = (), tile: Tile = GEMM_TILES[0], parts: Parts = ()) -> Schedule:
     """A good schedule for a graph whose outputs share programs; an axis that is split is looped over."""
     found = _gemm(graph)
     uses = axis_uses(graph)
-    schedule = _gemm_schedule(graph, uses, found, split or parts, tokens) if found else _row_schedule(graph, uses)
+    schedule = _gemm_schedule(graph, uses, found, split or parts, tile) if found else _row_schedule(graph, uses)
     for axis, several in split if any(a.endswith(PART) for a in uses) else ():
         if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
             schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // several)))
@@ -106,16 +151,15 @@ def _gemm(graph: Graph) -> GemmAxes | None:
     return None
 
 
-def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tokens: int | None) -> Schedule:
-    wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
-    depth, several = uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
-    _, rows, columns, k_block, warps, stages = next(x for x in reversed(GEMM_TILES) if (tokens or 0) >= x[0])
+def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile) -> Schedule:
+    wide, depth, several = _wide(graph, gemm), uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
+    _, rows, columns, k_block, warps, stages = tile
     if wide:
         rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS, 32, 4, 3
     elif several > 1 and depth % (several * GEMM_TILES[0][3]):
-        k_block = 128  # where a part begins would else depend on the tile
+        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))  # where a part begins would else depend on the tile
     accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
-    columns = max(16, min(columns // accumulators if columns > 64 else columns, pow2(uses[gemm.n].extent or columns)))
+    columns = max(16, min(columns // accumulators if columns >= 64 else columns, pow2(uses[gemm.n].extent or columns)))
     wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
     blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}
     axes = []

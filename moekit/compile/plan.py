@@ -65,9 +65,16 @@ def _kernel(graph: Graph, schedule: Schedule | None, split, layouts, sizes, dige
     if len(programs) > 1:
         chain = [s.warps for g, s in pairs if any(g.nodes[i].op == "top_k" for i in g.live())]
         warps = min(chain) if chain else max(s.warps for _, s in pairs)  # a top_k is a chain of reductions over a row
-        kernel = t.Joined(graph.name, programs, warps, max(s.stages for _, s in pairs), digest)
+        abreast = not split and all(has_gemm(g) for g, _ in pairs) and _same_rows(programs)
+        kernel = t.Joined(graph.name, programs, warps, max(s.stages for _, s in pairs), digest, abreast)
     verify(kernel)
     return kernel
+
+
+def _same_rows(programs: tuple[t.TileProgram, ...]) -> bool:
+    """Whether programs share the blocks of their outermost axis, and nothing else that they are numbered by is dynamic."""
+    outermost = {p.axis(p.grid[0]) if p.grid else None for p in programs}
+    return len(outermost) == 1 and None not in outermost and all(p.axis(a).extent for p in programs for a in p.grid[1:])
 
 
 def scheduled(graph: Graph, schedule: Schedule | None, split) -> list[tuple[Graph, Schedule]]:

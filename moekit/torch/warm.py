@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.compile.heuristic import GEMM_TILES, tokens_class
+from moekit.compile.heuristic import classes, tokens_class
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
@@ -84,7 +84,7 @@ def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int]) -> list
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
     free = [a for a in fusion.dynamic if a not in sizes]
     graph, found = fusion.trace(binding), {}
-    for least, *_ in GEMM_TILES:
+    for least in classes(graph):
         rows = dict.fromkeys(free, max(1, least))
         found.setdefault(tokens_class(graph, dict(binding.sizes) | rows), rows)
     return list(found.values()) if len(found) > 1 else [{}]

@@ -30,7 +30,14 @@ def test_every_rule_has_a_program_that_breaks_it():
 
 @pytest.mark.parametrize(
     "make",
-    [good.norm_program, good.looped_program, good.gemm_program, good.lookup_program, good.accumulate_program],
+    [
+        good.norm_program,
+        good.looped_program,
+        good.gemm_program,
+        good.tall_program,
+        good.lookup_program,
+        good.accumulate_program,
+    ],
     ids=lambda make: make.__name__,
 )
 def test_good_programs_pass(make):
