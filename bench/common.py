@@ -1,4 +1,4 @@
-"""What every bench shares: versions and device, the result file, and the ceilings of the machine measured in the same run."""
+"""What every bench shares: versions and device, and the result file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from moekit import __version__
 
 PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang-kernel", "vllm", "liger-kernel", "quack-kernels",
-            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax")  # fmt: skip
+            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax", "transformers")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -46,26 +46,6 @@ def write(path: str | Path, result: dict) -> None:
 def load(path: str | Path) -> dict:
     """Read a result file."""
     return json.loads(Path(path).read_text())
-
-
-def ceilings() -> dict[str, float]:
-    """TB/s of a large device copy (read and written), TFLOP/s of a large bfloat16 product, µs of a kernel that does nothing."""
-    import torch
-
-    from moekit.tune.timer import microseconds
-
-    half, cuda = torch.bfloat16, "cuda"
-    source = [torch.randn(2**28, device=cuda, dtype=half) for _ in range(2)]
-    target = [torch.empty_like(s) for s in source]
-    copy = microseconds([lambda s=s, t=t: t.copy_(s) for s, t in zip(source, target, strict=True)])
-    a, b = (torch.randn(8192, 8192, device=cuda, dtype=half) for _ in range(2))
-    product = microseconds([lambda: a @ b] * 4)
-    one = torch.zeros(1, device=cuda)
-    return {
-        "copy TB/s": 4 * 2**28 / copy / 1e6,
-        "matmul TFLOP/s": 2 * 8192**3 / product / 1e6,
-        "smallest kernel µs": microseconds([one.zero_] * 100),
-    }
 
 
 def numbers(text: str) -> list[int]:

@@ -42,7 +42,7 @@ class Checker:
     """One set of operands of a case, and what float64 makes of it, computed once for all sides."""
 
     def __init__(self, case: Case, operands: Operands):
-        self.case, self.operands, self.fusion = case, operands, FUSIONS[case.fusion]
+        self.case, self.operands, self.fusion = case, copied(operands), FUSIONS[case.fusion]
 
     def __call__(self, make: Maker, side: str = "moekit") -> dict[str, float]:
         """What to write beside a time. `relative`: the largest ‖out − reference‖ / ‖reference‖ of its outputs.

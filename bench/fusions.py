@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import targets
 from bench.cases import CASES, Case
-from bench.common import ceilings, environment, numbers, write
+from bench.common import environment, numbers, write
 from bench.correctness import Checker
 from bench.sides import Maker, sides
 from moekit.tune.timer import Captured, capture, copies_needed, replay
@@ -77,6 +77,8 @@ def shown(rows: list[dict], best: float) -> str:
 
 def run(args: argparse.Namespace) -> dict:
     """Measure everything that was asked for, as long as there is time."""
+    from bench.ceilings import ceilings
+
     begin, dtype = time.monotonic(), getattr(torch, args.dtype)
     result = environment() | {"ceilings": ceilings(), "rows": [], "left out": []}
     print(result["ceilings"], flush=True)

@@ -1,10 +1,10 @@
-"""How long each fusion takes in JAX: moekit's kernels and XLA's, as the slope over the length of a chain of calls in one jit.
+"""How long each fusion takes in JAX: moekit's kernels and XLA's, by the device's clock over a chain of calls in one jit.
 
     python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--seconds N] [--json FILE]
 
 Each call of a chain has operands of its own and waits for the one before; the L2 is filled with something else before a chain
-runs. Operands are contiguous; those that a fusion updates are donated. Beside each time stands how right its outputs were, as
-in bench/fusions.py.
+runs (bench/device_jax.py). Operands are contiguous; those that a fusion updates are donated. Beside each time stands how right
+its outputs were, as in bench/fusions.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.cases import CASES, Case, Operands
 from bench.common import environment, numbers, write
 from bench.correctness import SEVERAL, Checker
-from bench.layer_jax import slopes_of
+from bench.device_jax import timed
 from bench.plots import times
 from moekit import jax as mj
 
-LENGTHS = (8, 24)
+LENGTH = 24
 LARGEST_BYTES = 12e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
 UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
@@ -61,7 +61,7 @@ def call_of(case: Case, implementation: str | None) -> Callable:
 
 
 class Chain:
-    """Programs of so many calls of one fusion, each on operands of its own and waiting for the one before.
+    """A program of one call of a fusion per set of operands, each waiting for the one before.
 
     What the fusion updates is donated, and the next run begins with what it became, as in a decode step.
     """
@@ -83,19 +83,18 @@ class Chain:
             after.append(before[self.place] if self.updated else ())
         return kept, after
 
-    def __call__(self, calls: int):
-        """Run the program of so many calls."""
-        kept, self.state[:calls] = self.program(self.fixed[:calls], self.state[:calls])
-        return kept, self.state[:calls]
+    def __call__(self):
+        """Run the program."""
+        kept, self.state = self.program(self.fixed, self.state)
+        return kept, self.state
 
 
 def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[dict]:
     """One row per side."""
     moved = case.moved(tokens, dtype.itemsize)
-    long = max(2, min(LENGTHS[1], int(LARGEST_BYTES // moved)))
-    lengths = (max(1, min(LENGTHS[0], long // 2)), long)
+    length = max(2, min(LENGTH, int(LARGEST_BYTES // moved)))
     first: Operands = case.make(tokens, dtype)
-    drawn = [first, *(case.make(tokens, dtype) for _ in range(long - 1))]
+    drawn = [first, *(case.make(tokens, dtype) for _ in range(length - 1))]
     sets = [{n: to_jax(x) for n, x in o.items()} for o in drawn]
     check, rows, programs = Checker(case, first), {}, {}
     for name, implementation in SIDES.items():
@@ -108,8 +107,8 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         rows[name] = row
-    for name, timing in slopes_of(programs, lambda n: (n,), lengths, rounds).items():
-        us = max(timing["us"], 1e-3)
+    for name, timing in timed(programs, length, rounds).items():
+        us = timing["us"]
         rows[name] |= timing | {"TB/s": round(moved / us / 1e6, 4), "TFLOP/s": round(case.flops(tokens) / us / 1e6, 2)}
     yield from rows.values()
 

@@ -10,14 +10,18 @@ outputs that exist; `+ empty` allocates them first, as the functions do. FlashIn
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import moekit.torch as mt
+from bench.common import environment, write
 from moekit.fusions import FUSIONS
 from moekit.torch import launch
 from moekit.torch.call import Call
@@ -132,8 +136,7 @@ def main() -> None:
     for row in found:
         print(f"{row['op']:16s} {row['way']:20s} {row['us']:8.2f} µs")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": found}, file, indent=1)
+        write(options.json, environment() | {"rows": found})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""The same block in JAX: a layer per way of computing it, and its time as the slope over the length of an unrolled chain."""
+"""The same block in JAX: a layer per way of computing it, and a chain of layers unrolled in one program."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from bench.device_jax import timed
 from bench.layer import Sizes
+from bench.sides import EPS
 from moekit import jax as mj
 
 Layer = Callable[..., tuple]
-FLUSHED = 2**26  # float32 numbers: 256 MiB, more than the L2 holds
+LAYERS = 24
 
 
 def weights(sizes: Sizes, dtype, key: jax.Array) -> dict:
@@ -31,8 +32,9 @@ def weights(sizes: Sizes, dtype, key: jax.Array) -> dict:
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x · wᵀ, accumulated in float32, in x's dtype."""
-    return jnp.einsum("td,pd->tp", x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    """x · wᵀ, accumulated in float32, in x's dtype; IEEE for float32, which XLA on a GPU would round to TF32."""
+    exact = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum("td,pd->tp", x, w, precision=exact, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def layer(w: dict, x, residual, k: int, part: str, *, implementation: str | None, packed: bool) -> tuple:
@@ -47,6 +49,26 @@ def layer(w: dict, x, residual, k: int, part: str, *, implementation: str | None
     if part == "moe":
         x = mj.shared_expert_combine(x, linear(active, w["down"]), gate, **use)
     return x, residual, active, chosen, ids
+
+
+def plain(w: dict, x, residual, k: int, part: str, *, packed: bool) -> tuple:
+    """A layer as one writes it in jax.numpy, with one product for the gates or three."""
+    residual = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(residual.dtype)
+    wide = residual.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + EPS)
+    x = (wide * scale * (1 + w["norm"].astype(jnp.float32))).astype(x.dtype)
+    if packed:
+        fused, ends = linear(x, w["packed"].weight), np.cumsum([g.shape[0] for g in w["gates"]])
+        gate_up, logits, gate, _ = jnp.split(fused, ends, -1)
+    else:
+        gate_up, logits, gate = (linear(x, g) for g in w["gates"])
+    first, second = (half.astype(jnp.float32) for half in jnp.split(gate_up, 2, -1))
+    active = (jax.nn.silu(first) * second).astype(x.dtype)
+    chosen, ids = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), k)
+    if part == "moe":
+        shared = linear(active, w["down"]).astype(jnp.float32)
+        x = (x.astype(jnp.float32) + jax.nn.sigmoid(gate.astype(jnp.float32)) * shared).astype(x.dtype)
+    return x, residual, active, chosen / chosen.sum(-1, keepdims=True), ids
 
 
 def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
@@ -76,6 +98,8 @@ def layers() -> dict[str, Layer]:
         "moekit, one block": layer_block,
         "xla, three gemms": partial(layer, implementation="xla", packed=False),
         "xla, one gemm": partial(layer, implementation="xla", packed=True),
+        "jnp, three gemms": partial(plain, packed=False),
+        "jnp, one gemm": partial(plain, packed=True),
     }
 
 
@@ -92,36 +116,7 @@ def chain(one: Layer, k: int, part: str) -> Callable:
     return jax.jit(run)
 
 
-def slopes(sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str, lengths: tuple[int, int],
-           rounds: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """µs per layer by side."""
-    programs = {name: chain(one, k, part) for name, one in sides.items()}
-    return slopes_of(programs, lambda n: (stack[:n], x, residual), lengths, rounds)
-
-
-def slopes_of(programs: Mapping[str, Callable], operands: Callable[[int], tuple], lengths: tuple[int, int],
-              rounds: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """µs per link by program: the slope between two lengths of chain, all in turn, the L2 filled before each call.
-
-    `us` and `spread` (interquartile range over rounds) of the slope; `call us` of the longer chain, dispatch included.
-    """
-    flush, filler = jax.jit(jnp.sum), jnp.ones(FLUSHED, jnp.float32)
-    short, long = lengths
-    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in programs for n in lengths}
-    for name, n in seconds:
-        for _ in range(3):
-            jax.block_until_ready(programs[name](*operands(n)))
-    for _ in range(rounds):
-        for (name, n), spent in seconds.items():
-            flush(filler).block_until_ready()
-            begin = time.perf_counter()
-            jax.block_until_ready(programs[name](*operands(n)))
-            spent.append(time.perf_counter() - begin)
-    found = {}
-    for name in programs:
-        each = [(b - a) / (long - short) * 1e6 for a, b in zip(seconds[name, short], seconds[name, long], strict=True)]
-        quarters = statistics.quantiles(each, n=4)
-        call = statistics.median(seconds[name, long]) * 1e6
-        slope = (call - statistics.median(seconds[name, short]) * 1e6) / (long - short)
-        found[name] = {"us": round(slope, 3), "spread": round(quarters[2] - quarters[0], 3), "call us": round(call, 1)}
-    return found
+def times(sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str, rounds: int) -> dict[str, dict]:
+    """µs per layer by side, as `bench.device_jax.timed` has it."""
+    programs = {name: partial(chain(one, k, part), stack, x, residual) for name, one in sides.items()}
+    return timed(programs, len(stack), rounds)

@@ -2,9 +2,9 @@
 
     python bench/moe_block.py [--tokens 1,4,16,64,256] [--tp 8,1] [--part moe,gate] [--framework torch,jax] [--json FILE]
 
-48 layers with weights of their own, one after the other. PyTorch: in one CUDA graph. JAX: the slope between a chain of 16
-and one of 48 unrolled layers in one jit. µs per layer; beside each, how far one layer is from float64 and how many rows
-choose the same experts. `part`: `gate` is norm → gates → activation → router, `moe` adds the down-projection and the combine.
+Layers with weights of their own, one after the other. PyTorch: 48 in one CUDA graph. JAX: 24 unrolled in one jit, by the
+device's clock (bench/device_jax.py). µs per layer; beside each, how far one layer is from float64 and how many rows choose the
+same experts. `part`: `gate` is norm → gates → activation → router, `moe` adds the down-projection and the combine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.plots import times
 from moekit.lang.dtypes import round_to
 from moekit.tune.timer import capture, replay
 
-LAYERS = (16, 48)
+LAYERS = 48
 CHECKED = 8  # rows
 
 
@@ -47,7 +47,7 @@ def judged(got: list[np.ndarray], wanted: list[np.ndarray], part: str) -> dict[s
 
 def in_torch(sizes: Sizes, tokens: int, dtype: torch.dtype, part: str, rounds: int) -> Iterator[dict]:
     """One row per way of computing it in PyTorch."""
-    stack = [layer.weights(sizes, dtype) for _ in range(LAYERS[1])]
+    stack = [layer.weights(sizes, dtype) for _ in range(LAYERS)]
     x, residual = (rows(tokens, sizes.hidden, dtype=dtype) for _ in range(2))
     names = dict(zip(("gate_up", "router", "shared_gate"), map(array, stack[0]["gates"]), strict=True))
     named = names | {n: array(stack[0][n]) for n in ("norm", "down")}
@@ -63,7 +63,7 @@ def in_torch(sizes: Sizes, tokens: int, dtype: torch.dtype, part: str, rounds: i
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         found[name] = row
     for name, timing in replay(graphs, rounds).items():
-        found[name] |= {"us": round(timing.us / LAYERS[1], 3), "spread": round(timing.spread / LAYERS[1], 3)}
+        found[name] |= {"us": round(timing.us / LAYERS, 3), "spread": round(timing.spread / LAYERS, 3)}
     yield from found.values()
 
 
@@ -92,7 +92,7 @@ def in_jax(sizes: Sizes, tokens: int, dtype: str, part: str, rounds: int) -> Ite
 
     from bench import layer_jax
 
-    keys = jax.random.split(jax.random.key(7), LAYERS[1] + 2)
+    keys = jax.random.split(jax.random.key(7), layer_jax.LAYERS + 2)
     stack = [layer_jax.weights(sizes, dtype, k) for k in keys[:-2]]
     x, residual = (jax.random.normal(k, (tokens, sizes.hidden)).astype(dtype) for k in keys[-2:])
     named = dict(zip(("gate_up", "router", "shared_gate"), map(np.asarray, stack[0]["gates"]), strict=True))
@@ -107,7 +107,7 @@ def in_jax(sizes: Sizes, tokens: int, dtype: str, part: str, rounds: int) -> Ite
         except Exception as error:
             found[name]["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             del sides[name]
-    for name, timing in layer_jax.slopes(sides, stack, x, residual, sizes.k, part, LAYERS, rounds).items():
+    for name, timing in layer_jax.times(sides, stack, x, residual, sizes.k, part, rounds).items():
         found[name] |= timing
     yield from found.values()
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no measurement after so long")
     parser.add_argument("--json")
     args = parser.parse_args()
-    begin, result = time.monotonic(), environment() | {"layers": LAYERS, "rows": [], "left out": []}
+    begin, result = time.monotonic(), environment() | {"rows": [], "left out": []}
     for framework in args.framework.split(","):
         for part in args.part.split(","):
             for tp in numbers(args.tp):

@@ -10,14 +10,18 @@ events around it, `launches` what the profiler counts of kernels in one step. Lo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import moekit.torch as mt
+from bench.common import environment, write
 
 
 def build(layers: int, device: str = "cuda"):
@@ -94,9 +98,7 @@ def main() -> None:
             print(f"batch {batch:3d} {row['way']:14s} step {row['step_ms']:8.3f} ms  gpu {row['gpu_ms']:8.3f} ms  "
                   f"{row['launches']:5d} kernels  logits differ by {difference:.1e}")  # fmt: skip
     if options.json:
-        found = {"device": torch.cuda.get_device_name(), "layers": options.layers, "left": report.left, "rows": rows}
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+        write(options.json, environment() | {"layers": options.layers, "left": report.left, "rows": rows})
 
 
 if __name__ == "__main__":

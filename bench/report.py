@@ -1,10 +1,9 @@
-"""Fill docs/performance.md from the result files, and draw the README's plot: no figure in them is typed by hand.
+"""Fill the pages of docs/ from the result files, and draw the README's plot: no figure in them is typed by hand.
 
     python bench/report.py [--check]
 
-Between `<!-- NAME FILE -->` and `<!-- end -->` in the page stands what NAME makes of bench/results/FILE: `made` (device,
-versions, command), `targets`, `times` (every case) or `blocks`. `--check` changes nothing and exits with 1 if the page is not
-up to date.
+Between `<!-- NAME FILE -->` and `<!-- end -->` in a page stands what NAME makes of bench/results/FILE: `made` (device, versions
+and command), or one of the tables in `MAKERS`. `--check` changes nothing and exits with 1 if a page is not up to date.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from bench import targets
 from bench.common import load
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS, PLOT = ROOT / "docs" / "performance.md", ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "numerics", "torch"))
+RESULTS, PLOT = ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
 PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
            "gate_block 648")  # fmt: skip
-SECTION = re.compile(r"<!-- (made|targets|times|blocks) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,13 +32,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def made(result: dict) -> str:
-    """Device, versions, ceilings and command."""
+    """Device, versions, ceilings, what the run says of itself, and command."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    lines = [f"{result['device']}, CUDA {result['cuda']}; {versions}."]
+    lines = [result["device"] + (f", CUDA {result['cuda']}" if "cuda" in result else "") + f"; {versions}."]
     if "ceilings" in result:
         c = result["ceilings"]
+        by_itself = c.get("smallest kernel by itself µs")
+        without = f" ({by_itself:.2f} without dependent launch)" if by_itself else ""
         lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
-                     f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs.")  # fmt: skip
+                     f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs{without}.")  # fmt: skip
+    lines += [result["note"]] if "note" in result else []
     return "\n".join([*lines, "", "    " + result["command"]])
 
 
@@ -74,10 +76,16 @@ def _table(rows: list[dict], ceilings: dict[str, float]) -> str:
         best = min((r["us"] for r in here.values() if "us" in r), default=0.0)
         mine, share = targets.fastest(list(here.values()), targets.OURS) or here.get("moekit"), ""
         if ceilings and mine and "us" in mine:
-            copy, flops = mine["TB/s"] / ceilings["copy TB/s"], mine["TFLOP/s"] / ceilings["matmul TFLOP/s"]
-            share = f"{copy:.0%} copy" if copy >= flops else f"{flops:.0%} product"
+            share = _share(mine, ceilings)
         lines.append([str(t), *(_cell(here.get(s), best) for s in sides), *([share] if ceilings else []), _error(mine)])
     return markdown(["T", *sides, *(["of the ceiling"] if ceilings else []), "error"], lines)
+
+
+def _share(row: dict, ceilings: dict[str, float]) -> str:
+    """How near a time is to the ceiling it is nearest to: the copy's rate, the product's, or a kernel that does nothing."""
+    copy, flops = row["TB/s"] / ceilings["copy TB/s"], row["TFLOP/s"] / ceilings["matmul TFLOP/s"]
+    share, name = max((copy, "copy"), (flops, "product"), (ceilings["smallest kernel µs"] / row["us"], "launch"))
+    return f"{share:.0%} {name}"
 
 
 def times(result: dict) -> str:
@@ -87,11 +95,66 @@ def times(result: dict) -> str:
     return "\n\n".join(f"### {name}\n\n{table}" for name, table in each.items())
 
 
-MAKERS: dict[str, Callable[[dict], str]] = {"made": made, "targets": judged, "times": times, "blocks": times}
+def tuned(result: dict) -> str:
+    """The heuristic's time over the tuned one, by fusion and rows; in parentheses over that of the best schedule for those rows
+
+    alone, where that is more than 5 % better than what all rows can share.
+    """
+    rows = sorted({t["rows"] for r in result["rows"] for t in r["times"]})
+    lines = []
+    for r in sorted(result["rows"], key=lambda r: (r["fusion"], str(r["sizes"]))):
+        sizes = " ".join(f"{a}={n}" for a, n in r["sizes"].items() if not a.endswith("?"))
+        times = {t["rows"]: t["us"] for t in r["times"]}
+        lines.append([f"{r['fusion']} {sizes} {r['dtype']}", *(_nearness(times.get(n)) for n in rows)])
+    return markdown(["fusion", *map(str, rows)], lines)
+
+
+def _nearness(us: dict[str, float] | None) -> str:
+    if us is None:
+        return ""
+    shared, alone = us["heuristic"] / us["tuned"], us["heuristic"] / us["free"]
+    return f"{shared:.2f}" + (f" ({alone:.2f})" if alone > 1.05 * shared else "")
+
+
+def errors(result: dict) -> str:
+    """The worst error of each implementation: ulps, and in parentheses the ratio to the bound's float32 part."""
+    names, rows = result["implementations"], {(r["fusion"], r["dtype"], r["implementation"]): r for r in result["rows"]}
+    lines = [
+        [fusion, dtype, *(f"{rows[fusion, dtype, i]['ulps']:.2f} ({rows[fusion, dtype, i]['ratio']:.2f})" for i in names)]
+        for fusion, dtype in dict.fromkeys(key[:2] for key in rows)
+    ]
+    return markdown(["fusion", "dtype", *names], lines)
+
+
+def host(result: dict) -> str:
+    """Microseconds of host time of each op, by the way it is called."""
+    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
+    times = {(r["op"], r["way"]): f"{r['us']:.1f}" for r in result["rows"]}
+    return markdown(
+        ["", *ways], [[f"`{op}`", *(times.get((op, w), "") for w in ways)] for op in dict.fromkeys(o for o, _ in times)]
+    )
+
+
+def patched(result: dict) -> str:
+    """A decode step by batch: times and kernels with the patch (twice: before and after the unpatched side) and without."""
+    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
+    rows = {(r["batch"], r["way"]): r for r in result["rows"]}
+    lines = [
+        [str(batch), *(f"{rows[batch, w]['step_ms']:.2f}, {rows[batch, w]['launches']}" for w in ways)]
+        for batch in dict.fromkeys(b for b, _ in rows)
+    ]
+    return markdown(["batch", *(f"{w}: ms, kernels" for w in ways)], lines)
+
+
+MAKERS: dict[str, Callable[[dict], str]] = {
+    "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
+    "patched": patched,
+}  # fmt: skip
+SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str, results: Path) -> str:
-    """The page with every section made anew; a section whose file is missing says so."""
+    """A page with every section made anew; a section whose file is missing says so."""
 
     def section(match: re.Match) -> str:
         name, file = match.groups()
@@ -103,15 +166,16 @@ def filled(text: str, results: Path) -> str:
 
 
 def main() -> int:
-    """Write the page and the plot, or check the page."""
+    """Write the pages and the plot, or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = PAGE.read_text()
-    after = filled(before, RESULTS)
+    before = {page: page.read_text() for page in PAGES}
+    after = {page: filled(text, RESULTS) for page, text in before.items()}
     if args.check:
         return int(after != before)
-    PAGE.write_text(after)
+    for page, text in after.items():
+        page.write_text(text)
     if (path := RESULTS / "fusions_h200.json").is_file():
         from bench.plots import times as plot
 

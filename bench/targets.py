@@ -36,7 +36,7 @@ BLOCKS = ("gate_block 648", "gate_block 1544")
 SEQUENCES = tuple(
     f"peers: {norm} norm, {gemm}" for norm in ("sgl", "flashinfer") for gemm in ("three gemms", "one padded gemm")
 )
-XLA = ("xla, three gemms", "xla, one gemm")
+XLA = ("xla, three gemms", "xla, one gemm", "jnp, three gemms", "jnp, one gemm")
 
 TARGETS = (
     Target(NORMS, SMALL, 0.95, ("sgl-kernel", "flashinfer", "flashinfer cuda", "liger", "torch.compile")),

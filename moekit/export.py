@@ -12,17 +12,19 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
 from typing import Any
 
 from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
+from moekit.compile.analysis import gemm_axes
+from moekit.compile.dense import contiguous
+from moekit.compile.heuristic import classes, heuristic
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError
 from moekit.lang.arguments import example
-from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph, Tensor
 
@@ -51,14 +53,23 @@ def _fits(x, unit, aligned, static):
 
 
 @dataclass(frozen=True)
+class _Class:
+    """The plans for one class of rows: from so many rows on, for dense tensors and for any strides."""
+
+    least: int
+    dense: Plan
+    strided: Plan
+
+
+@dataclass(frozen=True)
 class _Exported:
-    """What the text is made from."""
+    """What the text is made from: `classes` by their least number of rows, counted along `rows` (None: there is one class)."""
 
     fusion: Fusion
     binding: Binding
     graph: Graph
-    dense: Plan
-    strided: Plan
+    classes: tuple[_Class, ...]
+    rows: str | None
 
     @property
     def dynamic(self) -> tuple[str, ...]:
@@ -68,6 +79,17 @@ class _Exported:
     def tensors(self) -> tuple[Tensor, ...]:
         """Operands, then the outputs that are none."""
         return tuple(self.graph.tensors.values())
+
+    @cached_property
+    def kernels(self) -> dict[t.Kernel, t.Kernel]:
+        """Every program and what it is in the file: those of a class of rows, and for any strides, have names of their own."""
+        named: dict[t.Kernel, t.Kernel] = {}
+        for c in self.classes:
+            rows = f"_from_{c.least}" if c.least else ""
+            for programs, suffix in ((c.dense.programs, rows), (c.strided.programs, rows + ANY)):
+                for program in programs:
+                    named.setdefault(program, _renamed(program, suffix))
+        return named
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -93,29 +115,33 @@ def export(
 ) -> str:
     """The text of a standalone file for `fusion`.
 
-    `sizes`, `dtype` and `params` as `moekit.lang.arguments.example` takes them; the heuristic's schedule if none is given.
+    `sizes`, `dtype` and `params` as `moekit.lang.arguments.example` takes them. Without a `schedule` it has the heuristic's: of
+    a GEMM one for each class of rows, among which the launcher chooses as moekit does.
     Raises ShapeError, DtypeError or ScheduleError for what does not fit, MoekitError for a reference that cannot be taken
     along.
     """
     binding = example(fusion, sizes, dtype, params)
     graph = fusion.trace(binding)
     extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
-    dense = {x.name: _dense(x, extents, graph) for x in graph.tensors.values()}
+    dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
-    made = _Exported(fusion, binding, graph, plan(graph, schedule, dense), plan(graph, schedule, strided))
+    rows, schedules = _by_rows(graph) if schedule is None else (None, {0: schedule})
+    classes = tuple(_Class(least, plan(graph, s, dense), plan(graph, s, strided)) for least, s in schedules.items())
+    made = _Exported(fusion, binding, graph, classes, rows)
     parts = [_docstring(made), _kernels(made), HELPERS, _launcher(made), _self_test(made)]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def _dense(x: Tensor, extents: Mapping[str, int], graph: Graph) -> t.Strided:
-    """The stride classes of a contiguous tensor."""
-    shape = [1 if a is None else extents[a] for a in x.axes]
-    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    kinds = (
-        "unit" if s == 1 or x.axes[d] is None else "any" if s * itemsize(x.dtype) % 16 else "aligned"
-        for d, s in enumerate(strides)
-    )
-    return t.Strided(tuple(kinds))
+def _by_rows(graph: Graph) -> tuple[str | None, dict[int, Schedule]]:
+    """The axis that the heuristic's schedule depends on, and its schedules by the least number of rows."""
+    gemms = (gemm_axes(graph, node) for node in graph.live())
+    axis = next((g.m for g in gemms if g and graph.axes[g.m] is None), None)
+    found: dict[int, Schedule] = {}
+    for least in classes(graph):
+        schedule = heuristic(graph, least or None)
+        if [schedule] != list(found.values())[-1:]:
+            found[least] = schedule
+    return axis, found
 
 
 def _docstring(made: _Exported) -> str:
@@ -125,7 +151,8 @@ def _docstring(made: _Exported) -> str:
     tensors = [f"    {x.name}: {x.dtype} {made.shape(x)}" for x in made.tensors]
     lines = [
         f"{fusion.name}: {fusion.doc}", "",
-        f"Generated by moekit {__version__} (graph {made.graph.digest()}, schedule {made.dense.schedule}).",
+        f"Generated by moekit {__version__} (graph {made.graph.digest()}).",
+        *(f"Schedule{f' from {made.rows} = {c.least} on' if c.least else ''}: {c.dense.schedule}" for c in made.classes),
         f"Fixed: {', '.join([*fixed, *params])}. Run-time: {', '.join(made.dynamic) or 'nothing'}, strides.", "",
         *tensors, "",
         "It imports torch and triton alone. Run it to test it: on a GPU, or with TRITON_INTERPRET=1 on a CPU (not in bfloat16,",
@@ -135,10 +162,9 @@ def _docstring(made: _Exported) -> str:
 
 
 def _kernels(made: _Exported) -> str:
-    """Helpers once, then every kernel for dense tensors and for any strides."""
-    programs = [*made.dense.programs, *(_renamed(p) for p in made.strided.programs)]
+    """Helpers once, then every kernel."""
     bodies, helpers = [], {}
-    for program in programs:
+    for program in made.kernels.values():
         text = emitter.emit(program).split(emitter.IMPORT + "\n", 1)[1]
         for name, helper in emitter.HELPERS.items():
             if helper in text:
@@ -148,12 +174,12 @@ def _kernels(made: _Exported) -> str:
     return "\n\n".join([h.strip("\n") + "\n" for h in helpers.values()] + bodies)
 
 
-def _renamed(kernel: t.Kernel) -> t.Kernel:
-    """A kernel for any strides, with a name of its own, and so its sections."""
+def _renamed(kernel: t.Kernel, suffix: str) -> t.Kernel:
+    """A kernel with a name of its own, and so its sections."""
     if isinstance(kernel, t.Joined):
-        sections = tuple(replace(s, name=s.name + ANY) for s in kernel.sections)
-        return replace(kernel, name=kernel.name + ANY, sections=sections)
-    return replace(kernel, name=kernel.name + ANY)
+        sections = tuple(replace(s, name=s.name + suffix) for s in kernel.sections)
+        return replace(kernel, name=kernel.name + suffix, sections=sections)
+    return replace(kernel, name=kernel.name + suffix)
 
 
 def _launcher(made: _Exported) -> str:
@@ -170,20 +196,32 @@ def _launcher(made: _Exported) -> str:
         lines.append(f"        {x.name} = torch.empty({made.shape(x)}, dtype=torch.{x.dtype}, device={first}.device)")
     for x in made.tensors:
         lines.append(f'    _check("{x.name}", {x.name}, {made.shape(x)}, torch.{x.dtype}, {first}.device)')
-    for s in made.dense.scratch:
-        shape = ", ".join(a if n is None else str(n) for a, n in zip(s.axes, s.sizes, strict=True))
-        lines.append(f"    {s.name} = torch.empty(({shape}), dtype=torch.{s.dtype}, device={first}.device)")
     results = ", ".join(made.outputs)
     if made.dynamic:
         lines += [f"    if {' or '.join(f'{a} == 0' for a in made.dynamic)}:", f"        return {results}"]
     lines.append(f"    overlap = _overlap({first}.device)")
-    tests = [test for p in made.dense.programs for x in p.params if (test := _fits(made, x))]
+    tests = [test for c in made.classes for p in c.dense.programs for x in p.params if (test := _fits(made, x))]
     lines += ["    dense = (", *_joined(list(dict.fromkeys(tests)), "        ", " and"), "    )"]
-    lines += [f"    with torch.cuda.device_of({first}):", "        if dense:"]
-    lines += [line for p in made.dense.programs for line in _launch(p, p.name)]
-    lines.append("        else:")
-    lines += [line for p in made.strided.programs for line in _launch(p, p.name + ANY)]
+    lines += [f"    with torch.cuda.device_of({first}):", *_branches(made, first)]
     return "\n".join([*lines, f"    return {results}"]) + "\n"
+
+
+def _branches(made: _Exported, first: str) -> list[str]:
+    """A branch for each class of rows on dense tensors, then on any."""
+    choices = []
+    for dense in (True, False):
+        for c, after in zip(made.classes, (*made.classes[1:], None), strict=True):
+            tests = ["dense"] * dense + ([f"{made.rows} < {after.least}"] if after else [])
+            choices.append((" and ".join(tests), c.dense if dense else c.strided))
+    lines = []
+    for number, (test, planned) in enumerate(choices):
+        word = "else" if not test else f"elif {test}" if number else f"if {test}"
+        lines.append(f"        {word}:")
+        for s in planned.scratch:
+            shape = ", ".join(a if n is None else str(n) for a, n in zip(s.axes, s.sizes, strict=True))
+            lines.append(f"            {s.name} = torch.empty(({shape}), dtype=torch.{s.dtype}, device={first}.device)")
+        lines += [line for p in planned.programs for line in _launch(p, made.kernels[p].name)]
+    return lines
 
 
 def _joined(parts: list[str], pad: str, end: str) -> list[str]:
@@ -244,6 +282,9 @@ def _self_test(made: _Exported) -> str:
     tolerances = {x.name: TOLERANCE.get(x.dtype, 0) for x in made.tensors if x.name in made.outputs}
     axes = ", ".join(made.dynamic)
     said = "".join(f"{a} {{{a}}} " for a in made.dynamic)
+    given = ", ".join(["size"] * len(made.dynamic))
+    leasts = "".join(f"{c.least}, " for c in made.classes if c.least)
+    classes = f'for size in ({leasts}):\n    self_test(device, {given}, ("contiguous", "every second"))\n' if leasts else ""
     body = f'''import os
 
 import numpy as np
@@ -272,15 +313,15 @@ LAYOUTS = {{
     "every second": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
 }}
 
-def self_test(device, {axes}):
+def self_test(device, {axes}, layouts=tuple(LAYOUTS)):
     generator = torch.Generator().manual_seed(1)
     make = lambda shape, dtype: torch.randn(shape, generator=generator).to(dtype)
     operands = {{
         {(chr(10) + "        ").join(makers)}
     }}
     wanted = reference(**{{n: Rounded(x) for n, x in operands.items()}}{", " + params if params else ""})
-    for name, lay_out in LAYOUTS.items():
-        given = {{n: lay_out(x.to(device)) for n, x in operands.items()}}
+    for name in layouts:
+        given = {{n: LAYOUTS[name](x.to(device)) for n, x in operands.items()}}
         results = {made.fusion.name}(**given)
         results = results if isinstance(results, tuple) else (results,)
         for output, x in zip({made.outputs!r}, results):
@@ -293,8 +334,8 @@ def self_test(device, {axes}):
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 device = "cpu" if interpreted and not torch.cuda.is_available() else "cuda"
 for size in (1, 7, 0):
-    self_test(device, {", ".join(["size"] * len(made.dynamic))})
-print("{made.fusion.name}: right")
+    self_test(device, {given})
+{classes}print("{made.fusion.name}: right")
 '''
     return 'if __name__ == "__main__":\n' + textwrap.indent(body, "    ")
 

@@ -21,8 +21,16 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("nightly", deadline=None, max_examples=1_000_000, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile(
+    "nightly",
+    deadline=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "1_000_000")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+settings.load_profile(PROFILE)
+if PROFILE == "nightly":
+    os.environ.setdefault("PYTEST_TIMEOUT", "0")  # a test runs until it is stopped, or has had its million examples
 
 FIRST = ("tests/regressions/", "tests/models/")  # what once failed, then the longest
 _seconds: Counter[str] = Counter()

@@ -27,7 +27,7 @@ def export(
     """Write FUSION as one standalone Python file: kernels, launcher and self-test.
 
     The file imports torch and triton alone. Weight-side sizes, dtypes and parameters are fixed in it; the number of tokens and
-    all strides are not. Run it to test it.
+    all strides are not: a GEMM has the kernels of every class of rows. Run it to test it.
     """
     from moekit.compile.schedule import Schedule
     from moekit.export import export as written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, part_axis, scattered
@@ -18,25 +18,26 @@ Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
-GEMM_COLUMNS = 32  # the block of a GEMM's columns
-MOST_PARTS = 8
+GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
+MOST_PARTS, ENOUGH_PARTS = 8, 4
 # Tiles by the least number of rows they are for: rows, columns, depth, warps, stages. Measured on an H200 with a gate GEMM and
 # its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0;
 # T = 256 with the third 7.5, with the first 11.6. The last has no spills with 8 warps, and has with 4.
 GEMM_TILES: tuple[Tile, ...] = (
-    (0, 16, 32, 256, 4, 4),
+    (0, 16, 32, 256, 4, 3),
     (17, 64, 32, 128, 4, 4),
     (128, 64, 128, 64, 4, 4),
     (2048, 128, 128, 64, 8, 4),
 )
+WEIGHT_TILE = 2**13  # elements of a block of the weight
 LEAST_DEPTH = 256  # of the contracted axis, in one part
-# Tiles of a GEMM with many rows: each program does all parts, so that nothing goes through memory and no launch adds up. One
-# serves until it has more programs than there are SMs: a second round of them costs what larger tiles do not. Measured on an
-# H200 as above, µs: T = 256 with the first 7.7, in two launches 7.7; T = 1024 with the second 10.0, with the first 10.6, in two
-# launches 16; T = 4096 with the third 27, with the second 29. At 2048 → 1537, 2 parts: T = 256 with the first 8.2, in two launches
-# 12.4; T = 512 with the second 10.2; T = 1024 with the third 14.8, in two launches 25.7. Stages: three of the last are 10 % slower.
+# Tiles of a GEMM with many rows, of which a program does all parts: nothing goes through memory and no launch adds up. A tile
+# serves until it has more programs than there are SMs; a second round of them costs more than larger tiles do. Measured on an
+# H200 as above, µs: T = 256 with the first 7.7; T = 1024 with the second 10.0, with the first 10.6; T = 4096 with the third 27,
+# with the second 29. At 2048 → 1537: T = 256 with the first 8.2; T = 512 with the second 10.2; T = 1024 with the third 14.8.
 MANY_ROWS = 128
 MANY_ROWS_TILES = ((64, 64, 64, 4, 6), (64, 128, 64, 4, 6), (128, 128, 64, 8, 4))
+SUMMED_COLUMNS = 128  # of a block that adds up parts; with 8 rows of them, warps of few programs stand idle at small T
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
@@ -44,11 +45,12 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
-    split = _splitting(graph)
+    split, columns = _splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
     in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
     split, parts = ((), split) if in_a_row else (split, ())
-    pieces = [section_schedule(g, split, tile, parts) for launch in launches(graph, Schedule((), split)) for g in launch]
+    every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
+    pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}
     for schedule in pieces:
         for said in schedule.axes:
@@ -99,8 +101,10 @@ def _wide(graph: Graph, gemm: GemmAxes) -> bool:
     return any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
 
 
-def _splitting(graph: Graph) -> Parts:
-    """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs.
+def _splitting(graph: Graph) -> tuple[Parts, int]:
+    """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs; and its columns.
+
+    A program reads its rows of x for all its columns at once, so wider blocks read less where four parts have room beside them.
 
     A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
     products, the second has programs of other kinds.
@@ -110,12 +114,20 @@ def _splitting(graph: Graph) -> Parts:
         gemm = gemm_axes(graph, node)
         if gemm is None or not legal_split(graph, gemm.k) or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
             continue
-        blocks, depth, parts = -(-_gemm_outputs(graph, gemm) // GEMM_COLUMNS), graph.axes[gemm.k] or 0, 1
-        while parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
-            parts *= 2
-        parts = parts if alone else max(2, parts)
-        return ((gemm.k, parts),) if parts > 1 else ()
-    return ()
+        outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
+        most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}
+        columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
+        parts = most[columns] if alone else max(2, most[columns])
+        return (((gemm.k, parts),) if parts > 1 else ()), columns
+    return (), GEMM_COLUMNS[0]
+
+
+def _parts(blocks: int, depth: int) -> int:
+    """How many parts leave each SM one program at the most."""
+    parts = 1
+    while parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
+        parts *= 2
+    return parts
 
 
 def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
@@ -124,16 +136,27 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
     return sum(graph.axes[g.n] or 0 for g in found)
 
 
-def section_schedule(graph: Graph, split: Parts = (), tile: Tile = GEMM_TILES[0], parts: Parts = ()) -> Schedule:
-    """A good schedule for a graph whose outputs share programs; an axis that is split is looped over."""
+def section_schedule(
+    graph: Graph, split: Parts = (), tile: Tile = GEMM_TILES[0], parts: Parts = (), columns: int = GEMM_COLUMNS[0]
+) -> Schedule:
+    """A good schedule for a graph whose outputs share programs; an axis that is split is looped over.
+
+    `columns`: the block of a GEMM's columns where few rows are.
+    """
     found = _gemm(graph)
     uses = axis_uses(graph)
-    schedule = _gemm_schedule(graph, uses, found, split or parts, tile) if found else _row_schedule(graph, uses)
+    schedule = _gemm_schedule(graph, uses, found, split or parts, tile, columns) if found else _row_schedule(graph, uses)
     for axis, several in split if any(a.endswith(PART) for a in uses) else ():
         if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
             schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // several)))
         schedule = replace(schedule, split=split)
     return schedule
+
+
+def joined_warps(pairs: Sequence[tuple[Graph, Schedule]]) -> int:
+    """Warps of a launch of several sections: the most that one wants, but a top_k (a chain of reductions) has its own."""
+    chain = [s.warps for g, s in pairs if any(g.nodes[i].op == "top_k" for i in g.live())]
+    return min(chain) if chain else max(s.warps for _, s in pairs)
 
 
 def has_gemm(graph: Graph) -> bool:
@@ -151,15 +174,17 @@ def _gemm(graph: Graph) -> GemmAxes | None:
     return None
 
 
-def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile) -> Schedule:
+def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile, few: int) -> Schedule:
     wide, depth, several = _wide(graph, gemm), uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
     _, rows, columns, k_block, warps, stages = tile
     if wide:
-        rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS, 32, 4, 3
-    elif several > 1 and depth % (several * GEMM_TILES[0][3]):
-        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))  # where a part begins would else depend on the tile
+        rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
+    elif columns == GEMM_COLUMNS[0]:
+        columns, k_block = few, min(k_block, WEIGHT_TILE // few)
+    if not wide and several > 1 and depth % (several * GEMM_TILES[0][3]):  # where a part begins would else depend on the tile
+        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
-    columns = max(16, min(columns // accumulators if columns >= 64 else columns, pow2(uses[gemm.n].extent or columns)))
+    columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
     wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
     blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}
     axes = []
@@ -196,12 +221,12 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
             chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name][1]
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // (8 if sums_parts else 2) if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
     columns = [u for u in uses.values() if u.parallel]
     for use in reversed(columns):
-        extent = use.extent if use.extent is not None else 8
+        extent = use.extent if use.extent is not None else 16 if sums_parts else 8
         single = use.name in scattered(graph) or use.name.endswith(PART)
-        block = 1 if single else max(1, min(pow2(extent), budget // tile, 1024))
+        block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
         chosen[use.name] = ("grid", block)
         tile *= block
     loops = any(chosen[u.name][0] == "loop" for u in inner)

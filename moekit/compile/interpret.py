@@ -59,6 +59,8 @@ class _Program:
                 self._loop(op)
             elif isinstance(op, t.Store):
                 self._store(op)
+            elif isinstance(op, t.Prefetch):
+                self._prefetch(op)
             else:
                 self.values[op.out.name] = np.asarray(EXECUTE[type(op)](self, op), numpy_dtype(op.out.dtype))
 
@@ -114,6 +116,13 @@ class _Program:
         array, index, mask = self._address(op, ordered)
         value = np.broadcast_to(self.at(op.value, ordered), mask.shape)
         array[(*(i[mask] for i in index), ...)] = value[mask]
+
+    def _prefetch(self, op: t.Prefetch) -> None:
+        """Nothing happens, within bounds."""
+        axes = {a for v in op.index if v is not None for a in v.axes}
+        array, index, mask = self._address(op, tuple(a.name for a in self.program.axes if a.name in axes))
+        if (mask & (index[op.along] + op.size > array.shape[op.along])).any():
+            raise IndexError(f"{self.program.name}: Prefetch of {op.tensor} leaves its bounds")
 
     def dot(self, op: t.Dot) -> np.ndarray:
         m, n = op.out.axes

@@ -14,6 +14,7 @@ from moekit.compile import tile as t
 from moekit.compile.analysis import reach
 from moekit.compile.elementwise import RULES
 from moekit.compile.naming import TEMPORARY
+from moekit.compile.prefetch import prefetch
 from moekit.compile.reductions import reduction
 from moekit.compile.schedule import Schedule
 from moekit.compile.scope import Scope, Writer
@@ -32,6 +33,7 @@ class Lowering(Writer):
         for axis, block in self.blocks.items():
             if block.mode != "loop":
                 self.bind(self.root, axis, block)
+        prefetch(self)
         self._stores()
         used = {op.tensor for op in _memory_ops(self.root.ops)}
         params = tuple(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.heuristic import has_gemm, heuristic, section_schedule
+from moekit.compile.heuristic import has_gemm, heuristic, joined_warps, section_schedule
 from moekit.compile.lower import lower
 from moekit.compile.schedule import Schedule, fitted, legal
 from moekit.compile.sections import sections
@@ -63,10 +63,9 @@ def _kernel(graph: Graph, schedule: Schedule | None, split, layouts, sizes, dige
     programs = tuple(lower(g, s, layouts, sizes, digest) for g, s in pairs)
     kernel = programs[0]
     if len(programs) > 1:
-        chain = [s.warps for g, s in pairs if any(g.nodes[i].op == "top_k" for i in g.live())]
-        warps = min(chain) if chain else max(s.warps for _, s in pairs)  # a top_k is a chain of reductions over a row
         abreast = not split and all(has_gemm(g) for g, _ in pairs) and _same_rows(programs)
-        kernel = t.Joined(graph.name, programs, warps, max(s.stages for _, s in pairs), digest, abreast)
+        stages = max(s.stages for _, s in pairs)
+        kernel = t.Joined(graph.name, programs, joined_warps(pairs), stages, digest, abreast)
     verify(kernel)
     return kernel
 

@@ -144,14 +144,19 @@ class Writer:
         var = start = t.Value(self.names.fresh(f"{identifier(axis)}_start"), "int32")
         stop = block.share if block.parts > 1 else self.extent(home, axis) if block.extent is None else block.extent
         if block.parts > 1:
-            part = self.bound(home, part_axis(axis))[0]
-            first = self.binary(home, "mul", part, self.const(home, block.share), f"{identifier(axis)}_first")
-            start = self.binary(scope, "add", first, var, f"{identifier(axis)}_at")
+            start = self.binary(scope, "add", self.first(home, axis), var, f"{identifier(axis)}_at")
         self.bind(scope, axis, block, start)
         yields = tuple(body(scope))
         outs = tuple(t.Value(self.names.fresh(c.name), c.dtype, c.axes) for c in carries)
         home.ops.append(t.Loop(var, stop, block.block, carries, inits, tuple(scope.ops), yields, outs, axis.endswith(PART)))
         return outs
+
+    def first(self, home: Scope, axis: str) -> t.Value:
+        """The first element of the part of `axis` that `home` is about."""
+        if ("first", axis) not in home.made:
+            part, share = self.bound(home, part_axis(axis))[0], self.const(home, self.blocks[axis].share)
+            home.made["first", axis] = self.binary(home, "mul", part, share, f"{identifier(axis)}_first")
+        return home.made["first", axis]
 
     def each_part(
         self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]], flat: bool

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moekit.compile.analysis import axis_uses
+from moekit.compile.split import PARTIAL
 from moekit.lang.graph import Graph, Write
 
 
@@ -29,17 +30,28 @@ def _part(graph: Graph, writes: tuple[Write, ...]) -> Graph:
     mine = {w.tensor for w in writes}
     tensors = {n: t for n, t in graph.tensors.items() if t.role != "Out" or n in mine}
     tensors = {n: replace(t, role="In") if t.role == "InOut" and n not in mine else t for n, t in tensors.items()}
-    return replace(graph, name=f"{graph.name}_{writes[0].tensor}", tensors=tensors, writes=writes)
+    first = writes[0].tensor
+    name = graph.name.removesuffix(f"_{PARTIAL}") if first.startswith(f"{PARTIAL}_") else graph.name
+    return replace(graph, name=f"{name}_{first}", tensors=tensors, writes=writes)
 
 
 def _together(graph: Graph, a: Graph, b: Graph) -> bool:
     """Whether two groups of outputs share programs: those of `b` see all that `a` needs and stay as many; or one group
-    overwrites what the other reads, which programs of one launch may not."""
+    overwrites what the other reads, which programs of one launch may not.
+
+    Products written as they are do not: nothing is done with them together, and programs of two have twice the weight to read.
+    """
     if _written(a) & _read(b) or _written(b) & _read(a):
         return True
+    if _products(a) and _products(b):
+        return False
     both, mine = axis_uses(_part(graph, (*a.writes, *b.writes))), axis_uses(b)
     parallel = {x for x, use in both.items() if use.parallel} == {x for x, use in mine.items() if use.parallel}
     return parallel and set(axis_uses(a)) <= set(mine)
+
+
+def _products(graph: Graph) -> bool:
+    return all(graph.nodes[w.value].op == "contract" for w in graph.writes)
 
 
 def _written(graph: Graph) -> set[str]:

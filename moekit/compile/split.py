@@ -9,6 +9,8 @@ from moekit.compile.analysis import part_axis
 from moekit.lang.graph import Along, Graph, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
+PARTIAL = "partial"  # the name of a split's first launch, and of what it leaves to the second
+
 
 @dataclass(frozen=True)
 class Scratch:
@@ -36,13 +38,13 @@ def cut(graph: Graph, axis: str, parts: int) -> tuple[Graph, Graph, tuple[Scratc
     )
     for number, i in enumerate(targets):
         node = graph.nodes[i]
-        s = Scratch(f"partial_{number}", node.dtype, (part, *node.axes), (parts, *(graph.axes[a] for a in node.axes)))
+        s = Scratch(f"{PARTIAL}_{number}", node.dtype, (part, *node.axes), (parts, *(graph.axes[a] for a in node.axes)))
         scratch.append(s)
         tensors[s.name] = Tensor(
             s.name, "Out", tuple(Dim.parse(a) if a != part else Dim(a, ((1, a),)) for a in s.axes), s.dtype
         )
         writes.append(Write(s.name, i, tuple(Along(a) for a in s.axes)))
-    first = replace(graph, name=f"{graph.name}_partial", axes=axes, tensors=tensors, writes=tuple(writes))
+    first = replace(graph, name=f"{graph.name}_{PARTIAL}", axes=axes, tensors=tensors, writes=tuple(writes))
     return first, _rest(graph, targets, scratch, axes, tensors), tuple(scratch)
 
 

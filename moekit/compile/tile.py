@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LINE = 128  # bytes of memory that come at once
+
 
 @dataclass(frozen=True)
 class Value:
@@ -60,7 +62,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Sides:
-    """Along `axis`, which is another one twice: `values[0]` in the first half of the block, `values[1]` in the second, int32."""
+    """Along `axis`, which is another one twice: `values[0]` in the first half, `values[1]` in the second, int32."""
 
     out: Value
     axis: str
@@ -110,6 +112,22 @@ class Store:
     wide: tuple[bool, ...]
     value: Value
     mask: Value | None
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Ask for the memory of `size` elements of `tensor` along dimension `along`, which lie side by side, from `index` on.
+
+    A hint: nothing is read, so a program may give it while what it depends on is still being written. `size` is a power of two
+    of memory lines (`LINE` bytes).
+    """
+
+    tensor: str
+    index: tuple[Value | None, ...]
+    wide: tuple[bool, ...]
+    mask: Value | None
+    along: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -217,8 +235,8 @@ class Loop:
 
 
 Op = (
-    Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Cast | Bitcast | Unary | Binary | Where | Full
-    | Reduce | Scan | Dot | Loop
+    Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary
+    | Where | Full | Reduce | Scan | Dot | Loop
 )  # fmt: skip
 
 
@@ -396,8 +414,8 @@ Kernel = TileProgram | Joined
 
 
 def result(op: Op) -> Value | None:
-    """The one value an operation defines (None for a store and a loop)."""
-    return None if isinstance(op, Store | Loop) else op.out
+    """The one value an operation defines (None for a store, a prefetch and a loop)."""
+    return None if isinstance(op, Store | Prefetch | Loop) else op.out
 
 
 def operands(op: Op) -> tuple[Value, ...]:

@@ -91,6 +91,23 @@ def _store_type(p: t.TileProgram, op: t.Store) -> str | None:
     return _address_type(p, op, param)
 
 
+def _prefetch_type(p: t.TileProgram, op: t.Prefetch) -> str | None:
+    param = p.param(op.tensor)
+    lines, rest = divmod(op.size * dtypes.itemsize(param.dtype), t.LINE)
+    if rest or lines < 1 or lines & (lines - 1):
+        return f"{op.size} elements of {param.dtype} are no power of two of memory lines"
+    if not isinstance(param.layout, t.Strided) or op.along not in range(len(param.axes)):
+        return f"{op.tensor} has no strided dimension {op.along}"
+    if param.layout.strides[op.along] != "unit":
+        return f"the elements of {op.tensor} do not lie side by side along dimension {op.along}"
+    if op.index[op.along] is not None and op.index[op.along].axes:
+        return f"it begins at {op.index[op.along].name}, which must be one number"
+    reached = {a for v in op.index if v is not None for a in v.axes}
+    if extra := set(op.mask.axes if op.mask else ()) - reached:
+        return f"the mask varies over {sorted(extra)[0]}, the index does not"
+    return _address_type(p, op, param)
+
+
 def _loop_type(p: t.TileProgram, op: t.Loop) -> str | None:
     if not len(op.carries) == len(op.inits) == len(op.yields) == len(op.outs):
         return "carries, inits, yields and outs differ in number"
@@ -145,6 +162,7 @@ TYPES: dict[type, Callable[[t.TileProgram, Any], str | None]] = {
     t.Dot: _dot_type,
     t.Load: _load_type,
     t.Store: _store_type,
+    t.Prefetch: _prefetch_type,
     t.Loop: _loop_type,
     t.Cast: _cast_type,
     t.Bitcast: _cast_type,

@@ -132,7 +132,7 @@ def types(f: Facts) -> None:
 def memory_masked(f: Facts) -> None:
     """Every load and store of a partial block is masked by each axis its index runs along; gathers by their range."""
     for op, _ in f.ops:
-        if isinstance(op, t.Load | t.Store):
+        if isinstance(op, t.Load | t.Store | t.Prefetch):
             kept = f.masks(op.mask)
             for value in op.index:
                 for axis, index in _bases(f, value):
@@ -232,7 +232,7 @@ def _filled(f: Facts, v: t.Value, axis: str, identity, seen: set[str]) -> bool:
 def wide_offsets(f: Facts) -> None:
     """Offsets are 64-bit along dynamic axes, and wherever static extents × strides may pass 2³¹ - 1."""
     for op, _ in f.ops:
-        if isinstance(op, t.Load | t.Store):
+        if isinstance(op, t.Load | t.Store | t.Prefetch):
             param = f.program.param(op.tensor)
             if not isinstance(param.layout, t.Strided):
                 continue
@@ -278,6 +278,17 @@ def stores_last(f: Facts) -> None:
                     op,
                     f"the loop stores {op.tensor} at another index, which a later turn would read",
                 )
+
+
+def hints_first(f: Facts) -> None:
+    """Memory is asked for before anything is loaded or stored, outside every loop, and only memory that the launch reads."""
+    begun = False
+    for op, loops in f.ops:
+        begun |= isinstance(op, t.Load | t.Store)
+        if isinstance(op, t.Prefetch) and (begun or loops):
+            _fail(f, "hints first", op, "it comes after a load or a store, or in a loop; put it first")
+        if isinstance(op, t.Prefetch) and f.program.param(op.tensor).role != "In":
+            _fail(f, "hints first", op, f"{op.tensor} is no input")
 
 
 def outputs_written(f: Facts) -> None:
@@ -405,6 +416,7 @@ RULES: dict[str, Callable[[Facts], None]] = {
         reductions_whole,
         wide_offsets,
         stores_last,
+        hints_first,
         outputs_written,
     )
 }

@@ -18,7 +18,7 @@ from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
-from moekit.tune.table import scheduled
+from moekit.tune.table import untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
 
@@ -101,7 +101,7 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        schedule = self.schedule or scheduled(jax.devices()[0].device_kind, self.graph, self.sizes)
+        schedule = self.schedule or untuned(self.graph, self.sizes)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
                         schedule)  # fmt: skip
         results = launched(static)(*bases.values())

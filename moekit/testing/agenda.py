@@ -152,6 +152,8 @@ class Agenda:
         """A task of the implementation that is furthest from its budget."""
         best, least = None, 1.0
         for name in self.plan.implementations:
+            if self._idle(name):
+                continue
             budget = self.plan.budget(name)
             done = self.given[name] * 1e-9 if budget is None else self.result.coverage[name].counted / max(1, budget)
             if done < least:
@@ -160,6 +162,11 @@ class Agenda:
             return None
         self.given[best] += 1
         return next(self.streams[best])
+
+    def _idle(self, name: str) -> bool:
+        """Whether an implementation was asked for every call once and could serve none."""
+        every = self.plan.combos * len(self.plan.fusions)
+        return self.given[name] >= every and not self.result.coverage[name].ran and not self.result.failures
 
     def _extra(self, running: Sequence[Task]) -> Task | None:
         """A task for the cell that lacks most, those under way taken as done."""
@@ -243,6 +250,8 @@ class Agenda:
         if waiting := sum(t.size for t in self.alone):
             left.append(f"{waiting} cases were not run again by themselves, having found too little memory on the device")
         for name, coverage in self.result.coverage.items():
+            if self._idle(name):
+                left.append(f"{name}: it can be asked for none of these calls")
             least = self.plan.least.get(name, 0)
             if few := coverage.below(least):
                 left.append(f"{name}: {len(few)} of {len(coverage.cells)} cells have fewer than {least} cases")

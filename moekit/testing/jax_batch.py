@@ -49,7 +49,7 @@ def _layout(case: FuzzCase, name: str) -> Layout:
 def key(case: FuzzCase) -> str:
     """What a compiled program of the case depends on."""
     parts = (sorted(case.extents.items()), sorted(case.dtypes.items()), sorted(case.params.items()), case.mode, case.schedule,
-             [(n, _layout(case, n)) for n in case.memory()])  # fmt: skip
+             [(n, case.shape(n), _layout(case, n)) for n in case.memory()])  # fmt: skip
     return f"{case.fusion} {parts}"
 
 

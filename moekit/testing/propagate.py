@@ -152,14 +152,24 @@ def _binary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     slopes = {
         "add": lambda: (1.0, 1.0),
         "sub": lambda: (1.0, 1.0),
-        "mul": lambda: (np.abs(b.value) + b.noise, np.abs(a.value)),
-        "div": lambda: (1 / np.abs(b.value), np.abs(value / b.value)),
+        "mul": lambda: (_largest(b), np.abs(a.value)),
+        "div": lambda: (1 / _nearest(b), np.abs(value) / _nearest(b)),
     }[node.op]()
     made = _made(value, zip(slopes, args, strict=True), OWN[node.op], exact, node.op == "mul")
     if node.op != "mul" or np.isfinite(value).all():
         return made
     vanishing = [np.isinf(x.value) & (y.value != 0) & (np.abs(y.value) < TINY) for x, y in ((a, b), (b, a))]
     return _unknown(made, vanishing[0] | vanishing[1])  # infinity times what may read as zero
+
+
+def _largest(x: Bound) -> np.ndarray:
+    """|x| at its largest: where a subnormal reads as zero an error may be all of a value, so that errors multiply, too."""
+    return np.abs(x.value) + x.error()
+
+
+def _nearest(x: Bound) -> np.ndarray:
+    """|x| at its smallest but for noise: what a quotient is divided by where a subnormal divisor reads as zero."""
+    return np.maximum(np.abs(x.value) - x.flips, 0.0)
 
 
 def _unknown(b: Bound, where: np.ndarray) -> Bound:
@@ -306,11 +316,11 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     axis = ev.order[node.attr("axis")]
     a, b = (x.each(lambda v: ev.broadcast(v, node.attr("axis"))) for x in args)
     dot = lambda u, v: _dot(u, v, axis)  # noqa: E731
-    size_a, size_b = np.abs(a.value), np.abs(b.value)
+    size_a, size_b, largest_b = np.abs(a.value), np.abs(b.value), _largest(b)
     value = dot(a.value, b.value)
-    noise = dot(a.noise, size_b) + dot(size_a, b.noise)
+    noise = dot(a.noise, largest_b) + dot(size_a, b.noise)
     noise = noise + _added(ev.sizes[node.attr("axis")], dot(size_a, size_b), value)
-    made = Bound(value, noise, dot(a.flips, size_b) + dot(size_a, b.flips))
+    made = Bound(value, noise, dot(a.flips, largest_b) + dot(size_a, b.flips))
     return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
 
 

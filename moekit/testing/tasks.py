@@ -198,12 +198,13 @@ def _executor(name: str) -> Executor:
 def run_task(task: Task) -> Report:
     """Run a task in this process."""
     report = Report(task)
-    standard = None if task.implementation in JAX else _executor(task.implementation).standard
+    made = _executor(task.implementation)
+    standard, served = (None, lambda case: True) if task.implementation in JAX else (made.standard, made.supports)
     number, pairs = 0, []
     for group in cases(task):
         oracles: dict[int, Oracle] = {}
         for case in group:
-            if task.start <= number < task.stop:
+            if task.start <= number < task.stop and served(case):
                 if case.seed not in oracles:
                     oracles[case.seed] = Oracle.of(case, task.implementation, standard)
                 pairs.append((case, oracles[case.seed]))
@@ -220,8 +221,7 @@ def _run(task: Task, pairs: list[tuple[FuzzCase, Oracle]]) -> list[Verdict]:
         from moekit.testing.jax_batch import run_values
 
         return run_values(task.implementation, pairs)
-    made = _executor(task.implementation)
-    return run_cases(made, [(c, o) for c, o in pairs if made.supports(c)])
+    return run_cases(_executor(task.implementation), pairs)
 
 
 def _note(report: Report, verdict: Verdict) -> None:

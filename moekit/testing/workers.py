@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -47,10 +48,7 @@ class Worker:
     """A process that runs one task at a time. `disarmed`: with the verifier off, as a mutant may be planted."""
 
     def __init__(self, disarmed: bool = False):
-        self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, disarmed), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.connection = _started(run_task, disarmed)
         self.task: Task | None = None
         self.since = time.monotonic()
 
@@ -75,6 +73,15 @@ class Worker:
         return code
 
 
+def _started(work: Callable[[Any], Any], disarmed: bool) -> tuple[Any, Any]:
+    """A process that does `work`, a function of a module, on whatever it is sent; and the connection to it."""
+    connection, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_serve, args=(theirs, work, disarmed), daemon=True)
+    process.start()
+    theirs.close()
+    return process, connection
+
+
 def _prepare(disarmed: bool) -> None:
     from moekit.cli.platform import prepare_jax
 
@@ -87,21 +94,20 @@ def _prepare(disarmed: bool) -> None:
         disarm()
 
 
-def _serve(connection: Any, disarmed: bool) -> None:
-    """A worker's whole life. It ends itself after an error that leaves its device unusable."""
+def _serve(connection: Any, work: Callable[[Any], Any], disarmed: bool) -> None:
+    """A process's whole life. It ends itself after an error that leaves its device unusable."""
     _prepare(disarmed)
     try:
         while True:
-            task = connection.recv()
-            _tell(connection, _attempt(lambda task=task: run_task(task)))
+            _tell(connection, _attempt(work, connection.recv()))
     except (EOFError, BrokenPipeError):
         return
 
 
-def _attempt(work: Callable[[], Any]) -> Any:
+def _attempt(work: Callable[[Any], Any], given: Any) -> Any:
     """What the work comes to, or the trouble there was: with the error gone, its frames hold no memory any more."""
     try:
-        return work()
+        return work(given)
     except Exception as error:
         return Trouble.of(error)
 
@@ -170,10 +176,7 @@ class Prober:
 
     def _start(self) -> None:
         self.close()
-        self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_probe, args=(theirs, self.implementation, self.disarmed), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.connection = _started(functools.partial(replay, implementation=self.implementation), self.disarmed)
 
     def close(self) -> int | None:
         """End the process; its exit code, if it had ended by itself."""
@@ -187,16 +190,6 @@ class Prober:
         self.connection.close()
         self.process = None
         return code
-
-
-def _probe(connection: Any, implementation: str, disarmed: bool) -> None:
-    _prepare(disarmed)
-    while True:
-        try:
-            case = connection.recv()
-        except EOFError:
-            return
-        _tell(connection, _attempt(lambda case=case: replay(case, implementation)))
 
 
 def isolated(case: FuzzCase, implementation: str, seconds: float = PATIENCE, disarmed: bool = False) -> list[str]:

@@ -122,8 +122,9 @@ class Call:
             return tuple(self.outs.get(n, self.bound.empty(n, self.device)) for n in self.names)
         values = self.arrays()
         held = {x.untyped_storage().data_ptr() for x in self.operands.values()}
-        fresh = {n: values[n] if n in self.outs else _own(values[n], held) for n in self.names}
-        return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in fresh.items())
+        # every output has memory of its own before the first is written: it may go over an operand that another one is
+        ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}
+        return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in ready.items())
 
     def prepare(self) -> Prepared:
         """Everything up to the launches: plan, outputs and scratch allocated, kernels' arguments known."""
@@ -137,7 +138,7 @@ class Call:
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
-        schedule = self.schedule or scheduled(_device_name(self.device), self.graph, self.sizes)
+        schedule = self.schedule or scheduled(device_name(self.device), self.graph, self.sizes)
         planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
@@ -198,14 +199,14 @@ def region(x: torch.Tensor) -> Region:
     return Region(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
 
 
-def _own(x: torch.Tensor, held: set[int]) -> torch.Tensor:
-    """A contiguous tensor of its own memory, whatever operands' memory `x` may be a view of."""
-    dense = x.contiguous()
-    return dense.clone() if dense.untyped_storage().data_ptr() in held else dense
+def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:
+    """`x`, or a copy of it where it is a view of memory that is held."""
+    return x.clone() if x.untyped_storage().data_ptr() in held else x
 
 
 @lru_cache(maxsize=64)
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a table of tuned schedules is found by."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

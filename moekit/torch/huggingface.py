@@ -21,7 +21,7 @@ from moekit.fusions import FUSIONS
 from moekit.fusions.packing import gate_refusal
 from moekit.torch.autograd import needs_grad
 from moekit.torch.face import op
-from moekit.torch.gate import PackedGate, gate_gemm, pack_gate
+from moekit.torch.gate import PackedGate, pack_gate
 from moekit.torch.rms_norm import norm
 
 MODELS = ("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM")
@@ -31,9 +31,9 @@ RECORD = "_moekit_patch"
 
 _add_rms_norm = op(FUSIONS["add_rms_norm"])
 _gated_rms_norm = op(FUSIONS["gated_rms_norm"])
-_silu_and_mul = op(FUSIONS["silu_and_mul"])
+_gate_projections = op(FUSIONS["gate_projections"])
 _topk_softmax = op(FUSIONS["topk_softmax"])
-_combine_ = op(FUSIONS["shared_expert_combine"], in_place=True)
+_down_combine_ = op(FUSIONS["down_combine"], in_place=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class _Packed:
         self.linears = (
             block.shared_expert.gate_proj, block.shared_expert.up_proj, block.gate, block.shared_expert_gate,
         )  # fmt: skip
+        self.plain_down = _is_plain(block.shared_expert.down_proj, like=block.shared_expert.up_proj.weight)
         self.packed = self._pack()
 
     def _pack(self) -> PackedGate:
@@ -97,7 +98,7 @@ class _Packed:
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Replace norms, routers, gate GEMMs, shared-expert activations and combines of a model, in place; `unpatch` undoes it.
+    """Replace norms, routers, gate GEMMs, shared experts and combines of a model, in place; `unpatch` undoes it.
 
     `model`: a Qwen3NextForCausalLM or Qwen3_5MoeForCausalLM of transformers, on any device, for inference: where autograd
     records, the MoE blocks run as they were. A module that cannot be served (quantised, biased, sharded, hooked, another
@@ -196,7 +197,7 @@ def _block_refusal(block: Any) -> str | None:
         return "the forward of gate has been replaced already (accelerate does so when it offloads)"
     activation = type(shared.act_fn).__name__
     if not activation.startswith("SiLU"):
-        return f"the shared expert's activation is {activation}; silu_and_mul has SiLU"
+        return f"the shared expert's activation is {activation}; gate_projections has SiLU"
     devices = {str(m.weight.device) for m in linears.values()}
     if len(devices) > 1:
         return f"its gate weights are on {' and '.join(sorted(devices))}"
@@ -204,6 +205,14 @@ def _block_refusal(block: Any) -> str | None:
     biased = [n for n, m in linears.items() if getattr(m, "bias", None) is not None]
     weights = [(n, tuple(m.weight.shape), dtype(m)) for n, m in linears.items()]
     return gate_refusal(dtype(shared.gate_proj), weights, biased)
+
+
+def _is_plain(down: Any, like: torch.Tensor) -> bool:
+    """Whether a down projection is its weight and no more, of `like`'s dtype and device: what `down_combine` computes."""
+    if type(down) is not nn.Linear or down.bias is not None or _hooks(down):
+        return False
+    weight = down.weight
+    return _weight_refusal("weight", weight) is None and (weight.dtype, weight.device) == (like.dtype, like.device)
 
 
 def _hooks(module: Any) -> str | None:
@@ -231,16 +240,16 @@ def _router_forward(self, hidden_states: torch.Tensor, logits: torch.Tensor | No
 
 
 def _block_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One gate GEMM, router and shared activation on views of its output, experts as they are, and the combine."""
+    """The gate GEMM with its epilogue, the router, experts as they are, and the down projection with the combine."""
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    held = self.__dict__["_moekit_packed"]
-    if needs_grad((x, *(m.weight for m in held.linears), self.shared_expert.down_proj.weight)):
+    held, down = self.__dict__["_moekit_packed"], self.shared_expert.down_proj
+    if needs_grad((x, *(m.weight for m in held.linears), down.weight)):
         return type(self).forward(self, hidden_states)
-    gate = gate_gemm(x, held.current())
-    _, weights, ids = self.gate(x, logits=gate.router_logits)
+    activated, logits, share = _gate_projections(x, *held.current().parts)
+    _, weights, ids = self.gate(x, logits=logits)
     routed = self.experts(x, ids, weights)
-    shared = self.shared_expert.down_proj(_silu_and_mul(gate.gate_up))
-    return _combine_(routed, shared, gate.shared_gate).view(hidden_states.shape)
+    routed = _down_combine_(routed, activated, down.weight, share) if held.plain_down else routed.add_(share * down(activated))
+    return routed.view(hidden_states.shape)
 
 
 def _layer_forward(
@@ -272,6 +281,6 @@ PATCHES: dict[str, tuple[Callable, Callable[[nn.Module], str | None], str]] = {
     "RMSNorm": (_norm_forward, _served, "rms_norm"),
     "RMSNormGated": (_gated_norm_forward, _gated_refusal, "gated_rms_norm"),
     "TopKRouter": (_router_forward, _served, "topk_softmax"),
-    "SparseMoeBlock": (_block_forward, _block_refusal, "gate_gemm, silu_and_mul, shared_expert_combine"),
+    "SparseMoeBlock": (_block_forward, _block_refusal, "gate_projections, down_combine"),
     "DecoderLayer": (_layer_forward, _layer_refusal, "add_rms_norm"),
 }

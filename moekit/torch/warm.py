@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.compile.heuristic import classes, tokens_class
+from moekit.compile.heuristic import classes
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.lang.fusion import Binding, Fusion
+from moekit.torch.call import device_name
 from moekit.torch.face import op
+from moekit.tune.table import BUCKETS, scheduled
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,20 @@ def _warmed(fusion: Fusion, in_place: bool, sizes: Mapping[str, int], dtype: str
     given = {n: v for n, v in params.items() if n in fusion.params}
     binding = example(fusion, sizes, dtype, given)
     call, firsts, nexts = op(fusion, in_place), [], []
-    for rows in _classes(fusion, binding, sizes):
+    for rows in _classes(fusion, binding, sizes, device):
         tensors = _zeros(fusion, example(fusion, {**sizes, **rows}, dtype, given), device)
         firsts.append(_seconds(call, tensors, binding, device))
         nexts.append(_seconds(call, tensors, binding, device))
     return Warmed(fusion.name, in_place, tuple(sizes.items()), sum(firsts), nexts[0])
 
 
-def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int], device: torch.device) -> list[dict[str, int]]:
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
     free = [a for a in fusion.dynamic if a not in sizes]
     graph, found = fusion.trace(binding), {}
-    for least in classes(graph):
+    for least in sorted({*classes(graph), *BUCKETS}):
         rows = dict.fromkeys(free, max(1, least))
-        found.setdefault(tokens_class(graph, dict(binding.sizes) | rows), rows)
+        found.setdefault(scheduled(device_name(device), graph, dict(binding.sizes) | rows), rows)
     return list(found.values()) if len(found) > 1 else [{}]
 
 

@@ -1,16 +1,67 @@
-"""Tuned schedules per GPU: JSON tables in the package, by what a graph computes and a class of rows that changes no result."""
+"""Tuned schedules per GPU: JSON tables in the package, by what a graph computes and how many rows it has.
+
+An entry holds for the kernels that were timed and for no others. It carries a hash of their text, the tuned ones' and the
+heuristic's that they were compared with; where the compiler writes one of them otherwise today, where a schedule is no longer
+legal, or where the schedules of two numbers of rows would not add up in the same order, the heuristic decides. So does it where
+another Triton compiles.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from importlib import metadata, resources
+from math import isqrt
 
-from moekit.compile.heuristic import heuristic, tokens_class
+from moekit.backends import triton as emitter
+from moekit.compile.dense import contiguous
+from moekit.compile.heuristic import GEMM_TILES, heuristic, tokens_class
+from moekit.compile.order import Order, order
+from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule, legal
+from moekit.errors import MoekitError
 from moekit.lang.graph import Graph
+
+EDGES = (1, 17, 128, 512, 2048, 8192)
+MEASURED = (1, 16, 64, 256, 1024, 4096, 16384)
+
+
+def _buckets() -> dict[int, tuple[int, ...]]:
+    """The least number of rows of each bucket, and the numbers at which schedules for it are timed.
+
+    A bucket begins wherever the heuristic's choice may change, so that there is one heuristic to compare with.
+    """
+    edges = sorted({*EDGES, *(max(1, least) for least, *_ in GEMM_TILES)})
+    ends = [*edges[1:], 2 * max(MEASURED[-1], edges[-1])]
+    inside = {low: tuple(m for m in MEASURED if low <= m < end) for low, end in zip(edges, ends, strict=True)}
+    return {low: inside[low] or (isqrt(low * end),) for low, end in zip(edges, ends, strict=True)}
+
+
+BUCKETS: Mapping[int, tuple[int, ...]] = _buckets()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a table says of one graph: a schedule for each bucket, by its least number of rows, but for those left to the
+
+    heuristic; and the hash of the kernels that were timed.
+    """
+
+    schedules: Mapping[int, Schedule]
+    kernels: str
+
+    @classmethod
+    def parse(cls, data: Mapping) -> Entry:
+        """Read what `to_json` makes."""
+        return cls({int(rows): Schedule.parse(text) for rows, text in data["schedules"].items()}, data["kernels"])
+
+    def to_json(self) -> dict:
+        """As it stands in a table."""
+        return {"kernels": self.kernels, "schedules": {str(rows): str(s) for rows, s in sorted(self.schedules.items())}}
 
 
 def device_key(device: str) -> str:
@@ -18,31 +69,123 @@ def device_key(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
-def graph_key(graph: Graph, tokens: int | None = None) -> str:
-    """What a table's row is found by: the fusion, its static sizes, its operands' dtypes, and the class of a GEMM's rows."""
+def graph_key(graph: Graph) -> str:
+    """What a table's row is found by: the fusion, its static sizes and its operands' dtypes."""
     sizes = " ".join(f"{a}={s}" for a, s in sorted(graph.axes.items()) if s is not None)
     dtypes = " ".join(f"{t.name}:{t.dtype}" for t in graph.inputs())
-    rows = f" T>={tokens}" if tokens else ""
-    return f"{graph.name} {sizes} {dtypes}{rows}"
+    return f"{graph.name} {sizes} {dtypes}"
+
+
+def rows_axis(graph: Graph) -> str | None:
+    """The one dynamic axis, None for a graph with none or several: that is never tuned."""
+    dynamic = [a for a, s in graph.axes.items() if s is None]
+    return dynamic[0] if len(dynamic) == 1 else None
+
+
+def bucket(rows: int) -> int:
+    """The least number of rows of the bucket that `rows` is in."""
+    return max((least for least in BUCKETS if least <= rows), default=1)
 
 
 @lru_cache(maxsize=16)
-def table(device: str) -> dict[str, str]:
-    """The shipped table of a device: graph key → schedule; empty for a device nobody has tuned for."""
+def table(device: str) -> Mapping[str, Mapping]:
+    """The shipped table of a device by graph key; empty for a device nobody has tuned for, and under another Triton."""
     path = resources.files("moekit.tune") / "tables" / f"{device_key(device)}.json"
-    return json.loads(path.read_text())["schedules"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    made = json.loads(path.read_text())
+    return made["entries"] if made["made with"]["triton"] == _triton() else {}
+
+
+def _triton() -> str | None:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The schedule of a call: the table's, else the heuristic's for its number of rows; None where that does not matter."""
+    """The schedule of a call on a device: the table's, else the heuristic's for its number of rows; None where that does not
+
+    matter.
+    """
+    return tuned(device, graph, sizes) or untuned(graph, sizes)
+
+
+def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
+    """The heuristic's schedule for a number of rows; None where that does not matter."""
     tokens = tokens_class(graph, sizes)
-    return tuned(device, graph, tokens) or (heuristic(graph, tokens) if tokens else None)
+    return heuristic(graph, tokens) if tokens else None
 
 
-def tuned(device: str, graph: Graph, tokens: int | None = None) -> Schedule | None:
-    """The tuned schedule for a graph on a device, None where there is none (the heuristic then decides)."""
-    text = table(device).get(graph_key(graph, tokens))
-    if text is None:
+def tuned(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
+    """The table's schedule for a graph on a device, None where there is none that holds (the heuristic then decides)."""
+    known = table(device)
+    if not known or (axis := rows_axis(graph)) is None or (key := graph_key(graph)) not in known:
         return None
-    schedule = Schedule.parse(text)
-    return schedule if legal(graph, schedule) is None else None
+    return _in_force(device, key, known[key], graph).get(bucket(sizes[axis]))
+
+
+_checked: dict[tuple[str, str, str], Mapping[int, Schedule]] = {}
+
+
+def _in_force(device: str, key: str, data: Mapping, graph: Graph) -> Mapping[int, Schedule]:
+    """The schedules of an entry, none if it does not hold; looked at once per graph."""
+    known = device, key, graph.digest()
+    if known not in _checked:
+        entry = Entry.parse(data)
+        _checked[known] = {} if stale(graph, entry) else entry.schedules
+    return _checked[known]
+
+
+def stale(graph: Graph, entry: Entry) -> str | None:
+    """None if an entry holds for a graph as the compiler is today, else one sentence saying why not."""
+    if any(why := legal(graph, s) for s in entry.schedules.values()):
+        return why
+    try:
+        kernels, orders = kernels_of(graph, entry.schedules)
+    except MoekitError as error:
+        return str(error)
+    if kernels != entry.kernels:
+        return f"{graph.name}: the kernels are not those that were timed; run `moekit tune {graph.name}` on the GPU again"
+    if len(orders) > 1:
+        return f"{graph.name}: the schedules of its buckets do not add up in the same order"
+    return None
+
+
+def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, set[Order]]:
+    """A hash of the text of all kernels that an entry stands for, and in which orders those that would run add up.
+
+    They are the tuned ones, and the heuristic's of every bucket: it was they that the tuned ones were faster than.
+    """
+    texts, orders = set(), set()
+    for least, measured in BUCKETS.items():
+        for own in heuristics(graph, (least, *measured)):
+            made = _contiguous(graph, own)
+            texts |= _texts(made)
+            orders |= set() if least in schedules else {order(made)}
+    for schedule in dict.fromkeys(schedules.values()):
+        made = _contiguous(graph, schedule)
+        texts |= _texts(made)
+        orders.add(order(made))
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16], orders
+
+
+def heuristics(graph: Graph, rows: Iterable[int]) -> list[Schedule]:
+    """The heuristic's schedules for these numbers of rows, each once."""
+    axis = rows_axis(graph) or ""
+    return list(dict.fromkeys(untuned(graph, {axis: r}) or heuristic(graph) for r in rows))
+
+
+def order_of(graph: Graph, schedule: Schedule) -> Order:
+    """In which order a schedule adds up."""
+    return order(_contiguous(graph, schedule))
+
+
+def _contiguous(graph: Graph, schedule: Schedule) -> Plan:
+    axis = rows_axis(graph)
+    return plan(graph, schedule, contiguous(graph, {axis: 8} if axis else {}))
+
+
+def _texts(planned: Plan) -> set[str]:
+    return {f"{program.warps} {program.stages}\n{emitter.emit(program)}" for program in planned.programs}

@@ -53,16 +53,22 @@ class Built:
 
 
 @cache
-def build(program: t.Kernel) -> Built:
-    """Compile a kernel as a launch on an H200 would: pointers 16-byte aligned, with programmatic dependent launch."""
+def compiled(program: t.Kernel):
+    """A kernel as a launch on an H200 compiles it: pointers 16-byte aligned, with programmatic dependent launch."""
     args = emitter.arguments(program)
     kinds = {a.name: POINTERS[program.param(a.subject).dtype] if a.kind == "pointer" else "i32" for a in args}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if a.kind == "pointer"}
     source = ASTSource(kernel(program), {**kinds, "PDL": "constexpr"}, {"PDL": True}, aligned)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": program.warps, "num_stages": program.stages})
-    text = _disassembled(compiled.asm["cubin"])
+    return triton.compile(source, target=TARGET, options={"num_warps": program.warps, "num_stages": program.stages})
+
+
+@cache
+def build(program: t.Kernel) -> Built:
+    """What can be read off a kernel as it is compiled."""
+    assembled = compiled(program).asm
+    text = _disassembled(assembled["cubin"])
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    loaded = widths(compiled.asm["ptx"], emitter.emit(program))
+    loaded = widths(assembled["ptx"], emitter.emit(program))
     mnemonics = [m for m in INSTRUCTION.findall(text) if m != "NOP"]
     return Built(
         registers=used["REG"],

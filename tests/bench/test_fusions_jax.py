@@ -21,7 +21,7 @@ def test_a_chain_is_its_calls(case):
     updated, place = UPDATED.get(case.fusion, (None, 0))
     for _ in range(2):
         wanted = [one(*s.values()) for s in sets]
-        kept, state = program(2)
+        kept, state = program()
         for got, want, new in zip(kept, wanted, state, strict=True):
             everything = (*got, new) if updated else got
             for a, b in zip(everything, want, strict=True):

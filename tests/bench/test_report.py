@@ -1,5 +1,7 @@
 """bench/report.py: the page says what the result files say."""
 
+import pytest
+
 from bench import report
 from bench.common import write
 
@@ -7,13 +9,16 @@ from bench.common import write
 def result(**more) -> dict:
     """A small run."""
     head = {"device": "NVIDIA H200", "cuda": "13.0", "versions": {"moekit": "0.1.0"}, "command": "python bench/fusions.py"}
-    head["ceilings"] = {"copy TB/s": 4.2, "matmul TFLOP/s": 700.0, "smallest kernel µs": 0.5}
+    head["ceilings"] = {"copy TB/s": 4.2, "matmul TFLOP/s": 700.0, "smallest kernel µs": 0.5,
+                        "smallest kernel by itself µs": 0.6}  # fmt: skip
     rates = {"TB/s": 2.1, "TFLOP/s": 7.0}
     rows = [
         {"case": "add_rms_norm 2048", "T": 1, "side": "moekit", "us": 1.234, "error": 0.98} | rates,
         {"case": "add_rms_norm 2048", "T": 1, "side": "liger", "us": 1.5, "error": 1.2} | rates,
         {"case": "add_rms_norm 2048", "T": 16, "side": "moekit", "us": 211.4} | rates,
         {"case": "add_rms_norm 2048", "T": 16, "side": "liger", "problem": "it fell"},
+        {"case": "silu_and_mul 64", "T": 1, "side": "moekit", "us": 0.8, "TB/s": 0.1, "TFLOP/s": 0.0},
+        {"case": "gate_gemm 648", "T": 4096, "side": "moekit", "us": 50.0, "TB/s": 0.5, "TFLOP/s": 350.0},
     ]
     return head | {"rows": rows} | more
 
@@ -28,6 +33,9 @@ def test_a_section_is_filled_and_stays_so(tmp_path):
     assert "| 1 | **1.23** | 1.50 | 50% copy | 0.98 |" in once
     assert "| 16 | **211** | – | 50% copy |  |" in once
     assert "copy 4.20 TB/s" in once
+    assert "smallest kernel in a graph 0.50 µs (0.60 without dependent launch)." in once
+    assert "| 1 | **0.80** | 62% launch |  |" in once
+    assert "| 4096 | **50.00** | 50% product |  |" in once
     assert report.filled(once, tmp_path) == once
 
 
@@ -40,6 +48,36 @@ def test_targets_and_missing_files(tmp_path):
     assert "Not measured yet: there is no bench/results/no.json." in page
 
 
-def test_the_page_is_what_the_results_make_of_it():
-    """docs/performance.md was filled from bench/results as they are now."""
-    assert report.filled(report.PAGE.read_text(), report.RESULTS) == report.PAGE.read_text()
+def test_tuned_times(tmp_path):
+    """A row per graph; what only these rows could have is in parentheses."""
+    us = [{"heuristic": 2.0, "tuned": 2.0, "free": 1.6}, {"heuristic": 3.3, "tuned": 3.0, "free": 2.99}]
+    times = [{"rows": n, "us": u} for n, u in zip((1, 64), us, strict=True)]
+    rows = [{"fusion": "gate_gemm", "sizes": {"P": 8, "H?": 1}, "dtype": "float16", "times": times[:n]} for n in (1, 2)]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- tuned r.json -->\n<!-- end -->", tmp_path)
+    assert "| fusion | 1 | 64 |" in page
+    assert "| gate_gemm P=8 float16 | 1.00 (1.25) |  |" in page
+    assert "| gate_gemm P=8 float16 | 1.00 (1.25) | 1.10 |" in page
+
+
+def test_errors_host_times_and_steps(tmp_path):
+    """Tables by what was measured."""
+    one = {"fusion": "silu_and_mul", "ulps": 0.5, "ratio": 0.123}
+    rows = [one | {"dtype": d, "implementation": i} for d in ("float16", "float32") for i in ("triton", "xla")]
+    write(tmp_path / "e.json", result(rows=rows, implementations=["triton", "xla"]))
+    write(tmp_path / "h.json", result(rows=[{"op": "norm_", "way": w, "us": 3.21} for w in ("raw", "function")]))
+    step = {"batch": 16, "step_ms": 7.129, "gpu_ms": 7.0, "launches": 310}
+    write(tmp_path / "p.json", result(rows=[step | {"way": w} for w in ("patched", "original")]))
+    page = "".join(f"<!-- {name} {name[0]}.json -->\n<!-- end -->\n" for name in ("errors", "host", "patched"))
+    page = report.filled(page, tmp_path)
+    assert "| silu_and_mul | float32 | 0.50 (0.12) | 0.50 (0.12) |" in page
+    assert "| `norm_` | 3.2 | 3.2 |" in page
+    assert "| batch | patched: ms, kernels | original: ms, kernels |" in page
+    assert "| 16 | 7.13, 310 | 7.13, 310 |" in page
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
+def test_a_page_is_what_the_results_make_of_it(page):
+    """It was filled from bench/results as they are now."""
+    assert "<!-- made " in page.read_text()
+    assert report.filled(page.read_text(), report.RESULTS) == page.read_text()

@@ -472,6 +472,73 @@ def output_stored_twice():
     return replace(program, body=(*program.body, program.body[-1]))
 
 
+@breaks("types")
+def prefetch_of_three_lines():
+    return with_ops(good.ahead_program(), t.Prefetch, size=192)
+
+
+@breaks("types")
+def prefetch_of_half_a_line():
+    return with_ops(good.ahead_program(), t.Prefetch, size=32)
+
+
+@breaks("types")
+def prefetch_across_rows():
+    return with_ops(good.ahead_program(), t.Prefetch, along=0)
+
+
+@breaks("types")
+def prefetch_beyond_the_dimensions():
+    return with_ops(good.ahead_program(), t.Prefetch, along=2)
+
+
+@breaks("types")
+def prefetch_that_begins_at_a_block():
+    program = good.ahead_program()
+    index = good.operations(program, t.Prefetch)[0].index
+    return with_ops(program, t.Prefetch, index=(index[0], index[0]))
+
+
+@breaks("types")
+def prefetch_with_a_mask_of_other_axes():
+    program = good.ahead_program()
+    mask = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "T")
+    return with_ops(program, t.Prefetch, mask=mask)
+
+
+@breaks("memory_masked")
+def prefetch_past_the_last_row():
+    return with_ops(good.ahead_program(), t.Prefetch, mask=None)
+
+
+@breaks("wide_offsets")
+def prefetch_in_32_bits():
+    return with_ops(good.ahead_program(wide=True), t.Prefetch, wide=(False, False))
+
+
+@breaks("hints_first")
+def prefetch_after_a_store():
+    program = good.ahead_program()
+    hint = good.operations(program, t.Prefetch)[0]
+    return replace(program, body=(*(op for op in program.body if op is not hint), hint))
+
+
+@breaks("hints_first")
+def prefetch_in_a_loop():
+    program = good.ahead_program()
+    hint = good.operations(program, t.Prefetch)[0]
+    loop = next(op for op in program.body if isinstance(op, t.Loop))
+    moved = replace(loop, body=(hint, *loop.body))
+    return replace(program, body=tuple(moved if op is loop else op for op in program.body if op is not hint))
+
+
+@breaks("hints_first")
+def prefetch_of_what_is_written():
+    program = good.ahead_program()
+    params = tuple(replace(p, role="InOut") if p.name == "packed" else p for p in program.params)
+    return replace(program, params=params)
+
+
 @breaks("outputs_written")
 def output_never_stored():
     return without(good.norm_program(), lambda op: isinstance(op, t.Store))

@@ -77,6 +77,13 @@ def tall_program() -> t.TileProgram:
     return planned(graph, "T:grid:64 D:loop:16 E:grid:16 G:grid:16 I:grid:16 parts:D:2").programs[0].sections[0]
 
 
+def ahead_program(wide: bool = False) -> t.TileProgram:
+    """The first launch of a split product that asks for its weight ahead: 192 elements a part, two lines and one."""
+    graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 384), "packed": (33, 384)}, "bfloat16")
+    layouts = {n: t.Strided(("any", "unit"), wide) for n in graph.tensors}
+    return plan(graph, Schedule.parse("T:grid:16 D:loop:64 P:grid:16 split:D:2"), layouts).programs[0]
+
+
 def lookup_program() -> t.TileProgram:
     """Rows gathered by ids."""
     return planned(graph_of(lookup, {"table": (9, 20), "ids": (7,)}), "T:grid:4 H:grid:16").programs[0]

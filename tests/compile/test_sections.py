@@ -49,12 +49,27 @@ def test_outputs_that_can_share_programs_do(name, groups):
     assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
 
 
+def test_products_share_no_programs_unless_something_is_done_with_both():
+    """Gate and up are multiplied: in one launch one section makes both; where only products are written, one each."""
+    whole = planned(call("gate_projections", f"{FIRST} warps:4 stages:2")).programs[0]
+    first, second = planned(call("gate_projections", f"{FIRST} split:D:2 warps:4 stages:2")).programs
+    assert [len(k.sections) for k in (whole, first, second)] == [3, 4, 3]
+    assert [sum(isinstance(op, tile.Dot) for op in _every(s.body)) for s in first.sections] == [1, 1, 1, 0]  # one row is a sum
+    assert [sum(isinstance(op, tile.Dot) for op in _every(s.body)) for s in whole.sections] == [2, 1, 0]
+
+
+def _every(ops):
+    for op in ops:
+        yield op
+        yield from _every(op.body) if isinstance(op, tile.Loop) else ()
+
+
 def test_what_is_overwritten_is_read_by_its_own_section_alone():
     """The gate block updates the residual in place: in one launch all of it is one section, in two it is not."""
     graph = call("gate_block").graph
     assert len(sections(graph)) == 1
     first, second = planned(call("gate_block")).programs
-    assert (len(first.sections), len(second.sections)) == (4, 4)
+    assert (len(first.sections), len(second.sections)) == (5, 4)
     assert all(p.role == "In" for p in first.params if p.name == "residual")
     assert [s.name for s in second.sections if any(p.name == "residual" for p in s.params)] == ["gate_block_combine_hidden"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import RUNNERS, Call, FusionSuite, check, compare, implementations, operands
 
 FUSION = FUSIONS["gate_projections"]
 SIZES = {"T": 5, "I": 12, "E": 21, "G": 1, "D": 72}
@@ -123,17 +123,19 @@ def test_parts_of_a_packed_gate_in_torch(implementation, dtype, padding):
 @pytest.mark.parametrize("padding", [np.nan, np.inf])
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
 def test_parts_of_a_packed_gate_in_jax(implementation, padding):
-    """The same with Views, under jit."""
+    """The same with Views, under jit; XLA may choose another of its GEMMs for a slice, and is held to the reference."""
     import jax
     import jax.numpy as jnp
 
     import moekit.jax as mj
 
-    x, *weights = (jnp.asarray(v) for v in operands(FUSION, SIZES, "bfloat16", seed=9).values())
+    values = operands(FUSION, SIZES, "bfloat16", seed=9)
+    x, *weights = map(jnp.asarray, values.values())
     packed = mj.pack_gate(*weights)
     poisoned = type(packed)(packed.weight.at[USED:].set(padding), packed.widths)
     call = lambda x, *parts: mj.gate_projections(x, *parts, implementation=implementation)  # noqa: E731
     got = jax.jit(lambda x, gate: call(x, *gate.parts))(x, poisoned)
+    compare(FUSION, dict(zip(("activated", "logits", "share"), map(np.asarray, got), strict=True)), values).check()
     for a, b in zip(got, jax.jit(call)(x, *weights), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert implementation == "xla" or np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert np.isfinite(np.asarray(a, np.float32)).all()

@@ -16,6 +16,7 @@ from moekit.testing.compare import ulp
 from moekit.testing.constants import constant
 from moekit.testing.coverage import Coverage
 from moekit.testing.executors import executor
+from moekit.testing.oracle import Oracle
 from moekit.testing.worst import record_worst, worst_seen
 
 SIZES = {
@@ -154,6 +155,35 @@ def test_subnormals_may_read_as_zero():
     assert compare(fusion, {"out": np.full((1, 1), 1e-36, np.float32)}, values).problems
 
 
+ABOVE, LITTLE = 2.0**-14 * (1 + 2.0**-9), 2.0**-20
+COMBINED = {  # of two differences d and e to a number that subnormals come close to, or that is little beside them
+    "product": (ABOVE, lambda d, e: d * e, lambda d, e: d * e),
+    "contraction": (ABOVE, lambda d, e: ml.contract(d, e, over="N"), lambda d, e: (d * e).sum(-1)),
+    "quotient": (LITTLE, lambda d, e: 2.0 / e, lambda d, e: 2 / e),
+    "behind a pole": (LITTLE, lambda d, e: ml.rsqrt(abs(e)) * 2.0, lambda d, e: 2 / np.sqrt(np.abs(e))),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_errors_as_large_as_their_values_are_not_only_added(name):
+    """Where subnormals read as zero at a rounding point a difference of them may be all error: what is made of two is, too."""
+    other, declared, computed = COMBINED[name]
+
+    def reference(a, b):
+        return {"out": computed(*(round_to(v.astype(np.float64), "float16") - other for v in (a, b)))}
+
+    @fusion(reference, a=In("T N"), b=In("T N"))
+    def combined(a, b):
+        return declared(*(ml.f32(ml.cast(ml.f32(v), "float16")) - other for v in (a, b)))
+
+    below = np.full((1, 3), 2.0**-14 * (1 - 2.0**-8), np.float32)
+    kept, flushed = (computed(x - np.float32(other), x - np.float32(other)) for x in (below, 0 * below))
+    for out in (kept, flushed):
+        assert not compare(combined, {"out": out}, {"a": below, "b": below}).problems
+    if other == ABOVE:
+        assert compare(combined, {"out": 1.1 * flushed}, {"a": below, "b": below}).problems
+
+
 @fusion(None, x=In("T H"))
 def squares(x):
     """A sum of squares, and a value that overflows on the way."""
@@ -211,6 +241,22 @@ def test_only_subnormal_operands_excuse_a_rounded_sum():
     flips = bounds(FUSIONS["add_rms_norm"], values)["residual"].flips
     assert flips[0, 0] == 0
     assert flips[0, 1] > 0
+
+
+@pytest.mark.parametrize(("low", "fine"), [([3, 2], True), ([0, 0], True), ([1, 1], False), ([3, -1], False)])
+def test_what_is_chosen_of_subnormals_may_be_what_is_chosen_of_zeros(low, fine, monkeypatch):
+    """The first of all, as where every element reads as zero."""
+    x = np.array([[2, 3, 1, 0], [2, 1, 0, 3]], np.float32) * np.float32(2.0**-140)
+    monkeypatch.setattr(FuzzCase, "values", lambda case: {"x": x})
+    oracle = Oracle.of(FuzzCase("probe_nearest", {"T": 2, "H": 4}, {"x": "float32"}))
+    outputs = {"low": np.array(low, np.int32), "high": np.array([1, 3], np.int32), "span": x.max(1)}
+    assert (oracle.problems(outputs)[0] == []) == fine
+
+
+def test_a_router_never_takes_subnormals_for_zeros():
+    """Its keys are bits: it has no other choice."""
+    tiny = FuzzCase("topk_softmax", {"T": 5, "E": 16}, {"logits": "bfloat16"}, {"k": 3}, recipe="tiny")
+    assert not Oracle.of(tiny).chosen
 
 
 @pytest.mark.parametrize("name", FUSIONS)

@@ -136,7 +136,7 @@ def test_a_router(monkeypatch):
         assert counted > 20
         assert not failures
     for wrong in (once_more, second_best):
-        assert campaign(monkeypatch, "sgl-topk", _topk(wrong), 12)[1]
+        assert campaign(monkeypatch, "sgl-topk", _topk(wrong), 3)[1]
 
 
 def test_a_router_that_compares_the_softmax(monkeypatch):

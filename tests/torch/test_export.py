@@ -2,17 +2,20 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from moekit.compile.heuristic import classes, heuristic
 from moekit.compile.schedule import Schedule
 from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.export import export
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, f32, fusion
+from moekit.lang.arguments import example
 
 SIZES = {
     "gate_gemm": {"D": 64, "P": 24},
@@ -38,11 +41,12 @@ for path in sys.argv[1:]:
 
 
 def write(folder, dtypes) -> list[str]:
-    """Every fusion in every dtype, one with a width of its own, and one whose contraction is split."""
+    """Every fusion in every dtype, one with a width of its own, and two whose contraction is split."""
     paths = []
     for dtype in dtypes:
         texts = {name: export(f, dtype, SIZES[name]) for name, f in FUSIONS.items()}
         texts["gate_gemm_split"] = export(FUSIONS["gate_gemm"], dtype, SIZES["gate_gemm"], schedule=SPLIT)
+        texts["gate_gemm_deep"] = export(FUSIONS["gate_gemm"], dtype, {"D": 512, "P": 16})
         texts["combine_wide"] = export(FUSIONS["shared_expert_combine"], dtype, {"H": 40})
         texts["topk_plain"] = export(FUSIONS["topk_softmax"], dtype, {"E": 33}, {"k": 3, "renormalize": False})
         for name, text in texts.items():
@@ -61,7 +65,7 @@ def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
     paths = write(tmp_path, ("float32", "float16"))
     done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 26
+    assert done.stdout.count(": right") == len(paths) == 28
 
 
 @pytest.mark.gpu
@@ -69,7 +73,7 @@ def test_exported_files_run_on_the_gpu(tmp_path):
     paths = write(tmp_path, ("float32", "float16", "bfloat16"))
     done = run(paths, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 39
+    assert done.stdout.count(": right") == len(paths) == 42
 
 
 def test_self_test_catches_a_wrong_kernel(tmp_path):
@@ -92,6 +96,26 @@ def test_what_a_file_imports_and_says(name):
     assert len({n.name for n in functions}) == len(functions)  # kernels and their sections, for dense tensors and for any
     launcher = next(n for n in functions if n.name == name)
     assert ast.get_docstring(launcher)
+
+
+def test_a_gemm_has_every_class_of_rows():
+    """The launcher chooses by T as moekit does, first among kernels for dense tensors; a schedule given is the only one."""
+    text = export(FUSIONS["gate_gemm"])
+    rows = classes(FUSIONS["gate_gemm"].trace(example(FUSIONS["gate_gemm"], dtype="bfloat16")))[1:]
+    tests = [line.strip() for line in text.splitlines() if " T < " in line]
+    wanted = [f"{'dense and ' * dense}T < {least}:" for dense in (True, False) for least in rows]
+    assert tests == [f"{'elif' if n else 'if'} {test}" for n, test in enumerate(wanted)]
+    branches = re.split(r"\n        (?:if|elif|else)\b", text.split("with torch.cuda.device_of(x):")[1])[1:]
+    launched = {tuple(re.findall(r"(\w+_kernel)\[", branch)) for branch in branches}
+    assert len(launched) == len(branches) == 2 * (len(rows) + 1)
+    assert f"Schedule from T = {rows[0]} on: {heuristic_of('gate_gemm', rows[0])}" in text
+    assert " T < " not in export(FUSIONS["gate_gemm"], schedule=SPLIT)
+    assert " T < " not in export(FUSIONS["add_rms_norm"])
+
+
+def heuristic_of(name: str, rows: int) -> Schedule:
+    """The heuristic's schedule for a class of rows."""
+    return heuristic(FUSIONS[name].trace(example(FUSIONS[name], dtype="bfloat16")), rows)
 
 
 def test_a_file_refuses_what_does_not_fit(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):
 
     asked = []
 
-    def table(device, graph, tokens=None):
+    def table(device, graph, sizes):
         asked.append(graph.name)
         return Schedule.parse("T:grid:2 H:whole:32 warps:2 stages:1")
 

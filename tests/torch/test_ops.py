@@ -230,3 +230,19 @@ def test_operators_refuse_in_one_sentence(tensors):
         torch.ops.moekit.add_rms_norm(x, residual[:2], weight)
     with pytest.raises(MoekitError, match="requires grad"):
         torch.ops.moekit.add_rms_norm_(x.requires_grad_(), residual, weight)
+
+
+@fusion(lambda x, y: {"out": abs(x.astype("float64")), "same": x}, x=In("T N"), y=In("T N"))
+def magnitude_and_itself(x, y):
+    """|x|, and x as it is."""
+    return {"out": cast(abs(f32(x)), x.dtype), "same": cast(f32(x), x.dtype)}
+
+
+def test_an_output_that_is_an_operand_is_taken_before_another_goes_over_it():
+    """|x| written over x, and x itself elsewhere: eagerly, one is copied after the other."""
+    x = torch.randn(3, 5)
+    wanted, elsewhere = x.clone(), torch.empty(3, 5)
+    magnitude, same = mt.op(magnitude_and_itself)(x, torch.ones(3, 5), out=(x, elsewhere), implementation="eager")
+    assert torch.equal(same, wanted)
+    assert torch.equal(magnitude, wanted.abs())
+    assert magnitude is x

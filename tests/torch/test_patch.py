@@ -62,7 +62,7 @@ def test_what_is_replaced(family):
     assert counts == {
         "add_rms_norm": 4,
         "gated_rms_norm": 3,
-        "gate_gemm, silu_and_mul, shared_expert_combine": 4,
+        "gate_projections, down_combine": 4,
         "topk_softmax": 4,
         "rms_norm": 11,
     }
@@ -213,7 +213,7 @@ LEFT = {
     spoil_mix: "shared_expert_gate is bfloat16 but its input is float32",
     spoil_class: "shared_expert.gate_proj is a Quantised, not a plain Linear: quantised or sharded",
     spoil_hook: "shared_expert has hooks, which the fused path would pass by",
-    spoil_activation: "the shared expert's activation is GELU; silu_and_mul has SiLU",
+    spoil_activation: "the shared expert's activation is GELU; gate_projections has SiLU",
     spoil_device: "shared_expert.up_proj.weight is on the meta device",
 }
 
@@ -225,6 +225,38 @@ def test_what_is_left_and_why(spoil):
     left = dict(mt.patch(model).left)
     assert LEFT[spoil] in left["model.layers.0.mlp"]
     assert set(left) <= {"model.layers.0.mlp", "model.layers.0.mlp.gate"}
+
+
+def more_by_a_hook(down):
+    down.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def more_by_a_bias(down):
+    down.bias = torch.nn.Parameter(torch.linspace(-1, 1, down.out_features))
+
+
+def more_by_its_class(down):
+    down.__class__ = Doubled
+
+
+class Doubled(torch.nn.Linear):
+    """As adapters do: more than the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("more", [more_by_a_hook, more_by_a_bias, more_by_its_class])
+def test_a_down_projection_that_is_more_than_its_weight_is_called(family, more):
+    """The rest of its block is served."""
+    model, ids = tiny(family), tokens()
+    before = logits(model, ids)
+    for layer in model.model.layers:
+        more(layer.mlp.shared_expert.down_proj)
+    original = logits(model, ids)
+    assert not torch.allclose(original, before, rtol=1e-2, atol=1e-2)
+    assert sum(what == "gate_projections, down_combine" for _, what in mt.patch(model).replaced) == 4
+    torch.testing.assert_close(logits(model, ids), original, rtol=2e-5, atol=2e-5)
 
 
 def test_a_dense_layer_stays():

@@ -1,5 +1,7 @@
 """The parts of the timer that need no GPU, and on a GPU that it times what it says."""
 
+import time
+
 import pytest
 import torch
 
@@ -25,10 +27,16 @@ def test_copies_cover_the_bytes_or_fill_the_graph(size):
 
 @pytest.mark.gpu
 def test_it_times_a_copy_near_its_bandwidth_and_sides_in_turn():
-    """A copy twice as large takes about twice as long; outputs of a graph are held apart."""
+    """A copy twice as large takes about twice as long, at a moment when other tests leave the GPU alone, as the spread tells;
+    outputs of a graph are held apart.
+    """
     small, large = (torch.ones(n * 2**24, device="cuda") for n in (4, 8))
     sides = {"small": capture([small.clone] * 4), "large": capture([large.clone] * 4)}
-    times = replay(sides, 7)
+    for _ in range(30):
+        times = replay(sides, 7)
+        if all(t.spread < 0.02 * t.us for t in times.values()):
+            break
+        time.sleep(0.3)
     assert 1.6 < times["large"].us / times["small"].us < 2.4
     assert 0.3 < 2 * small.nbytes / times["small"].us / 1e6 < 10
     assert len({x.data_ptr() for x in sides["small"].results}) == 4

@@ -1,15 +1,20 @@
 """Candidates, the search and the tables of tuned schedules, without a GPU: times are made up."""
 
+import json
 import math
+from collections.abc import Sequence
+from importlib import resources
 
 import pytest
 
-from moekit.compile.heuristic import heuristic
+from moekit.compile.heuristic import GEMM_TILES, heuristic
+from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule, legal
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
 from moekit.tune import table
-from moekit.tune.search import best, candidates, search
+from moekit.tune.search import Bench, Timed, mean, neighbours, search, winners
+from moekit.tune.table import BUCKETS, Entry, bucket, heuristics, kernels_of, order_of, stale
 
 SIZES = {
     "gate_gemm": {"D": 2048, "P": 648},
@@ -23,6 +28,8 @@ SIZES = {
     "gate_block": {"D": 2048, "I": 64, "E": 512, "G": 1},
     "down_combine": {"I": 64, "H": 2048, "H?": 1},
 }
+shipped = table.table  # other folders take it away for a session
+FEW = {1: (1, 16), 17: (64,)}
 
 
 def graph(name: str, dtype: str = "bfloat16"):
@@ -31,55 +38,247 @@ def graph(name: str, dtype: str = "bfloat16"):
     return Call(FUSIONS[name], values, {"k": 10} if "k" in FUSIONS[name].params else {}).graph
 
 
+def right(schedules: Sequence[Schedule]) -> list[str | None]:
+    """A check that finds nothing."""
+    return [None] * len(schedules)
+
+
 @pytest.mark.parametrize("name", list(FUSIONS))
-def test_candidates_are_legal_and_begin_with_the_heuristic(name):
-    """None twice, several of them, and none that makes a row depend on the number of tokens."""
+def test_neighbours_are_legal_and_differ(name):
+    """Several of them, none twice, none the schedule itself."""
     traced = graph(name)
-    found = list(candidates(traced))
-    assert found[0] == heuristic(traced)
-    assert len(set(found)) == len(found) > 10
+    base = heuristic(traced)
+    found = neighbours(traced, base)
+    assert len(set(found)) == len(found) >= 3
+    assert base not in found
     assert all(legal(traced, s) is None for s in found)
+    assert {s.warps for s in found} >= {base.warps * 2}
 
 
-def test_search_checks_before_it_times_and_keeps_to_its_budget():
-    """A wrong candidate is never timed, a failing one does not end the search, the fastest right one wins."""
-    traced = graph("add_rms_norm")
+def test_a_products_neighbours_change_its_parts_and_stay_on_the_matrix_unit():
+    """More parts, fewer, none, and the same one after the other; no tile under 16."""
+    traced = graph("gate_gemm")
+    found = neighbours(traced, heuristic(traced))
+    assert {(s.split, s.parts) for s in found} >= {((("D", n),), ()) for n in (2, 8)} | {((), ()), ((), (("D", 4),))}
+    assert min(s.block(a) for s in found for a in "TDP") >= 16
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_the_heuristic_adds_up_in_one_order(name):
+    """Whatever the number of rows: a row's bits do not depend on it."""
+    traced = graph(name)
+    assert len({order_of(traced, s) for s in heuristics(traced, (1, 17, 64, 128, 256, 2048, 16384))}) == 1
+
+
+def test_what_changes_the_order():
+    """Warps and blocks of a sum over a row, parts of a product; not a product's tiles; nothing where nothing is added."""
+    norm, product, silu = graph("add_rms_norm"), graph("gate_gemm"), graph("silu_and_mul")
+    base = heuristic(norm)
+    for other in (base.with_axis("T", block=2), base.with_axis("H", "loop", 512), Schedule(base.axes, warps=base.warps // 2)):
+        assert order_of(norm, other) != order_of(norm, base)
+    assert order_of(norm, Schedule(base.axes, warps=base.warps, stages=4)) == order_of(norm, base)
+    tile = Schedule.parse("T:grid:16 D:loop:256 P:grid:32 split:D:4 warps:4 stages:4")
+    same = (
+        "T:grid:64 D:loop:128 P:grid:64 split:D:4 warps:8 stages:3",
+        "T:grid:16 D:loop:64 P:grid:16 parts:D:4 warps:2 stages:2",
+    )
+    other = ("T:grid:16 D:loop:256 P:grid:32 split:D:8 warps:4 stages:4", "T:grid:16 D:loop:256 P:grid:32 warps:4 stages:4")
+    assert {order_of(product, Schedule.parse(s)) for s in same} == {order_of(product, tile)}
+    assert order_of(product, tile) not in {order_of(product, Schedule.parse(s)) for s in other}
+    deep = Schedule.parse("T:grid:16 D:loop:512 P:grid:32 split:D:3 warps:4 stages:2")  # parts begin elsewhere
+    assert order_of(product, deep) != order_of(product, deep.with_axis("D", block=256))
+    assert {order_of(silu, s) for s in neighbours(silu, heuristic(silu))} == {frozenset()}
+
+
+def test_search_checks_before_it_times():
+    """A wrong candidate is never timed, a failing one does not end the search, each bucket gets the fastest right one."""
+    traced = graph("silu_and_mul")
     timed = []
 
-    def measure(schedule: Schedule) -> list[float]:
+    def measure(schedule: Schedule, rows: int) -> float:
         timed.append(schedule)
-        if schedule.warps == 2:
+        if schedule.block("T") == 4:
             raise RuntimeError("out of resources")
-        return [float(schedule.warps), 1.0]
+        return schedule.warps if rows <= 16 else 40 / schedule.warps
 
-    check = lambda s: "wrong" if s.warps == 16 else None  # noqa: E731
-    trials = search(traced, measure, check, seconds=60)
-    assert len(trials) == len(list(candidates(traced)))
+    check = lambda schedules: ["wrong" if s.warps == 16 else None for s in schedules]  # noqa: E731
+    told = []
+    found = search(traced, Bench(check, measure, lambda trial, spent: told.append(trial)), 60, FEW)
     assert all(s.warps != 16 for s in timed)
-    assert {t.problem for t in trials if t.schedule.warps == 16} == {"wrong"}
-    assert {t.problem for t in trials if t.schedule.warps == 2} == {"RuntimeError: out of resources"}
-    assert best(trials).schedule.warps == 1
-    assert math.isclose(best(trials).ratio, math.sqrt(1 / heuristic(traced).warps))
-    assert len(search(traced, measure, check, seconds=0)) == 1
+    assert {t.problem for t in found.trials if t.schedule.warps == 16} == {"wrong"}
+    assert {t.problem for t in found.trials if t.schedule.block("T") == 4} >= {"RuntimeError: out of resources"}
+    assert list(found.trials) == told
+    assert found.free == found.together
+    base = heuristic(traced).warps
+    assert {b: s.warps for b, s in found.free.items()} == {1: 1, 17: base}
+    best = min(t.ratio for t in found.trials if t.bucket == 1)
+    assert math.isclose(best, 1 / base)
 
 
-def test_tables_are_found_by_device_and_static_sizes(monkeypatch):
-    """Dynamic sizes do not matter; other sizes, dtypes and devices have no entry; an illegal entry is not used."""
+def test_search_keeps_to_its_budget():
+    """Without time, the heuristic alone; a product has one for each class of rows, and each is timed for all."""
+    traced = graph("silu_and_mul")
+    found = search(traced, Bench(right, lambda schedule, rows: 1.0), 0, FEW)
+    assert {t.schedule for t in found.trials} == {heuristic(traced)} == set(found.together.values())
+    product = graph("gate_gemm")
+    found = search(product, Bench(right, lambda schedule, rows: 1.0), 0, FEW)
+    assert {t.schedule for t in found.trials} == {heuristic(product), heuristic(product, 17)}
+    assert found.together == {1: heuristic(product), 17: heuristic(product, 17)}
+
+
+def test_a_product_keeps_its_parts_for_all_rows_or_gets_others_for_all():
+    """Tiles go by the number of rows, parts do not, however fast others would be for some rows."""
+    traced = graph("gate_gemm")
+
+    def measure(schedule: Schedule, rows: int) -> float:
+        parts = dict(schedule.split).get("D", 1)
+        wide = schedule.block("P") / 32
+        return (1 + abs(parts - (8 if rows <= 16 else 2)) / 10) * (2 - wide / 4 if rows > 16 else 1 + wide)
+
+    found = search(traced, Bench(right, measure), 60, FEW)
+    assert {b: dict(s.split)["D"] for b, s in found.free.items()} == {1: 8, 17: 2}
+    assert len({order_of(traced, s) for s in found.together.values()}) == 1
+    assert found.together[1].block("P") < found.together[17].block("P")
+
+
+def test_all_rows_together_add_up_in_one_order():
+    """A norm that is fastest with other warps for few rows than for many gets those that are slower for none; if there are none
+
+    such, those that are best for all. An entry is worth it only where none is slower.
+    """
     traced = graph("add_rms_norm")
-    tuned = str(heuristic(traced).with_axis("T", block=4))
-    monkeypatch.setattr(table, "table", lambda device: {table.graph_key(traced): tuned} if "H200" in device else {})
-    assert str(table.tuned("NVIDIA H200", traced)) == tuned
-    assert table.tuned("NVIDIA H100", traced) is None
-    assert table.tuned("NVIDIA H200", graph("add_rms_norm", "float16")) is None
-    monkeypatch.setattr(table, "table", lambda device: {table.graph_key(traced): "T:grid:1 H:whole:64"})
-    assert table.tuned("NVIDIA H200", traced) is None
+
+    def together(many: dict[int, float]) -> tuple[set[int], bool]:
+        def measure(schedule: Schedule, rows: int) -> float:
+            plain = schedule.block("T") == 1 and schedule.mode("H") == "whole"
+            return ({8: 1.0, 4: 0.5, 16: 0.97} if rows <= 16 else many).get(schedule.warps, 2.0) if plain else 2.0
+
+        found = search(traced, Bench(right, measure), 60, FEW)
+        assert {b: s.warps for b, s in found.free.items()} == {1: 4, 17: min(many, key=lambda w: many[w])}
+        us = {r: {"heuristic": 1.0, "tuned": measure(found.together[b], r), "free": 1.0} for b in FEW for r in FEW[b]}
+        worth = winners(traced, found.together, [Timed(b, r, us[r], {}) for b in FEW for r in FEW[b]])
+        assert worth in ({}, found.together)
+        return {s.warps for s in found.together.values()}, bool(worth)
+
+    assert together({8: 1.0, 4: 1.1, 16: 0.9}) == ({16}, True)
+    assert together({8: 1.0, 4: 1.1, 16: 1.05}) == ({8}, False)
+    assert together({8: 1.0, 4: 1.01, 16: 0.9}) == ({4}, True)
 
 
-def test_shipped_tables_are_legal():
-    """Every row of every table in the package parses."""
-    from importlib import resources
-    from json import loads
+def test_winners_are_those_worth_an_entry():
+    """Five per cent, no number of rows of the bucket slower; buckets of the heuristic's own order one by one."""
+    traced = graph("silu_and_mul")
+    one = heuristic(traced).with_axis("T", block=4)
 
+    def timed(*ratios: float) -> list[Timed]:
+        rows = [(b, r) for b in FEW for r in FEW[b]]
+        return [Timed(b, r, {"heuristic": 1.0, "tuned": x, "free": x}, {}) for (b, r), x in zip(rows, ratios, strict=True)]
+
+    together = dict.fromkeys(FEW, one)
+    assert winners(traced, together, timed(0.9, 0.9, 1.2)) == {1: one}
+    assert winners(traced, together, timed(0.7, 1.1, 0.96)) == {}
+    norm = graph("add_rms_norm")
+    together = dict.fromkeys(FEW, Schedule(heuristic(norm).axes, warps=4, stages=1))
+    assert winners(norm, together, timed(0.9, 0.9, 1.2)) == {}
+    assert winners(norm, together, timed(0.8, 0.8, 1.0)) == together
+
+
+def test_means_and_buckets():
+    """Geometric; a bucket is named by its least number of rows."""
+    assert math.isclose(mean([0.5, 2.0]), 1.0)
+    assert [bucket(n) for n in (0, 1, 10**6)] == [1, 1, max(BUCKETS)]
+    assert all(bucket(least) == least > bucket(least - 1) for least in BUCKETS if least > 1)
+    assert {max(1, least) for least, *_ in GEMM_TILES} <= set(BUCKETS)
+    assert all(least <= n and bucket(n) == least for least, measured in BUCKETS.items() for n in measured)
+
+
+def entry(traced, **schedules: str) -> Entry:
+    """An entry that holds today."""
+    parsed = {int(b.removeprefix("from_")): Schedule.parse(s) for b, s in schedules.items()}
+    return Entry(parsed, kernels_of(traced, parsed)[0])
+
+
+FASTER = "T:grid:4 I:grid:512 warps:8 stages:1"
+
+
+def in_table(monkeypatch, traced, made: Entry) -> None:
+    """Put an entry into the table of every H200."""
+    monkeypatch.setattr(table, "_checked", {})
+    monkeypatch.setattr(table, "table", lambda d: {table.graph_key(traced): made.to_json()} if "H200" in d else {})
+
+
+def test_tables_are_found_by_device_sizes_and_rows(monkeypatch):
+    """Other static sizes, dtypes and devices have no entry, other buckets are the heuristic's."""
+    traced = graph("silu_and_mul")
+    in_table(monkeypatch, traced, entry(traced, from_17=FASTER))
+    assert str(table.tuned("NVIDIA H200", traced, {"T": 64})) == FASTER
+    assert str(table.scheduled("NVIDIA H200", traced, {"T": 64})) == FASTER
+    assert table.tuned("NVIDIA H200", traced, {"T": 5000}) is None
+    assert table.tuned("NVIDIA H100", traced, {"T": 64}) is None
+    assert table.tuned("NVIDIA H200", graph("silu_and_mul", "float16"), {"T": 64}) is None
+    product = graph("gate_gemm")
+    assert table.scheduled("NVIDIA H200", product, {"T": 64}) == heuristic(product, 17)
+
+
+def test_a_stale_entry_is_not_used(monkeypatch):
+    """Where a kernel reads otherwise, the tuned one's or the heuristic's, where a schedule is illegal, where orders differ."""
+    traced = graph("silu_and_mul")
+    made = entry(traced, from_17=FASTER)
+    assert stale(traced, made) is None
+    assert Entry.parse(json.loads(json.dumps(made.to_json()))) == made
+    unlike = Entry({17: Schedule.parse("T:grid:4 I:grid:512 warps:4 stages:1")}, made.kernels)
+    assert "moekit tune silu_and_mul" in (stale(traced, unlike) or "")
+    illegal = Entry({17: Schedule.parse("T:grid:3 I:grid:512 warps:4 stages:1")}, made.kernels)
+    assert "power of two" in (stale(traced, illegal) or "")
+    for broken in (unlike, illegal):
+        in_table(monkeypatch, traced, broken)
+        assert table.scheduled("NVIDIA H200", traced, {"T": 64}) is None
+    in_table(monkeypatch, traced, made)
+    monkeypatch.setattr(table, "heuristic", lambda g, tokens=None: heuristic(g, tokens).with_axis("T", block=1))
+    assert table.tuned("NVIDIA H200", traced, {"T": 64}) is None  # it was compared with another heuristic
+    norm = graph("add_rms_norm")
+    monkeypatch.undo()
+    assert "same order" in (stale(norm, entry(norm, from_17="T:grid:1 H:whole:2048 warps:4 stages:1")) or "")
+    everywhere = {f"from_{b}": "T:grid:1 H:whole:2048 warps:4 stages:1" for b in BUCKETS}
+    assert stale(norm, entry(norm, **everywhere)) is None
+
+
+def test_another_triton_has_no_table(monkeypatch):
+    """What was timed was what that Triton compiled."""
+    found = {"made with": {"triton": "3.6.0"}, "entries": {"a": {}}}
+    monkeypatch.setattr(table.json, "loads", lambda text: found)
+    for version, expected in (("3.6.0", {"a": {}}), ("3.7.0", {}), (None, {})):
+        monkeypatch.setattr(table, "_triton", lambda version=version: version)
+        shipped.cache_clear()
+        assert shipped("NVIDIA H200") == expected
+    shipped.cache_clear()
+
+
+def test_shipped_tables_can_be_read():
+    """Every schedule parses, and what was gained is said."""
     for path in (resources.files("moekit.tune") / "tables").iterdir():
-        for text in loads(path.read_text())["schedules"].values():
-            assert str(Schedule.parse(text)) == text
+        for row in json.loads(path.read_text())["entries"].values():
+            for least, text in row["schedules"].items():
+                assert int(least) >= 1
+                assert str(Schedule.parse(text)) == text
+            assert max(row["time over the heuristic's"].values()) <= 1.02
+
+
+def test_shipped_entries_keep_the_contract():
+    """Each entry that holds today serves every number of rows with one order of adding up."""
+    from moekit.tune.run import SIZES as MODEL
+    from moekit.tune.run import params_of
+
+    shipped = table.table("NVIDIA H200")
+    for name, several in MODEL.items():
+        for sizes in several:
+            values = operands(FUSIONS[name], {"T": 3, **sizes}, "bfloat16", "normal", 1)
+            traced = Call(FUSIONS[name], values, params_of(name, sizes)).graph
+            row = shipped.get(table.graph_key(traced))
+            if row is None or stale(traced, Entry.parse(row)):
+                continue
+            used = [
+                table.scheduled("NVIDIA H200", traced, {"T": t}) or heuristic(traced) for t in (1, 17, 65, 128, 300, 2048, 5000)
+            ]
+            assert len({order_of(traced, s) for s in used}) == 1
+            assert all(plan(traced, s, table.contiguous(traced, {"T": 8})).programs for s in used)

@@ -11,10 +11,9 @@ from moekit import jax as face
 
 FUSIONS = (
     "add_rms_norm",
-    "gate_gemm",
-    "silu_and_mul",
+    "gate_projections",
     "topk_softmax",
-    "shared_expert_combine",
+    "down_combine",
     "gated_rms_norm",
     "delta_rule_step",
 )
@@ -24,16 +23,15 @@ FUSIONS = (
 class Kernels:
     """One callable per fusion. Hashable, so that a compiled step may depend on it.
 
-    packed: whether the gate's three products are one `gate_gemm` on the packed weight.
+    packed: whether the gate's three products are one `gate_projections` on the packed weight.
     """
 
     name: str
     packed: bool
     add_rms_norm: Callable[..., Any]
-    gate_gemm: Callable[..., Any]
-    silu_and_mul: Callable[..., Any]
+    gate_projections: Callable[..., Any]
     topk_softmax: Callable[..., Any]
-    shared_expert_combine: Callable[..., Any]
+    down_combine: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 

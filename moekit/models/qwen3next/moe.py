@@ -25,24 +25,20 @@ CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a ti
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
-    gate_up, logits, shared_gate = gate(x, weights["gate"], kernels)
+    activated, logits, share = gate(x, weights["gate"], kernels)
     chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
-    shared = linear(kernels.silu_and_mul(gate_up), weights["shared_down"])
-    # The shared part comes first, so that the gate's product is dead while the routed experts run.
-    shared = kernels.shared_expert_combine(jnp.zeros_like(shared), shared, shared_gate)
-    x, chosen, ids, shared = lax.optimization_barrier((x, chosen, ids, shared))
-    routed = experts(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"])
-    return round_to(routed + shared.astype(jnp.float32), x.dtype)
+    x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
+    routed = round_to(experts(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"]), x.dtype)
+    return kernels.down_combine(routed, activated, weights["shared_down"], share)
 
 
-def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[Any, Any, Any]:
-    """Shared gate_up [T, 2I], router logits [T, E], shared gate [T, 1]: views of one product, or arrays."""
+def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The shared expert's activation [T, I], the router's logits [T, E] and the shared expert's share [T, 1], float32."""
     if isinstance(weights, PackedGate) and kernels.packed:
-        out = kernels.gate_gemm(x, weights)
-        return out.gate_up, out.router_logits, out.shared_gate
+        return kernels.gate_projections(x, *weights.parts)
     parts = unpacked(weights) if isinstance(weights, PackedGate) else weights
     gate_up, logits, shared_gate = (linear(x, parts[name].astype(x.dtype)) for name in PARTS)
-    return gate_up, logits, shared_gate
+    return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
 
 
 def unpacked(packed: PackedGate) -> dict[str, jax.Array]:
@@ -92,7 +88,7 @@ def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, 
     return einsum("tn,nh->th", active.reshape(x.shape[0], -1), down.reshape(-1, x.shape[1]))
 
 
-def _activation(both: jax.Array, share: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _activation(both: jax.Array, share: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
     """silu(gate)·up·share of both [..., 2I], rounded once."""
     half = both.shape[-1] // 2
     first, second = both[..., :half].astype(jnp.float32), both[..., half:].astype(jnp.float32)

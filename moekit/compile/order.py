@@ -1,0 +1,48 @@
+"""In which order a plan adds up: what a row's bits depend on beside the row itself.
+
+Two plans of one graph with the same order give the same bits. Schedules that are chosen by the number of tokens have to agree
+in it, so that a row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from moekit.compile import tile as t
+from moekit.compile.plan import Plan
+from moekit.lang.dtypes import is_float
+
+Order = frozenset[tuple]
+
+
+def order(planned: Plan) -> Order:
+    """What of a plan decides in which order floats are added up.
+
+    - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
+      where parts begin counts, the blocks and the warps do not. (Seen on an H200: the instructions for tiles of 16 and of 64
+      rows and more give the same bits.)
+    - A sum within a block is a tree over the threads that hold it: the whole block's shape and the number of warps count.
+    - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.
+    """
+    return frozenset(said for kernel in planned.programs for p in kernel.sections for said in _said(p, p.body, kernel.warps))
+
+
+def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterator[tuple]:
+    dots = {op.out.name for op in body if isinstance(op, t.Dot)}
+    for op in body:
+        if isinstance(op, t.Dot):
+            axis = program.axis(op.axis)
+            yield "product", axis.name, axis.share if axis.parts > 1 else axis.extent
+        elif _adds(op):
+            yield "tree", op.axis, tuple((a, program.axis(a).block) for a in op.value.axes), warps
+        elif isinstance(op, t.Loop):
+            inner = {v.out.name for v in op.body if isinstance(v, t.Dot)}
+            if any(is_float(v.dtype) and v.name not in inner | dots for v in op.yields):
+                yield "turns", op.stop if isinstance(op.stop, int) else None, op.step
+            yield from _said(program, op.body, warps)
+
+
+def _adds(op: t.Op) -> TypeGuard[t.Reduce | t.Scan]:
+    """Whether threads bring floats together: a maximum is the same in any order, and so are integers."""
+    return isinstance(op, t.Scan | t.Reduce) and is_float(op.value.dtype) and getattr(op, "op", "sum") == "sum"

@@ -1,0 +1,27 @@
+"""Programmatic dependent launch as it is compiled: what comes before a kernel waits for the launches before it, and after."""
+
+import re
+
+import pytest
+
+from .samples import SAMPLES
+
+pytest.importorskip("triton")
+from .sm_90 import compiled
+
+STEPS = {"prefetch.global.L2": "P", "griddepcontrol.wait": "W", "griddepcontrol.launch_dependents": "T"}
+STEP = re.compile("|".join([*map(re.escape, STEPS), r"ld\.global", r"st\.global", r"cp\.async\.c[ag]"]))
+
+
+def _steps(program) -> str:
+    """A letter per step of a kernel in the order of its text: P asks ahead, W waits, T lets the next launch in, M: memory."""
+    found = [STEPS.get(step, "M") for step in STEP.findall(compiled(program).asm["ptx"])]
+    return "".join(a for a, b in zip(found, [*found[1:], ""], strict=True) if a != b)
+
+
+@pytest.mark.parametrize("name", ["gate_gemm", "gate_projections", "add_rms_norm"])
+def test_memory_is_touched_after_the_wait(name):
+    """Each section asks for its weight, waits, lets the next launch begin and only then loads; others wait before anything."""
+    for program in SAMPLES[name].strided().programs:
+        asks = program.name.endswith("_partial")
+        assert _steps(program) == ("PWTM" * len(program.sections) if asks else "TWM"), program.name
