@@ -135,7 +135,17 @@ class _Program:
 
     def index(self, op: t.Index) -> np.ndarray:
         start = self.values[op.start.name] if op.start is not None else np.zeros((), np.int32)
-        return start + np.arange(self.program.axis(op.axis).block, dtype=np.int32) if op.out.axes else start
+        lanes = np.arange(self.program.axis(op.axis).block, dtype=np.int32)
+        return start + (np.tile(lanes, 2) if op.out.axes != (op.axis,) else lanes) if op.out.axes else start
+
+    def sides(self, op: t.Sides) -> np.ndarray:
+        return np.repeat(np.asarray(op.values, np.int32), self.program.axis(op.axis).block // 2)
+
+    def half(self, op: t.Half) -> np.ndarray:
+        halves = np.split(self.values[op.value.name], 2, axis=op.value.axes.index(op.axis))
+        of = self.program.axis(op.axis).of
+        named = tuple(of if a == op.axis else a for a in op.value.axes)
+        return np.transpose(halves[op.side], [named.index(a) for a in op.out.axes])
 
     def binary(self, op: t.Binary) -> np.ndarray:
         axes = op.out.axes
@@ -210,6 +220,8 @@ EXECUTE = {
     t.ProgramId: lambda p, op: p.ids[op.axis],
     t.Extent: lambda p, op: p.sizes[op.axis],
     t.Index: _Program.index,
+    t.Sides: _Program.sides,
+    t.Half: _Program.half,
     t.InBounds: lambda p, op: p.values[op.index.name] < p.extent(op.axis),
     t.Load: _Program.load,
     t.Cast: lambda p, op: cast(p.values[op.value.name], op.out.dtype),
