@@ -214,8 +214,59 @@ def probe_turned(x, w):
     return ml.contract(x, w, over="D")
 
 
+def _residual(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        coarse, fine = round_to(x, "float16"), round_to(y, "bfloat16")
+        return {"lost": x - coarse, "rest": (y - fine) * coarse}
+
+
+@fusion(_residual, x=In("T H", dtype="float32"), y=In("T H", dtype="float32"))
+def probe_residual(x, y):
+    """What rounding takes away: without it nothing is left, and float16 overflows where float32 does not."""
+    coarse, fine = ml.f32(ml.cast(x, "float16")), ml.f32(ml.cast(y, "bfloat16"))
+    return {"lost": x - coarse, "rest": (y - fine) * coarse}
+
+
+def _shuffled(x, ids):
+    valid = (ids >= 0) & (ids < len(x))
+    chosen = x[np.where(valid, ids, 0)] if len(x) else np.zeros((len(ids), *x.shape[1:]), x.dtype)
+    return {"out": np.where(valid[:, None], chosen, 0), "turned": x[:, np.arange(x.shape[1]) * 2 % max(1, x.shape[1])]}
+
+
+@fusion(_shuffled, x=In("T H"), ids=In("T", dtype="int32"))
+def probe_shuffled(x, ids):
+    """Rows and columns in another order: outputs that fit an operand and may not be written over it."""
+    return {"out": ml.gather(x, ids, over="T"), "turned": ml.gather(x, ml.iota("H") * 2 % ml.size("H"), over="H")}
+
+
+def _crossed(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": np.swapaxes(x @ w.T, 0, 1)}
+
+
+@fusion(_crossed, x=In("T D"), w=In("P D"), out=Out("P T"))
+def probe_crossed(x, w):
+    """A product whose rows come from its second operand, stored with its columns outermost."""
+    return ml.contract(w, x, over="D")
+
+
+def _apart(x, state):
+    x, old = _f64(x, state)
+    with np.errstate(all="ignore"):
+        return {"state": old * 0.5 + x, "before": old.sum(-1), "peak": old.max((1, 2))}
+
+
+@fusion(_apart, x=In("T A H"), state=InOut("T A H", dtype="float32"))
+def probe_apart(x, state):
+    """A state that is replaced while its old value goes into a sum and a maximum, over other axes each."""
+    return {"state": state * 0.5 + ml.f32(x), "before": ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
+              probe_residual, probe_shuffled, probe_crossed, probe_apart)
 }  # fmt: skip

@@ -13,10 +13,12 @@ import numpy as np
 from moekit.compile.analysis import axis_uses
 from moekit.errors import AliasError
 from moekit.lang.graph import Along, Graph
+from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.executors import Executor, Torch
 from moekit.testing.guard import POISONS, Arena, place
 from moekit.testing.oracle import Oracle
+from moekit.testing.tasks import JAX
 
 SCALE = 4.0
 
@@ -100,6 +102,17 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
     here = outputs(executor, replace(case, layouts=layouts, mode="in place"), values)
     there = outputs(executor, replace(case, layouts={**layouts, **moved}, mode="out"), values)
     return _unequal(here, there, "out of place")
+
+
+def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
+    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted, and nothing is disturbed."""
+    mode = "in place" if any(n in case.shapes for n in case.names) else "out"
+    case = replace(case, layouts={}, mode=mode, woven=True)
+    if executor.name in JAX:
+        from moekit.testing.jax_batch import run_values
+
+        return run_values(executor.name, [(case, Oracle.of(case))])[0].problems
+    return run_case(executor, case).problems
 
 
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
@@ -202,4 +215,5 @@ PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
     "rows are independent": rows_are_independent,
     "in place is out of place": in_place_is_out_of_place,
     "overlap is refused": overlap_is_refused,
+    "neighbours are apart": neighbours_are_apart,
 }
