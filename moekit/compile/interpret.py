@@ -33,9 +33,7 @@ def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int],
         execute(program, memory, sizes, backwards)
 
 
-def execute(
-    kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False
-) -> None:
+def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
     for section in kernel.sections[::-1] if backwards else kernel.sections:
         _execute(section, memory, sizes, backwards)

@@ -264,9 +264,47 @@ def probe_apart(x, state):
     return {"state": state * 0.5 + ml.f32(x), "before": ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
 
 
+def _centred(x):
+    (x,) = _f64(x)
+    with np.errstate(all="ignore"):
+        return {"out": x - x.mean(1, keepdims=True) - x.mean(2, keepdims=True)}
+
+
+@fusion(_centred, x=In("T A B"))
+def probe_centred(x):
+    """What is left of a table without the means of its rows and columns: reductions over two axes that the output has."""
+    x32 = ml.f32(x)
+    return x32 - ml.mean(x32, over="A") - ml.mean(x32, over="B")
+
+
+def _inverse(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": (1 / np.sqrt(np.abs(x))) @ (1 / np.sqrt(np.abs(w))).T}
+
+
+@fusion(_inverse, x=In("T D"), w=In("P D"))
+def probe_inverse(x, w):
+    """A product of operands that both are infinite where nothing was loaded."""
+    return ml.contract(ml.rsqrt(abs(ml.f32(x))), ml.rsqrt(abs(ml.f32(w))), over="D")
+
+
+def _tables(ids, x, y):
+    x, y = _f64(x, y)
+    rows = [np.where(((ids >= 0) & (ids < len(t)))[:, None], t[np.clip(ids, 0, max(0, len(t) - 1))], 0.0) for t in (x, y)]
+    with np.errstate(all="ignore"):
+        return {"out": rows[0] - rows[1]}
+
+
+@fusion(_tables, ids=In("T", dtype="int32"), x=In("E H"), y=In("G H"))
+def probe_tables(ids, x, y):
+    """Rows of two tables of other sizes by the same ids."""
+    return ml.f32(ml.gather(x, ids, over="E")) - ml.f32(ml.gather(y, ids, over="G"))
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
               probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
-              probe_residual, probe_shuffled, probe_crossed, probe_apart)
+              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_centred, probe_inverse, probe_tables)
 }  # fmt: skip

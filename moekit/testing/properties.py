@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moekit.compile.analysis import axis_uses
+from moekit.compile.analysis import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.graph import Along, Graph
 from moekit.testing.batch import run_case
@@ -105,7 +105,7 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
-    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted, and nothing is disturbed."""
+    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace."""
     mode = "in place" if any(n in case.shapes for n in case.names) else "out"
     case = replace(case, layouts={}, mode=mode, woven=True)
     if executor.name in JAX:
@@ -116,7 +116,11 @@ def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
-    """An output that shares an element with an operand, but is not that operand, is refused before anything is written."""
+    """An output that shares bytes with itself, or with an operand that it is not all of, is refused before anything is written.
+
+    Tried are outputs one element beside an operand of their dtype, over the upper halves of an operand of a wider dtype, and of
+    stride 0.
+    """
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
     case = replace(case, layouts={}, mode="out")
@@ -126,22 +130,24 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
     tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
     found = []
     for output, target in case.targets.items():
+        shape, strides, dtype = tensors[target].shape, tensors[target].stride(), tensors[target].dtype
+        flat = memory.view(dtype)
+        tries = [("stride 0", (0, *strides[1:]), placed.slots[target].start)] if len(shape) and shape[0] > 1 else []
         for operand in case.shapes:
-            shape, source = tensors[target].shape, placed.slots[operand]
-            if tensors[operand].dtype != tensors[target].dtype or tensors[operand].numel() < 2 or not len(shape):
-                continue
-            size = tensors[target].element_size()
-            flat = memory.view(tensors[target].dtype)
-            shifted = executor.torch.as_strided(flat, shape, tensors[target].stride(), source.start + 1)
-            if (source.start + 1) * size + shifted.numel() * size > memory.numel():
+            wider = tensors[operand].element_size() // flat.element_size()
+            start = placed.slots[operand].start * wider + 1
+            if tensors[operand].numel() > 1 and len(shape) and (wider > 1 or tensors[operand].dtype == dtype):
+                tries.append((f"one element beside {operand}, over it,", tuple(s * wider for s in strides), start))
+        for how, strides, start in tries:
+            if start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= flat.numel():
                 continue
             before = executor.download(memory).copy()
             try:
-                executor.call(case, {**tensors, target: shifted})
-                found.append(f"{case.fusion}: {output} written one element beside {operand}, over it, was not refused")
+                executor.call(case, {**tensors, target: executor.torch.as_strided(flat, shape, strides, start)})
+                found.append(f"{case.fusion}: {output} with {how} was not refused")
             except AliasError:
                 if not np.array_equal(before, executor.download(memory)):
-                    found.append(f"{case.fusion}: memory was written before {output} over {operand} was refused")
+                    found.append(f"{case.fusion}: memory was written before {output} with {how} was refused")
     return found
 
 
@@ -155,11 +161,12 @@ def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: 
 
 
 def token_axis(case: FuzzCase) -> str | None:
-    """A dynamic axis whose elements are independent: every output varies over it, and nothing is reduced along it."""
+    """A dynamic axis whose elements are independent: every output varies over it, and nothing is reduced or chosen along it."""
     graph = case.graph
     free = [a for a, use in axis_uses(graph).items() if use.parallel and a in case.declaration.dynamic and a in case.sizes]
     if any(w.ids for w in graph.writes) or any(n.op == "extent" for n in graph.nodes):
         return None
+    free = [a for a in free if a not in gathered(graph)]
     indexed = {n.attr("index").axis for n in graph.nodes if n.op == "iota" and isinstance(n.attr("index"), Along)}
     return next((a for a in free if a not in indexed), None)
 

@@ -1,8 +1,9 @@
 """Random declarations: 3 to 12 operations on two to four operands, valid by construction, the same for the same seed.
 
-They fuzz the compiler rather than a fusion. From number `WIDER` on there are more operations, ids among the operands, a tensor
-that is updated and outputs stored in another order of axes; the numbers below keep what recorded cases name. The reference is the float64 evaluation that also gives the error bound, which
-shares nothing with array evaluation, the lowering or the emitters. Comparisons are made between operands and integers
+They fuzz the compiler rather than a fusion. From number `WIDER` on there are more operations, ids among the operands, tensors
+that are updated and outputs stored in another order of axes; a smaller number stays the declaration that recorded cases mean.
+The reference is the float64 evaluation that also gives the error bound, which shares nothing with array evaluation, the
+lowering or the emitters. Comparisons are made between operands and integers
 only: between computed values a last bit would decide.
 """
 

@@ -7,23 +7,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.schedules import variants
 from moekit.testing.tasks import Task, cases
 
 VIEWED = ("pallas", "xla")  # where a tensor is a View of a base: no stride 0, no strides past 2^31
 PLAIN = ("numpy", "eager", "xla")  # no kernels: schedules mean nothing, and a library may add up the last rows another way
 F32 = "float32"
-SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6}
-SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "add_rms_norm",
-             "gate_gemm", "gate_block")  # fmt: skip
-SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "whole", "small", "rows")
-SLOW = ("small", "single parts", "looped")  # 20 seconds each for a whole block of the model
+CHANCE = 3000  # the first number of the random declarations that are run under every schedule
+SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
+SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_centred",
+             "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm", "gate_block")  # fmt: skip
+SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
+SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
 
 Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
 
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage)]
+    kinds = [_rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
     while kinds:
         for kind in list(kinds):
             if (attempt := next(kind, None)) is None:
@@ -49,7 +51,9 @@ def _rows(stage: str) -> Iterator[Attempt]:
             ("gate_up", "out"), lying)))  # fmt: skip
     if stage in VIEWED:
         for name, axes in (("gate_gemm", {"T": 18, "D": 150, "P": 20}), ("probe_product", {"T": 18, "H": 150, "P": 20})):
-            yield _replay(FuzzCase(name, axes, dict.fromkeys(FuzzCase(name, {}, {}).declaration.tensors, F32), recipe="integers"))
+            yield _replay(
+                FuzzCase(name, axes, dict.fromkeys(FuzzCase(name, {}, {}).declaration.tensors, F32), recipe="integers")
+            )
         inner = Layout("arbitrary", (0, 1, 2), (0, 2, 1), (1, 3, 1), (0, 1, 0))
         sizes = {"T": 3, "V": 8, "D": 1}
         yield _replay(FuzzCase("gated_rms_norm", sizes, dict.fromkeys(("x", "z", "weight"), F32),
@@ -83,8 +87,18 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
             params = {"eps": 1e-6, "offset": 1.0} if name in ("add_rms_norm", "gate_block") else {}
             axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
             mode = "in place" if name in ("add_rms_norm", "probe_apart") else "out"
-            yield _replay(FuzzCase(name, {a: n for a, n in SIZES.items() if a in axes}, dtypes, params, mode=mode,
-                                   recipe=recipe, schedule=schedule))  # fmt: skip
+            sizes = {a: max(1, n // 3) if schedule in SLOW else n for a, n in SIZES.items() if a in axes}
+            yield _replay(FuzzCase(name, sizes, dtypes, params, mode=mode, recipe=recipe, schedule=schedule))
+
+
+def _chance(stage: str) -> Iterator[Attempt]:
+    """Random declarations under every schedule that is legal for them."""
+    for number in range(CHANCE, CHANCE + 40) if stage not in PLAIN else ():
+        operands = FuzzCase(f"random:{number}", {}, {}).declaration.tensors
+        dtypes = {n: s.dtypes[0] for n, s in operands.items()}
+        case = FuzzCase(f"random:{number}", {"T": 5, "A": 11, "B": 6}, dtypes, recipe="normal", seed=number)
+        for schedule in list(variants(case.graph))[1:]:
+            yield _replay(replace(case, schedule=schedule))
 
 
 def _related(stage: str) -> Iterator[Attempt]:
