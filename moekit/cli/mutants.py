@@ -35,7 +35,8 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     """Run numerical properties against each mutant of the lowering and the emitters, in a copy of the package.
 
     The verifier and golden files are switched off. Where no mutants are named the package as it is goes first, which must
-    survive. Changes that are proven to change no result are listed, not counted. Exit codes: 0 at least 98 % killed, 1 fewer, or the package as it is fails, 2 asked wrongly.
+    survive. Changes that are proven to change no result are listed, not counted. Exit codes: 0 at least 98 % killed, 1 fewer,
+    or the package as it is fails, 2 asked wrongly.
     """
     from moekit.testing.mutants.score import markdown as as_markdown
     from moekit.testing.mutants.score import score_all

@@ -264,6 +264,18 @@ def probe_apart(x, state):
     return {"state": state * 0.5 + ml.f32(x), "before": ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
 
 
+def _states(x, state, total):
+    x, old, before = _f64(x, state, total)
+    with np.errstate(all="ignore"):
+        return {"state": old * 0.5 + x, "total": before + old.sum(-1), "peak": old.max((1, 2))}
+
+
+@fusion(_states, x=In("T A H"), state=InOut("T A H", dtype="float32"), total=InOut("T A", dtype="float32"))
+def probe_states(x, state, total):
+    """Two states that are replaced, the old value of one in the new one of the other."""
+    return {"state": state * 0.5 + ml.f32(x), "total": total + ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
+
+
 def _centred(x):
     (x,) = _f64(x)
     with np.errstate(all="ignore"):
@@ -306,5 +318,6 @@ PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
               probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
-              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_centred, probe_inverse, probe_tables)
+              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_centred, probe_inverse,
+              probe_tables)
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Mutation testing of the compiler: faults planted in the lowering and both emitters, which numerical properties must find.
 
-`TABLE` lists them, `EQUIVALENT` those that change no result, with the proof; `score` runs them; `moekit mutants` prints the kill rate.
+`TABLE` lists them, `EQUIVALENT` those that change no result, with the proof; `score` runs them, and `moekit mutants` prints the
+kill rate.
 """
 
 from moekit.testing.mutants.score import Outcome, mutate, score_all, try_mutant
