@@ -301,6 +301,21 @@ def probe_inverse(x, w):
     return ml.contract(ml.rsqrt(abs(ml.f32(x))), ml.rsqrt(abs(ml.f32(w))), over="D")
 
 
+def _looked_up(x, table):
+    best = np.argmax(x, -1)
+    valid = best < len(table)
+    rows = table[np.where(valid, best, 0)] if len(table) else np.zeros((len(x), table.shape[1]), table.dtype)
+    with np.errstate(all="ignore"):
+        return {"out": np.where(valid[:, None], rows.astype(np.float64), 0.0) + x.astype(np.float64).max(-1, keepdims=True)}
+
+
+@fusion(_looked_up, x=In("T H"), table=In("E P"))
+def probe_looked_up(x, table):
+    """The row of a table that the place of the largest element names: a load that waits for a reduction."""
+    row = ml.gather(table, ml.argmax(x, over="H"), over="E")
+    return ml.f32(row) + ml.f32(ml.max(x, over="H"))
+
+
 def _tables(ids, x, y):
     x, y = _f64(x, y)
     rows = [np.where(((ids >= 0) & (ids < len(t)))[:, None], t[np.clip(ids, 0, max(0, len(t) - 1))], 0.0) for t in (x, y)]
@@ -319,5 +334,5 @@ PROBES = {
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
               probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
               probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_centred, probe_inverse,
-              probe_tables)
+              probe_tables, probe_looked_up)
 }  # fmt: skip

@@ -17,6 +17,7 @@ from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.executors import Executor, Torch
 from moekit.testing.guard import POISONS, Arena, place
+from moekit.testing.layouts import to_numpy
 from moekit.testing.oracle import Oracle
 from moekit.testing.tasks import JAX
 
@@ -115,11 +116,29 @@ def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
     return run_case(executor, case).problems
 
 
+def rows_between_rows(executor: Executor, case: FuzzCase) -> list[str]:
+    """An output whose rows reach into each other and share no element is accepted and right: strides 2·n - 3 and 2."""
+    found: list[str] = []
+    if not isinstance(executor, Torch):
+        return found
+    case = replace(case, layouts={}, mode="out")
+    placed = place(arena := Arena(), case, case.values())
+    memory = executor.upload(arena.image(POISONS[0]))
+    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    for target in case.targets.values():
+        if len(shape := case.shape(target)) == 2 and shape[0] > 1 and shape[1] > 2:
+            empty = tensors[target].new_zeros(shape[0] * 2 * shape[1])
+            tensors[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
+    executor.call(case, tensors)
+    got = {n: to_numpy(tensors[t]).copy() for n, t in case.targets.items()}
+    return Oracle.of(case, executor.name, executor.standard).problems(got)[0]
+
+
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
     """An output that shares bytes with itself, or with an operand that it is not all of, is refused before anything is written.
 
-    Tried are outputs one element beside an operand of their dtype, over the upper halves of an operand of a wider dtype, and of
-    stride 0.
+    Tried are outputs one element beside an operand of their dtype, at its last element, over the upper halves of an operand of
+    a wider dtype, and of stride 0.
     """
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
@@ -138,6 +157,8 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
             start = placed.slots[operand].start * wider + 1
             if tensors[operand].numel() > 1 and len(shape) and (wider > 1 or tensors[operand].dtype == dtype):
                 tries.append((f"one element beside {operand}, over it,", tuple(s * wider for s in strides), start))
+                last = start - 1 + (tensors[operand].numel() - 1) * wider
+                tries.append((f"its first element the last of {operand}", strides, last))
         for how, strides, start in tries:
             if start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= flat.numel():
                 continue
@@ -223,4 +244,5 @@ PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
     "in place is out of place": in_place_is_out_of_place,
     "overlap is refused": overlap_is_refused,
     "neighbours are apart": neighbours_are_apart,
+    "rows between rows": rows_between_rows,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from moekit.cli.app import cli
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.testing.mutants import EQUIVALENT, HISTORICAL, TABLE, mutate, score, try_mutant
-from moekit.testing.mutants.directed import directed
+from moekit.testing.mutants.directed import SCHEDULED, SCHEDULES, directed
 from moekit.testing.mutants.killer import ARRAYS, STAGES, tasks
 from moekit.testing.mutants.score import PACKAGE, Outcome, apply_patch, copy_package, stages_of, try_patch, try_unchanged
 from moekit.testing.mutants.table import Mutant
@@ -128,6 +129,7 @@ def test_directed_cases_end_and_hold():
     tried = [attempt("numpy") for attempt in itertools.islice(directed("numpy"), 40)]
     assert tried == [[]] * 40
     assert sum(1 for _ in directed("interpret")) > 500
+    assert math.gcd(len(SCHEDULES), len(SCHEDULED)) == 1  # so that a diagonal meets every pair
 
 
 def test_the_package_as_it_is_survives():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -81,7 +82,9 @@ def _top_k(stage: str) -> Iterator[Attempt]:
 def _scheduled(stage: str) -> Iterator[Attempt]:
     """Every kind of schedule over axes that no block divides; each time round with other values and another dtype."""
     kinds = list(itertools.product((F32, "float16", "bfloat16"), ("integers", "normal", "special", "huge")))
-    pairs = list(itertools.product(SCHEDULES if stage not in PLAIN else ("heuristic",), SCHEDULED))
+    schedules = SCHEDULES if stage not in PLAIN else ("heuristic",)
+    each = range(math.lcm(len(schedules), len(SCHEDULED)))  # the numbers have no common factor: all pairs, the first few of all
+    pairs = [(schedules[i % len(schedules)], SCHEDULED[i % len(SCHEDULED)]) for i in each]
     for turn in range(len(kinds)):
         for at, (schedule, name) in enumerate(pairs):
             dtype, recipe = kinds[(turn + 5 * at) % len(kinds)]
@@ -112,7 +115,7 @@ def _related(stage: str) -> Iterator[Attempt]:
     from moekit.testing.probes import PROBES
     from moekit.testing.properties import PROPERTIES
 
-    names = ["overlap is refused"] if stage in REFUSING else []
+    names = ["overlap is refused", "rows between rows"] if stage in REFUSING else []
     names += ["neighbours are apart", "in place is out of place"]
     names += ["rows are independent"] if stage not in PLAIN else []
     for prop, fusion in itertools.product(names, (*PROBES, *FUSIONS)):

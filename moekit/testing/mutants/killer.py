@@ -53,16 +53,16 @@ def _ran(task: Task) -> tuple[list[str], int]:
 
 
 def attempts(stage: str) -> Iterator[Callable[[], tuple[list[str], int]]]:
-    """Batches and directed cases in turn; where each directed case is compiled, one for every three batches."""
+    """Batches and directed cases in turn; where each directed case is compiled, one for every two batches."""
     batches, singles = tasks(stage), directed(stage)
     for turn in itertools.count():
-        single = next(singles, None) if turn % 3 == 0 or stage not in VIEWED else None
+        single = next(singles, None) if turn % 2 == 0 or stage not in VIEWED else None
         batch = next(batches, None)
         if single is not None:
             yield lambda single=single: (single(stage), 1)
         if batch is not None:
             yield lambda batch=batch: _ran(batch)
-        if turn % 3 == 0 and single is None and batch is None:
+        if turn % 2 == 0 and single is None and batch is None:
             return
 
 
