@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one."""
+    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one.
+
+    `proof`: one sentence saying why it changes no result, for one that is none; it is not counted.
+    """
 
     name: str
     file: str
     edits: tuple[tuple[str, str], ...]
     about: str
+    proof: str = ""
 
 
-def _one(name: str, file: str, old: str, new: str, about: str) -> Mutant:
-    return Mutant(name, file, ((old, new),), about)
+def _one(name: str, file: str, old: str, new: str, about: str, proof: str = "") -> Mutant:
+    return Mutant(name, file, ((old, new),), about, proof)
 
 
 HISTORICAL = (
@@ -115,8 +119,8 @@ LOWERING = (
 
 PRINTER = (
     _one("program-id-undecoded", "backends/printer.py", "return rem.format(text, count(axis)) if at > 0 else text", "return text", "an inner grid axis is not taken modulo its blocks"),
-    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
-         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "a store forgets axes"),
+    _one("store-axes-turned", "backends/printer.py", "        return tuple(a.name for a in self.program.axes if a.name in axes)",
+         "        return tuple(a.name for a in reversed(self.program.axes) if a.name in axes)", "a store takes its axes in another order than its value has"),
 )  # fmt: skip
 
 TRITON = (
@@ -159,6 +163,12 @@ ARRAY = (
     _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+)  # fmt: skip
+
+EQUIVALENT = (
+    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
+         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "of an index over several axes a store sees the first",
+         "an index of a store has one axis at most: it runs along that axis, or is the ids of a put, along whose axes `legal` allows blocks of 1 only"),
 )  # fmt: skip
 
 TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *PALLAS, *ARRAY)
