@@ -55,7 +55,7 @@ def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int)
         (file,) = Path(folder).rglob("*.xplane.pb")
         calls = apart(events(file), between_calls.__name__)
     if len(calls) != len(order):
-        raise RuntimeError(f"the profiler saw {len(calls)} of {len(order)} calls; take fewer rounds or a shorter chain")
+        raise RuntimeError(f"the profiler saw {len(calls)} of {len(order)} calls on a GPU; take fewer rounds")
     return {name: summary([c for n, c in zip(order, calls, strict=True) if n == name], links) for name in programs}
 
 
