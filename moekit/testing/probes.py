@@ -276,6 +276,18 @@ def probe_states(x, state, total):
     return {"state": state * 0.5 + ml.f32(x), "total": total + ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
 
 
+def _exchange(left, right):
+    a, b = _f64(left, right)
+    with np.errstate(all="ignore"):
+        return {"left": a + b.sum(-1, keepdims=True), "right": b - a.max(-1, keepdims=True)}
+
+
+@fusion(_exchange, left=InOut("T A", dtype="float32"), right=InOut("T H", dtype="float32"))
+def probe_exchange(left, right):
+    """Two states, each replaced by what the old value of the other says."""
+    return {"left": left + ml.sum(right, over="H"), "right": right - ml.max(left, over="A")}
+
+
 def _centred(x):
     (x,) = _f64(x)
     with np.errstate(all="ignore"):
@@ -333,6 +345,6 @@ PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
               probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
-              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_centred, probe_inverse,
-              probe_tables, probe_looked_up)
+              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_exchange, probe_centred,
+              probe_inverse, probe_tables, probe_looked_up)
 }  # fmt: skip

@@ -18,8 +18,8 @@ F32 = "float32"
 CHANCE = 3000  # the first number of the random declarations that are run under every schedule
 SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
 SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_states",
-             "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
-             "gate_block")  # fmt: skip
+             "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
+             "gate_block", "topk_softmax")  # fmt: skip
 SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
 SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
 
@@ -93,8 +93,9 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
             fusion = FuzzCase(name, SIZES, {}).declaration
             dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
             params = {"eps": 1e-6, "offset": 1.0} if name in ("add_rms_norm", "gate_block") else {}
+            params |= {"k": 3, "renormalize": True, "nan_to_zero": False} if name == "topk_softmax" else {}
             axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
-            mode = "in place" if name in ("add_rms_norm", "probe_apart", "probe_states") else "out"
+            mode = "in place" if name in ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange") else "out"
             sizes = {a: max(1, n // 3) if schedule in SLOW else n for a, n in SIZES.items() if a in axes}
             yield _replay(FuzzCase(name, sizes, dtypes, params, mode=mode, recipe=recipe, schedule=schedule))
 
