@@ -165,13 +165,16 @@ class TritonPrinter(Printer):
     def pointer(self, op, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the operation says so."""
         param = self.program.param(op.tensor)
-        terms = [f"{op.tensor}_ptr"]
+        terms, single = [f"{op.tensor}_ptr"], {a.name for a in self.program.axes if a.extent == 1}
         for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.strided.strides, strict=True):
             if v is None:
                 continue
             index = self.at(v, axes)
             if wide:
                 index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"
+            if v.axes and axis in single:  # as neighbours in memory its masked lanes would decide how all is loaded: one by one
+                terms.append(f"{index} * 0")
+                continue
             terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis or '')}")
         return " + ".join(terms)
 

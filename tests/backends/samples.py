@@ -53,8 +53,10 @@ def _shape(graph, tensor, sizes) -> tuple[int, ...]:
 
 
 def strided(graph, sizes) -> dict:
-    """Contiguous rows, every outer stride a multiple of 16 bytes."""
-    return {n: t.Strided((*["aligned"] * (len(x.dims) - 1), "unit")) for n, x in graph.tensors.items()}
+    """Contiguous rows, every outer stride a multiple of 16 bytes; that of a single element is not told (launch.layout)."""
+    single = {a for a, n in graph.axes.items() if n == 1}
+    outer = {n: ["unit" if a in single else "aligned" for a in x.axes[:-1]] for n, x in graph.tensors.items()}
+    return {n: t.Strided((*outer[n], "unit")) for n in graph.tensors}
 
 
 def viewed(graph, sizes) -> dict:

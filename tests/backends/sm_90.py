@@ -77,7 +77,7 @@ def build(program: t.Kernel) -> Built:
         instructions=len(mnemonics),
         per_element=len(mnemonics) * 32 * program.warps / elements(program),
         narrow={n: w for n, w in loaded.items() if w < WIDE <= row_bytes(program, n)},
-        serial="wgmma.mma_async instructions are serialized" in _assembled(compiled.asm["ptx"]),
+        serial="wgmma.mma_async instructions are serialized" in _assembled(assembled["ptx"]),
     )
 
 
