@@ -193,7 +193,24 @@ def _index(p: PallasPrinter, op: t.Index) -> str:
     if not op.out.axes:
         return start or "0"
     lanes = f"jnp.arange({p.program.axis(op.axis).block}, dtype=jnp.int32)"
+    if op.out.axes != (op.axis,):
+        block = p.program.axis(op.axis).block
+        lanes = f"lax.rem(jnp.arange({2 * block}, dtype=jnp.int32), jnp.int32({block}))"
     return f"({start} + {lanes})" if start else lanes
+
+
+def _sides(p: PallasPrinter, op: t.Sides) -> str:
+    block = p.program.axis(op.axis).block
+    first, second = (f"jnp.int32({v})" for v in op.values)
+    return f"jnp.where(jnp.arange({block}, dtype=jnp.int32) < {block // 2}, {first}, {second})"
+
+
+def _half(p: PallasPrinter, op: t.Half) -> str:
+    of = p.program.axis(op.axis).of
+    named = [of if a == op.axis else a for a in op.value.axes]
+    order = tuple(map(named.index, op.out.axes))
+    half = f"jnp.split({p.text(op.value)}, 2, axis={op.value.axes.index(op.axis)})[{op.side}]"
+    return half if order == tuple(range(len(order))) else f"jnp.transpose({half}, {order})"
 
 
 def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
@@ -221,6 +238,8 @@ EXPRESSIONS = {
     t.ProgramId: _program_id,
     t.Extent: lambda p, op: extent_text(p.program, op.axis),
     t.Index: _index,
+    t.Sides: _sides,
+    t.Half: _half,
     t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.astype({DTYPES[op.out.dtype]})",
@@ -268,10 +287,26 @@ def _refs(kernel: t.Kernel) -> list[str]:
 
 def _sections(kernel: t.Kernel) -> list[str]:
     """Which programs of a launch belong to which section; all sizes are static."""
+    if isinstance(kernel, t.Joined) and kernel.abreast:
+        return _abreast(kernel)
     lines, begin = [], 0
     for section in kernel.sections:
         end = begin + section.programs({})
         lines += ["", f"    @pl.when((pid >= {begin}) & (pid < {end}))", "    def _():"]
         lines.append(f"        {section.name}({', '.join([f'pid - {begin}', *_refs(section)])})")
         begin = end
+    return lines
+
+
+def _abreast(kernel: t.Joined) -> list[str]:
+    """For each block of the outermost axis the programs of every section."""
+    first = kernel.sections[0]
+    turns = -(-(first.axis(first.grid[0]).extent or 0) // first.axis(first.grid[0]).block)
+    each = [s.programs({}) // max(1, turns) for s in kernel.sections]
+    turn, at = f"lax.div(pid, jnp.int32({sum(each)}))", f"lax.rem(pid, jnp.int32({sum(each)}))"
+    lines, low = [], 0
+    for section, count in zip(kernel.sections, each, strict=True):
+        lines += ["", f"    @pl.when(({at} >= {low}) & ({at} < {low + count}))", "    def _():"]
+        lines.append(f"        {section.name}({', '.join([f'{turn} * {count} + {at} - {low}', *_refs(section)])})")
+        low += count
     return lines

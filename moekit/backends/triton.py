@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from moekit import __version__
 from moekit.backends.printer import Printer, blocks, extent_text, header, number
 from moekit.compile import tile as t
-from moekit.compile.naming import identifier
+from moekit.compile.naming import extent_name, identifier
 from moekit.lang.dtypes import is_float, itemsize
 
 DTYPES = {
@@ -69,7 +70,7 @@ def arguments(program: t.Kernel) -> tuple[Argument, ...]:
     """
     args = [Argument(f"{p.name}_ptr", "pointer", p.name) for p in program.params]
     dynamic = dict.fromkeys(a.name for a in program.axes if a.extent is None)
-    args += [Argument(extent_text(program.sections[0], a), "extent", a) for a in dynamic]
+    args += [Argument(extent_name(a), "extent", a) for a in dynamic]
     for p in program.params:
         for d, axis in enumerate(p.axes):
             if axis is None or p.strided.strides[d] == "unit":
@@ -89,6 +90,8 @@ class TritonPrinter(Printer):
     """Loops and stores in Triton."""
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
+        if op.flat:
+            return self.flat_loop(op, depth)
         pad = "    " * depth
         lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
         stop = self.text(op.stop) if isinstance(op.stop, t.Value) else op.stop
@@ -99,6 +102,33 @@ class TritonPrinter(Printer):
             lines.append(f"{pad}for {op.var.name} in range(0, {stop}, {op.step}):")
         lines += self.body(op.body, depth + 1)
         lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
+        self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
+        return lines
+
+    def flat_loop(self, op: t.Loop, depth: int) -> list[str]:
+        """A loop and the one in its body as one `for`: what stands after the inner one is done in the last of its turns.
+
+        Triton's software pipeline, and a wgmma on its way, then go on over the end of the inner loop.
+        """
+        pad = "    " * depth
+        at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
+        begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
+        turns = -(-inner.stop // inner.step)
+        lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
+        lines += self.body(begin, depth)
+        first = [f"{c.name} = {self.text(i)}" for c, i in zip(inner.carries, inner.inits, strict=True)]
+        lines += [pad + line for line in first]
+        lines.append(f"{pad}for turn in range(0, {-(-op.stop // op.step) * turns}):")
+        for var, turn, step in ((op.var, f"turn // {turns}", op.step), (inner.var, f"turn % {turns}", inner.step)):
+            lines.append(f"{pad}    {var.name} = {turn}" + (f" * {step}" if step != 1 else ""))
+        lines += self.body([o for o in op.body[:at] if o not in begin], depth + 1)
+        lines += self.body(inner.body, depth + 1)
+        lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(inner.carries, inner.yields, strict=True)]
+        self.inline |= {o.name: c.name for o, c in zip(inner.outs, inner.carries, strict=True)}
+        lines.append(f"{pad}    if turn % {turns} == {turns - 1}:")
+        lines += self.body(op.body[at + 1 :], depth + 2)
+        lines += [f"{pad}        {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
+        lines += [f"{pad}        {line}" for line in first]
         self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
         return lines
 
@@ -135,13 +165,16 @@ class TritonPrinter(Printer):
     def pointer(self, op, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the operation says so."""
         param = self.program.param(op.tensor)
-        terms = [f"{op.tensor}_ptr"]
+        terms, single = [f"{op.tensor}_ptr"], {a.name for a in self.program.axes if a.extent == 1}
         for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.strided.strides, strict=True):
             if v is None:
                 continue
             index = self.at(v, axes)
             if wide:
                 index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"
+            if v.axes and axis in single:  # as neighbours in memory its masked lanes would decide how all is loaded: one by one
+                terms.append(f"{index} * 0")
+                continue
             terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis or '')}")
         return " + ".join(terms)
 
@@ -181,8 +214,25 @@ def _index(p: Printer, op: t.Index) -> str:
     start = p.text(op.start) if op.start is not None else ""
     if not op.out.axes:
         return start or "0"
-    lanes = f"tl.arange(0, {p.program.axis(op.axis).block})"
-    return f"({start} + {lanes})" if start else lanes
+    block = p.program.axis(op.axis).block
+    lanes = f"tl.arange(0, {block})" if op.out.axes == (op.axis,) else f"tl.arange(0, {2 * block}) % {block}"
+    return f"({start} + {lanes})" if start else f"({lanes})" if " " in lanes else lanes
+
+
+def _sides(p: Printer, op: t.Sides) -> str:
+    block = p.program.axis(op.axis).block
+    return f"tl.where(tl.arange(0, {block}) < {block // 2}, {op.values[0]}, {op.values[1]})"
+
+
+def _half(p: Printer, op: t.Half) -> str:
+    """Both halves lie in the same lanes, so that taking them apart moves nothing."""
+    shape: list[int] = []
+    for a, n in zip(op.value.axes, p.program.block(op.value.axes), strict=True):
+        shape += [2, n // 2] if a == op.axis else [n]
+    at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of
+    named = [of if a == op.axis else a for a in op.value.axes]
+    places = [i + (i >= at) for i in map(named.index, op.out.axes)]
+    return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))[{op.side}]"
 
 
 def _program_id(p: Printer, op: t.ProgramId) -> str:
@@ -212,6 +262,8 @@ EXPRESSIONS = {
     t.ProgramId: _program_id,
     t.Extent: lambda p, op: extent_text(p.program, op.axis),
     t.Index: _index,
+    t.Sides: _sides,
+    t.Half: _half,
     t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]})",
@@ -252,7 +304,7 @@ def emit(kernel: t.Kernel) -> str:
     fixed = [a.name for a in args if a.kind != "pointer"]
     lines += ["", f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit", f"def {kernel_name(kernel)}("]
     lines += _wrapped([*(a.name for a in args), "PDL: tl.constexpr"])
-    return "\n".join([*lines, "):", *([] if ahead else [OVERLAP]), *(bodies[0] if alone else _sections(kernel)), ""])
+    return "\n".join([*lines, "):", *([] if ahead else [OVERLAP]), *(bodies[0] if alone else _programs(kernel)), ""])
 
 
 def _asks_ahead(kernel: t.Kernel) -> bool:
@@ -263,17 +315,40 @@ def _asks_ahead(kernel: t.Kernel) -> bool:
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait"
 
 
-def _sections(kernel: t.Kernel) -> list[str]:
+def _programs(kernel: t.Kernel) -> list[str]:
     """Which programs of a launch belong to which section."""
+    return _abreast(kernel) if isinstance(kernel, t.Joined) and kernel.abreast else _in_turn(kernel)
+
+
+def _in_turn(kernel: t.Kernel) -> list[str]:
+    """First all programs of the first section, and so on."""
     lines, begin = ["    pid = tl.program_id(0)"], "0"
     for i, section in enumerate(kernel.sections):
         counts = [_count(section, a) for a in section.grid]
-        end, call = f"end_{i}", ", ".join([*(a.name for a in arguments(section)), *(["PDL"] if _asks_ahead(kernel) else [])])
+        end, call = f"end_{i}", _passed(kernel, section)
         lines.append(f"    {end} = {begin} + {' * '.join(c for c in counts if c != '1') or '1'}".replace(" 0 +", ""))
         inside = f"(pid >= {begin}) & (pid < {end})" if i else f"pid < {end}"
         lines += [f"    if {inside}:", f"        {section.name}(pid{f' - {begin}' if i else ''}, {call})"]
         begin = end
     return lines
+
+
+def _abreast(kernel: t.Kernel) -> list[str]:
+    """For each block of the outermost axis the programs of every section."""
+    each = [prod(-(-s.axis(a).extent // s.axis(a).block) for a in s.grid[1:]) for s in kernel.sections]
+    lines, low = ["    pid = tl.program_id(0)"], 0
+    for section, count in zip(kernel.sections, each, strict=True):
+        at, high = f"pid % {sum(each)}", low + count
+        inside = f"({at} >= {low}) & ({at} < {high})" if low else f"{at} < {high}"
+        number = f"pid // {sum(each)} * {count} + {at}" + (f" - {low}" if low else "")
+        lines += [f"    if {inside}:", f"        {section.name}({number}, {_passed(kernel, section)})"]
+        low = high
+    return lines
+
+
+def _passed(kernel: t.Kernel, section: t.TileProgram) -> str:
+    """What a section is called with beside the number of its program."""
+    return ", ".join([*(a.name for a in arguments(section)), *(["PDL"] if _asks_ahead(kernel) else [])])
 
 
 def _wrapped(names: list[str]) -> list[str]:

@@ -32,6 +32,11 @@ def part_axis(axis: str) -> str:
     return f"{axis}.part"
 
 
+def twice_axis(axis: str) -> str:
+    """The name of the axis along which two blocks of an axis stand side by side."""
+    return f"{axis}.twice"
+
+
 def scattered(graph: Graph) -> set[str]:
     """The axes along which `put` ids vary."""
     return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}

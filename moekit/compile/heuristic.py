@@ -15,6 +15,7 @@ from moekit.lang.graph import Graph, Node
 
 PART = part_axis("")
 Parts = tuple[tuple[str, int], ...]
+Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 # Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
@@ -30,15 +31,21 @@ MOST_PARTS, ENOUGH_PARTS = 8, 4
 # Tiles by the least number of rows they are for: rows, columns, depth, warps, stages. Measured on an H200 with a gate GEMM and
 # its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0;
 # T = 256 with the third 7.5, with the first 11.6. The last has no spills with 8 warps, and has with 4.
-GEMM_TILES = (
+GEMM_TILES: tuple[Tile, ...] = (
     (0, 16, 32, 256, 4, 4),
     (17, 64, 32, 128, 4, 4),
     (65, 128, 32, 64, 8, 4),
     (128, 64, 128, 64, 4, 4),
-    (2048, 128, 128, 64, 8, 3),
+    (2048, 128, 128, 64, 8, 4),
 )
 WEIGHT_TILE = 2**13  # elements of a block of the weight
 LEAST_DEPTH = 256  # of the contracted axis, in one part
+# Tiles of a GEMM with many rows, of which a program does all parts: nothing goes through memory and no launch adds up. A tile
+# serves until it has more programs than there are SMs; a second round of them costs more than larger tiles do. Measured on an
+# H200 as above, µs: T = 256 with the first 7.7; T = 1024 with the second 10.0, with the first 10.6; T = 4096 with the third 27,
+# with the second 29. At 2048 → 1537: T = 256 with the first 8.2; T = 512 with the second 10.2; T = 1024 with the third 14.8.
+MANY_ROWS = 128
+MANY_ROWS_TILES = ((64, 64, 64, 4, 6), (64, 128, 64, 4, 6), (128, 128, 64, 8, 4))
 SUMMED_COLUMNS = 256  # of a block that adds up parts
 
 
@@ -50,10 +57,11 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     if tokens and _elementwise(graph):
         return _many_elements(graph)
     split, columns = _splitting(graph)
-    in_a_row = tokens is not None and tokens >= GEMM_TILES[-1][0] and any(_gemm(g) for g in sections(graph))
+    tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
+    in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
     split, parts = ((), split) if in_a_row else (split, ())
     every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
-    pieces = [section_schedule(g, split, tokens, parts, columns) for g in every]
+    pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}
     for schedule in pieces:
         for said in schedule.axes:
@@ -74,7 +82,7 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
     if class_axis(graph) is None:
         return (0,)
     if any(gemm_axes(graph, i) for i in graph.live()):
-        return tuple(least for least, *_ in GEMM_TILES)
+        return tuple(least for least, *_ in tiles(graph))
     if not _elementwise(graph):
         return (0,)
     columns = prod(graph.axes[a] or 1 for a, use in axis_uses(graph).items() if use.parallel)
@@ -102,6 +110,32 @@ def _elementwise(graph: Graph) -> bool:
     return not any(n.op in TOGETHER for n in nodes) and all(use.parallel for use in axis_uses(graph).values())
 
 
+def tiles(graph: Graph) -> tuple[Tile, ...]:
+    """The tiles of a graph's GEMM: `GEMM_TILES`, or for many rows larger ones, each as soon as smaller ones are too many."""
+    gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
+    if gemm is None:
+        return GEMM_TILES[:1]
+    if not _alone(graph) or _wide(graph, gemm):
+        return GEMM_TILES
+    found, least = [x for x in GEMM_TILES if x[0] < MANY_ROWS], MANY_ROWS
+    for rows, columns, *rest in MANY_ROWS_TILES:
+        most = rows * (PROGRAMS // -(-_gemm_outputs(graph, gemm) // columns))
+        if most >= least or (rows, columns, *rest) == MANY_ROWS_TILES[-1]:
+            found.append((least, rows, columns, *rest))
+            least = most + 1
+    return tuple(found)
+
+
+def _alone(graph: Graph) -> bool:
+    """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
+    return any(_gemm(g) for g in sections(graph))
+
+
+def _wide(graph: Graph, gemm: GemmAxes) -> bool:
+    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
+    return any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
+
+
 def _splitting(graph: Graph) -> tuple[Parts, int]:
     """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs; and its columns.
 
@@ -110,7 +144,7 @@ def _splitting(graph: Graph) -> tuple[Parts, int]:
     A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
     products, the second has programs of other kinds.
     """
-    alone = any(_gemm(g) for g in sections(graph))
+    alone = _alone(graph)
     for node in graph.live():
         gemm = gemm_axes(graph, node)
         if gemm is None or not legal_split(graph, gemm.k) or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
@@ -138,7 +172,7 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
 
 
 def section_schedule(
-    graph: Graph, split: Parts = (), tokens: int | None = None, parts: Parts = (), columns: int = GEMM_COLUMNS[0]
+    graph: Graph, split: Parts = (), tile: Tile = GEMM_TILES[0], parts: Parts = (), columns: int = GEMM_COLUMNS[0]
 ) -> Schedule:
     """A good schedule for a graph whose outputs share programs; an axis that is split is looped over.
 
@@ -146,7 +180,7 @@ def section_schedule(
     """
     found = _gemm(graph)
     uses = axis_uses(graph)
-    schedule = _gemm_schedule(graph, uses, found, split or parts, tokens, columns) if found else _row_schedule(graph, uses)
+    schedule = _gemm_schedule(graph, uses, found, split or parts, tile, columns) if found else _row_schedule(graph, uses)
     for axis, several in split if any(a.endswith(PART) for a in uses) else ():
         if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
             schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // several)))
@@ -180,19 +214,16 @@ def _gemm(graph: Graph) -> GemmAxes | None:
     return None
 
 
-def _gemm_schedule(
-    graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tokens: int | None, few: int
-) -> Schedule:
-    wide = any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
-    depth, several = uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
-    _, rows, columns, k_block, warps, stages = next(x for x in reversed(GEMM_TILES) if (tokens or 0) >= x[0])
+def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile, few: int) -> Schedule:
+    wide, depth, several = _wide(graph, gemm), uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
+    _, rows, columns, k_block, warps, stages = tile
     fills = several > 1 and columns == GEMM_COLUMNS[0] and not wide
     if wide:
         rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
     elif columns == GEMM_COLUMNS[0]:
         columns, k_block = few, min(k_block, WEIGHT_TILE // few)
-    if not wide and several > 1 and depth % (several * GEMM_TILES[0][3]):
-        k_block = 128  # where a part begins would else depend on the tile
+    if not wide and several > 1 and depth % (several * GEMM_TILES[0][3]):  # where a part begins would else depend on the tile
+        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
     columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
     wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))

@@ -23,25 +23,28 @@ def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.full(shape, value, numpy_dtype(dtype))
 
 
-def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
-    """Execute a plan on arrays of any strides; outputs and InOut tensors are written in place."""
+def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
+    """Execute a plan on arrays of any strides; outputs and InOut tensors are written in place.
+
+    `backwards`: the last program of every launch goes first.
+    """
     memory = dict(tensors) | {s.name: poison(s.shape(sizes), s.dtype) for s in plan.scratch}
     for program in plan.programs:
-        execute(program, memory, sizes)
+        execute(program, memory, sizes, backwards)
 
 
-def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
-    for section in kernel.sections:
-        _execute(section, memory, sizes)
+    for section in kernel.sections[::-1] if backwards else kernel.sections:
+        _execute(section, memory, sizes, backwards)
 
 
-def _execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+def _execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool) -> None:
     counts = []
     for name in program.grid:
         a = program.axis(name)
         counts.append(-(-(sizes[name] if a.extent is None else a.extent) // a.block))
-    for ids in itertools.product(*map(range, counts)):
+    for ids in itertools.product(*(range(n)[:: -1 if backwards else 1] for n in counts)):
         with np.errstate(all="ignore"):
             _Program(program, memory, sizes, dict(zip(program.grid, ids, strict=True))).ops(program.body)
 
@@ -135,7 +138,17 @@ class _Program:
 
     def index(self, op: t.Index) -> np.ndarray:
         start = self.values[op.start.name] if op.start is not None else np.zeros((), np.int32)
-        return start + np.arange(self.program.axis(op.axis).block, dtype=np.int32) if op.out.axes else start
+        lanes = np.arange(self.program.axis(op.axis).block, dtype=np.int32)
+        return start + (np.tile(lanes, 2) if op.out.axes != (op.axis,) else lanes) if op.out.axes else start
+
+    def sides(self, op: t.Sides) -> np.ndarray:
+        return np.repeat(np.asarray(op.values, np.int32), self.program.axis(op.axis).block // 2)
+
+    def half(self, op: t.Half) -> np.ndarray:
+        halves = np.split(self.values[op.value.name], 2, axis=op.value.axes.index(op.axis))
+        of = self.program.axis(op.axis).of
+        named = tuple(of if a == op.axis else a for a in op.value.axes)
+        return np.transpose(halves[op.side], [named.index(a) for a in op.out.axes])
 
     def binary(self, op: t.Binary) -> np.ndarray:
         axes = op.out.axes
@@ -210,6 +223,8 @@ EXECUTE = {
     t.ProgramId: lambda p, op: p.ids[op.axis],
     t.Extent: lambda p, op: p.sizes[op.axis],
     t.Index: _Program.index,
+    t.Sides: _Program.sides,
+    t.Half: _Program.half,
     t.InBounds: lambda p, op: p.values[op.index.name] < p.extent(op.axis),
     t.Load: _Program.load,
     t.Cast: lambda p, op: cast(p.values[op.value.name], op.out.dtype),

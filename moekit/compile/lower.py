@@ -8,6 +8,8 @@ axis that are equally deep share one. Outputs are stored last.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 from moekit.compile import tile as t
 from moekit.compile.analysis import reach
@@ -19,6 +21,9 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.scope import Scope, Writer
 from moekit.compile.topk import top_k
 from moekit.lang.graph import Along, Graph, Node, Write
+
+Instead = Mapping[int, tuple[t.Value, t.Value | None]]
+NOTHING: Instead = MappingProxyType({})
 
 
 class Lowering(Writer):
@@ -67,7 +72,7 @@ class Lowering(Writer):
             self._comment(node, home.ops[before:])
             return out
         if n.op == "read":
-            return self._read(node, n, home)
+            return self.read(node, home)
         if n.op == "pick":
             return self.value(n.args[0], home)
         if n.op == "top_k":
@@ -79,34 +84,41 @@ class Lowering(Writer):
         if ops and line and line != self.last_line and hasattr(ops[0], "out"):
             self.comments[ops[0].out.name] = self.last_line = line
 
-    def _read(self, node: int, n: Node, home: Scope) -> t.Value:
+    def read(self, node: int, home: Scope, instead: Instead = NOTHING) -> t.Value:
+        """Load what a read node says; `instead`: other indices and masks for some dimensions."""
+        n = self.graph.nodes[node]
         tensor = n.attr("tensor")
-        index, wide, mask = self._address(tensor, n.attr("index"), n.args, home)
+        index, wide, mask = self._address(tensor, n.attr("index"), n.args, home, instead)
         hint = self.graph.names.get(node) or tensor
         before = len(home.ops)
+        replaced = {n.attr("index")[d].axis for d in instead}
         out = self.emit(
             home,
             t.Load,
             hint,
             n.dtype,
-            self.tile_axes(n.axes),
+            self.tile_axes({*n.axes, *(a for v, _ in instead.values() for a in v.axes)} - replaced),
             tensor=tensor,
             index=index,
             wide=wide,
             mask=mask,
         )
         self._comment(node, home.ops[before:])
-        self.zeroed[out.name] = {a for a in n.axes if self.bound(home, a)[1] is not None}
+        self.zeroed[out.name] = {a for a in n.axes if a not in replaced and self.bound(home, a)[1] is not None}
         return out
 
-    def _address(self, tensor: str, index, args, scope: Scope):
+    def _address(self, tensor: str, index, args, scope: Scope, instead: Instead = NOTHING):
         """Index values, their widths and the mask of a read or write."""
         dims = self.graph.tensors[tensor].dims
         values, wide, masks = [], [], []
         layout = self.layouts[tensor]
         everywhere = isinstance(layout, t.Strided) and layout.wide
-        for dim, entry in zip(dims, index, strict=True):
-            if isinstance(entry, Along):
+        for d, (dim, entry) in enumerate(zip(dims, index, strict=True)):
+            if d in instead:
+                values.append(instead[d][0])
+                masks.append(instead[d][1])
+                dynamic = self.graph.axes[entry.axis] is None
+            elif isinstance(entry, Along):
                 values.append(self.along(scope, entry) if entry.axis or entry.start else None)
                 masks += [self.bound(scope, entry.axis)[1]] if entry.axis else []
                 dynamic = entry.axis is not None and self.graph.axes[entry.axis] is None
@@ -153,8 +165,18 @@ class Lowering(Writer):
             for node in (w.value, *w.ids):
                 self._prefetch(node, set())
         updated = {n for n, x in self.graph.tensors.items() if x.role == "InOut"}
-        for axes in sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes))):
+        left = sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes)))
+        while left:
+            kept = {axes: set().union(*(self._loaded(groups[b]) for b in left if b != axes)) for axes in left}
+            axes = next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])
+            left.remove(axes)
             self._store_group(self.root, axes, groups[axes])
+
+    def _loaded(self, writes: list[Write]) -> set[str]:
+        """The tensors that are loaded along looped axes for some outputs: within the loops that store them."""
+        graph = replace(self.graph, writes=tuple(writes))
+        reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and self.looped & set(n.axes)]
+        return {n.attr("tensor") for n in reads}
 
     def _prefetch(self, node: int, seen: set[int]) -> None:
         if node in seen:

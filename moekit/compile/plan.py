@@ -63,9 +63,17 @@ def _kernel(graph: Graph, schedule: Schedule | None, split, layouts, sizes, dige
     programs = tuple(lower(g, s, layouts, sizes, digest) for g, s in pairs)
     kernel = programs[0]
     if len(programs) > 1:
-        kernel = t.Joined(graph.name, programs, joined_warps(pairs), max(s.stages for _, s in pairs), digest)
+        abreast = not split and all(has_gemm(g) for g, _ in pairs) and _same_rows(programs)
+        stages = max(s.stages for _, s in pairs)
+        kernel = t.Joined(graph.name, programs, joined_warps(pairs), stages, digest, abreast)
     verify(kernel)
     return kernel
+
+
+def _same_rows(programs: tuple[t.TileProgram, ...]) -> bool:
+    """Whether programs share the blocks of their outermost axis, and nothing else that they are numbered by is dynamic."""
+    outermost = {p.axis(p.grid[0]) if p.grid else None for p in programs}
+    return len(outermost) == 1 and None not in outermost and all(p.axis(a).extent for p in programs for a in p.grid[1:])
 
 
 def scheduled(graph: Graph, schedule: Schedule | None, split) -> list[tuple[Graph, Schedule]]:

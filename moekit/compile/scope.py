@@ -158,13 +158,16 @@ class Writer:
             home.made["first", axis] = self.binary(home, "mul", part, share, f"{identifier(axis)}_first")
         return home.made["first", axis]
 
-    def each_part(self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]]) -> tuple[t.Value, ...]:
+    def each_part(
+        self, home: Scope, axis: str, carries, inits, body: Callable[[Scope], list[t.Value]], flat: bool
+    ) -> tuple[t.Value, ...]:
         """A loop over the parts of `axis`; within it a `loop` goes over the blocks of one part."""
         scope, var = Scope(home), t.Value(self.names.fresh(f"{identifier(axis)}_part"), "int32")
         scope.bound[part_axis(axis)] = (var, None)
         yields = tuple(body(scope))
         outs = tuple(t.Value(self.names.fresh(c.name), c.dtype, c.axes) for c in carries)
-        home.ops.append(t.Loop(var, self.blocks[axis].parts, 1, carries, inits, tuple(scope.ops), yields, outs))
+        parts, ops = self.blocks[axis].parts, tuple(scope.ops)
+        home.ops.append(t.Loop(var, parts, 1, carries, inits, ops, yields, outs, flat=flat))
         return outs
 
     def extent(self, scope: Scope, axis: str) -> t.Value:

@@ -50,11 +50,33 @@ class Extent:
 
 @dataclass(frozen=True)
 class Index:
-    """`start` + 0, 1, … block-1 along `axis`, int32: the elements of the axis that this block holds."""
+    """`start` + 0, 1, … block-1 along `axis`, int32: the elements of the axis that this block holds.
+
+    Along an axis that is `axis` twice (`AxisBlock.of`) they stand there twice, one after the other.
+    """
 
     out: Value
     axis: str
     start: Value | None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Along `axis`, which is another one twice: `values[0]` in the first half, `values[1]` in the second, int32."""
+
+    out: Value
+    axis: str
+    values: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Half:
+    """The first (`side` 0) or second half of a block along `axis`, which is another one twice, as a block along that one."""
+
+    out: Value
+    value: Value
+    axis: str
+    side: int
 
 
 @dataclass(frozen=True)
@@ -196,7 +218,8 @@ class Loop:
     """For `var` = 0, step, 2·step, … < stop: run `body`, then each `carry` takes the value of its `yields`.
 
     After the loop `outs` are the last carries; `stop` is a number, or the value of a dynamic extent. `unroll`: the turns are
-    written out, so that all their loads are in flight at once.
+    written out, so that all their loads are in flight at once. `flat`: the turns of the one loop in `body` follow each other
+    from turn to turn of this one without a gap, so that loads stay in flight between them. Neither changes a result.
     """
 
     var: Value
@@ -208,11 +231,12 @@ class Loop:
     yields: tuple[Value, ...]
     outs: tuple[Value, ...]
     unroll: bool = False
+    flat: bool = False
 
 
 Op = (
-    Const | ProgramId | Extent | Index | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary | Where | Full
-    | Reduce | Scan | Dot | Loop
+    Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary
+    | Where | Full | Reduce | Scan | Dot | Loop
 )  # fmt: skip
 
 
@@ -221,6 +245,7 @@ class AxisBlock:
     """How a program holds an axis: `grid` (one block per program), `whole` (one block is all of it), `loop`.
 
     `extent` None is dynamic. `parts` > 1: a looped axis of which each program of the grid axis `<name>.part` does a share.
+    `of`: this block is one of that axis twice, side by side.
     """
 
     name: str
@@ -228,6 +253,7 @@ class AxisBlock:
     block: int
     mode: str
     parts: int = 1
+    of: str | None = None
 
     @property
     def partial(self) -> bool:
@@ -345,13 +371,18 @@ class TileProgram:
 
 @dataclass(frozen=True)
 class Joined:
-    """One kernel that is several programs side by side: the first programs of its grid are those of the first section."""
+    """One kernel that is several programs side by side: the first programs of its grid are those of the first section.
+
+    Sections `abreast` have the same blocks along their outermost axis and take turns, block by block of it: what all of them
+    read there is read by all while it is at hand.
+    """
 
     name: str
     sections: tuple[TileProgram, ...]
     warps: int
     stages: int
     digest: str = ""
+    abreast: bool = False
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -411,7 +442,8 @@ def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
         if isinstance(op, Loop):
             stop = op.stop.name if isinstance(op.stop, Value) else op.stop
             carried = ", ".join(f"{c} = {i.name}" for c, i in zip(op.carries, op.inits, strict=False))
-            lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried})" + " unrolled" * op.unroll)
+            how = " unrolled" * op.unroll + " flat" * op.flat
+            lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried}){how}")
             lines += text_of(op.body, depth + 1)
             lines.append(f"{pad}  yield {', '.join(v.name for v in op.yields)} -> {', '.join(v.name for v in op.outs)}")
             continue

@@ -129,6 +129,8 @@ def _mask_type(p: t.TileProgram, op: t.InBounds) -> str | None:
 
 def _index_type(p: t.TileProgram, op: t.Index) -> str | None:
     wanted = (op.axis,) if p.axis(op.axis).block > 1 else ()
+    if len(op.out.axes) == 1 and p.axis(op.out.axes[0]).of == op.axis:
+        wanted = op.out.axes
     return None if (op.out.dtype, op.out.axes) == ("int32", wanted) else f"it must be int32{wanted}"
 
 
@@ -136,6 +138,20 @@ def _scan_type(p: t.TileProgram, op: t.Scan) -> str | None:
     if op.axis not in op.value.axes:
         return f"{op.value.name} does not vary over {op.axis}"
     return None if (op.out.dtype, op.out.axes) == (op.value.dtype, op.value.axes) else "the result differs from the operand"
+
+
+def _sides_type(p: t.TileProgram, op: t.Sides) -> str | None:
+    if p.axis(op.axis).of is None:
+        return f"{op.axis} is no axis twice"
+    return None if (op.out.dtype, op.out.axes) == ("int32", (op.axis,)) else f"it must be int32{(op.axis,)}"
+
+
+def _half_type(p: t.TileProgram, op: t.Half) -> str | None:
+    of = p.axis(op.axis).of
+    if of is None or op.axis not in op.value.axes or op.side not in (0, 1):
+        return f"{op.value.name} has no half {op.side} along {op.axis}"
+    wanted = tuple(a.name for a in p.axes if a.name in {*op.value.axes, of} - {op.axis})
+    return None if (op.out.dtype, op.out.axes) == (op.value.dtype, wanted) else f"the result must be {op.value.dtype}{wanted}"
 
 
 TYPES: dict[type, Callable[[t.TileProgram, Any], str | None]] = {
@@ -153,4 +169,6 @@ TYPES: dict[type, Callable[[t.TileProgram, Any], str | None]] = {
     t.InBounds: _mask_type,
     t.Index: _index_type,
     t.Scan: _scan_type,
+    t.Sides: _sides_type,
+    t.Half: _half_type,
 }

@@ -82,6 +82,13 @@ def blocks(f: Facts) -> None:
                 None,
                 f"axis {a.name} of {a.extent} elements is not whole in a block of {a.block}",
             )
+        if a.of is not None and a.block != 2 * f.program.axis(a.of).block:
+            _fail(
+                f,
+                "blocks",
+                None,
+                f"axis {a.name} is {a.of} twice, so its blocks have {2 * f.program.axis(a.of).block} elements",
+            )
         if a.mode not in ("grid", "whole", "loop", "gather"):
             _fail(f, "blocks", None, f"axis {a.name} has the unknown mode {a.mode!r}")
 
@@ -159,12 +166,13 @@ def _bases(f: Facts, value: t.Value | None) -> set[tuple[str, str]]:
 
 
 def _affine(f: Facts, value: t.Value) -> bool:
-    """Whether an index is start + step·(index of an axis), which the trace has checked against the tensor."""
+    """Whether an index is start + step·(index of an axis), which the trace has checked against the tensor; or two starts."""
     op = f.made_by.get(value.name)
     if isinstance(op, t.Index | t.Const):
         return True
     if isinstance(op, t.Binary) and op.op in ("add", "mul"):
-        return _affine(f, op.left) and f.constant(op.right) is not None
+        sides = op.op == "add" and isinstance(f.made_by.get(op.right.name), t.Sides)
+        return _affine(f, op.left) and (sides or f.constant(op.right) is not None)
     return False
 
 
@@ -361,6 +369,19 @@ def loops_cover(f: Facts) -> None:
                 _fail(f, "loops cover", op, f"{value.name} is the same every turn; it must be made from the loop's own index")
 
 
+def flat_loops(f: Facts) -> None:
+    """A flat loop and the loop in its body are of static size, and what stands around that one touches no memory."""
+    for op, _ in f.ops:
+        if isinstance(op, t.Loop) and op.flat:
+            inner = [o for o in op.body if isinstance(o, t.Loop)]
+            if len(inner) != 1 or not isinstance(op.stop, int) or not isinstance(inner[0].stop, int):
+                _fail(f, "flat loops", op, "it needs one loop in its body, both of static size")
+            if any(isinstance(o, t.Load | t.Store | t.Dot) for o in op.body):
+                _fail(f, "flat loops", op, "around the loop in its body there may be no load, store or dot")
+            if any(f.made_by.get(v.name) not in op.body or f.constant(v) is None for v in inner[0].inits):
+                _fail(f, "flat loops", op, "the loop in its body must begin from constants made beside it")
+
+
 def _depends(f: Facts, value: t.Value, on: str, seen: set[str]) -> bool:
     """Whether `value` is computed from the value named `on`."""
     if value.name == on or value.name in seen:
@@ -389,6 +410,7 @@ RULES: dict[str, Callable[[Facts], None]] = {
         grid,
         grid_indices,
         loops_cover,
+        flat_loops,
         memory_masked,
         reductions_masked,
         reductions_whole,
@@ -410,9 +432,21 @@ def sections_apart(kernel: t.Kernel) -> None:
                     raise VerifyError(f"{kernel.name}: sections apart: {hint}")
 
 
+def abreast(kernel: t.Kernel) -> None:
+    """Sections that take turns have the same blocks along their outermost axis, and a known number of programs for each."""
+    if not isinstance(kernel, t.Joined) or not kernel.abreast:
+        return
+    outermost = kernel.sections[0].axis(kernel.sections[0].grid[0])
+    for s in kernel.sections:
+        if not s.grid or s.axis(s.grid[0]) != outermost or any(s.axis(a).extent is None for a in s.grid[1:]):
+            hint = f"{s.name} has other blocks than {kernel.sections[0].name}; let one section follow the other"
+            raise VerifyError(f"{kernel.name}: abreast: {hint}")
+
+
 def verify(kernel: t.Kernel) -> None:
     """Check a kernel against every rule; raises VerifyError naming the rule, the operation and a hint."""
     sections_apart(kernel)
+    abreast(kernel)
     for section in kernel.sections:
         facts = facts_of(section)
         for rule in RULES.values():

@@ -29,7 +29,7 @@ STATIC = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 37, 48, 60, 63, 64, 65
 KINDS = ("dense", "padded", "padded 16", "strided", "transposed", "shifted", "apart", "transposed padded", "arbitrary",
          "row 0", "column 0", "far")  # fmt: skip
 READ_ONLY = ("row 0", "column 0")
-SCHEDULES = ("heuristic", "looped", "rows", "small", "whole", "dots", "split", "parts")
+SCHEDULES = ("heuristic", "looped", "rows", "small", "whole", "dots", "split", "parts", "tall")
 BEYOND = 2**31
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moekit.compile.analysis import axis_uses
+from moekit.compile.analysis import axis_uses, gemm_axes
 from moekit.compile.heuristic import heuristic
 from moekit.compile.schedule import Schedule, legal, pow2
+from moekit.compile.sections import sections
 from moekit.lang.graph import Graph
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
-    "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one).
+    "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one), and
+    for products "tall" (blocks of 64 rows, in two parts one after the other); "apart" (on the grid whatever some section
+    can have there, which the others then take as the heuristic would).
     """
     base = heuristic(graph)
     found: dict[str, Schedule | None] = {"heuristic": None}
@@ -36,7 +39,24 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
         single = Schedule(single.axes, ((axis, 2),), single.warps, single.stages)
         if use.reduced and "single parts" not in found and legal(graph, single) is None:
             found["single parts"] = single
+        if use.reduced and "tall" not in found and (tall := _tall(graph, base, axis)):
+            found["tall"] = tall
+    apart = base
+    for use in (use for g in sections(graph) for use in axis_uses(g).values() if use.parallel and not _single(graph, use.name)):
+        apart = apart.with_axis(use.name, "grid", 4)
+    if apart != base and legal(graph, apart) is None:
+        found["apart"] = apart
     return found
+
+
+def _tall(graph: Graph, base: Schedule, axis: str) -> Schedule | None:
+    """As many rows as make twins of products that can be, in parts; None where no product over `axis` has dynamic rows."""
+    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i)) and g.k == axis and graph.axes[g.m] is None]
+    if not gemms:
+        return None
+    dots = _reshaped(graph, base, reduced=("loop", 16), parallel=16).with_axis(gemms[0].m, block=64)
+    tall = replace(dots, split=(), parts=((axis, 2),))
+    return tall if legal(graph, tall) is None else None
 
 
 def _reshaped(graph: Graph, base: Schedule, reduced: tuple[str, int] | None, parallel: int) -> Schedule:

@@ -53,8 +53,10 @@ def _shape(graph, tensor, sizes) -> tuple[int, ...]:
 
 
 def strided(graph, sizes) -> dict:
-    """Contiguous rows, every outer stride a multiple of 16 bytes."""
-    return {n: t.Strided((*["aligned"] * (len(x.dims) - 1), "unit")) for n, x in graph.tensors.items()}
+    """Contiguous rows, every outer stride a multiple of 16 bytes; that of a single element is not told (launch.layout)."""
+    single = {a for a, n in graph.axes.items() if n == 1}
+    outer = {n: ["unit" if a in single else "aligned" for a in x.axes[:-1]] for n, x in graph.tensors.items()}
+    return {n: t.Strided((*outer[n], "unit")) for n in graph.tensors}
 
 
 def viewed(graph, sizes) -> dict:
@@ -98,6 +100,11 @@ SAMPLES = {
         "gate_projections",
         {"x": (4, 2048), **_GATES},
         schedule="T:grid:16 D:loop:64 E:grid:32 G:grid:16 I:grid:32 parts:D:2 warps:4 stages:3",
+    ),
+    "gate_projections_rows": Sample(
+        "gate_projections",
+        {"x": (4, 2048), **_GATES},
+        schedule="T:grid:128 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:4 warps:8 stages:4",
     ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(

@@ -22,7 +22,7 @@ from moekit.torch.launch import kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CUOBJDUMP, PTXAS = (Path(triton.__file__).parent / "backends/nvidia/bin" / name for name in ("cuobjdump", "ptxas"))
 WIDE = 16  # bytes of the widest load a lane can make
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.M)
@@ -39,7 +39,8 @@ class Built:
 
     stack: bytes a lane keeps in memory; spills: loads from and stores to it; instructions: SASS instructions in its text,
     padding left out; per_element: the same times the lanes, over the elements of each section's largest block in memory;
-    narrow: operand → bytes of its narrowest load, of those whose rows could be loaded 16 bytes at a time and some load is not.
+    narrow: operand → bytes of its narrowest load, of those whose rows could be loaded 16 bytes at a time and some load is not;
+    serial: whether the assembler says that products on the matrix unit wait for each other.
     """
 
     registers: int
@@ -48,6 +49,7 @@ class Built:
     instructions: int
     per_element: float
     narrow: Mapping[str, int]
+    serial: bool
 
 
 @cache
@@ -75,7 +77,17 @@ def build(program: t.Kernel) -> Built:
         instructions=len(mnemonics),
         per_element=len(mnemonics) * 32 * program.warps / elements(program),
         narrow={n: w for n, w in loaded.items() if w < WIDE <= row_bytes(program, n)},
+        serial="wgmma.mma_async instructions are serialized" in _assembled(assembled["ptx"]),
     )
+
+
+def _assembled(ptx: str) -> str:
+    """What the assembler remarks."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [PTXAS, "-v", "--gpu-name=sm_90a", path, "-o", path.with_suffix(".cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _disassembled(cubin: bytes) -> str:

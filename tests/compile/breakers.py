@@ -149,6 +149,78 @@ def dot_of_swapped_operands():
     return with_ops(good.gemm_program(), t.Dot, left=op.right, right=op.left)
 
 
+@breaks("blocks")
+def twice_an_axis_in_a_block_as_large_as_its_own():
+    return with_axis(good.tall_program(), "I.twice", extent=16, block=16)
+
+
+@breaks("types")
+def sides_of_an_axis_that_is_not_twice_another():
+    return with_ops(good.tall_program(), t.Sides, axis="I")
+
+
+@breaks("types")
+def third_half():
+    return with_ops(good.tall_program(), t.Half, side=2)
+
+
+@breaks("types")
+def half_that_is_still_twice_as_wide():
+    op = good.operations(good.tall_program(), t.Half)[0]
+    return with_ops(good.tall_program(), t.Half, out=replace(op.out, axes=op.value.axes))
+
+
+@breaks("types")
+def index_along_twice_another_axis():
+    return with_ops(good.tall_program(), t.Index, lambda op: op.out.axes == ("I.twice",), axis="T")
+
+
+@breaks("memory_masked")
+def twins_without_the_mask_of_their_columns():
+    program = good.tall_program()
+    loads = [op for op in good.operations(program, t.Load) if "I.twice" in op.out.axes]
+    return with_ops(program, t.Load, lambda op: op == loads[0], mask=None)
+
+
+@breaks("memory_masked")
+def twins_that_begin_at_data():
+    program = good.tall_program()
+    sides = good.operations(program, t.Sides)[0]
+    return with_ops(program, t.Binary, lambda op: op.right == sides.out, op="mul")
+
+
+@breaks("grid_indices")
+def twins_of_the_first_program_everywhere():
+    return with_ops(good.tall_program(), t.Index, lambda op: op.out.axes == ("I.twice",), start=None)
+
+
+def flat_loop(program: t.TileProgram) -> t.Loop:
+    return next(op for op in good.operations(program, t.Loop) if op.flat)
+
+
+@breaks("flat_loops")
+def flat_loop_around_none():
+    return with_ops(good.tall_program(), t.Loop, lambda op: not op.flat, flat=True)
+
+
+@breaks("flat_loops")
+def flat_loop_that_loads_beside_the_one_within():
+    program = good.tall_program()
+    outer = flat_loop(program)
+    load = next(op for op in good.operations(program, t.Load))
+    plain = replace(load, out=replace(load.out, name="beside", axes=()), index=(None,) * len(load.index), mask=None)
+    return with_ops(program, t.Loop, lambda op: op.flat, body=(plain, *outer.body))
+
+
+@breaks("flat_loops")
+def flat_loop_whose_inner_one_goes_on_from_before():
+    program = good.tall_program()
+    outer = flat_loop(program)
+    inner = next(op for op in outer.body if isinstance(op, t.Loop))
+    body = tuple(replace(op, inits=outer.carries) if op == inner else op for op in outer.body)
+    return with_ops(program, t.Loop, lambda op: op.flat, body=body)
+
+
 @breaks("types")
 def load_of_another_dtype():
     op = good.operations(good.norm_program(), t.Load)[0]

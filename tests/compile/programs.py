@@ -70,6 +70,13 @@ def split_programs() -> tuple[t.TileProgram, ...]:
     return planned(graph, "T:grid:16 D:loop:16 P:grid:16 split:D:3").programs
 
 
+def tall_program() -> t.TileProgram:
+    """Twins in parts: two products of one left operand, with columns that do not fill their blocks, in a flat loop."""
+    shapes = {"x": (70, 200), "gate_up": (50, 200), "router": (40, 200), "shared_gate": (1, 200)}
+    graph = graph_of(FUSIONS["gate_projections"], shapes, "bfloat16")
+    return planned(graph, "T:grid:64 D:loop:16 E:grid:16 G:grid:16 I:grid:16 parts:D:2").programs[0].sections[0]
+
+
 def ahead_program(wide: bool = False) -> t.TileProgram:
     """The first launch of a split product that asks for its weight ahead: 192 elements a part, two lines and one."""
     graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 384), "packed": (33, 384)}, "bfloat16")

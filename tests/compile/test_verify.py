@@ -34,6 +34,7 @@ def test_every_rule_has_a_program_that_breaks_it():
         good.norm_program,
         good.looped_program,
         good.gemm_program,
+        good.tall_program,
         good.ahead_program,
         good.lookup_program,
         good.accumulate_program,

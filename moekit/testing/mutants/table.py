@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one."""
+    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one.
+
+    `proof`: one sentence saying why it changes no result, for one that is none; it is not counted.
+    """
 
     name: str
     file: str
     edits: tuple[tuple[str, str], ...]
     about: str
+    proof: str = ""
 
 
-def _one(name: str, file: str, old: str, new: str, about: str) -> Mutant:
-    return Mutant(name, file, ((old, new),), about)
+def _one(name: str, file: str, old: str, new: str, about: str, proof: str = "") -> Mutant:
+    return Mutant(name, file, ((old, new),), about, proof)
 
 
 HISTORICAL = (
@@ -57,8 +61,7 @@ LOWERING = (
          "        if True:\n            return masks[0] if masks else None", "of two ragged axes only the first is masked"),
     _one("last-block-dropped", "compile/scope.py", "home.ops.append(t.Loop(var, stop, block.block,",
          "home.ops.append(t.Loop(var, stop - stop % block.block if isinstance(stop, int) else stop, block.block,", "a loop leaves out its ragged last block"),
-    _one("parts-start-wrong", "compile/scope.py", "self.const(home, block.share), f\"{identifier(axis)}_first\"",
-         "self.const(home, block.block), f\"{identifier(axis)}_first\"", "the parts of a split axis begin too early"),
+    _one("parts-start-wrong", "compile/scope.py", "self.const(home, self.blocks[axis].share)", "self.const(home, self.blocks[axis].block)", "the parts of a split axis begin too early"),
     _one("share-rounds-down", "compile/tile.py", "return -(-blocks // self.parts) * self.block", "return max(1, blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/lower.py", "            if entry.start:\n", "            if False:\n", "the second half is the first"),
     _one("slice-step-ignored", "compile/lower.py", "            if entry.step != 1:\n", "            if False:\n", "interleaved slices are read side by side"),
@@ -74,17 +77,18 @@ LOWERING = (
     _one("min-int-from-zero", "compile/reductions.py", '("min", "int32"): 2**31 - 1', '("min", "int32"): 0', "the first index is always 0"),
     _one("product-unwidened", "compile/reductions.py", "    left, right = (_f32(low, scope, a) for a in args)", "    left, right = args", "products are rounded to the operands' dtype"),
     _one("whole-not-remasked", "compile/reductions.py", "    value = low.remask(home, value, axis, IDENTITY[kind, value.dtype])\n", "", "a reduction of a whole block is not masked"),
-    _one("loop-not-remasked", "compile/reductions.py", "value = low.remask(scope, _reducible(low, other, scope), axis, IDENTITY[_kind(other), other.dtype])",
-         "value = _reducible(low, other, scope)", "the last block of a looped reduction is not masked"),
-    _one("dot-not-remasked", "compile/reductions.py", "(low.remask(scope, low.value(a, scope), axis, 0) for a in n.args)", "(low.value(a, scope) for a in n.args)",
+    _one("loop-not-remasked", "compile/reductions.py", "value = low.remask(scope, _reducible(low, n, scope), axis, IDENTITY[_kind(n), n.dtype])",
+         "value = _reducible(low, n, scope)", "the last block of a looped reduction is not masked"),
+    _one("dot-not-remasked", "compile/reductions.py", "(low.remask(scope, v, axis, 0) for v in operands)", "operands",
          "the matrix unit multiplies what lies past the end"),
-    _one("accumulator-from-zero", "compile/reductions.py", "other.dtype, axes, value=identity)", "other.dtype, axes, value=0)", "a looped maximum begins at zero"),
-    _one("last-block-only", "compile/reductions.py", "yields.append(low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name))", "yields.append(value)", "a looped reduction forgets all but its last block"),
-    _one("dot-forgets", "compile/reductions.py", "yields.append(_dot(low, other, home, scope, carry))", "yields.append(_dot(low, other, home, scope, None))", "a looped product forgets all but its last block"),
+    _one("accumulator-from-zero", "compile/reductions.py", "_operand_axes(low, n))\n        inits.append(low.emit(home, t.Full, f\"{hint}_init\", n.dtype, axes, value=IDENTITY[_kind(n), n.dtype]))",
+         "_operand_axes(low, n))\n        inits.append(low.emit(home, t.Full, f\"{hint}_init\", n.dtype, axes, value=0))", "a looped maximum begins at zero"),
+    _one("last-block-only", "compile/reductions.py", "yields.append(low.binary(scope, COMBINE[_kind(n)], carry, value, carry.name))", "yields.append(value)", "a looped reduction forgets all but its last block"),
+    _one("dot-forgets", "compile/reductions.py", "for a in n.args], scope, carry))", "for a in n.args], scope, None))", "a looped product forgets all but its last block"),
     _one("max-becomes-min", "compile/reductions.py", '"max": "maximum"', '"max": "minimum"', "looped maxima are combined by minimum"),
     _one("dot-operands-kept", "compile/reductions.py", "    if axes[0] in right.axes:\n        left, right = right, left\n", "", "the rows of a product are its columns"),
-    _one("accumulator-bfloat16", "compile/reductions.py", "                yields.append(low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name))",
-         "                kept = low.binary(scope, COMBINE[_kind(other)], carry, value, carry.name)\n"
+    _one("accumulator-bfloat16", "compile/reductions.py", "                yields.append(low.binary(scope, COMBINE[_kind(n)], carry, value, carry.name))",
+         "                kept = low.binary(scope, COMBINE[_kind(n)], carry, value, carry.name)\n"
          "                if kept.dtype == 'float32':\n"
          "                    kept = low.emit(scope, t.Cast, 'narrow', 'bfloat16', kept.axes, value=kept)\n"
          "                    kept = low.emit(scope, t.Cast, 'wide', 'float32', kept.axes, value=kept)\n"
@@ -108,20 +112,39 @@ LOWERING = (
          "            return self.value(n.args[0], home)\n        if n.op in RULES:\n", "a declared rounding inside the declaration is left out"),
     _one("parts-added", "compile/split.py", 'kind = "sum" if node.op == "contract" else node.attr("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
     _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
-    _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(m)], total, value, total.name) for (_, m), total, value in done]", "return [value for (_, m), total, value in done]", "of the parts done in a row only the last counts"),
+    _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]", "return [value for u, total, value in done]", "of the parts done in a row only the last counts"),
     _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
     _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
+    _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
+    _one("updated-first", "compile/lower.py", "(any(w.tensor in updated for w in groups[axes]), -len(axes))", "(not any(w.tensor in updated for w in groups[axes]), -len(axes))", "what overwrites an operand is stored before what loads it again"),
+    _one("values-when-stored", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
+    _one("loads-before-ids", "compile/lower.py", "isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known", "isinstance(op, FREE)", "a load comes before the reduction that says where from"),
+    _one("parts-unmasked", "compile/tile.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
+    _one("last-part-dropped", "compile/scope.py", "parts, ops = self.blocks[axis].parts, tuple", "parts, ops = self.blocks[axis].parts - 1, tuple", "of the parts done in a row the last is left out"),
+    _one("loops-confused", "compile/scope.py", "for s in reversed(scope.chain()) if axis in s.bound", "for s in scope.chain() if axis in s.bound", "within two loops over an axis the outer one's index is taken"),
+    _one("dot-right-bare", "compile/reductions.py", "    left, right = (low.remask(scope, v, axis, 0) for v in operands)\n", "    left, right = operands\n    left = low.remask(scope, left, axis, 0)\n", "of a product's operands only the first is masked"),
+    _one("sections-race", "compile/sections.py", "    if _written(a) & _read(b) or _written(b) & _read(a):\n        return True\n", "", "one section overwrites what another of the launch reads"),
+    _one("twins-alike", "compile/twins.py", "values=(i.start, j.start))", "values=(i.start, i.start))", "of two products made as one both have the first one's columns"),
+    _one("twins-turned", "compile/twins.py", "for side, m in enumerate(twins.nodes):", "for side, m in enumerate(reversed(twins.nodes)):", "each of two products made as one is taken for the other's columns"),
+    _one("twins-unmasked", "compile/twins.py", "if low.blocks[twins.column].partial:", "if False:", "of two products made as one the last block of columns has no mask"),
+    _one("scratch-bfloat16", "compile/split.py", 's = Scratch(f"{PARTIAL}_{number}", node.dtype,', 's = Scratch(f"{PARTIAL}_{number}", "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
+    _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
+    _one("overlap-of-halves", "compile/overlap.py", "    ranges[1][0] -= b[2] - 1\n    ranges[1][1] += a[2] - 1\n", "    ranges[1][0] -= 0\n", "an output may lie in the halves of an operand's elements"),
+    _one("overlap-by-range", "compile/overlap.py", "    return _shared(a.start", "    return True or _shared(a.start", "tensors that take turns in one array are refused"),
 )  # fmt: skip
 
 PRINTER = (
     _one("program-id-undecoded", "backends/printer.py", "return rem.format(text, count(axis)) if at > 0 else text", "return text", "an inner grid axis is not taken modulo its blocks"),
-    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
-         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "a store forgets axes"),
+    _one("store-axes-turned", "backends/printer.py", "        return tuple(a.name for a in self.program.axes if a.name in axes)",
+         "        return tuple(a.name for a in reversed(self.program.axes) if a.name in axes)", "a store takes its axes in another order than its value has"),
 )  # fmt: skip
 
 TRITON = (
     _one("triton-section-offset", "backends/triton.py", "{section.name}(pid{f' - {begin}' if i else ''}, {call})", "{section.name}(pid, {call})", "a later section's programs are numbered from the launch's first"),
     _one("triton-mask-le", "backends/triton.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
+    _one("triton-flat-keeps", "backends/triton.py", "        lines += [f\"{pad}        {line}\" for line in first]\n", "", "a loop printed as one with the one in it does not begin its sum anew in each part"),
+    _one("triton-flat-early", "backends/triton.py", "if turn % {turns} == {turns - 1}:", "if turn % {turns} == {turns - 2}:", "a loop printed as one with the one in it ends each part a turn early"),
+    _one("triton-half-turned", "backends/triton.py", "{(*places, at)}))[{op.side}]", "{(*places, at)}))[{1 - op.side}]", "of two products made as one each gets the other's half"),
     _one("triton-unit-lost", "backends/triton.py", "= {a.name} * {a.unit}\"", "= {a.name}\"", "strides in units of 16 bytes taken for elements"),
     _one("triton-32-bit", "backends/triton.py", "            if wide:\n", "            if False:\n", "the 64-bit product is printed in 32 bits"),
     _one("triton-store-mask", "backends/triton.py", 'mask = f", mask={self.at(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
@@ -135,6 +158,11 @@ TRITON = (
     _one("triton-grid-mixed", "backends/triton.py", '"({} // {})", "{} % {}"', '"({} % {})", "{} // {}"', "division for remainder in the program id"),
     _one("triton-reduce-other", "backends/triton.py", '    return f"tl.{op.op}({p.arg(op.value)}, axis={axis})"', '    return f"tl.max({p.arg(op.value)}, axis={axis})"', "every reduction is a maximum"),
     _one("triton-scan-reversed", "backends/triton.py", "axis={op.value.axes.index(op.axis)})\"", "axis={op.value.axes.index(op.axis)}, reverse=True)\"", "running sums from the other end"),
+    _one("triton-bfloat16-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "bfloat16" else f"', "casts to bfloat16 are not printed"),
+    _one("triton-tf32", "backends/triton.py", ', input_precision="ieee")', ")", "float32 operands of a product are rounded to TF32"),
+    _one("triton-nan-dropped", "backends/triton.py", "return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(a, b)", "the maximum of a row with NaN is a number"),
+    _one("triton-part-dropped", "backends/triton.py", "tl.static_range(0, {stop}, {op.step})", "tl.static_range(0, {stop} - 1, {op.step})", "a loop that is written out leaves out the last part"),
+    _one("triton-section-starts-late", "backends/triton.py", "(pid >= {begin}) & (pid < {end})", "(pid > {begin}) & (pid < {end})", "the first program of a later section does nothing"),
 )  # fmt: skip
 
 PALLAS = (
@@ -152,6 +180,9 @@ PALLAS = (
          "right = p.text(op.right)", "a weight stored by rows is not transposed"),
     _one("pallas-dot-forgets", "backends/pallas.py", 'return product if op.acc is None else f"{p.text(op.acc)} + {product}"', "return product", "a looped product forgets all but its last block"),
     _one("pallas-grid-rounds-down", "jax/launch.py", "grid=(program.programs(sizes),)", "grid=(max(1, program.programs(sizes) - 1),)", "the last program is never started"),
+    _one("pallas-plane-lost", "backends/pallas.py", "{axis: self.constant(at, axes) for axis, at in layout.fixed}", "{axis: self.constant(0, axes) for axis, at in layout.fixed}", "a View of one plane of its base reads the first"),
+    _one("pallas-part-dropped", "backends/pallas.py", "for turn in range(0, {op.stop}, {op.step}):", "for turn in range(0, {op.stop} - 1, {op.step}):", "a loop that is written out leaves out the last part"),
+    _one("pallas-output-start-lost", "backends/pallas.py", '            text = "0" if v is None else self.at(v, axes)\n', '            start = start if isinstance(op, t.Load) else 0\n            text = "0" if v is None else self.at(v, axes)\n', "the start of a View that is written to is ignored"),
 )  # fmt: skip
 
 ARRAY = (
@@ -159,6 +190,12 @@ ARRAY = (
     _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+)  # fmt: skip
+
+EQUIVALENT = (
+    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
+         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "of an index over several axes a store sees the first",
+         "an index of a store has one axis at most: it runs along that axis, or is the ids of a put, along whose axes `legal` allows blocks of 1 only"),
 )  # fmt: skip
 
 TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *PALLAS, *ARRAY)
