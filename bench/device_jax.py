@@ -55,14 +55,15 @@ def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int)
         (file,) = Path(folder).rglob("*.xplane.pb")
         calls = apart(events(file), between_calls.__name__)
     if len(calls) != len(order):
-        raise RuntimeError(f"the profiler saw {len(calls)} of {len(order)} calls; take fewer rounds or a shorter chain")
+        raise RuntimeError(f"the profiler saw {len(calls)} of {len(order)} calls on a GPU; take fewer rounds")
     return {name: summary([c for n, c in zip(order, calls, strict=True) if n == name], links) for name in programs}
 
 
 def events(file: Path) -> list[Event]:
     """All that ran on the devices of a profile, in order."""
     found = []
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+    profile = jax.profiler.ProfileData.from_file(str(file))  # what it hands out is gone with it
+    for plane in profile.planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
             for e in line.events if line.name.startswith("Stream") else ():
                 module = next((str(value) for key, value in e.stats if key == "hlo_module"), "")

@@ -22,7 +22,9 @@ from jax import lax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import cases
 from bench.cases import CASES, Case, Operands
+from bench.child import Child
 from bench.common import environment, numbers, write
 from bench.correctness import SEVERAL, Checker
 from bench.device_jax import timed
@@ -89,6 +91,12 @@ class Chain:
         return kept, self.state
 
 
+def measured(name: str, tokens: int, dtype: str, rounds: int) -> Iterator[dict]:
+    """One row per side of a case, whose numbers are drawn on the CPU: this is a process of JAX's."""
+    cases.DEVICE = "cpu"
+    yield from measure(CASES[name], tokens, getattr(torch, dtype), rounds)
+
+
 def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[dict]:
     """One row per side."""
     moved = case.moved(tokens, dtype.itemsize)
@@ -123,18 +131,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no measurement after so long")
     parser.add_argument("--json")
     args = parser.parse_args()
-    begin, result = time.monotonic(), environment() | {"rows": [], "left out": []}
+    child, begin, result = Child(measured), time.monotonic(), environment() | {"rows": [], "left out": []}
     wanted = dict.fromkeys(n for f in args.fusions.split(",") for n in CASES if n.startswith(f))
     for case, t in ((CASES[n], t) for n in wanted for t in numbers(args.tokens)):
         if time.monotonic() - begin > args.seconds:
             result["left out"].append(f"{case.name} T={t}")
             continue
-        rows = list(measure(case, t, getattr(torch, args.dtype), args.rounds))
+        head = {"case": case.name, "T": t, "dtype": args.dtype}
+        rows = [head | row for row in child.rows(case.name, t, args.dtype, args.rounds)]
         result["rows"] += rows
         shown = " | ".join(f"{r['side']} {r.get('us', r.get('problem'))} {r.get('error', r.get('relative', ''))}" for r in rows)
         print(f"{case.name} T={t} [{time.monotonic() - begin:.0f} s] {shown}", flush=True)
         if args.json:
             write(args.json, result)
+    child.close()
     if args.json:
         times(result, Path(args.json).with_suffix(".svg"))
 

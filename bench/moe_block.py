@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import layer, targets
 from bench.cases import rows
+from bench.child import Child
 from bench.common import environment, numbers, write
 from bench.correctness import array
 from bench.layer import Sizes
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no measurement after so long")
     parser.add_argument("--json")
     args = parser.parse_args()
+    child = Child(in_jax)  # JAX's profiler and PyTorch's CUDA context are not for one process
     begin, result = time.monotonic(), environment() | {"rows": [], "left out": []}
     for framework in args.framework.split(","):
         for part in args.part.split(","):
@@ -133,16 +135,19 @@ def main() -> None:
                     if time.monotonic() - begin > args.seconds:
                         result["left out"].append(head)
                         continue
-                    dtype = getattr(torch, args.dtype) if framework == "torch" else args.dtype
-                    measure = in_torch if framework == "torch" else in_jax
-                    with torch.no_grad():
-                        found = [head | row for row in measure(Sizes(tp), t, dtype, part, args.rounds)]
+                    if framework == "torch":
+                        with torch.no_grad():
+                            measured = list(in_torch(Sizes(tp), t, getattr(torch, args.dtype), part, args.rounds))
+                        torch.cuda.empty_cache()
+                    else:
+                        measured = child.rows(Sizes(tp), t, args.dtype, part, args.rounds)
+                    found = [head | row for row in measured]
                     result["rows"] += found
                     fastest = sorted(found, key=lambda r: r.get("us", float("inf")))
                     print(*head.values(), f"[{time.monotonic() - begin:.0f} s]", " | ".join(map(shown, fastest)), flush=True)
-                    torch.cuda.empty_cache()
                     if args.json:
                         write(args.json, result)
+    child.close()
     result["targets"] = targets.judge(result["rows"], {})
     print(targets.table(result["targets"]))
     if args.json:

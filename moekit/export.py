@@ -18,9 +18,8 @@ from typing import Any
 from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
-from moekit.compile.analysis import gemm_axes
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import classes, heuristic
+from moekit.compile.heuristic import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError
@@ -134,11 +133,11 @@ def export(
 
 def _by_rows(graph: Graph) -> tuple[str | None, dict[int, Schedule]]:
     """The axis that the heuristic's schedule depends on, and its schedules by the least number of rows."""
-    gemms = (gemm_axes(graph, node) for node in graph.live())
-    axis = next((g.m for g in gemms if g and graph.axes[g.m] is None), None)
+    classes = row_classes(graph)
+    axis = class_axis(graph) if len(classes) > 1 else None
     found: dict[int, Schedule] = {}
-    for least in classes(graph):
-        schedule = heuristic(graph, least or None)
+    for least in classes:
+        schedule = heuristic(graph, tokens_class(graph, {axis: least}) if axis else None)
         if [schedule] != list(found.values())[-1:]:
             found[least] = schedule
     return axis, found

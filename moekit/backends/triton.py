@@ -8,7 +8,7 @@ from math import prod
 from moekit import __version__
 from moekit.backends.printer import Printer, blocks, extent_text, header, number
 from moekit.compile import tile as t
-from moekit.compile.naming import identifier
+from moekit.compile.naming import extent_name, identifier
 from moekit.lang.dtypes import is_float, itemsize
 
 DTYPES = {
@@ -70,7 +70,7 @@ def arguments(program: t.Kernel) -> tuple[Argument, ...]:
     """
     args = [Argument(f"{p.name}_ptr", "pointer", p.name) for p in program.params]
     dynamic = dict.fromkeys(a.name for a in program.axes if a.extent is None)
-    args += [Argument(extent_text(program.sections[0], a), "extent", a) for a in dynamic]
+    args += [Argument(extent_name(a), "extent", a) for a in dynamic]
     for p in program.params:
         for d, axis in enumerate(p.axes):
             if axis is None or p.strided.strides[d] == "unit":

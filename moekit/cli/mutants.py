@@ -35,7 +35,8 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     """Run numerical properties against each mutant of the lowering and the emitters, in a copy of the package.
 
     The verifier and golden files are switched off. Where no mutants are named the package as it is goes first, which must
-    survive. Exit codes: 0 at least 98 % killed, 1 fewer, or the package as it is fails, 2 asked wrongly.
+    survive. Changes that are proven to change no result are listed, not counted. Exit codes: 0 at least 98 % killed, 1 fewer,
+    or the package as it is fails, 2 asked wrongly.
     """
     from moekit.testing.mutants.score import markdown as as_markdown
     from moekit.testing.mutants.score import score_all
@@ -47,6 +48,7 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     if only_list:
         for m in chosen:
             console().print(f"{m.name}  [dim]{m.file}[/dim]  {m.about}", soft_wrap=True)
+        _show_equivalent()
         return
     every = [*([] if names or patches else [None]), *patches, *chosen]
     ended: list[Outcome] = []
@@ -114,3 +116,13 @@ def _show(found: "list[Outcome]") -> None:
         fine = f"passes all {unchanged.cases} cases"
         console().print(f"the package as it is {fails if unchanged.killed else fine}", markup=False)
     console().print(f"{killed} of {len(planted)} killed ({100 * killed / max(1, len(planted)):.1f} %)")
+    if unchanged is not None:
+        _show_equivalent()
+
+
+def _show_equivalent() -> None:
+    """Changes of the sources that change no result, and why."""
+    from moekit.testing.mutants.table import EQUIVALENT
+
+    for m in EQUIVALENT:
+        console().print(f"not counted: {m.name} ({m.about}): {m.proof}", markup=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, part_axis, scattered
 from moekit.compile.schedule import Schedule, largest_tile, launches, legal_split, pow2, uses_dot
@@ -17,6 +18,12 @@ Parts = tuple[tuple[str, int], ...]
 Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
+# Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
+# 16 bytes at a time, and programs are half as many. Measured on an H200 (bfloat16), µs with larger tiles and without: a gated
+# activation of 1024 columns at T = 512, 1024, 4096, 65536: 2.20 and 1.92, 2.87 and 2.91, 7.44 and 7.77, 94.6 and 100.2; of 64
+# at T = 8192, 16384, 65536: 2.42 and 2.35, 3.04 and 3.73, 8.19 and 11.0; a gated sum of 2048 columns at T = 256, 512, 65536:
+# 1.87 and 1.89, 2.73 and 2.79, 185.0 and 192.6, where a plain sum of two tensors needs 183.6. Tiles of twice that gain 0.5 %.
+MANY_ELEMENTS = 2**20
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
 GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
 MOST_PARTS, ENOUGH_PARTS = 8, 4
@@ -37,14 +44,16 @@ LEAST_DEPTH = 256  # of the contracted axis, in one part
 # with the second 29. At 2048 → 1537: T = 256 with the first 8.2; T = 512 with the second 10.2; T = 1024 with the third 14.8.
 MANY_ROWS = 128
 MANY_ROWS_TILES = ((64, 64, 64, 4, 6), (64, 128, 64, 4, 6), (128, 128, 64, 8, 4))
-SUMMED_COLUMNS = 128  # of a block that adds up parts; with 8 rows of them, warps of few programs stand idle at small T
+SUMMED_COLUMNS = 256  # of a block that adds up parts
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
-    """A good schedule without tuning, for a few rows or for the class of `tokens_class`.
+    """A good schedule without tuning, for a few rows or for the class of `tokens_class` (one of `row_classes`).
 
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
+    if tokens and _elementwise(graph):
+        return _many_elements(graph)
     split, columns = _splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
     in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
@@ -58,21 +67,41 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts)
 
 
-def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
-    """Which of the GEMM tiles suits a call, as the least rows it is for; None where the heuristic does not look at sizes.
+def row_classes(graph: Graph) -> tuple[int, ...]:
+    """The least numbers of rows, ascending from 0, from which on a graph has another schedule.
 
-    The tiles of all classes add up in the same order: a row has the same bits whatever the rows beside it.
+    The tiles of a GEMM's classes add up in the same order, and where nothing is added up there is no order: a row has the same
+    bits whatever the rows beside it.
     """
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm and graph.axes[gemm.m] is None:
-            return next(least for least in reversed(classes(graph)) if sizes[gemm.m] >= least)
-    return None
+    if class_axis(graph) is None:
+        return (0,)
+    if any(gemm_axes(graph, i) for i in graph.live()):
+        return tuple(least for least, *_ in tiles(graph))
+    if not _elementwise(graph):
+        return (0,)
+    columns = prod(graph.axes[a] or 1 for a, use in axis_uses(graph).items() if use.parallel)
+    return 0, max(2, -(-MANY_ELEMENTS // columns))
 
 
-def classes(graph: Graph) -> tuple[int, ...]:
-    """The least numbers of rows for which the heuristic may have schedules of their own, in order."""
-    return tuple(least for least, *_ in tiles(graph))
+def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
+    """The class of rows that a call belongs to, None where the heuristic does not look at sizes."""
+    classes, rows = row_classes(graph), class_axis(graph)
+    if rows is None or len(classes) == 1:
+        return None
+    return max(least for least in classes if sizes[rows] >= least)
+
+
+def class_axis(graph: Graph) -> str | None:
+    """The dynamic axis whose size says which class a call belongs to: a GEMM's rows, or the only one there is."""
+    found = [g.m for i in graph.live() if (g := gemm_axes(graph, i))]
+    found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
+    return next((a for a in found if graph.axes[a] is None), None)
+
+
+def _elementwise(graph: Graph) -> bool:
+    """Whether nothing brings elements together and every program can have any of them."""
+    nodes = [graph.nodes[i] for i in graph.live()]
+    return not any(n.op in TOGETHER for n in nodes) and all(use.parallel for use in axis_uses(graph).values())
 
 
 def tiles(graph: Graph) -> tuple[Tile, ...]:
@@ -221,10 +250,10 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
             chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name][1]
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    budget = ROW_TILE // (4 if sums_parts else 2) if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
     columns = [u for u in uses.values() if u.parallel]
     for use in reversed(columns):
-        extent = use.extent if use.extent is not None else 16 if sums_parts else 8
+        extent = use.extent if use.extent is not None else 8
         single = use.name in scattered(graph) or use.name.endswith(PART)
         block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
         chosen[use.name] = ("grid", block)
@@ -232,6 +261,19 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
     loops = any(chosen[u.name][0] == "loop" for u in inner)
     schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=2 if loops else 1)
     return _shrunk(graph, schedule)
+
+
+def _many_elements(graph: Graph) -> Schedule:
+    """Element by element, with memory's bandwidth as the limit: 8 elements a lane, in blocks as wide as rows allow."""
+    chosen, tile = {}, 1
+    for use in reversed(axis_uses(graph).values()):
+        block = 1 if use.name in scattered(graph) else min(pow2(use.extent or ROW_TILE), ROW_TILE // tile)
+        chosen[use.name] = block
+        tile *= block
+    return Schedule(tuple((a, "grid", chosen[a]) for a in axis_uses(graph)), warps=max(1, tile // 256), stages=1)
+
+
+TOGETHER = ("reduce", "contract", "cumsum", "top_k")
 
 
 def _contracts(graph: Graph) -> bool:
@@ -267,4 +309,4 @@ def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
 
 def _reduces(node: Node) -> bool:
     """Whether a node brings lanes together; adding up parts does not."""
-    return node.op in ("reduce", "contract", "cumsum", "top_k") and not node.attr("axis").endswith(PART)
+    return node.op in TOGETHER and not node.attr("axis").endswith(PART)

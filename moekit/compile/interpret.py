@@ -23,25 +23,28 @@ def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.full(shape, value, numpy_dtype(dtype))
 
 
-def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
-    """Execute a plan on arrays of any strides; outputs and InOut tensors are written in place."""
+def run(plan: Plan, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
+    """Execute a plan on arrays of any strides; outputs and InOut tensors are written in place.
+
+    `backwards`: the last program of every launch goes first.
+    """
     memory = dict(tensors) | {s.name: poison(s.shape(sizes), s.dtype) for s in plan.scratch}
     for program in plan.programs:
-        execute(program, memory, sizes)
+        execute(program, memory, sizes, backwards)
 
 
-def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
-    for section in kernel.sections:
-        _execute(section, memory, sizes)
+    for section in kernel.sections[::-1] if backwards else kernel.sections:
+        _execute(section, memory, sizes, backwards)
 
 
-def _execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+def _execute(program: t.TileProgram, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool) -> None:
     counts = []
     for name in program.grid:
         a = program.axis(name)
         counts.append(-(-(sizes[name] if a.extent is None else a.extent) // a.block))
-    for ids in itertools.product(*map(range, counts)):
+    for ids in itertools.product(*(range(n)[:: -1 if backwards else 1] for n in counts)):
         with np.errstate(all="ignore"):
             _Program(program, memory, sizes, dict(zip(program.grid, ids, strict=True))).ops(program.body)
 

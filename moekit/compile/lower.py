@@ -8,6 +8,7 @@ axis that are equally deep share one. Outputs are stored last.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from moekit.compile import tile as t
@@ -164,8 +165,18 @@ class Lowering(Writer):
             for node in (w.value, *w.ids):
                 self._prefetch(node, set())
         updated = {n for n, x in self.graph.tensors.items() if x.role == "InOut"}
-        for axes in sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes))):
+        left = sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes)))
+        while left:
+            kept = {axes: set().union(*(self._loaded(groups[b]) for b in left if b != axes)) for axes in left}
+            axes = next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])
+            left.remove(axes)
             self._store_group(self.root, axes, groups[axes])
+
+    def _loaded(self, writes: list[Write]) -> set[str]:
+        """The tensors that are loaded along looped axes for some outputs: within the loops that store them."""
+        graph = replace(self.graph, writes=tuple(writes))
+        reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and self.looped & set(n.axes)]
+        return {n.attr("tensor") for n in reads}
 
     def _prefetch(self, node: int, seen: set[int]) -> None:
         if node in seen:

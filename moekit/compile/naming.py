@@ -26,6 +26,7 @@ RESERVED = {
     "PDL",
     "gdc_launch_dependents",
     "gdc_wait",
+    "prefetch",
     *(f"nan_{kind}" for kind in ("max", "min", "maximum", "minimum")),
     "trunc_div",
     "trunc_rem",

@@ -30,11 +30,11 @@ def topk_softmax(logits, k: int, renormalize: bool = True, nan_to_zero: bool = F
     """
     best, ids = top_k(logits, k, over="E", into="K")
     largest = max(f32(logits), over="E")
-    total = sum(exp(f32(logits) - largest), over="E")
     chosen = exp(f32(best) - largest)
-    weights = chosen / total
-    if renormalize:
-        weights = weights / sum(weights, over="K")
+    if renormalize:  # the softmax's own denominator cancels; the others' exponentials are not needed
+        weights = chosen / sum(chosen, over="K")
+    else:
+        weights = chosen / sum(exp(f32(logits) - largest), over="E")
     if nan_to_zero:
         weights = where(isnan(weights), 0.0, weights)
     return {"weights": weights, "ids": ids}

@@ -305,21 +305,22 @@ def _arg(best: Value, x, over: str) -> Value:
     return min(where(hit, iota(over), 2**31 - 1), over)
 
 
-def ordered_bits(x: Value) -> tuple[Value, int]:
-    """An int32 that sorts as the float `x` does, and how many bits it needs: -0 equals +0, NaN below every number.
+LOWEST = -(2**31)
 
-    The smallest integer of that many bits is never used: it marks padding. The usual trick on IEEE sign and magnitude.
+
+def ordered_bits(x: Value) -> tuple[Value, int]:
+    """An int32 that sorts as the float `x` does, and how many of its high bits are used: -0 equals +0, NaN below every number.
+
+    The smallest integer is never used: it marks padding. IEEE's sign and magnitude become two's complement by a subtraction.
     """
     width = 8 * itemsize(x.dtype)
-    lowest, magnitude = -(2 ** (width - 1)), 2 ** (width - 1) - 1
     bits = cast(bitcast(x, int_of_width(x.dtype)), "int32")
-    flipped = where(bits >= 0, bits, bits ^ magnitude)
-    return where(isnan(x), lowest + 1, where(bits == lowest, 0, flipped)), width
+    bits = bits << 32 - width if width < 32 else bits
+    return where(isnan(x), LOWEST + 2 ** (32 - width), where(bits >= 0, bits, LOWEST - bits)), width
 
 
 def from_ordered_bits(key: Value, dtype: str) -> Value:
     """The float of `dtype` whose `ordered_bits` are `key`; NaN comes back as a quiet NaN, -0 as +0."""
-    width = 8 * itemsize(dtype)
-    lowest, magnitude = -(2 ** (width - 1)), 2 ** (width - 1) - 1
-    bits = where(key == lowest + 1, magnitude, where(key >= 0, key, key ^ magnitude))
-    return bitcast(cast(bits, int_of_width(dtype)), dtype)
+    unused = 32 - 8 * itemsize(dtype)
+    bits = where(key == LOWEST + 2**unused, 2**31 - 1, where(key >= 0, key, LOWEST - key))
+    return bitcast(cast(bits >> unused if unused else bits, int_of_width(dtype)), dtype)

@@ -155,6 +155,7 @@ class FuzzCase:
 
     `mode`: "plain" (the face allocates outputs), "out" (every output is given), "in place" (InOut operands are updated,
     other outputs are given), "over:OUT:OPERAND" (OUT is the operand's own memory, where the declaration allows it).
+    `woven`: tensors of one shape and dtype take turns in one array, element by element, whatever `layouts` says.
     """
 
     fusion: str
@@ -166,6 +167,7 @@ class FuzzCase:
     recipe: str = "normal"
     seed: int = 0
     schedule: str = "heuristic"
+    woven: bool = False
 
     @property
     def declaration(self) -> Fusion:
@@ -228,6 +230,13 @@ class FuzzCase:
     def layout(self, name: str) -> Layout:
         """The layout of a tensor, contiguous where none is given."""
         return self.layouts.get(name) or Layout.dense(len(self.shape(name)))
+
+    def weave(self) -> dict[str, tuple[str, int, int]]:
+        """For every tensor of a woven case: the array it lies in, its turn there, and how many take turns."""
+        groups: dict[tuple, list[str]] = {}
+        for n in self.memory():
+            groups.setdefault((self.shape(n), self.dtype(n)), []).append(n)
+        return {n: (f"{names[0]}_and_others", i, len(names)) for names in groups.values() for i, n in enumerate(names)}
 
     def elements(self) -> int:
         """Elements of the largest tensor."""

@@ -17,8 +17,9 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.tile import Strided
 from moekit.errors import UnavailableError
 from moekit.lang.fusion import Binding, Fusion
+from moekit.testing import interpreted
 from moekit.testing.case import FuzzCase
-from moekit.testing.guard import Arena, Placed, Slot
+from moekit.testing.guard import POISONS, Arena, Placed, Slot
 from moekit.testing.oracle import Standard
 from moekit.testing.schedules import variants
 
@@ -49,6 +50,7 @@ class Executor(ABC):
 
     def __init__(self, name: str):
         self.name = name
+        self.backwards = False
         self.flat: dict[int, dict[str, Any]] = {}  # by address: views of the memory at hand, by dtype
 
     def supports(self, case: FuzzCase) -> bool:
@@ -76,7 +78,11 @@ class Executor(ABC):
         self.flat = {}
 
     def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-        """Run cases on one image of the arena: bytes before and after, and per case what was raised (None: nothing)."""
+        """Run cases on one image of the arena: bytes before and after, and per case what was raised (None: nothing).
+
+        On the second image programs go in reverse order, where the implementation has a say in it.
+        """
+        self.backwards = poison != POISONS[0]
         before = arena.image(poison)
         memory = self.upload(before.copy() if self.upload.__func__ is Executor.upload else before)
         raised: list[str | None] = []
@@ -119,7 +125,7 @@ class Interpret(Executor):
             for w in case.graph.writes:
                 if w.ids and case.targets[w.tensor] != w.tensor:
                     tensors[case.targets[w.tensor]][...] = tensors[w.tensor]
-            interpret.run(made, tensors, case.extents)
+            interpret.run(made, tensors, case.extents, self.backwards)
             launches[self.name] += len(made.programs)
 
 
@@ -210,16 +216,17 @@ class Torch(Executor):
         return memory.cpu().numpy()
 
 
-class TritonInterpreter(Torch):
-    """Triton's interpreter. It cuts off the bits that bfloat16 has no room for, and under numpy 2.4 it cannot loop to an extent
-    that is known at run time: of declarations with either it says nothing.
-    """
+class Interpreted(Torch):
+    """The emitted Triton in Triton's own interpreter."""
 
-    def supports(self, case: FuzzCase) -> bool:
-        """Whether neither is in the declaration."""
-        graph = case.graph
-        reduced = {n.attr("axis") for n in graph.nodes if n.op in ("reduce", "contract", "cumsum")}
-        return all(n.dtype != "bfloat16" for n in graph.nodes) and all(graph.axes[a] is not None for a in reduced)
+    def __init__(self, name: str):
+        super().__init__(name, "triton", "cpu")
+        interpreted.mend()
+
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        """Call the face, with programs in the order that is wanted."""
+        with interpreted.backwards(self.backwards):
+            super().call(case, tensors)
 
 
 @functools.lru_cache(maxsize=256)
@@ -260,7 +267,7 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
     "numpy": lambda: Evaluate("numpy"),
     "eager": lambda: Torch("eager", "eager", "cpu"),
     "triton": lambda: Torch("triton", "triton", "cuda"),
-    "triton-interpreter": lambda: TritonInterpreter("triton-interpreter", "triton", "cpu"),
+    "triton-interpreter": lambda: Interpreted("triton-interpreter"),
     "xla": lambda: _jax("xla"),
     "pallas": lambda: _jax("pallas"),
 }

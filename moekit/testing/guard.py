@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,6 +67,17 @@ class Arena:
         self.end = last
         return slot
 
+    def turns(self, names: Iterable[str], case: FuzzCase, values: dict[str, np.ndarray]) -> dict[str, Slot]:
+        """Reserve one array for tensors of one shape and dtype that take turns in it."""
+        names = list(names)
+        shape, dtype, count = case.shape(names[0]), case.dtype(names[0]), len(names)
+        whole = self.add("", (*shape, count), dtype, Layout.dense(len(shape) + 1))
+        self.slots.pop()
+        made = {n: replace(whole, name=n, shape=shape, strides=whole.strides[:-1], start=whole.start + i, values=values.get(n))
+                for i, n in enumerate(names)}  # fmt: skip
+        self.slots += made.values()
+        return made
+
     def image(self, poison: int) -> np.ndarray:
         """The arena's bytes: operands' values, and `poison` everywhere else."""
         found = _aligned(self.end)
@@ -115,8 +126,11 @@ class Placed:
 
 def place(arena: Arena, case: FuzzCase, values: dict[str, np.ndarray]) -> Placed:
     """Reserve memory for every tensor of a case."""
-    slots = {}
-    for name in case.memory():
+    slots: dict[str, Slot] = {}
+    weave = case.weave() if case.woven else {}
+    for array in dict.fromkeys(a for a, _, _ in weave.values()):
+        slots |= arena.turns([n for n, (a, _, _) in weave.items() if a == array], case, values)
+    for name in () if case.woven else case.memory():
         shape = case.shape(name)
         slots[name] = arena.add(name, shape, case.dtype(name), case.layout(name), values.get(name))
     return Placed(case, slots)

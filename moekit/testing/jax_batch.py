@@ -46,10 +46,46 @@ def _layout(case: FuzzCase, name: str) -> Layout:
     return layout if layout.viewable else Layout.dense(len(layout.order))
 
 
+def _array(case: FuzzCase, name: str) -> str:
+    """The array that a tensor of a case lies in."""
+    return case.weave()[name][0] if case.woven else name
+
+
+def _view(case: FuzzCase, name: str, bases: Mapping[str, Any]) -> View:
+    """A tensor of a case, in the arrays of the case."""
+    shape, base = case.shape(name), bases[_array(case, name)]
+    if not case.woven:
+        return view_of(base, _layout(case, name), shape)
+    rank = len(shape)
+    return View(base, tuple(range(rank)), (0,) * rank, (1,) * rank, shape, ((rank, case.weave()[name][1]),))
+
+
+def _place(case: FuzzCase, name: str, base: np.ndarray) -> np.ndarray:
+    """The elements of a tensor in its array."""
+    if case.woven:
+        return base[..., case.weave()[name][1]]
+    return _elements(base, _layout(case, name), case.shape(name))
+
+
+def _bases(case: FuzzCase, names: Sequence[str], values: Mapping[str, np.ndarray], poison: int) -> dict[str, np.ndarray]:
+    """The arrays that hold some tensors of a case: their values, and `poison` in every other byte."""
+    bases: dict[str, np.ndarray] = {}
+    for n in names:
+        if case.woven:
+            layout = Layout.dense(len(case.shape(n)) + 1)
+            whole = base_of(None, (*case.shape(n), case.weave()[n][2]), case.dtype(n), layout, poison)
+        else:
+            whole = base_of(None, case.shape(n), case.dtype(n), _layout(case, n), poison)
+        base = bases.setdefault(_array(case, n), whole)
+        if n in values:
+            _place(case, n, base)[...] = values[n]
+    return bases
+
+
 def key(case: FuzzCase) -> str:
     """What a compiled program of the case depends on."""
     parts = (sorted(case.extents.items()), sorted(case.dtypes.items()), sorted(case.params.items()), case.mode, case.schedule,
-             [(n, case.shape(n), _layout(case, n)) for n in case.memory()])  # fmt: skip
+             [(n, case.shape(n), _layout(case, n)) for n in case.memory()], case.woven)  # fmt: skip
     return f"{case.fusion} {parts}"
 
 
@@ -63,7 +99,7 @@ def compiled(implementation: str, case: FuzzCase):
 
     @jax.jit
     def run(bases: Mapping[str, Any]) -> tuple:
-        views = {n: view_of(x, _layout(case, n), case.shape(n)) for n, x in bases.items()}
+        views = {n: _view(case, n, bases) for n in (*case.shapes, *case.targets.values()) if _array(case, n) in bases}
         given = None
         if case.mode != "plain":
             given = tuple(views[t] for t in case.targets.values())
@@ -87,14 +123,13 @@ class Jax(Executor):
     def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the case through a function compiled for it."""
         memory = [n for n in case.memory() if n in case.shapes or case.mode != "plain"]
-        bases = {n: base_of(tensors[n] if n in case.shapes else None, case.shape(n), case.dtype(n), _layout(case, n), 0xFF)
-                 for n in memory}  # fmt: skip
+        bases = _bases(case, memory, {n: tensors[n] for n in case.shapes}, POISONS[0])
         got = _compiled(self.name, key(case), case)({n: jnp.asarray(x) for n, x in bases.items()})
         launches[self.name] += 1
         for target, x in zip(case.targets.values(), got, strict=True):
             after = np.asarray(x)
             plain = case.mode == "plain"
-            tensors[target][...] = after if plain else _elements(after, _layout(case, target), case.shape(target))
+            tensors[target][...] = after if plain else _place(case, target, after)
 
 
 _functions: dict[tuple[str, str], Callable] = {}
@@ -141,19 +176,18 @@ def _one(function, case: FuzzCase, oracle: Oracle, poison: int, verdict: Verdict
     """The outputs of one run; what was written beside them goes to the verdict."""
     fresh = case.mode == "plain"
     memory = [n for n in case.memory() if n in case.shapes or not fresh]
-    bases = {n: base_of(oracle.values.get(n), case.shape(n), case.dtype(n), _layout(case, n), poison) for n in memory}
+    bases = _bases(case, memory, oracle.values, poison)
     got = function({n: jnp.asarray(x) for n, x in bases.items()})
-    found = {}
+    found, expected = {}, {n: x.copy() for n, x in bases.items()}
     for (name, target), x in zip(case.targets.items(), got, strict=True):
         after = np.asarray(x)
         if fresh:
             found[name] = after
             continue
-        layout, shape = _layout(case, target), case.shape(target)
-        found[name] = _elements(after, layout, shape)
-        expected = bases[target].copy()
-        _elements(expected, layout, shape)[...] = found[name]
-        if expected.tobytes() != after.tobytes():
+        found[name] = _place(case, target, after)
+        _place(case, target, expected[_array(case, target)])[...] = found[name]
+    for (name, target), x in zip(case.targets.items(), got, strict=True):
+        if not fresh and expected[_array(case, target)].tobytes() != np.asarray(x).tobytes():
             verdict.problems.append(f"{case.fusion}: elements outside the view of {name} were written")
     return found
 

@@ -214,8 +214,137 @@ def probe_turned(x, w):
     return ml.contract(x, w, over="D")
 
 
+def _residual(x, y):
+    x, y = _f64(x, y)
+    with np.errstate(all="ignore"):
+        coarse, fine = round_to(x, "float16"), round_to(y, "bfloat16")
+        return {"lost": x - coarse, "rest": (y - fine) * coarse}
+
+
+@fusion(_residual, x=In("T H", dtype="float32"), y=In("T H", dtype="float32"))
+def probe_residual(x, y):
+    """What rounding takes away: without it nothing is left, and float16 overflows where float32 does not."""
+    coarse, fine = ml.f32(ml.cast(x, "float16")), ml.f32(ml.cast(y, "bfloat16"))
+    return {"lost": x - coarse, "rest": (y - fine) * coarse}
+
+
+def _shuffled(x, ids):
+    valid = (ids >= 0) & (ids < len(x))
+    chosen = x[np.where(valid, ids, 0)] if len(x) else np.zeros((len(ids), *x.shape[1:]), x.dtype)
+    return {"out": np.where(valid[:, None], chosen, 0), "turned": x[:, np.arange(x.shape[1]) * 2 % max(1, x.shape[1])]}
+
+
+@fusion(_shuffled, x=In("T H"), ids=In("T", dtype="int32"))
+def probe_shuffled(x, ids):
+    """Rows and columns in another order: outputs that fit an operand and may not be written over it."""
+    return {"out": ml.gather(x, ids, over="T"), "turned": ml.gather(x, ml.iota("H") * 2 % ml.size("H"), over="H")}
+
+
+def _crossed(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": np.swapaxes(x @ w.T, 0, 1)}
+
+
+@fusion(_crossed, x=In("T D"), w=In("P D"), out=Out("P T"))
+def probe_crossed(x, w):
+    """A product whose rows come from its second operand, stored with its columns outermost."""
+    return ml.contract(w, x, over="D")
+
+
+def _apart(x, state):
+    x, old = _f64(x, state)
+    with np.errstate(all="ignore"):
+        return {"state": old * 0.5 + x, "before": old.sum(-1), "peak": old.max((1, 2))}
+
+
+@fusion(_apart, x=In("T A H"), state=InOut("T A H", dtype="float32"))
+def probe_apart(x, state):
+    """A state that is replaced while its old value goes into a sum and a maximum, over other axes each."""
+    return {"state": state * 0.5 + ml.f32(x), "before": ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
+
+
+def _states(x, state, total):
+    x, old, before = _f64(x, state, total)
+    with np.errstate(all="ignore"):
+        return {"state": old * 0.5 + x, "total": before + old.sum(-1), "peak": old.max((1, 2))}
+
+
+@fusion(_states, x=In("T A H"), state=InOut("T A H", dtype="float32"), total=InOut("T A", dtype="float32"))
+def probe_states(x, state, total):
+    """Two states that are replaced, the old value of one in the new one of the other."""
+    return {"state": state * 0.5 + ml.f32(x), "total": total + ml.sum(state, over="H"), "peak": ml.max(state, over="A H")}
+
+
+def _exchange(left, right):
+    a, b = _f64(left, right)
+    with np.errstate(all="ignore"):
+        return {"left": a + b.sum(-1, keepdims=True), "right": b - a.max(-1, keepdims=True)}
+
+
+@fusion(_exchange, left=InOut("T A", dtype="float32"), right=InOut("T H", dtype="float32"))
+def probe_exchange(left, right):
+    """Two states, each replaced by what the old value of the other says."""
+    return {"left": left + ml.sum(right, over="H"), "right": right - ml.max(left, over="A")}
+
+
+def _centred(x):
+    (x,) = _f64(x)
+    with np.errstate(all="ignore"):
+        return {"out": x - x.mean(1, keepdims=True) - x.mean(2, keepdims=True)}
+
+
+@fusion(_centred, x=In("T A B"))
+def probe_centred(x):
+    """What is left of a table without the means of its rows and columns: reductions over two axes that the output has."""
+    x32 = ml.f32(x)
+    return x32 - ml.mean(x32, over="A") - ml.mean(x32, over="B")
+
+
+def _inverse(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": (1 / np.sqrt(np.abs(x))) @ (1 / np.sqrt(np.abs(w))).T}
+
+
+@fusion(_inverse, x=In("T D"), w=In("P D"))
+def probe_inverse(x, w):
+    """A product of operands that both are infinite where nothing was loaded."""
+    return ml.contract(ml.rsqrt(abs(ml.f32(x))), ml.rsqrt(abs(ml.f32(w))), over="D")
+
+
+def _looked_up(x, table):
+    best = np.argmax(x, -1)
+    valid = best < len(table)
+    rows = table[np.where(valid, best, 0)] if len(table) else np.zeros((len(x), table.shape[1]), table.dtype)
+    with np.errstate(all="ignore"):
+        return {"out": np.where(valid[:, None], rows.astype(np.float64), 0.0) + x.astype(np.float64).max(-1, keepdims=True)}
+
+
+@fusion(_looked_up, x=In("T H"), table=In("E P"))
+def probe_looked_up(x, table):
+    """The row of a table that the place of the largest element names: a load that waits for a reduction."""
+    row = ml.gather(table, ml.argmax(x, over="H"), over="E")
+    return ml.f32(row) + ml.f32(ml.max(x, over="H"))
+
+
+def _tables(ids, x, y):
+    x, y = _f64(x, y)
+    rows = [np.where(((ids >= 0) & (ids < len(t)))[:, None], t[np.clip(ids, 0, max(0, len(t) - 1))], 0.0) for t in (x, y)]
+    with np.errstate(all="ignore"):
+        return {"out": rows[0] - rows[1]}
+
+
+@fusion(_tables, ids=In("T", dtype="int32"), x=In("E H"), y=In("G H"))
+def probe_tables(ids, x, y):
+    """Rows of two tables of other sizes by the same ids."""
+    return ml.f32(ml.gather(x, ids, over="E")) - ml.f32(ml.gather(y, ids, over="G"))
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned)
+              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
+              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_exchange, probe_centred,
+              probe_inverse, probe_tables, probe_looked_up)
 }  # fmt: skip

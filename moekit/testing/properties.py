@@ -10,13 +10,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from moekit.compile.analysis import axis_uses
+from moekit.compile.analysis import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.graph import Along, Graph
+from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.executors import Executor, Torch
 from moekit.testing.guard import POISONS, Arena, place
+from moekit.testing.layouts import to_numpy
 from moekit.testing.oracle import Oracle
+from moekit.testing.tasks import JAX
 
 SCALE = 4.0
 
@@ -102,8 +105,41 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
     return _unequal(here, there, "out of place")
 
 
+def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
+    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace."""
+    mode = "in place" if any(n in case.shapes for n in case.names) else "out"
+    case = replace(case, layouts={}, mode=mode, woven=True)
+    if executor.name in JAX:
+        from moekit.testing.jax_batch import run_values
+
+        return run_values(executor.name, [(case, Oracle.of(case))])[0].problems
+    return run_case(executor, case).problems
+
+
+def rows_between_rows(executor: Executor, case: FuzzCase) -> list[str]:
+    """An output whose rows reach into each other and share no element is accepted and right: strides 2·n - 3 and 2."""
+    found: list[str] = []
+    if not isinstance(executor, Torch):
+        return found
+    case = replace(case, layouts={}, mode="out")
+    placed = place(arena := Arena(), case, case.values())
+    memory = executor.upload(arena.image(POISONS[0]))
+    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    for target in case.targets.values():
+        if len(shape := case.shape(target)) == 2 and shape[0] > 1 and shape[1] > 2:
+            empty = tensors[target].new_zeros(shape[0] * 2 * shape[1])
+            tensors[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
+    executor.call(case, tensors)
+    got = {n: to_numpy(tensors[t]).copy() for n, t in case.targets.items()}
+    return Oracle.of(case, executor.name, executor.standard).problems(got)[0]
+
+
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
-    """An output that shares an element with an operand, but is not that operand, is refused before anything is written."""
+    """An output that shares bytes with itself, or with an operand that it is not all of, is refused before anything is written.
+
+    Tried are outputs one element beside an operand of their dtype, at its last element, over the upper halves of an operand of
+    a wider dtype, and of stride 0.
+    """
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
     case = replace(case, layouts={}, mode="out")
@@ -113,22 +149,26 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
     tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
     found = []
     for output, target in case.targets.items():
+        shape, strides, dtype = tensors[target].shape, tensors[target].stride(), tensors[target].dtype
+        flat = memory.view(dtype)
+        tries = [("stride 0", (0, *strides[1:]), placed.slots[target].start)] if len(shape) and shape[0] > 1 else []
         for operand in case.shapes:
-            shape, source = tensors[target].shape, placed.slots[operand]
-            if tensors[operand].dtype != tensors[target].dtype or tensors[operand].numel() < 2 or not len(shape):
-                continue
-            size = tensors[target].element_size()
-            flat = memory.view(tensors[target].dtype)
-            shifted = executor.torch.as_strided(flat, shape, tensors[target].stride(), source.start + 1)
-            if (source.start + 1) * size + shifted.numel() * size > memory.numel():
+            wider = tensors[operand].element_size() // flat.element_size()
+            start = placed.slots[operand].start * wider + 1
+            if tensors[operand].numel() > 1 and len(shape) and (wider > 1 or tensors[operand].dtype == dtype):
+                tries.append((f"one element beside {operand}, over it,", tuple(s * wider for s in strides), start))
+                last = start - 1 + (tensors[operand].numel() - 1) * wider
+                tries.append((f"its first element the last of {operand}", strides, last))
+        for how, strides, start in tries:
+            if start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= flat.numel():
                 continue
             before = executor.download(memory).copy()
             try:
-                executor.call(case, {**tensors, target: shifted})
-                found.append(f"{case.fusion}: {output} written one element beside {operand}, over it, was not refused")
+                executor.call(case, {**tensors, target: executor.torch.as_strided(flat, shape, strides, start)})
+                found.append(f"{case.fusion}: {output} with {how} was not refused")
             except AliasError:
                 if not np.array_equal(before, executor.download(memory)):
-                    found.append(f"{case.fusion}: memory was written before {output} over {operand} was refused")
+                    found.append(f"{case.fusion}: memory was written before {output} with {how} was refused")
     return found
 
 
@@ -142,11 +182,12 @@ def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: 
 
 
 def token_axis(case: FuzzCase) -> str | None:
-    """A dynamic axis whose elements are independent: every output varies over it, and nothing is reduced along it."""
+    """A dynamic axis whose elements are independent: every output varies over it, and nothing is reduced or chosen along it."""
     graph = case.graph
     free = [a for a, use in axis_uses(graph).items() if use.parallel and a in case.declaration.dynamic and a in case.sizes]
     if any(w.ids for w in graph.writes) or any(n.op == "extent" for n in graph.nodes):
         return None
+    free = [a for a in free if a not in gathered(graph)]
     indexed = {n.attr("index").axis for n in graph.nodes if n.op == "iota" and isinstance(n.attr("index"), Along)}
     return next((a for a in free if a not in indexed), None)
 
@@ -202,4 +243,6 @@ PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
     "rows are independent": rows_are_independent,
     "in place is out of place": in_place_is_out_of_place,
     "overlap is refused": overlap_is_refused,
+    "neighbours are apart": neighbours_are_apart,
+    "rows between rows": rows_between_rows,
 }

@@ -7,13 +7,15 @@ from dataclasses import replace
 from moekit.compile.analysis import axis_uses, gemm_axes
 from moekit.compile.heuristic import heuristic
 from moekit.compile.schedule import Schedule, legal, pow2
+from moekit.compile.sections import sections
 from moekit.lang.graph import Graph
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
     "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one), and
-    for products "tall" (blocks of 64 rows, in two parts one after the other).
+    for products "tall" (blocks of 64 rows, in two parts one after the other); "apart" (on the grid whatever some section
+    can have there, which the others then take as the heuristic would).
     """
     base = heuristic(graph)
     found: dict[str, Schedule | None] = {"heuristic": None}
@@ -39,6 +41,11 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
             found["single parts"] = single
         if use.reduced and "tall" not in found and (tall := _tall(graph, base, axis)):
             found["tall"] = tall
+    apart = base
+    for use in (use for g in sections(graph) for use in axis_uses(g).values() if use.parallel and not _single(graph, use.name)):
+        apart = apart.with_axis(use.name, "grid", 4)
+    if apart != base and legal(graph, apart) is None:
+        found["apart"] = apart
     return found
 
 

@@ -90,8 +90,6 @@ def limits_of(task: Task) -> Limits:
     dtypes: tuple[str, ...] = Limits().dtypes
     if name in JAX:
         kinds, modes = VIEWS, ("out", "in place", "plain")
-    if name == "triton-interpreter":
-        dtypes = ("float32", "float16")
     if name in ("numpy", "eager", "xla"):
         schedules = ("heuristic",)
     if name in PEERS:

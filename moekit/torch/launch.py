@@ -133,7 +133,7 @@ def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
 def overlapping(device: torch.device) -> bool:
     """Whether kernels are launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
 
-    Kernels wait for the kernel before them in their first line, so that nothing changes but when a launch's cost is paid.
+    Kernels wait for the one before them before they read or write anything: nothing changes but when a launch's cost is paid.
     """
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.compile.heuristic import classes
+from moekit.compile.heuristic import row_classes
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
@@ -22,7 +22,7 @@ from moekit.tune.table import BUCKETS, scheduled
 class Warmed:
     """One form that was called: seconds of the first call (compiling, or reading Triton's cache) and of the next.
 
-    A GEMM's `first` is that of all classes of rows together, its `next` that of the fewest rows.
+    Where there are several classes of rows, `first` is that of all together, `next` that of the fewest rows.
     """
 
     fusion: str
@@ -43,9 +43,9 @@ def warmup(
     """Compile the kernels of `fusions` (names or declarations; moekit's own if None) for contiguous tensors, in every form.
 
     `sizes`: sizes of axes by name, or several such mappings (Qwen3-Next's where nothing is said; axes a fusion does not have
-    are passed over). A GEMM is called once for each class of rows, unless T is given: then for that alone; of the others one T
-    serves for all. `params`: parameters by name, passed to the fusions that have them. `device`: the current CUDA device, or
-    the CPU where there is none. Compiled kernels stay in Triton's own cache.
+    are passed over). A fusion is called once for each class of rows that has a schedule of its own (`row_classes` of
+    moekit.compile.heuristic), unless T is given: then for that alone. `params`: parameters by name, passed to the fusions that
+    have them. `device`: the current CUDA device, or the CPU where there is none. Compiled kernels stay in Triton's own cache.
     Raises MoekitError for a fusion that is not there.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -86,7 +86,7 @@ def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int], device:
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
     free = [a for a in fusion.dynamic if a not in sizes]
     graph, found = fusion.trace(binding), {}
-    for least in sorted({*classes(graph), *BUCKETS}):
+    for least in sorted({*row_classes(graph), *BUCKETS}):
         rows = dict.fromkeys(free, max(1, least))
         found.setdefault(scheduled(device_name(device), graph, dict(binding.sizes) | rows), rows)
     return list(found.values()) if len(found) > 1 else [{}]

@@ -44,6 +44,22 @@ def test_triton_columns_past_two_to_the_31():
     torch.testing.assert_close(silu_and_mul(x), silu_and_mul(x.contiguous(), implementation="eager"), rtol=1e-2, atol=1e-2)
 
 
+def test_triton_rows_have_the_same_bits_in_every_class():
+    """From 2^20 elements on tiles are larger; a row is what it is alone, strided or not, on both sides of that."""
+    import torch
+
+    from moekit.torch import shared_expert_combine, silu_and_mul
+
+    gate_up = torch.randn(1030, 2568, device="cuda").bfloat16()[:, :2048]
+    hidden, shared = (torch.randn(530, 2048, device="cuda").bfloat16() for _ in range(2))
+    gate = torch.randn(530, 648, device="cuda").bfloat16()[:, 640:641]
+    for face, tensors in ((silu_and_mul, (gate_up,)), (shared_expert_combine, (hidden, shared, gate))):
+        every, rows = face(*tensors), len(tensors[0])
+        torch.testing.assert_close(every.float(), face(*tensors, implementation="eager").float(), rtol=1e-2, atol=1e-2)
+        for some in (slice(0, 1), slice(rows - 8, rows), slice(3, 3 + rows // 2)):
+            assert torch.equal(face(*(x[some] for x in tensors)), every[some])
+
+
 def test_triton_gather_past_two_to_the_31():
     """And that of a row chosen by an id."""
     import torch

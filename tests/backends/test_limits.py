@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.heuristic import classes, heuristic
+from moekit.compile.heuristic import heuristic, row_classes
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.lang import In, cast, contract, fusion
@@ -70,17 +70,16 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
 }
 
 
-def _programs(sample: Sample) -> dict[int, tuple]:
-    """The kernels of a call by the least number of rows they are for."""
+def _programs(sample: Sample, rows: int):
+    """The kernels of a call with that many rows, the least of a class."""
     _, binding, graph = sample.bound()
-    layouts = strided(graph, dict(binding.sizes))
-    return {rows: plan(graph, heuristic(graph, rows or None), layouts).programs for rows in classes(graph)}
+    return plan(graph, heuristic(graph, rows or None), strided(graph, dict(binding.sizes))).programs
 
 
 CASES = {
-    f"{name} T>={rows}" if rows else name: programs
+    f"{name} T>={rows}" if rows else name: _programs(sample, rows)
     for name, sample in CALLS.items()
-    for rows, programs in _programs(sample).items()
+    for rows in row_classes(sample.bound()[2])
 }
 
 

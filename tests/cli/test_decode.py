@@ -17,10 +17,9 @@ from moekit.models.qwen3next.kernels import FUSIONS
 SMALL = replace(TINY, layer_types=(GDN, ATTENTION), num_experts=5, num_experts_per_tok=2, vocab_size=64)
 PER_STEP = {  # kernels of one decode step of TINY: three layers of gated delta net and one of attention
     "add_rms_norm": 9,
-    "gate_gemm": 4,
-    "silu_and_mul": 4,
+    "gate_projections": 4,
     "topk_softmax": 4,
-    "shared_expert_combine": 4,
+    "down_combine": 4,
     "gated_rms_norm": 3,
     "delta_rule_step": 3,
 }

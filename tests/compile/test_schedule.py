@@ -1,17 +1,19 @@
 """Schedules: what is legal and why not, heuristics, text form, and plans of split programs."""
 
 import dataclasses
+from math import prod
 
+import numpy as np
 import programs as good
 import pytest
 import unseen
 
-from moekit.compile.heuristic import heuristic
+from moekit.compile.heuristic import heuristic, row_classes, tokens_class
 from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean
-from moekit.testing import Call, operands, variants
+from moekit.testing import RUNNERS, Call, operands, variants
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
@@ -113,6 +115,43 @@ def test_heuristic_does_not_depend_on_dynamic_sizes(fusion):
     first, second = (Call(fusion, operands(fusion, s)).graph for s in (few, many))
     assert first == second
     assert heuristic(first) == heuristic(second)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "classes"),
+    [
+        ("silu_and_mul", {"gate_up": (4, 2048)}, (0, 1024)),
+        ("silu_and_mul", {"gate_up": (4, 120)}, (0, 17477)),
+        ("shared_expert_combine", {"hidden": (4, 4096), "shared": (4, 4096), "gate": (4, 1)}, (0, 256)),
+        ("shared_expert_combine", {"hidden": (4, 2**21), "shared": (4, 2**21), "gate": (4, 2**21)}, (0, 2)),
+        ("add_rms_norm", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,)}, (0,)),
+        ("topk_softmax", {"logits": (4, 512)}, (0,)),
+    ],
+)
+def test_classes_of_rows(name, shapes, classes):
+    """What adds nothing up has larger tiles from 2^20 elements on, what adds up has one schedule (a GEMM apart)."""
+    graph = good.graph_of(FUSIONS[name], shapes, **({"k": 10} if name == "topk_softmax" else {}))
+    assert row_classes(graph) == classes
+    for rows in (1, classes[-1] - 1, classes[-1], classes[-1] + 1, 10**6):
+        wanted = (classes[-1] if rows >= classes[-1] else 0) if len(classes) > 1 else None
+        assert tokens_class(graph, {"T": max(0, rows)}) == wanted
+    many = heuristic(graph, classes[-1])
+    assert legal(graph, many) is None
+    if len(classes) > 1:
+        tile = prod(block for _, _, block in many.axes)
+        assert (tile, many.warps) == (2048, 8)
+    else:
+        assert many == heuristic(graph)
+
+
+@pytest.mark.parametrize("fusion", [FUSIONS["silu_and_mul"], FUSIONS["shared_expert_combine"]], ids=lambda f: f.name)
+def test_rows_have_the_same_bits_in_both_classes(fusion):
+    """Larger tiles change no row: masks and all, at sizes that no block divides."""
+    call = Call(fusion, operands(fusion, {"T": 37, "I": 60, "H": 60}, "bfloat16"))
+    few, many = (Call(fusion, call.operands, schedule=heuristic(call.graph, rows)) for rows in (None, 17477))
+    assert few.schedule != many.schedule
+    for name, out in RUNNERS["interpret"](few).outputs.items():
+        np.testing.assert_array_equal(out, RUNNERS["interpret"](many).outputs[name])
 
 
 def test_split_plan_has_two_launches_and_scratch_between():

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moekit import lang as ml
+from moekit.backends import triton
 from moekit.compile import interpret, tile
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
@@ -12,6 +14,7 @@ from moekit.compile.sections import sections
 from moekit.compile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
+from moekit.lang import In, fusion
 from moekit.testing import Call, operands
 from moekit.testing.suite import check
 
@@ -130,3 +133,17 @@ def _stores(body):
             yield from _stores(op.body)
         elif isinstance(op, tile.Store):
             yield op
+
+
+def test_a_dynamic_axis_need_not_be_in_the_first_section():
+    """Its extent is the launch's argument all the same: emitting such a kernel once failed."""
+
+    @fusion(x=In("A B"), y=In("T B"))
+    def apart(x, y):
+        return {"total": ml.sum(ml.f32(x), over="A"), "double": ml.f32(y) * 2.0}
+
+    made = Call(apart, operands(apart, {"A": 5, "B": 7, "T": 3}, "float32"))
+    (kernel,) = planned(made).programs
+    assert [a.name for a in kernel.sections[0].axes] == ["A", "B"]
+    assert [a.name for a in triton.arguments(kernel) if a.kind == "extent"] == ["T"]
+    assert "apart_double(pid - end_0, y_ptr, double_ptr, T, " in triton.emit(kernel)

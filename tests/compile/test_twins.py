@@ -8,7 +8,7 @@ import pytest
 
 from moekit.backends import triton
 from moekit.compile import interpret, tile
-from moekit.compile.heuristic import classes, heuristic
+from moekit.compile.heuristic import heuristic, row_classes
 from moekit.compile.schedule import Schedule
 from moekit.compile.verify import verify
 from moekit.errors import VerifyError
@@ -143,11 +143,11 @@ def test_many_rows_take_larger_tiles_once_smaller_ones_are_too_many(width, from_
     """The classes of a GEMM with many rows, by its columns; all of them do its parts in a row, in 16 bits."""
     shapes = {"x": (4, 2048), "gate_up": (2 * width, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
     graph = good.graph_of(FUSIONS["gate_projections"], shapes, "bfloat16")
-    assert [least for least in classes(graph) if least >= 128] == from_rows
-    schedules = [heuristic(graph, least) for least in classes(graph)]
+    assert [least for least in row_classes(graph) if least >= 128] == from_rows
+    schedules = [heuristic(graph, least) for least in row_classes(graph)]
     assert len({str(s) for s in schedules}) == len(schedules)
     few = schedules[0].split
     assert [s.parts or s.split for s in schedules] == [few] * len(schedules)
-    assert [bool(s.split) for s in schedules] == [bool(few) and least < 128 for least in classes(graph)]
+    assert [bool(s.split) for s in schedules] == [bool(few) and least < 128 for least in row_classes(graph)]
     wide = good.graph_of(FUSIONS["gate_projections"], shapes, "float32")
-    assert classes(wide) == (0, 17, 128, 2048)
+    assert row_classes(wide) == (0, 17, 128, 2048)

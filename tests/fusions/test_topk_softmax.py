@@ -56,6 +56,15 @@ def test_odd_rows(implementation, params, dtype):
         assert np.isfinite(outputs["weights"]).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("implementation", implementations())
+def test_every_expert_chosen(implementation, dtype):
+    """k = E, from +inf to -inf and on through NaN: the whole row in the order of a stable sort, no key found twice."""
+    logits = np.array(list(ROWS.values())).astype(numpy_dtype(dtype))
+    ids = RUNNERS[implementation](Call(FUSION, {"logits": logits}, {"k": 9})).outputs["ids"]
+    np.testing.assert_array_equal(ids, FUSION.reference(logits, k=9, renormalize=True, nan_to_zero=False)["ids"])
+
+
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 2), (32, 32), (33, 32), (60, 4), (512, 10), (1000, 31), (1024, 32)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", implementations())

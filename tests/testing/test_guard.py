@@ -104,3 +104,31 @@ def test_far_memory_touches_what_it_must_only():
     assert arena.end > 2**33
     assert arena.index().size < 10_000
     assert run_case(executor("interpret"), case).problems == []
+
+
+def test_a_race_between_programs_is_seen_in_one_order_at_least():
+    """Each row is the next one, written over where it was read: right from the first row on, wrong from the last."""
+    case = FuzzCase("probe_shuffled", {"T": 4, "H": 3}, {"x": "float32", "ids": "int32"}, mode="over:out:x", schedule="small")
+    made, wanted = executor("interpret"), {}
+    for backwards in (False, True):
+        x = np.arange(12, dtype=np.float32).reshape(4, 3)
+        made.backwards = backwards
+        turned = np.empty_like(x)
+        made.call(case, {"x": x, "ids": np.array([1, 2, 3, 3], np.int32), "turned": turned})
+        wanted[backwards] = x[:, 0].tolist()
+    assert wanted[False] == [3, 6, 9, 9]
+    assert wanted[True] == [9, 9, 9, 9]
+
+
+def test_tensors_that_take_turns_have_their_own_elements():
+    """Woven: one array for tensors of one shape and dtype, and nothing of another is written."""
+    case = FuzzCase("add_rms_norm", {"T": 5, "H": 12}, dict.fromkeys(("x", "residual", "weight"), "float32"),
+                    {"eps": 1e-6, "offset": 1.0}, woven=True)  # fmt: skip
+    placed = place(arena := Arena(), case, case.values())
+    weave = case.weave()
+    assert len({weave[n][0] for n in ("x", "residual", "out", "residual_new")}) == 1
+    places = [set(placed.slots[n].places().ravel().tolist()) for n in ("x", "residual", "out", "residual_new")]
+    assert all(not a & b for i, a in enumerate(places) for b in places[:i])
+    assert min(places[1]) == min(places[0]) + 4
+    assert arena.end > max(places[3])
+    assert run_case(executor("interpret"), case).problems == []

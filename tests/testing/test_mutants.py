@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -14,10 +16,13 @@ from click.testing import CliRunner
 from moekit.cli.app import cli
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
-from moekit.testing.mutants import HISTORICAL, TABLE, mutate, score, try_mutant
+from moekit.testing.mutants import EQUIVALENT, HISTORICAL, TABLE, mutate, score, try_mutant
+from moekit.testing.mutants.directed import SCHEDULED, SCHEDULES, directed
 from moekit.testing.mutants.killer import ARRAYS, STAGES, tasks
 from moekit.testing.mutants.score import PACKAGE, Outcome, apply_patch, copy_package, stages_of, try_patch, try_unchanged
 from moekit.testing.mutants.table import Mutant
+from moekit.testing.probes import PROBES
+from moekit.testing.random_graphs import WIDER
 from moekit.testing.tasks import template
 
 NAMED = {m.name: m for m in TABLE}
@@ -42,9 +47,16 @@ def test_there_are_enough_of_every_kind():
         assert sum(m.file.startswith(folder) for m in TABLE) >= 10
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_it_fits_the_source(name, tmp_path):
-    mutant = NAMED[name]
+def test_what_changes_no_result_is_proven_and_not_counted():
+    assert all(m.proof for m in EQUIVALENT)
+    assert not {m.name for m in EQUIVALENT} & set(NAMED)
+    assert not any(m.proof for m in TABLE)
+    listed = CliRunner().invoke(cli, ["mutants", "--list"]).output
+    assert all(f"not counted: {m.name}" in listed and m.proof in listed for m in EQUIVALENT)
+
+
+@pytest.mark.parametrize("mutant", [*TABLE, *EQUIVALENT], ids=lambda m: m.name)
+def test_it_fits_the_source(mutant, tmp_path):
     (tmp_path / mutant.file).parent.mkdir(parents=True)
     shutil.copy(PACKAGE / mutant.file, tmp_path / mutant.file)
     mutate(mutant, tmp_path)
@@ -86,6 +98,7 @@ def test_stages_follow_from_the_files():
     assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
     assert stages_of(["backends/array.py"]) == ("numpy", "eager", "xla")
     assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
+    assert stages_of(["compile/overlap.py"]) == ("eager", "triton-interpreter")
     assert stages_of(["jax/view.py"]) == ("pallas", "xla")
     assert stages_of(["backends/printer.py"]) == ("triton-interpreter", "pallas")
     assert set(stages_of(["compile/lower.py", "backends/array.py"])) == {*STAGES, *ARRAYS}
@@ -99,13 +112,24 @@ def test_the_command_lists_them():
     assert CliRunner().invoke(cli, ["mutants", "no-such-mutant"]).exit_code == 2
 
 
-def test_the_interpreter_of_triton_is_not_asked_for_bfloat16():
-    """It would kill every mutant, and the package as it is."""
-    asked = [template(task)[0] for task in tasks("triton-interpreter")]
-    assert len(asked) > 150
-    assert {c.fusion for c in asked} >= set(FUSIONS)
-    assert not [c.fusion for c in asked if any(n.dtype == "bfloat16" for n in c.graph.nodes)]
-    assert any(t.fusion == "probe_bits" for t in tasks("pallas"))
+@pytest.mark.parametrize("stage", [*STAGES, *ARRAYS])
+def test_every_stage_has_cases_of_everything(stage):
+    """Every fusion and probe before any comes again, random declarations of both kinds, every dtype, every mode of outputs."""
+    first = [t.fusion for t in itertools.islice(tasks(stage), len(FUSIONS) + len(PROBES))]
+    assert set(first) == {*FUSIONS, *PROBES}
+    asked = [template(task)[0] for task in tasks(stage)]
+    numbers = {int(c.fusion.removeprefix("random:")) for c in asked if c.fusion.startswith("random:")}
+    assert min(numbers) < WIDER < max(numbers)
+    assert {d for c in asked for d in c.dtypes.values()} >= {"float32", "float16", "bfloat16"}
+    assert {c.mode for c in asked} >= {"out", "in place", "plain"}
+
+
+def test_directed_cases_end_and_hold():
+    """The first few of each kind, on the package as it is."""
+    tried = [attempt("numpy") for attempt in itertools.islice(directed("numpy"), 40)]
+    assert tried == [[]] * 40
+    assert sum(1 for _ in directed("interpret")) > 500
+    assert math.gcd(len(SCHEDULES), len(SCHEDULED)) == 1  # so that a diagonal meets every pair
 
 
 def test_the_package_as_it_is_survives():

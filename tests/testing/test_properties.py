@@ -41,8 +41,6 @@ slowly = settings(max_examples=max(3, settings.default.max_examples // 6))
 
 def drawn(name: str, fusions: Sequence[str] = (*FUSIONS, *PROBES), **limits) -> st.SearchStrategy[FuzzCase]:
     """Cases of the fusions that an implementation can be asked to serve."""
-    if name == "triton-interpreter":
-        limits["dtypes"] = ("float32", "float16")
     made = st.sampled_from(fusions).flatmap(lambda fusion: cases(fusion, **limits))
     return made.filter(lambda c: work(c) < 80 and executor(name).supports(c))
 

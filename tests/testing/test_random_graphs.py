@@ -55,6 +55,12 @@ def test_the_same_number_is_the_same_declaration(number):
     assert list(first.tensors) == list(find_fusion(f"random:{number}").tensors)
 
 
+def test_what_another_output_loads_is_overwritten_last():
+    """Of two tensors updated in loops the one goes first whose loop loads the other: the verifier refused the old order."""
+    tensors = find_fusion("probe_states").tensors
+    every_variant_can_be_planned(FuzzCase("probe_states", {"T": 4, "A": 6, "H": 15}, dict.fromkeys(tensors, "float32")))
+
+
 def test_partial_results_over_different_axes_are_no_split():
     """Their programs would write the same elements: `legal` once allowed it, and the verifier refused the program."""
     tensors = find_fusion("random:174").tensors

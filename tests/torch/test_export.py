@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moekit.compile.heuristic import classes, heuristic
+from moekit.compile.heuristic import heuristic, row_classes
 from moekit.compile.schedule import Schedule
 from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.export import export
@@ -101,7 +101,7 @@ def test_what_a_file_imports_and_says(name):
 def test_a_gemm_has_every_class_of_rows():
     """The launcher chooses by T as moekit does, first among kernels for dense tensors; a schedule given is the only one."""
     text = export(FUSIONS["gate_gemm"])
-    rows = classes(FUSIONS["gate_gemm"].trace(example(FUSIONS["gate_gemm"], dtype="bfloat16")))[1:]
+    rows = row_classes(FUSIONS["gate_gemm"].trace(example(FUSIONS["gate_gemm"], dtype="bfloat16")))[1:]
     tests = [line.strip() for line in text.splitlines() if " T < " in line]
     wanted = [f"{'dense and ' * dense}T < {least}:" for dense in (True, False) for least in rows]
     assert tests == [f"{'elif' if n else 'if'} {test}" for n, test in enumerate(wanted)]

@@ -25,6 +25,7 @@ SEEN = (  # the file, the folder (none: ""), and the stages in which a change of
     ("backends/pallas.py", "", ("pallas",)),
     ("backends/printer.py", "", STAGES[1:]),
     ("backends/array.py", "", ARRAYS),
+    ("compile/overlap.py", "", ("eager", "triton-interpreter")),
     ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
     ("backends/pallas.py", "jax/", ("pallas", "xla")),
 )

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one."""
+    """A mistake: in `file` (under moekit/) every text of `edits` is replaced by the other one.
+
+    `proof`: one sentence saying why it changes no result, for one that is none; it is not counted.
+    """
 
     name: str
     file: str
     edits: tuple[tuple[str, str], ...]
     about: str
+    proof: str = ""
 
 
-def _one(name: str, file: str, old: str, new: str, about: str) -> Mutant:
-    return Mutant(name, file, ((old, new),), about)
+def _one(name: str, file: str, old: str, new: str, about: str, proof: str = "") -> Mutant:
+    return Mutant(name, file, ((old, new),), about, proof)
 
 
 HISTORICAL = (
@@ -31,15 +35,15 @@ HISTORICAL = (
          "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), [w])\n"
          "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
-    _one("nan-is-padding", "lang/ops.py", "return where(isnan(x), lowest + 1, where(bits == lowest, 0, flipped)), width",
-         "return where(isnan(x), lowest, where(bits == lowest, 0, flipped)), width",
+    _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
+         "where(isnan(x), LOWEST,",
          "rows of NaN choose one expert k times (vLLM 39244) or ids out of range (SGLang 30079)"),
     _one("offsets-32-bit", "compile/lower.py", "wide.append(isinstance(layout, t.Strided) and (everywhere or dynamic))", "wide.append(False)",
          "int32 offsets past 2^31 (Liger 1248 and 1296, megablocks 186, vLLM 42173)"),
-    _one("experts-past-256", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n",
-         "    keys = low.remask(home, keys, axis, lowest)\n"
+    _one("experts-past-256", "compile/topk.py", "    others = set(",
          "    near = low.binary(home, 'lt', index, low.const(home, 256))\n"
-         "    keys = low.where(home, near, keys, low.const(home, lowest), 'keys')\n",
+         "    keys = low.where(home, near, keys, low.const(home, lowest), 'keys')\n"
+         "    others = set(",
          "more than 256 experts ignored (SGLang 23609's neighbours)"),
 )  # fmt: skip
 
@@ -94,8 +98,11 @@ LOWERING = (
         ('ids = low.binary(home, "sub", low.const(home, 0xFFFF), inverted, "ids")', 'ids = low.binary(home, "add", low.const(home, 0), inverted, "ids")')),
         "16-bit ties go to the higher index"),
     _one("ties-struck-together", "compile/topk.py", 'low.binary(scope, "eq", index, first)', 'low.binary(scope, "eq", keys, top)', "of several equal keys only one is ever chosen"),
-    _one("topk-not-remasked", "compile/topk.py", "    keys = low.remask(home, keys, axis, lowest)\n", "", "padding columns compete for the top k"),
-    _one("ranks-smeared", "compile/topk.py", "here = low.binary(scope, \"eq\", low.bound(scope, into)[0], rank)", "here = low.binary(scope, \"le\", low.bound(scope, into)[0], rank)", "the k-th best everywhere"),
+    Mutant("topk-not-remasked", "compile/topk.py", (
+        ("        keys = low.remask(home, keys, axis, lowest)\n", "        pass\n"),
+        ('above = low.remask(scope, low.binary(scope, "sub", keys, base, "above"), axis, lowest)', 'above = low.binary(scope, "sub", keys, base, "above")')),
+        "padding columns compete for the top k"),
+    _one("ranks-smeared", "compile/topk.py", "here = low.binary(scope, \"eq\", low.bound(scope, into)[0], var)", "here = low.binary(scope, \"le\", low.bound(scope, into)[0], var)", "the k-th best everywhere"),
     _one("series-cut-short", "compile/elementwise.py", "SERIES = (15, 13, 11, 9, 7, 5, 3, 1)", "SERIES = (5, 3, 1)", "softplus's series is cut short"),
     _one("softplus-min", "compile/elementwise.py", 'low.binary(scope, "maximum", x, zero)', 'low.binary(scope, "minimum", x, zero)', "softplus of the wrong side"),
     _one("where-swapped", "compile/elementwise.py", '_elementwise(t.Where, ("condition", "yes", "no"), op=False)', '_elementwise(t.Where, ("condition", "no", "yes"), op=False)', "where takes the other branch"),
@@ -108,12 +115,25 @@ LOWERING = (
     _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(m)], total, value, total.name) for (_, m), total, value in done]", "return [value for (_, m), total, value in done]", "of the parts done in a row only the last counts"),
     _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
     _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
+    _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
+    _one("updated-first", "compile/lower.py", "(any(w.tensor in updated for w in groups[axes]), -len(axes))", "(not any(w.tensor in updated for w in groups[axes]), -len(axes))", "what overwrites an operand is stored before what loads it again"),
+    _one("values-when-stored", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
+    _one("loads-before-ids", "compile/lower.py", "isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known", "isinstance(op, FREE)", "a load comes before the reduction that says where from"),
+    _one("parts-unmasked", "compile/tile.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
+    _one("last-part-dropped", "compile/scope.py", "t.Loop(var, self.blocks[axis].parts, 1,", "t.Loop(var, self.blocks[axis].parts - 1, 1,", "of the parts done in a row the last is left out"),
+    _one("loops-confused", "compile/scope.py", "for s in reversed(scope.chain()) if axis in s.bound", "for s in scope.chain() if axis in s.bound", "within two loops over an axis the outer one's index is taken"),
+    _one("dot-right-bare", "compile/reductions.py", "    left, right = (low.remask(scope, low.value(a, scope), axis, 0) for a in n.args)\n", "    left, right = (low.value(a, scope) for a in n.args)\n    left = low.remask(scope, left, axis, 0)\n", "of a product's operands only the first is masked"),
+    _one("sections-race", "compile/sections.py", "    if _written(a) & _read(b) or _written(b) & _read(a):\n        return True\n", "", "one section overwrites what another of the launch reads"),
+    _one("scratch-bfloat16", "compile/split.py", 's = Scratch(f"partial_{number}", node.dtype,', 's = Scratch(f"partial_{number}", "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
+    _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
+    _one("overlap-of-halves", "compile/overlap.py", "    ranges[1][0] -= b[2] - 1\n    ranges[1][1] += a[2] - 1\n", "    ranges[1][0] -= 0\n", "an output may lie in the halves of an operand's elements"),
+    _one("overlap-by-range", "compile/overlap.py", "    return _shared(a.start", "    return True or _shared(a.start", "tensors that take turns in one array are refused"),
 )  # fmt: skip
 
 PRINTER = (
     _one("program-id-undecoded", "backends/printer.py", "return rem.format(text, count(axis)) if at > 0 else text", "return text", "an inner grid axis is not taken modulo its blocks"),
-    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
-         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "a store forgets axes"),
+    _one("store-axes-turned", "backends/printer.py", "        return tuple(a.name for a in self.program.axes if a.name in axes)",
+         "        return tuple(a.name for a in reversed(self.program.axes) if a.name in axes)", "a store takes its axes in another order than its value has"),
 )  # fmt: skip
 
 TRITON = (
@@ -132,6 +152,11 @@ TRITON = (
     _one("triton-grid-mixed", "backends/triton.py", '"({} // {})", "{} % {}"', '"({} % {})", "{} // {}"', "division for remainder in the program id"),
     _one("triton-reduce-other", "backends/triton.py", '    return f"tl.{op.op}({p.arg(op.value)}, axis={axis})"', '    return f"tl.max({p.arg(op.value)}, axis={axis})"', "every reduction is a maximum"),
     _one("triton-scan-reversed", "backends/triton.py", "axis={op.value.axes.index(op.axis)})\"", "axis={op.value.axes.index(op.axis)}, reverse=True)\"", "running sums from the other end"),
+    _one("triton-bfloat16-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "bfloat16" else f"', "casts to bfloat16 are not printed"),
+    _one("triton-tf32", "backends/triton.py", ', input_precision="ieee")', ")", "float32 operands of a product are rounded to TF32"),
+    _one("triton-nan-dropped", "backends/triton.py", "return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(a, b)", "the maximum of a row with NaN is a number"),
+    _one("triton-part-dropped", "backends/triton.py", "tl.static_range(0, {stop}, {op.step})", "tl.static_range(0, {stop} - 1, {op.step})", "a loop that is written out leaves out the last part"),
+    _one("triton-section-starts-late", "backends/triton.py", "(pid >= {begin}) & (pid < {end})", "(pid > {begin}) & (pid < {end})", "the first program of a later section does nothing"),
 )  # fmt: skip
 
 PALLAS = (
@@ -149,6 +174,9 @@ PALLAS = (
          "right = p.text(op.right)", "a weight stored by rows is not transposed"),
     _one("pallas-dot-forgets", "backends/pallas.py", 'return product if op.acc is None else f"{p.text(op.acc)} + {product}"', "return product", "a looped product forgets all but its last block"),
     _one("pallas-grid-rounds-down", "jax/launch.py", "grid=(program.programs(sizes),)", "grid=(max(1, program.programs(sizes) - 1),)", "the last program is never started"),
+    _one("pallas-plane-lost", "backends/pallas.py", "{axis: self.constant(at, axes) for axis, at in layout.fixed}", "{axis: self.constant(0, axes) for axis, at in layout.fixed}", "a View of one plane of its base reads the first"),
+    _one("pallas-part-dropped", "backends/pallas.py", "for turn in range(0, {op.stop}, {op.step}):", "for turn in range(0, {op.stop} - 1, {op.step}):", "a loop that is written out leaves out the last part"),
+    _one("pallas-output-start-lost", "backends/pallas.py", '            text = "0" if v is None else self.at(v, axes)\n', '            start = start if isinstance(op, t.Load) else 0\n            text = "0" if v is None else self.at(v, axes)\n', "the start of a View that is written to is ignored"),
 )  # fmt: skip
 
 ARRAY = (
@@ -156,6 +184,12 @@ ARRAY = (
     _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+)  # fmt: skip
+
+EQUIVALENT = (
+    _one("store-axes-forgotten", "backends/printer.py", "        axes = {a for v in op.index if v is not None for a in v.axes}\n",
+         "        axes = {a for v in op.index if v is not None for a in v.axes[:1]}\n", "of an index over several axes a store sees the first",
+         "an index of a store has one axis at most: it runs along that axis, or is the ids of a put, along whose axes `legal` allows blocks of 1 only"),
 )  # fmt: skip
 
 TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *PALLAS, *ARRAY)

@@ -1,0 +1,88 @@
+"""Triton's interpreter, with what it gets wrong put right, for the process that uses it (seen with triton 3.6.0, numpy 2.5).
+
+It cuts bits off where a cast to bfloat16 rounds, multiplies the bits of bfloat16 operands of a dot as if they were integers,
+and asks an array of one element for an int where a loop goes to a run-time extent, which numpy 2.4 and later refuse. Its
+maximum and minimum give NaN where a GPU's drop it unless told otherwise; its dot never rounds float32 operands to TF32. And it
+makes a reduction by a function element by element, which takes a minute instead of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+
+_order = {"backwards": False}
+
+
+@contextmanager
+def backwards(so: bool) -> Iterator[None]:
+    """Whether a launch's last program goes first meanwhile: the order of programs must not matter."""
+    _order["backwards"] = so
+    try:
+        yield
+    finally:
+        _order["backwards"] = False
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    """Finite float32 numbers with the ten bits of mantissa that TF32 keeps."""
+    rounded = ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def mend() -> None:
+    """Put the interpreter right in this process; more often than once does no more."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder, reducer = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    if hasattr(builder, "mended"):
+        return
+    builder.mended = True
+    cast, dot, place, reduce = builder.cast_impl, builder.create_dot, builder.set_grid_idx, reducer.generic_reduce
+    patch = interpreter._patch_lang_tensor
+
+    def numbers(handle) -> np.ndarray:
+        return handle.data.view(ml_dtypes.bfloat16) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+    def mended_cast(self, src, dst_type):
+        if tl.bfloat16 not in (src.dtype.scalar, dst_type.scalar):
+            return cast(self, src, dst_type)
+        narrow = dst_type.scalar == tl.bfloat16
+        wanted = ml_dtypes.bfloat16 if narrow else interpreter._get_np_dtype(dst_type)
+        data = numbers(src).astype(wanted)
+        return interpreter.TensorHandle(data.view(np.uint16) if narrow else data, dst_type.scalar)
+
+    def mended_dot(self, a, b, d, precision, *rest):
+        coarse = a.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32
+        if a.dtype.scalar != tl.bfloat16 and not coarse:
+            return dot(self, a, b, d, precision, *rest)
+        left, right = (numbers(x).astype(np.float32) for x in (a, b))
+        product = np.matmul(*map(tf32, (left, right))) if coarse else np.matmul(left, right)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def mended_place(self, x, y, z):
+        place(self, self.grid_dim[0] - 1 - x if _order["backwards"] else x, y, z)
+
+    def mended_patch(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def mended_reduce(self, input):
+        """By halves: as many calls of the function as the axis has bits."""
+        if len(input) > 1 or self.axis is None or self.keep_dims:
+            return reduce(self, input)
+        x, dtype = np.moveaxis(input[0].handle.data, self.axis, 0), input[0].dtype
+        while len(x) > 1:
+            half = len(x) // 2
+            both = (self.to_tensor(part, dtype) for part in (x[:half], x[half : 2 * half]))
+            x = np.concatenate([self.combine_fn.fn(*both).handle.data, x[2 * half :]])
+        return [self.to_tensor(x[0], dtype)]
+
+    builder.cast_impl, builder.create_dot, builder.set_grid_idx = mended_cast, mended_dot, mended_place
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    interpreter._patch_lang_tensor, reducer.generic_reduce = mended_patch, mended_reduce

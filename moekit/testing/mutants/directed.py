@@ -1,0 +1,132 @@
+"""Cases that chance meets seldom, and properties that relate two calls: what the killer tries beside its random batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.schedules import variants
+from moekit.testing.tasks import Task, cases
+
+VIEWED = ("pallas", "xla")  # where a tensor is a View of a base: no stride 0, no strides past 2^31
+PLAIN = ("numpy", "eager", "xla")  # no kernels: schedules mean nothing, and a library may add up the last rows another way
+REFUSING = ("eager", "triton-interpreter")  # outputs that overlap what they may not, decided by elements
+F32 = "float32"
+CHANCE = 3000  # the first number of the random declarations that are run under every schedule
+SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
+SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_states",
+             "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
+             "gate_block", "topk_softmax")  # fmt: skip
+SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
+SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
+
+Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
+
+
+def directed(stage: str) -> Iterator[Attempt]:
+    """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
+    kinds = [_rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
+    while kinds:
+        for kind in list(kinds):
+            if (attempt := next(kind, None)) is None:
+                kinds.remove(kind)
+            else:
+                yield attempt
+
+
+def _replay(case: FuzzCase) -> Attempt:
+    def attempt(stage: str) -> list[str]:
+        from moekit.testing.campaign import replay
+
+        return replay(case, stage)
+
+    return attempt
+
+
+def _rows(stage: str) -> Iterator[Attempt]:
+    """One to three rows apart or transposed; axes of one element; sums of more than a block."""
+    rows = (Layout("padded", (0, 1), (0, 0), (1, 1), (0, 5)), Layout("transposed", (1, 0), (0, 0), (1, 1), (0, 0)))
+    for tokens, lying in itertools.product((1, 2, 3), rows):
+        yield _replay(FuzzCase("silu_and_mul", {"T": tokens, "I": 6}, {"gate_up": F32}, layouts=dict.fromkeys(
+            ("gate_up", "out"), lying)))  # fmt: skip
+    if stage in VIEWED:
+        for name, axes in (("gate_gemm", {"T": 18, "D": 150, "P": 20}), ("probe_product", {"T": 18, "H": 150, "P": 20})):
+            yield _replay(
+                FuzzCase(name, axes, dict.fromkeys(FuzzCase(name, {}, {}).declaration.tensors, F32), recipe="integers")
+            )
+        inner = Layout("arbitrary", (0, 1, 2), (0, 2, 1), (1, 3, 1), (0, 1, 0))
+        sizes = {"T": 3, "V": 8, "D": 1}
+        yield _replay(FuzzCase("gated_rms_norm", sizes, dict.fromkeys(("x", "z", "weight"), F32),
+                               layouts={"x": inner, "out": inner}))  # fmt: skip
+
+
+def _far(stage: str) -> Iterator[Attempt]:
+    """Offsets past 2³¹."""
+    far = Layout("far", (0, 1), (0, 0), (2**27 + 5, 1), (0, 0))
+    for tensor in ("gate_up", "out") if stage not in VIEWED else ():
+        yield _replay(FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={tensor: far}))
+
+
+def _top_k(stage: str) -> Iterator[Attempt]:
+    """More than 256 experts, rows of NaN, ties."""
+    padded = {"logits": Layout("padded", (0, 1), (0, 0), (1, 1), (0, 4))} if stage not in VIEWED else {}
+    params = {"k": 10, "renormalize": True, "nan_to_zero": False}
+    recipes = ("nans", "normal", "special", "lowest", "ties", "equal")
+    for dtype, recipe, experts in itertools.product((F32, "float16"), recipes, (300, 60)):
+        yield _replay(FuzzCase("topk_softmax", {"T": 4, "E": experts}, {"logits": dtype}, params, padded, recipe=recipe))
+
+
+def _scheduled(stage: str) -> Iterator[Attempt]:
+    """Every kind of schedule over axes that no block divides; each time round with other values and another dtype."""
+    kinds = list(itertools.product((F32, "float16", "bfloat16"), ("integers", "normal", "special", "huge")))
+    schedules = SCHEDULES if stage not in PLAIN else ("heuristic",)
+    each = range(math.lcm(len(schedules), len(SCHEDULED)))  # the numbers have no common factor: all pairs, the first few of all
+    pairs = [(schedules[i % len(schedules)], SCHEDULED[i % len(SCHEDULED)]) for i in each]
+    for turn in range(len(kinds)):
+        for at, (schedule, name) in enumerate(pairs):
+            dtype, recipe = kinds[(turn + 5 * at) % len(kinds)]
+            if name == "gate_block" and schedule in SLOW:
+                continue
+            fusion = FuzzCase(name, SIZES, {}).declaration
+            dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+            params = {"eps": 1e-6, "offset": 1.0} if name in ("add_rms_norm", "gate_block") else {}
+            params |= {"k": 3, "renormalize": True, "nan_to_zero": False} if name == "topk_softmax" else {}
+            axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+            mode = "in place" if name in ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange") else "out"
+            sizes = {a: max(1, n // 3) if schedule in SLOW else n for a, n in SIZES.items() if a in axes}
+            yield _replay(FuzzCase(name, sizes, dtypes, params, mode=mode, recipe=recipe, schedule=schedule))
+
+
+def _chance(stage: str) -> Iterator[Attempt]:
+    """Random declarations under every schedule that is legal for them."""
+    for number in range(CHANCE, CHANCE + 40) if stage not in PLAIN else ():
+        operands = FuzzCase(f"random:{number}", {}, {}).declaration.tensors
+        dtypes = {n: s.dtypes[0] for n, s in operands.items()}
+        case = FuzzCase(f"random:{number}", {"T": 5, "A": 11, "B": 6}, dtypes, recipe="normal", seed=number)
+        for schedule in list(variants(case.graph))[1:]:
+            yield _replay(replace(case, schedule=schedule))
+
+
+def _related(stage: str) -> Iterator[Attempt]:
+    """Properties of two calls, on one case of every fusion and probe."""
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+    from moekit.testing.properties import PROPERTIES
+
+    names = ["overlap is refused", "rows between rows"] if stage in REFUSING else []
+    names += ["neighbours are apart", "in place is out of place"]
+    names += ["rows are independent"] if stage not in PLAIN else []
+    for prop, fusion in itertools.product(names, (*PROBES, *FUSIONS)):
+        case = cases(Task(fusion, stage, 5, 0, 0, 1, 1))[0][0]
+        small = replace(case, layouts={n: v for n, v in case.layouts.items() if v.kind != "far"})
+
+        def attempt(stage: str, prop: str = prop, small: FuzzCase = small) -> list[str]:
+            from moekit.testing.executors import executor
+
+            made = executor(stage)
+            return PROPERTIES[prop](made, small) if made.supports(small) else []
+
+        yield attempt
