@@ -194,3 +194,24 @@ def test_several_splits_are_refused():
     text = "T:grid:1 A:loop:2 B:loop:2 split:A:2 split:B:2"
     with pytest.raises(ScheduleError):
         good.planned(graph, text)
+
+
+@pytest.mark.parametrize("width", [256, 1024, 2048])
+def test_sums_beside_products_have_the_same_warps_whatever_the_rows(width):
+    """How lanes add up a row depends on the warps of its launch, and a GEMM's differ by the class of rows."""
+    shapes = {"x": (3, width), "residual": (3, width), "weight": (width,), "gate_up": (64, width), "router": (64, width)}
+    graph = good.graph_of(FUSIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
+    warps = {tuple(p.warps for p in good.planned(graph, str(heuristic(graph, rows))).programs) for rows in row_classes(graph)}
+    assert len(warps) == 1
+
+
+def test_a_split_programs_blocks_fill_more_than_half_of_an_sm():
+    """So that no two of one launch's programs come to share an SM; and all of them fit, whatever else a program loads."""
+    for columns in (300, 648, 1544, 4096, 20000):
+        graph = good.graph_of(FUSIONS["gate_gemm"], {"x": (3, 2048), "packed": (columns, 2048)}, "bfloat16")
+        for rows in (r for r in row_classes(graph) if r < 128):
+            schedule = heuristic(graph, rows)
+            if schedule.split:
+                block = (schedule.block("T") + schedule.block("P")) * schedule.block("D") * 2
+                held = block * (schedule.stages - (schedule.block("T") < 64))
+                assert 227 * 2**9 < held <= 227 * 2**10 or schedule.stages == 8, (columns, rows, str(schedule))
