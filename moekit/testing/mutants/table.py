@@ -141,6 +141,7 @@ PRINTER = (
 TRITON = (
     _one("triton-section-offset", "backends/triton.py", "{section.name}(pid{f' - {begin}' if i else ''}, {call})", "{section.name}(pid, {call})", "a later section's programs are numbered from the launch's first"),
     _one("triton-mask-le", "backends/triton.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
+    _one("triton-abreast-offset", "backends/triton.py", '(f" - {low}" if low else "")', '""', "programs that take turns are numbered from another section's first"),
     _one("triton-flat-keeps", "backends/triton.py", "        lines += [f\"{pad}        {line}\" for line in first]\n", "", "a loop printed as one with the one in it does not begin its sum anew in each part"),
     _one("triton-flat-early", "backends/triton.py", "if turn % {turns} == {turns - 1}:", "if turn % {turns} == {turns - 2}:", "a loop printed as one with the one in it ends each part a turn early"),
     _one("triton-half-turned", "backends/triton.py", "{(*places, at)}))[{op.side}]", "{(*places, at)}))[{1 - op.side}]", "of two products made as one each gets the other's half"),
@@ -172,6 +173,7 @@ PALLAS = (
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", 'mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "other={fill}", "other=1", "masked lanes read as one"),
+    _one("pallas-abreast-offset", "backends/pallas.py", "{turn} * {count} + {at} - {low}", "{turn} * {count} + {at}", "programs that take turns are numbered from another section's first"),
     _one("pallas-loop-short", "backends/pallas.py", "else -(-op.stop // op.step)", "else op.stop // op.step", "a loop leaves out its ragged last block"),
     _one("pallas-nan-ignored", "backends/pallas.py", "key = jnp.where(x != x, 0x7FFFFFFF,", "key = jnp.where(x != x, -0x80000000,", "the maximum of a row with NaN is a number"),
     _one("pallas-fixed-lost", "backends/pallas.py", "texts[axis] = self.constant(int(text) * step + start, axes)", "texts[axis] = self.constant(int(text), axes)", "start and step of a single element are ignored"),
