@@ -55,6 +55,8 @@ def _tall(graph: Graph, base: Schedule, axis: str) -> Schedule | None:
     if not gemms:
         return None
     dots = _reshaped(graph, base, reduced=("loop", 16), parallel=16).with_axis(gemms[0].m, block=64)
+    for gemm in gemms:
+        dots = dots.with_axis(gemm.n, "grid", 16)
     tall = replace(dots, split=(), parts=((axis, 2),))
     return tall if legal(graph, tall) is None else None
 

@@ -125,7 +125,6 @@ LOWERING = (
     _one("dot-right-bare", "compile/reductions.py", "    left, right = (low.remask(scope, v, axis, 0) for v in operands)\n", "    left, right = operands\n    left = low.remask(scope, left, axis, 0)\n", "of a product's operands only the first is masked"),
     _one("sections-race", "compile/sections.py", "    if _written(a) & _read(b) or _written(b) & _read(a):\n        return True\n", "", "one section overwrites what another of the launch reads"),
     _one("twins-alike", "compile/twins.py", "values=(i.start, j.start))", "values=(i.start, i.start))", "of two products made as one both have the first one's columns"),
-    _one("twins-turned", "compile/twins.py", "for side, m in enumerate(twins.nodes):", "for side, m in enumerate(reversed(twins.nodes)):", "each of two products made as one is taken for the other's columns"),
     _one("twins-unmasked", "compile/twins.py", "if low.blocks[twins.column].partial:", "if False:", "of two products made as one the last block of columns has no mask"),
     _one("scratch-bfloat16", "compile/split.py", 's = Scratch(f"{PARTIAL}_{number}", node.dtype,', 's = Scratch(f"{PARTIAL}_{number}", "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
     _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
@@ -142,6 +141,7 @@ PRINTER = (
 TRITON = (
     _one("triton-section-offset", "backends/triton.py", "{section.name}(pid{f' - {begin}' if i else ''}, {call})", "{section.name}(pid, {call})", "a later section's programs are numbered from the launch's first"),
     _one("triton-mask-le", "backends/triton.py", "} < {extent_text(p.program, op.axis)})", "} <= {extent_text(p.program, op.axis)})", "one element past the end"),
+    _one("triton-abreast-offset", "backends/triton.py", '(f" - {low}" if low else "")', '""', "programs that take turns are numbered from another section's first"),
     _one("triton-flat-keeps", "backends/triton.py", "        lines += [f\"{pad}        {line}\" for line in first]\n", "", "a loop printed as one with the one in it does not begin its sum anew in each part"),
     _one("triton-flat-early", "backends/triton.py", "if turn % {turns} == {turns - 1}:", "if turn % {turns} == {turns - 2}:", "a loop printed as one with the one in it ends each part a turn early"),
     _one("triton-half-turned", "backends/triton.py", "{(*places, at)}))[{op.side}]", "{(*places, at)}))[{1 - op.side}]", "of two products made as one each gets the other's half"),
@@ -173,6 +173,7 @@ PALLAS = (
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", 'mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""', 'mask = ""', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "other={fill}", "other=1", "masked lanes read as one"),
+    _one("pallas-abreast-offset", "backends/pallas.py", "{turn} * {count} + {at} - {low}", "{turn} * {count} + {at}", "programs that take turns are numbered from another section's first"),
     _one("pallas-loop-short", "backends/pallas.py", "else -(-op.stop // op.step)", "else op.stop // op.step", "a loop leaves out its ragged last block"),
     _one("pallas-nan-ignored", "backends/pallas.py", "key = jnp.where(x != x, 0x7FFFFFFF,", "key = jnp.where(x != x, -0x80000000,", "the maximum of a row with NaN is a number"),
     _one("pallas-fixed-lost", "backends/pallas.py", "texts[axis] = self.constant(int(text) * step + start, axes)", "texts[axis] = self.constant(int(text), axes)", "start and step of a single element are ignored"),
