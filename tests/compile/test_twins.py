@@ -150,4 +150,4 @@ def test_many_rows_take_larger_tiles_once_smaller_ones_are_too_many(width, from_
     assert [s.parts or s.split for s in schedules] == [few] * len(schedules)
     assert [bool(s.split) for s in schedules] == [bool(few) and least < 128 for least in row_classes(graph)]
     wide = good.graph_of(FUSIONS["gate_projections"], shapes, "float32")
-    assert row_classes(wide) == (0, 17, 128, 2048)
+    assert row_classes(wide) == (0, 17, 65, 128, 2048)
