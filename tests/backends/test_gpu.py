@@ -141,3 +141,37 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def _tuple(outs) -> tuple:
     return outs if isinstance(outs, tuple) else (outs,)
+
+
+@pytest.mark.parametrize("width", [2048, 1024])
+@pytest.mark.parametrize("name", ["gate_gemm", "gate_projections", "gate_block", "down_combine"])
+def test_a_row_has_the_same_bits_in_every_class_of_rows(name, width):
+    """Bitwise, at sizes of a model: the first rows of many, and few rows alone, by every tile that the heuristic has."""
+    import torch
+
+    from moekit.compile.heuristic import row_classes
+    from moekit.fusions import FUSIONS
+    from moekit.torch import op
+
+    fusion = FUSIONS[name]
+    most = 2 * max(row_classes(fusion.trace(_bound(fusion, width, 1)))) + 5
+    bound = _bound(fusion, width, most)
+    shapes, dtypes = dict(bound.sizes), dict(bound.dtypes)
+    torch.manual_seed(0)
+    every = {
+        n: torch.randn([shapes[d.text] for d in s.dims], device="cuda").to(getattr(torch, dtypes[n]))
+        for n, s in fusion.tensors.items()
+    }
+    by_row = [n for n, s in fusion.tensors.items() if s.shape.startswith("T")]
+    whole = _tuple(op(fusion)(*every.values()))
+    for rows in (1, 3, 16, 17, 64, 65, 127, 128, 300, 1024, 2048):
+        few = _tuple(op(fusion)(*(x[:rows] if n in by_row else x for n, x in every.items())))
+        assert all(torch.equal(w[:rows], f) for w, f in zip(whole, few, strict=True)), f"{rows} rows"
+
+
+def _bound(fusion, width: int, rows: int):
+    """A call at the widths of a model of so many hidden columns."""
+    sizes = {"T": rows, "D": width, "H": width, "P": 648, "I": 512 if fusion.name == "down_combine" else 64, "E": 512, "G": 1}
+    shapes = {n: tuple(d.size(sizes) for d in s.dims) for n, s in fusion.tensors.items()}
+    dtypes = {n: s.dtypes[0] if len(s.dtypes) == 1 else "bfloat16" for n, s in fusion.tensors.items()}
+    return fusion.bind(shapes, dtypes, fusion.bind_params({}))

@@ -28,7 +28,7 @@ Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
+    kinds = [_rows(stage), _tall(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
     while kinds:
         for kind in list(kinds):
             if (attempt := next(kind, None)) is None:
@@ -98,6 +98,17 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
             mode = "in place" if name in ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange") else "out"
             sizes = {a: max(1, n // 3) if schedule in SLOW else n for a, n in SIZES.items() if a in axes}
             yield _replay(FuzzCase(name, sizes, dtypes, params, mode=mode, recipe=recipe, schedule=schedule))
+
+
+def _tall(stage: str) -> Iterator[Attempt]:
+    """Products of as many rows as a program may have for two of them at once, part by part."""
+    names = ("gate_projections", "probe_gated", "gate_gemm") if stage not in PLAIN else ()
+    for recipe, name, dtype in itertools.product(("integers", "normal"), names, ("float16", "bfloat16")):
+        fusion = FuzzCase(name, {}, {}).declaration
+        axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+        sizes = {a: 67 if a == "T" else n for a, n in SIZES.items() if a in axes}
+        dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+        yield _replay(FuzzCase(name, sizes, dtypes, recipe=recipe, schedule="tall"))
 
 
 def _chance(stage: str) -> Iterator[Attempt]:

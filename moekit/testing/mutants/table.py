@@ -125,7 +125,6 @@ LOWERING = (
     _one("dot-right-bare", "compile/reductions.py", "    left, right = (low.remask(scope, v, axis, 0) for v in operands)\n", "    left, right = operands\n    left = low.remask(scope, left, axis, 0)\n", "of a product's operands only the first is masked"),
     _one("sections-race", "compile/sections.py", "    if _written(a) & _read(b) or _written(b) & _read(a):\n        return True\n", "", "one section overwrites what another of the launch reads"),
     _one("twins-alike", "compile/twins.py", "values=(i.start, j.start))", "values=(i.start, i.start))", "of two products made as one both have the first one's columns"),
-    _one("twins-turned", "compile/twins.py", "for side, m in enumerate(twins.nodes):", "for side, m in enumerate(reversed(twins.nodes)):", "each of two products made as one is taken for the other's columns"),
     _one("twins-unmasked", "compile/twins.py", "if low.blocks[twins.column].partial:", "if False:", "of two products made as one the last block of columns has no mask"),
     _one("scratch-bfloat16", "compile/split.py", 's = Scratch(f"{PARTIAL}_{number}", node.dtype,', 's = Scratch(f"{PARTIAL}_{number}", "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
     _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
