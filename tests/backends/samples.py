@@ -101,14 +101,15 @@ SAMPLES = {
         {"x": (4, 2048), **_GATES},
         schedule="T:grid:16 D:loop:64 E:grid:32 G:grid:16 I:grid:32 parts:D:2 warps:4 stages:3",
     ),
-    "gate_projections_rows": Sample(
-        "gate_projections",
-        {"x": (4, 2048), **_GATES},
-        schedule="T:grid:128 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:4 warps:8 stages:4",
-    ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(
         "down_combine", {"hidden": (4, 2048), "activated": (4, 64), "down": (2048, 64), "share": (4, 1)}, f32=("share",)
     ),
 }
-GOLDEN = {**SAMPLES, "topk_softmax_float32": replace(SAMPLES["topk_softmax"], dtype="float32", shapes={"logits": (4, 60)})}
+GOLDEN = {
+    **SAMPLES,
+    "topk_softmax_float32": replace(SAMPLES["topk_softmax"], dtype="float32", shapes={"logits": (4, 60)}),
+    "gate_projections_rows": replace(
+        SAMPLES["gate_projections"], schedule="T:grid:128 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:4 warps:8 stages:4"
+    ),
+}
