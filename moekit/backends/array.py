@@ -360,13 +360,27 @@ def jax_library() -> Library:
     unary_names = {"neg": "negative", "not": "invert"}
     unary = {op: getattr(jnp, unary_names.get(op, op)) for op in interpret.UNARY if op not in ("rsqrt", "sigmoid")}
     div = safe(lax.div)
+
+    def extreme(reduce):
+        """XLA on CPU drops NaN from the maximum of longer rows (openxla/xla 21461; seen with jax 0.11.2 from 300 columns on)."""
+
+        def told(x, axis):
+            return jnp.where(jnp.isnan(x).any(axis=axis), jnp.asarray(jnp.nan, x.dtype), reduce(x, axis=axis))
+
+        def made(x, axis):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return reduce(x, axis=axis)
+            return lax.platform_dependent(x, cpu=lambda x: told(x, axis), default=lambda x: reduce(x, axis=axis))
+
+        return made
+
     return Library(
         unary={**unary, "rsqrt": lax.rsqrt, "sigmoid": nn.sigmoid, "softplus": nn.softplus},
         binary={**binary, "floordiv": div, "rem": whole(lambda a, b: a - div(a, b) * b)},
         reduce={
             "sum": lambda x, axis: jnp.sum(x, axis=axis, dtype=x.dtype),
-            "max": lambda x, axis: jnp.max(x, axis=axis),
-            "min": lambda x, axis: jnp.min(x, axis=axis),
+            "max": extreme(jnp.max),
+            "min": extreme(jnp.min),
         },
         where=jnp.where,
         cast=cast,

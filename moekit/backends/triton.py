@@ -139,8 +139,8 @@ class TritonPrinter(Printer):
         """All lines; where the program itself `waits` for the launches before it, what it asks for ahead comes before."""
         ops = self.program.body
         at = 1 + max((i for i, op in enumerate(ops) if isinstance(op, t.Prefetch)), default=-1) if waits else 0
+        first = self.body(ops[:at], 1)  # before what is asked for is printed, which names what is defined here
         asked = ["        " + self.prefetch(op) for op in ops[:at] if isinstance(op, t.Prefetch)]
-        first = self.body(ops[:at], 1)
         wait = ["    if PDL:", *asked, f"        {WAIT}", f"        {TRIGGER}"] if waits else []
         return [*first, *wait, *self.body(ops[at:], 1)]
 

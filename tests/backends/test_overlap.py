@@ -1,6 +1,7 @@
 """Programmatic dependent launch as it is compiled: what comes before a kernel waits for the launches before it, and after."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -25,3 +26,10 @@ def test_memory_is_touched_after_the_wait(name):
     for program in SAMPLES[name].strided().programs:
         asks = program.name.endswith("_partial")
         assert _steps(program) == ("PWTM" * len(program.sections) if asks else "TWM"), program.name
+
+
+@pytest.mark.parametrize("depth", [96, 448, 2048])
+def test_what_is_asked_for_ahead_can_be_compiled(depth):
+    """Lines that are no power of two are asked for in pieces, each from an element that is named before."""
+    sample = replace(SAMPLES["gate_gemm"], dtype="float32", shapes={"x": (4, depth), "packed": (24, depth)})
+    assert "P" in _steps(sample.strided().programs[0])

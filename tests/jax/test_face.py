@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moekit.lang as ml
 from moekit.compile.schedule import Schedule
 from moekit.errors import ScheduleError, ShapeError
-from moekit.jax import add_rms_norm, launch, program, silu_and_mul, topk_softmax, view
+from moekit.jax import add_rms_norm, launch, op, program, silu_and_mul, topk_softmax, view
+from moekit.lang import In, fusion
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
@@ -126,3 +128,18 @@ def test_a_campaign_counts_kernels_of_a_signature_seen_before():
         (verdict,) = run_values("pallas", [(case, Oracle.of(case, "pallas"))])
         assert verdict.launched
         assert not verdict.problems
+
+
+@pytest.mark.parametrize("columns", [45, 300])
+def test_a_maximum_passes_nan_on_in_xla(columns):
+    """XLA on a CPU drops it from longer rows."""
+    x = np.random.default_rng(0).standard_normal((5, 4, columns)).astype(np.float32)
+    x[:, 1, 7] = np.nan
+
+    @fusion(lambda x: {"out": x.max(-1)}, x=In("T A H"))
+    def highest(x):
+        """The largest of each row."""
+        return ml.max(x, over="H")
+
+    got = op(highest)(jnp.asarray(x), implementation="xla")
+    assert np.array_equal(np.asarray(got), x.max(-1), equal_nan=True)
