@@ -362,7 +362,7 @@ def jax_library() -> Library:
     div = safe(lax.div)
 
     def extreme(reduce):
-        """XLA on CPU drops NaN from the maximum of longer rows (openxla/xla 21461; seen with jax 0.11.2 from 300 columns on)."""
+        """XLA on CPU drops NaN from maxima of long rows (openxla/xla 21461; seen with jax 0.11.2, 300 columns)."""
 
         def told(x, axis):
             return jnp.where(jnp.isnan(x).any(axis=axis), jnp.asarray(jnp.nan, x.dtype), reduce(x, axis=axis))
