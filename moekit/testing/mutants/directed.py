@@ -28,7 +28,7 @@ Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_rows(stage), _tall(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
+    kinds = [_tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
     while kinds:
         for kind in list(kinds):
             if (attempt := next(kind, None)) is None:
@@ -102,7 +102,7 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
 
 def _tall(stage: str) -> Iterator[Attempt]:
     """Products of as many rows as a program may have for two of them at once, part by part."""
-    names = ("gate_projections", "probe_gated", "gate_gemm") if stage not in PLAIN else ()
+    names = ("gate_gemm", "gate_projections", "probe_gated") if stage not in PLAIN else ()
     for recipe, name, dtype in itertools.product(("integers", "normal"), names, ("float16", "bfloat16")):
         fusion = FuzzCase(name, {}, {}).declaration
         axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}

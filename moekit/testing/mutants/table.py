@@ -116,7 +116,7 @@ LOWERING = (
     _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
     _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
     _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
-    _one("updated-first", "compile/lower.py", "(any(w.tensor in updated for w in groups[axes]), -len(axes))", "(not any(w.tensor in updated for w in groups[axes]), -len(axes))", "what overwrites an operand is stored before what loads it again"),
+    _one("updated-first", "compile/lower.py", "next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])", "next((a for a in left if kept[a] & {w.tensor for w in groups[a]}), left[0])", "what overwrites an operand is stored before what loads it again"),
     _one("values-when-stored", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
     _one("loads-before-ids", "compile/lower.py", "isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known", "isinstance(op, FREE)", "a load comes before the reduction that says where from"),
     _one("parts-unmasked", "compile/tile.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
