@@ -16,22 +16,18 @@ from click.testing import CliRunner
 
 from moekit.cli.app import cli
 from moekit.errors import UnavailableError
-from moekit.fusions import FUSIONS
 from moekit.testing import agenda, campaign
 from moekit.testing.agenda import EXTRA, Agenda
 from moekit.testing.case import FuzzCase, Layout
 from moekit.testing.coverage import Coverage, cell, tail
-from moekit.testing.executors import TritonInterpreter, executor
-from moekit.testing.probes import PROBES
+from moekit.testing.executors import executor
 from moekit.testing.regressions import Regression, append, load, pasteable
 from moekit.testing.shrink import shrink
-from moekit.testing.tasks import Task, cases, run_task, template
+from moekit.testing.tasks import Task, cases, run_task
 from moekit.testing.workers import Trouble
 
 CASE = FuzzCase("silu_and_mul", {"T": 9, "I": 40}, {"gate_up": "float16"}, recipe="special", seed=5,
                 layouts={"gate_up": Layout("padded", (0, 1), (0, 0), (1, 1), (0, 3))})  # fmt: skip
-
-UNASKED = ("probe_bits", "probe_rounded", "probe_columns")
 
 
 def broken(gate_up):
@@ -115,14 +111,6 @@ def test_an_implementation_that_can_serve_no_call_ends_its_part():
     assert agenda.next([]) is None
     agenda.end([])
     assert agenda.result.left == ["numpy: it can be asked for none of these calls"]
-
-
-def test_tritons_interpreter_is_not_asked_for_bfloat16_inside():
-    """It cuts off bits where Triton rounds: three probes would fail, for which the package is not to blame."""
-    asked = TritonInterpreter("triton-interpreter", "triton", "cpu").supports
-    assert not any(asked(template(Task(f, "triton-interpreter", 0, 0, 0))[0]) for f in UNASKED)
-    others = [f for f in (*FUSIONS, *PROBES) if f not in UNASKED]
-    assert all(asked(template(Task(f, "triton-interpreter", 0, 0, 0))[0]) for f in others)
 
 
 def test_a_death_that_does_not_happen_again_is_a_failure_all_the_same():
