@@ -10,7 +10,7 @@ from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, par
 from moekit.compile.schedule import Schedule, largest_tile, launches, legal_split, pow2, uses_dot
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
-from moekit.lang.dtypes import itemsize
+from moekit.lang.dtypes import is_float, itemsize
 from moekit.lang.graph import Graph, Node
 
 PART = part_axis("")
@@ -113,7 +113,7 @@ def _elementwise(graph: Graph) -> bool:
 def tiles(graph: Graph) -> tuple[Tile, ...]:
     """The tiles of a graph's GEMM: `GEMM_TILES`, or for many rows larger ones, each as soon as smaller ones are too many."""
     gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
-    if gemm is None:
+    if gemm is None or _ordered_by_tile(graph):
         return GEMM_TILES[:1]
     if not _alone(graph) or _wide(graph, gemm):
         return GEMM_TILES
@@ -124,6 +124,16 @@ def tiles(graph: Graph) -> tuple[Tile, ...]:
             found.append((least, rows, columns, *rest))
             least = most + 1
     return tuple(found)
+
+
+def _ordered_by_tile(graph: Graph) -> bool:
+    """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
+    what becomes of a second product along another axis, or of rows that are put at ids."""
+    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i))]
+    if len({g.k for g in gemms}) > 1 or any({g.m, g.n} & set(scattered(graph)) for g in gemms):
+        return True
+    beside = [(g, i) for g in sections(graph) if _gemm(g) for i in g.live() if not gemm_axes(g, i)]
+    return any(g.nodes[i].op in TOGETHER and is_float(g.nodes[i].dtype) for g, i in beside)
 
 
 def _alone(graph: Graph) -> bool:
@@ -147,7 +157,9 @@ def _splitting(graph: Graph) -> tuple[Parts, int]:
     alone = _alone(graph)
     for node in graph.live():
         gemm = gemm_axes(graph, node)
-        if gemm is None or not legal_split(graph, gemm.k) or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
+        if gemm is None or {gemm.m, gemm.n} & set(scattered(graph)) or not legal_split(graph, gemm.k):
+            continue
+        if graph.axes[gemm.k] is None or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
             continue
         outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
         most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}

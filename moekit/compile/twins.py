@@ -68,7 +68,8 @@ def _twins(low: Lowering, a: int, b: int) -> Twins | None:
         return None
     i, j = nodes[right].attr("index")[dim], nodes[other].attr("index")[dim]
     rows = [low.blocks[r].block for r in nodes[shared].axes if r not in nodes[right].axes]
-    fits = i.axis not in low.looped and i.axis not in nodes[shared].axes and itemsize(nodes[shared].dtype) == 2
+    fits = i.axis not in low.looped and i.axis not in nodes[shared].axes and low.blocks[i.axis].block > 1
+    fits = fits and itemsize(nodes[shared].dtype) == 2
     return Twins((a, b), shared, right, dim, (i, j)) if fits and max(rows, default=1) >= LEAST_ROWS else None
 
 

@@ -14,7 +14,6 @@ ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "rem", "maximum", "minimum
 BITWISE = ("and", "or", "xor", "shl", "shr")
 COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 BINARY = (*ARITHMETIC, *BITWISE, *COMPARE)
-REDUCTIONS = ("sum", "max", "min")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from moekit.compile.alias import may_overwrite, written_name
+from moekit.compile.alias import may_overwrite
 from moekit.errors import MoekitError
 from moekit.lang.arguments import parameter_type
 from moekit.lang.dtypes import FLOATS, is_float, itemsize
@@ -243,8 +243,3 @@ def draw_schedule(case: FuzzCase, source: Source, limits: Limits) -> str:
     if source.integer(0, 2) or len(limits.schedules) == 1:
         return "heuristic"
     return source.choose([s for s in variants(case.graph) if s in limits.schedules])
-
-
-def new_name(name: str) -> str:
-    """The memory that takes an InOut operand's new value when it does not go in place."""
-    return written_name(name)

@@ -17,7 +17,7 @@ from moekit.compile.schedule import WARPS, Schedule, legal, pow2, uses_dot
 from moekit.lang.graph import Graph
 from moekit.tune.table import BUCKETS, heuristics, order_of, rows_axis
 
-LONGEST_PIPELINE = 6
+LONGEST_PIPELINE = 8
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
 ALONE = 0.6  # of the time is for each bucket by itself
 MOST_ORDERS, MOST_STARTS = 8, 4  # that are tried for all buckets together

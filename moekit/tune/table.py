@@ -33,7 +33,8 @@ MEASURED = (1, 16, 64, 256, 1024, 4096, 16384)
 def _buckets() -> dict[int, tuple[int, ...]]:
     """The least number of rows of each bucket, and the numbers at which schedules for it are timed.
 
-    A bucket begins wherever the heuristic's choice may change, so that there is one heuristic to compare with.
+    They begin at the heuristic's classes that are the same for every width; between them there may be others (`row_classes`),
+    of which an entry speaks as of the one that was timed.
     """
     edges = sorted({*EDGES, *(max(1, least) for least, *_ in GEMM_TILES)})
     ends = [*edges[1:], 2 * max(MEASURED[-1], edges[-1])]
