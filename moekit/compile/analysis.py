@@ -32,6 +32,9 @@ def part_axis(axis: str) -> str:
     return f"{axis}.part"
 
 
+PART = part_axis("")  # what the name of every such axis ends with
+
+
 def twice_axis(axis: str) -> str:
     """The name of the axis along which two blocks of an axis stand side by side."""
     return f"{axis}.twice"

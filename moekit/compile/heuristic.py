@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, part_axis, scattered
+from moekit.compile.analysis import PART, AxisUse, GemmAxes, axis_uses, gemm_axes, scattered
 from moekit.compile.schedule import Schedule, largest_tile, launches, legal_split, pow2, uses_dot
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
 from moekit.lang.dtypes import is_float, itemsize
 from moekit.lang.graph import Graph, Node
 
-PART = part_axis("")
 Parts = tuple[tuple[str, int], ...]
 Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14

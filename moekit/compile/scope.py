@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import axis_uses, gathered, part_axis
+from moekit.compile.analysis import PART, axis_uses, gathered, part_axis
 from moekit.compile.naming import TEMPORARY, Names, arguments_of, identifier
 from moekit.compile.schedule import Schedule, reduction_levels
 from moekit.lang.graph import COMPARE, Graph, Node
-
-PART = part_axis("")
 
 
 @dataclass
