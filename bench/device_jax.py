@@ -40,8 +40,14 @@ def between_calls(filler: jax.Array) -> jax.Array:
     return lax.fori_loop(0, SWEEPS, lambda _, scale: jnp.mean(filler * scale), jnp.float32(1))
 
 
-def compiled[K: Hashable](lowered: Mapping[K, Callable[[], jax.stages.Lowered]]) -> dict[K, Program]:
-    """Compile programs side by side; while XLA tunes a product, it has the device to itself."""
+def compiled[K: Hashable](
+    lowered: Mapping[K, Callable[[], jax.stages.Lowered]], at_once: int | None = None
+) -> dict[K, Program]:
+    """Compile programs, several at once.
+
+    XLA has the device to itself while it tunes a product, but where several programs of one process are tuned at once, it warns
+    that its measurements are less accurate. It remembers what it found: what is tuned should be compiled one at a time first.
+    """
 
     def one(lower: Callable[[], jax.stages.Lowered]) -> Program:
         try:
@@ -49,7 +55,7 @@ def compiled[K: Hashable](lowered: Mapping[K, Callable[[], jax.stages.Lowered]])
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         return dict(zip(lowered, pool.map(one, lowered.values()), strict=True))
 
 

@@ -120,8 +120,8 @@ def programs(
     sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str
 ) -> dict[tuple[str, int], Program]:
     """For each side a program of the first layer and one of all of them, by name and number of layers."""
-    lowered = {}
+    first, every = {}, {}
     for name, one in sides.items():
-        lowered[name, 1] = partial(jax.jit(partial(one, k=k, part=part)).lower, stack[0], x, residual)
-        lowered[name, len(stack)] = partial(chain(one, k, part).lower, stack, x, residual)
-    return compiled(lowered)
+        first[name, 1] = partial(jax.jit(partial(one, k=k, part=part)).lower, stack[0], x, residual)
+        every[name, len(stack)] = partial(chain(one, k, part).lower, stack, x, residual)
+    return compiled(first, at_once=1) | compiled(every)
