@@ -233,6 +233,13 @@ class Loop:
     unroll: bool = False
     flat: bool = False
 
+    @property
+    def turns(self) -> int:
+        """How many turns it takes; TypeError if only a call says so."""
+        if not isinstance(self.stop, int):
+            raise TypeError(f"the loop over {self.var.name} ends at {self.stop.name}, which a call says")
+        return -(-self.stop // self.step)
+
 
 Op = (
     Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary
