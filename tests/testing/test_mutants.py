@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(MoekitError, match="does not apply"):
         apply_patch(tmp_path / "bad.patch", tmp_path)
     with pytest.raises(MoekitError, match="write the mutant anew"):
-        mutate(Mutant("gone", "compile/tile.py", (("no such text", ""),), ""), tmp_path / "moekit")
+        mutate(Mutant("gone", "compile/tile/program.py", (("no such text", ""),), ""), tmp_path / "moekit")
 
 
 def test_stages_follow_from_the_files():
