@@ -8,17 +8,16 @@ axis that are equally deep share one. Outputs are stored last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import reach
 from moekit.compile.elementwise import RULES
 from moekit.compile.naming import TEMPORARY
 from moekit.compile.prefetch import prefetch
 from moekit.compile.reductions import reduction
 from moekit.compile.schedule import Schedule
 from moekit.compile.scope import Scope, Writer
+from moekit.compile.stores import in_order
 from moekit.compile.topk import top_k
 from moekit.lang.graph import Along, Graph, Node, Write
 
@@ -159,24 +158,11 @@ class Lowering(Writer):
 
         A loop may load again what it needs, so what overwrites an operand comes last.
         """
-        groups: dict[tuple[str, ...], list[Write]] = {}
         for w in self.graph.writes:
-            groups.setdefault(tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), []).append(w)
             for node in (w.value, *w.ids):
                 self._prefetch(node, set())
-        updated = {n for n, x in self.graph.tensors.items() if x.role == "InOut"}
-        left = sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes)))
-        while left:
-            kept = {axes: set().union(*(self._loaded(groups[b]) for b in left if b != axes)) for axes in left}
-            axes = next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])
-            left.remove(axes)
-            self._store_group(self.root, axes, groups[axes])
-
-    def _loaded(self, writes: list[Write]) -> set[str]:
-        """The tensors that are loaded along looped axes for some outputs: within the loops that store them."""
-        graph = replace(self.graph, writes=tuple(writes))
-        reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and self.looped & set(n.axes)]
-        return {n.attr("tensor") for n in reads}
+        for group in in_order(self.graph, self.looped):
+            self._store_group(self.root, group.axes, group.writes)
 
     def _prefetch(self, node: int, seen: set[int]) -> None:
         if node in seen:
@@ -189,7 +175,7 @@ class Lowering(Writer):
             for arg in n.args:
                 self._prefetch(arg, seen)
 
-    def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: list[Write]) -> None:
+    def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: tuple[Write, ...]) -> None:
         if not axes:
             stores = []
             for w in writes:

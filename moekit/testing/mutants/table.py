@@ -32,7 +32,7 @@ HISTORICAL = (
          "logits [M, 60] with stride 64 read as if rows were dense (vLLM 57823, FlashInfer 4713)"),
     _one("stored-then-reloaded", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "            if w.tensor in {t.name for t in self.graph.tensors.values() if t.role == 'InOut'}:\n"
-         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), [w])\n"
+         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & {getattr(i, 'axis', None) for i in w.index}), (w,))\n"
          "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
     _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
@@ -116,8 +116,8 @@ LOWERING = (
     _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
     _one("grid-rounds-down", "compile/tile/program.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
     _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
-    _one("updated-first", "compile/lower.py", "next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])", "next((a for a in left if kept[a] & {w.tensor for w in groups[a]}), left[0])", "what overwrites an operand is stored before what loads it again"),
-    _one("values-when-stored", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
+    _one("updated-first", "compile/stores.py", "free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)", "free = next(reversed(left), None)", "what overwrites an operand is stored before what loads it again"),
+    _one("values-when-stored", "compile/lower.py", "        for w in self.graph.writes:\n            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
     _one("loads-before-ids", "compile/lower.py", "isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known", "isinstance(op, FREE)", "a load comes before the reduction that says where from"),
     _one("parts-unmasked", "compile/tile/program.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
     _one("last-part-dropped", "compile/scope.py", "parts, ops = self.blocks[axis].parts, tuple", "parts, ops = self.blocks[axis].parts - 1, tuple", "of the parts done in a row the last is left out"),
