@@ -274,7 +274,7 @@ def torch_library() -> Library:
     def einsum(eq, a, b):
         """The product in IEEE float32, whatever the caller allows torch: TF32 on a GPU, bfloat16 on a CPU."""
         a, b = a.float(), b.float()
-        backend = torch.backends.cuda.matmul if a.is_cuda else torch.backends.mkldnn.matmul
+        backend = torch.backends.cuda.matmul if a.is_cuda else torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
         allowed = backend.fp32_precision
         if allowed in ("ieee", "none"):
             return torch.einsum(eq, a, b)

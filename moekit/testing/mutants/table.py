@@ -62,7 +62,7 @@ LOWERING = (
     _one("last-block-dropped", "compile/scope.py", "home.ops.append(t.Loop(var, stop, block.block,",
          "home.ops.append(t.Loop(var, stop - stop % block.block if isinstance(stop, int) else stop, block.block,", "a loop leaves out its ragged last block"),
     _one("parts-start-wrong", "compile/scope.py", "self.const(home, self.blocks[axis].share)", "self.const(home, self.blocks[axis].block)", "the parts of a split axis begin too early"),
-    _one("share-rounds-down", "compile/tile/program.py", "return -(-blocks // self.parts) * self.block", "return max(1, blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
+    _one("share-rounds-down", "compile/tile/program.py", "return -(-self.blocks // self.parts) * self.block", "return max(1, self.blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/lower.py", "            if entry.start:\n", "            if False:\n", "the second half is the first"),
     _one("slice-step-ignored", "compile/lower.py", "            if entry.step != 1:\n", "            if False:\n", "interleaved slices are read side by side"),
     _one("ids-unchecked", "compile/lower.py", "                masks.append(self._in_range(scope, ids, dim.axis))\n", "", "ids out of range reach memory"),
