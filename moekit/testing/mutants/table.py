@@ -188,9 +188,9 @@ PALLAS = (
 
 ARRAY = (
     _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
-    _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
-    _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
-    _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+    _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
+    _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
+    _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
 )  # fmt: skip
 
 EQUIVALENT = (
