@@ -1,11 +1,16 @@
 """The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import moekit.torch as mt
+from moekit.backends.triton import MANY_PROGRAMS
+from moekit.compile import tile as t
 from moekit.compile.heuristic import GEMM_TILES
 from moekit.errors import AliasError
+from moekit.torch import fast, launch
 
 TRITON, EAGER = {"implementation": "triton"}, {"implementation": "eager"}
 
@@ -179,3 +184,20 @@ def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):
     same(mt.add_rms_norm(x, residual, weight, **TRITON), mt.add_rms_norm(x, residual, weight, **EAGER))
     ((program, _),) = emulated.compiled
     assert (program.warps, program.axis("T").block, asked) == (2, 2, ["add_rms_norm"])
+
+
+def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):
+    """And the kept launch passes on what the first one did."""
+    monkeypatch.setattr(launch, "overlapping", lambda device: True)
+    device, found = torch.device("cpu"), {}
+    for warps in (1, 8):
+        for count in (MANY_PROGRAMS - 1, MANY_PROGRAMS):
+            program = t.TileProgram("made_up", (), (), (), (), warps, 1)
+            one = launch.Launch(program, count, ("x",), ())
+            kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
+            assert kept is not None
+            assert kept.rest == (one.overlaps(device),)
+            found[warps, count] = one.overlaps(device)
+    assert [key for key, overlaps in found.items() if not overlaps] == [(1, MANY_PROGRAMS)]
+    monkeypatch.setattr(launch, "overlapping", lambda device: False)
+    assert not launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), ()).overlaps(device)
