@@ -8,17 +8,17 @@ axis that are equally deep share one. Outputs are stored last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import reach
+from moekit.compile.early import early_memory, memory_ops
 from moekit.compile.elementwise import RULES
 from moekit.compile.naming import TEMPORARY
 from moekit.compile.prefetch import prefetch
 from moekit.compile.reductions import reduction
 from moekit.compile.schedule import Schedule
 from moekit.compile.scope import Scope, Writer
+from moekit.compile.stores import in_order
 from moekit.compile.topk import top_k
 from moekit.lang.graph import Along, Graph, Node, Write
 
@@ -36,7 +36,7 @@ class Lowering(Writer):
                 self.bind(self.root, axis, block)
         prefetch(self)
         self._stores()
-        used = {op.tensor for op in _memory_ops(self.root.ops)}
+        used = {op.tensor for op in memory_ops(self.root.ops)}
         params = tuple(
             t.Param(x.name, x.role, x.dtype, x.axes, self.layouts[x.name])
             for x in self.graph.tensors.values()
@@ -49,7 +49,7 @@ class Lowering(Writer):
             params,
             axes,
             self.grid,
-            tuple(_loads_first(self.root.ops)),
+            tuple(early_memory(self.root.ops)),
             s.warps,
             s.stages,
             digest,
@@ -159,24 +159,11 @@ class Lowering(Writer):
 
         A loop may load again what it needs, so what overwrites an operand comes last.
         """
-        groups: dict[tuple[str, ...], list[Write]] = {}
         for w in self.graph.writes:
-            groups.setdefault(tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), []).append(w)
             for node in (w.value, *w.ids):
                 self._prefetch(node, set())
-        updated = {n for n, x in self.graph.tensors.items() if x.role == "InOut"}
-        left = sorted(groups, key=lambda axes: (any(w.tensor in updated for w in groups[axes]), -len(axes)))
-        while left:
-            kept = {axes: set().union(*(self._loaded(groups[b]) for b in left if b != axes)) for axes in left}
-            axes = next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])
-            left.remove(axes)
-            self._store_group(self.root, axes, groups[axes])
-
-    def _loaded(self, writes: list[Write]) -> set[str]:
-        """The tensors that are loaded along looped axes for some outputs: within the loops that store them."""
-        graph = replace(self.graph, writes=tuple(writes))
-        reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and self.looped & set(n.axes)]
-        return {n.attr("tensor") for n in reads}
+        for group in in_order(self.graph, self.looped):
+            self._store_group(self.root, group.axes, group.writes)
 
     def _prefetch(self, node: int, seen: set[int]) -> None:
         if node in seen:
@@ -189,7 +176,7 @@ class Lowering(Writer):
             for arg in n.args:
                 self._prefetch(arg, seen)
 
-    def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: list[Write]) -> None:
+    def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: tuple[Write, ...]) -> None:
         if not axes:
             stores = []
             for w in writes:
@@ -204,38 +191,6 @@ class Lowering(Writer):
             return []
 
         self.loop(scope, axes[0], (), (), body)
-
-
-def _loads_first(ops: list) -> list:
-    """The operations, with every load that waits for nothing before the first operation that brings threads together.
-
-    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
-    """
-    first = next((i for i, op in enumerate(ops) if isinstance(op, WAITS)), len(ops))
-    known = {v.name for op in ops[:first] if (v := t.result(op))}
-    early, late = [], []
-    for op in ops[first:]:
-        free = isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known
-        (early if free else late).append(op)
-        known |= {op.out.name} if free else set()
-    wanted = {v.name for op in early if isinstance(op, t.Load) for v in t.operands(op)}
-    for op in reversed(early):
-        if op.out.name in wanted:
-            wanted |= {v.name for v in t.operands(op)}
-    moved = [op for op in early if isinstance(op, t.Load) or op.out.name in wanted]
-    return [*ops[:first], *moved, *(op for op in ops[first:] if op not in moved)]
-
-
-WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop)
-FREE = (t.Load, t.Const, t.Extent, t.Index, t.InBounds, t.Binary)
-
-
-def _memory_ops(ops):
-    for op in ops:
-        if isinstance(op, t.Loop):
-            yield from _memory_ops(op.body)
-        elif isinstance(op, t.Load | t.Store):
-            yield op
 
 
 def lower(

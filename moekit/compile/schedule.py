@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from moekit.compile.analysis import AxisUse, axis_uses, reach, scattered
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
+from moekit.compile.stores import in_order
 from moekit.errors import ScheduleError
 from moekit.lang.graph import Graph
 
@@ -110,6 +111,12 @@ def legal(graph: Graph, schedule: Schedule) -> str | None:
     tile = max(largest_tile(g, fitted(g, schedule, None)) for g in every[0])
     if tile > LARGEST_TILE:
         return f"{graph.name}: a block of {tile} elements is over the limit of {LARGEST_TILE}; use smaller blocks or loop"
+    said = {(a, mode) for a, mode, _ in schedule.axes}
+    try:
+        for g in every[0]:
+            in_order(g, {a for a, use in axis_uses(g).items() if not use.whole and (a, "loop") in said})
+    except ScheduleError as error:
+        return str(error)
     return None
 
 

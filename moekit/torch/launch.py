@@ -14,6 +14,7 @@ import torch
 
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
+from moekit.compile.dense import strided
 from moekit.compile.plan import Plan
 from moekit.errors import ShapeError, UnavailableError
 
@@ -29,6 +30,10 @@ class Launch:
     count: int
     pointers: tuple[str, ...]
     integers: tuple[int, ...]
+
+    def overlaps(self, device: torch.device) -> bool:
+        """Whether it is a programmatic dependent launch: where the device has them, and it gains from that."""
+        return emitter.dependent(self.program, self.count) and overlapping(device)
 
 
 @lru_cache(maxsize=4096)
@@ -69,16 +74,7 @@ def strides_of(tensor: torch.Tensor, axes: Sequence[str | None], dynamic: frozen
 
 def layout(tensor: torch.Tensor, axes: tuple[str | None, ...], dynamic: frozenset[str]) -> t.Strided:
     """What is known of a tensor's strides: which are 1, which a multiple of 16 bytes, whether offsets need 64 bits."""
-    kinds, reach = [], 0
-    itemsize = tensor.element_size()
-    for size, stride, axis in zip(tensor.shape, strides_of(tensor, axes, dynamic), axes, strict=True):
-        if stride == 1 or (size == 1 and axis not in dynamic):
-            kinds.append("unit")
-        else:
-            kinds.append("aligned" if stride * itemsize % 16 == 0 and stride < 2**31 else "any")
-        if axis not in dynamic:
-            reach += max(0, size - 1) * stride
-    return t.Strided(tuple(kinds), wide=reach >= 2**31)
+    return strided(tensor.shape, strides_of(tensor, axes, dynamic), axes, dynamic, tensor.element_size())
 
 
 def scratch(plan: Plan, sizes: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -122,7 +118,7 @@ def start(launched: Sequence[Launch], tensors: Mapping[str, torch.Tensor], devic
 
 def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
     pointers = [tensors[n] for n in one.pointers]
-    overlap = overlapping(pointers[0].device)
+    overlap = one.overlaps(pointers[0].device)
     options = {"num_warps": one.program.warps, "num_stages": one.program.stages, "PDL": overlap}
     if overlap:
         options["launch_pdl"] = True
@@ -131,7 +127,7 @@ def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
 
 @lru_cache(maxsize=64)
 def overlapping(device: torch.device) -> bool:
-    """Whether kernels are launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
+    """Whether kernels can be launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
 
     Kernels wait for the one before them before they read or write anything: nothing changes but when a launch's cost is paid.
     """

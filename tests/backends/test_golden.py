@@ -49,7 +49,7 @@ def test_no_backend_or_compiler_file_names_a_fusion():
     from moekit.fusions import FUSIONS
 
     for folder in ("compile", "backends", "lang"):
-        for path in (Path(moekit.__file__).parent / folder).glob("*.py"):
+        for path in (Path(moekit.__file__).parent / folder).rglob("*.py"):
             text = path.read_text()
             for name in FUSIONS:
                 assert name not in text, f"{path.name} speaks of {name}"

@@ -1,4 +1,4 @@
-"""Hand-broken programs: for each rule of `verify.py`, good programs with one thing wrong."""
+"""Hand-broken programs: for each rule of `moekit.compile.verify`, good programs with one thing wrong."""
 
 from __future__ import annotations
 

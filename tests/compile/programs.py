@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
@@ -32,6 +34,28 @@ def accumulate(x, slots, state):
 def lookup(table, ids):
     """Rows of a table."""
     return {"out": gather(table, ids, over="E")}
+
+
+def _both_updated(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return {"a": a + b.sum(2), "b": a[:, :, None] * b}
+
+
+@fusion(_both_updated, a=InOut("T H"), b=InOut("T H P"))
+def both_updated(a, b):
+    """Two updated tensors, each needed along all its axes for the other."""
+    return {"a": cast(f32(a) + sum(f32(b), over="P"), a.dtype), "b": cast(f32(a) * f32(b), b.dtype)}
+
+
+def _crossed(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return {"a": a + b.sum(1, keepdims=True), "b": b * a.sum(1, keepdims=True)}
+
+
+@fusion(_crossed, a=InOut("T H"), b=InOut("T P"))
+def crossed(a, b):
+    """Two updated tensors, of which each needs the other's sum."""
+    return {"a": cast(f32(a) + sum(f32(b), over="P"), a.dtype), "b": cast(f32(b) * sum(f32(a), over="H"), b.dtype)}
 
 
 def graph_of(f: Fusion, shapes: Mapping[str, tuple], dtypes: Mapping[str, str] | str = "float32", **params) -> Graph:

@@ -13,11 +13,12 @@ from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean
-from moekit.testing import RUNNERS, Call, operands, variants
+from moekit.testing import RUNNERS, Call, check, operands, variants
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
 TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
+BOTH = good.graph_of(good.both_updated, {"a": (3, 20), "b": (3, 20, 40)})
 SLOTS = good.graph_of(good.accumulate, {"x": (3, 20), "slots": (3,), "state": (9, 20)})
 
 REFUSED = [
@@ -40,6 +41,7 @@ REFUSED = [
     (NORM, "T:grid:4 H:loop:16 parts:H:2", "axis H cannot be split in 2: an output runs along it"),
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:2 parts:D:2", "only one axis can be split or done in parts"),
     (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
+    (BOTH, "T:grid:1 H:loop:8 P:loop:8", "b and a are stored in loops that load what the others overwrite; loop over one"),
     (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
 ]  # fmt: skip
 
@@ -67,6 +69,21 @@ def test_split_of_dependent_reductions_is_refused():
     """Two launches carry one round of partial sums."""
     graph = good.graph_of(spread, {"x": (3, 50)})
     assert "one of its reductions needs the result of another" in legal(graph, Schedule.parse("T:grid:4 H:loop:16 split:H:2"))
+
+
+@pytest.mark.parametrize("text", ["H:loop:8 P:whole:64", "H:whole:32 P:loop:8", "H:loop:32 P:whole:64", "H:grid:4 P:whole:64"])
+def test_two_updated_tensors_that_need_each_other(text):
+    """Both are loaded before either is stored, in every schedule but the one that is refused."""
+    values = operands(good.both_updated, {"T": 3, "H": 20, "P": 40}, "float32")
+    check("interpret", Call(good.both_updated, values, schedule=Schedule.parse(f"T:grid:1 {text}")))
+
+
+def test_updated_tensors_that_need_each_other_s_sums():
+    """What is summed up before the loops that store is in nobody's way."""
+    graph = good.graph_of(good.crossed, {"a": (3, 20), "b": (3, 40)})
+    assert legal(graph, Schedule.parse("T:grid:1 H:loop:8 P:loop:8")) is None
+    values = operands(good.crossed, {"T": 3, "H": 20, "P": 40}, "float32")
+    check("interpret", Call(good.crossed, values, schedule=Schedule.parse("T:grid:1 H:loop:8 P:loop:8")))
 
 
 @pytest.mark.parametrize("text", ["", "T", "T:grid", "T:grid:x", "split:D", "warps:many"])

@@ -89,14 +89,14 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(MoekitError, match="does not apply"):
         apply_patch(tmp_path / "bad.patch", tmp_path)
     with pytest.raises(MoekitError, match="write the mutant anew"):
-        mutate(Mutant("gone", "compile/tile.py", (("no such text", ""),), ""), tmp_path / "moekit")
+        mutate(Mutant("gone", "compile/tile/program.py", (("no such text", ""),), ""), tmp_path / "moekit")
 
 
 def test_stages_follow_from_the_files():
     assert stages_of(["backends/triton.py"]) == ("triton-interpreter",)
     assert stages_of(["backends/pallas.py"]) == ("pallas",)
     assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
-    assert stages_of(["backends/array.py"]) == ("numpy", "eager", "xla")
+    assert stages_of(["backends/array.py"]) == stages_of(["backends/libraries.py"]) == ("numpy", "eager", "xla")
     assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
     assert stages_of(["compile/overlap.py"]) == ("eager", "triton-interpreter")
     assert stages_of(["jax/view.py"]) == ("pallas", "xla")

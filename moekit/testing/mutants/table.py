@@ -32,7 +32,7 @@ HISTORICAL = (
          "logits [M, 60] with stride 64 read as if rows were dense (vLLM 57823, FlashInfer 4713)"),
     _one("stored-then-reloaded", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "            if w.tensor in {t.name for t in self.graph.tensors.values() if t.role == 'InOut'}:\n"
-         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & reach(self.graph, w)), [w])\n"
+         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & {getattr(i, 'axis', None) for i in w.index}), (w,))\n"
          "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n",
          "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
     _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
@@ -48,9 +48,9 @@ HISTORICAL = (
 )  # fmt: skip
 
 LOWERING = (
-    _one("no-mask-dynamic", "compile/tile.py", "        return self.extent is None or self.extent %", "        return self.extent is not None and self.extent %",
+    _one("no-mask-dynamic", "compile/tile/program.py", "        return self.extent is None or self.extent %", "        return self.extent is not None and self.extent %",
          "tokens past the last are loaded and stored"),
-    _one("no-mask-whole", "compile/tile.py", "            return self.extent != self.block", "            return False", "a block of 64 over 37 columns has no mask"),
+    _one("no-mask-whole", "compile/tile/program.py", "            return self.extent != self.block", "            return False", "a block of 64 over 37 columns has no mask"),
     _one("no-mask-looped", "compile/scope.py", "        if block.partial:", '        if block.partial and block.mode != "loop":', "the last turn of a loop has no mask"),
     _one("start-off", "compile/scope.py", "self.const(scope, block.block), f\"{identifier(axis)}_start\"",
          "self.const(scope, max(1, block.block - 1)), f\"{identifier(axis)}_start\"", "programs overlap by one element each"),
@@ -62,7 +62,7 @@ LOWERING = (
     _one("last-block-dropped", "compile/scope.py", "home.ops.append(t.Loop(var, stop, block.block,",
          "home.ops.append(t.Loop(var, stop - stop % block.block if isinstance(stop, int) else stop, block.block,", "a loop leaves out its ragged last block"),
     _one("parts-start-wrong", "compile/scope.py", "self.const(home, self.blocks[axis].share)", "self.const(home, self.blocks[axis].block)", "the parts of a split axis begin too early"),
-    _one("share-rounds-down", "compile/tile.py", "return -(-blocks // self.parts) * self.block", "return max(1, blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
+    _one("share-rounds-down", "compile/tile/program.py", "return -(-self.blocks // self.parts) * self.block", "return max(1, self.blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/lower.py", "            if entry.start:\n", "            if False:\n", "the second half is the first"),
     _one("slice-step-ignored", "compile/lower.py", "            if entry.step != 1:\n", "            if False:\n", "interleaved slices are read side by side"),
     _one("ids-unchecked", "compile/lower.py", "                masks.append(self._in_range(scope, ids, dim.axis))\n", "", "ids out of range reach memory"),
@@ -114,12 +114,12 @@ LOWERING = (
     _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
     _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]", "return [value for u, total, value in done]", "of the parts done in a row only the last counts"),
     _one("section-unsplit", "compile/heuristic.py", "        schedule = replace(schedule, split=split)\n", "        schedule = replace(schedule, split=split) if found else schedule\n", "a section without a GEMM adds up all of a split axis in every part"),
-    _one("grid-rounds-down", "compile/tile.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
+    _one("grid-rounds-down", "compile/tile/program.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
     _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
-    _one("updated-first", "compile/lower.py", "next((a for a in left if not kept[a] & {w.tensor for w in groups[a]}), left[0])", "next((a for a in left if kept[a] & {w.tensor for w in groups[a]}), left[0])", "what overwrites an operand is stored before what loads it again"),
-    _one("values-when-stored", "compile/lower.py", "            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
+    _one("updated-first", "compile/stores.py", "free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)", "free = next(reversed(left), None)", "what overwrites an operand is stored before what loads it again"),
+    _one("values-when-stored", "compile/lower.py", "        for w in self.graph.writes:\n            for node in (w.value, *w.ids):\n                self._prefetch(node, set())\n", "", "values are made when they are stored, after other stores"),
     _one("loads-before-ids", "compile/lower.py", "isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known", "isinstance(op, FREE)", "a load comes before the reduction that says where from"),
-    _one("parts-unmasked", "compile/tile.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
+    _one("parts-unmasked", "compile/tile/program.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
     _one("last-part-dropped", "compile/scope.py", "parts, ops = self.blocks[axis].parts, tuple", "parts, ops = self.blocks[axis].parts - 1, tuple", "of the parts done in a row the last is left out"),
     _one("loops-confused", "compile/scope.py", "for s in reversed(scope.chain()) if axis in s.bound", "for s in scope.chain() if axis in s.bound", "within two loops over an axis the outer one's index is taken"),
     _one("dot-right-bare", "compile/reductions.py", "    left, right = (low.remask(scope, v, axis, 0) for v in operands)\n", "    left, right = operands\n    left = low.remask(scope, left, axis, 0)\n", "of a product's operands only the first is masked"),
@@ -188,9 +188,9 @@ PALLAS = (
 
 ARRAY = (
     _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
-    _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
-    _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
-    _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+    _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
+    _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
+    _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
 )  # fmt: skip
 
 EQUIVALENT = (

@@ -1,0 +1,64 @@
+"""In which order outputs are stored: loop by loop, and what overwrites an operand after every loop that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from moekit.compile.analysis import axis_uses, reach
+from moekit.errors import ScheduleError
+from moekit.lang.graph import Graph, Write
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Outputs that are stored in the same loops, those over `axes`, which load the tensors `loads`."""
+
+    axes: tuple[str, ...]
+    writes: tuple[Write, ...]
+    loads: frozenset[str]
+
+    @property
+    def tensors(self) -> list[str]:
+        """What is stored."""
+        return [w.tensor for w in self.writes]
+
+
+def in_order(graph: Graph, looped: Collection[str]) -> list[Stores]:
+    """The outputs in an order in which none overwrites what a later one loads.
+
+    Else new tensors come before updated ones, and those along more loops before those along fewer. Raises ScheduleError where
+    outputs wait for each other.
+    """
+    groups: dict[tuple[str, ...], list[Write]] = {}
+    for w in graph.writes:
+        groups.setdefault(tuple(a for a in axis_uses(graph) if a in looped and a in reach(graph, w)), []).append(w)
+    left = [Stores(axes, tuple(writes), _loaded(graph, looped, writes)) for axes, writes in groups.items()]
+    updated = {n for n, x in graph.tensors.items() if x.role == "InOut"}
+    left.sort(key=lambda s: (not updated.isdisjoint(s.tensors), -len(s.axes)))
+    ordered = []
+    while left:
+        free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)
+        if free is None:
+            tensors = " and ".join(n for s in left if s.axes for n in s.tensors)
+            loops = " and ".join(dict.fromkeys(a for s in left for a in s.axes))
+            hint = f"loop over one of {loops} at most"
+            raise ScheduleError(f"{graph.name}: {tensors} are stored in loops that load what the others overwrite; {hint}")
+        left.remove(free)
+        ordered.append(free)
+    return ordered
+
+
+def _loaded(graph: Graph, looped: Collection[str], writes: list[Write]) -> frozenset[str]:
+    """What is loaded within the loops that store some outputs: values that vary along no looped axis were made before."""
+    found, seen, left = set(), set(), [node for w in writes for node in (w.value, *w.ids)]
+    while left:
+        node = left.pop()
+        n = graph.nodes[node]
+        if node in seen or not set(looped) & set(n.axes):
+            continue
+        seen.add(node)
+        if n.op == "read":
+            found.add(n.attr("tensor"))
+        left += n.args
+    return frozenset(found)
