@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moekit.jax import View
-from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_step, prefill
+from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_step, moe, prefill
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
 
@@ -271,3 +271,18 @@ def test_a_prompt_compiles_too():
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step"}
     assert len(re.findall(r" all-reduce\(", filled.text)) == 2 * CONFIG.num_layers
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 51])
+@pytest.mark.parametrize("width", [512, 64])
+def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
+    """Few tokens, all of an expert and one of 8 ranks' share: what is stored is much less than the weights that are read."""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
+    mesh = Mesh(np.array(devices).reshape(1), ("tp",))
+    shapes = ((tokens, 2048), (tokens, 10), (tokens, 10), (512, 2 * width, 2048), (512, width, 2048))
+    kinds = (jnp.bfloat16, jnp.float32, jnp.int32, jnp.bfloat16, jnp.bfloat16)
+    weights = [jax.ShapeDtypeStruct(s, k, sharding=NamedSharding(mesh, P())) for s, k in zip(shapes, kinds, strict=True)]
+    with jax.set_mesh(mesh):
+        text = jax.jit(moe.experts).lower(*weights).compile().as_text()
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter)", text[text.index("ENTRY") :])
+    assert max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made) <= tokens * 10 * 2048

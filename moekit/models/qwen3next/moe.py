@@ -67,15 +67,17 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array,
 
 
 def _gathered(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    both = einsum("th,tkih->tki", x, jnp.take(gate_up, ids, axis=0, mode="clip"))
-    active = _activation(round_to(both, x.dtype), chosen[..., None], x.dtype)
-    # Sums of products, not a dot: XLA then adds rows up while it gathers them, and stores none. To that end
-    # it wants one sum over all rows if there is one token, one per expert of a flat list if there are more.
+    # Sums of products, not dots: XLA then multiplies while it gathers rows, and stores none of them. To that end it wants a
+    # flat list of experts, and for the last sum, if there is one token, one sum over all rows.
+    flat, wide = ids.reshape(-1), jnp.float32
+    rows = jnp.take(gate_up, flat, axis=0, mode="clip").astype(wide)
+    both = jnp.sum(jnp.repeat(x, ids.shape[1], axis=0)[:, None].astype(wide) * rows, axis=2)
+    active = _activation(round_to(both, x.dtype), chosen.reshape(-1, 1), x.dtype).astype(wide)
     if x.shape[0] == 1:
-        rows = jnp.take(down, ids, axis=0, mode="clip").astype(jnp.float32)
-        return jnp.sum(active[..., None].astype(jnp.float32) * rows, axis=(1, 2))
-    rows = jnp.take(down, ids.reshape(-1), axis=0, mode="clip").astype(jnp.float32)
-    each = jnp.sum(active.reshape(ids.size, -1, 1).astype(jnp.float32) * rows, axis=1)
+        rows = jnp.take(down, ids, axis=0, mode="clip").astype(wide)
+        return jnp.sum(active[None, ..., None] * rows, axis=(1, 2))
+    rows = jnp.take(down, flat, axis=0, mode="clip").astype(wide)
+    each = jnp.sum(active[..., None] * rows, axis=1)
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 
 
