@@ -111,7 +111,7 @@ class PallasPrinter(Printer):
         pad, name = "    " * depth, f"{op.var.name}_body"
         at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
         begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
-        turns = -(-inner.stop // inner.step)
+        turns = inner.turns
         lines = [*self.body(begin, depth), f"{pad}def {name}(turn, carry):"]
         first = [self.text(i) for i in inner.inits]
         for var, turn, step in ((op.var, f"lax.div(turn, jnp.int32({turns}))", op.step),
@@ -127,7 +127,7 @@ class PallasPrinter(Printer):
         lines += [f"{pad}    return lax.cond(lax.rem(turn, jnp.int32({turns})) == {turns - 1}, ended, lambda: ({goes_on}))", ""]
         outs = ", ".join([*(o.name for o in op.outs), *("_" for _ in inner.outs)])
         inits = ", ".join([*(self.text(i) for i in op.inits), *first])
-        return [*lines, f"{pad}{outs} = lax.fori_loop(0, {-(-op.stop // op.step) * turns}, {name}, ({inits}))"]
+        return [*lines, f"{pad}{outs} = lax.fori_loop(0, {op.turns * turns}, {name}, ({inits}))"]
 
     def written_out(self, op: t.Loop, pad: str, name: str, lines: list[str]) -> list[str]:
         """The turns of a loop one after the other. A turn's number is traced, for the reason `constant` gives."""
