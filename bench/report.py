@@ -163,9 +163,23 @@ def decoded(result: dict) -> str:
     return markdown(["sequences", *(f"{k}: µs, tokens/s" for k in kinds), " / ".join(kinds), "same tokens"], lines)
 
 
+def accuracy(result: dict) -> str:
+    """How far the original and the patched model are from float32 by batch, with their own experts and with its."""
+    pairs: dict[int, dict[str, dict]] = {}
+    for row in result["rows"]:
+        pairs.setdefault(row["batch"], {})[row["way"]] = row
+    columns = [f"{way}{of}" for of in ("", ", same experts") for way in ("original", "patched")]
+    lines = []
+    for batch, ways in pairs.items():
+        errors = [ways[w][kind] for kind in ("error", "same experts") for w in ("original", "patched")]
+        others = " and ".join(f"{100 * ways[w]['other']:.0f} %" for w in ("original", "patched"))
+        lines.append([str(batch), *map(str, errors), others])
+    return markdown(["batch", *columns, "tokens with another expert"], lines)
+
+
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
-    "patched": patched, "decoded": decoded,
+    "patched": patched, "decoded": decoded, "accuracy": accuracy,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
