@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FLUSHED = 2**26  # float32 numbers: 256 MiB, more than the L2 holds
+Program = jax.stages.Compiled | Exception  # or what kept it from being compiled
 SWEEPS = 48  # over them between two calls: 3 ms
 
 
@@ -36,6 +38,32 @@ class Event:
 def between_calls(filler: jax.Array) -> jax.Array:
     """Read the filler many times over: the host gets ahead of the device, and the L2 is full of something else."""
     return lax.fori_loop(0, SWEEPS, lambda _, scale: jnp.mean(filler * scale), jnp.float32(1))
+
+
+def compiled[K: Hashable](
+    lowered: Mapping[K, Callable[[], jax.stages.Lowered]], at_once: int | None = None
+) -> dict[K, Program]:
+    """Compile programs, several at once.
+
+    XLA has the device to itself while it tunes a product, but where several programs of one process are tuned at once, it warns
+    that its measurements are less accurate. It remembers what it found: what is tuned should be compiled one at a time first.
+    """
+
+    def one(lower: Callable[[], jax.stages.Lowered]) -> Program:
+        try:
+            return lower().compile()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(lowered, pool.map(one, lowered.values()), strict=True))
+
+
+def made(program: Program) -> jax.stages.Compiled:
+    """One of the programs that `compiled` gives; raises what kept it from being compiled."""
+    if isinstance(program, Exception):
+        raise program
+    return program
 
 
 def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int) -> dict[str, dict]:

@@ -13,9 +13,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
@@ -27,12 +29,12 @@ from bench.cases import CASES, Case, Operands
 from bench.child import Child
 from bench.common import environment, numbers, write
 from bench.correctness import SEVERAL, Checker
-from bench.device_jax import timed
+from bench.device_jax import compiled, made, timed
 from bench.plots import times
 from moekit import jax as mj
 
 LENGTH = 24
-LARGEST_BYTES = 12e9
+LARGEST_BYTES = 4e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
 UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
            "gate_block": ("residual", 1), "down_combine": ("hidden", 0)}  # fmt: skip
@@ -42,12 +44,12 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     """A tensor's numbers as a contiguous JAX array."""
     name = str(x.dtype).removeprefix("torch.")
     whole = x.float() if x.dtype.is_floating_point else x
-    return jax.numpy.asarray(whole.cpu().numpy()).astype(name)
+    return jnp.asarray(whole.cpu().numpy()).astype(name)
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:
     """The other way, on the CPU."""
-    if jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+    if jnp.issubdtype(x.dtype, jnp.floating):
         return torch.from_numpy(np.array(x.astype("float32"))).to(getattr(torch, x.dtype.name))
     return torch.from_numpy(np.array(x))
 
@@ -65,13 +67,14 @@ def call_of(case: Case, implementation: str | None) -> Callable:
 class Chain:
     """A program of one call of a fusion per set of operands, each waiting for the one before.
 
-    What the fusion updates is donated, and the next run begins with what it became, as in a decode step.
+    What the fusion updates is donated, and the next run begins with what it became, as in a decode step; it is what the program
+    returns first, since JAX gives a donated buffer to the first output that it fits.
     """
 
     def __init__(self, case: Case, one: Callable, sets: Sequence[dict[str, jax.Array]]):
         self.updated, self.place = UPDATED.get(case.fusion, (None, 0))
         self.fixed = [{n: x for n, x in s.items() if n != self.updated} for s in sets]
-        self.state = [jax.numpy.copy(s[self.updated]) if self.updated else () for s in sets]
+        self.state = [jnp.copy(s[self.updated]) if self.updated else () for s in sets]
         self.names, self.one = list(sets[0]), one
         self.program = jax.jit(self._run, donate_argnums=1)
 
@@ -81,14 +84,18 @@ class Chain:
             (given, old), before = lax.optimization_barrier(((given, old), before))
             named = given | ({self.updated: old} if self.updated else {})
             before = self.one(*(named[n] for n in self.names))
-            kept.append(before[: self.place] if self.updated else before)
+            kept.append(tuple(x for i, x in enumerate(before) if not self.updated or i != self.place))
             after.append(before[self.place] if self.updated else ())
-        return kept, after
+        return after, kept
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program for these operands, to be compiled."""
+        return self.program.lower(self.fixed, self.state)
 
     def __call__(self):
-        """Run the program."""
-        kept, self.state = self.program(self.fixed, self.state)
-        return kept, self.state
+        """Run the program: the new values of what is updated, and the other outputs of every call."""
+        self.state, kept = self.program(self.fixed, self.state)
+        return self.state, kept
 
 
 def measured(name: str, tokens: int, dtype: str, rounds: int) -> Iterator[dict]:
@@ -98,27 +105,32 @@ def measured(name: str, tokens: int, dtype: str, rounds: int) -> Iterator[dict]:
 
 
 def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[dict]:
-    """One row per side."""
+    """One row per side. Each call of a chain has the first one's numbers, moved on by one element."""
     moved = case.moved(tokens, dtype.itemsize)
     length = max(2, min(LENGTH, int(LARGEST_BYTES // moved)))
     first: Operands = case.make(tokens, dtype)
-    drawn = [first, *(case.make(tokens, dtype) for _ in range(length - 1))]
-    sets = [{n: to_jax(x) for n, x in o.items()} for o in drawn]
-    check, rows, programs = Checker(case, first), {}, {}
+    roll, given = jax.jit(jnp.roll), {n: to_jax(x) for n, x in first.items()}
+    sets = [{n: roll(x, i) for n, x in given.items()} for i in range(length)]
+    check, chains, found, lowered = Checker(case, first), {}, {}, {}
     for name, implementation in SIDES.items():
-        row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
         one = call_of(case, implementation)
+        chains[name] = Chain(case, one, sets)
+        lowered[name] = partial(jax.jit(one).lower, *sets[0].values())
+    single, every = compiled(lowered, at_once=1), compiled({name: chain.lower for name, chain in chains.items()})
+    for name in SIDES:
+        row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
         try:
-            got = tuple(to_torch(x) for x in jax.jit(one)(*sets[0].values()))
+            got = tuple(to_torch(x) for x in made(single[name])(*sets[0].values()))
             row |= check(lambda o, got=got: lambda: got, SEVERAL.get(case.fusion, name))  # both sides are the fusion itself
-            programs[name] = Chain(case, one, sets)
+            chains[name].program = made(every[name])
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        rows[name] = row
-    for name, timing in timed(programs, length, rounds).items():
+            del chains[name]
+        found[name] = row
+    for name, timing in timed(chains, length, rounds).items():
         us = timing["us"]
-        rows[name] |= timing | {"TB/s": round(moved / us / 1e6, 4), "TFLOP/s": round(case.flops(tokens) / us / 1e6, 2)}
-    yield from rows.values()
+        found[name] |= timing | {"TB/s": round(moved / us / 1e6, 4), "TFLOP/s": round(case.flops(tokens) / us / 1e6, 2)}
+    yield from found.values()
 
 
 def main() -> None:

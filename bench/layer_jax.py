@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bench.device_jax import timed
+from bench.device_jax import Program, compiled
 from bench.layer import Sizes
 from bench.sides import EPS
 from moekit import jax as mj
@@ -116,7 +116,12 @@ def chain(one: Layer, k: int, part: str) -> Callable:
     return jax.jit(run)
 
 
-def times(sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str, rounds: int) -> dict[str, dict]:
-    """µs per layer by side, as `bench.device_jax.timed` has it."""
-    programs = {name: partial(chain(one, k, part), stack, x, residual) for name, one in sides.items()}
-    return timed(programs, len(stack), rounds)
+def programs(
+    sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str
+) -> dict[tuple[str, int], Program]:
+    """For each side a program of the first layer and one of all of them, by name and number of layers."""
+    first, every = {}, {}
+    for name, one in sides.items():
+        first[name, 1] = partial(jax.jit(partial(one, k=k, part=part)).lower, stack[0], x, residual)
+        every[name, len(stack)] = partial(chain(one, k, part).lower, stack, x, residual)
+    return compiled(first, at_once=1) | compiled(every)

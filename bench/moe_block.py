@@ -91,7 +91,7 @@ def in_jax(sizes: Sizes, tokens: int, dtype: str, part: str, rounds: int) -> Ite
     """One row per way of computing it in JAX."""
     import jax
 
-    from bench import layer_jax
+    from bench import device_jax, layer_jax
 
     keys = jax.random.split(jax.random.key(7), layer_jax.LAYERS + 2)
     stack = [layer_jax.weights(sizes, dtype, k) for k in keys[:-2]]
@@ -99,16 +99,18 @@ def in_jax(sizes: Sizes, tokens: int, dtype: str, part: str, rounds: int) -> Ite
     named = dict(zip(("gate_up", "router", "shared_gate"), map(np.asarray, stack[0]["gates"]), strict=True))
     named |= {n: np.asarray(stack[0][n]) for n in ("norm", "down")}
     wanted = reference_of(named, np.asarray(x[:CHECKED]), np.asarray(residual[:CHECKED]), sizes)
-    found, sides = {}, layer_jax.layers()
-    for name, one in list(sides.items()):
+    found, chains = {}, {}
+    built = layer_jax.programs(layer_jax.layers(), stack, x, residual, sizes.k, part)
+    for name in layer_jax.layers():
         found[name] = {"side": name}
         try:
-            got = jax.jit(partial(one, k=sizes.k, part=part))(stack[0], x, residual)
+            one, all_of_them = (device_jax.made(built[name, n]) for n in (1, len(stack)))
+            got = one(stack[0], x, residual)
             found[name] |= judged([np.asarray(g[:CHECKED]) for g in got], wanted, part)
+            chains[name] = partial(all_of_them, stack, x, residual)
         except Exception as error:
             found[name]["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            del sides[name]
-    for name, timing in layer_jax.times(sides, stack, x, residual, sizes.k, part, rounds).items():
+    for name, timing in device_jax.timed(chains, len(stack), rounds).items():
         found[name] |= timing
     yield from found.values()
 

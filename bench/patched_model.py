@@ -24,11 +24,11 @@ import moekit.torch as mt
 from bench.common import environment, write
 
 
-def build(layers: int, device: str = "cuda"):
-    """Qwen3-Next-80B-A3B's widths, `layers` layers of it, random bfloat16 weights."""
+def build(layers: int, device: str = "cuda", **widths: int):
+    """`layers` layers of Qwen3-Next-80B-A3B's widths, or of those given, with random bfloat16 weights."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    config = Qwen3NextConfig(num_hidden_layers=layers, vocab_size=32768)
+    config = Qwen3NextConfig(num_hidden_layers=layers, vocab_size=32768, **widths)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -242,10 +242,10 @@ def _fits(made: _Exported, x: t.Param) -> str | None:
     """The test that a tensor is laid out as the kernels for dense tensors expect; none for scratch."""
     if x.name not in made.graph.tensors:
         return None
-    kinds = x.layout.strides if isinstance(x.layout, t.Strided) else ()
-    unit = tuple(d for d, k in enumerate(kinds) if k == "unit" and x.axes[d] is not None)
+    kinds = x.strided.strides
+    unit = tuple(d for d, k in enumerate(kinds) if k == "unit" and made.graph.axes.get(x.axes[d] or "", 1) != 1)
     aligned = tuple(d for d, k in enumerate(kinds) if k == "aligned")
-    static = tuple(d for d, a in enumerate(x.axes) if a is not None and a not in made.dynamic)
+    static = () if x.strided.wide else tuple(d for d, a in enumerate(x.axes) if a is not None and a not in made.dynamic)
     return f"_fits({x.name}, {unit}, {aligned}, {static})"
 
 

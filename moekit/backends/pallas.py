@@ -86,6 +86,8 @@ class PallasPrinter(Printer):
         return name
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
+        if op.flat:
+            return self.flat_loop(op, depth)
         pad, name = "    " * depth, f"{op.var.name}_body"
         carried = ", ".join(c.name for c in op.carries)
         lines = [f"{pad}def {name}(turn, carry):"]
@@ -97,12 +99,35 @@ class PallasPrinter(Printer):
         lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
         if op.unroll:
             return self.written_out(op, pad, name, lines)
-        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else -(-op.stop // op.step)
+        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else op.turns
         inits = ", ".join(self.text(i) for i in op.inits)
         outs = ", ".join(o.name for o in op.outs)
         left = f"{outs}{',' * (len(op.outs) == 1)} = " if outs else ""
         lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
         return lines
+
+    def flat_loop(self, op: t.Loop, depth: int) -> list[str]:
+        """A loop and the one in its body as one: what stands after the inner one is done in the last of its turns."""
+        pad, name = "    " * depth, f"{op.var.name}_body"
+        at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
+        begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
+        turns = inner.turns
+        lines = [*self.body(begin, depth), f"{pad}def {name}(turn, carry):"]
+        first = [self.text(i) for i in inner.inits]
+        for var, turn, step in ((op.var, f"lax.div(turn, jnp.int32({turns}))", op.step),
+                                (inner.var, f"lax.rem(turn, jnp.int32({turns}))", inner.step)):  # fmt: skip
+            lines.append(f"{pad}    {var.name} = {turn}" + (f" * {step}" if step != 1 else ""))
+        lines.append(f"{pad}    {', '.join(c.name for c in (*op.carries, *inner.carries))} = carry")
+        lines += self.body([o for o in op.body[:at] if o not in begin], depth + 1)
+        lines += self.body(inner.body, depth + 1)
+        lines += [f"{pad}    {o.name} = {self.text(y)}" for o, y in zip(inner.outs, inner.yields, strict=True)]
+        lines += ["", f"{pad}    def ended():", *self.body(op.body[at + 1 :], depth + 2)]
+        lines += [f"{pad}        return {', '.join([*(self.text(y) for y in op.yields), *first])}", ""]
+        goes_on = ", ".join(v.name for v in (*op.carries, *inner.outs))
+        lines += [f"{pad}    return lax.cond(lax.rem(turn, jnp.int32({turns})) == {turns - 1}, ended, lambda: ({goes_on}))", ""]
+        outs = ", ".join([*(o.name for o in op.outs), *("_" for _ in inner.outs)])
+        inits = ", ".join([*(self.text(i) for i in op.inits), *first])
+        return [*lines, f"{pad}{outs} = lax.fori_loop(0, {op.turns * turns}, {name}, ({inits}))"]
 
     def written_out(self, op: t.Loop, pad: str, name: str, lines: list[str]) -> list[str]:
         """The turns of a loop one after the other. A turn's number is traced, for the reason `constant` gives."""

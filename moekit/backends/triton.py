@@ -113,12 +113,12 @@ class TritonPrinter(Printer):
         pad = "    " * depth
         at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
         begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
-        turns = -(-inner.stop // inner.step)
+        turns = inner.turns
         lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
         lines += self.body(begin, depth)
         first = [f"{c.name} = {self.text(i)}" for c, i in zip(inner.carries, inner.inits, strict=True)]
         lines += [pad + line for line in first]
-        lines.append(f"{pad}for turn in range(0, {-(-op.stop // op.step) * turns}):")
+        lines.append(f"{pad}for turn in range(0, {op.turns * turns}):")
         for var, turn, step in ((op.var, f"turn // {turns}", op.step), (inner.var, f"turn % {turns}", inner.step)):
             lines.append(f"{pad}    {var.name} = {turn}" + (f" * {step}" if step != 1 else ""))
         lines += self.body([o for o in op.body[:at] if o not in begin], depth + 1)
@@ -344,7 +344,7 @@ def _in_turn(kernel: t.Kernel) -> list[str]:
 
 def _abreast(kernel: t.Kernel) -> list[str]:
     """For each block of the outermost axis the programs of every section."""
-    each = [prod(-(-s.axis(a).extent // s.axis(a).block) for a in s.grid[1:]) for s in kernel.sections]
+    each = [prod(s.axis(a).blocks for a in s.grid[1:]) for s in kernel.sections]
     lines, low = ["    pid = tl.program_id(0)"], 0
     for section, count in zip(kernel.sections, each, strict=True):
         at, high = f"pid % {sum(each)}", low + count

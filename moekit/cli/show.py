@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -160,12 +159,11 @@ FORMS: dict[str, Callable[..., str]] = {"graph": _graph, "tile": _tile, "triton"
 
 def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
     """The programs for contiguous tensors with run-time strides, as PyTorch launches them."""
+    from moekit.compile.dense import contiguous
     from moekit.compile.plan import plan
-    from moekit.compile.tile import Strided
 
     graph = fusion.trace(binding)
-    layouts = {t.name: Strided(_stride_classes(t.dtype, _shape(graph, binding, t))) for t in graph.tensors.values()}
-    return plan(graph, schedule, layouts)
+    return plan(graph, schedule, contiguous(graph, _sizes(graph, binding)))
 
 
 def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
@@ -188,11 +186,3 @@ def _sizes(graph: Graph, binding: Binding) -> dict[str, int]:
 def _shape(graph: Graph, binding: Binding, tensor: Tensor) -> tuple[int, ...]:
     sizes = _sizes(graph, binding)
     return tuple(1 if axis is None else sizes[axis] for axis in tensor.axes)
-
-
-def _stride_classes(dtype: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """What the compiler is told of each stride of a contiguous tensor."""
-    from moekit.lang.dtypes import itemsize
-
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return tuple("unit" if s == 1 else "any" if s * itemsize(dtype) % 16 else "aligned" for s in strides)

@@ -1,26 +1,39 @@
-"""The layouts of contiguous tensors: what is compiled and timed where nothing else is known."""
+"""What is known of tensors' strides; and the layouts of contiguous tensors, which are compiled and timed ahead of any call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 from moekit.compile import tile as t
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Graph, Tensor
+from moekit.lang.graph import Graph
+
+
+def strided(
+    shape: Sequence[int], strides: Sequence[int], axes: Sequence[str | None], dynamic: Collection[str], size: int
+) -> t.Strided:
+    """What a kernel knows of a tensor with elements of `size` bytes: which strides are 1, or do not matter for the one element
+
+    there ever is; which are multiples of 16 bytes; and whether offsets along static axes need 64 bits.
+    """
+    kinds, reach = [], 0
+    for n, stride, axis in zip(shape, strides, axes, strict=True):
+        if stride == 1 or (n == 1 and axis not in dynamic):
+            kinds.append("unit")
+        else:
+            kinds.append("aligned" if stride * size % 16 == 0 and stride < 2**31 else "any")
+        if axis not in dynamic:
+            reach += max(0, n - 1) * stride
+    return t.Strided(tuple(kinds), wide=reach >= 2**31)
 
 
 def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided]:
-    """The stride classes of every tensor of a graph, all contiguous; `sizes` of all axes, dynamic ones too."""
+    """The layouts of every tensor of a graph, all contiguous, as a launch has them; `sizes` of all axes, dynamic ones too."""
     extents = dict(sizes) | {a: s for a, s in graph.axes.items() if s is not None}
-    return {x.name: _strided(x, extents) for x in graph.tensors.values()}
-
-
-def _strided(x: Tensor, extents: Mapping[str, int]) -> t.Strided:
-    shape = [1 if a is None else extents[a] for a in x.axes]
-    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    kinds = (
-        "unit" if s == 1 or x.axes[d] is None else "any" if s * itemsize(x.dtype) % 16 else "aligned"
-        for d, s in enumerate(strides)
-    )
-    return t.Strided(tuple(kinds))
+    dynamic, found = {a for a, s in graph.axes.items() if s is None}, {}
+    for x in graph.tensors.values():
+        shape = [1 if a is None else extents[a] for a in x.axes]
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        found[x.name] = strided(shape, strides, x.axes, dynamic, itemsize(x.dtype))
+    return found

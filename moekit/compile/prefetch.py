@@ -66,6 +66,6 @@ def _ask(low: Lowering, read: Node, along: int) -> None:
         values[along] = low.const(root, start) if start else None
         if first is not None:
             values[along] = low.binary(root, "add", first, low.const(root, start)) if start else first
-        wide = tuple(layout.wide for _ in values)
+        wide = tuple(isinstance(layout, t.Strided) and layout.wide for _ in values)
         root.ops.append(t.Prefetch(tensor, tuple(values), wide, low.all(root, masks), along, some))
         start, size = start + some, size - some

@@ -35,9 +35,9 @@ def top_k(low: Lowering, node: int, n: Node, home: Scope) -> t.Value:
     var, scope = t.Value(low.names.fresh("rank"), "int32"), Scope(home)
     here = low.binary(scope, "eq", low.bound(scope, into)[0], var)
     if packed:
-        yields = _packed_step(low, scope, here, *carries, keys, axis)
+        yields = _packed_step(low, scope, here, carries[0], carries[1], keys, axis)
     else:
-        yields = _plain_step(low, scope, here, *carries, axis)
+        yields = _plain_step(low, scope, here, carries[0], carries[1], carries[2], axis)
     outs = tuple(t.Value(low.names.fresh(c.name), c.dtype, c.axes) for c in carries)
     home.ops.append(t.Loop(var, n.attr("k"), 1, carries, tuple(inits), tuple(scope.ops), yields, outs))
     best, ids = outs[:2]

@@ -100,8 +100,8 @@ def _prefetch_type(p: t.TileProgram, op: t.Prefetch) -> str | None:
         return f"{op.tensor} has no strided dimension {op.along}"
     if param.layout.strides[op.along] != "unit":
         return f"the elements of {op.tensor} do not lie side by side along dimension {op.along}"
-    if op.index[op.along] is not None and op.index[op.along].axes:
-        return f"it begins at {op.index[op.along].name}, which must be one number"
+    if (begin := op.index[op.along]) is not None and begin.axes:
+        return f"it begins at {begin.name}, which must be one number"
     reached = {a for v in op.index if v is not None for a in v.axes}
     if extra := set(op.mask.axes if op.mask else ()) - reached:
         return f"the mask varies over {sorted(extra)[0]}, the index does not"

@@ -12,6 +12,7 @@ import numpy as np
 
 from moekit.compile import interpret
 from moekit.compile.alias import out_of_place, over_operand, written_name
+from moekit.compile.dense import strided
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile import Strided
@@ -119,7 +120,7 @@ class Interpret(Executor):
         dynamic = frozenset(case.declaration.dynamic)
         separate = frozenset(n for n in case.names if n in case.shapes and case.targets[n] != n)
         over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
-        layouts = tuple((n, strided(x, _axes(case, n), dynamic)) for n, x in tensors.items())
+        layouts = tuple((n, _layout(x, _axes(case, n), dynamic)) for n, x in tensors.items())
         if any(x.size for x in (tensors[t] for t in case.targets.values())):
             made = _planned(case.declaration, static(case), separate, over, layouts, schedule_of(case))
             for w in case.graph.writes:
@@ -134,15 +135,9 @@ def _axes(case: FuzzCase, name: str) -> tuple[str | None, ...]:
     return case.graph.tensors[found].axes
 
 
-def strided(x: np.ndarray, axes: Sequence[str | None], dynamic: frozenset[str]) -> Strided:
-    """What the compiler is told of an array's strides, as the PyTorch face tells it."""
-    kinds, reach, size = [], 0, x.itemsize
-    for n, step, axis in zip(x.shape, x.strides, axes, strict=True):
-        stride = step // size
-        unit = stride == 1 or (n == 1 and axis not in dynamic)
-        kinds.append("unit" if unit else "aligned" if step % 16 == 0 and stride < 2**31 else "any")
-        reach += 0 if axis in dynamic else max(0, n - 1) * stride
-    return Strided(tuple(kinds), wide=reach >= 2**31)
+def _layout(x: np.ndarray, axes: Sequence[str | None], dynamic: frozenset[str]) -> Strided:
+    """What the compiler is told of an array's strides."""
+    return strided(x.shape, [step // x.itemsize for step in x.strides], axes, dynamic, x.itemsize)
 
 
 @functools.lru_cache(maxsize=4096)

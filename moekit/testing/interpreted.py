@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +39,8 @@ def mend() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
-    builder, reducer = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    builder: Any = interpreter.InterpreterBuilder
+    reducer = interpreter.ReduceOps
     if hasattr(builder, "mended"):
         return
     builder.mended = True

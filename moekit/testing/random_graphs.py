@@ -18,6 +18,7 @@ from moekit import lang as ml
 from moekit.errors import MoekitError
 from moekit.lang import Fusion, In, InOut, Out, Value
 from moekit.lang.dtypes import FLOATS
+from moekit.lang.spec import Spec
 from moekit.testing.bounds import bounds
 
 SHAPES = ("T A", "T A B", "T B", "A", "B", "A B", "T")
@@ -29,7 +30,7 @@ def random_fusion(seed: int) -> Fusion:
     """The declaration number `seed`; outputs are `out` and, for every third, `second`."""
     rng = np.random.default_rng(seed)
     shapes = ["T A", *(SHAPES[int(i)] for i in rng.integers(0, len(SHAPES), int(rng.integers(1, 3)))), "T A B"]
-    specs: dict[str, In | InOut | Out] = {f"x{i}": In(s) for i, s in enumerate(shapes)}
+    specs: dict[str, Spec] = {f"x{i}": In(s) for i, s in enumerate(shapes)}
     if seed >= WIDER:
         specs["ids"] = In("T", dtype="int32")
         specs |= {"state": InOut("T A", dtype="float32")} if rng.integers(3) == 0 else {}
@@ -54,7 +55,7 @@ def random_fusion(seed: int) -> Fusion:
     return made
 
 
-def _turned(fusion: Fusion) -> dict[str, Out]:
+def _turned(fusion: Fusion) -> dict[str, Spec]:
     """The outputs of a declaration, each with its axes the other way round."""
     sizes = {"T": 5, "A": 7, "B": 6}
     shapes = {n: tuple(d.size(sizes) for d in s.dims) for n, s in fusion.tensors.items()}

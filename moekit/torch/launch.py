@@ -14,6 +14,7 @@ import torch
 
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
+from moekit.compile.dense import strided
 from moekit.compile.plan import Plan
 from moekit.errors import ShapeError, UnavailableError
 
@@ -73,16 +74,7 @@ def strides_of(tensor: torch.Tensor, axes: Sequence[str | None], dynamic: frozen
 
 def layout(tensor: torch.Tensor, axes: tuple[str | None, ...], dynamic: frozenset[str]) -> t.Strided:
     """What is known of a tensor's strides: which are 1, which a multiple of 16 bytes, whether offsets need 64 bits."""
-    kinds, reach = [], 0
-    itemsize = tensor.element_size()
-    for size, stride, axis in zip(tensor.shape, strides_of(tensor, axes, dynamic), axes, strict=True):
-        if stride == 1 or (size == 1 and axis not in dynamic):
-            kinds.append("unit")
-        else:
-            kinds.append("aligned" if stride * itemsize % 16 == 0 and stride < 2**31 else "any")
-        if axis not in dynamic:
-            reach += max(0, size - 1) * stride
-    return t.Strided(tuple(kinds), wide=reach >= 2**31)
+    return strided(tensor.shape, strides_of(tensor, axes, dynamic), axes, dynamic, tensor.element_size())
 
 
 def scratch(plan: Plan, sizes: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:

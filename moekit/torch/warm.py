@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.compile.heuristic import row_classes
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.lang.fusion import Binding, Fusion
 from moekit.torch.call import device_name
 from moekit.torch.face import op
-from moekit.tune.table import BUCKETS, scheduled
+from moekit.tune.table import buckets, scheduled
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int], device:
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
     free = [a for a in fusion.dynamic if a not in sizes]
     graph, found = fusion.trace(binding), {}
-    for least in sorted({*row_classes(graph), *BUCKETS}):
-        rows = dict.fromkeys(free, max(1, least))
+    for least in buckets(graph):
+        rows = dict.fromkeys(free, least)
         found.setdefault(scheduled(device_name(device), graph, dict(binding.sizes) | rows), rows)
     return list(found.values()) if len(found) > 1 else [{}]
 

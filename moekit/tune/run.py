@@ -26,7 +26,7 @@ from moekit.lang.graph import Graph
 from moekit.testing import Call, compare, operands
 from moekit.torch.face import op
 from moekit.tune.search import Bench, Found, Timed, Trial, search, winners
-from moekit.tune.table import BUCKETS, Entry, device_key, graph_key, heuristics, kernels_of, stale
+from moekit.tune.table import Entry, buckets, device_key, graph_key, heuristics, kernels_of, stale
 from moekit.tune.timer import capture, copies_needed, microseconds, replay
 
 CHECKED_ROWS = 19
@@ -70,7 +70,7 @@ class Target:
     @property
     def buckets(self) -> dict[int, tuple[int, ...]]:
         """The numbers of rows to time by bucket, but those that take too much memory."""
-        fitting = {b: tuple(r for r in rows if self._bytes(r) <= LARGEST_BYTES) for b, rows in BUCKETS.items()}
+        fitting = {b: tuple(r for r in rows if self._bytes(r) <= LARGEST_BYTES) for b, rows in buckets(self.graph).items()}
         return {b: rows for b, rows in fitting.items() if rows}
 
     @property
@@ -239,10 +239,10 @@ def _settled(target: Target, found: Found) -> Tuned:
             times.append(Timed(bucket, rows, {n: us[s] for n, s in named.items()}, named))
     schedules = winners(graph, found.together, times)
     if schedules and len(kernels_of(graph, schedules)[1]) > 1:  # of another order: then it serves rows that were not timed, too
-        schedules = {b: schedules[max(m for m in schedules if m <= b)] for b in BUCKETS}
+        schedules = {b: schedules[max(m for m in schedules if m <= b)] for b in buckets(graph)}
     if not schedules:
         return Tuned(graph_key(graph), None, times, found.trials)
-    served = {s: None for b, rows in BUCKETS.items() for s in ([schedules[b]] if b in schedules else heuristics(graph, rows))}
+    served = dict.fromkeys(schedules.get(b) or heuristics(graph, [b])[0] for b in buckets(graph))
     entry = Entry(schedules, kernels_of(graph, schedules)[0])
     problem = target.differ(list(served)) or stale(graph, entry)
     return Tuned(graph_key(graph), None if problem else entry, times, found.trials, problem)

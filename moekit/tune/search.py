@@ -15,7 +15,7 @@ from moekit.compile.analysis import axis_uses
 from moekit.compile.order import Order
 from moekit.compile.schedule import WARPS, Schedule, legal, pow2, uses_dot
 from moekit.lang.graph import Graph
-from moekit.tune.table import BUCKETS, heuristics, order_of, rows_axis
+from moekit.tune.table import heuristics, order_of, rows_axis
 
 LONGEST_PIPELINE = 8
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
@@ -223,7 +223,7 @@ def mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def search(graph: Graph, bench: Bench, seconds: float, buckets: Mapping[int, Sequence[int]] = BUCKETS) -> Found:
+def search(graph: Graph, bench: Bench, seconds: float, buckets: Mapping[int, Sequence[int]]) -> Found:
     """The best schedules of each bucket, alone and in one order, within a time budget (what is begun is ended)."""
     run = _Search(graph, bench, buckets)
     own = {b: heuristics(graph, rows) for b, rows in buckets.items()}

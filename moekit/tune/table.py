@@ -19,7 +19,7 @@ from math import isqrt
 
 from moekit.backends import triton as emitter
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import GEMM_TILES, heuristic, tokens_class
+from moekit.compile.heuristic import heuristic, row_classes, tokens_class
 from moekit.compile.order import Order, order
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule, legal
@@ -30,19 +30,15 @@ EDGES = (1, 17, 128, 512, 2048, 8192)
 MEASURED = (1, 16, 64, 256, 1024, 4096, 16384)
 
 
-def _buckets() -> dict[int, tuple[int, ...]]:
-    """The least number of rows of each bucket, and the numbers at which schedules for it are timed.
+def buckets(graph: Graph) -> dict[int, tuple[int, ...]]:
+    """The least number of rows of each bucket of a graph, and the numbers at which schedules for it are timed.
 
-    They begin at the heuristic's classes that are the same for every width; between them there may be others (`row_classes`),
-    of which an entry speaks as of the one that was timed.
+    No class of the heuristic's (`row_classes`) is in two of them, nor two classes in one.
     """
-    edges = sorted({*EDGES, *(max(1, least) for least, *_ in GEMM_TILES)})
+    edges = sorted({*EDGES, *row_classes(graph)} - {0})
     ends = [*edges[1:], 2 * max(MEASURED[-1], edges[-1])]
     inside = {low: tuple(m for m in MEASURED if low <= m < end) for low, end in zip(edges, ends, strict=True)}
     return {low: inside[low] or (isqrt(low * end),) for low, end in zip(edges, ends, strict=True)}
-
-
-BUCKETS: Mapping[int, tuple[int, ...]] = _buckets()
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,9 @@ def rows_axis(graph: Graph) -> str | None:
     return dynamic[0] if len(dynamic) == 1 else None
 
 
-def bucket(rows: int) -> int:
-    """The least number of rows of the bucket that `rows` is in."""
-    return max((least for least in BUCKETS if least <= rows), default=1)
+def bucket(edges: Iterable[int], rows: int) -> int:
+    """The least number of rows of the bucket that `rows` is in; `edges`: those of all buckets."""
+    return max((least for least in edges if least <= rows), default=1)
 
 
 @lru_cache(maxsize=16)
@@ -124,18 +120,20 @@ def tuned(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | Non
     known = table(device)
     if not known or (axis := rows_axis(graph)) is None or (key := graph_key(graph)) not in known:
         return None
-    return _in_force(device, key, known[key], graph).get(bucket(sizes[axis]))
+    serving = _in_force(device, key, known[key], graph)
+    return serving[bucket(serving, sizes[axis])]
 
 
-_checked: dict[tuple[str, str, str], Mapping[int, Schedule]] = {}
+_checked: dict[tuple[str, str, str], Mapping[int, Schedule | None]] = {}
 
 
-def _in_force(device: str, key: str, data: Mapping, graph: Graph) -> Mapping[int, Schedule]:
-    """The schedules of an entry, none if it does not hold; looked at once per graph."""
+def _in_force(device: str, key: str, data: Mapping, graph: Graph) -> Mapping[int, Schedule | None]:
+    """The schedule of each bucket by an entry, None where it has none or does not hold; looked at once per graph."""
     known = device, key, graph.digest()
     if known not in _checked:
         entry = Entry.parse(data)
-        _checked[known] = {} if stale(graph, entry) else entry.schedules
+        said = {} if stale(graph, entry) else entry.schedules
+        _checked[known] = {least: said.get(least) for least in buckets(graph)}
     return _checked[known]
 
 
@@ -160,11 +158,10 @@ def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, se
     They are the tuned ones, and the heuristic's of every bucket: it was they that the tuned ones were faster than.
     """
     texts, orders = set(), set()
-    for least, measured in BUCKETS.items():
-        for own in heuristics(graph, (least, *measured)):
-            made = _contiguous(graph, own)
-            texts |= _texts(made)
-            orders |= set() if least in schedules else {order(made)}
+    for least in buckets(graph):
+        made = _contiguous(graph, heuristics(graph, [least])[0])
+        texts |= _texts(made)
+        orders |= set() if least in schedules else {order(made)}
     for schedule in dict.fromkeys(schedules.values()):
         made = _contiguous(graph, schedule)
         texts |= _texts(made)

@@ -68,12 +68,15 @@ def test_errors_host_times_and_steps(tmp_path):
     write(tmp_path / "h.json", result(rows=[{"op": "norm_", "way": w, "us": 3.21} for w in ("raw", "function")]))
     step = {"batch": 16, "step_ms": 7.129, "gpu_ms": 7.0, "launches": 310}
     write(tmp_path / "p.json", result(rows=[step | {"way": w} for w in ("patched", "original")]))
-    page = "".join(f"<!-- {name} {name[0]}.json -->\n<!-- end -->\n" for name in ("errors", "host", "patched"))
+    off = {"batch": 1, "error": 0.126, "other": 0.359, "same experts": 0.0363}
+    write(tmp_path / "a.json", result(rows=[off | {"way": "original"}, off | {"way": "patched", "error": 0.116}]))
+    page = "".join(f"<!-- {name} {name[0]}.json -->\n<!-- end -->\n" for name in ("errors", "host", "patched", "accuracy"))
     page = report.filled(page, tmp_path)
     assert "| silu_and_mul | float32 | 0.50 (0.12) | 0.50 (0.12) |" in page
     assert "| `norm_` | 3.2 | 3.2 |" in page
     assert "| batch | patched: ms, kernels | original: ms, kernels |" in page
     assert "| 16 | 7.13, 310 | 7.13, 310 |" in page
+    assert "| 1 | 0.126 | 0.116 | 0.0363 | 0.0363 | 36 % and 36 % |" in page
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
@@ -81,3 +84,13 @@ def test_a_page_is_what_the_results_make_of_it(page):
     """It was filled from bench/results as they are now."""
     assert "<!-- made " in page.read_text()
     assert report.filled(page.read_text(), report.RESULTS) == page.read_text()
+
+
+def test_decode_steps(tmp_path):
+    """A row per number of sequences; the ratio is of the two times."""
+    sides = (("pallas", 700.4, 1427.8), ("xla", 754.0, 1326.3))
+    rows = [{"T": 1, "side": k, "us": us, "tokens/s": rate, "same tokens": 1.0} for k, us, rate in sides]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- decoded r.json -->\n<!-- end -->", tmp_path)
+    assert "| sequences | pallas: µs, tokens/s | xla: µs, tokens/s | pallas / xla | same tokens |" in page
+    assert "| 1 | 700, 1428 | 754, 1326 | 0.93 | 100% |" in page

@@ -66,13 +66,14 @@ def test_float32_is_not_rounded_to_tf32(implementation):
     assert check(implementation, Call(FUSION, operands(FUSION, SIZES, "float32", seed=5))).worst < 1
 
 
+@pytest.mark.parametrize("implementation", ["interpret", "pallas", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("how", ["split:D:2", "split:D:3", "split:D:8", "parts:D:3", "parts:D:4"])
-@pytest.mark.parametrize("depth", [31, 32, 200])
-def test_contraction_in_parts(how, depth):
+@pytest.mark.parametrize("depth", [31, 32, 250])
+def test_contraction_in_parts(implementation, how, depth):
     """Parts of any number, some of them empty, in a second launch or in a row, add up to the whole."""
     values = operands(FUSION, SIZES | {"D": depth}, "float32")
     schedule = Schedule.parse(f"T:grid:16 D:loop:16 E:grid:16 G:grid:16 I:grid:16 {how} warps:4 stages:2")
-    check("interpret", Call(FUSION, values, schedule=schedule))
+    check(implementation, Call(FUSION, values, schedule=schedule))
 
 
 @pytest.mark.parametrize("implementation", implementations())

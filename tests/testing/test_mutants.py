@@ -96,7 +96,7 @@ def test_stages_follow_from_the_files():
     assert stages_of(["backends/triton.py"]) == ("triton-interpreter",)
     assert stages_of(["backends/pallas.py"]) == ("pallas",)
     assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
-    assert stages_of(["backends/array.py"]) == ("numpy", "eager", "xla")
+    assert stages_of(["backends/array.py"]) == stages_of(["backends/libraries.py"]) == ("numpy", "eager", "xla")
     assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
     assert stages_of(["compile/overlap.py"]) == ("eager", "triton-interpreter")
     assert stages_of(["jax/view.py"]) == ("pallas", "xla")

@@ -113,6 +113,13 @@ def test_a_gemm_has_every_class_of_rows():
     assert " T < " not in export(FUSIONS["add_rms_norm"])
 
 
+def test_one_row_of_a_weight_may_have_any_stride():
+    """Where there is one element the stride is never used, by kernels of one class as of another."""
+    text = export(FUSIONS["gate_block"], sizes={"D": 64, "I": 16, "E": 16, "G": 1})
+    assert "_fits(shared_gate, (1,), (), (0, 1))" in text
+    assert "_fits(shared_gate, (1,), (0,), (0, 1))" in export(FUSIONS["gate_block"], sizes={"D": 64, "I": 16, "E": 16, "G": 2})
+
+
 def heuristic_of(name: str, rows: int) -> Schedule:
     """The heuristic's schedule for a class of rows."""
     return heuristic(FUSIONS[name].trace(example(FUSIONS[name], dtype="bfloat16")), rows)

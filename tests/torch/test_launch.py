@@ -8,9 +8,15 @@ import torch
 import moekit.torch as mt
 from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
+from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import GEMM_TILES
 from moekit.errors import AliasError
+from moekit.fusions import FUSIONS
+from moekit.lang import In, f32, fusion
+from moekit.lang.arguments import example
 from moekit.torch import fast, launch
+from moekit.torch.launch import layout
+from moekit.tune.run import SIZES
 
 TRITON, EAGER = {"implementation": "triton"}, {"implementation": "eager"}
 
@@ -184,6 +190,35 @@ def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):
     same(mt.add_rms_norm(x, residual, weight, **TRITON), mt.add_rms_norm(x, residual, weight, **EAGER))
     ((program, _),) = emulated.compiled
     assert (program.warps, program.axis("T").block, asked) == (2, 2, ["add_rms_norm"])
+
+
+CONTIGUOUS = [(FUSIONS[name], sizes) for name, several in SIZES.items() for sizes in several]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("made", "sizes"), CONTIGUOUS, ids=lambda x: getattr(x, "name", str(x)))
+def test_what_is_made_ahead_for_contiguous_tensors_is_what_a_launch_asks_for(made, sizes, rows):
+    """`moekit tune`, `export` and `show` look at the kernel of a call, not at one that knows more or less of its strides."""
+    binding = example(made, {**sizes, "T": rows}, "bfloat16", {})
+    graph = made.trace(binding)
+    extents = dict(binding.sizes)
+    for name, told in contiguous(graph, extents).items():
+        x = graph.tensors[name]
+        shape = [1 if a is None else extents.get(a, graph.axes[a]) for a in x.axes]
+        like = torch.empty(shape, dtype=getattr(torch, x.dtype), device="meta")
+        assert told == layout(like, x.axes, frozenset(made.dynamic)), name
+
+
+def test_a_contiguous_tensor_of_2_31_elements_is_wide():
+    """Offsets along its static axes pass 2**31 - 1."""
+
+    @fusion(None, x=In("T A B"))
+    def rows(x):
+        return f32(x) * 2.0
+
+    graph = rows.trace(example(rows, {"T": 3, "A": 2**16 + 1, "B": 2**15}, "bfloat16", {}))
+    assert contiguous(graph, {"T": 3})["x"].wide
+    assert not contiguous(rows.trace(example(rows, {"T": 2**20, "A": 2, "B": 2**15}, "bfloat16", {})), {"T": 2**20})["x"].wide
 
 
 def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):

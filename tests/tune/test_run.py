@@ -11,8 +11,9 @@ from moekit.cli.app import cli
 from moekit.compile.schedule import Schedule
 from moekit.tune import run, table
 from moekit.tune.search import Timed, Trial
-from moekit.tune.table import BUCKETS, Entry
+from moekit.tune.table import Entry
 
+BUCKETS = {1: (1, 16), 17: (64,), 128: (256,)}
 FASTER = "T:grid:4 I:grid:512 warps:8 stages:1"
 
 

@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 import pytest
 
-from moekit.compile.heuristic import GEMM_TILES, heuristic
+from moekit.compile.heuristic import heuristic
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule, legal
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
 from moekit.tune import table
 from moekit.tune.search import Bench, Timed, mean, neighbours, search, winners
-from moekit.tune.table import BUCKETS, Entry, bucket, heuristics, kernels_of, order_of, stale
+from moekit.tune.table import Entry, bucket, buckets, heuristics, kernels_of, order_of, stale
 
 SIZES = {
     "gate_gemm": {"D": 2048, "P": 648},
@@ -32,9 +32,9 @@ shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}
 
 
-def graph(name: str, dtype: str = "bfloat16"):
-    """The graph of a fusion at a decode step's sizes."""
-    values = operands(FUSIONS[name], {"T": 3, **SIZES[name]}, dtype, "normal", 1)
+def graph(name: str, dtype: str = "bfloat16", sizes: Mapping[str, int] | None = None):
+    """The graph of a fusion, at a decode step's sizes where nothing is said."""
+    values = operands(FUSIONS[name], {"T": 3, **(sizes or SIZES[name])}, dtype, "normal", 1)
     return Call(FUSIONS[name], values, {"k": 10} if "k" in FUSIONS[name].params else {}).graph
 
 
@@ -186,10 +186,37 @@ def test_winners_are_those_worth_an_entry():
 def test_means_and_buckets():
     """Geometric; a bucket is named by its least number of rows."""
     assert math.isclose(mean([0.5, 2.0]), 1.0)
-    assert [bucket(n) for n in (0, 1, 10**6)] == [1, 1, max(BUCKETS)]
-    assert all(bucket(least) == least > bucket(least - 1) for least in BUCKETS if least > 1)
-    assert {max(1, least) for least, *_ in GEMM_TILES} <= set(BUCKETS)
-    assert all(least <= n and bucket(n) == least for least, measured in BUCKETS.items() for n in measured)
+    edges = (1, 17, 128)
+    assert [bucket(edges, n) for n in (0, 1, 16, 17, 127, 128, 10**6)] == [1, 1, 1, 17, 17, 128, 128]
+
+
+WIDTHS = [("silu_and_mul", {"I": 100}), ("silu_and_mul", {"I": 64}), ("gate_gemm", {"D": 2048, "P": 1544})]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [*SIZES.items(), *WIDTHS], ids=str)
+def test_a_bucket_has_one_class_of_rows(name, sizes):
+    """Whatever the width: an entry of a bucket stands beside one schedule of the heuristic's, and is timed within it."""
+    traced = graph(name, sizes=sizes)
+    found = buckets(traced)
+    ends = [*list(found)[1:], 10**6]
+    for (least, measured), end in zip(found.items(), ends, strict=True):
+        assert len(heuristics(traced, (least, *measured, end - 1))) == 1
+        assert measured
+        assert all(bucket(found, n) == least for n in (least, *measured, end - 1))
+
+
+def test_between_the_edges_of_a_class_the_table_has_a_bucket(monkeypatch):
+    """Rows of 100 are many from 10486 on: an entry for 8192 says nothing of them."""
+    traced = graph("silu_and_mul", sizes={"I": 100})
+    assert list(buckets(traced)) == [1, 17, 128, 512, 2048, 8192, 10486]
+    faster = "T:grid:8 I:grid:128 warps:4 stages:1"
+    in_table(monkeypatch, traced, entry(traced, from_8192=faster))
+    assert [str(table.tuned("NVIDIA H200", traced, {"T": t})) for t in (8191, 8192, 10485, 10486)] == [
+        "None",
+        faster,
+        faster,
+        "None",
+    ]
 
 
 def entry(traced, **schedules: str) -> Entry:
@@ -239,7 +266,7 @@ def test_a_stale_entry_is_not_used(monkeypatch):
     norm = graph("add_rms_norm")
     monkeypatch.undo()
     assert "same order" in (stale(norm, entry(norm, from_17="T:grid:1 H:whole:2048 warps:4 stages:1")) or "")
-    everywhere = {f"from_{b}": "T:grid:1 H:whole:2048 warps:4 stages:1" for b in BUCKETS}
+    everywhere = {f"from_{b}": "T:grid:1 H:whole:2048 warps:4 stages:1" for b in buckets(norm)}
     assert stale(norm, entry(norm, **everywhere)) is None
 
 

@@ -233,6 +233,13 @@ class Loop:
     unroll: bool = False
     flat: bool = False
 
+    @property
+    def turns(self) -> int:
+        """How many turns a loop of static size has; TypeError if that is not known."""
+        if isinstance(self.stop, Value):
+            raise TypeError(f"the loop over {self.var} runs to {self.stop}, which only a launch knows")
+        return -(-self.stop // self.step)
+
 
 Op = (
     Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary

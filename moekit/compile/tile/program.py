@@ -32,10 +32,14 @@ class AxisBlock:
         return self.extent is None or self.extent % (self.block * self.parts) != 0
 
     @property
+    def blocks(self) -> int:
+        """How many blocks the axis has (static axes only)."""
+        return -(-(self.extent or 0) // self.block)
+
+    @property
     def share(self) -> int:
         """Elements of the axis that one part covers, a multiple of the block (static axes only)."""
-        blocks = -(-(self.extent or 0) // self.block)
-        return -(-blocks // self.parts) * self.block
+        return -(-self.blocks // self.parts) * self.block
 
 
 @dataclass(frozen=True)

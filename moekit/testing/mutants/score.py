@@ -20,11 +20,12 @@ from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
 SECONDS = 90.0  # for one stage of one mutant
-SEEN = (  # the file, the folder (none: ""), and the stages in which a change of them alone can be seen
+ARRAY_FILES = ("backends/array.py", "backends/libraries.py")
+SEEN = (  # the file (or several), the folder (none: ""), and the stages in which a change of them alone can be seen
     ("backends/triton.py", "", ("triton-interpreter",)),
     ("backends/pallas.py", "", ("pallas",)),
     ("backends/printer.py", "", STAGES[1:]),
-    ("backends/array.py", "", ARRAYS),
+    (ARRAY_FILES, "", ARRAYS),
     ("compile/overlap.py", "", ("eager", "triton-interpreter")),
     ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
     ("backends/pallas.py", "jax/", ("pallas", "xla")),
@@ -54,7 +55,7 @@ def stages_of(files: Iterable[str]) -> tuple[str, ...]:
     for ends, folder, seen in SEEN:
         if all(f.endswith(ends) or (folder and f"/{folder}" in f"/{f}") for f in files):
             return seen
-    return (*STAGES, *ARRAYS) if any(f.endswith("backends/array.py") for f in files) else STAGES
+    return (*STAGES, *ARRAYS) if any(f.endswith(ARRAY_FILES) for f in files) else STAGES
 
 
 def copy_package(folder: Path) -> Path:

@@ -62,7 +62,7 @@ LOWERING = (
     _one("last-block-dropped", "compile/scope.py", "home.ops.append(t.Loop(var, stop, block.block,",
          "home.ops.append(t.Loop(var, stop - stop % block.block if isinstance(stop, int) else stop, block.block,", "a loop leaves out its ragged last block"),
     _one("parts-start-wrong", "compile/scope.py", "self.const(home, self.blocks[axis].share)", "self.const(home, self.blocks[axis].block)", "the parts of a split axis begin too early"),
-    _one("share-rounds-down", "compile/tile/program.py", "return -(-blocks // self.parts) * self.block", "return max(1, blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
+    _one("share-rounds-down", "compile/tile/program.py", "return -(-self.blocks // self.parts) * self.block", "return max(1, self.blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/lower.py", "            if entry.start:\n", "            if False:\n", "the second half is the first"),
     _one("slice-step-ignored", "compile/lower.py", "            if entry.step != 1:\n", "            if False:\n", "interleaved slices are read side by side"),
     _one("ids-unchecked", "compile/lower.py", "                masks.append(self._in_range(scope, ids, dim.axis))\n", "", "ids out of range reach memory"),
@@ -188,9 +188,9 @@ PALLAS = (
 
 ARRAY = (
     _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
-    _one("array-ids-unchecked", "backends/array.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
-    _one("array-old-rows-lost", "backends/array.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
-    _one("array-division-floors", "backends/array.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+    _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
+    _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
+    _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
 )  # fmt: skip
 
 EQUIVALENT = (
