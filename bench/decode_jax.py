@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,6 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
     shared_expert_intermediate_size=512,
 )
 ROOM = 1024  # tokens for which a cache has room; half of it is filled
-KINDS = ("pallas", "xla")
 
 
 def drawn(like: Any, key: jax.Array) -> Any:
@@ -86,25 +85,33 @@ class Steps:
         return self.tokens
 
 
-def measured(config: Config, dtype: str, batches: tuple[int, ...], rounds: int) -> Iterator[dict]:
-    """One row per batch and kind of kernels."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+def begin(config: Config, mesh: Mesh, dtype: str, batch: int) -> tuple[jax.Array, Any]:
+    """The last tokens of so many sequences, and a cache that is half full."""
+    cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
+    tokens = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size)
+    return tokens, replace(cache, lengths=jnp.full((batch,), ROOM // 2, jnp.int32))
+
+
+def both(config: Config, mesh: Mesh, dtype: str, batches: Sequence[int]) -> Iterator[tuple[int, dict[str, Steps]]]:
+    """For each batch the steps with either kind of kernels, from the same weights, tokens and cache."""
     packed = random_model(config, mesh, dtype)
     models = {"pallas": packed, "xla": unpack_gates(packed)}
-    begins = {}
     for batch in batches:
-        cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
-        lengths = jnp.full((batch,), ROOM // 2, jnp.int32)
-        begins[batch] = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size), replace(cache, lengths=lengths)
-    lowered = {(b, k): partial(greedy_step.lower, models[k], *begins[b], kernels=k) for b in batches for k in KINDS}
-    built = compiled(lowered, at_once=1)
-    for batch in batches:
-        steps = {k: Steps(made(built[batch, k]), models[k], *begins[batch]) for k in KINDS}
-        first = [np.asarray(steps[k]()) for k in KINDS]
+        tokens, cache = begin(config, mesh, dtype, batch)
+        lowered = {k: partial(greedy_step.lower, m, tokens, cache, kernels=k) for k, m in models.items()}
+        programs = compiled(lowered, at_once=1)
+        yield batch, {k: Steps(made(programs[k]), m, tokens, cache) for k, m in models.items()}
+
+
+def measured(config: Config, dtype: str, batches: Sequence[int], rounds: int) -> Iterator[dict]:
+    """One row per batch and kind of kernels."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    for batch, steps in both(config, mesh, dtype, batches):
+        first, second = (np.asarray(step()) for step in steps.values())
         for kind, timing in timed(steps, 1, rounds).items():
             row = {"case": f"decode step, {config.num_layers} layers", "T": batch, "dtype": dtype, "side": kind}
-            rate = round(batch / timing["us"] * 1e6, 1)
-            yield row | {"same tokens": float(np.mean(first[0] == first[1]))} | timing | {"tokens/s": rate}
+            row |= {"same tokens": float(np.mean(first == second)), "tokens/s": round(batch / timing["us"] * 1e6, 1)}
+            yield row | timing
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def raw(name: str, operands: tuple, params: dict, in_place: bool) -> tuple[Calla
     (one,) = made.launches
     kernel, program = launch.kernel(one.program), one.program
     pointers = [made.memory[n] for n in one.pointers]
-    overlap = launch.overlapping(pointers[0].device)
+    overlap = one.overlaps(pointers[0].device)
     options = {"num_warps": program.warps, "num_stages": program.stages, "PDL": overlap} | (
         {"launch_pdl": True} if overlap else {}
     )

@@ -29,10 +29,13 @@ from moekit.lang.graph import Graph, Tensor
 
 ANY = "_any_strides"
 TOLERANCE = {"float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
-HELPERS = '''def _overlap(device):
-    """The options of a launch: programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
+HELPERS = (
+    f"MANY_PROGRAMS = {emitter.MANY_PROGRAMS}\n\n\n"
+    + '''def _overlap(device, programs=0):
+    """The options of a launch: programmatic dependent launch where the GPU has it (compute capability 9.0 and later), but for
+    very many programs of one warp."""
     new = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if new else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if new and programs < MANY_PROGRAMS else {"PDL": False}
 
 
 def _check(name, x, shape, dtype, device):
@@ -49,6 +52,7 @@ def _fits(x, unit, aligned, static):
         and sum((x.shape[d] - 1) * x.stride(d) for d in static) < 2**31
     )
 '''
+)
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,8 @@ def _launcher(made: _Exported) -> str:
     results = ", ".join(made.outputs)
     if made.dynamic:
         lines += [f"    if {' or '.join(f'{a} == 0' for a in made.dynamic)}:", f"        return {results}"]
-    lines.append(f"    overlap = _overlap({first}.device)")
+    if any(p.warps > 1 for p in made.kernels):
+        lines.append(f"    overlap = _overlap({first}.device)")
     tests = [test for c in made.classes for p in c.dense.programs for x in p.params if (test := _fits(made, x))]
     lines += ["    dense = (", *_joined(list(dict.fromkeys(tests)), "        ", " and"), "    )"]
     lines += [f"    with torch.cuda.device_of({first}):", *_branches(made, first)]
@@ -219,7 +224,7 @@ def _branches(made: _Exported, first: str) -> list[str]:
         for s in planned.scratch:
             shape = ", ".join(a if n is None else str(n) for a, n in zip(s.axes, s.sizes, strict=True))
             lines.append(f"            {s.name} = torch.empty(({shape}), dtype=torch.{s.dtype}, device={first}.device)")
-        lines += [line for p in planned.programs for line in _launch(p, made.kernels[p].name)]
+        lines += [line for p in planned.programs for line in _launch(p, made.kernels[p].name, first)]
     return lines
 
 
@@ -254,16 +259,17 @@ def _programs(section: t.TileProgram) -> str:
     return " * ".join(c for c in counts if c != "1") or "1"
 
 
-def _launch(program: t.Kernel, name: str) -> list[str]:
-    """`kernel[grid](arguments)`, on as many lines as it takes."""
+def _launch(program: t.Kernel, name: str, first: str) -> list[str]:
+    """`kernel[grid](arguments)`, on as many lines as it takes; `first` is a tensor that is on its device."""
     arguments = [
         a.subject
         if a.kind in ("pointer", "extent")
         else f"{a.subject}.stride({a.dim})" + (f" // {a.unit}" if a.unit > 1 else "")
         for a in emitter.arguments(program)
     ]
-    options = [f"num_warps={program.warps}", f"num_stages={program.stages}", "**overlap"]
     grid = " + ".join(map(_programs, program.sections))
+    overlap = "**overlap" if emitter.dependent(program, emitter.MANY_PROGRAMS) else f"**_overlap({first}.device, {grid})"
+    options = [f"num_warps={program.warps}", f"num_stages={program.stages}", overlap]
     pad = " " * 12
     whole = "\0"  # stands for the spaces within an argument, so that no line ends there
     body = textwrap.wrap(", ".join(a.replace(" ", whole) for a in [*arguments, *options]) + ",", 108, break_long_words=False)

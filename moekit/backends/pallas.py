@@ -99,7 +99,7 @@ class PallasPrinter(Printer):
         lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
         if op.unroll:
             return self.written_out(op, pad, name, lines)
-        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else -(-op.stop // op.step)
+        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else op.turns
         inits = ", ".join(self.text(i) for i in op.inits)
         outs = ", ".join(o.name for o in op.outs)
         left = f"{outs}{',' * (len(op.outs) == 1)} = " if outs else ""

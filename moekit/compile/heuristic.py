@@ -23,6 +23,11 @@ ROW_TILE = 2**11
 # at T = 8192, 16384, 65536: 2.42 and 2.35, 3.04 and 3.73, 8.19 and 11.0; a gated sum of 2048 columns at T = 256, 512, 65536:
 # 1.87 and 1.89, 2.73 and 2.79, 185.0 and 192.6, where a plain sum of two tensors needs 183.6. Tiles of twice that gain 0.5 %.
 MANY_ELEMENTS = 2**20
+# Elements of short rows that are summed up, several to a program, from which on a program has twice as many rows and warps: the
+# same lanes hold a row. Measured on an H200 (bfloat16) with a gated norm of 4 and of 32 heads of 128, the time with larger
+# programs over that with smaller ones: 4 heads at T = 256, 512, 1024, 4096, 16384: 1.02, 1.00, 0.91, 0.90, 0.74; 32 heads at
+# T = 16, 64, 256, 1024, 16384: 1.05, 1.01, 0.79, 0.79, 0.72. Four times as many gain no more.
+MANY_SUMMED = 2**19
 PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
 GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
 SHARED_MEMORY = 227 * 2**10  # bytes of an SM that programs may have
@@ -55,6 +60,8 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     """
     if tokens and _elementwise(graph):
         return _many_elements(graph)
+    if tokens and _short_rows(graph):
+        return _twice(graph)
     split, columns = _splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
     in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
@@ -75,17 +82,17 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 def row_classes(graph: Graph) -> tuple[int, ...]:
     """The least numbers of rows, ascending from 0, from which on a graph has another schedule.
 
-    The tiles of a GEMM's classes add up in the same order, and where nothing is added up there is no order: a row has the same
-    bits whatever the rows beside it.
+    The tiles of a GEMM's classes add up in the same order, lanes hold short rows alike whatever their number, and where nothing
+    is added up there is no order: a row has the same bits whatever the rows beside it.
     """
     if class_axis(graph) is None:
         return (0,)
     if any(gemm_axes(graph, i) for i in graph.live()):
         return tuple(least for least, *_ in tiles(graph))
-    if not _elementwise(graph):
-        return (0,)
-    columns = prod(graph.axes[a] or 1 for a, use in axis_uses(graph).items() if use.parallel)
-    return 0, max(2, -(-MANY_ELEMENTS // columns))
+    columns = prod(graph.axes[a] or 1 for a in axis_uses(graph))
+    if _elementwise(graph):
+        return 0, max(2, -(-MANY_ELEMENTS // columns))
+    return (0, max(2, -(-MANY_SUMMED // columns))) if _short_rows(graph) else (0,)
 
 
 def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
@@ -107,6 +114,32 @@ def _elementwise(graph: Graph) -> bool:
     """Whether nothing brings elements together and every program can have any of them."""
     nodes = [graph.nodes[i] for i in graph.live()]
     return not any(n.op in TOGETHER for n in nodes) and all(use.parallel for use in axis_uses(graph).values())
+
+
+def _short_rows(graph: Graph) -> bool:
+    """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
+
+    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which.
+    """
+    schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
+    alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
+    return alone and _rows(graph, schedule) >= ROWS_A_LANE
+
+
+def _rows(graph: Graph, schedule: Schedule) -> int:
+    """How many rows a program sums up side by side; 1 where lanes are not only brought together along the innermost axis."""
+    *outer, inner = axis_uses(graph)
+    along = {(n.op, n.attr("axis")) for n in map(graph.nodes.__getitem__, graph.live()) if n.op in TOGETHER}
+    return prod(map(schedule.block, outer)) if along == {("reduce", inner)} else 1
+
+
+def _twice(graph: Graph) -> Schedule:
+    """Programs with twice as many rows and warps."""
+    schedule = section_schedule(graph)
+    *outer, _ = axis_uses(graph).values()
+    room = [u for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
+    axis = room[-1].name if room else outer[0].name
+    return replace(schedule.with_axis(axis, block=2 * schedule.block(axis)), warps=2 * schedule.warps)
 
 
 def tiles(graph: Graph) -> tuple[Tile, ...]:
@@ -312,6 +345,7 @@ def _many_elements(graph: Graph) -> Schedule:
 
 
 TOGETHER = ("reduce", "contract", "cumsum", "top_k")
+ROWS_A_LANE = 4  # rows of a program from which on they are short: as many as a lane then holds elements
 
 
 def _contracts(graph: Graph) -> bool:
@@ -335,14 +369,21 @@ def _shrunk(graph: Graph, schedule: Schedule) -> Schedule:
 
 def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
     """Warps for the largest block. Measured on an H200: element-wise blocks want 4 elements a lane (0.77 to 0.87 of the time
-    with 16), sums over a row 8 (a norm of 2048 at T = 1, 64, 256: 0.84, 0.88, 0.83 of the time with 16), others 16."""
+    with 16), sums over a row 8 (a norm of 2048 at T = 1, 64, 256: 0.84, 0.88, 0.83 of the time with 16), over several short
+    rows 4 (a gated norm of 32 heads of 128 at T = 1, 16, 64: 0.91, 0.94, 0.90 of the time with 8), contractions that the matrix
+    unit does not take 32 (a step of the delta rule, 4 heads at T = 1, 4, 16, 64, 1024: 0.94, 0.77, 0.86, 0.89, 0.87 of the time
+    with 16), others 16."""
     live = graph.live()
     if any(graph.nodes[i].op == "contract" and uses_dot(graph, schedule, i) for i in live):
         return schedule.warps
-    reduces = any(_reduces(graph.nodes[i]) for i in live)
-    if all(n.op == "reduce" for n in map(graph.nodes.__getitem__, live) if _reduces(n)) and reduces:
-        return max(1, min(16, tile // 256))
-    return max(1, min(16, tile // 512)) if reduces else max(1, min(8, tile // 128))
+    together = [n for n in map(graph.nodes.__getitem__, live) if _reduces(n)]
+    if not together:
+        return max(1, min(8, tile // 128))
+    if any(n.op == "contract" for n in together):
+        return max(1, min(16, tile // 1024))
+    if any(n.op != "reduce" for n in together):
+        return max(1, min(16, tile // 512))
+    return max(1, min(16, tile // (128 if _rows(graph, schedule) >= ROWS_A_LANE else 256)))
 
 
 def _reduces(node: Node) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from moekit.compile import tile as t
+from moekit.compile.early import early_memory, memory_ops
 from moekit.compile.elementwise import RULES
 from moekit.compile.naming import TEMPORARY
 from moekit.compile.prefetch import prefetch
@@ -35,7 +36,7 @@ class Lowering(Writer):
                 self.bind(self.root, axis, block)
         prefetch(self)
         self._stores()
-        used = {op.tensor for op in _memory_ops(self.root.ops)}
+        used = {op.tensor for op in memory_ops(self.root.ops)}
         params = tuple(
             t.Param(x.name, x.role, x.dtype, x.axes, self.layouts[x.name])
             for x in self.graph.tensors.values()
@@ -48,7 +49,7 @@ class Lowering(Writer):
             params,
             axes,
             self.grid,
-            tuple(_loads_first(self.root.ops)),
+            tuple(early_memory(self.root.ops)),
             s.warps,
             s.stages,
             digest,
@@ -190,38 +191,6 @@ class Lowering(Writer):
             return []
 
         self.loop(scope, axes[0], (), (), body)
-
-
-def _loads_first(ops: list) -> list:
-    """The operations, with every load that waits for nothing before the first operation that brings threads together.
-
-    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
-    """
-    first = next((i for i, op in enumerate(ops) if isinstance(op, WAITS)), len(ops))
-    known = {v.name for op in ops[:first] if (v := t.result(op))}
-    early, late = [], []
-    for op in ops[first:]:
-        free = isinstance(op, FREE) and {v.name for v in t.operands(op)} <= known
-        (early if free else late).append(op)
-        known |= {op.out.name} if free else set()
-    wanted = {v.name for op in early if isinstance(op, t.Load) for v in t.operands(op)}
-    for op in reversed(early):
-        if op.out.name in wanted:
-            wanted |= {v.name for v in t.operands(op)}
-    moved = [op for op in early if isinstance(op, t.Load) or op.out.name in wanted]
-    return [*ops[:first], *moved, *(op for op in ops[first:] if op not in moved)]
-
-
-WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop)
-FREE = (t.Load, t.Const, t.Extent, t.Index, t.InBounds, t.Binary)
-
-
-def _memory_ops(ops):
-    for op in ops:
-        if isinstance(op, t.Loop):
-            yield from _memory_ops(op.body)
-        elif isinstance(op, t.Load | t.Store):
-            yield op
 
 
 def lower(

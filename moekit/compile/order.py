@@ -7,6 +7,7 @@ in it, so that a row's result does not depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import TypeGuard
 
 from moekit.compile import tile as t
@@ -22,7 +23,8 @@ def order(planned: Plan) -> Order:
     - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
       where parts begin counts, the blocks and the warps do not. (Seen on an H200: the instructions for tiles of 16 and of 64
       rows and more give the same bits.)
-    - A sum within a block is a tree over the threads that hold it: the whole block's shape and the number of warps count.
+    - A sum within a block is a tree over the threads that hold it. Along a block's innermost axis, in the layout of a load, it
+      is that of one row (`_lanes`); else the whole block's shape and the number of warps count.
     - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.
     """
     return frozenset(said for kernel in planned.programs for p in kernel.sections for said in _said(p, p.body, kernel.warps))
@@ -35,12 +37,31 @@ def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterato
             axis = program.axis(op.axis)
             yield "product", axis.name, axis.share if axis.parts > 1 else axis.extent
         elif _adds(op):
-            yield "tree", op.axis, tuple((a, program.axis(a).block) for a in op.value.axes), warps
+            loads = [o.out.axes for o in body if isinstance(o, t.Load)]
+            if isinstance(op, t.Reduce) and op.axis == op.value.axes[-1] and op.value.axes in loads:
+                yield "row", op.axis, *_lanes(program.block(op.value.axes), warps)
+            else:
+                yield "tree", op.axis, tuple((a, program.axis(a).block) for a in op.value.axes), warps
         elif isinstance(op, t.Loop):
             inner = {v.out.name for v in op.body if isinstance(v, t.Dot)}
             if any(is_float(v.dtype) and v.name not in inner | dots for v in op.yields):
                 yield "turns", op.stop if isinstance(op.stop, int) else None, op.step
             yield from _said(program, op.body, warps)
+
+
+def _lanes(shape: tuple[int, ...], warps: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+    """How long a row is, and how Triton shares it out: elements that lie together, lanes, warps.
+
+    First a lane takes as many as it loads at once, at most 16 bytes and no more than it has in all, then lanes and warps follow
+    along the row as far as it goes, and only then other rows. How many are loaded at once is up to alignment and dtype: all
+    cases are named. (tests/backends/test_trees.py holds this to what Triton makes of it.)
+    """
+    row, each, found = shape[-1], max(1, prod(shape) // (32 * warps)), []
+    for together in (1, 2, 4, 8, 16):
+        if together <= min(each, row):
+            lanes = min(32, row // together)
+            found.append((together, lanes, min(warps, row // (together * lanes))))
+    return row, tuple(found)
 
 
 def _adds(op: t.Op) -> TypeGuard[t.Reduce | t.Scan]:

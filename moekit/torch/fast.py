@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moekit.torch.launch import Launch, overlapping
+from moekit.torch.launch import Launch
 
 MOST_ENTRIES = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -184,4 +184,4 @@ def ready(one: Launch, compiled: object, order: Sequence[str], device: torch.dev
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)
     run, function, metadata = parts
-    return Ready(run, function, metadata, one.count, pick, (*one.integers, overlapping(device)))
+    return Ready(run, function, metadata, one.count, pick, (*one.integers, one.overlaps(device)))

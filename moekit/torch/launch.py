@@ -31,6 +31,10 @@ class Launch:
     pointers: tuple[str, ...]
     integers: tuple[int, ...]
 
+    def overlaps(self, device: torch.device) -> bool:
+        """Whether it is a programmatic dependent launch: where the device has them, and it gains from that."""
+        return emitter.dependent(self.program, self.count) and overlapping(device)
+
 
 @lru_cache(maxsize=4096)
 def kernel(program: t.Kernel):
@@ -114,7 +118,7 @@ def start(launched: Sequence[Launch], tensors: Mapping[str, torch.Tensor], devic
 
 def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
     pointers = [tensors[n] for n in one.pointers]
-    overlap = overlapping(pointers[0].device)
+    overlap = one.overlaps(pointers[0].device)
     options = {"num_warps": one.program.warps, "num_stages": one.program.stages, "PDL": overlap}
     if overlap:
         options["launch_pdl"] = True
@@ -123,7 +127,7 @@ def _start(one: Launch, tensors: Mapping[str, torch.Tensor]):
 
 @lru_cache(maxsize=64)
 def overlapping(device: torch.device) -> bool:
-    """Whether kernels are launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
+    """Whether kernels can be launched with programmatic dependent launch: on NVIDIA GPUs of compute capability 9.0 and later.
 
     Kernels wait for the one before them before they read or write anything: nothing changes but when a launch's cost is paid.
     """

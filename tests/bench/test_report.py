@@ -84,3 +84,13 @@ def test_a_page_is_what_the_results_make_of_it(page):
     """It was filled from bench/results as they are now."""
     assert "<!-- made " in page.read_text()
     assert report.filled(page.read_text(), report.RESULTS) == page.read_text()
+
+
+def test_decode_steps(tmp_path):
+    """A row per number of sequences; the ratio is of the two times."""
+    sides = (("pallas", 700.4, 1427.8), ("xla", 754.0, 1326.3))
+    rows = [{"T": 1, "side": k, "us": us, "tokens/s": rate, "same tokens": 1.0} for k, us, rate in sides]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- decoded r.json -->\n<!-- end -->", tmp_path)
+    assert "| sequences | pallas: µs, tokens/s | xla: µs, tokens/s | pallas / xla | same tokens |" in page
+    assert "| 1 | 700, 1428 | 754, 1326 | 0.93 | 100% |" in page

@@ -1,15 +1,20 @@
 """The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import moekit.torch as mt
+from moekit.backends.triton import MANY_PROGRAMS
+from moekit.compile import tile as t
 from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import GEMM_TILES
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
 from moekit.lang.arguments import example
+from moekit.torch import fast, launch
 from moekit.torch.launch import layout
 from moekit.tune.run import SIZES
 
@@ -214,3 +219,20 @@ def test_a_contiguous_tensor_of_2_31_elements_is_wide():
     graph = rows.trace(example(rows, {"T": 3, "A": 2**16 + 1, "B": 2**15}, "bfloat16", {}))
     assert contiguous(graph, {"T": 3})["x"].wide
     assert not contiguous(rows.trace(example(rows, {"T": 2**20, "A": 2, "B": 2**15}, "bfloat16", {})), {"T": 2**20})["x"].wide
+
+
+def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):
+    """And the kept launch passes on what the first one did."""
+    monkeypatch.setattr(launch, "overlapping", lambda device: True)
+    device, found = torch.device("cpu"), {}
+    for warps in (1, 8):
+        for count in (MANY_PROGRAMS - 1, MANY_PROGRAMS):
+            program = t.TileProgram("made_up", (), (), (), (), warps, 1)
+            one = launch.Launch(program, count, ("x",), ())
+            kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
+            assert kept is not None
+            assert kept.rest == (one.overlaps(device),)
+            found[warps, count] = one.overlaps(device)
+    assert [key for key, overlaps in found.items() if not overlaps] == [(1, MANY_PROGRAMS)]
+    monkeypatch.setattr(launch, "overlapping", lambda device: False)
+    assert not launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), ()).overlaps(device)

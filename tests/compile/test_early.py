@@ -1,0 +1,52 @@
+"""Memory asked for early: a store comes before the first sum where its value is there and nobody has still to read."""
+
+import programs as good
+import pytest
+
+from moekit.compile import tile as t
+from moekit.compile.early import early_memory
+from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
+
+ROW = {"x": (3, 40), "residual": (3, 40), "weight": (40,)}
+
+
+def _norm(schedule: str) -> list[t.Op]:
+    graph = good.graph_of(FUSIONS["add_rms_norm"], ROW, "bfloat16")
+    layouts = {n: t.Strided(("any",) * len(x.dims)) for n, x in graph.tensors.items()}
+    return list(plan(graph, Schedule.parse(schedule), layouts).programs[0].body)
+
+
+def _order(ops: list[t.Op]) -> str:
+    """L: a load, R: a sum, S and the tensor's first letter: a store."""
+    letters = {t.Load: "L", t.Reduce: "R"}
+    return " ".join(
+        f"S{o.tensor[0]}" if isinstance(o, t.Store) else letters[type(o)] for o in ops if type(o) in (*letters, t.Store)
+    )
+
+
+def test_a_sum_that_is_kept_is_stored_while_its_squares_are_added_up():
+    """The output waits for the sum over the row, what becomes of the residual does not; all loads come first."""
+    assert _order(_norm("T:grid:1 H:whole:64 warps:1 stages:1")) == "L L L Sr R So"
+
+
+def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
+    """The second pass loads the residual again, so it is stored there."""
+    ops = _norm("T:grid:1 H:loop:16 warps:1 stages:2")
+    assert not any(isinstance(op, t.Store) for op in ops)
+    assert _order(list(next(o for o in reversed(ops) if isinstance(o, t.Loop)).body)) == "L L L So Sr"
+
+
+@pytest.mark.parametrize(
+    ("read", "again", "order"), [("h", False, "L Sa R"), ("g", False, "L R Sa"), ("h", True, "L R L Sa")], ids=str
+)
+def test_what_is_read_elsewhere_or_later_is_stored_last(read, again, order):
+    """Of a tensor that is loaded by other indices than it is stored by, or once more, lanes may not have read all."""
+    h, g, x, y = (t.Value(n, d, ("H",)) for n, d in zip("hgxy", ("int32", "int32", "float32", "float32"), strict=True))
+    total = t.Value("total", "float32")
+    ops: list = [t.Index(h, "H", None), t.Index(g, "H", None), t.Load(x, "a", ({"h": h, "g": g}[read],), (False,), None)]
+    ops.append(t.Reduce(total, "sum", x, "H"))
+    other = t.Load(y, "a", (total,), (False,), None)
+    ops += [other] if again else []
+    assert _order(early_memory([*ops, t.Store("a", (h,), (False,), x, None)])) == order
