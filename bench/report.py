@@ -151,6 +151,20 @@ def patched(result: dict) -> str:
     return markdown(["batch", *(f"{w}: ms, kernels" for w in ways)], lines)
 
 
+def accuracy(result: dict) -> str:
+    """How far the original and the patched model are from float32 by batch, with their own experts and with its."""
+    pairs: dict[int, dict[str, dict]] = {}
+    for row in result["rows"]:
+        pairs.setdefault(row["batch"], {})[row["way"]] = row
+    columns = [f"{way}{of}" for of in ("", ", same experts") for way in ("original", "patched")]
+    lines = []
+    for batch, ways in pairs.items():
+        errors = [ways[w][kind] for kind in ("error", "same experts") for w in ("original", "patched")]
+        others = " and ".join(f"{100 * ways[w]['other']:.0f} %" for w in ("original", "patched"))
+        lines.append([str(batch), *map(str, errors), others])
+    return markdown(["batch", *columns, "tokens with another expert"], lines)
+
+
 def decoded(result: dict) -> str:
     """A decode step by the number of sequences, with either kind of kernels."""
     kinds = list(dict.fromkeys(r["side"] for r in result["rows"]))
@@ -165,7 +179,7 @@ def decoded(result: dict) -> str:
 
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
-    "patched": patched, "decoded": decoded,
+    "patched": patched, "accuracy": accuracy, "decoded": decoded,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

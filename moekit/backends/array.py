@@ -73,7 +73,7 @@ def _read(e: _Evaluation, _: int, n: Node):
     if any(isinstance(i, By) for i in index) or len(set(axes)) < len(axes):
         shape = tuple(e.sizes[a] for a in n.axes)
         at = [e.lib.expand(e._index(i, d.axis, n.args, n.axes), shape) for i, d in zip(index, tensor.dims, strict=True)]
-        return e.lib.take(array, tuple(at), e.lib)
+        return e.lib.take(array, tuple(at))
     part = tuple(i.start if i.axis is None else slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)
                  if e.sizes[i.axis] else slice(0, 0) for i in index)  # fmt: skip
     return e.lib.transpose(array[part], tuple(axes.index(a) for a in n.axes))
@@ -126,7 +126,7 @@ def _pick(e: _Evaluation, _: int, n: Node):
     for a in have:
         at = e.values[ids] if a == axis else e.iota(Along(a))[tuple(slice(None) if b == a else None for b in n.axes)]
         index.append(e.lib.expand(at, shape))
-    return e.lib.take(e.values[x], tuple(index), e.lib)
+    return e.lib.take(e.values[x], tuple(index))
 
 
 OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {

@@ -45,6 +45,18 @@ def _in_range(index, shape) -> Any:
     return ok
 
 
+def _take(xp) -> Callable:
+    """Elements at indices, 0 where one is out of range: of numpy, or of what has its names."""
+
+    def take(array, index):
+        ok = _in_range(index, array.shape)
+        if 0 in array.shape:
+            return xp.zeros(xp.shape(ok), array.dtype)
+        return xp.where(ok, array[tuple(xp.where(ok, i, 0) for i in index)], xp.zeros((), array.dtype))
+
+    return take
+
+
 @lru_cache(maxsize=1)
 def numpy_library() -> Library:
     """numpy."""
@@ -52,12 +64,6 @@ def numpy_library() -> Library:
     def top_k(keys, k):
         ids = np.argsort(-keys.astype(np.int64), axis=-1, kind="stable")[..., :k]
         return np.take_along_axis(keys, ids, -1), ids.astype(np.int32)
-
-    def take(array, index, lib):
-        ok = _in_range(index, array.shape)
-        if 0 in array.shape:
-            return np.zeros(np.shape(ok), array.dtype)
-        return np.where(ok, array[tuple(np.where(ok, i, 0) for i in index)], np.zeros((), array.dtype))
 
     def scatter(base, index, value):
         ok, out = _in_range(index, base.shape), base.copy()
@@ -78,7 +84,7 @@ def numpy_library() -> Library:
         top_k=top_k,
         transpose=np.transpose,
         expand=np.broadcast_to,
-        take=take,
+        take=_take(np),
         scatter=scatter,
     )
 
@@ -112,7 +118,7 @@ def torch_library() -> Library:
         under_vmap = peek_interpreter_stack() is not None
         return Bitcast.apply(x, dtype) if under_vmap else x.view(dtype)
 
-    def take(array, index, lib):
+    def take(array, index):
         ok = _in_range(index, array.shape)
         if 0 in array.shape:
             return torch.zeros(tuple(index[0].shape), dtype=array.dtype, device=array.device)
@@ -187,12 +193,6 @@ def jax_library() -> Library:
             x = lax.reduce_precision(x, exponent_bits=exponent, mantissa_bits=mantissa)
         return x.astype(dtype)
 
-    def take(array, index, lib):
-        ok = _in_range(index, array.shape)
-        if 0 in array.shape:
-            return jnp.zeros(jnp.shape(ok), array.dtype)
-        return jnp.where(ok, array[tuple(jnp.where(ok, i, 0) for i in index)], jnp.zeros((), array.dtype))
-
     def scatter(base, index, value):
         ok = _in_range(index, base.shape)
         outside = tuple(jnp.where(ok, i, size) for i, size in zip(index, base.shape, strict=True))
@@ -250,7 +250,7 @@ def jax_library() -> Library:
         top_k=lambda keys, k: tuple(lax.top_k(keys, k)),
         transpose=jnp.transpose,
         expand=jnp.broadcast_to,
-        take=take,
+        take=_take(jnp),
         scatter=scatter,
     )
 

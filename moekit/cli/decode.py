@@ -51,7 +51,13 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights (default: as stored).",
 )
-@click.option("--kernels", type=click.Choice(list(OTHER)), default="pallas", show_default=True, help="What to time.")
+@click.option(
+    "--kernels",
+    type=click.Choice(list(OTHER)),
+    default="pallas",
+    show_default=True,
+    help="Whose tokens and fusions to show; both are timed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def decode(
     checkpoint: Path | None,

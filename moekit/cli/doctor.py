@@ -35,7 +35,7 @@ class Finding:
 
 @click.command(short_help="Versions, devices, and what works here and why not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--warm", is_flag=True, help="Also call every fusion in PyTorch once, and say what the first call costs.")
+@click.option("--warm", is_flag=True, help="Also call every fusion in PyTorch twice, and say what the first call costs.")
 def doctor(as_json: bool, warm: bool) -> None:
     """Say what is installed, what devices there are, and what each implementation can do here and why not.
 

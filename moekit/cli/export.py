@@ -13,7 +13,7 @@ from moekit.fusions import FUSIONS
 
 
 @click.command(short_help="Write a fusion as one standalone Python file.")
-@click.argument("fusion", type=click.Choice(list(FUSIONS)))
+@click.argument("fusion", type=click.Choice(list(FUSIONS)), metavar="FUSION")
 @click.option("--backend", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose kernels.")
 @click.option("--sizes", callback=parse_sizes, help="Sizes of axes, H=4096 (default: Qwen3-Next's); H?=1 for a dimension of 1.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")

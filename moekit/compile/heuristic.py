@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 from moekit.compile.analysis import PART, AxisUse, GemmAxes, axis_uses, gemm_axes, scattered
 from moekit.compile.schedule import Schedule, largest_tile, launches, legal_split, pow2, uses_dot
@@ -14,7 +15,6 @@ from moekit.lang.dtypes import is_float, itemsize
 from moekit.lang.graph import Graph, Node
 
 Parts = tuple[tuple[str, int], ...]
-Tile = tuple[int, int, int, int, int, int]
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
 # Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
@@ -32,17 +32,6 @@ PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread o
 GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
 SHARED_MEMORY = 227 * 2**10  # bytes of an SM that programs may have
 MOST_PARTS, ENOUGH_PARTS = 8, 4
-# Tiles by the least number of rows they are for: rows, columns, depth, warps, stages. Measured on an H200 with a gate GEMM and
-# its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 4.0; T = 64 with the second 5.4, with the first 8.0;
-# T = 256 with the third 7.5, with the first 11.6. The last has no spills with 8 warps, and has with 4.
-GEMM_TILES: tuple[Tile, ...] = (
-    (0, 16, 32, 256, 4, 4),
-    (17, 64, 32, 128, 4, 4),
-    (65, 128, 32, 64, 8, 4),
-    (128, 64, 128, 64, 4, 4),
-    (2048, 128, 128, 64, 8, 4),
-)
-WEIGHT_TILE = 2**13  # elements of a block of the weight
 LEAST_DEPTH = 256  # of the contracted axis, in one part
 # Of the contracted axis, for it to be split at all: below, the second launch costs more than reading half as much saves. Then
 # its block is a quarter of it, so that loads are under way while products are made. Measured on an H200, the shared expert's
@@ -50,13 +39,56 @@ LEAST_DEPTH = 256  # of the contracted axis, in one part
 # 3.38, T = 16 2.41, 2.94 and 4.19, T = 64 2.99, 3.74 and 3.88; Pallas 2.94, 3.30 and 4.06, 2.96, 3.37 and 4.48, 3.23, 3.96 and
 # 4.38.
 LEAST_SPLIT = 1024
-# Tiles of a GEMM with many rows, of which a program does all parts: nothing goes through memory and no launch adds up. A tile
-# serves until it has more programs than there are SMs; a second round of them costs more than larger tiles do. Measured on an
-# H200 as above, µs: T = 256 with the first 7.7; T = 1024 with the second 10.0, with the first 10.6; T = 4096 with the third 27,
-# with the second 29. At 2048 → 1537: T = 256 with the first 8.2; T = 512 with the second 10.2; T = 1024 with the third 14.8.
+
+
+class Tile(NamedTuple):
+    """A block of a GEMM for calls of `least` rows and more. `in_a_row`: a program does all parts of the contracted axis."""
+
+    least: int
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    in_a_row: bool = False
+
+
+# Measured on an H200 with a gate GEMM and its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 3.4; T = 64
+# with the second 3.8, with the first 8.0. The last has no spills with 8 warps, and has with 4.
+GEMM_TILES = (
+    Tile(0, 16, 32, 256, 4, 4),
+    Tile(17, 64, 32, 128, 4, 4),
+    Tile(65, 128, 32, 64, 8, 4),
+    Tile(128, 64, 128, 64, 4, 4),
+    Tile(2048, 128, 128, 64, 8, 4, in_a_row=True),
+)
+LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
+# Tiles of a GEMM with more rows, each as long as it has no more programs than there are SMs, then the next: a second round of
+# programs costs more than a larger tile does. The first two are of a split, the others' programs do all parts: nothing goes
+# through memory and no launch adds up, but a program then reads four times as much, and what it takes is just that, at 64 bytes
+# a cycle (its first 64 of depth 1.8 µs, 512 3.3, 2048 6.5). Measured on an H200 as above, µs, 2048 → 641: T = 128 with the
+# first 4.5, with the third 7.2; T = 256 with the second 5.9, with the first 7.8; T = 384 with the second 7.0, with the third
+# 7.4; T = 512 with the third 7.5, with the second 11.4; T = 1024 with the fourth 10.0, with the third 10.6; T = 4096 with the
+# last 27, with the fourth 29. 2048 → 1537: T = 128 with the second 6.3, with the third 7.5; T = 256 with the third 7.7, with
+# the second 11.2, with 128 x 128 of a split 8.9; T = 512 with the fourth 10.2; T = 1024 with the last 14.5.
+# All take more than half of an SM's shared memory (`_filling`): launches wait for each other on the SMs, and two programs of
+# one that come to share an SM take twice as long. With 6 stages in place of 8 the third is as fast by itself, but between a
+# norm and a top_k at T = 256 the sequence takes 13.6 and 14.2 µs in place of 11.0 and 11.3 (641 and 1537 columns).
+SPLIT_TILES = (Tile(0, 64, 64, 64, 4, 8), Tile(0, 128, 64, 64, 8, 5))
+# How much less of the contracted axis a split's programs must have for the launch that adds up to be worth it. 512 → 2048 in 2
+# parts at T = 128 and 256, µs: 3.5 and 4.1 with the third tile, 4.8 and 6.5 with the first two.
+WORTH_A_LAUNCH = 1024
 MANY_ROWS = 128
-MANY_ROWS_TILES = ((64, 64, 64, 4, 6), (64, 128, 64, 4, 6), (128, 128, 64, 8, 4))
-SUMMED_COLUMNS = 256  # of a block that adds up parts
+MANY_ROWS_TILES = (
+    Tile(0, 64, 64, 64, 4, 8, in_a_row=True),
+    Tile(0, 64, 128, 64, 4, 6, in_a_row=True),
+    Tile(0, 128, 128, 64, 8, 4, in_a_row=True),
+)
+# Where parts are added up, a program has so many columns of one row, two elements a lane: its loads are all under way at once,
+# and there are programs enough. Measured on an H200, a gate GEMM and its epilogue (bfloat16, 4 parts) at T = 1, 16, 64, µs:
+# 2048 → 641 3.2, 3.4 and 3.8; with 2 rows of 256 columns or 8 of 64, four elements a lane, 3.6, 3.9 and 4.3. 2048 → 1537 4.0,
+# 4.2 and 4.8, else 4.4, 4.6 and 5.3; with one row, and four elements a lane 4.2, 4.4 and 5.0.
+SUMMED_COLUMNS = 256
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
@@ -69,9 +101,8 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     if tokens and _short_rows(graph):
         return _twice(graph)
     split, columns = _splitting(graph)
-    tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x[0])
-    in_a_row = _alone(graph) and tile[1:] in (*MANY_ROWS_TILES, GEMM_TILES[-1][1:])
-    split, parts = ((), split) if in_a_row else (split, ())
+    tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x.least)
+    split, parts = ((), split) if tile.in_a_row and _alone(graph) else (split, ())
     every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
     pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}
@@ -94,7 +125,7 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
     if class_axis(graph) is None:
         return (0,)
     if any(gemm_axes(graph, i) for i in graph.live()):
-        return tuple(least for least, *_ in tiles(graph))
+        return tuple(tile.least for tile in tiles(graph))
     columns = prod(graph.axes[a] or 1 for a in axis_uses(graph))
     if _elementwise(graph):
         return 0, max(2, -(-MANY_ELEMENTS // columns))
@@ -149,17 +180,22 @@ def _twice(graph: Graph) -> Schedule:
 
 
 def tiles(graph: Graph) -> tuple[Tile, ...]:
-    """The tiles of a graph's GEMM: `GEMM_TILES`, or for many rows larger ones, each as soon as smaller ones are too many."""
+    """The tiles of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many."""
     gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
     if gemm is None or _ordered_by_tile(graph):
         return GEMM_TILES[:1]
     if not _alone(graph) or _wide(graph, gemm):
         return GEMM_TILES
-    found, least = [x for x in GEMM_TILES if x[0] < MANY_ROWS], MANY_ROWS
-    for rows, columns, *rest in MANY_ROWS_TILES:
-        most = rows * (PROGRAMS // -(-_gemm_outputs(graph, gemm) // columns))
-        if most >= least or (rows, columns, *rest) == MANY_ROWS_TILES[-1]:
-            found.append((least, rows, columns, *rest))
+    found, fallback = list(GEMM_TILES[:2]), GEMM_TILES[2]
+    parts, depth, least = prod(n for _, n in _splitting(graph)[0]), graph.axes[gemm.k] or 0, fallback.least
+    for tile in (*(SPLIT_TILES if depth - depth // parts >= WORTH_A_LAUNCH else ()), *MANY_ROWS_TILES):
+        if tile.in_a_row and least == fallback.least:
+            found.append(fallback)
+            least = MANY_ROWS
+        across = -(-_gemm_outputs(graph, gemm) // tile.columns) * (1 if tile.in_a_row else parts)
+        most = tile.rows * (PROGRAMS // across)
+        if most >= least or tile == MANY_ROWS_TILES[-1]:
+            found.append(tile._replace(least=least))
             least = most + 1
     return tuple(found)
 
@@ -245,7 +281,7 @@ def joined_warps(pairs: Sequence[tuple[Graph, Schedule]]) -> int:
     """
     chain = [s.warps for g, s in pairs if any(g.nodes[i].op == "top_k" for i in g.live())]
     gemms = [has_gemm(g) for g, _ in pairs]
-    least = max(warps for *_, warps, _ in GEMM_TILES) if any(gemms) and not all(gemms) else 1
+    least = max(tile.warps for tile in GEMM_TILES) if any(gemms) and not all(gemms) else 1
     return min(chain) if chain else max(least, *(s.warps for _, s in pairs))
 
 
@@ -266,13 +302,13 @@ def _gemm(graph: Graph) -> GemmAxes | None:
 
 def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile, few: int) -> Schedule:
     wide, depth, several = _wide(graph, gemm), uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
-    _, rows, columns, k_block, warps, stages = tile
+    _, rows, columns, k_block, warps, stages, _ = tile
     fills = several > 1 and columns == GEMM_COLUMNS[0] and not wide
     if wide:
         rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
     elif columns == GEMM_COLUMNS[0]:
-        columns, k_block = few, min(k_block, WEIGHT_TILE // few)
-    if not wide and several > 1 and depth % (several * GEMM_TILES[0][3]):  # where a part begins would else depend on the tile
+        columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
+    if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     if several == 1:
         k_block = min(k_block, max(64, pow2(depth) // 4))
@@ -329,11 +365,11 @@ def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
             chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name][1]
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // (4 if sums_parts else 2) if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
     columns = [u for u in uses.values() if u.parallel]
     for use in reversed(columns):
         extent = use.extent if use.extent is not None else 8
-        single = use.name in scattered(graph) or use.name.endswith(PART)
+        single = use.name in scattered(graph) or use.name.endswith(PART) or (sums_parts and not inner and tile > 1)
         block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
         chosen[use.name] = ("grid", block)
         tile *= block
@@ -377,16 +413,16 @@ def _shrunk(graph: Graph, schedule: Schedule) -> Schedule:
 
 def _warps(graph: Graph, schedule: Schedule, tile: int) -> int:
     """Warps for the largest block. Measured on an H200: element-wise blocks want 4 elements a lane (0.77 to 0.87 of the time
-    with 16), sums over a row 8 (a norm of 2048 at T = 1, 64, 256: 0.84, 0.88, 0.83 of the time with 16), over several short
-    rows 4 (a gated norm of 32 heads of 128 at T = 1, 16, 64: 0.91, 0.94, 0.90 of the time with 8), contractions that the matrix
-    unit does not take 32 (a step of the delta rule, 4 heads at T = 1, 4, 16, 64, 1024: 0.94, 0.77, 0.86, 0.89, 0.87 of the time
-    with 16), others 16."""
+    with 16), those that add up parts 2 (`SUMMED_COLUMNS`), sums over a row 8 (a norm of 2048 at T = 1, 64, 256: 0.84, 0.88,
+    0.83 of the time with 16), over several short rows 4 (a gated norm of 32 heads of 128 at T = 1, 16, 64: 0.91, 0.94, 0.90 of
+    the time with 8), contractions that the matrix unit does not take 32 (a step of the delta rule, 4 heads at T = 1, 4, 16, 64,
+    1024: 0.94, 0.77, 0.86, 0.89, 0.87 of the time with 16), others 16."""
     live = graph.live()
     if any(graph.nodes[i].op == "contract" and uses_dot(graph, schedule, i) for i in live):
         return schedule.warps
     together = [n for n in map(graph.nodes.__getitem__, live) if _reduces(n)]
     if not together:
-        return max(1, min(8, tile // 128))
+        return max(1, min(8, tile // (64 if any(a.endswith(PART) for a in axis_uses(graph)) else 128)))
     if any(n.op == "contract" for n in together):
         return max(1, min(16, tile // 1024))
     if any(n.op != "reduce" for n in together):

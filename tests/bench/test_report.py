@@ -68,12 +68,15 @@ def test_errors_host_times_and_steps(tmp_path):
     write(tmp_path / "h.json", result(rows=[{"op": "norm_", "way": w, "us": 3.21} for w in ("raw", "function")]))
     step = {"batch": 16, "step_ms": 7.129, "gpu_ms": 7.0, "launches": 310}
     write(tmp_path / "p.json", result(rows=[step | {"way": w} for w in ("patched", "original")]))
-    page = "".join(f"<!-- {name} {name[0]}.json -->\n<!-- end -->\n" for name in ("errors", "host", "patched"))
+    off = {"batch": 1, "error": 0.126, "other": 0.359, "same experts": 0.0363}
+    write(tmp_path / "a.json", result(rows=[off | {"way": "original"}, off | {"way": "patched", "error": 0.116}]))
+    page = "".join(f"<!-- {name} {name[0]}.json -->\n<!-- end -->\n" for name in ("errors", "host", "patched", "accuracy"))
     page = report.filled(page, tmp_path)
     assert "| silu_and_mul | float32 | 0.50 (0.12) | 0.50 (0.12) |" in page
     assert "| `norm_` | 3.2 | 3.2 |" in page
     assert "| batch | patched: ms, kernels | original: ms, kernels |" in page
     assert "| 16 | 7.13, 310 | 7.13, 310 |" in page
+    assert "| 1 | 0.126 | 0.116 | 0.0363 | 0.0363 | 36 % and 36 % |" in page
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
