@@ -165,6 +165,21 @@ def accuracy(result: dict) -> str:
     return markdown(["batch", *columns, "tokens with another expert"], lines)
 
 
+def beside(result: dict) -> str:
+    """Two sides in one table: a row per case and T, the ratio of their times, and how right moekit's outputs were."""
+    sides, rows = list(dict.fromkeys(r["side"] for r in result["rows"])), {}
+    for r in result["rows"]:
+        rows.setdefault((r["case"], r["T"]), {})[r["side"]] = r
+    lines = []
+    for (case, t), here in rows.items():
+        us = [here[s]["us"] for s in sides if "us" in here.get(s, {})]
+        ratio = f"{us[0] / us[1]:.2f}" if len(us) == 2 else ""
+        lines.append(
+            [case, str(t), *(_cell(here.get(s), min(us, default=0.0)) for s in sides), ratio, _error(here.get(sides[0]))]
+        )
+    return markdown(["fusion", "T", *sides, "ratio", "error"], lines)
+
+
 def decoded(result: dict) -> str:
     """A decode step by the number of sequences, with either kind of kernels."""
     kinds = list(dict.fromkeys(r["side"] for r in result["rows"]))
@@ -179,7 +194,7 @@ def decoded(result: dict) -> str:
 
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
-    "patched": patched, "accuracy": accuracy, "decoded": decoded,
+    "patched": patched, "accuracy": accuracy, "decoded": decoded, "beside": beside,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -94,3 +94,16 @@ def test_decode_steps(tmp_path):
     page = report.filled("<!-- decoded r.json -->\n<!-- end -->", tmp_path)
     assert "| sequences | pallas: µs, tokens/s | xla: µs, tokens/s | pallas / xla | same tokens |" in page
     assert "| 1 | 700, 1428 | 754, 1326 | 0.93 | 100% |" in page
+
+
+def test_two_sides_in_one_table(tmp_path):
+    """The ratio is the first side's time over the second's; one that was not timed has none."""
+    times = {"moekit (jax)": {"us": 4.1, "error": 0.964}, "xla": {"us": 2.59}}
+    rows = [{"case": "gate_gemm 648", "T": 1, "side": side} | more for side, more in times.items()]
+    rows += [{"case": "gate_gemm 648", "T": 64, "side": "moekit (jax)", "us": 4.56}, {"case": "gate_gemm 648", "T": 64,
+              "side": "xla", "problem": "it fell"}]  # fmt: skip
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- beside r.json -->\n<!-- end -->", tmp_path)
+    assert "| fusion | T | moekit (jax) | xla | ratio | error |" in page
+    assert "| gate_gemm 648 | 1 | 4.10 | **2.59** | 1.58 | 0.96 |" in page
+    assert "| gate_gemm 648 | 64 | **4.56** | – |  |  |" in page
