@@ -33,12 +33,11 @@ GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leave
 SHARED_MEMORY = 227 * 2**10  # bytes of an SM that programs may have
 MOST_PARTS, ENOUGH_PARTS = 8, 4
 LEAST_DEPTH = 256  # of the contracted axis, in one part
-# Of the contracted axis, for it to be split at all: below, the second launch costs more than reading half as much saves. Then
-# its block is a quarter of it, so that loads are under way while products are made. Measured on an H200, the shared expert's
-# down projection (512 → 2048, bfloat16), in one launch with blocks of 128, of 256, and in two parts, µs: T = 1 2.22, 2.72 and
-# 3.38, T = 16 2.41, 2.94 and 4.19, T = 64 2.99, 3.74 and 3.88; Pallas 2.94, 3.30 and 4.06, 2.96, 3.37 and 4.48, 3.23, 3.96 and
-# 4.38.
-LEAST_SPLIT = 1024
+# How much less of the contracted axis a split's programs must have for the launch that adds up to be worth it. Measured on an
+# H200 (a GEMM and a gated sum, bfloat16) at T = 1, 16, 64, 128, µs: 512 → 2048 2.2, 2.3, 3.0 and 3.5, in 2 parts 3.3, 4.2, 3.9
+# and 4.8; at T = 1, 16, 64: 1024 → 4096 4.2, 4.5 and 5.8, in 4 parts 5.6, 6.1 and 7.2. As Pallas kernels 512 → 2048 2.9, 3.0
+# and 3.2 (blocks of 128 of the contracted axis), in 2 parts 4.1, 4.5 and 4.4.
+WORTH_A_LAUNCH = 1024
 
 
 class Tile(NamedTuple):
@@ -72,12 +71,9 @@ LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more c
 # last 27, with the fourth 29. 2048 → 1537: T = 128 with the second 6.3, with the third 7.5; T = 256 with the third 7.7, with
 # the second 11.2, with 128 x 128 of a split 8.9; T = 512 with the fourth 10.2; T = 1024 with the last 14.5.
 # All take more than half of an SM's shared memory (`_filling`): launches wait for each other on the SMs, and two programs of
-# one that come to share an SM take twice as long. With 6 stages in place of 8 the third is as fast by itself, but between a
-# norm and a top_k at T = 256 the sequence takes 13.6 and 14.2 µs in place of 11.0 and 11.3 (641 and 1537 columns).
+# one that come to share an SM take twice as long. With 6 stages in place of 8 the third is as fast by itself, but norm, GEMM
+# and top_k in a row then take 13.6 and 14.2 µs at T = 256 in place of 11.0 and 11.3 (641 and 1537 columns).
 SPLIT_TILES = (Tile(0, 64, 64, 64, 4, 8), Tile(0, 128, 64, 64, 8, 5))
-# How much less of the contracted axis a split's programs must have for the launch that adds up to be worth it. 512 → 2048 in 2
-# parts at T = 128 and 256, µs: 3.5 and 4.1 with the third tile, 4.8 and 6.5 with the first two.
-WORTH_A_LAUNCH = 1024
 MANY_ROWS = 128
 MANY_ROWS_TILES = (
     Tile(0, 64, 64, 64, 4, 8, in_a_row=True),
@@ -186,11 +182,11 @@ def tiles(graph: Graph) -> tuple[Tile, ...]:
         return GEMM_TILES[:1]
     if not _alone(graph) or _wide(graph, gemm):
         return GEMM_TILES
-    found, fallback = list(GEMM_TILES[:2]), GEMM_TILES[2]
-    parts, depth, least = prod(n for _, n in _splitting(graph)[0]), graph.axes[gemm.k] or 0, fallback.least
-    for tile in (*(SPLIT_TILES if depth - depth // parts >= WORTH_A_LAUNCH else ()), *MANY_ROWS_TILES):
-        if tile.in_a_row and least == fallback.least:
-            found.append(fallback)
+    found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
+    parts = prod(n for _, n in _splitting(graph)[0])
+    for tile in (*(SPLIT_TILES if parts > 1 else ()), *MANY_ROWS_TILES):
+        if parts > 1 and tile.in_a_row and least == few.least:  # no larger tile of a split would do
+            found.append(few)
             least = MANY_ROWS
         across = -(-_gemm_outputs(graph, gemm) // tile.columns) * (1 if tile.in_a_row else parts)
         most = tile.rows * (PROGRAMS // across)
@@ -244,11 +240,11 @@ def _splitting(graph: Graph) -> tuple[Parts, int]:
 
 
 def _parts(blocks: int, depth: int) -> int:
-    """How many parts leave each SM one program at the most."""
+    """How many parts leave each SM one program at the most; 1 where they are not worth a launch."""
     parts = 1
-    while depth >= LEAST_SPLIT and parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
+    while parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
         parts *= 2
-    return parts
+    return parts if depth - depth // parts >= WORTH_A_LAUNCH else 1
 
 
 def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
@@ -310,8 +306,6 @@ def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts
         columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
     if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
-    if several == 1:
-        k_block = min(k_block, max(64, pow2(depth) // 4))
     accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
     columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
     wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
