@@ -13,6 +13,7 @@ from jax import lax
 from bench.device_jax import Program, compiled
 from bench.layer import Sizes
 from bench.sides import EPS
+from bench.targets import XLA
 from moekit import jax as mj
 
 Layer = Callable[..., tuple]
@@ -120,8 +121,9 @@ def programs(
     sides: Mapping[str, Layer], stack: Sequence[dict], x, residual, k: int, part: str
 ) -> dict[tuple[str, int], Program]:
     """For each side a program of the first layer and one of all of them, by name and number of layers."""
-    first, every = {}, {}
+    tuned, others = {}, {}
     for name, one in sides.items():
+        first = tuned if name in XLA else others
         first[name, 1] = partial(jax.jit(partial(one, k=k, part=part)).lower, stack[0], x, residual)
-        every[name, len(stack)] = partial(chain(one, k, part).lower, stack, x, residual)
-    return compiled(first, at_once=1) | compiled(every)
+        others[name, len(stack)] = partial(chain(one, k, part).lower, stack, x, residual)
+    return compiled(tuned, at_once=1) | compiled(others)
