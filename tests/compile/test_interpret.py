@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import breakers
+import break_memory
 import numpy as np
 import programs as good
 import pytest
@@ -48,7 +48,7 @@ def test_poison_is_seen(dtype):
 @pytest.mark.parametrize("kind", ["load", "store"])
 def test_access_out_of_bounds_is_an_error(kind):
     """A program that verify would refuse for its masks cannot read or write beyond a tensor."""
-    broken = breakers.load_without_a_mask() if kind == "load" else breakers.store_without_a_mask()
+    broken = break_memory.load_without_a_mask() if kind == "load" else break_memory.store_without_a_mask()
     memory = {"x": np.ones((7, 50), numpy_dtype("bfloat16")), "weight": np.ones(50, numpy_dtype("bfloat16"))}
     memory["out"] = interpret.poison((7, 50), "bfloat16")
     with pytest.raises(IndexError, match=f"norm: {kind.title()} of .* leaves its bounds"):

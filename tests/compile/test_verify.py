@@ -1,5 +1,8 @@
 """Every rule of the tile IR refuses the programs that break it, and no good program."""
 
+import break_loops  # noqa: F401  (each notes its programs)
+import break_memory  # noqa: F401
+import break_values  # noqa: F401
 import breakers
 import programs as good
 import pytest
