@@ -151,18 +151,6 @@ def patched(result: dict) -> str:
     return markdown(["batch", *(f"{w}: ms, kernels" for w in ways)], lines)
 
 
-def decoded(result: dict) -> str:
-    """A decode step by the number of sequences, with either kind of kernels."""
-    kinds = list(dict.fromkeys(r["side"] for r in result["rows"]))
-    rows = {(r["T"], r["side"]): r for r in result["rows"]}
-    lines = []
-    for batch in dict.fromkeys(b for b, _ in rows):
-        here = [rows[batch, k] for k in kinds]
-        each = [f"{r['us']:.0f}, {r['tokens/s']:.0f}" for r in here]
-        lines.append([str(batch), *each, f"{here[0]['us'] / here[1]['us']:.2f}", f"{here[0]['same tokens']:.0%}"])
-    return markdown(["sequences", *(f"{k}: µs, tokens/s" for k in kinds), " / ".join(kinds), "same tokens"], lines)
-
-
 def accuracy(result: dict) -> str:
     """How far the original and the patched model are from float32 by batch, with their own experts and with its."""
     pairs: dict[int, dict[str, dict]] = {}
@@ -177,9 +165,21 @@ def accuracy(result: dict) -> str:
     return markdown(["batch", *columns, "tokens with another expert"], lines)
 
 
+def decoded(result: dict) -> str:
+    """A decode step by the number of sequences, with either kind of kernels."""
+    kinds = list(dict.fromkeys(r["side"] for r in result["rows"]))
+    rows = {(r["T"], r["side"]): r for r in result["rows"]}
+    lines = []
+    for batch in dict.fromkeys(b for b, _ in rows):
+        here = [rows[batch, k] for k in kinds]
+        each = [f"{r['us']:.0f}, {r['tokens/s']:.0f}" for r in here]
+        lines.append([str(batch), *each, f"{here[0]['us'] / here[1]['us']:.2f}", f"{here[0]['same tokens']:.0%}"])
+    return markdown(["sequences", *(f"{k}: µs, tokens/s" for k in kinds), " / ".join(kinds), "same tokens"], lines)
+
+
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
-    "patched": patched, "decoded": decoded, "accuracy": accuracy,
+    "patched": patched, "accuracy": accuracy, "decoded": decoded,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

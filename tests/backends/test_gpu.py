@@ -169,6 +169,32 @@ def test_a_row_has_the_same_bits_in_every_class_of_rows(name, width):
         assert all(torch.equal(w[:rows], f) for w, f in zip(whole, few, strict=True)), f"{rows} rows"
 
 
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 128), (32, 128), (5, 96)], ids=str)
+def test_a_short_row_has_the_same_bits_in_larger_programs(shape, start):
+    """Bitwise, whether its elements can be loaded together or one by one."""
+    import torch
+
+    from moekit.compile.heuristic import row_classes
+    from moekit.fusions import FUSIONS
+    from moekit.torch import gated_rms_norm
+
+    fusion, sizes = FUSIONS["gated_rms_norm"], {"V": shape[0], "D": shape[1]}
+    shapes = {n: tuple(d.size({"T": 3, **sizes}) for d in s.dims) for n, s in fusion.tensors.items()}
+    bound = fusion.bind(shapes, dict.fromkeys(shapes, "bfloat16"), fusion.bind_params({}))
+    few, many = row_classes(fusion.trace(bound))
+    torch.manual_seed(0)
+    heads, length = shape
+    make = lambda *shape: torch.randn(*shape, device="cuda").to(torch.bfloat16)  # noqa: E731
+    x, z = (make(many + 5, heads, length + 8)[..., start : start + length] for _ in range(2))
+    whole, weight = None, make(length)
+    for rows in (many + 5, many, many - 1, 300, 64, 17, 3, 1):
+        out = gated_rms_norm(x[:rows], z[:rows], weight)
+        whole = out if whole is None else whole
+        assert torch.equal(whole[:rows], out), f"{rows} rows"
+    assert few == 0
+
+
 def _bound(fusion, width: int, rows: int):
     """A call at the widths of a model of so many hidden columns."""
     sizes = {"T": rows, "D": width, "H": width, "P": 648, "I": 512 if fusion.name == "down_combine" else 64, "E": 512, "G": 1}
