@@ -18,6 +18,7 @@ from typing import Any
 from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
+from moekit.compile.alike import alike
 from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.plan import Plan, plan
@@ -129,7 +130,8 @@ def export(
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
     rows, schedules = _by_rows(graph) if schedule is None else (None, {0: schedule})
-    classes = tuple(_Class(least, plan(graph, s, dense), plan(graph, s, strided)) for least, s in schedules.items())
+    free = {least: s if schedule or alike(graph, strided) else None for least, s in schedules.items()}
+    classes = tuple(_Class(least, plan(graph, s, dense), plan(graph, free[least], strided)) for least, s in schedules.items())
     made = _Exported(fusion, binding, graph, classes, rows)
     parts = [_docstring(made), _kernels(made), HELPERS, _launcher(made), _self_test(made)]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.compile import tile as t
-from moekit.compile.alias import written_name
+from moekit.compile.alias import out_of_place, written_name
+from moekit.compile.alike import alike
 from moekit.compile.schedule import Schedule, legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
@@ -101,7 +102,8 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        schedule = self.schedule or untuned(self.graph, self.sizes)
+        rows_alike = alike(out_of_place(self.graph, separate), layouts)
+        schedule = self.schedule or (untuned(self.graph, self.sizes) if rows_alike else None)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
                         schedule)  # fmt: skip
         results = launched(static)(*bases.values())

@@ -11,6 +11,7 @@ import torch
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
 from moekit.compile.alias import may_overwrite, out_of_place, over_operand, written_name
+from moekit.compile.alike import alike
 from moekit.compile.overlap import Region, overlap, overlaps_itself
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule, legal
@@ -138,8 +139,9 @@ class Call:
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
-        schedule = self.schedule or scheduled(device_name(self.device), self.graph, self.sizes)
-        planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule)
+        given = self.schedule
+        schedule = given or scheduled(device_name(self.device), self.graph, self.sizes)
+        planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule, by_rows=not given)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
@@ -213,14 +215,17 @@ def device_name(device: torch.device) -> str:
 @lru_cache(maxsize=8192)
 def _plan_of_static(
     fusion: Fusion, binding: Binding, separate: frozenset[str], over: tuple[tuple[str, str], ...],
-    layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule | None,
+    layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule | None, by_rows: bool,
 ) -> Plan:  # fmt: skip
     graph = over_operand(out_of_place(fusion.trace(binding), separate), over)
-    return plan(graph, schedule, dict(layouts))
+    return plan(graph, schedule if not by_rows or alike(graph, dict(layouts)) else None, dict(layouts))
 
 
-def planned_for(fusion: Fusion, binding: Binding, separate, over, layouts, schedule) -> Plan:
-    """The plan of a call, cached; dynamic sizes do not matter to it, so a new T is an old plan."""
+def planned_for(fusion: Fusion, binding: Binding, separate, over, layouts, schedule, by_rows: bool = False) -> Plan:
+    """The plan of a call, cached; dynamic sizes do not matter to it, so a new T is an old plan.
+
+    `by_rows`: the schedule was chosen by their number, so it serves only where it adds up as others do.
+    """
     static = tuple((a, 0 if a in fusion.dynamic else s) for a, s in binding.sizes)
     binding = Binding(static, binding.dtypes, binding.params, binding.ones)
-    return _plan_of_static(fusion, binding, separate, over, layouts, schedule)
+    return _plan_of_static(fusion, binding, separate, over, layouts, schedule, by_rows)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from moekit.compile import tile as t
+from moekit.compile.alike import alike
 from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import heuristic, row_classes
 from moekit.compile.order import order
@@ -63,6 +64,37 @@ def test_a_row_is_shared_out_alike_whatever_the_number_of_rows(name, sizes, dtyp
     for planned, (shared, *_) in zip(plans, found, strict=True):
         (said,) = order(planned)
         assert shared in said[-1], said
+
+
+def test_rows_across_memory_are_not_shared_out_alike():
+    """Where the heads lie side by side, larger programs leave a row other lanes: there the number of rows chooses nothing."""
+    graph, sizes = _graph("gated_rms_norm", {"V": 32, "D": 128}, "bfloat16")
+    schedules = [heuristic(graph, least or None) for least in row_classes(graph)]
+    for rows, same in (
+        (("aligned", "aligned", "unit"), True),
+        (("any", "any", "unit"), True),
+        (("aligned", "unit", "any"), False),
+    ):
+        layouts = contiguous(graph, sizes) | {"x": t.Strided(rows)}
+        shares = [_shares(plan(graph, s, layouts).programs[0]) for s in schedules]
+        assert (shares[0] == shares[1]) is same
+        assert alike(graph, layouts) is same
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("silu_and_mul", {"I": 8}), ("gate_gemm", {"D": 32, "P": 24})])
+def test_what_sums_no_row_may_lie_anyhow(name, sizes):
+    """Nothing is added up, or on the matrix unit."""
+    graph, sizes = _graph(name, sizes, "bfloat16")
+    first = next(iter(graph.tensors))
+    assert alike(graph, contiguous(graph, sizes) | {first: t.Strided(("unit", "any"))})
+
+
+def test_rows_of_a_view_lie_along_its_base():
+    """In JAX: the innermost axis of the base, one element after the other."""
+    graph, sizes = _graph("gated_rms_norm", {"V": 4, "D": 16}, "bfloat16")
+    others = {n: x for n, x in contiguous(graph, sizes).items() if n != "x"}
+    for axes, steps, same in (((0, 1, 2), (1, 2, 1), True), ((0, 1, 2), (1, 1, 2), False), ((0, 2, 1), (1, 1, 1), False)):
+        assert alike(graph, others | {"x": t.Viewed("x", (9, 32, 32), axes, (0, 0, 0), steps)}) is same
 
 
 def test_what_is_shared_out_otherwise_has_another_order():

@@ -15,6 +15,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
 from moekit.lang.arguments import example
 from moekit.torch import fast, launch
+from moekit.torch.call import Call
 from moekit.torch.launch import layout
 from moekit.tune.run import SIZES
 
@@ -236,3 +237,16 @@ def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):
     assert [key for key, overlaps in found.items() if not overlaps] == [(1, MANY_PROGRAMS)]
     monkeypatch.setattr(launch, "overlapping", lambda device: False)
     assert not launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), ()).overlaps(device)
+
+
+def test_rows_that_lie_across_memory_have_one_schedule():
+    """Of rows that lie along memory, many have programs twice as large; the same elements the other way round have not."""
+    x, weight = torch.zeros(1100, 4, 128), torch.zeros(128)
+    across = torch.zeros(1100, 128, 4).transpose(1, 2)
+    for one, few, many in ((x, 4, 8), (across, 4, 4), (x[..., ::2], 4, 4)):
+        w = weight[: one.shape[-1]]
+        warps = []
+        for rows in (3, 1100):
+            call = Call(FUSIONS["gated_rms_norm"], {"x": one[:rows], "z": one[:rows], "weight": w}, {}, False, None, None)
+            warps.append(call.prepare().launches[0].program.warps)
+        assert warps == [few, many]

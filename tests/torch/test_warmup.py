@@ -61,6 +61,18 @@ def test_every_class_of_rows_is_there_afterwards(fusion, tensors, emulated, monk
     assert emulated.compiled == compiled
 
 
+def test_a_router_is_compiled_for_many_rows_too(emulated, monkeypatch):
+    """From 2048 programs of one warp on its launches do not overlap: another kernel to Triton."""
+    rows = []
+    monkeypatch.setattr(warm, "op", lambda f, in_place: lambda x, **_: rows.append(len(x)))
+    mt.warmup(["topk_softmax"], {"E": 256}, params={"k": 8}, device="cpu")
+    assert sorted(set(rows)) == [1, 2048]
+    rows.clear()
+    mt.warmup(["topk_softmax"], {"E": 32}, params={"k": 2}, device="cpu")  # several rows to a program
+    assert len(set(rows)) == 2
+    assert max(rows) > 2048
+
+
 def test_rows_that_are_given_are_the_only_ones(emulated, monkeypatch):
     """A T of one's own: its class of rows alone is compiled."""
     monkeypatch.setattr(warm, "op", lambda f, in_place: partial(op(f, in_place), implementation="triton"))
