@@ -102,10 +102,11 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        rows_alike = alike(out_of_place(self.graph, separate), layouts)
-        schedule = self.schedule or (untuned(self.graph, self.sizes) if rows_alike else None)
+        chosen = None if self.schedule else untuned(self.graph, self.sizes)
+        if chosen and not alike(out_of_place(self.graph, frozenset(separate)), layouts):
+            chosen = None
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        schedule)  # fmt: skip
+                        self.schedule or chosen)  # fmt: skip
         results = launched(static)(*bases.values())
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
 

@@ -8,7 +8,7 @@ import pytest
 import moekit.lang as ml
 from moekit.compile.schedule import Schedule
 from moekit.errors import ScheduleError, ShapeError
-from moekit.jax import add_rms_norm, launch, op, program, silu_and_mul, topk_softmax, view
+from moekit.jax import add_rms_norm, face, gated_rms_norm, launch, op, program, silu_and_mul, topk_softmax, view
 from moekit.lang import In, fusion
 
 
@@ -143,3 +143,26 @@ def test_a_maximum_passes_nan_on_in_xla(columns):
 
     got = op(highest)(jnp.asarray(x), implementation="xla")
     assert np.array_equal(np.asarray(got), x.max(-1), equal_nan=True)
+
+
+def test_rows_that_lie_across_memory_have_one_schedule(monkeypatch):
+    """Of rows along memory many have programs twice as large; of heads across memory, or of every second element, not."""
+
+    class Seen(Exception):
+        pass
+
+    def launched(static):
+        raise Seen(static.schedule)
+
+    monkeypatch.setattr(face, "launched", launched)
+    x, weight = jnp.zeros((1100, 4, 256), jnp.bfloat16), jnp.zeros(128, jnp.bfloat16)
+    across = view(jnp.zeros((1100, 128, 4), jnp.bfloat16)).transpose(0, 2, 1)
+    for z, rows, many in (
+        (x[..., :128], 3, False),
+        (x[..., :128], 1100, True),
+        (across, 1100, False),
+        (view(x)[..., ::2], 1100, False),
+    ):
+        with pytest.raises(Seen) as seen:
+            gated_rms_norm(z[:rows], z[:rows], weight, implementation="pallas")
+        assert (seen.value.args[0] is not None) is many
