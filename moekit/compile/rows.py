@@ -58,7 +58,8 @@ def _short_rows(graph: Graph) -> bool:
     if len(sections(graph)) > 1 or not all(u.parallel for u in list(uses.values())[:-1]) or _contracts(graph):
         return False
     schedule = row_schedule(graph, uses)
-    return schedule.axes[-1][1] == "whole" and _rows(graph, schedule) >= ROWS_A_LANE
+    whole = schedule.axes[-1][1] == "whole"
+    return whole and _rows(graph, schedule) >= ROWS_A_LANE and _growing(graph, schedule) is not None
 
 
 def row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
@@ -89,11 +90,16 @@ def row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
 
 def _twice(graph: Graph) -> Schedule:
     """Programs with twice as many rows and warps."""
-    uses = axis_uses(graph)
-    schedule, outer = row_schedule(graph, uses), list(uses.values())[:-1]
-    room = [u for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
-    axis = room[-1].name if room else outer[0].name
+    schedule = row_schedule(graph, axis_uses(graph))
+    axis = _growing(graph, schedule) or ""
     return replace(schedule.with_axis(axis, block=2 * schedule.block(axis)), warps=2 * schedule.warps)
+
+
+def _growing(graph: Graph, schedule: Schedule) -> str | None:
+    """The innermost axis of rows of which a program can have more; rows that are put at ids come one by one."""
+    outer = list(axis_uses(graph).values())[:-1]
+    room = [u.name for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
+    return next((a for a in reversed(room) if a not in scattered(graph)), None)
 
 
 def _many_elements(graph: Graph) -> Schedule:
