@@ -5,69 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
 
-from moekit.compile.analysis import PART, AxisUse, GemmAxes, axis_uses, gemm_axes, scattered
-from moekit.compile.rows import ROW_TILE, TOGETHER, for_many_rows, many_rows, row_schedule, shrunk
-from moekit.compile.schedule import Schedule, launches, legal_split, pow2
+from moekit.compile.analysis import PART, AxisUse, axis_uses, gemm_axes, scattered
+from moekit.compile.fit import ROW_TILE, ROWS_A_LANE, TOGETHER, WHOLE_TILE, shrunk, summed_rows
+from moekit.compile.gemm import (
+    GEMM_COLUMNS,
+    GEMM_TILES,
+    Parts,
+    Tile,
+    first_gemm,
+    gemm_alone,
+    gemm_schedule,
+    has_gemm,
+    splitting,
+    tiles,
+)
+from moekit.compile.schedule import Schedule, launches, pow2
 from moekit.compile.sections import sections
-from moekit.compile.split import cut
-from moekit.lang.dtypes import is_float, itemsize
 from moekit.lang.graph import Graph
 
-Parts = tuple[tuple[str, int], ...]
-PROGRAMS = 132  # SMs of an H100 or H200: how many programs a weight is spread over
-GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
-SHARED_MEMORY = 227 * 2**10  # bytes of an SM that programs may have
-MOST_PARTS, ENOUGH_PARTS = 8, 4
-LEAST_DEPTH = 256  # of the contracted axis, in one part
-# How much less of the contracted axis a split's programs must have for the launch that adds up to be worth it. Measured on an
-# H200 (a GEMM and a gated sum, bfloat16) at T = 1, 16, 64, 128, µs: 512 → 2048 2.2, 2.3, 3.0 and 3.5, in 2 parts 3.3, 4.2, 3.9
-# and 4.8; at T = 1, 16, 64: 1024 → 4096 4.2, 4.5 and 5.8, in 4 parts 5.6, 6.1 and 7.2. As Pallas kernels 512 → 2048 2.9, 3.0
-# and 3.2 (blocks of 128 of the contracted axis), in 2 parts 4.1, 4.5 and 4.4.
-WORTH_A_LAUNCH = 1024
-
-
-class Tile(NamedTuple):
-    """A block of a GEMM for calls of `least` rows and more. `in_a_row`: a program does all parts of the contracted axis."""
-
-    least: int
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    in_a_row: bool = False
-
-
-# Measured on an H200 with a gate GEMM and its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 3.4; T = 64
-# with the second 3.8, with the first 8.0. The last has no spills with 8 warps, and has with 4.
-GEMM_TILES = (
-    Tile(0, 16, 32, 256, 4, 4),
-    Tile(17, 64, 32, 128, 4, 4),
-    Tile(65, 128, 32, 64, 8, 4),
-    Tile(128, 64, 128, 64, 4, 4),
-    Tile(2048, 128, 128, 64, 8, 4, in_a_row=True),
-)
-LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
-# Tiles of a GEMM with more rows, each as long as it has no more programs than there are SMs, then the next: a second round of
-# programs costs more than a larger tile does. The first two are of a split, the others' programs do all parts: nothing goes
-# through memory and no launch adds up, but a program then reads four times as much, and what it takes is just that, at 64 bytes
-# a cycle (its first 64 of depth 1.8 µs, 512 3.3, 2048 6.5). Measured on an H200 as above, µs, 2048 → 641: T = 128 with the
-# first 4.5, with the third 7.2; T = 256 with the second 5.9, with the first 7.8; T = 384 with the second 7.0, with the third
-# 7.4; T = 512 with the third 7.5, with the second 11.4; T = 1024 with the fourth 10.0, with the third 10.6; T = 4096 with the
-# last 27, with the fourth 29. 2048 → 1537: T = 128 with the second 6.3, with the third 7.5; T = 256 with the third 7.7, with
-# the second 11.2, with 128 x 128 of a split 8.9; T = 512 with the fourth 10.2; T = 1024 with the last 14.5.
-# All take more than half of an SM's shared memory (`_filling`): launches wait for each other on the SMs, and two programs of
-# one that come to share an SM take twice as long. With 6 stages in place of 8 the third is as fast by itself, but norm, GEMM
-# and top_k in a row then take 13.6 and 14.2 µs at T = 256 in place of 11.0 and 11.3 (641 and 1537 columns).
-SPLIT_TILES = (Tile(0, 64, 64, 64, 4, 8), Tile(0, 128, 64, 64, 8, 5))
-MANY_ROWS = 128
-MANY_ROWS_TILES = (
-    Tile(0, 64, 64, 64, 4, 8, in_a_row=True),
-    Tile(0, 64, 128, 64, 4, 6, in_a_row=True),
-    Tile(0, 128, 128, 64, 8, 4, in_a_row=True),
-)
+# Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
+# 16 bytes at a time, and programs are half as many. Measured on an H200 (bfloat16), µs with larger tiles and without: a gated
+# activation of 1024 columns at T = 512, 1024, 4096, 65536: 2.20 and 1.92, 2.87 and 2.91, 7.44 and 7.77, 94.6 and 100.2; of 64
+# at T = 8192, 16384, 65536: 2.42 and 2.35, 3.04 and 3.73, 8.19 and 11.0; a gated sum of 2048 columns at T = 256, 512, 65536:
+# 1.87 and 1.89, 2.73 and 2.79, 185.0 and 192.6, where a plain sum of two tensors needs 183.6. Tiles of twice that gain 0.5 %.
+MANY_ELEMENTS = 2**20
+# Elements of short rows that are summed up, several to a program, from which on a program has twice as many rows and warps: the
+# same lanes hold a row. Measured on an H200 (bfloat16) with a gated norm of 4 and of 32 heads of 128, the time with larger
+# programs over that with smaller ones: 4 heads at T = 256, 512, 1024, 4096, 16384: 1.02, 1.00, 0.91, 0.90, 0.74; 32 heads at
+# T = 16, 64, 256, 1024, 16384: 1.05, 1.01, 0.79, 0.79, 0.72. Four times as many gain no more.
+MANY_SUMMED = 2**19
+# Where parts are added up, a program has so many columns of one row, two elements a lane: its loads are all under way at once,
+# and there are programs enough. Measured on an H200, a gate GEMM and its epilogue (bfloat16, 4 parts) at T = 1, 16, 64, µs:
+# 2048 → 641 3.2, 3.4 and 3.8; with 2 rows of 256 columns or 8 of 64, four elements a lane, 3.6, 3.9 and 4.3. 2048 → 1537 4.0,
+# 4.2 and 4.8, else 4.4, 4.6 and 5.3; with one row, and four elements a lane 4.2, 4.4 and 5.0.
+SUMMED_COLUMNS = 256
 
 
 def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
@@ -75,18 +47,20 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
-    if tokens and many_rows(graph):
-        return for_many_rows(graph)
-    split, columns = _splitting(graph)
+    if tokens and _elementwise(graph):
+        return _many_elements(graph)
+    if tokens and _short_rows(graph):
+        return _twice(graph)
+    split, columns = splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x.least)
-    split, parts = ((), split) if tile.in_a_row and _alone(graph) else (split, ())
+    split, parts = ((), split) if tile.in_a_row and gemm_alone(graph) else (split, ())
     every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
     pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}
     for schedule in pieces:
         for said in schedule.axes:
             axes.setdefault(said[0], said)
-    gemms = [s.stages for g, s in zip(every, pieces, strict=True) if _gemm(g)]
+    gemms = [s.stages for g, s in zip(every, pieces, strict=True) if first_gemm(g)]
     stages = min(gemms, default=pieces[0].stages)
     if split and len(gemms) > 1 and stages == 6:
         stages = 7  # with 6, ptxas (12.8) spills a register of several sections' loops; 2 % slower at T = 1, 0.5 % at 16
@@ -103,7 +77,10 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
         return (0,)
     if any(gemm_axes(graph, i) for i in graph.live()):
         return tuple(tile.least for tile in tiles(graph))
-    return (0, many) if (many := many_rows(graph)) else (0,)
+    columns = prod(graph.axes[a] or 1 for a in axis_uses(graph))
+    if _elementwise(graph):
+        return 0, max(2, -(-MANY_ELEMENTS // columns))
+    return (0, max(2, -(-MANY_SUMMED // columns))) if _short_rows(graph) else (0,)
 
 
 def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
@@ -121,82 +98,34 @@ def class_axis(graph: Graph) -> str | None:
     return next((a for a in found if graph.axes[a] is None), None)
 
 
-def tiles(graph: Graph) -> tuple[Tile, ...]:
-    """The tiles of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many."""
-    gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
-    if gemm is None or _ordered_by_tile(graph):
-        return GEMM_TILES[:1]
-    if not _alone(graph) or _wide(graph, gemm):
-        return GEMM_TILES
-    found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
-    parts = prod(n for _, n in _splitting(graph)[0])
-    for tile in (*(SPLIT_TILES if parts > 1 else ()), *MANY_ROWS_TILES):
-        if parts > 1 and tile.in_a_row and least == few.least:  # no larger tile of a split would do
-            found.append(few)
-            least = MANY_ROWS
-        across = -(-_gemm_outputs(graph, gemm) // tile.columns) * (1 if tile.in_a_row else parts)
-        most = tile.rows * (PROGRAMS // across)
-        if most >= least or tile == MANY_ROWS_TILES[-1]:
-            found.append(tile._replace(least=least))
-            least = most + 1
-    return tuple(found)
+def _elementwise(graph: Graph) -> bool:
+    """Whether nothing brings elements together and every program can have any of them."""
+    nodes = [graph.nodes[i] for i in graph.live()]
+    return not any(n.op in TOGETHER for n in nodes) and all(use.parallel for use in axis_uses(graph).values())
 
 
-def _ordered_by_tile(graph: Graph) -> bool:
-    """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
-    what becomes of a second product along another axis, or of rows that are put at ids."""
-    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i))]
-    if len({g.k for g in gemms}) > 1 or any({g.m, g.n} & set(scattered(graph)) for g in gemms):
-        return True
-    beside = [(g, i) for g in sections(graph) if _gemm(g) for i in g.live() if not gemm_axes(g, i)]
-    return any(g.nodes[i].op in TOGETHER and is_float(g.nodes[i].dtype) for g, i in beside)
+def _short_rows(graph: Graph) -> bool:
+    """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
 
-
-def _alone(graph: Graph) -> bool:
-    """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
-    return any(_gemm(g) for g in sections(graph))
-
-
-def _wide(graph: Graph, gemm: GemmAxes) -> bool:
-    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
-    return any(itemsize(graph.nodes[graph.nodes[i].args[0]].dtype) == 4 for i in graph.live() if gemm_axes(graph, i) == gemm)
-
-
-def _splitting(graph: Graph) -> tuple[Parts, int]:
-    """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs; and its columns.
-
-    A program reads its rows of x for all its columns at once, so wider blocks read less where four parts have room beside them.
-
-    A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
-    products, the second has programs of other kinds.
+    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which.
     """
-    alone = _alone(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm is None or {gemm.m, gemm.n} & set(scattered(graph)) or not legal_split(graph, gemm.k):
-            continue
-        if graph.axes[gemm.k] is None or not any(_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
-            continue
-        outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
-        most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}
-        columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
-        parts = most[columns] if alone else max(2, most[columns])
-        return (((gemm.k, parts),) if parts > 1 else ()), columns
-    return (), GEMM_COLUMNS[0]
+    schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
+    alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
+    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and _growing(graph, schedule) is not None
 
 
-def _parts(blocks: int, depth: int) -> int:
-    """How many parts leave each SM one program at the most; 1 where they are not worth a launch."""
-    parts = 1
-    while parts < MOST_PARTS and 2 * parts * blocks <= PROGRAMS and depth >= 2 * parts * LEAST_DEPTH:
-        parts *= 2
-    return parts if depth - depth // parts >= WORTH_A_LAUNCH else 1
+def _twice(graph: Graph) -> Schedule:
+    """Programs with twice as many rows and warps."""
+    schedule = section_schedule(graph)
+    axis = _growing(graph, schedule) or ""
+    return replace(schedule.with_axis(axis, block=2 * schedule.block(axis)), warps=2 * schedule.warps)
 
 
-def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
-    """Columns that all contractions over the same axis and rows write."""
-    found = [g for i in graph.live() if (g := gemm_axes(graph, i)) and (g.k, g.m) == (gemm.k, gemm.m)]
-    return sum(graph.axes[g.n] or 0 for g in found)
+def _growing(graph: Graph, schedule: Schedule) -> str | None:
+    """The innermost axis of rows of which a program can have more; rows that are put at ids come one by one."""
+    outer = list(axis_uses(graph).values())[:-1]
+    room = [u.name for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
+    return next((a for a in reversed(room) if a not in scattered(graph)), None)
 
 
 def section_schedule(
@@ -206,9 +135,9 @@ def section_schedule(
 
     `columns`: the block of a GEMM's columns where few rows are.
     """
-    found = _gemm(graph)
+    found = first_gemm(graph)
     uses = axis_uses(graph)
-    schedule = _gemm_schedule(graph, uses, found, split or parts, tile, columns) if found else row_schedule(graph, uses)
+    schedule = gemm_schedule(graph, uses, found, split or parts, tile, columns) if found else _row_schedule(graph, uses)
     for axis, several in split if any(a.endswith(PART) for a in uses) else ():
         if any(a == axis and m == "whole" for a, m, _ in schedule.axes):
             schedule = schedule.with_axis(axis, "loop", pow2(-(-(graph.axes[axis] or 1) // several)))
@@ -227,66 +156,41 @@ def joined_warps(pairs: Sequence[tuple[Graph, Schedule]]) -> int:
     return min(chain) if chain else max(least, *(s.warps for _, s in pairs))
 
 
-def has_gemm(graph: Graph) -> bool:
-    """Whether a graph has a contraction for the matrix unit."""
-    return _gemm(graph) is not None
-
-
-def _gemm(graph: Graph) -> GemmAxes | None:
-    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
-    uses = axis_uses(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
-            return gemm
-    return None
-
-
-def _gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile, few: int) -> Schedule:
-    wide, depth, several = _wide(graph, gemm), uses[gemm.k].extent or 64, dict(parts).get(gemm.k, 1)
-    _, rows, columns, k_block, warps, stages, _ = tile
-    fills = several > 1 and columns == GEMM_COLUMNS[0] and not wide
-    if wide:
-        rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
-    elif columns == GEMM_COLUMNS[0]:
-        columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
-    if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
-        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
-    accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
-    columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
-    wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
-    blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}
-    axes = []
-    for a, use in uses.items():
-        if a in (gemm.m, gemm.n):
-            axes.append((a, "grid", blocks[a]))
-        elif a == gemm.k and not use.whole:
-            axes.append((a, "loop", blocks[a]))
+def _row_schedule(graph: Graph, uses: dict[str, AxisUse]) -> Schedule:
+    """Rows: reduced axes whole while they fit, then the innermost parallel axis, then several rows a program."""
+    chosen: dict[str, tuple[str, int]] = {}
+    tile = 1
+    inner = [u for u in uses.values() if not u.parallel and not u.name.endswith(PART)]
+    chosen |= {u.name: ("loop", 1) for u in uses.values() if not u.parallel and u.name.endswith(PART)}
+    for use in sorted(inner, key=lambda u: (not u.whole, u.extent is None, u.extent or 0)):
+        if use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE):
+            chosen[use.name] = ("whole", pow2(use.extent))
         else:
-            axes.append(_other_axis(use))
-    schedule = Schedule(tuple(axes), warps=warps, stages=stages)
-    return shrunk(graph, replace(schedule, stages=_filling(graph, schedule, gemm)) if fills else schedule)
+            chosen[use.name] = ("loop", max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
+        tile *= chosen[use.name][1]
+    sums_parts = any(u.name.endswith(PART) for u in uses.values())
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    columns = [u for u in uses.values() if u.parallel]
+    for use in reversed(columns):
+        extent = use.extent if use.extent is not None else 8
+        single = use.name in scattered(graph) or use.name.endswith(PART) or (sums_parts and not inner and tile > 1)
+        block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
+        chosen[use.name] = ("grid", block)
+        tile *= block
+    loops = any(chosen[u.name][0] == "loop" for u in inner)
+    schedule = Schedule(tuple((a, *chosen[a]) for a in uses), stages=2 if loops else 1)
+    return shrunk(graph, schedule)
 
 
-def _filling(graph: Graph, schedule: Schedule, gemm: GemmAxes) -> int:
-    """So many stages that a program's blocks take more than half of an SM's shared memory.
-
-    The next launch's programs come while this one's still run, and where two fit on an SM, the SMs that stand empty get two
-    each, which then share what one could have. Measured on an H200, us with these stages, and least and most of others:
-    2048 to 648 at T = 1, 16, 64: 3.01 of 3.17 to 3.87, 3.22 of 3.35 to 3.96, 3.75 of 3.78 to 4.3; 2048 to 1544 at T = 1, 16:
-    3.99 of 4.29 to 5.03, 4.23 of 4.30 to 5.25. The times of one graph then also vary by 1 % in place of 30 %.
-    """
-    reads = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and gemm.k in n.axes]
-    block = sum(prod(schedule.block(a) for a in n.axes) * itemsize(n.dtype) for n in reads)
-    small = schedule.block(gemm.m) < 64  # the loop of the smaller instruction has one block less than stages
-    return max(schedule.stages, min(8, SHARED_MEMORY // 2 // block + 1 + small))
+def _many_elements(graph: Graph) -> Schedule:
+    """Element by element, with memory's bandwidth as the limit: 8 elements a lane, in blocks as wide as rows allow."""
+    chosen, tile = {}, 1
+    for use in reversed(axis_uses(graph).values()):
+        block = 1 if use.name in scattered(graph) else min(pow2(use.extent or ROW_TILE), ROW_TILE // tile)
+        chosen[use.name] = block
+        tile *= block
+    return Schedule(tuple((a, "grid", chosen[a]) for a in axis_uses(graph)), warps=max(1, tile // 256), stages=1)
 
 
-def _other_axis(use: AxisUse) -> tuple[str, str, int]:
-    if use.parallel:
-        return use.name, "grid", 1
-    if use.name.endswith(PART):
-        return use.name, "loop", 1
-    if use.extent is not None and (use.whole or pow2(use.extent) <= ROW_TILE):
-        return use.name, "whole", pow2(use.extent)
-    return use.name, "loop", 64
+def _contracts(graph: Graph) -> bool:
+    return any(graph.nodes[i].op == "contract" for i in graph.live())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.compile.heuristic import GEMM_TILES
+from moekit.compile.gemm import GEMM_TILES
 from moekit.fusions import FUSIONS
 from moekit.torch import launch, ops
 from moekit.torch.call import Call

@@ -9,7 +9,7 @@ import moekit.torch as mt
 from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import GEMM_TILES
+from moekit.compile.gemm import GEMM_TILES
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
