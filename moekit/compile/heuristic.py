@@ -111,16 +111,21 @@ def _short_rows(graph: Graph) -> bool:
     """
     schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
     alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
-    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE
+    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and _growing(graph, schedule) is not None
 
 
 def _twice(graph: Graph) -> Schedule:
     """Programs with twice as many rows and warps."""
     schedule = section_schedule(graph)
-    *outer, _ = axis_uses(graph).values()
-    room = [u for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
-    axis = room[-1].name if room else outer[0].name
+    axis = _growing(graph, schedule) or ""
     return replace(schedule.with_axis(axis, block=2 * schedule.block(axis)), warps=2 * schedule.warps)
+
+
+def _growing(graph: Graph, schedule: Schedule) -> str | None:
+    """The innermost axis of rows of which a program can have more; rows that are put at ids come one by one."""
+    outer = list(axis_uses(graph).values())[:-1]
+    room = [u.name for u in outer if u.extent is None or schedule.block(u.name) < u.extent]
+    return next((a for a in reversed(room) if a not in scattered(graph)), None)
 
 
 def section_schedule(

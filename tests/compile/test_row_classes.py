@@ -51,7 +51,24 @@ def pooled(x, w, ids, pool):
     return {"pool": put(cast(contract(x, w, over="D"), pool.dtype), ids, over="S")}
 
 
+@fusion(None, x=In("T V D"), ids=In("T", dtype=("int32", "int64")), pool=InOut("S V D"))
+def kept(x, ids, pool):
+    """Norms of short rows, put at ids."""
+    return {"pool": put(cast(f32(x) * rsqrt(mean(f32(x) * f32(x), over="D") + 1.0), pool.dtype), ids, over="S")}
+
+
+@fusion(None, x=In("T V D"))
+def short(x):
+    """Norms of short rows."""
+    return {"out": cast(f32(x) * rsqrt(mean(f32(x) * f32(x), over="D") + 1.0), x.dtype)}
+
+
 CASES = [
+    (kept, {"V": 4, "D": 128, "S": 64}),
+    (kept, {"V": 32, "D": 128, "S": 64}),
+    (short, {"V": 3, "D": 64}),
+    (short, {"V": 40, "D": 32}),
+    (short, {"V": 1, "D": 100}),
     (pooled, {"D": 2048, "P": 648, "S": 64}),
     (scaled, {"D": 2048, "P": 648}),
     (scaled, {"D": 256, "P": 4096}),
