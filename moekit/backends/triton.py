@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import copysign, prod
 
 from moekit import __version__
 from moekit.backends.printer import Printer, blocks, extent_text, header, number
@@ -252,6 +252,10 @@ def _where(p: Printer, op: t.Where) -> str:
 
 
 def _const(p: Printer, op: t.Const) -> str:
+    """A literal, but for -0.0 (of which Triton 3.6 makes 0.0) and where a literal would be of another dtype."""
+    if isinstance(op.value, float) and op.value == 0 and copysign(1, op.value) < 0:
+        bits = 8 * itemsize(op.out.dtype)
+        return f"tl.full((), {-(2 ** (bits - 1))}, tl.int{bits}).to({DTYPES[op.out.dtype]}, bitcast=True)"
     narrow = op.out.dtype in ("float16", "bfloat16")
     return f"tl.full((), {number(op.value)}, {DTYPES[op.out.dtype]})" if narrow else number(op.value)
 

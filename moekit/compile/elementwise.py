@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moekit.compile import tile as t
 from moekit.compile.naming import TEMPORARY
 from moekit.compile.scope import Scope
+from moekit.lang.dtypes import is_float
 from moekit.lang.graph import BINARY, UNARY, Node
 
 if TYPE_CHECKING:
@@ -48,6 +49,16 @@ def _cast(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str |
 _plain_cast = _elementwise(t.Cast, ("value",), op=False)
 
 
+def _neg(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
+    """-x; of a float as x·-1, which is exact: Triton 3.6 and Pallas's Triton lowering take 0 - x, which makes +0 of +0."""
+    if not is_float(n.dtype):
+        return _plain_neg(low, n, scope, args, name)
+    return low.binary(scope, "mul", args[0], low.const(scope, -1.0, n.dtype), name or TEMPORARY)
+
+
+_plain_neg = _elementwise(t.Unary, ("value",))
+
+
 def _iota(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: str | None) -> t.Value:
     return low.along(scope, n.attr("index"))
 
@@ -76,7 +87,7 @@ def _softplus(low: Lowering, n: Node, scope: Scope, args: list[t.Value], name: s
     def unary(op: str, v: t.Value) -> t.Value:
         return low.emit(scope, t.Unary, TEMPORARY, "float32", v.axes, op=op, value=v)
 
-    e = unary("exp", unary("neg", unary("abs", x)))
+    e = unary("exp", low.binary(scope, "mul", unary("abs", x), low.const(scope, -1.0, "float32")))
     s = low.binary(scope, "div", e, low.binary(scope, "add", e, low.const(scope, 2.0, "float32")), "ratio")
     square = low.binary(scope, "mul", s, s, "square")
     series = low.binary(scope, "mul", square, low.const(scope, 2.0 / SERIES[0], "float32"), "series")
@@ -96,6 +107,7 @@ def _rules() -> dict:
     return rules | {
         "where": _elementwise(t.Where, ("condition", "yes", "no"), op=False),
         "cast": _cast,
+        "neg": _neg,
         "bitcast": _elementwise(t.Bitcast, ("value",), op=False),
         "iota": _iota,
         "const": _constant,

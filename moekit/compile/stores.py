@@ -28,11 +28,16 @@ def in_order(graph: Graph, looped: Collection[str]) -> list[Stores]:
     """The outputs in an order in which none overwrites what a later one loads.
 
     Else new tensors come before updated ones, and those along more loops before those along fewer. Raises ScheduleError where
-    outputs wait for each other.
+    outputs wait for each other, or where one goes over an operand of which its own loops read more later on.
     """
     groups: dict[tuple[str, ...], list[Write]] = {}
     for w in graph.writes:
         groups.setdefault(tuple(a for a in axis_uses(graph) if a in looped and a in reach(graph, w)), []).append(w)
+    for axes, writes in groups.items():
+        if axes and (tensor := _reread(graph, looped, writes)):
+            hint = f"loop over one of {' and '.join(axes)} at most" if len(axes) > 1 else f"do not loop over {axes[0]}"
+            what = f"{tensor} is overwritten in a loop that reads other elements of it later"
+            raise ScheduleError(f"{graph.name}: {what}; {hint}")
     left = [Stores(axes, tuple(writes), _loaded(graph, looped, writes)) for axes, writes in groups.items()]
     updated = {n for n, x in graph.tensors.items() if x.role == "InOut"}
     left.sort(key=lambda s: (not updated.isdisjoint(s.tensors), -len(s.axes)))
@@ -62,3 +67,21 @@ def _loaded(graph: Graph, looped: Collection[str], writes: list[Write]) -> froze
             found.add(n.attr("tensor"))
         left += n.args
     return frozenset(found)
+
+
+def _reread(graph: Graph, looped: Collection[str], writes: list[Write]) -> str | None:
+    """What outputs overwrite in their loops, and read there at another place too: by another index, or in a reduction."""
+    own = {w.tensor: (w.index, w.ids) for w in writes}
+    seen, left = set(), [(node, False) for w in writes for node in (w.value, *w.ids)]
+    while left:
+        node, reduced = left.pop()
+        n = graph.nodes[node]
+        if (node, reduced) in seen or not set(looped) & set(n.axes):
+            continue
+        seen.add((node, reduced))
+        tensor = n.attr("tensor") if n.op == "read" else None
+        if tensor in own and (reduced or own[tensor] != (n.attr("index"), n.args)):
+            return tensor
+        reduced = reduced or (n.op in ("reduce", "contract") and n.attr("axis") in looped)
+        left += [(arg, reduced) for arg in n.args]
+    return None

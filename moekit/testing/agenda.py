@@ -9,6 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from math import isqrt
 
 from moekit.testing.case import FuzzCase
 from moekit.testing.coverage import Cell, Coverage
@@ -17,6 +18,8 @@ from moekit.testing.tasks import JAX, Task, cases
 MOST_FAILURES = 50
 MAIN = 0.75  # the share of the time after which cells with too few cases come first
 FOR_SHRINKING = 0.2  # the share of the time that is kept for making failures small, once there are any
+SPREAD = 16  # calls of every fusion that a small budget reaches, where a call costs no compilation
+COMPILED = (*JAX, "triton", "triton-interpreter")
 EXTRA = 1_000_000  # the turns of tasks for cells with too few cases begin here
 MOST_EXTRA = 6  # such tasks for one cell, beyond those it needs if each of their cases counts
 
@@ -84,9 +87,19 @@ class Plan:
 
     def task(self, fusion: str, implementation: str, combo: int, turn: int, wanted: Cell | None = None) -> Task:
         """One task; through JAX a batch is one compiled shape with many values."""
-        shape = (self.groups * self.layouts, 1) if implementation in JAX else (self.groups, self.layouts)
+        groups, layouts = (self.groups, self.layouts) if wanted else self.batch(implementation)
+        shape = (groups * layouts, 1) if implementation in JAX else (groups, layouts)
         gpu = implementation in self.accelerated
         return Task(fusion, implementation, self.seed, combo, turn, *shape, accelerated=gpu, wanted=wanted)
+
+    def batch(self, implementation: str) -> tuple[int, int]:
+        """Sets of sizes of a task, and of strides for each: fewer where the budget would else be spent on few calls."""
+        budget = self.budget(implementation)
+        if budget is None or implementation in COMPILED:
+            return self.groups, self.layouts
+        most = max(4, budget // (len(self.fusions) * min(self.combos, SPREAD)))
+        layouts = min(self.layouts, isqrt(most))
+        return min(self.groups, most // layouts), layouts
 
     def tasks(self, implementation: str) -> Iterator[Task]:
         """Tasks without end, every fusion and call in turn: what stops a campaign is its budget."""

@@ -83,8 +83,9 @@ def _run_near(executor: Executor, pairs: Sequence[tuple[FuzzCase, Oracle]]) -> l
                 verdict.problems.append(text)
         for slot, count in arena.damage(image, after, written):
             verdict = verdicts[owners[id(slot)]]
-            verdict.problems.append(f"{verdict.case.fusion}: {count} bytes of or around {slot.name} "
-                                    f"({verdict.case.layout(slot.name).kind}) were written that must not be")  # fmt: skip
+            text = f"{verdict.case.fusion}: {count} bytes of or around {slot.name} ({verdict.case.layout(slot.name).kind})"
+            if not any(p.startswith(text) for p in verdict.problems):  # the same on either image
+                verdict.problems.append(f"{text} were written that must not be")
     needed = sum(2 for c, _ in pairs if any(np.prod(c.shape(n)) for n in c.names))
     for verdict, p, (case, oracle) in zip(verdicts, placed, pairs, strict=True):
         verdict.launched = counted >= needed and any(np.prod(case.shape(n)) for n in case.names)

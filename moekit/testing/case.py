@@ -23,6 +23,7 @@ from moekit.lang.graph import Graph
 from moekit.testing.values import make
 
 RANDOM = "random:"
+PAST_32_BITS = 2**32
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,13 @@ class FuzzCase:
         for name, shape in self.shapes.items():
             if name in ids:
                 largest = max(self.extents[ids[name]], int(np.prod(shape))) + 2
-                arrays[name] = (rng.permutation(largest)[: int(np.prod(shape))].reshape(shape) - 1).astype(self.dtypes[name])
+                x = rng.permutation(largest)[: int(np.prod(shape))].reshape(shape) - 1
+                arrays[name] = (x + (x % 3 == 0) * PAST_32_BITS * (self.dtypes[name] == "int64")).astype(self.dtypes[name])
                 continue
             x = make(self.recipe, shape, self.dtypes[name], rng)
             if x.dtype.kind == "i" and name not in read_ids(self.graph):
                 x = rng.integers(-4, 5, shape).astype(x.dtype)
+                x = x * (PAST_32_BITS + 1) if x.dtype == np.int64 else x
             zero = self.layout(name).zero
             if zero and x.size:
                 x = np.broadcast_to(x[tuple(slice(0, 1) if d in zero else slice(None) for d in range(x.ndim))], shape)

@@ -15,7 +15,7 @@ import numpy as np
 from moekit.compile.alias import may_overwrite
 from moekit.errors import MoekitError
 from moekit.lang.arguments import parameter_type
-from moekit.lang.dtypes import FLOATS, is_float, itemsize
+from moekit.lang.dtypes import FLOATS, INTS, itemsize
 from moekit.lang.fusion import Fusion
 from moekit.testing.case import FuzzCase, Layout, unique_ids
 from moekit.testing.schedules import variants
@@ -67,7 +67,7 @@ def numpy_source(*seed: int) -> NumpySource:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a case may go: elements of its largest tensor, and which kinds of layouts and modes there are."""
+    """How far a case may go: elements of its largest tensor, which kinds of layouts and modes there are, and which dtypes."""
 
     elements: int = 20_000
     smallest: int = 0
@@ -75,6 +75,7 @@ class Limits:
     modes: tuple[str, ...] = ("out", "in place", "over", "plain")
     schedules: tuple[str, ...] = SCHEDULES
     dtypes: tuple[str, ...] = FLOATS
+    integers: tuple[str, ...] = (*INTS, "bool")
 
 
 def axes_of(fusion: Fusion) -> list[str]:
@@ -122,7 +123,7 @@ def _dtypes(fusion: Fusion, source: Source, limits: Limits) -> dict[str, str]:
     uniform, mixed = source.choose(limits.dtypes), source.integer(0, 5) == 5
     found = {}
     for name, spec in fusion.tensors.items():
-        options = [d for d in spec.dtypes if d in limits.dtypes or not is_float(d)] or list(spec.dtypes)
+        options = [d for d in spec.dtypes if d in (*limits.dtypes, *limits.integers)] or list(spec.dtypes)
         wanted = source.choose(options) if mixed or uniform not in options else uniform
         found[name] = wanted
     return found
@@ -210,15 +211,19 @@ def _far(shape: tuple[int, ...], source: Source) -> Layout:
     return replace(Layout.dense(rank), kind="far", steps=_at(rank, place, step, 1))
 
 
+def overwriting(case: FuzzCase) -> list[str]:
+    """The modes in which an output goes over an operand."""
+    return [f"over:{o}:{i}" for o in case.names if o not in case.shapes for i in case.shapes
+            if case.shape(o) == case.shape(i) and i not in case.names and may_overwrite(case.graph, o, i)]  # fmt: skip
+
+
 def draw_mode(case: FuzzCase, source: Source, limits: Limits) -> str:
     """How outputs are given, of the modes that mean something for this call."""
     options = ["out", "out"]
     if "in place" in limits.modes and any(n in case.shapes for n in case.names):
         options += ["in place", "in place"]
     if "over" in limits.modes:
-        pairs = [(o, i) for o in case.names if o not in case.shapes for i in case.shapes
-                 if case.shape(o) == case.shape(i) and i not in case.names and may_overwrite(case.graph, o, i)]  # fmt: skip
-        options += [f"over:{o}:{i}" for o, i in pairs[:1]]
+        options += overwriting(case)[:1]
     if "plain" in limits.modes:
         options.append("plain")
     return source.choose(options)

@@ -14,7 +14,7 @@ from moekit.compile import interpret
 from moekit.compile.alias import out_of_place, over_operand, written_name
 from moekit.compile.dense import strided
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule
+from moekit.compile.schedule import Schedule, legal
 from moekit.compile.tile import Strided
 from moekit.errors import UnavailableError
 from moekit.lang.fusion import Binding, Fusion
@@ -34,8 +34,12 @@ def static(case: FuzzCase) -> Binding:
 
 
 def schedule_of(case: FuzzCase) -> Schedule | None:
-    """The schedule that a case names; the heuristic's (None) where it is not legal."""
-    return _schedules(case.declaration, static(case)).get(case.schedule) if case.schedule != "heuristic" else None
+    """The schedule that a case names; the heuristic's (None) where it is not legal, be it for what an output goes over."""
+    if case.schedule == "heuristic":
+        return None
+    found = _schedules(case.declaration, static(case)).get(case.schedule)
+    over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
+    return found if found is None or not over or legal(over_operand(case.graph, over), found) is None else None
 
 
 @functools.lru_cache(maxsize=2048)

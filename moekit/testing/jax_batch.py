@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.jax import View, launch, op, program
+from moekit.jax import View, launch, op, program, view
 from moekit.lang.dtypes import numpy_dtype
 from moekit.testing.batch import Verdict
 from moekit.testing.case import FuzzCase, Layout
@@ -20,9 +20,16 @@ from moekit.testing.oracle import Oracle
 
 
 def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
-    """The tensor of `shape` that `layout` places in `base` (whose axes are in the order of storage)."""
-    axes = tuple(layout.order.index(d) for d in range(len(shape)))
-    return View(base, axes, layout.starts, layout.steps, shape)
+    """The tensor of `shape` that `layout` places in `base` (whose axes are in the order of storage).
+
+    It is sliced twice: to every so manieth element first, and of those to the ones that are wanted.
+    """
+    every, wanted = [], []
+    for d in layout.order:
+        first, step = divmod(layout.starts[d], layout.steps[d])
+        every.append(slice(step, None, layout.steps[d]))
+        wanted.append(slice(first, first + shape[d]))
+    return view(base)[tuple(every)][tuple(wanted)].transpose(*(layout.order.index(d) for d in range(len(shape))))
 
 
 def base_of(values: np.ndarray | None, shape: tuple[int, ...], dtype: str, layout: Layout, poison: int) -> np.ndarray:
@@ -56,8 +63,8 @@ def _view(case: FuzzCase, name: str, bases: Mapping[str, Any]) -> View:
     shape, base = case.shape(name), bases[_array(case, name)]
     if not case.woven:
         return view_of(base, _layout(case, name), shape)
-    rank = len(shape)
-    return View(base, tuple(range(rank)), (0,) * rank, (1,) * rank, shape, ((rank, case.weave()[name][1]),))
+    turn = case.weave()[name][1]
+    return view(base)[..., turn % 2 :: 2][..., turn // 2]
 
 
 def _place(case: FuzzCase, name: str, base: np.ndarray) -> np.ndarray:

@@ -47,9 +47,15 @@ class Oracle:
     chosen: Mapping[str, np.ndarray] = field(default_factory=dict)  # integers as they come of operands that read as zero
 
     @classmethod
-    def of(cls, case: FuzzCase, implementation: str | None = None, standard: Standard | None = None) -> Oracle:
-        """The oracle of a case: by the fusion's own declaration, or by the standard that a peer is held to."""
-        fusion, values = (standard and standard.declaration) or case.declaration, case.values()
+    def of(
+        cls, case: FuzzCase, implementation: str | None = None, standard: Standard | None = None,
+        values: Mapping[str, np.ndarray] | None = None,
+    ) -> Oracle:  # fmt: skip
+        """The oracle of a case: by the fusion's own declaration, or by the standard that a peer is held to.
+
+        `values`: other operands than the case's own.
+        """
+        fusion, values = (standard and standard.declaration) or case.declaration, values or case.values()
         graph, params = fusion.trace(case.binding), fusion.bind_params(dict(case.params))
         factor = standard.constant if standard else constant(fusion.name, implementation)
         with np.errstate(all="ignore"):

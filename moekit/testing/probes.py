@@ -341,10 +341,117 @@ def probe_tables(ids, x, y):
     return ml.f32(ml.gather(x, ids, over="E")) - ml.f32(ml.gather(y, ids, over="G"))
 
 
+ORDERS = (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)
+
+
+def _ordered(x, y, n, m):
+    by, orders = np.where(m == 0, 3, m), enumerate(ORDERS)
+    quotient = np.trunc(n / by).astype(np.int32)
+    with np.errstate(invalid="ignore"):
+        order = sum((f(n, m) + 2 * f(x, y)) * 4**i for i, f in orders)
+    return {"order": order.astype(np.int32), "quotient": quotient, "rest": n - quotient * by,
+            "bits": (n ^ m) + (n & m) * 16 - (n | m) * 256 + ~n * 4096,
+            "ends": np.maximum(n, -m) * 16 + np.minimum(n, m) - np.abs(m), "moved": (n >> 1) + (m << 3)}  # fmt: skip
+
+
+@fusion(_ordered, x=In("T H"), y=In("H"), n=In("T H", dtype="int32"), m=In("H", dtype="int32"))
+def probe_ordered(x, y, n, m):
+    """Every comparison, of floats and of integers; division of negative numbers, bits and their shifts."""
+    by, order = ml.where(m == 0, 3, m), n * 0
+    pairs = (n == m, x == y), (n != m, x != y), (n < m, x < y), (n <= m, x <= y), (n > m, x > y), (n >= m, x >= y)
+    for i, (whole, real) in enumerate(pairs):
+        order = order + (ml.cast(whole, "int32") + 2 * ml.cast(real, "int32")) * 4**i
+    bits = (n ^ m) + (n & m) * 16 - (n | m) * 256 + ~n * 4096
+    ends = ml.maximum(n, -m) * 16 + ml.minimum(n, m) - abs(m)
+    return {"order": order, "quotient": n // by, "rest": n % by, "bits": bits, "ends": ends, "moved": (n >> 1) + (m << 3)}
+
+
+def _counted(n):
+    return {"most": n.max(-1), "least": n.min(-1), "total": n.sum(-1, dtype=n.dtype), "behind": n.max(-1, keepdims=True) - n}
+
+
+@fusion(_counted, n=In("T H", dtype=("int32", "int64")))
+def probe_counted(n):
+    """Reductions of integers, whose numbers in 64 bits do not fit 32."""
+    most = ml.max(n, over="H")
+    return {"most": most, "least": ml.min(n, over="H"), "total": ml.sum(n, over="H"), "behind": most - n}
+
+
+def _signs(x):
+    with np.errstate(all="ignore"):
+        x = x.astype(np.float64)
+        return {"side": np.where(x > 0.5, np.inf, -np.inf), "turned": 1 / (-np.where(x > 0.5, x, 0.0))}
+
+
+@fusion(_signs, x=In("T H"))
+def probe_signs(x):
+    """Zeros of both signs, as constants that are equal and not the same, and as what becomes of another zero."""
+    return {"side": 1.0 / ml.where(x > 0.5, 0.0, -0.0), "turned": 1.0 / -ml.where(x > 0.5, ml.f32(x), 0.0)}
+
+
+def _kept(x, y, state):
+    a, b, old = _f64(x, y, state)
+    with np.errstate(all="ignore"):
+        return {"out": a + b, "kept": a, "state": old + b, "was": old}
+
+
+@fusion(_kept, x=In("T H", dtype="float32"), y=In("T H"), state=InOut("T H", dtype="float32"))
+def probe_kept(x, y, state):
+    """Operands that are outputs as they are, behind outputs that may be written over them."""
+    return {"out": x + ml.f32(y), "kept": x, "state": state + ml.f32(y), "was": state}
+
+
+def _braided(bias, w, v, x):
+    bias, w, v, x = _f64(bias, w, v, x)
+    with np.errstate(all="ignore"):
+        even, odd, first, last = (x @ u.T for u in (w[0::2], w[1::2], w[: len(w) // 2], v[len(v) // 2 :]))
+        return {"out": even - 2 * odd + bias, "apart": first - 2 * last, "mass": (x * x).sum(-1)}
+
+
+@fusion(_braided, bias=In("I"), w=In("2*I D"), v=In("2*I D"), x=In("T D"), out=Out("T I"),
+        apart=Out("T I"))  # fmt: skip
+def probe_braided(bias, w, v, x):
+    """Products with every second column of one weight, and with the halves of two, held with their columns outermost; beside
+    them a sum of the rows."""
+    n = ml.size("I")
+    even = ml.contract(x, ml.slice(w, "2*I", 0, n, "I", step=2), over="D")
+    first = ml.contract(x, ml.slice(w, "2*I", 0, n, "I"), over="D")
+    odd = ml.contract(x, ml.slice(w, "2*I", 1, n, "I", step=2), over="D")
+    last = ml.contract(x, ml.slice(v, "2*I", n, n, "I"), over="D")
+    mass = ml.sum(ml.f32(x) * ml.f32(x), over="D")
+    return {"out": even - 2.0 * odd + ml.f32(bias), "apart": first - 2.0 * last, "mass": mass}
+
+
+def _first(x):
+    (x,) = _f64(x)
+    with np.errstate(all="ignore"):
+        return {"out": x - x[:, :1]}
+
+
+@fusion(_first, x=In("T H", dtype="float32"))
+def probe_first(x):
+    """Rows less their first element: the output fits the operand, and all of a row's programs read one element of it."""
+    return x - ml.sum(ml.slice(x, "H", 0, 1, "one"), over="one")
+
+
+def _scaled(x, w):
+    x, w = _f64(x, w)
+    with np.errstate(all="ignore"):
+        return {"out": x @ w.T / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1)}
+
+
+@fusion(_scaled, x=In("T D"), w=In("P D"))
+def probe_scaled(x, w):
+    """A product and, beside it, the norm of the rows that go into it."""
+    x32 = ml.f32(x)
+    return ml.contract(x, w, over="D") * ml.rsqrt(ml.mean(x32 * x32, over="D") + 1.0)
+
+
 PROBES = {
     f.name: f
     for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
               probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
               probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_exchange, probe_centred,
-              probe_inverse, probe_tables, probe_looked_up)
+              probe_inverse, probe_tables, probe_looked_up, probe_ordered, probe_counted, probe_signs, probe_kept,
+              probe_braided, probe_first, probe_scaled)
 }  # fmt: skip

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from moekit.compile.analysis import axis_uses, gathered
 from moekit.errors import AliasError
+from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Along, Graph
 from moekit.testing.batch import run_case
-from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.case import FuzzCase, Layout, read_ids, unique_ids
 from moekit.testing.executors import Executor, Torch
 from moekit.testing.guard import POISONS, Arena, place
 from moekit.testing.layouts import to_numpy
@@ -138,8 +140,10 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
     """An output that shares bytes with itself, or with an operand that it is not all of, is refused before anything is written.
 
     Tried are outputs one element beside an operand of their dtype, at its last element, over the upper halves of an operand of
-    a wider dtype, and of stride 0.
+    a wider dtype, of stride 0, and of two strides that are the same; in JAX, Views that have one element in common.
     """
+    if executor.name in JAX:
+        return _views_refused(executor, case)
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
     case = replace(case, layouts={}, mode="out")
@@ -152,6 +156,8 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
         shape, strides, dtype = tensors[target].shape, tensors[target].stride(), tensors[target].dtype
         flat = memory.view(dtype)
         tries = [("stride 0", (0, *strides[1:]), placed.slots[target].start)] if len(shape) and shape[0] > 1 else []
+        if len(shape) > 1 and shape[0] > 1 and shape[1] > 1:
+            tries.append(("strides that are the same", (strides[1], *strides[1:]), placed.slots[target].start))
         for operand in case.shapes:
             wider = tensors[operand].element_size() // flat.element_size()
             start = placed.slots[operand].start * wider + 1
@@ -170,6 +176,64 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
                 if not np.array_equal(before, executor.download(memory)):
                     found.append(f"{case.fusion}: memory was written before {output} with {how} was refused")
     return found
+
+
+def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
+    """Views of one base are refused if the first element of an output is the last of an operand, or of another output."""
+    from moekit.jax import op
+
+    face, found = op(case.declaration), []
+    for output in case.names:
+        for other in (*case.shapes, *(n for n in case.names if n not in case.shapes and n != output)):
+            mine, theirs = case.shape(output), case.shape(other)
+            if len(mine) != len(theirs) or 0 in (*mine, *theirs) or case.dtype(output) != case.dtype(other):
+                continue
+            operands, outs = dict(case.values()), dict.fromkeys(case.names)
+            outs[output], met = _meeting(mine, theirs, case.dtype(output))
+            (operands if other in case.shapes else outs)[other] = met
+            try:
+                face(*operands.values(), **case.params, implementation=executor.name, out=tuple(outs.values()))
+                found.append(f"{case.fusion}: {output} with its first element the last of {other} was not refused")
+            except AliasError:
+                continue
+    return found
+
+
+def _meeting(mine: tuple[int, ...], theirs: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    """Two Views of one base: one from the last element of the other on."""
+    from moekit.jax import View, view
+
+    base, rank = view(np.zeros([m + n - 1 for m, n in zip(mine, theirs, strict=True)], numpy_dtype(dtype))).base, len(mine)
+    lying = lambda start, shape: View(base, tuple(range(rank)), start, (1,) * rank, shape)  # noqa: E731
+    return lying(tuple(n - 1 for n in theirs), mine), lying((0,) * rank, theirs)
+
+
+def operands_may_be_one(executor: Executor, case: FuzzCase) -> list[str]:
+    """One tensor for two operands, where outputs have memory of their own, is read twice and stays as it is."""
+    updated = [n for n in case.shapes if n in case.names]
+    alike = lambda a, b: case.shapes[a] == case.shapes[b] and case.dtypes[a] == case.dtypes[b]  # noqa: E731
+    pairs = [(a, b) for a in (*updated, *case.shapes) for b in case.shapes if a != b and alike(a, b)]
+    names = {a for pair in pairs[:1] for a in pair}
+    if not names or names & {*unique_ids(case.graph), *read_ids(case.graph)}:
+        return []
+    case = replace(case, layouts={}, mode="plain" if executor.name in JAX else "out")
+    values, (one, two) = case.values(), pairs[0]
+    values[two] = values[one]
+    oracle = Oracle.of(case, executor.name, executor.standard, values)
+    if executor.name in JAX:
+        from moekit.jax import op, view
+
+        arrays = {n: view(x).base for n, x in values.items()}
+        got = op(case.declaration)(
+            *(arrays[one if n == two else n] for n in arrays), **case.params, implementation=executor.name
+        )
+        outs = {n: np.asarray(x) for n, x in zip(case.names, got if isinstance(got, tuple) else (got,), strict=True)}
+        return oracle.problems(outs)[0]
+    placed = place(arena := Arena(), case, values)
+    memory = executor.upload(arena.image(POISONS[0]))
+    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    executor.call(case, {**tensors, two: tensors[one]})
+    return oracle.problems(placed.outputs(executor.download(memory)))[0]
 
 
 def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: str = "xla") -> list[str]:
@@ -243,6 +307,7 @@ PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
     "rows are independent": rows_are_independent,
     "in place is out of place": in_place_is_out_of_place,
     "overlap is refused": overlap_is_refused,
+    "operands may be one": operands_may_be_one,
     "neighbours are apart": neighbours_are_apart,
     "rows between rows": rows_between_rows,
 }

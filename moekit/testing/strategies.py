@@ -1,5 +1,6 @@
 """Hypothesis strategies for fuzz cases: `cases(fusion)` works for any declaration, a user's own included.
 
+    @settings(deadline=None)  # the first call imports a framework
     @given(cases(my_fusion))
     def test_my_fusion(case):
         assert not replay(case, "triton")

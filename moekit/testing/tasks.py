@@ -94,7 +94,8 @@ def limits_of(task: Task) -> Limits:
         schedules = ("heuristic",)
     if name in PEERS:
         kinds, dtypes, schedules = PEERS[name].kinds, PEERS[name].dtypes, ("heuristic",)
-    return Limits(elements, 0 if edge else 64, kinds, modes, schedules, dtypes)
+    integers = tuple(d for d in Limits().integers if name not in JAX or d != "int64")  # which JAX has only if told to
+    return Limits(elements, 0 if edge else 64, kinds, modes, schedules, dtypes, integers)
 
 
 @functools.lru_cache(maxsize=512)

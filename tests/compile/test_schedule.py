@@ -8,17 +8,20 @@ import programs as good
 import pytest
 import unseen
 
+from moekit.compile.alias import over_operand
 from moekit.compile.heuristic import heuristic, row_classes, tokens_class
 from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean
 from moekit.testing import RUNNERS, Call, check, operands, variants
+from moekit.testing.probes import PROBES
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
 TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
 BOTH = good.graph_of(good.both_updated, {"a": (3, 20), "b": (3, 20, 40)})
+OVER = over_operand(good.graph_of(PROBES["probe_centred"], {"x": (3, 20, 10)}), (("out", "x"),))
 SLOTS = good.graph_of(good.accumulate, {"x": (3, 20), "slots": (3,), "state": (9, 20)})
 
 REFUSED = [
@@ -42,6 +45,7 @@ REFUSED = [
     (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:2 parts:D:2", "only one axis can be split or done in parts"),
     (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
     (BOTH, "T:grid:1 H:loop:8 P:loop:8", "b and a are stored in loops that load what the others overwrite; loop over one"),
+    (OVER, "T:grid:1 A:loop:4 B:loop:4", "x is overwritten in a loop that reads other elements of it later; loop over one"),
     (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from moekit.cli.app import cli
 from moekit.errors import UnavailableError
+from moekit.fusions import FUSIONS
 from moekit.testing import agenda, campaign
 from moekit.testing.agenda import EXTRA, Agenda
 from moekit.testing.case import FuzzCase, Layout
@@ -102,6 +104,15 @@ def test_a_campaign_survives_a_worker_that_dies(monkeypatch):
 def agenda_of(**how) -> Agenda:
     plan = campaign.Plan(["silu_and_mul"], ["numpy"], groups=2, layouts=2, **how)
     return Agenda(plan, campaign.Result({"numpy": Coverage()}), time.monotonic())
+
+
+@pytest.mark.parametrize(("examples", "fusions", "least"), [(300, 1, 16), (2000, 10, 12), (100_000, 1, 64)])
+def test_a_small_budget_reaches_many_calls(examples, fusions, least):
+    plan = campaign.Plan(list(FUSIONS)[:fusions], ["eager"], examples=examples, groups=8, layouts=8)
+    tasks = itertools.islice(plan.tasks("eager"), examples)
+    sizes = itertools.accumulate(t.size for t in tasks)
+    assert sum(size < examples for size in sizes) + 1 >= least * fusions
+    assert campaign.Plan(list(FUSIONS), ["pallas"], examples=examples, groups=8, layouts=8).batch("pallas") == (8, 8)
 
 
 def test_an_implementation_that_can_serve_no_call_ends_its_part():

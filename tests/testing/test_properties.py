@@ -146,16 +146,35 @@ class Straight(Evaluate):
             tensors["out"][...] = 0
 
 
+class Clearing(Evaluate):
+    """Right for operands that are apart only."""
+
+    def call(self, case, tensors):
+        if np.shares_memory(tensors["hidden"], tensors["shared"]):
+            tensors["shared"][...] = 0
+        super().call(case, tensors)
+
+
+TWO = FuzzCase("shared_expert_combine", {"T": 2, "H": 3}, dict.fromkeys(("hidden", "shared", "gate"), "float32"))
 CASE = FuzzCase("silu_and_mul", {"T": 6, "I": 8}, {"gate_up": "float32"})
 STRIDED = FuzzCase.from_json({**CASE.to_json(), "layouts": {"gate_up": {"kind": "strided", "rank": 2, "steps": [1, 2]}}})
 
 
 @pytest.mark.parametrize(("prop", "wrong", "case"), [
     ("rows are independent", Leaky, CASE), ("repeatable", Drifting, CASE), ("layouts do not matter", Straight, STRIDED),
-    ("agreement", Leaky, CASE),
+    ("agreement", Leaky, CASE), ("operands may be one", Clearing, TWO),
 ])  # fmt: skip
 def test_properties_fail_for_what_breaks_them(prop, wrong, case):
     assert properties.PROPERTIES[prop](wrong("wrong"), case)
+
+
+def test_views_that_touch_are_refused(monkeypatch):
+    pytest.importorskip("jax")
+    from moekit.jax import View
+
+    assert properties.overlap_is_refused(executor("xla"), TWO) == []
+    monkeypatch.setattr(View, "overlaps", lambda mine, other: False)
+    assert len(properties.overlap_is_refused(executor("xla"), TWO)) == 3
 
 
 def test_integers_must_be_equal_and_not_only_close():

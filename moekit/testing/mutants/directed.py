@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.draw import overwriting
 from moekit.testing.schedules import variants
 from moekit.testing.tasks import Task, cases
 
 VIEWED = ("pallas", "xla")  # where a tensor is a View of a base: no stride 0, no strides past 2^31
 PLAIN = ("numpy", "eager", "xla")  # no kernels: schedules mean nothing, and a library may add up the last rows another way
-REFUSING = ("eager", "triton-interpreter")  # outputs that overlap what they may not, decided by elements
+REFUSING = ("eager", "triton-interpreter", *VIEWED)  # outputs that overlap what they may not, decided by elements
 F32 = "float32"
 CHANCE = 3000  # the first number of the random declarations that are run under every schedule
 SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
@@ -28,7 +29,8 @@ Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _chance(stage)]
+    kinds = [_tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _over(stage),
+             _classes(stage), _chance(stage)]  # fmt: skip
     while kinds:
         for kind in list(kinds):
             if (attempt := next(kind, None)) is None:
@@ -42,6 +44,17 @@ def _replay(case: FuzzCase) -> Attempt:
         from moekit.testing.campaign import replay
 
         return replay(case, stage)
+
+    return attempt
+
+
+def _property(name: str, case: FuzzCase) -> Attempt:
+    def attempt(stage: str) -> list[str]:
+        from moekit.testing.executors import executor
+        from moekit.testing.properties import PROPERTIES
+
+        made = executor(stage)
+        return PROPERTIES[name](made, case) if made.supports(case) else []
 
     return attempt
 
@@ -64,10 +77,42 @@ def _rows(stage: str) -> Iterator[Attempt]:
 
 
 def _far(stage: str) -> Iterator[Attempt]:
-    """Offsets past 2³¹."""
+    """Numbers past 2³², and offsets past 2³¹: of columns, the last of them 2³¹ itself, of tokens, and of rows chosen by ids."""
+    if stage in VIEWED:
+        return
+    yield _replay(FuzzCase("probe_counted", {"T": 40, "H": 3}, {"n": "int64"}))
+    columns = Layout("far", (1, 0), (0, 0), (1, 2**30), (0, 0))
+    yield _replay(FuzzCase("silu_and_mul", {"T": 1, "I": 3}, {"gate_up": "float16"}, layouts={"out": columns}))
     far = Layout("far", (0, 1), (0, 0), (2**27 + 5, 1), (0, 0))
-    for tensor in ("gate_up", "out") if stage not in VIEWED else ():
+    for tensor in ("gate_up", "out"):
         yield _replay(FuzzCase("silu_and_mul", {"T": 9, "I": 4}, {"gate_up": "float16"}, layouts={tensor: far}))
+    rows = {"x": Layout("far", (0, 1), (0, 0), (2**30 + 3, 1), (0, 0))}
+    yield _replay(FuzzCase("probe_shuffled", {"T": 4, "H": 3}, {"x": "float16", "ids": "int32"}, layouts=rows))
+
+
+def _over(stage: str) -> Iterator[Attempt]:
+    """Outputs written over an operand, wherever the compiler lets them be."""
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+
+    schedules = ("small", "rows", "apart") if stage not in PLAIN else ("heuristic",)
+    for name in (*reversed(PROBES), *FUSIONS) if stage not in VIEWED else ():
+        fusion = FuzzCase(name, {}, {}).declaration
+        axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
+        dtypes = {n: s.dtypes[0] for n, s in fusion.tensors.items()}
+        params = {n: 3 for n, p in fusion.params.items() if p.default is p.empty}
+        case = FuzzCase(name, {a: max(1, SIZES.get(a, 6) // 3) for a in axes}, dtypes, params, recipe="normal")
+        for mode in overwriting(case) if case.problem() is None else ():
+            for schedule in schedules:
+                yield _replay(replace(case, mode=mode, schedule=schedule))
+
+
+def _classes(stage: str) -> Iterator[Attempt]:
+    """Rows among so many others that the schedule is another one: their bits are the same."""
+    for name in ("probe_gated", "probe_scaled") if stage == "triton-interpreter" else ():
+        sizes = {"T": 130, "D": 600, "P": 20} if name == "probe_scaled" else {"T": 130, "D": 600, "I": 21}
+        dtypes = dict.fromkeys(FuzzCase(name, {}, {}).declaration.tensors, "bfloat16")
+        yield _property("rows are independent", FuzzCase(name, sizes, dtypes))
 
 
 def _top_k(stage: str) -> Iterator[Attempt]:
@@ -102,7 +147,7 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
 
 def _tall(stage: str) -> Iterator[Attempt]:
     """Products of as many rows as a program may have for two of them at once, part by part."""
-    names = ("gate_gemm", "gate_projections", "probe_gated") if stage not in PLAIN else ()
+    names = ("probe_braided", "gate_gemm", "gate_projections", "probe_gated") if stage not in PLAIN else ()
     for recipe, name, dtype in itertools.product(("integers", "normal"), names, ("float16", "bfloat16")):
         fusion = FuzzCase(name, {}, {}).declaration
         axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
@@ -125,19 +170,11 @@ def _related(stage: str) -> Iterator[Attempt]:
     """Properties of two calls, on one case of every fusion and probe."""
     from moekit.fusions import FUSIONS
     from moekit.testing.probes import PROBES
-    from moekit.testing.properties import PROPERTIES
 
+    yield _property("operands may be one", FuzzCase("probe_exchange", {"T": 3, "A": 4, "H": 4}, {"left": F32, "right": F32}))
     names = ["overlap is refused", "rows between rows"] if stage in REFUSING else []
-    names += ["neighbours are apart", "in place is out of place"]
+    names += ["neighbours are apart", "in place is out of place", "operands may be one"]
     names += ["rows are independent"] if stage not in PLAIN else []
     for prop, fusion in itertools.product(names, (*PROBES, *FUSIONS)):
         case = cases(Task(fusion, stage, 5, 0, 0, 1, 1))[0][0]
-        small = replace(case, layouts={n: v for n, v in case.layouts.items() if v.kind != "far"})
-
-        def attempt(stage: str, prop: str = prop, small: FuzzCase = small) -> list[str]:
-            from moekit.testing.executors import executor
-
-            made = executor(stage)
-            return PROPERTIES[prop](made, small) if made.supports(small) else []
-
-        yield attempt
+        yield _property(prop, replace(case, layouts={n: v for n, v in case.layouts.items() if v.kind != "far"}))

@@ -130,6 +130,30 @@ LOWERING = (
     _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
     _one("overlap-of-halves", "compile/overlap.py", "    ranges[1][0] -= b[2] - 1\n    ranges[1][1] += a[2] - 1\n", "    ranges[1][0] -= 0\n", "an output may lie in the halves of an operand's elements"),
     _one("overlap-by-range", "compile/overlap.py", "    return _shared(a.start", "    return True or _shared(a.start", "tensors that take turns in one array are refused"),
+    _one('zero-after-any-function', 'compile/elementwise.py', 'if kind is t.Cast and n.dtype != "bool":', 'if kind in (t.Cast, t.Unary) and n.dtype != "bool":', 'where nothing was loaded every function of it is taken for zero'),
+    _one('series-coefficient', 'compile/elementwise.py', '(15, 13, 11, 9, 7, 5, 3, 1)', '(15, 13, 11, 8, 7, 5, 3, 1)', "one coefficient of softplus's series is wrong"),
+    Mutant('ties-of-32-bits-to-the-higher', 'compile/topk.py', (
+        ('low.const(scope, IDENTITY["min", "int32"]), "found")', 'low.const(scope, IDENTITY["max", "int32"]), "found")'),
+        ('reduce(low, -1, scope, "min", found, axis)', 'reduce(low, -1, scope, "max", found, axis)')), 'ties of float32 go to the higher index'),
+    _one('zeros-of-one-sign', 'compile/scope.py', 'key = ("const", repr(value), dtype)', 'key = ("const", value, dtype)', 'constants 0.0 and -0.0 are one'),
+    _one('ids-past-the-end', 'compile/lower.py', 'self.binary(scope, "and", low, high, f"{ids.name}_valid")', 'self.binary(scope, "and", low, low, f"{ids.name}_valid")', 'ids are checked at zero only'),
+    _one('ids-32-bit', 'compile/lower.py', '                masks.append(self._in_range(scope, ids, dim.axis))\n                dynamic = self.graph.axes[dim.axis] is None', '                masks.append(self._in_range(scope, ids, dim.axis))\n                dynamic = False', 'offsets of rows chosen by ids are computed in 32 bits'),
+    _one('ids-narrowed', 'compile/lower.py', '                ids = self.value(args[entry.operand], scope)\n', '                ids = self.value(args[entry.operand], scope)\n                if ids.dtype == "int64":\n                    ids = self.emit(scope, t.Cast, "narrow", "int32", ids.axes, value=ids)\n', 'ids of 64 bits are cut to 32 before they are checked'),
+    _one('start-times-step', 'compile/lower.py', '            if entry.step != 1:\n                index = self.binary(home, "mul", index, self.const(home, entry.step), index.name)\n            if entry.start:\n                index = self.binary(home, "add", index, self.const(home, entry.start), index.name)\n', '            if entry.start:\n                index = self.binary(home, "add", index, self.const(home, entry.start), index.name)\n            if entry.step != 1:\n                index = self.binary(home, "mul", index, self.const(home, entry.step), index.name)\n', "a slice's start is multiplied by its step"),
+    _one('second-block-lost', 'compile/scope.py', 'block.extent > block.block)', 'block.extent >= 2 * block.block)', 'an axis of less than two blocks has no program for the second'),
+    _one('loops-shared-across', 'compile/reductions.py', '    return low.looped & set(a.axes) == low.looped & set(b.axes)', '    return True', 'reductions in other loops share one'),
+    _one('scratch-confused', 'compile/split.py', 's = scratch[targets.index(i)]', 's = scratch[0]', "every sum of parts reads the first one's parts"),
+    _one('parallel-if-any', 'compile/analysis.py', 'everywhere = set.intersection(*spreads)', 'everywhere = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
+    _one('over-what-others-read', 'compile/alias.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
+    _one('twins-step-lost', 'compile/twins.py', '        if i.step != 1:\n', '        if False:\n', 'of two products made as one every column is taken for every second'),
+    _one('twins-of-other-steps', 'compile/twins.py', '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
+    _one('twins-of-two-tensors', 'compile/twins.py', ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
+    _one('parts-for-few-rows-only', 'compile/heuristic.py', 'split, parts = ((), split) if tile.in_a_row', 'split, parts = ((), ()) if tile.in_a_row', "with many rows a sum is not made in parts: a row's bits depend on T"),
+    _one('tile-decides-a-sum', 'compile/gemm.py', '    beside = [(g, i) for g in sections(graph)', '    return False\n    beside = [(g, i) for g in sections(graph)', "a sum beside a product goes by its tile: a row's bits depend on T"),
+    _one('max-int64-from-zero', 'compile/reductions.py', '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
+    _one('min-int64-narrow', 'compile/reductions.py', '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
+    _one('overlap-of-equal-strides', 'compile/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),
+    _one('neg-from-zero', 'compile/elementwise.py', '    if not is_float(n.dtype):\n', '    if True:\n', '-x is 0 - x in Triton, which loses the sign of zero'),
 )  # fmt: skip
 
 PRINTER = (
@@ -163,6 +187,25 @@ TRITON = (
     _one("triton-nan-dropped", "backends/triton.py", "return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(a, b)", "the maximum of a row with NaN is a number"),
     _one("triton-part-dropped", "backends/triton.py", "tl.static_range(0, {stop}, {op.step})", "tl.static_range(0, {stop} - 1, {op.step})", "a loop that is written out leaves out the last part"),
     _one("triton-section-starts-late", "backends/triton.py", "(pid >= {begin}) & (pid < {end})", "(pid > {begin}) & (pid < {end})", "the first program of a later section does nothing"),
+    _one('triton-lt-le', 'backends/triton.py', '"lt": "({a} < {b})"', '"lt": "({a} <= {b})"', 'less than is at most'),
+    _one('triton-le-lt', 'backends/triton.py', '"le": "({a} <= {b})"', '"le": "({a} < {b})"', 'at most is less than'),
+    _one('triton-remainder-floors', 'backends/triton.py', '"rem": "({a} % {b})"', '"rem": "(({a} % {b}) + {b}) % {b}"', 'remainders of negative numbers are positive'),
+    _one('triton-maximum-nan', 'backends/triton.py', 'nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(op.left.dtype) else ""', 'nan = ""', 'the larger of a number and NaN is the number'),
+    Mutant('triton-half-interleaved', 'backends/triton.py', (
+        ('shape += [2, n // 2] if a == op.axis else [n]', 'shape += [n // 2, 2] if a == op.axis else [n]'),
+        ('at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of', 'at, of = op.value.axes.index(op.axis) + 1, p.program.axis(op.axis).of')), 'of two products made as one every second column is one'),
+    _one('triton-twice-divided', 'backends/triton.py', 'tl.arange(0, {2 * block}) % {block}"', 'tl.arange(0, {2 * block}) // {block}"', 'of two products made as one the columns are counted by division'),
+    _one('triton-wide-late', 'backends/triton.py', '                index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"\n', '                late = kind != "unit" and not (v.axes and axis in single)\n                index = f"({index} * {stride(op.tensor, axis or \'\')}).to(tl.int64)" if late and v.axes else f"tl.cast({index}, tl.int64)"\n                if late and v.axes:\n                    terms.append(index)\n                    continue\n', 'an offset is widened after it is computed'),
+    _one('triton-blocks-floor', 'backends/triton.py', 'f"tl.cdiv({extent}, {block})" if block > 1', 'f"({extent} // {block})" if block > 1', 'the blocks of an axis are counted without the last ragged one'),
+    _one('triton-negative-zero-lost', 'backends/triton.py', 'if isinstance(op.value, float) and op.value == 0 and copysign(1, op.value) < 0:', 'if False:', 'a literal -0.0 is 0.0'),
+)  # fmt: skip
+
+TORCH = (
+    _one('aligned-to-8', 'compile/dense.py', 'stride * size % 16 == 0 and', 'stride * size % 8 == 0 and', 'strides of a multiple of 8 bytes are counted in units of 16'),
+    _one('reach-of-2-31', 'compile/dense.py', 'wide=reach >= 2**31', 'wide=reach > 2**31', 'an offset of exactly 2^31 is computed in 32 bits'),
+    _one('written-one-by-one', 'torch/call.py', 'ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}', 'ready = {n: values[n] if n in self.outs else values[n].contiguous() for n in self.names}', 'an output goes over the operand that another output is, before that is copied'),
+    _one('outputs-overlap', 'torch/call.py', '                if m != n and overlap(r, s):\n', '                if m != n and r == s:\n', 'two outputs may overlap each other'),
+    _one('own-operand-overlaps', 'torch/call.py', 'not (m == n and r == s)', 'not m == n', 'an update may overlap its own operand, shifted'),
 )  # fmt: skip
 
 PALLAS = (
@@ -184,6 +227,18 @@ PALLAS = (
     _one("pallas-plane-lost", "backends/pallas.py", "{axis: self.constant(at, axes) for axis, at in layout.fixed}", "{axis: self.constant(0, axes) for axis, at in layout.fixed}", "a View of one plane of its base reads the first"),
     _one("pallas-part-dropped", "backends/pallas.py", "for turn in range(0, {op.stop}, {op.step}):", "for turn in range(0, {op.stop} - 1, {op.step}):", "a loop that is written out leaves out the last part"),
     _one("pallas-output-start-lost", "backends/pallas.py", '            text = "0" if v is None else self.at(v, axes)\n', '            start = start if isinstance(op, t.Load) else 0\n            text = "0" if v is None else self.at(v, axes)\n', "the start of a View that is written to is ignored"),
+    _one('pallas-le-lt', 'backends/pallas.py', '"le": "({a} <= {b})"', '"le": "({a} < {b})"', 'at most is less than'),
+    _one('pallas-remainder-floors', 'backends/pallas.py', 'return lax.rem(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))', 'return jnp.remainder(a, b)', 'remainders of negative numbers are positive'),
+    _one('pallas-half-untransposed', 'backends/pallas.py', 'return half if order == tuple(range(len(order))) else f"jnp.transpose({half}, {order})"', 'return half', 'of two products made as one the halves keep rows for columns'),
+    _one('pallas-twice-counted-on', 'backends/pallas.py', 'lanes = f"lax.rem(jnp.arange({2 * block}, dtype=jnp.int32), jnp.int32({block}))"', 'lanes = f"jnp.arange({2 * block}, dtype=jnp.int32)"', "of two products made as one the second one's columns go on where the first one's end"),
+    _one('pallas-scan-reversed', 'backends/pallas.py', 'axis={op.value.axes.index(op.axis)})",\n    t.Dot', 'axis={op.value.axes.index(op.axis)}, reverse=True)",\n    t.Dot', 'running sums from the other end'),
+    _one('jax-not-aliased', 'jax/launch.py', 'input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read}', 'input_output_aliases={}', 'what lies around a View that is written to is lost'),
+    _one('view-order-inverted', 'jax/view.py', 'order = [sorted(self.axes).index(a) for a in self.axes]', 'order = [self.axes.index(a) for a in sorted(self.axes)]', 'of a View of three axes in turn the array has the inverse order'),
+    _one('view-start-unstepped', 'jax/view.py', 'self.starts[d] + start * self.steps[d]', 'self.starts[d] + start', 'the start of a slice of a stepped View is not multiplied by the step'),
+    _one('view-element-unstepped', 'jax/view.py', '(int(i) % self.shape[d]) * self.steps[d]', '(int(i) % self.shape[d])', 'an element of a stepped View is counted without the step'),
+    _one('views-may-touch', 'jax/view.py', 'if low > high or', 'if low >= high or', 'Views that have one element in common are taken for apart'),
+    _one('views-may-overlap', 'jax/face.py', 'if w.base is v.base and v.overlaps(w):', 'if w.base is v.base and v.same_elements(w):', 'Views that overlap are not refused'),
+    _one('one-array-twice', 'jax/face.py', 'alone = all(v.base is not mine.base for n, v in self.views.items() if n != name)', 'alone = True', 'an array that is two operands is updated in place'),
 )  # fmt: skip
 
 ARRAY = (
@@ -191,6 +246,11 @@ ARRAY = (
     _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
+    _one('array-le-lt', 'backends/libraries.py', '"le": "less_equal"', '"le": "less"', 'at most is less than in JAX'),
+    _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b},', '"rem": torch.remainder},', 'remainders of negative numbers are positive in PyTorch'),
+    _one('array-product-narrow', 'backends/libraries.py', '        a, b = a.float(), b.float()\n', '        if a.dtype == b.dtype != torch.float32:\n            return torch.einsum(eq, a, b).float()\n        a, b = a.float(), b.float()\n', 'products of narrow floats are rounded to them in PyTorch'),
+    _one('array-put-wraps', 'backends/libraries.py', 'jnp.where(ok, i, size)', 'jnp.where(ok, i, -1)', 'rows at ids out of range are put last in JAX'),
+    _one('array-ties-unstable', 'backends/libraries.py', 'axis=-1, kind="stable")', 'axis=-1)', 'ties are in any order in numpy'),
 )  # fmt: skip
 
 EQUIVALENT = (
@@ -199,4 +259,4 @@ EQUIVALENT = (
          "an index of a store has one axis at most: it runs along that axis, or is the ids of a put, along whose axes `legal` allows blocks of 1 only"),
 )  # fmt: skip
 
-TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *PALLAS, *ARRAY)
+TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *TORCH, *PALLAS, *ARRAY)
