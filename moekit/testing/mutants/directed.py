@@ -22,6 +22,7 @@ SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "
              "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
              "gate_block", "topk_softmax")  # fmt: skip
 SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
+ALIKE = ("probe_residual", "probe_rounded")  # three tensors or more of one shape and dtype, to take turns in one array
 SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
 
 Attempt = Callable[[str], list[str]]  # of a stage: what is wrong
@@ -109,8 +110,8 @@ def _over(stage: str) -> Iterator[Attempt]:
 
 def _classes(stage: str) -> Iterator[Attempt]:
     """Rows among so many others that the schedule is another one: their bits are the same."""
-    for name in ("probe_gated", "probe_scaled") if stage == "triton-interpreter" else ():
-        sizes = {"T": 130, "D": 600, "P": 20} if name == "probe_scaled" else {"T": 130, "D": 600, "I": 21}
+    many = {"probe_scaled": {"T": 100, "D": 600, "P": 20}, "probe_gated": {"T": 130, "D": 1400, "I": 800}}
+    for name, sizes in many.items() if stage == "triton-interpreter" else ():
         dtypes = dict.fromkeys(FuzzCase(name, {}, {}).declaration.tensors, "bfloat16")
         yield _property("rows are independent", FuzzCase(name, sizes, dtypes))
 
@@ -167,7 +168,7 @@ def _chance(stage: str) -> Iterator[Attempt]:
 
 
 def _related(stage: str) -> Iterator[Attempt]:
-    """Properties of two calls, on one case of every fusion and probe."""
+    """Properties of two calls, all of them on one case of every fusion and probe in turn."""
     from moekit.fusions import FUSIONS
     from moekit.testing.probes import PROBES
 
@@ -175,6 +176,6 @@ def _related(stage: str) -> Iterator[Attempt]:
     names = ["overlap is refused", "rows between rows"] if stage in REFUSING else []
     names += ["neighbours are apart", "in place is out of place", "operands may be one"]
     names += ["rows are independent"] if stage not in PLAIN else []
-    for prop, fusion in itertools.product(names, (*PROBES, *FUSIONS)):
+    for fusion, prop in itertools.product(sorted((*PROBES, *FUSIONS), key=lambda n: n not in ALIKE), names):
         case = cases(Task(fusion, stage, 5, 0, 0, 1, 1))[0][0]
         yield _property(prop, replace(case, layouts={n: v for n, v in case.layouts.items() if v.kind != "far"}))
