@@ -35,7 +35,7 @@ def in_order(graph: Graph, looped: Collection[str]) -> list[Stores]:
         groups.setdefault(tuple(a for a in axis_uses(graph) if a in looped and a in reach(graph, w)), []).append(w)
     for axes, writes in groups.items():
         if axes and (tensor := _reread(graph, looped, writes)):
-            hint = f"loop over one of {' and '.join(axes)} at most" if len(axes) > 1 else f"do not loop over {axes[0]}"
+            hint = f"loop over one of {' and '.join(axes)} at most" if len(axes) > 1 else f"do not loop over {', '.join(axes)}"
             what = f"{tensor} is overwritten in a loop that reads other elements of it later"
             raise ScheduleError(f"{graph.name}: {what}; {hint}")
     left = [Stores(axes, tuple(writes), _loaded(graph, looped, writes)) for axes, writes in groups.items()]

@@ -348,8 +348,8 @@ def _ordered(x, y, n, m):
     by, orders = np.where(m == 0, 3, m), enumerate(ORDERS)
     quotient = np.trunc(n / by).astype(np.int32)
     with np.errstate(invalid="ignore"):
-        order = sum((f(n, m) + 2 * f(x, y)) * 4**i for i, f in orders)
-    return {"order": order.astype(np.int32), "quotient": quotient, "rest": n - quotient * by,
+        order = np.asarray(sum((f(n, m) + 2 * f(x, y)) * 4**i for i, f in orders), np.int32)
+    return {"order": order, "quotient": quotient, "rest": n - quotient * by,
             "bits": (n ^ m) + (n & m) * 16 - (n | m) * 256 + ~n * 4096,
             "ends": np.maximum(n, -m) * 16 + np.minimum(n, m) - np.abs(m), "moved": (n >> 1) + (m << 3)}  # fmt: skip
 
