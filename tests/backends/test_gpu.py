@@ -172,6 +172,32 @@ def test_a_row_has_the_same_bits_in_every_class_of_rows(name, width):
             assert len(other) == 0, f"{rows} rows: {len(other)} of output {n}, first at {other[0].tolist()}"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("width", [2048, 600])
+def test_products_have_the_same_bits_in_tiles_of_any_number_of_rows(width, dtype):
+    """All float32 sums of a product, unrounded: tiles of 16 rows are made by another instruction than larger ones."""
+    import torch
+
+    from moekit.compile.heuristic import row_classes
+    from moekit.lang import In, contract, fusion
+    from moekit.torch import op
+
+    @fusion(None, x=In("T D"), w=In("P D"))
+    def products(x, w):
+        return contract(x, w, over="D")
+
+    sizes = {"x": (1, width), "w": (320, width)}
+    classes = row_classes(products.trace(products.bind(sizes, dict.fromkeys(sizes, dtype), products.bind_params({}))))
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, width, device="cuda").to(getattr(torch, dtype)) for n in (2 * max(classes), 320))
+    whole = op(products)(x, w)
+    for least in classes:
+        rows = max(least, 16)
+        for first in range(0, min(len(x), 40 * rows), rows):
+            other = (op(products)(x[first : first + rows], w) != whole[first : first + rows]).sum().item()
+            assert other == 0, f"{rows} rows from {first} on: {other} of {320 * rows} sums"
+
+
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("shape", [(4, 128), (32, 128), (5, 96)], ids=str)
 def test_a_short_row_has_the_same_bits_in_larger_programs(shape, start):
