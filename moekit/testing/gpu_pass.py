@@ -92,21 +92,27 @@ def cases() -> Iterator[tuple[str, FuzzCase]]:
                 yield "pallas", case
 
 
+def _dtypes(fusion: Fusion) -> list[str]:
+    """The floats that operands can be; int32 where none can be one."""
+    return [d for d in FLOATS if any(d in s.dtypes for s in fusion.tensors.values())] or ["int32"]
+
+
 def _cases(name: str, fusion: Fusion) -> Iterator[FuzzCase]:
-    params = dict(example(fusion).params)
-    for i, dtype in enumerate(FLOATS):
+    dtypes = _dtypes(fusion)
+    params = dict(example(fusion, dtype=dtypes[0]).params)
+    for i, dtype in enumerate(dtypes):
         for sizes in (ODD, EVEN):
             yield _case(name, fusion, sizes, dtype, params)
         yield _case(name, fusion, ODD | {"T": 1}, dtype, params, mode="plain", wide=i == 1)
         if any(s.role == "InOut" for s in fusion.tensors.values()):
             yield _case(name, fusion, ODD, dtype, params, mode="in place")
     for i, kind in enumerate([k for k in KINDS if k != "dense"]):
-        case = _case(name, fusion, ODD, FLOATS[i % 3], params)
+        case = _case(name, fusion, ODD, dtypes[i % len(dtypes)], params)
         yield replace(case, layouts={n: layout(kind, len(case.shape(n))) for n in case.memory()})
-    plain = _case(name, fusion, ODD, FLOATS[0], params)
+    plain = _case(name, fusion, ODD, dtypes[0], params)
     for i, schedule in enumerate(s for s in variants(plain.graph) if s != "heuristic"):
         for turn in (0, 1):
-            yield replace(_case(name, fusion, (ODD, EVEN)[turn], FLOATS[(i + turn) % 3], params), schedule=schedule)
+            yield replace(_case(name, fusion, (ODD, EVEN)[turn], dtypes[(i + turn) % len(dtypes)], params), schedule=schedule)
 
 
 def _case(name: str, fusion: Fusion, sizes: Mapping[str, int], dtype: str, params: Mapping, mode: str = "out",
