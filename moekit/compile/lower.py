@@ -49,7 +49,7 @@ class Lowering(Writer):
             params,
             axes,
             self.grid,
-            tuple(early_memory(self.root.ops)),
+            tuple(early_memory(self.root.ops, {a.name: a.block for a in axes})),
             s.warps,
             s.stages,
             digest,
