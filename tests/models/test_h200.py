@@ -15,8 +15,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.decode_jax import WIDTHS
 from moekit.jax import View
-from moekit.models.qwen3next import TINY, abstract_model, cache_shapes, greedy_step, moe, prefill
+from moekit.models.qwen3next import abstract_model, cache_shapes, greedy_step, moe, prefill
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
 
@@ -24,23 +25,7 @@ DATA = Path(__file__).parents[1] / "data"
 H200 = (DATA / "h200.textproto").read_text()
 LIMITS = json.loads((DATA / "limits.json").read_text())["jax, eight h200"]
 BATCH, ROOM, TP = 4, 1024, 8
-CONFIG = replace(  # two layers of Qwen3-Next-80B-A3B
-    TINY,
-    vocab_size=151936,
-    hidden_size=2048,
-    layer_types=(GDN, ATTENTION),
-    num_attention_heads=16,
-    head_dim=256,
-    rotary_dim=64,
-    linear_num_key_heads=16,
-    linear_num_value_heads=32,
-    linear_key_head_dim=128,
-    linear_value_head_dim=128,
-    num_experts=512,
-    num_experts_per_tok=10,
-    moe_intermediate_size=512,
-    shared_expert_intermediate_size=512,
-)
+CONFIG = replace(WIDTHS, vocab_size=151936, layer_types=(GDN, ATTENTION))  # two layers of Qwen3-Next-80B-A3B
 CHANNELS, HEADS = 1024, 4  # of one rank: convolution channels, value heads
 
 
