@@ -200,20 +200,26 @@ def _alone(case: FuzzCase, name: str, values: np.ndarray, device: str) -> Any:
     return tensor
 
 
-def run_pallas(case: FuzzCase) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The outputs, and the Pallas kernels in the compiled program that gave them."""
-    import jax
-
+def pallas_call(case: FuzzCase) -> tuple[Callable, tuple[tuple, dict]]:
+    """A function of (operands, given outputs) that makes a case's call in Pallas, and these."""
     from moekit.jax import op
 
     views = {n: _view(case, n, x) for n, x in _contents(case).items()}
-    given = {t: views[t] for n, t in case.targets.items() if case.mode != "plain" and t not in case.shapes}
+    given = {t: views[t] for t in case.targets.values() if case.mode != "plain" and t not in case.shapes}
 
     def call(operands: tuple, outs: dict):
         out = tuple(outs.get(t) for t in case.targets.values()) if outs else None
         return op(case.declaration)(*operands, **case.params, implementation="pallas", schedule=schedule_of(case), out=out)
 
-    arguments = (tuple(views[n] for n in case.shapes), given)
+    return call, (tuple(views[n] for n in case.shapes), given)
+
+
+def run_pallas(case: FuzzCase) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The outputs, and the Pallas kernels in the compiled program that gave them."""
+    import jax
+
+    call, arguments = pallas_call(case)
+    given = arguments[1]
     compiled = jax.jit(call).lower(*arguments).compile()
     got = compiled(*arguments)
     outputs = {}
@@ -238,15 +244,18 @@ def _view(case: FuzzCase, name: str, values: np.ndarray) -> Any:
 
 
 def run_share(share: int, shares: int) -> dict:
-    """Run every `shares`-th case; the report: cases, kernels by door and by cell, and one sentence per problem."""
+    """Run every `shares`-th case; the report: cases, kernels by door and by cell, and one sentence per problem.
+
+    Each case is printed before it runs: the last line of a share that did not end says where it was.
+    """
     from moekit.cli.platform import prepare_jax
 
     prepare_jax()
     doors, report = Doors(), {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": []}
-    for i, (implementation, case) in enumerate(cases()):
-        if i % shares != share:
-            continue
+    mine = list(cases())[share::shares]
+    for n, (implementation, case) in enumerate(mine, 1):
         what = f"{implementation} {json.dumps(case.to_json())}"
+        print(f"case {n} of {len(mine)}: {what}", flush=True)
         outputs, launched = run_triton(case, doors) if implementation == "triton" else run_pallas(case)
         wanted = doors_of(implementation, case)
         report["problems"] += [f"{what}: no kernel by the way {d!r}" for d in wanted if not launched.get(d)]

@@ -123,7 +123,7 @@ def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) ->
         findings.append(f"{tool}: {errors} found; {log.name} begins:\n{text[:3000]}")
     if errors is None:
         last = output.read_text().strip()[-500:] if output.exists() else ""
-        findings.append(f"{tool}: {log.name} has no summary (exit code {code}): {last}")
+        findings.append(f"{tool}: {log.name} has no summary ({'stopped' if code is None else f'exit code {code}'}): {last}")
     elif code != 0 and not errors:
         findings.append(f"{tool}: exit code {code}: {output.read_text().strip()[-500:] if output.exists() else ''}")
     if not report.exists():

@@ -110,9 +110,12 @@ def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule |
 
 
 def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The heuristic's schedule for a number of rows; None where that does not matter."""
+    """The heuristic's schedule for a number of rows; None where that does not matter.
+
+    All classes of rows take it of the declaration: of a form of it (a tensor updated elsewhere) it may cut the sums otherwise.
+    """
     tokens = tokens_class(graph, sizes)
-    return heuristic(graph, tokens) if tokens else None
+    return None if tokens is None else heuristic(graph, tokens)
 
 
 def tuned(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:

@@ -10,6 +10,8 @@ from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
 from moekit.compile.dense import contiguous
 from moekit.compile.gemm import GEMM_TILES
+from moekit.compile.heuristic import row_classes
+from moekit.compile.order import order
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
@@ -250,3 +252,27 @@ def test_rows_that_lie_across_memory_have_one_schedule():
             call = Call(FUSIONS["gated_rms_norm"], {"x": one[:rows], "z": one[:rows], "weight": w}, {}, False, None, None)
             warps.append(call.prepare().launches[0].program.warps)
         assert warps == [few, many]
+
+
+GEMMS = [
+    *((n, sizes) for n in ("gate_gemm", "gate_projections", "gate_block", "down_combine") for sizes in SIZES[n]),
+    ("gate_block", {"D": 1024, "I": 64, "E": 512, "G": 1}),  # out of place, four of its parts would not be worth a launch
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), GEMMS, ids=str)
+def test_calls_of_every_class_of_rows_add_up_in_one_order(name, sizes):
+    """Of a model's widths, in place and not: what is launched, not what the heuristic says of a declaration."""
+    declared, orders = FUSIONS[name], set()
+    few = example(declared, {"T": 1, **sizes}, "bfloat16")
+    for rows in row_classes(declared.trace(few)):
+        for least in {max(1, rows - 1), max(1, rows), rows + 1}:
+            bound = example(declared, {"T": least, **sizes}, "bfloat16")
+            operands = {
+                n: torch.empty([d.size(dict(bound.sizes)) for d in s.dims], dtype=getattr(torch, dict(bound.dtypes)[n]))
+                for n, s in declared.tensors.items()
+            }
+            for in_place in {False, any(s.role == "InOut" for s in declared.tensors.values())}:
+                made = Call(declared, operands, {}, in_place, None, None).prepare()
+                orders.add(order(SimpleNamespace(programs=[one.program for one in made.launches])))
+    assert len(orders) == 1
