@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.gemm import has_gemm
+from moekit.compile.gemm import deeper, has_gemm
 from moekit.compile.heuristic import heuristic, joined_warps, section_schedule
 from moekit.compile.lower import lower
 from moekit.compile.schedule import Schedule, fitted, legal
@@ -88,7 +88,7 @@ def scheduled(graph: Graph, schedule: Schedule | None, split) -> list[tuple[Grap
     gemms = [has_gemm(g) for g in parts]
     mixed = any(gemms) and not all(gemms)
     return [
-        (g, s if schedule is None or (mixed and not gemm) else fitted(g, schedule, s))
+        (g, s if schedule is None or (mixed and not gemm) else deeper(g, fitted(g, schedule, s)))
         for g, s, gemm in zip(parts, own, gemms, strict=True)
     ]
 
