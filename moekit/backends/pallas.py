@@ -246,7 +246,7 @@ def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
 def _where(p: PallasPrinter, op: t.Where) -> str:
     axes = op.out.axes
     condition = p.typed(op.condition) if op.condition.name in p.literals else p.at(op.condition, axes)
-    # JAX 0.11's Triton lowering gives a literal beside a loop's own number a type of its own, and to two of them the condition's
+    # JAX 0.11's Triton lowering gives a literal beside a loop's own number its own type, and two of them the condition's
     literals = {op.yes.name, op.no.name} <= p.literals
     whole = not axes and (literals or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
     yes, no = (p.typed(v) if whole else p.at(v, axes) for v in (op.yes, op.no))

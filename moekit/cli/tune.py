@@ -47,13 +47,13 @@ def tune(
     jobs = [(n, s, d) for n in fusions or FUSIONS for s in run.SIZES[n] if sizes.items() <= s.items() for d in dtypes]
     if not jobs:
         raise click.UsageError(f"none of the model's sizes has {', '.join(f'{a}={n}' for a, n in sizes.items())}")
-    found = []
+    found, report = [], {}
     for name, static, dtype, tuned in _again(run, jobs, where) if again else _search(run, jobs, seconds):
         found.append({"fusion": name, "sizes": static, "dtype": dtype, "tuned": tuned})
         run.write(where, [row["tuned"] for row in found])
-    report = run.made() | {"table": str(where), "rows": [_row(**row, seconds=0 if again else seconds) for row in found]}
-    if json_file:
-        _keep(json_file, report)
+        report = run.made() | {"table": str(where), "rows": [_row(**row, seconds=0 if again else seconds) for row in found]}
+        if json_file:  # after each graph: a search that is stopped keeps what it found
+            _keep(json_file, report)
     if as_json:
         print_json(report)
     else:

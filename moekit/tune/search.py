@@ -166,13 +166,20 @@ class _Search:
             some = unknown[n : n + AT_ONCE]
             self.problems |= dict(zip(some, self.bench.check(some), strict=True))
 
-    def ranked(self, bucket: int, schedules: Iterable[Schedule]) -> list[Schedule]:
-        """Those that were checked, timed for a bucket: the fastest first, none that has a problem."""
-        known = [s for s in dict.fromkeys(schedules) if s in self.problems]
-        for schedule in known:
+    def ranked(self, bucket: int, schedules: Iterable[Schedule], until: float = math.inf) -> list[Schedule]:
+        """Those that were checked, timed for a bucket as long as there is time, one in any case: the fastest first, none that
+
+        has a problem.
+        """
+        timed: list[Schedule] = []
+        for schedule in dict.fromkeys(s for s in schedules if s in self.problems):
             if (schedule, bucket) not in self.ratios:
+                if timed and self.spent() > until:
+                    continue
                 self._try(bucket, schedule)
-        return sorted((s for s in known if self.problems[s] is None), key=lambda s: self.ratios[s, bucket])
+            if self.problems[schedule] is None:
+                timed.append(schedule)
+        return sorted(timed, key=lambda s: self.ratios[s, bucket])
 
     def _try(self, bucket: int, schedule: Schedule) -> None:
         ratio = math.inf
@@ -197,13 +204,13 @@ class _Search:
         """From the best start of each bucket on to neighbours (of one order, if given), while that helps and there is time."""
         allowed = {b: [s for s in own if order is None or self.order(s) == order] for b, own in starts.items()}
         self.check((s for own in allowed.values() for s in own), math.inf)
-        best = {b: ranked[0] for b, own in allowed.items() if (ranked := self.ranked(b, own))}
+        best = {b: ranked[0] for b, own in allowed.items() if (ranked := self.ranked(b, own, until))}
         active = set(best)
         while active and self.spent() < until:
             steps = {b: self._steps(b, best[b], order) for b in best if b in active}
             self.check((s for own in steps.values() for s in own), until)
             for b, own in steps.items():
-                ranked = self.ranked(b, [*own, *best.values()])
+                ranked = self.ranked(b, [best[b], *own, *best.values()], until)
                 if ranked and self.ratios[ranked[0], b] <= BETTER * self.ratios[best[b], b]:
                     best[b] = ranked[0]
                 else:
@@ -241,6 +248,8 @@ def _together(
     orders = _orders(run, [*heuristic.values(), *free.values()])
     chosen, best = heuristic, (False, 1.0)
     for n, (order, starts) in enumerate(orders.items(), 1):
+        if n > 1 and run.spent() > seconds:
+            break
         until = seconds * (ALONE + (1 - ALONE) * n / len(orders))
         members = run.descend(dict.fromkeys(run.tokens, starts), until, order)
         if len(members) < len(run.tokens):

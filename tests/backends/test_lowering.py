@@ -1,4 +1,4 @@
-"""Every fusion and probe of the pass under compute-sanitizer, in every kind of schedule, as Triton IR made by Pallas for a GPU."""
+"""Every fusion and probe of the sanitizer's pass, in every kind of schedule, as Triton IR made by Pallas for a GPU."""
 
 from collections import defaultdict
 

@@ -169,13 +169,13 @@ def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
         "shared_expert_combine": lambda t: ((t, 64), (t, 64), (t, 1)),
     }[fusion]
     extra = {"k": 4} if fusion == "topk_softmax" else {}
-    for order, most in ((torch.empty, 1), (transposed, 2)):
+    for make, most in ((torch.empty, 1), (transposed, 2)):
         emulated.compiled.clear()
         for tokens in range(1, 301):
-            operands = [order(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)]
+            operands = [make(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)]
             face(*operands, **extra, **TRITON)
         classes = sum(least <= 300 for least, *_ in GEMM_TILES) if fusion == "gate_gemm" else 1
-        assert len(emulated.compiled) <= (most + (order is transposed)) * classes
+        assert len(emulated.compiled) <= (most + (make is transposed)) * classes
 
 
 def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):

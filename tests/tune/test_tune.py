@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
@@ -116,7 +117,7 @@ def test_search_checks_before_it_times():
 
 
 def test_search_keeps_to_its_budget():
-    """Without time, the heuristic alone; a product has one for each class of rows, and each is timed for all."""
+    """Without time, the heuristic alone; a product has one for each class of rows."""
     traced = graph("silu_and_mul")
     found = search(traced, Bench(right, lambda schedule, rows: 1.0), 0, FEW)
     assert {t.schedule for t in found.trials} == {heuristic(traced)} == set(found.together.values())
@@ -124,6 +125,21 @@ def test_search_keeps_to_its_budget():
     found = search(product, Bench(right, lambda schedule, rows: 1.0), 0, FEW)
     assert {t.schedule for t in found.trials} == {heuristic(product), heuristic(product, 17)}
     assert found.together == {1: heuristic(product), 17: heuristic(product, 17)}
+
+
+def test_search_ends_in_time_where_measuring_is_slow(monkeypatch):
+    """What is begun is ended, and the heuristic is measured in any case; no more."""
+    begin = time.monotonic()
+    now = [begin]
+    monkeypatch.setattr("moekit.tune.search.time.monotonic", lambda: now[0])
+
+    def measure(schedule: Schedule, rows: int) -> float:
+        now[0] += 1
+        return 1.0 / schedule.warps
+
+    traced = graph("gate_block")
+    search(traced, Bench(right, measure), 60, buckets(traced))
+    assert now[0] - begin <= 60 + 2 * len(buckets(traced))
 
 
 def test_a_product_keeps_its_parts_for_all_rows_or_gets_others_for_all():
