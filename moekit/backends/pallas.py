@@ -139,10 +139,13 @@ class PallasPrinter(Printer):
         return [*lines, f"{pad}    {carry} = {name}({self.pid} * 0 + turn, {carry})", f"{pad}{outs} = {carry}"]
 
     def scalar(self, literal: str, dtype: str) -> str:
-        """A literal that is traced: the GPU lowering has no rule for operations on literals alone."""
+        """A literal that is traced: the GPU lowering has no rule for operations on literals alone. Of a float one times it, as
+
+        nothing plus -0.0 is 0.0.
+        """
         zero = f"{self.pid} * 0"
         if is_float(dtype):
-            return f"(({zero}).astype({DTYPES[dtype]}) + {literal})"
+            return f"(({zero} + 1).astype({DTYPES[dtype]}) * {literal})"
         return f"({zero} + {literal})" if dtype == "int32" else f"({zero} + {literal}).astype({DTYPES[dtype]})"
 
     def store(self, op: t.Store) -> str:

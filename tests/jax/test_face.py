@@ -10,6 +10,7 @@ from moekit.compile.schedule import Schedule
 from moekit.errors import ScheduleError, ShapeError
 from moekit.jax import add_rms_norm, face, gated_rms_norm, launch, op, program, silu_and_mul, topk_softmax, view
 from moekit.lang import In, fusion
+from moekit.testing.probes import PROBES
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
@@ -157,12 +158,22 @@ def test_rows_that_lie_across_memory_have_one_schedule(monkeypatch):
     monkeypatch.setattr(face, "launched", launched)
     x, weight = jnp.zeros((1100, 4, 256), jnp.bfloat16), jnp.zeros(128, jnp.bfloat16)
     across = view(jnp.zeros((1100, 128, 4), jnp.bfloat16)).transpose(0, 2, 1)
-    for z, rows, many in (
-        (x[..., :128], 3, False),
-        (x[..., :128], 1100, True),
-        (across, 1100, False),
-        (view(x)[..., ::2], 1100, False),
+    for z, rows, warps in (
+        (x[..., :128], 3, 4),
+        (x[..., :128], 1100, 8),
+        (across, 3, None),
+        (across, 1100, None),
+        (view(x)[..., ::2], 1100, None),
     ):
         with pytest.raises(Seen) as seen:
             gated_rms_norm(z[:rows], z[:rows], weight, implementation="pallas")
-        assert (seen.value.args[0] is not None) is many
+        assert getattr(seen.value.args[0], "warps", None) == warps
+
+
+def test_a_zero_of_one_element_keeps_its_sign():
+    """In programs of one element a constant is a scalar, which is traced."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
+    schedule = Schedule.parse("T:grid:1 H:grid:1 warps:1 stages:1")
+    side, turned = op(PROBES["probe_signs"])(x, implementation="pallas", schedule=schedule)
+    np.testing.assert_array_equal(side, np.where(np.asarray(x) > 0.5, np.inf, -np.inf))
+    assert ((np.asarray(turned) == -np.inf) == (np.asarray(x) <= 0.5)).all()
