@@ -40,15 +40,26 @@ class Tile(NamedTuple):
 
 
 # Measured on an H200 with a gate GEMM and its epilogue (2048 → 641, bfloat16, 4 parts), µs: T = 16 with the first 3.4; T = 64
-# with the second 3.8, with the first 8.0. The last has no spills with 8 warps, and has with 4.
+# with the second 3.8, with the first 8.0. The last has no spills with 8 warps, and has with 4. Norm, gate GEMM and epilogue in
+# one fusion, at T = 256 and 1024 with the last 15.2 and 52.6, with the one before 16.4 and 59.7; 2048 → 1537: 20.1 and 73.3,
+# else 22.8 and 84.8.
 GEMM_TILES = (
     Tile(0, 16, 32, 256, 4, 4),
     Tile(17, 64, 32, 128, 4, 4),
     Tile(65, 128, 32, 64, 8, 4),
     Tile(128, 64, 128, 64, 4, 4),
-    Tile(2048, 128, 128, 64, 8, 4, in_a_row=True),
+    Tile(256, 128, 128, 64, 8, 4, in_a_row=True),
 )
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
+# Tiles of a GEMM that is no deeper than that: one step, so nothing but its operands and outputs is to be moved, and small tiles
+# have more of it under way. Measured on an H200 (64 → 2048 and a gated sum, bfloat16), µs, with tiles as of deeper ones in
+# parentheses: T = 64, 91, 362, 512: 1.73, 1.86, 2.83, 3.07 (2.08, 2.27, 3.11, 3.43); T = 16384: 44.3 (48.7).
+SHALLOW_TILES = (
+    Tile(0, 16, 32, LEAST_BLOCK, 4, 4),
+    Tile(17, 32, 32, LEAST_BLOCK, 4, 4),
+    Tile(65, 64, 64, LEAST_BLOCK, 8, 4),
+    Tile(129, 64, 64, LEAST_BLOCK, 4, 4),
+)
 # Tiles of a GEMM with more rows, each as long as it has no more programs than there are SMs, then the next: a second round of
 # programs costs more than a larger tile does. The first two are of a split, the others' programs do all parts: nothing goes
 # through memory and no launch adds up, but a program then reads four times as much, and what it takes is just that, at 64 bytes
@@ -70,12 +81,17 @@ MANY_ROWS_TILES = (
 
 
 def tiles(graph: Graph) -> tuple[Tile, ...]:
-    """The tiles of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many."""
+    """The tiles of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many;
+
+    `SHALLOW_TILES` of a shallow one.
+    """
     gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
     if gemm is None or _ordered_by_tile(graph):
         return GEMM_TILES[:1]
     if not gemm_alone(graph) or _wide(graph, gemm):
         return GEMM_TILES
+    if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
+        return SHALLOW_TILES
     found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
     parts = prod(n for _, n in splitting(graph)[0])
     for tile in (*(SPLIT_TILES if parts > 1 else ()), *MANY_ROWS_TILES):
