@@ -251,7 +251,7 @@ def _together(
         if n > 1 and run.spent() > seconds:
             break
         until = seconds * (ALONE + (1 - ALONE) * n / len(orders))
-        members = run.descend(dict.fromkeys(run.tokens, starts), until, order)
+        members = run.descend({b: [*starts, free[b]] for b in run.tokens}, until, order)
         if len(members) < len(run.tokens):
             continue
         ratios = [run.ratios[members[b], b] for b in members]

@@ -13,6 +13,7 @@ from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule, legal
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
+from moekit.tune import search as searching
 from moekit.tune import table
 from moekit.tune.search import Bench, Timed, mean, neighbours, search, winners
 from moekit.tune.table import Entry, bucket, buckets, heuristics, kernels_of, order_of, stale
@@ -140,6 +141,22 @@ def test_search_ends_in_time_where_measuring_is_slow(monkeypatch):
     traced = graph("gate_block")
     search(traced, Bench(right, measure), 60, buckets(traced))
     assert now[0] - begin <= 60 + 2 * len(buckets(traced))
+
+
+def test_what_was_found_for_some_rows_serves_them_beside_others():
+    """Where all schedules are of one order, without another step: it need not be among those that are fastest elsewhere."""
+    traced = graph("silu_and_mul")
+
+    def measure(schedule: Schedule, rows: int) -> float:
+        return abs(schedule.block("T") - 16) + 60 if rows > 512 else schedule.block("T") / schedule.warps
+
+    rows = {1: (1,), 17: (64,), 513: (1024,)}
+    run = searching._Search(traced, Bench(right, measure), rows)
+    own = {b: heuristic(traced) for b in rows}
+    free = run.descend({b: [s] for b, s in own.items()}, 60)
+    assert free[513].block("T") == 16
+    together = searching._together(run, own, free, 0)
+    assert all(measure(together[b], r) <= measure(free[b], r) for b, (r,) in rows.items())
 
 
 def test_a_product_keeps_its_parts_for_all_rows_or_gets_others_for_all():
