@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.analysis import PART, AxisUse, axis_uses, gemm_axes, scattered
+from moekit.compile.analysis import PART, AxisUse, axis_uses, first_gemm, gemm_axes, has_gemm, scattered
 from moekit.compile.fit import ROW_TILE, ROWS_A_LANE, TOGETHER, WHOLE_TILE, shrunk, summed_rows
 from moekit.compile.gemm import (
     GEMM_COLUMNS,
     GEMM_TILES,
     Parts,
     Tile,
-    first_gemm,
-    gemm_alone,
     gemm_schedule,
-    has_gemm,
+    may_go_in_a_row,
     splitting,
     tiles,
 )
@@ -53,7 +51,7 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
         return _twice(graph)
     split, columns = splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x.least)
-    split, parts = ((), split) if tile.in_a_row and gemm_alone(graph) else (split, ())
+    split, parts = ((), split) if tile.in_a_row and may_go_in_a_row(graph) else (split, ())
     every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
     pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}

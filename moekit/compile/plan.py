@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.gemm import deeper, has_gemm
+from moekit.compile.analysis import has_gemm
+from moekit.compile.gemm import deeper
 from moekit.compile.heuristic import heuristic, joined_warps, section_schedule
 from moekit.compile.lower import lower
 from moekit.compile.schedule import Schedule, fitted, legal
