@@ -18,8 +18,8 @@ from moekit.compile.gemm import (
     splitting,
     tiles,
 )
-from moekit.compile.schedule import Schedule, launches, pow2
-from moekit.compile.sections import sections
+from moekit.compile.schedule import LARGEST_TILE, MATRIX, Schedule, fitted, largest_tile, launches, pow2
+from moekit.compile.sections import meant, sections
 from moekit.lang.graph import Graph
 
 # Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
@@ -62,7 +62,21 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     stages = min(gemms, default=pieces[0].stages)
     if split and len(gemms) > 1 and stages == 6:
         stages = 7  # with 6, ptxas (12.8) spills a register of several sections' loops; 2 % slower at T = 1, 0.5 % at 16
-    return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts, stages=stages)
+    found = replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts, stages=stages)
+    return _held(meant(launches(graph, Schedule((), split))[0]), found)
+
+
+def _held(together: Sequence[Graph], schedule: Schedule) -> Schedule:
+    """Smaller blocks where one section goes along the columns of several products, more than its programs can hold.
+
+    All blocks stay such as the matrix unit takes.
+    """
+    largest = max(largest_tile(g, fitted(g, schedule, None)) for g in together)
+    while largest > LARGEST_TILE and (free := [(b, a) for a, m, b in schedule.axes if m == "grid" and b > MATRIX]):
+        block, axis = max(free)
+        schedule = schedule.with_axis(axis, block=block // 2)
+        largest = max(largest_tile(g, fitted(g, schedule, None)) for g in together)
+    return schedule
 
 
 def row_classes(graph: Graph) -> tuple[int, ...]:
