@@ -119,11 +119,14 @@ def _elementwise(graph: Graph) -> bool:
 def _short_rows(graph: Graph) -> bool:
     """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
 
-    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which.
+    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which. Sums of which there are
+    not more when programs have more rows would get lanes of the warps that come with them.
     """
     schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
     alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
-    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and _growing(graph, schedule) is not None
+    axis = _growing(graph, schedule)
+    summed = [graph.nodes[n.args[0]] for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "reduce"]
+    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and axis is not None and all(axis in n.axes for n in summed)
 
 
 def _twice(graph: Graph) -> Schedule:

@@ -113,12 +113,28 @@ def chained(x, w, v):
     return {"out": cast(contract(x, w, over="D") * contract(w, v, over="D"), x.dtype)}
 
 
+@fusion(None, x=In("T A B"), w=In("B S"))
+def by_rows(x, w):
+    """Elements, scaled by the sums of a weight's short rows."""
+    return {"out": f32(x) * sum(f32(w), over="S")}
+
+
+@fusion(None, x=In("T V D"), w=In("D"))
+def by_one(x, w):
+    """Sums of short rows, scaled by that of a weight."""
+    return {"out": sum(f32(x), over="D") * sum(f32(w), over="D")}
+
+
 CASES = [
     (kept, {"V": 4, "D": 128, "S": 64}),
     (kept, {"V": 32, "D": 128, "S": 64}),
     (short, {"V": 3, "D": 64}),
     (short, {"V": 40, "D": 32}),
     (short, {"V": 1, "D": 100}),
+    (by_rows, {"A": 2, "B": 16, "S": 16}),
+    (by_rows, {"A": 8, "B": 64, "S": 32}),
+    (by_one, {"V": 4, "D": 128}),
+    (by_one, {"V": 32, "D": 128}),
     (pooled, {"D": 2048, "P": 648, "S": 64}),
     (scaled, {"D": 2048, "P": 648}),
     (scaled, {"D": 256, "P": 4096}),
