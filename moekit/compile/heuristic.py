@@ -119,14 +119,16 @@ def _elementwise(graph: Graph) -> bool:
 def _short_rows(graph: Graph) -> bool:
     """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
 
-    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which. Sums of which there are
-    not more when programs have more rows would get lanes of the warps that come with them.
+    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which, if they lie in
+    lanes as they were loaded. A sum of what all rows share would get lanes of the warps that come with more of them.
     """
     schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
     alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
-    axis = _growing(graph, schedule)
-    summed = [graph.nodes[n.args[0]] for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "reduce"]
-    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and axis is not None and all(axis in n.axes for n in summed)
+    axis, nodes = _growing(graph, schedule), [graph.nodes[i] for i in graph.live()]
+    loaded = {n.axes for n in nodes if n.op == "read"}
+    summed = {graph.nodes[n.args[0]].axes for n in nodes if n.op == "reduce"}
+    grow = axis is not None and summed <= loaded and all(axis in axes for axes in summed)
+    return alone and grow and summed_rows(graph, schedule) >= ROWS_A_LANE
 
 
 def _twice(graph: Graph) -> Schedule:

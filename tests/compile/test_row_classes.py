@@ -2,12 +2,13 @@
 
 import pytest
 
+from moekit.compile.analysis import gemm_axes
 from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.order import order
 from moekit.compile.plan import plan
 from moekit.compile.schedule import legal
-from moekit.lang import In, InOut, cast, contract, f32, fusion, halves, mean, put, rsqrt, silu, sum
+from moekit.lang import In, InOut, cast, contract, exp, f32, fusion, halves, mean, put, rsqrt, silu, sum
 from moekit.lang.arguments import example
 from moekit.testing.probes import PROBES
 
@@ -125,6 +126,19 @@ def by_one(x, w):
     return {"out": sum(f32(x), over="D") * sum(f32(w), over="D")}
 
 
+@fusion(None, x=In("T A"), w=In("B"))
+def spread(x, w):
+    """Sums of what is made of rows and a weight, and was not loaded so."""
+    return {"out": sum(exp(f32(x) * f32(w)), over="B")}
+
+
+def contracted(made) -> list[str]:
+    """The axes of static size that a declaration's products run along."""
+    graph = made.trace(example(made, {}, {}, {}))
+    along = dict.fromkeys(g.k for i in graph.live() if (g := gemm_axes(graph, i)))
+    return [a for a in along if graph.axes[a] is not None]
+
+
 CASES = [
     (kept, {"V": 4, "D": 128, "S": 64}),
     (kept, {"V": 32, "D": 128, "S": 64}),
@@ -135,6 +149,8 @@ CASES = [
     (by_rows, {"A": 8, "B": 64, "S": 32}),
     (by_one, {"V": 4, "D": 128}),
     (by_one, {"V": 32, "D": 128}),
+    (spread, {"A": 16, "B": 16}),
+    (spread, {"A": 512, "B": 32}),
     (pooled, {"D": 2048, "P": 648, "S": 64}),
     (scaled, {"D": 2048, "P": 648}),
     (scaled, {"D": 256, "P": 4096}),
@@ -159,6 +175,7 @@ CASES = [
     (chained, {"D": 64, "A": 64, "B": 32}),
     (chained, {"D": 2048, "A": 64, "B": 32}),
     (PROBES["probe_braided"], {"I": 64, "D": 2048}),
+    *((made, {axis: 2048}) for made in PROBES.values() for axis in contracted(made)),
 ]
 
 
