@@ -17,7 +17,7 @@ def out_of_place(graph: Graph, names: frozenset[str]) -> Graph:
     if not names:
         return graph
     tensors = {n: replace(t, role="In") if n in names else t for n, t in graph.tensors.items()}
-    for n in names:
+    for n in filter(names.__contains__, graph.tensors):
         new = written_name(n)
         tensors[new] = replace(graph.tensors[n], name=new, role="Out")
     writes = tuple(replace(w, tensor=written_name(w.tensor)) if w.tensor in names else w for w in graph.writes)

@@ -102,3 +102,18 @@ def gemm_axes(graph: Graph, node: int) -> GemmAxes | None:
         return float("inf") if extent is None else extent
 
     return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), k)
+
+
+def has_gemm(graph: Graph) -> bool:
+    """Whether a graph has a contraction for the matrix unit."""
+    return first_gemm(graph) is not None
+
+
+def first_gemm(graph: Graph) -> GemmAxes | None:
+    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
+    uses = axis_uses(graph)
+    for node in graph.live():
+        gemm = gemm_axes(graph, node)
+        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
+            return gemm
+    return None

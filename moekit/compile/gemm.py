@@ -6,9 +6,9 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from moekit.compile.analysis import AxisUse, GemmAxes, axis_uses, gemm_axes, scattered
+from moekit.compile.analysis import AxisUse, GemmAxes, first_gemm, gemm_axes, reach, scattered
 from moekit.compile.fit import TOGETHER, other_axis, shrunk
-from moekit.compile.schedule import Schedule, legal_split, pow2
+from moekit.compile.schedule import Schedule, launches, legal_split, pow2
 from moekit.compile.sections import sections
 from moekit.compile.split import cut
 from moekit.lang.dtypes import is_float, itemsize
@@ -92,8 +92,10 @@ def tiles(graph: Graph) -> tuple[Tile, ...]:
         return GEMM_TILES
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
-    found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
     parts = prod(n for _, n in splitting(graph)[0])
+    if parts > 1 and not may_go_in_a_row(graph):
+        return GEMM_TILES
+    found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
     for tile in (*(SPLIT_TILES if parts > 1 else ()), *MANY_ROWS_TILES):
         if parts > 1 and tile.in_a_row and least == few.least:  # no larger tile of a split would do
             found.append(few)
@@ -108,17 +110,37 @@ def tiles(graph: Graph) -> tuple[Tile, ...]:
 
 def _ordered_by_tile(graph: Graph) -> bool:
     """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
-    what becomes of a second product along another axis, or of rows that are put at ids."""
+    what becomes of a second product along another axis, or of rows that are put at ids. A split's first launch brings together
+    what is apart without one."""
     gemms = [g for i in graph.live() if (g := gemm_axes(graph, i))]
     if len({g.k for g in gemms}) > 1 or any({g.m, g.n} & set(scattered(graph)) for g in gemms):
         return True
-    beside = [(g, i) for g in sections(graph) if first_gemm(g) for i in g.live() if not gemm_axes(g, i)]
-    return any(g.nodes[i].op in TOGETHER and is_float(g.nodes[i].dtype) for g, i in beside)
+    split, _ = splitting(graph)
+    every = [*sections(graph), *(g for launch in launches(graph, Schedule((), split)) for g in launch if split)]
+    return any(gemm_axes(g, i) != gemm for g in every if (gemm := first_gemm(g)) for i in g.live() if _adds(g, i))
 
 
 def gemm_alone(graph: Graph) -> bool:
     """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
     return any(first_gemm(g) for g in sections(graph))
+
+
+def may_go_in_a_row(graph: Graph) -> bool:
+    """Whether programs may do all parts of a split one after the other: its sections are then in one launch, which changes the
+
+    warps and the steps by which anything else is added up, so nothing else may be; and no output may run along the axis.
+    """
+    gemms = [gemm_axes(graph, i) for i in graph.live() if _adds(graph, i)]
+    gemm = next(iter(gemms), None)
+    if gemm is None or any(g is None or (g.m, g.k) != (gemm.m, gemm.k) for g in gemms):
+        return False
+    added = [g for g in sections(graph) if any(_adds(g, i) for i in g.live())]
+    return all(first_gemm(g) for g in added) and not any(gemm.k in reach(graph, w) for w in graph.writes)
+
+
+def _adds(graph: Graph, node: int) -> bool:
+    """Whether a node brings floats together."""
+    return graph.nodes[node].op in TOGETHER and is_float(graph.nodes[node].dtype)
 
 
 def _wide(graph: Graph, gemm: GemmAxes) -> bool:
@@ -167,21 +189,6 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
     """Columns that all contractions over the same axis and rows write."""
     found = [g for i in graph.live() if (g := gemm_axes(graph, i)) and (g.k, g.m) == (gemm.k, gemm.m)]
     return sum(graph.axes[g.n] or 0 for g in found)
-
-
-def has_gemm(graph: Graph) -> bool:
-    """Whether a graph has a contraction for the matrix unit."""
-    return first_gemm(graph) is not None
-
-
-def first_gemm(graph: Graph) -> GemmAxes | None:
-    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
-    uses = axis_uses(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
-            return gemm
-    return None
 
 
 def gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts: Parts, tile: Tile, few: int) -> Schedule:

@@ -6,22 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.analysis import PART, AxisUse, axis_uses, gemm_axes, scattered
+from moekit.compile.analysis import PART, AxisUse, axis_uses, first_gemm, gemm_axes, has_gemm, scattered
 from moekit.compile.fit import ROW_TILE, ROWS_A_LANE, TOGETHER, WHOLE_TILE, shrunk, summed_rows
 from moekit.compile.gemm import (
     GEMM_COLUMNS,
     GEMM_TILES,
     Parts,
     Tile,
-    first_gemm,
-    gemm_alone,
     gemm_schedule,
-    has_gemm,
+    may_go_in_a_row,
     splitting,
     tiles,
 )
-from moekit.compile.schedule import Schedule, launches, pow2
-from moekit.compile.sections import sections
+from moekit.compile.schedule import LARGEST_TILE, MATRIX, Schedule, fitted, largest_tile, launches, pow2
+from moekit.compile.sections import meant, sections
 from moekit.lang.graph import Graph
 
 # Elements of an output that is computed element by element, from which on tiles are larger: twice as many elements a lane are
@@ -53,7 +51,7 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
         return _twice(graph)
     split, columns = splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x.least)
-    split, parts = ((), split) if tile.in_a_row and gemm_alone(graph) else (split, ())
+    split, parts = ((), split) if tile.in_a_row and may_go_in_a_row(graph) else (split, ())
     every = [g for launch in launches(graph, Schedule((), split)) for g in launch]
     pieces = [section_schedule(g, split, tile, parts, columns) for g in every]
     axes: dict[str, tuple[str, str, int]] = {}
@@ -64,7 +62,21 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     stages = min(gemms, default=pieces[0].stages)
     if split and len(gemms) > 1 and stages == 6:
         stages = 7  # with 6, ptxas (12.8) spills a register of several sections' loops; 2 % slower at T = 1, 0.5 % at 16
-    return replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts, stages=stages)
+    found = replace(pieces[0], axes=tuple(axes[a] for a in axis_uses(graph)), split=split, parts=parts, stages=stages)
+    return _held(meant(launches(graph, Schedule((), split))[0]), found)
+
+
+def _held(together: Sequence[Graph], schedule: Schedule) -> Schedule:
+    """Smaller blocks where one section goes along the columns of several products, more than its programs can hold.
+
+    All blocks stay such as the matrix unit takes.
+    """
+    largest = max(largest_tile(g, fitted(g, schedule, None)) for g in together)
+    while largest > LARGEST_TILE and (free := [(b, a) for a, m, b in schedule.axes if m == "grid" and b > MATRIX]):
+        block, axis = max(free)
+        schedule = schedule.with_axis(axis, block=block // 2)
+        largest = max(largest_tile(g, fitted(g, schedule, None)) for g in together)
+    return schedule
 
 
 def row_classes(graph: Graph) -> tuple[int, ...]:
@@ -107,11 +119,16 @@ def _elementwise(graph: Graph) -> bool:
 def _short_rows(graph: Graph) -> bool:
     """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
 
-    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which.
+    Triton then gives a row all the lanes that it can use, and other rows beside it do not change which, if they lie in
+    lanes as they were loaded. A sum of what all rows share would get lanes of the warps that come with more of them.
     """
     schedule, *outer = section_schedule(graph), *list(axis_uses(graph).values())[:-1]
     alone = len(sections(graph)) == 1 and all(u.parallel for u in outer) and schedule.axes[-1][1] == "whole"
-    return alone and summed_rows(graph, schedule) >= ROWS_A_LANE and _growing(graph, schedule) is not None
+    axis, nodes = _growing(graph, schedule), [graph.nodes[i] for i in graph.live()]
+    loaded = {n.axes for n in nodes if n.op == "read"}
+    summed = {graph.nodes[n.args[0]].axes for n in nodes if n.op == "reduce"}
+    grow = axis is not None and summed <= loaded and all(axis in axes for axes in summed)
+    return alone and grow and summed_rows(graph, schedule) >= ROWS_A_LANE
 
 
 def _twice(graph: Graph) -> Schedule:

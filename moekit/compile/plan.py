@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.gemm import deeper, has_gemm
+from moekit.compile.analysis import has_gemm
+from moekit.compile.gemm import deeper
 from moekit.compile.heuristic import heuristic, joined_warps, section_schedule
 from moekit.compile.lower import lower
 from moekit.compile.schedule import Schedule, fitted, legal
-from moekit.compile.sections import sections
+from moekit.compile.sections import meant, sections
 from moekit.compile.split import Scratch, cut
 from moekit.compile.verify import verify
 from moekit.errors import ScheduleError
@@ -85,12 +86,11 @@ def scheduled(graph: Graph, schedule: Schedule | None, split) -> list[tuple[Grap
     """
     parts = sections(graph)
     own = [section_schedule(g, split) for g in parts]
-    gemms = [has_gemm(g) for g in parts]
-    mixed = any(gemms) and not all(gemms)
-    return [
-        (g, s if schedule is None or (mixed and not gemm) else deeper(g, fitted(g, schedule, s)))
-        for g, s, gemm in zip(parts, own, gemms, strict=True)
-    ]
+    if schedule is None:
+        return list(zip(parts, own, strict=True))
+    led = meant(parts)
+    said = [fitted(g, schedule, s) if g in led else s for g, s in zip(parts, own, strict=True)]
+    return [(g, deeper(g, s) if len(parts) > 1 and g in led else s) for g, s in zip(parts, said, strict=True)]
 
 
 def _dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.Viewed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moekit.compile.analysis import AxisUse, axis_uses, reach, scattered
-from moekit.compile.sections import sections
+from moekit.compile.sections import meant, sections
 from moekit.compile.split import cut
 from moekit.compile.stores import in_order
 from moekit.errors import ScheduleError
@@ -14,6 +14,7 @@ from moekit.lang.graph import Graph
 MODES = ("grid", "whole", "loop")
 WARPS = (1, 2, 4, 8, 16, 32)
 LARGEST_TILE = 2**17
+MATRIX = 16  # elements of each axis from which on the matrix unit takes a product
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Schedule:
     `axes`: for each axis its mode (`grid`, `whole`, `loop`) and block, a power of two. `split`: a contracted axis of which
     several programs each do a part, added up in a second launch; `parts`: one of which each program does the parts one after
     the other, which gives the same bits. `warps` and `stages` are the compiler's. Where a launch has several sections
-    (sections.py), one that cannot take an axis as it is written here takes it as the heuristic would.
+    (sections.py), one that cannot take an axis as it is written here takes it as the heuristic would, one without a GEMM beside
+    a GEMM takes all of them so, and one whose programs do all parts of few columns loops over them in twice the depth.
     """
 
     axes: tuple[tuple[str, str, int], ...]
@@ -108,12 +110,12 @@ def legal(graph: Graph, schedule: Schedule) -> str | None:
     for axis in scattered(graph):
         if axis in uses and schedule.block(axis) != 1:
             return f"{graph.name}: an output is put at ids along {axis}, so its block must be 1, not {schedule.block(axis)}"
-    tile = max(largest_tile(g, fitted(g, schedule, None)) for g in every[0])
+    tile = max(largest_tile(g, fitted(g, schedule, None)) for g in meant(every[0]))
     if tile > LARGEST_TILE:
         return f"{graph.name}: a block of {tile} elements is over the limit of {LARGEST_TILE}; use smaller blocks or loop"
     said = {(a, mode) for a, mode, _ in schedule.axes}
     try:
-        for g in every[0]:
+        for g in meant(every[0]):
             in_order(g, {a for a, use in axis_uses(g).items() if not use.whole and (a, "loop") in said})
     except ScheduleError as error:
         return str(error)
@@ -190,7 +192,7 @@ def uses_dot(graph: Graph, schedule: Schedule, node: int) -> bool:
     rows, columns = (left - right) & wide, (right - left) & wide
     if len(rows) != 1 or len(columns) != 1 or (left & right & wide) - {k}:
         return False
-    return all(schedule.block(a) >= 16 for a in (*rows, *columns, k))
+    return all(schedule.block(a) >= MATRIX for a in (*rows, *columns, k))
 
 
 def largest_tile(graph: Graph, schedule: Schedule) -> int:

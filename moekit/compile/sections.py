@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moekit.compile.analysis import axis_uses
+from moekit.compile.analysis import axis_uses, has_gemm
 from moekit.compile.split import PARTIAL
 from moekit.lang.graph import Graph, Write
 
@@ -23,6 +23,11 @@ def sections(graph: Graph) -> tuple[Graph, ...]:
     if len(groups) == 1:
         return (graph,)
     return tuple(sorted(groups, key=lambda g: not any(g.nodes[i].op == "contract" for i in g.live())))
+
+
+def meant(parts: tuple[Graph, ...]) -> tuple[Graph, ...]:
+    """The sections of a launch that its schedule is for: beside a GEMM, sections without one go their own way."""
+    return tuple(g for g in parts if has_gemm(g)) or parts
 
 
 def _part(graph: Graph, writes: tuple[Write, ...]) -> Graph:

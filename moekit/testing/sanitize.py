@@ -122,15 +122,23 @@ def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) ->
     if errors:
         findings.append(f"{tool}: {errors} found; {log.name} begins:\n{text[:3000]}")
     if errors is None:
-        last = output.read_text().strip()[-500:] if output.exists() else ""
-        findings.append(f"{tool}: {log.name} has no summary ({'stopped' if code is None else f'exit code {code}'}): {last}")
+        how = "stopped" if code is None else f"exit code {code}"
+        findings.append(f"{tool}: {log.name} has no summary ({how}): {ending(output)}")
     elif code != 0 and not errors:
-        findings.append(f"{tool}: exit code {code}: {output.read_text().strip()[-500:] if output.exists() else ''}")
+        findings.append(f"{tool}: exit code {code}: {ending(output)}")
     if not report.exists():
         findings.append(f"{tool}: {report.name} was not written: its share did not end")
     else:
         findings += [f"{tool}: {p}" for p in json.loads(report.read_text())["problems"]]
     return findings
+
+
+def ending(output: Path) -> str:
+    """The case that a process was at, the last it named, and the end of what it printed."""
+    text = output.read_text().strip() if output.exists() else ""
+    case = next((line for line in reversed(text.splitlines()) if line.startswith("case ")), None)
+    tail = text[-500:]
+    return tail if case is None or case in tail.splitlines() else f"{case[:400]}\n{tail}"
 
 
 def missing(tool: str, cells: Counter[str]) -> list[str]:

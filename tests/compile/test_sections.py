@@ -8,6 +8,7 @@ import pytest
 from moekit import lang as ml
 from moekit.backends import triton
 from moekit.compile import interpret, tile
+from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.sections import sections
@@ -15,6 +16,7 @@ from moekit.compile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, fusion
+from moekit.lang.arguments import example
 from moekit.testing import Call, operands
 from moekit.testing.suite import check
 
@@ -50,6 +52,19 @@ def test_outputs_that_can_share_programs_do(name, groups):
     axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     made = Call(fusion, operands(fusion, {a: sizes[a] for a in axes}), {"k": 3} if "k" in fusion.params else {})
     assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
+
+
+@pytest.mark.parametrize(("name", "axes", "depths"), [
+    ("gate_gemm", "P:grid:16", [64]),
+    ("gate_projections", "E:grid:32 G:grid:16 I:grid:32", [64, 64, 128]),
+])  # fmt: skip
+def test_only_a_section_among_others_has_another_depth_than_its_schedule_says(name, axes, depths):
+    """Few columns beside others take twice the depth; a launch of one section does what it was asked."""
+    binding = example(FUSIONS[name], {"D": 2048}, "bfloat16", {})
+    graph = FUSIONS[name].trace(binding)
+    schedule = Schedule.parse(f"T:grid:64 D:loop:64 {axes} parts:D:4 warps:4 stages:2")
+    (kernel,) = plan(graph, schedule, contiguous(graph, dict(binding.sizes))).programs
+    assert [p.axis("D").block for p in kernel.sections] == depths
 
 
 def test_products_share_no_programs_unless_something_is_done_with_both():

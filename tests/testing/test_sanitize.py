@@ -108,6 +108,25 @@ def test_silence_is_no_success(fake, monkeypatch, capsys, setting, said):
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("summary", ["", "ERROR SUMMARY: 0 errors"])
+def test_a_share_that_ends_early_says_in_which_case(tmp_path, summary):
+    """What a case prints at last may be long: the case is named before the end of it."""
+    log, report, output = (tmp_path / name for name in ("log.txt", "report.json", "output.txt"))
+    log.write_text(summary)
+    report.write_text(json.dumps({"problems": []}))
+    output.write_text("case 1: pallas first\ncase 2: triton " + 1000 * "second " + "\n" + 100 * "a trace\n" + "killed\n")
+    (said,) = sanitize.judge("memcheck", 1, log, report, output)
+    assert "case 2: triton second" in said
+    assert "case 1" not in said
+    assert said.endswith("a trace\nkilled")
+    assert len(said) < 1100
+    output.write_text("no module named torch\n")
+    (said,) = sanitize.judge("memcheck", 1, log, report, output)
+    assert said.endswith(": no module named torch")
+    output.unlink()
+    assert len(sanitize.judge("memcheck", 1, log, report, output)) == 1
+
+
 def test_without_a_gpu_or_the_tool(monkeypatch, capsys):
     monkeypatch.setattr(platform, "gpu_count", lambda: 0)
     assert sanitize.main([]) == 3
