@@ -50,6 +50,7 @@ GEMM_TILES = (
     Tile(128, 64, 128, 64, 4, 4),
     Tile(256, 128, 128, 64, 8, 4, in_a_row=True),
 )
+WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
 # Tiles of a GEMM that is no deeper than that: one step, so nothing but its operands and outputs is to be moved, and small tiles
 # have more of it under way. Measured on an H200 (64 → 2048 and a gated sum, bfloat16), µs, with tiles as of deeper ones in
@@ -88,8 +89,10 @@ def tiles(graph: Graph) -> tuple[Tile, ...]:
     gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
     if gemm is None or _ordered_by_tile(graph):
         return GEMM_TILES[:1]
-    if not gemm_alone(graph) or _wide(graph, gemm):
+    if not gemm_alone(graph):
         return GEMM_TILES
+    if _wide(graph, gemm):  # all have the same tile, and parts in place of a split where those are many
+        return (*GEMM_TILES[:-1], GEMM_TILES[-1]._replace(least=WIDE_ROWS))
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
     parts = prod(n for _, n in splitting(graph)[0])

@@ -19,7 +19,7 @@ from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
-from moekit.tune.table import untuned
+from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
 
@@ -102,8 +102,9 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        chosen = None if self.schedule else untuned(self.graph, self.sizes)
-        if chosen and not alike(out_of_place(self.graph, frozenset(separate)), layouts):
+        form = out_of_place(self.graph, frozenset(separate))
+        chosen = None if self.schedule else untuned(self.graph if serves(self.graph, form) else form, self.sizes)
+        if chosen and not alike(form, layouts):
             chosen = None
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
                         self.schedule or chosen)  # fmt: skip

@@ -18,9 +18,10 @@ from moekit.compile.schedule import Schedule, legal
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.lang.arguments import refuse_empty
 from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.graph import Graph
 from moekit.torch import launch
 from moekit.torch.binding import DTYPES, bind, checked
-from moekit.tune.table import scheduled
+from moekit.tune.table import scheduled, serves, untuned
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -140,8 +141,12 @@ class Call:
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = self._layouts(separate, tensors, dynamic)
         given = self.schedule
-        schedule = given or scheduled(device_name(self.device), self.graph, self.sizes)
-        planned = planned_for(self.fusion, self.bound.binding, separate, self.over, layouts, schedule, by_rows=not given)
+        call = self.fusion, _static(self.fusion, self.bound.binding), separate, self.over
+        form, usual = _form(*call)
+        schedule = given or (
+            scheduled(device_name(self.device), self.graph, self.sizes) if usual else untuned(form, self.sizes)
+        )
+        planned = _planned(*call, layouts, schedule, not given)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
@@ -212,20 +217,25 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _static(fusion: Fusion, binding: Binding) -> Binding:
+    """A binding without the sizes of dynamic axes: neither graph nor plan depends on them, so a new T is an old plan."""
+    static = tuple((a, 0 if a in fusion.dynamic else s) for a, s in binding.sizes)
+    return Binding(static, binding.dtypes, binding.params, binding.ones)
+
+
 @lru_cache(maxsize=8192)
-def _plan_of_static(
+def _form(fusion: Fusion, binding: Binding, separate: frozenset[str], over: tuple[tuple[str, str], ...]) -> tuple[Graph, bool]:
+    """The graph that a call's kernels compute, and whether the declaration's schedules are for it, too."""
+    graph = fusion.trace(binding)
+    form = over_operand(out_of_place(graph, separate), over)
+    return form, serves(graph, form)
+
+
+@lru_cache(maxsize=8192)
+def _planned(
     fusion: Fusion, binding: Binding, separate: frozenset[str], over: tuple[tuple[str, str], ...],
     layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule | None, by_rows: bool,
 ) -> Plan:  # fmt: skip
-    graph = over_operand(out_of_place(fusion.trace(binding), separate), over)
+    """The plan of a call. `by_rows`: its schedule was chosen by their number, and serves only where it adds up as others do."""
+    graph, _ = _form(fusion, binding, separate, over)
     return plan(graph, schedule if not by_rows or alike(graph, dict(layouts)) else None, dict(layouts))
-
-
-def planned_for(fusion: Fusion, binding: Binding, separate, over, layouts, schedule, by_rows: bool = False) -> Plan:
-    """The plan of a call, cached; dynamic sizes do not matter to it, so a new T is an old plan.
-
-    `by_rows`: the schedule was chosen by their number, so it serves only where it adds up as others do.
-    """
-    static = tuple((a, 0 if a in fusion.dynamic else s) for a, s in binding.sizes)
-    binding = Binding(static, binding.dtypes, binding.params, binding.ones)
-    return _plan_of_static(fusion, binding, separate, over, layouts, schedule, by_rows)

@@ -118,6 +118,14 @@ def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
     return None if tokens is None else heuristic(graph, tokens)
 
 
+def serves(graph: Graph, form: Graph) -> bool:
+    """Whether a form of a declaration (a tensor updated elsewhere, an output over an operand) can take all its schedules.
+
+    Else it has its own for every number of rows: some of either would add up in different orders.
+    """
+    return form is graph or not any(legal(form, heuristic(graph, least)) for least in row_classes(graph))
+
+
 def tuned(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
     """The table's schedule for a graph on a device, None where there is none that holds (the heuristic then decides)."""
     known = table(device)

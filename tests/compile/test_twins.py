@@ -153,4 +153,4 @@ def test_many_rows_take_larger_tiles_once_smaller_ones_are_too_many(width, class
     assert [s.parts or s.split for s in schedules] == [few] * len(schedules)
     assert [bool(s.split) for s in schedules] == [least < in_a_row for least in classes]
     wide = good.graph_of(FUSIONS["gate_projections"], shapes, "float32")
-    assert row_classes(wide) == (0, 17, 65, 128, 256)
+    assert row_classes(wide) == (0, 17, 65, 128, 2048)

@@ -14,7 +14,7 @@ from moekit.compile.heuristic import row_classes
 from moekit.compile.order import order
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
-from moekit.lang import In, f32, fusion
+from moekit.lang import In, contract, f32, fusion
 from moekit.lang.arguments import example
 from moekit.torch import fast, launch
 from moekit.torch.call import Call
@@ -275,4 +275,22 @@ def test_calls_of_every_class_of_rows_add_up_in_one_order(name, sizes):
             for in_place in {False, any(s.role == "InOut" for s in declared.tensors.values())}:
                 made = Call(declared, operands, {}, in_place, None, None).prepare()
                 orders.add(order(SimpleNamespace(programs=[one.program for one in made.launches])))
+    assert len(orders) == 1
+
+
+@fusion(None, x=In("T D"), w=In("P D"), v=In("Q D"), u=In("T P"))
+def spread_beside(x, w, v, u):
+    """A product, and another one times what the first may be written over."""
+    return {"a": contract(x, w, over="D") + f32(u), "b": contract(x, v, over="D") * f32(u)}
+
+
+@pytest.mark.parametrize("depth", [64, 2048])
+def test_an_output_over_an_operand_has_schedules_of_its_own_where_it_needs_them(depth):
+    """Two sections become one, which cannot take their schedule: neither an error nor another order at other rows."""
+    orders = set()
+    for rows in (1, 17, 65, 300, 2100):
+        sizes = {"x": (rows, depth), "w": (32, depth), "v": (64, depth), "u": (rows, 32)}
+        operands = {n: torch.zeros(s, dtype=torch.float32 if n == "u" else torch.bfloat16) for n, s in sizes.items()}
+        made = Call(spread_beside, operands, {}, False, (operands["u"], None), None).prepare()
+        orders.add(order(SimpleNamespace(programs=[one.program for one in made.launches])))
     assert len(orders) == 1
