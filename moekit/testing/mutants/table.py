@@ -149,7 +149,7 @@ LOWERING = (
     _one('twins-of-other-steps', 'compile/twins.py', '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', 'compile/twins.py', ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
     _one('parts-for-few-rows-only', 'compile/heuristic.py', 'split, parts = ((), split) if tile.in_a_row', 'split, parts = ((), ()) if tile.in_a_row', "with many rows a sum is not made in parts: a row's bits depend on T"),
-    _one('tile-decides-a-sum', 'compile/gemm.py', '    beside = [(g, i) for g in sections(graph)', '    return False\n    beside = [(g, i) for g in sections(graph)', "a sum beside a product goes by its tile: a row's bits depend on T"),
+    _one('tile-decides-a-sum', 'compile/gemm.py', '    every = [*sections(graph), *(g for', '    return False\n    every = [*sections(graph), *(g for', "a sum beside a product goes by its tile: a row's bits depend on T"),
     _one('max-int64-from-zero', 'compile/reductions.py', '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
     _one('min-int64-narrow', 'compile/reductions.py', '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
     _one('overlap-of-equal-strides', 'compile/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),

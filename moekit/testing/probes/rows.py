@@ -1,8 +1,4 @@
-"""Small declarations that use the corners of the language which moekit's own fusions leave out.
-
-They are what shows a fault in the compiler that no shipped fusion meets: `moekit fuzz` and `moekit mutants` run them
-beside the fusions. Each has a numpy reference of its own, like any declaration.
-"""
+"""Probes without products: element by element, sums and scans along rows, slices, looked-up rows, updates."""
 
 from __future__ import annotations
 
@@ -10,10 +6,7 @@ import numpy as np
 
 from moekit import lang as ml
 from moekit.lang import In, InOut, Out, fusion, round_to
-
-
-def _f64(*arrays: np.ndarray) -> list[np.ndarray]:
-    return [a.astype(np.float64) for a in arrays]
+from moekit.testing.probes.exact import f64
 
 
 def _running(x, mask):
@@ -59,7 +52,7 @@ def probe_nearest(x):
 
 
 def _interleaved(x, y):
-    x, y = _f64(x, y)
+    x, y = f64(x, y)
     with np.errstate(all="ignore"):
         turned = x[..., 0::2] * y - x[..., 1::2]
     return {"turned": turned, "lifted": x[:, -1] + np.arange(x.shape[2])}
@@ -74,21 +67,8 @@ def probe_interleaved(x, y):
     return {"turned": left * ml.f32(y) - right, "lifted": last + ml.f32(ml.iota("2*R"))}
 
 
-def _gated(x, w, bias):
-    x, w, bias = _f64(x, w, bias)
-    gate, up = np.split(x @ w.T + bias, 2, -1)
-    return {"out": np.maximum(gate, 0) * up, "gate": gate}
-
-
-@fusion(_gated, x=In("T D"), w=In("2*I D"), bias=In("2*I"))
-def probe_gated(x, w, bias):
-    """A product whose epilogue joins two halves of its columns."""
-    gate, up = ml.halves(ml.contract(x, w, over="D") + ml.f32(bias), "I")
-    return {"out": ml.cast(ml.maximum(gate, 0.0) * up, x.dtype), "gate": gate}
-
-
 def _planes(x, y):
-    x, y = _f64(x, y)
+    x, y = f64(x, y)
     with np.errstate(all="ignore"):
         e = np.exp(x - x.max((1, 2), keepdims=True))
         weights = e / e.sum((1, 2), keepdims=True)
@@ -103,20 +83,6 @@ def probe_planes(x, y):
     weights = e / ml.sum(e, over="A B")
     out = ml.sum(weights * ml.f32(y), over="A B")
     return {"out": out, "each": weights, "least": ml.f32(ml.min(y, over="B"))}
-
-
-def _columns(x, y):
-    x, y = _f64(x, y)
-    with np.errstate(all="ignore"):
-        return {"total": x.sum(0), "largest": np.maximum(x, 0).max(0, initial=0.0), "product": x.T @ y}
-
-
-@fusion(_columns, x=In("T H"), y=In("T P"))
-def probe_columns(x, y):
-    """Reductions and a product over the dynamic axis."""
-    x32 = ml.f32(x)
-    largest = ml.max(ml.maximum(ml.where(ml.iota("T") >= 0, x32, 0.0), 0.0), over="T")
-    return {"total": ml.sum(x32, over="T"), "largest": ml.maximum(largest, 0.0), "product": ml.contract(x, y, over="T")}
 
 
 def _bits(x, n):
@@ -136,7 +102,7 @@ def probe_bits(x, n):
 
 
 def _rounded(x, y):
-    x, y = _f64(x, y)
+    x, y = f64(x, y)
     with np.errstate(all="ignore"):
         step = round_to(x * 3, "float16")
         return {"out": round_to(step + round_to(y, "bfloat16"), "bfloat16") * 2}
@@ -149,22 +115,8 @@ def probe_rounded(x, y):
     return ml.f32(ml.cast(step + ml.f32(ml.cast(y, "bfloat16")), "bfloat16")) * 2.0
 
 
-def _grouped(x, w, ids):
-    x, w = _f64(x, w)
-    valid = (ids >= 0) & (ids < len(w))
-    chosen = np.where(valid[..., None, None], w[np.where(valid, ids, 0)], 0)
-    with np.errstate(all="ignore"):
-        return {"out": np.einsum("td,tkpd->tpk", x, chosen)}
-
-
-@fusion(_grouped, x=In("T D"), w=In("E P D"), ids=In("T K", dtype="int32"))
-def probe_grouped(x, w, ids):
-    """Each token times the weights of the experts chosen for it: a gather on the weight."""
-    return ml.contract(x, ml.gather(w, ids, over="E"), over="D")
-
-
 def _extremes(x):
-    (x,) = _f64(x)
+    (x,) = f64(x)
     with np.errstate(all="ignore"):
         return {"high": x.max(-1), "low": x.min(-1), "total": x.sum(-1), "mass": np.exp(-np.abs(x)).sum(-1)}
 
@@ -177,20 +129,8 @@ def probe_extremes(x):
     return {"high": ml.max(x32, over="H"), "low": ml.min(x32, over="H"), "total": ml.sum(x32, over="H"), "mass": mass}
 
 
-def _product(bias, x, w):
-    bias, x, w = _f64(bias, x, w)
-    with np.errstate(all="ignore"):
-        return {"out": (x + 1) @ (w + 2).T + bias}
-
-
-@fusion(_product, bias=In("T P"), x=In("T H"), w=In("P H"))
-def probe_product(bias, x, w):
-    """A product of two computed operands: past the end both are other than zero, and one is held with its columns outermost."""
-    return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H") + ml.f32(bias)
-
-
 def _stacked(x):
-    (x,) = _f64(x)
+    (x,) = f64(x)
     with np.errstate(all="ignore"):
         return {"height": np.cumsum(x, 1), "total": x.sum(1)}
 
@@ -202,20 +142,8 @@ def probe_stacked(x):
     return {"height": ml.cumsum(x32, over="A"), "total": ml.sum(x32, over="A")}
 
 
-def _turned(x, w):
-    x, w = _f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": x.T @ w}
-
-
-@fusion(_turned, x=In("D T"), w=In("D P"))
-def probe_turned(x, w):
-    """A product of operands that both hold the contracted axis outermost."""
-    return ml.contract(x, w, over="D")
-
-
 def _residual(x, y):
-    x, y = _f64(x, y)
+    x, y = f64(x, y)
     with np.errstate(all="ignore"):
         coarse, fine = round_to(x, "float16"), round_to(y, "bfloat16")
         return {"lost": x - coarse, "rest": (y - fine) * coarse}
@@ -240,20 +168,8 @@ def probe_shuffled(x, ids):
     return {"out": ml.gather(x, ids, over="T"), "turned": ml.gather(x, ml.iota("H") * 2 % ml.size("H"), over="H")}
 
 
-def _crossed(x, w):
-    x, w = _f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": np.swapaxes(x @ w.T, 0, 1)}
-
-
-@fusion(_crossed, x=In("T D"), w=In("P D"), out=Out("P T"))
-def probe_crossed(x, w):
-    """A product whose rows come from its second operand, stored with its columns outermost."""
-    return ml.contract(w, x, over="D")
-
-
 def _apart(x, state):
-    x, old = _f64(x, state)
+    x, old = f64(x, state)
     with np.errstate(all="ignore"):
         return {"state": old * 0.5 + x, "before": old.sum(-1), "peak": old.max((1, 2))}
 
@@ -265,7 +181,7 @@ def probe_apart(x, state):
 
 
 def _states(x, state, total):
-    x, old, before = _f64(x, state, total)
+    x, old, before = f64(x, state, total)
     with np.errstate(all="ignore"):
         return {"state": old * 0.5 + x, "total": before + old.sum(-1), "peak": old.max((1, 2))}
 
@@ -277,7 +193,7 @@ def probe_states(x, state, total):
 
 
 def _exchange(left, right):
-    a, b = _f64(left, right)
+    a, b = f64(left, right)
     with np.errstate(all="ignore"):
         return {"left": a + b.sum(-1, keepdims=True), "right": b - a.max(-1, keepdims=True)}
 
@@ -289,7 +205,7 @@ def probe_exchange(left, right):
 
 
 def _centred(x):
-    (x,) = _f64(x)
+    (x,) = f64(x)
     with np.errstate(all="ignore"):
         return {"out": x - x.mean(1, keepdims=True) - x.mean(2, keepdims=True)}
 
@@ -299,18 +215,6 @@ def probe_centred(x):
     """What is left of a table without the means of its rows and columns: reductions over two axes that the output has."""
     x32 = ml.f32(x)
     return x32 - ml.mean(x32, over="A") - ml.mean(x32, over="B")
-
-
-def _inverse(x, w):
-    x, w = _f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": (1 / np.sqrt(np.abs(x))) @ (1 / np.sqrt(np.abs(w))).T}
-
-
-@fusion(_inverse, x=In("T D"), w=In("P D"))
-def probe_inverse(x, w):
-    """A product of operands that both are infinite where nothing was loaded."""
-    return ml.contract(ml.rsqrt(abs(ml.f32(x))), ml.rsqrt(abs(ml.f32(w))), over="D")
 
 
 def _looked_up(x, table):
@@ -329,7 +233,7 @@ def probe_looked_up(x, table):
 
 
 def _tables(ids, x, y):
-    x, y = _f64(x, y)
+    x, y = f64(x, y)
     rows = [np.where(((ids >= 0) & (ids < len(t)))[:, None], t[np.clip(ids, 0, max(0, len(t) - 1))], 0.0) for t in (x, y)]
     with np.errstate(all="ignore"):
         return {"out": rows[0] - rows[1]}
@@ -390,7 +294,7 @@ def probe_signs(x):
 
 
 def _kept(x, y, state):
-    a, b, old = _f64(x, y, state)
+    a, b, old = f64(x, y, state)
     with np.errstate(all="ignore"):
         return {"out": a + b, "kept": a, "state": old + b, "was": old}
 
@@ -401,29 +305,8 @@ def probe_kept(x, y, state):
     return {"out": x + ml.f32(y), "kept": x, "state": state + ml.f32(y), "was": state}
 
 
-def _braided(bias, w, v, x):
-    bias, w, v, x = _f64(bias, w, v, x)
-    with np.errstate(all="ignore"):
-        even, odd, first, last = (x @ u.T for u in (w[0::2], w[1::2], w[: len(w) // 2], v[len(v) // 2 :]))
-        return {"out": even - 2 * odd + bias, "apart": first - 2 * last, "mass": (x * x).sum(-1)}
-
-
-@fusion(_braided, bias=In("I"), w=In("2*I D"), v=In("2*I D"), x=In("T D"), out=Out("T I"),
-        apart=Out("T I"))  # fmt: skip
-def probe_braided(bias, w, v, x):
-    """Products with every second column of one weight, and with the halves of two, held with their columns outermost; beside
-    them a sum of the rows."""
-    n = ml.size("I")
-    even = ml.contract(x, ml.slice(w, "2*I", 0, n, "I", step=2), over="D")
-    first = ml.contract(x, ml.slice(w, "2*I", 0, n, "I"), over="D")
-    odd = ml.contract(x, ml.slice(w, "2*I", 1, n, "I", step=2), over="D")
-    last = ml.contract(x, ml.slice(v, "2*I", n, n, "I"), over="D")
-    mass = ml.sum(ml.f32(x) * ml.f32(x), over="D")
-    return {"out": even - 2.0 * odd + ml.f32(bias), "apart": first - 2.0 * last, "mass": mass}
-
-
 def _first(x):
-    (x,) = _f64(x)
+    (x,) = f64(x)
     with np.errstate(all="ignore"):
         return {"out": x - x[:, :1]}
 
@@ -432,26 +315,3 @@ def _first(x):
 def probe_first(x):
     """Rows less their first element: the output fits the operand, and all of a row's programs read one element of it."""
     return x - ml.sum(ml.slice(x, "H", 0, 1, "one"), over="one")
-
-
-def _scaled(x, w):
-    x, w = _f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": x @ w.T / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1)}
-
-
-@fusion(_scaled, x=In("T D"), w=In("P D"))
-def probe_scaled(x, w):
-    """A product and, beside it, the norm of the rows that go into it."""
-    x32 = ml.f32(x)
-    return ml.contract(x, w, over="D") * ml.rsqrt(ml.mean(x32 * x32, over="D") + 1.0)
-
-
-PROBES = {
-    f.name: f
-    for f in (probe_running, probe_slots, probe_nearest, probe_interleaved, probe_gated, probe_planes, probe_columns,
-              probe_bits, probe_rounded, probe_grouped, probe_extremes, probe_product, probe_stacked, probe_turned,
-              probe_residual, probe_shuffled, probe_crossed, probe_apart, probe_states, probe_exchange, probe_centred,
-              probe_inverse, probe_tables, probe_looked_up, probe_ordered, probe_counted, probe_signs, probe_kept,
-              probe_braided, probe_first, probe_scaled)
-}  # fmt: skip
