@@ -54,16 +54,17 @@ def test_outputs_that_can_share_programs_do(name, groups):
     assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
 
 
-@pytest.mark.parametrize(("name", "axes", "depths"), [
-    ("gate_gemm", "P:grid:16", [64]),
-    ("gate_projections", "E:grid:32 G:grid:16 I:grid:32", [64, 64, 128]),
-])  # fmt: skip
-def test_only_a_section_among_others_has_another_depth_than_its_schedule_says(name, axes, depths):
-    """Few columns beside others take twice the depth; a launch of one section does what it was asked."""
+@pytest.mark.parametrize(("name", "schedule", "depths"), [
+    ("gate_gemm", "T:grid:64 D:loop:64 P:grid:16 stages:2", [64]),
+    ("gate_projections", "T:grid:64 D:loop:64 E:grid:32 G:grid:16 I:grid:32 stages:2", [64, 64, 128]),
+    ("gate_projections", "T:grid:128 D:loop:128 E:grid:32 G:grid:16 I:grid:32 stages:4", [128, 128, 128]),
+], ids=["alone", "beside others", "more than an SM's shared memory"])  # fmt: skip
+def test_only_a_section_among_others_has_another_depth_than_its_schedule_says(name, schedule, depths):
+    """Few columns beside others take twice the depth, if there is room; a launch of one section does what it was asked."""
     binding = example(FUSIONS[name], {"D": 2048}, "bfloat16", {})
     graph = FUSIONS[name].trace(binding)
-    schedule = Schedule.parse(f"T:grid:64 D:loop:64 {axes} parts:D:4 warps:4 stages:2")
-    (kernel,) = plan(graph, schedule, contiguous(graph, dict(binding.sizes))).programs
+    said = Schedule.parse(f"{schedule} parts:D:4 warps:4")
+    (kernel,) = plan(graph, said, contiguous(graph, dict(binding.sizes))).programs
     assert [p.axis("D").block for p in kernel.sections] == depths
 
 
