@@ -1,10 +1,14 @@
-"""A decode step of Qwen3-Next in JAX, with moekit's kernels and with XLA's: some layers of the 80B's widths, random weights.
+"""A decode step of Qwen3-Next-80B in JAX, whole or some layers of it, with moekit's kernels and with XLA's: random weights.
 
-    python bench/decode_jax.py [--layers 4] [--batch 1,16,64] [--dtype bfloat16] [--json FILE]
+    python bench/decode_jax.py                                       # four layers on one GPU
+    python bench/decode_jax.py --layers 48 --tp 2 --vocab full       # the whole model on two
 
-`moekit.models.qwen3next.greedy_step` as a user calls it, on one GPU, by the device's clock (bench/device_jax.py): from the
-begin of a step's first kernel to the end of its last. Beside each time stands the share of sequences that get the same next
-token from the same cache with either kind of kernels; in bfloat16 near-equal logits fall either way.
+`moekit.models.qwen3next.greedy_step` as a user calls it. Of each step: ms in a stream of steps and of one alone, by the host's
+clock; the host's time to dispatch one; what the first device's kernels take, by the device's clock and by name; its arguments,
+memory and compile time; the bytes that it must move, at the rate of a copy measured in the run. `without collectives` is the
+same step with the all-reduces left out (so with another result): what of the dispatch is not theirs. Beside each time stands
+the share of sequences that get the same next token from the same cache with either kind of kernels; in bfloat16 near-equal
+logits fall either way.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,110 +30,94 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.child import Child
 from bench.common import environment, numbers, write
-from bench.device_jax import compiled, made, timed
-from moekit.models.qwen3next import TINY, Config, Model, abstract_model, cache_shapes, greedy_step, unpack_gates
-from moekit.models.qwen3next.config import ATTENTION, GDN
-from moekit.models.qwen3next.model import pack_gates
+from bench.model_jax import alone, configuration, copy_rate, drawn, memory, mesh_of, moved, profile, random_model, stream
+from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
+from moekit.models.qwen3next.kernels import Kernels, named
 
-WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers would be lost beside its head
-    TINY,
-    vocab_size=32768,
-    hidden_size=2048,
-    num_attention_heads=16,
-    head_dim=256,
-    rotary_dim=64,
-    linear_num_key_heads=16,
-    linear_num_value_heads=32,
-    linear_key_head_dim=128,
-    linear_value_head_dim=128,
-    num_experts=512,
-    num_experts_per_tok=10,
-    moe_intermediate_size=512,
-    shared_expert_intermediate_size=512,
-)
 ROOM = 1024  # tokens for which a cache has room; half of it is filled
-
-
-def drawn(like: Any, key: jax.Array) -> Any:
-    """Random numbers of the shapes of a tree, scaled by the last axis, so that products stay near 1; integers are zero."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = (jax.device_put(_drawn(k, x.shape, x.dtype), x.sharding) for k, x in zip(keys, leaves, strict=True))
-    return tree.unflatten(list(drawn))
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return jnp.zeros(shape, dtype)
-    return (jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5).astype(dtype)
-
-
-def random_model(config: Config, mesh: Mesh, dtype: str) -> Model:
-    """A model with random weights, its gates packed."""
-    like = abstract_model(config, mesh, dtype, packed=False)
-    return pack_gates(Model(drawn(like.params, jax.random.key(0)), config, mesh))
+KINDS = ("pallas", "xla")
 
 
 class Steps:
     """Decode steps one after the other: each goes on from the tokens and the cache of the one before."""
 
-    def __init__(self, program: jax.stages.Compiled, model: Model, tokens: jax.Array, cache: Any):
-        self.program, self.model = program, model
-        self.tokens, self.cache = tokens, jax.tree.map(jnp.copy, cache)
+    def __init__(self, model: Model, tokens: jax.Array, cache: Any, kernels: Kernels):
+        self.model, self.tokens, self.cache = model, tokens, jax.tree.map(jnp.copy, cache)
+        begin = time.perf_counter()
+        self.program = greedy_step.lower(model, self.tokens, self.cache, kernels=kernels).compile()
+        self.compile_seconds = time.perf_counter() - begin
 
     def __call__(self) -> jax.Array:
         """Do the next step."""
         self.tokens, self.cache = self.program(self.model, self.tokens, self.cache)
         return self.tokens
 
+    @property
+    def arguments(self) -> int:
+        """How many arrays a step is given."""
+        return len(jax.tree.leaves((self.model, self.tokens, self.cache)))
 
-def begin(config: Config, mesh: Mesh, dtype: str, batch: int) -> tuple[jax.Array, Any]:
+
+def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) -> tuple[jax.Array, Any]:
     """The last tokens of so many sequences, and a cache that is half full."""
     cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
     tokens = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size)
     return tokens, replace(cache, lengths=jnp.full((batch,), ROOM // 2, jnp.int32))
 
 
-def both(config: Config, mesh: Mesh, dtype: str, batches: Sequence[int]) -> Iterator[tuple[int, dict[str, Steps]]]:
-    """For each batch the steps with either kind of kernels, from the same weights, tokens and cache."""
-    packed = random_model(config, mesh, dtype)
-    models = {"pallas": packed, "xla": unpack_gates(packed)}
-    for batch in batches:
-        tokens, cache = begin(config, mesh, dtype, batch)
-        lowered = {k: partial(greedy_step.lower, m, tokens, cache, kernels=k) for k, m in models.items()}
-        programs = compiled(lowered, at_once=1)
-        yield batch, {k: Steps(made(programs[k]), m, tokens, cache) for k, m in models.items()}
+def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, Steps]]:
+    """Steps with each kind of kernels, from the same weights, tokens and cache; `KIND without collectives` is a kind, too."""
+    for kind in kinds:
+        name, _, cut = kind.partition(" without ")
+        kernels = replace(named(name), all_reduce=lambda x: x) if cut else named(name)
+        tokens, cache = begin(model.config, model.mesh, dtype, batch, kernels)
+        yield kind, Steps(model, tokens, cache, kernels)
 
 
-def measured(config: Config, dtype: str, batches: Sequence[int], rounds: int) -> Iterator[dict]:
+def measured(layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequence[int], kinds: Sequence[str], calls: int):
     """One row per batch and kind of kernels."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    for batch, steps in both(config, mesh, dtype, batches):
-        first, second = (np.asarray(step()) for step in steps.values())
-        for kind, timing in timed(steps, 1, rounds).items():
-            row = {"case": f"decode step, {config.num_layers} layers", "T": batch, "dtype": dtype, "side": kind}
-            row |= {"same tokens": float(np.mean(first == second)), "tokens/s": round(batch / timing["us"] * 1e6, 1)}
-            yield row | timing
+    mesh, config = mesh_of(tp), configuration(layers, vocabulary)
+    rate, model, rows = copy_rate(), random_model(config, mesh, dtype), []
+    for batch in batches:
+        bytes_moved, firsts = moved(config, tp, batch, batch, ROOM // 2, dtype), {}
+        for kind, steps in steps_of(model, dtype, batch, kinds):
+            firsts[kind] = np.asarray(steps())
+            ms, dispatch = stream(steps, calls)
+            row = {"case": f"decode step, {layers} layers", "tp": tp, "T": batch, "dtype": dtype, "side": kind}
+            row |= {"ms": round(ms, 3), "alone ms": round(alone(steps, 8), 3), "dispatch ms": round(dispatch, 3)}
+            row |= {"tokens/s": round(batch / ms * 1e3, 1), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
+            row |= {"copy TB/s": round(rate, 3), "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
+            row |= memory(steps.program)
+            if "without" not in kind:
+                row["same tokens"] = float(np.mean(firsts[kind] == firsts[kinds[0]]))
+            kernels = profile(steps, 4)
+            launches, us = (sum(column) for column in zip(*kernels.values(), strict=True))
+            row |= {"kernels": round(launches), "kernels ms": round(us / 1e3, 3)}
+            parts = {n: round(b / rate / 1e9, 4) for n, b in bytes_moved.items()}
+            rows.append(row | {"floor by part": parts, "by name": kernels})
+            print(*(f"{k} {v}" for k, v in row.items()), list(kernels.items())[:8], flush=True)
+            del steps
+    return rows
 
 
 def main() -> None:
     """Run, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="every fourth is attention, the others gated delta nets")
+    parser.add_argument("--tp", type=int, default=1, help="devices")
+    parser.add_argument("--vocab", default="32768", help="a number, or full: 151936")
     parser.add_argument("--batch", default="1,16,64")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kinds", default="pallas,xla", help="of kernels; 'pallas without collectives' is one, too")
+    parser.add_argument("--steps", type=int, default=20, help="in a stream")
     parser.add_argument("--json")
     args = parser.parse_args()
-    child, begin = Child(measured), time.monotonic()  # JAX's profiler and PyTorch's CUDA context are not for one process
-    kinds = tuple(ATTENTION if i % 4 == 3 else GDN for i in range(args.layers))
-    rows = child.rows(replace(WIDTHS, layer_types=kinds), args.dtype, tuple(numbers(args.batch)), args.rounds)
+    # JAX's profiler and PyTorch's CUDA context are not for one process
+    child, start = Child(measured, patience=1500), time.monotonic()
+    kinds = tuple(args.kinds.split(","))
+    rows = child.rows(args.layers, args.vocab, args.tp, args.dtype, tuple(numbers(args.batch)), kinds, args.steps)
     child.close()
-    for row in rows:
-        longest = list(row.get("kernels", {}).items())[:6]
-        print(*(f"{k} {v}" for k, v in row.items() if k != "kernels"), longest, flush=True)
-    print(f"{time.monotonic() - begin:.0f} s")
+    print(f"{time.monotonic() - start:.0f} s", *(row["problem"] for row in rows if "problem" in row))
     if args.json:
         write(args.json, environment() | {"rows": rows})
 

@@ -87,12 +87,12 @@ def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int)
     return {name: summary([c for n, c in zip(order, calls, strict=True) if n == name], links) for name in programs}
 
 
-def events(file: Path) -> list[Event]:
-    """All that ran on the devices of a profile, in order."""
-    found = []
+def events(file: Path, device: int | None = None) -> list[Event]:
+    """All that ran on the devices of a profile, or on one of them, in order."""
+    found, named = [], "/device:GPU:" + ("" if device is None else f"{device}")
     profile = jax.profiler.ProfileData.from_file(str(file))  # what it hands out is gone with it
     for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+        for line in plane.lines if f"{plane.name} ".startswith(named if device is None else f"{named} ") else ():
             for e in line.events if line.name.startswith("Stream") else ():
                 module = next((str(value) for key, value in e.stats if key == "hlo_module"), "")
                 found.append(Event(e.start_ns / 1e3, (e.start_ns + e.duration_ns) / 1e3, e.name, module))

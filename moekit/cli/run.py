@@ -26,7 +26,6 @@ from moekit.models.qwen3next import (
     Progress,
     greedy_step,
     prefill,
-    unpack_gates,
     write_random_checkpoint,
 )
 from moekit.models.qwen3next.config import check_tensor_parallel
@@ -120,7 +119,7 @@ def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
 
     A fusion of which it calls no kernel is served by array evaluation; the gate, then, is three products.
     """
-    calls = _kernel_calls(model if kernels == "pallas" else unpack_gates(model), batch, kernels)
+    calls = _kernel_calls(model, batch, kernels)
     kind = "pallas, interpreted" if _interpreted() else "pallas"
     return {name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
 

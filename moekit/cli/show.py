@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: The sizes shown where none are given: one decode step of Qwen3-Next on one of 8 ranks.
 SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128}
+CHOSEN = {"K": 10}  # experts of a token, where K does not count key heads
 PARAMETERS = {"k": 10}
 OTHER_SIZE = 64
 
@@ -112,9 +113,10 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
             f"{fusion.name} has no axis {unknown[0]}; it has {', '.join(sorted(axes))}", param_hint="--sizes"
         )
     refuse_empty_axes(fusion, sizes)
-    every = {axis: sizes.get(axis, SIZES.get(axis, OTHER_SIZE)) for axis in axes}
+    usual = SIZES | (CHOSEN if "ids" in fusion.tensors else {})
+    every = {axis: sizes.get(axis, usual.get(axis, OTHER_SIZE)) for axis in axes}
     shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
-    dtypes = {name: s.dtypes[0] if len(s.dtypes) == 1 else dtype for name, s in fusion.tensors.items()}
+    dtypes = {name: dtype if dtype in s.dtypes or len(s.dtypes) > 2 else s.dtypes[0] for name, s in fusion.tensors.items()}
     return fusion.bind(shapes, dtypes, _parameters(fusion, params))
 
 

@@ -8,6 +8,7 @@ from math import prod
 
 from moekit.compile.analysis import PART, AxisUse, axis_uses, first_gemm, gemm_axes, has_gemm, scattered
 from moekit.compile.fit import ROW_TILE, ROWS_A_LANE, TOGETHER, WHOLE_TILE, shrunk, summed_rows
+from moekit.compile.gathers import gathered_product
 from moekit.compile.gemm import (
     GEMM_COLUMNS,
     GEMM_TILES,
@@ -45,6 +46,8 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
+    if found := gathered_product(graph):
+        return found
     if tokens and _elementwise(graph):
         return _many_elements(graph)
     if tokens and _short_rows(graph):
@@ -85,7 +88,7 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
     The tiles of a GEMM's classes add up in the same order, lanes hold short rows alike whatever their number, and where nothing
     is added up there is no order: a row has the same bits whatever the rows beside it.
     """
-    if class_axis(graph) is None:
+    if class_axis(graph) is None or gathered_product(graph):
         return (0,)
     if any(gemm_axes(graph, i) for i in graph.live()):
         return tuple(tile.least for tile in tiles(graph))

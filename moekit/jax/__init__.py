@@ -15,6 +15,8 @@ delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
 gate_block = op(_FUSIONS["gate_block"])
 down_combine = op(_FUSIONS["down_combine"])
+expert_gate_up = op(_FUSIONS["expert_gate_up"])
+expert_down = op(_FUSIONS["expert_down"])
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,6 +26,8 @@ __all__ = [
     "add_rms_norm",
     "delta_rule_step",
     "down_combine",
+    "expert_down",
+    "expert_gate_up",
     "gate_block",
     "gate_gemm",
     "gate_projections",

@@ -25,6 +25,8 @@ gate_projections = op(_FUSIONS["gate_projections"])
 gate_block = op(_FUSIONS["gate_block"])
 gate_block_ = op(_FUSIONS["gate_block"], in_place=True)
 down_combine = op(_FUSIONS["down_combine"])
+expert_gate_up = op(_FUSIONS["expert_gate_up"])
+expert_down = op(_FUSIONS["expert_down"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "delta_rule_step_",
     "down_combine",
     "down_combine_",
+    "expert_down",
+    "expert_gate_up",
     "gate_block",
     "gate_block_",
     "gate_gemm",

@@ -23,7 +23,8 @@ class Sample:
 
     def dtypes(self) -> dict:
         """The dtype of every operand."""
-        return {n: "float32" if n in self.f32 else self.dtype for n in self.shapes}
+        own = {"ids": "int32"} | dict.fromkeys(self.f32, "float32")
+        return {n: own.get(n, self.dtype) for n in self.shapes}
 
     def bound(self):
         """The declaration, its binding and the traced graph."""
@@ -104,6 +105,12 @@ SAMPLES = {
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(
         "down_combine", {"hidden": (4, 2048), "activated": (4, 64), "down": (2048, 64), "share": (4, 1)}, f32=("share",)
+    ),
+    "expert_gate_up": Sample("expert_gate_up", {"x": (4, 2048), "gate_up": (512, 128, 2048), "ids": (4, 10)}),
+    "expert_down": Sample(
+        "expert_down",
+        {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},
+        f32=("weights",),
     ),
 }
 GOLDEN = {

@@ -19,7 +19,7 @@ from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.lang import In, cast, contract, fusion
 
-from .samples import Sample, strided
+from .samples import SAMPLES, Sample, strided
 
 pytest.importorskip("triton")
 from .sm_90 import WIDE, build, widths
@@ -65,6 +65,8 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
     "gate_block 64": _block(64),
     "down_combine 64": _down(64),
     "down_combine 512": _down(512),
+    "expert_gate_up 64": SAMPLES["expert_gate_up"],
+    "expert_down 64": SAMPLES["expert_down"],
     "gated_rms_norm 4x128": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step 2/4": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
 }

@@ -27,6 +27,8 @@ SIZES = {
     "gate_projections": [dict(T=3, D=35, I=5, E=9, G=1)],
     "gate_block": [dict(T=3, D=35, I=5, E=9, G=1)],
     "down_combine": [dict(T=3, H=19, I=33, **{"H?": 1})],
+    "expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
+    "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
 }
 run = functools.partial(_run_torch, "triton", False, "cpu")
 count = 0

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections import defaultdict
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moekit.errors import MoekitError
-from moekit.models.qwen3next import CheckpointError, load, unpack_gates, write_random_checkpoint
+from moekit.models.qwen3next import CheckpointError, load, write_random_checkpoint
 from moekit.models.qwen3next.checkpoint import Checkpoint
+from moekit.models.qwen3next.layer import HOMES
 from moekit.models.qwen3next.sharding import REPLICATED, checkpoint_shapes, parameters
 
 CASE = "sixteen-value-heads"  # spread over three files
@@ -179,7 +181,7 @@ def test_a_rank_reads_its_own_slices_only(zoo, mesh, monkeypatch, case, tp):
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
     """Each device's shard against the checkpoint, sliced here by hand from Hugging Face's layout."""
-    model = unpack_gates(zoo.model(case, tp=tp))
+    model = zoo.model(case, tp=tp)
     config = model.config
     whole = {}
     for file in sorted(zoo.directory(case).glob("*.safetensors")):
@@ -198,13 +200,13 @@ def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
     for rank in range(tp):
         mine = slice(rank * heads, (rank + 1) * heads)
         joined = np.concatenate([part[mine].reshape(-1, config.hidden_size) for part in (q, k, v, z)])
-        assert np.array_equal(shard(layer["linear_attn"]["in_proj_qkvz"], rank), joined)
+        assert np.array_equal(held(layer, rank, "in_proj_qkvz"), joined)
         striped = np.concatenate([share(part, rank, tp) for part in parts])
-        assert np.array_equal(shard(layer["linear_attn"]["conv1d"], rank), striped)
+        assert np.array_equal(held(layer, rank, "conv1d"), striped)
         both = np.concatenate([share(gate, rank, tp), share(up, rank, tp)])
-        assert np.array_equal(shard(layer["mlp"]["gate"]["gate_up"], rank), both)
+        assert np.array_equal(held(layer, rank, "gate_up"), both)
         own = share(down.T, rank, tp)
-        assert np.array_equal(shard(layer["mlp"]["experts_down"], rank)[last], own)
+        assert np.array_equal(held(layer, rank, "experts_down")[last], own)
     attention = config.layer_types.index("full_attention")
     name = f"model.layers.{attention}.self_attn.k_proj.weight"
     k_proj = whole[name].reshape(config.num_key_value_heads, config.head_dim, -1)
@@ -212,21 +214,23 @@ def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
         first = rank * config.num_key_value_heads // tp
         count = max(1, config.num_key_value_heads // tp)
         expected = k_proj[first : first + count].reshape(-1, config.hidden_size)
-        assert np.array_equal(shard(model.params["layers"][attention]["self_attn"]["k_proj"], rank), expected)
+        assert np.array_equal(held(model.params["layers"][attention], rank, "k_proj"), expected)
 
 
 def share(part, rank, tp):
     return np.split(part, tp)[rank]
 
 
-def shard(array, rank):
-    return np.asarray(array.addressable_shards[rank].data)
+def held(layer, rank, name):
+    """One rank's share of a weight."""
+    local = jax.tree.map(lambda array: array.addressable_shards[rank].data, layer)
+    return np.asarray(local[name])
 
 
 @pytest.mark.parametrize("case", ["four-layers", "sixteen-value-heads", "odd-experts"])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_bytes_per_rank(zoo, case, tp):
-    """A rank holds the cut bytes / tp, plus exactly the parameters listed here, plus the gate's padding."""
+    """A rank holds the cut bytes / tp, plus exactly the parameters listed here, plus what makes layers of one size."""
     model = zoo.model(case, tp=tp)
     config = model.config
     everywhere = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "expert_gate.weight", "embed_tokens.weight")
@@ -238,9 +242,15 @@ def test_bytes_per_rank(zoo, case, tp):
     kv = sum(size for key, size in sizes.items() if key.endswith(("k_proj.weight", "v_proj.weight")))
     whole = sum(size for key, size in sizes.items() if key.endswith(everywhere))
     cut = sum(sizes.values()) - kv - whole
-    packed = 2 * config.shared_expert_intermediate_size // tp + config.num_experts + 1
-    padding = -packed % 8 * config.hidden_size * 4 * config.num_layers
-    expected = cut / tp + whole + kv * max(1 / tp, 1 / config.num_key_value_heads) + padding
+    layouts = [layer.layout for layer in model.params["layers"]]
+    room = {home: {x.shapes[HOMES.index(home)] for x in layouts} for home in ("rows", "small")}
+    ((rows, width),), ((small,),) = room.values()
+    used = [[sum(p.stop - p.start for _, p in x.parts if p.home == home) for home in room] for x in layouts]
+    block = 2 * config.moe_intermediate_size // tp
+    assert rows == -(-max(mine for mine, _ in used) // block) * block
+    assert small == max(mine for _, mine in used)
+    filling = sum(4 * ((rows - wide) * width + small - narrow) for wide, narrow in used)
+    expected = cut / tp + whole + kv * max(1 / tp, 1 / config.num_key_value_heads) + filling
     held = [0] * tp
     for array in jax.tree.leaves(model.params):
         for rank, piece in enumerate(array.addressable_shards):
@@ -248,26 +258,43 @@ def test_bytes_per_rank(zoo, case, tp):
     assert held == [expected] * tp
 
 
-def test_every_replicated_parameter_is_meant_to_be(zoo):
-    """The replicated set, as the table has it for a tp that divides the vocabulary."""
-    leaves = jax.tree.leaves(parameters(zoo.config("four-layers"), 8))
-    replicated = {p.name.removeprefix("layers.") for p in leaves if p.spec == REPLICATED}
-    assert replicated == {
-        "embed_tokens",
-        "norm",
-        "input_layernorm",
-        "post_attention_layernorm",
-        "linear_attn.norm",
-        "self_attn.q_norm",
-        "self_attn.k_norm",
-        "mlp.gate.router",
-        "mlp.gate.shared_gate",
-    }
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_no_two_weights_of_a_layer_share_an_element(zoo, tp):
+    for layer in zoo.model("four-layers", tp=tp).params["layers"]:
+        for home, shape in zip(HOMES, layer.layout.shapes, strict=True):
+            parts = sorted((p.start, p.stop) for _, p in layer.layout.parts if p.home == home)
+            assert all(stop <= start for (_, stop), (start, _) in pairwise(parts))
+            assert parts[0][0] == 0
+            assert parts[-1][1] <= np.prod(shape if home == "small" else shape[:-1])
+
+
+def test_a_view_of_a_weight_is_the_weight(zoo):
+    for layer in zoo.model("four-layers").params["layers"]:
+        for name, _ in layer.layout.parts:
+            np.testing.assert_array_equal(layer.view(name).array().reshape(layer[name].shape), layer[name])
+
+
+def test_every_replicated_weight_is_meant_to_be(zoo):
+    """What is replicated for a tp that divides the vocabulary."""
+    config = zoo.config("four-layers")
+    leaves = jax.tree.leaves(parameters(config, 8))
+    copied = {w.name for p in leaves for w, _ in p.weights if [w.slabs(r) for r in range(8)] == [w.slabs(0)] * 8}
+    copied -= {"k_proj", "v_proj"}  # where heads are fewer than ranks, some share one; not all of them
+    assert copied == {w.name for p in leaves for w, _ in p.weights if w.copied} == {
+        "embed_tokens", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "router", "shared_gate",
+    }  # fmt: skip
+    assert {p.weights[0][0].name for p in leaves if p.spec == REPLICATED} == {"embed_tokens", "norm"}
 
 
 def test_dtype_converts_all_but_the_decay(zoo, mesh):
     model = load(zoo.directory(ONE), mesh(2), dtype="bfloat16")
-    linear = model.params["layers"][0]["linear_attn"]
-    assert (linear["A_log"].dtype, linear["dt_bias"].dtype) == ("float32", "float32")
-    others = [a for a in jax.tree.leaves(model.params) if a.dtype != "bfloat16"]
-    assert len(others) == 2 * model.config.layer_types.count("linear_attention")
+    exact = load(zoo.directory(ONE), mesh(2), dtype="float32")
+    assert {a.dtype.name for a in jax.tree.leaves(model.params)} == {"bfloat16", "float32"}
+    for layer, wide in zip(model.params["layers"], exact.params["layers"], strict=True):
+        assert {home: a.dtype.name for home, a in layer.arrays.items() if a.dtype != "bfloat16"} == {"small": "float32"}
+        for rank in range(2):
+            for name, part in layer.layout.parts:
+                got, source = held(layer, rank, name), held(wide, rank, name)
+                rounded = source if name in ("A_log", "dt_bias") else source.astype("bfloat16")
+                np.testing.assert_array_equal(got.astype(np.float32), rounded.astype(np.float32), err_msg=name)
+                assert got.dtype == ("float32" if part.home == "small" else "bfloat16")

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.decode_jax import WIDTHS
+from bench.model_jax import WIDTHS
 from moekit.jax import View
 from moekit.models.qwen3next import abstract_model, cache_shapes, greedy_step, moe, prefill
 from moekit.models.qwen3next.config import ATTENTION, GDN

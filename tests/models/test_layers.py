@@ -1,8 +1,5 @@
 """One layer at a time against transformers' own modules, and the parts that have two ways of being computed."""
 
-from dataclasses import replace
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from moekit.models.qwen3next import attention, gdn, moe
 from moekit.models.qwen3next.cache import DeltaState, KeyValues
 from moekit.models.qwen3next.kernels import named
+from moekit.models.qwen3next.layer import Layer, arranged
 from moekit.models.qwen3next.sharding import specs
 
 CASES = ("four-layers", "sixteen-value-heads", "odd-experts")
@@ -25,10 +23,10 @@ def hidden(zoo, case):
     return x.astype(np.float32)
 
 
-def summed(model, layer, name, block, *inputs, out=None, extra=()):
+def summed(model, layer, block, *inputs, out=None, extra=()):
     """A block of one layer over all ranks, its partial outputs summed; `extra` specs for what follows x."""
-    weights = model.params["layers"][layer][name]
-    own = specs(weights, model.config, model.tp, f"layers.{name}")
+    weights = model.params["layers"][layer]
+    own = specs(model.params, model.config, model.tp)["layers"][layer]
 
     def local(weights, x, *rest):
         partial_sum, *others = block(weights, x, *rest)
@@ -62,12 +60,12 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
     # The second sequence is shorter, and its padding is loud: neither its output nor its state may hear it.
     lengths = np.array([S - 3, S - 5], np.int32)
     loud = np.where(np.arange(S)[:, None] < lengths[:, None, None], x, 1e3).astype(np.float32)
-    out, memory = summed(model, 0, "linear_attn", prompt, loud, lengths, out=(state,), extra=(P(),))
+    out, memory = summed(model, 0, prompt, loud, lengths, out=(state,), extra=(P(),))
     for row in range(B):
         close(np.asarray(out)[row, : lengths[row]], expected[row, : lengths[row]])
     for step in range(3):
         now = x[np.arange(B), lengths + step]
-        out, memory = summed(model, 0, "linear_attn", token, now, memory, out=(state,), extra=(state,))
+        out, memory = summed(model, 0, token, now, memory, out=(state,), extra=(state,))
         close(out, expected[np.arange(B), lengths + step])
 
 
@@ -91,12 +89,12 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, monkeypatch):
         return attention.decode(x, weights, memory, lengths, config)
 
     lengths = np.array([S - 3, S - 5], np.int32)
-    out, memory = summed(model, layer, "self_attn", prompt, x, out=(memory_spec,))
+    out, memory = summed(model, layer, prompt, x, out=(memory_spec,))
     close(out, expected)
     for step in range(3):
         now = x[np.arange(B), lengths + step]
         places = (memory_spec, P())
-        out, memory = summed(model, layer, "self_attn", token, now, memory, lengths + step, out=(memory_spec,), extra=places)
+        out, memory = summed(model, layer, token, now, memory, lengths + step, out=(memory_spec,), extra=places)
         close(out, expected[np.arange(B), lengths + step])
 
 
@@ -112,8 +110,16 @@ def test_mixture_of_experts(zoo, case, kernels, tp):
         return (moe.moe(x, weights, config, named(kernels)),)
 
     rows = x.reshape(B * S, -1)
-    close(summed(model, 1, "mlp", block, rows[:20])[0], expected[:20])
-    close(summed(model, 1, "mlp", block, rows[:2])[0], expected[:2])  # few tokens gather their experts
+    close(summed(model, 1, block, rows[:20])[0], expected[:20])
+    close(summed(model, 1, block, rows[:2])[0], expected[:2])  # few tokens gather their experts
+
+
+def stacked(gate_up, down):
+    """A layer that holds experts and nothing else."""
+    shapes = {"experts_gate_up": (gate_up.shape, "rows"), "experts_down": (down.shape, "down")}
+    layout = arranged(shapes, gate_up.shape[2], [shapes])
+    arrays = {"rows": jnp.asarray(gate_up.reshape(layout.shapes[0])), "down": jnp.asarray(down)}
+    return Layer(arrays | dict.fromkeys(("small", "out"), jnp.zeros(1)), layout)
 
 
 def test_experts_gathered_dense_and_in_pieces_agree(monkeypatch):
@@ -134,7 +140,8 @@ def test_experts_gathered_dense_and_in_pieces_agree(monkeypatch):
     close(moe._gathered(x[:1], chosen[:1], ids[:1], gate_up, down), expected[:1], 1e-6)
     close(moe._dense(x, chosen, ids, gate_up, down), expected, 1e-6)
     monkeypatch.setattr(moe, "CHUNK_ELEMENTS", 1)  # 16 tokens at a time
-    close(moe.experts(x, chosen, ids, gate_up, down), expected, 1e-6)
+    close(moe.experts(x, chosen, ids, stacked(gate_up, down), named("xla")), expected, 1e-6)
+    close(moe.experts(x[:3], chosen[:3], ids[:3], stacked(gate_up, down), named("pallas")), expected[:3], 1e-6)
 
 
 def test_an_expert_that_nobody_chose_may_hold_infinities():
@@ -142,7 +149,11 @@ def test_an_expert_that_nobody_chose_may_hold_infinities():
     gate_up, down = np.ones((3, 4, 8), np.float32), np.ones((3, 2, 8), np.float32)
     gate_up[2] = np.inf
     ids = np.tile(np.array([[0, 1]], np.int32), (40, 1))
-    assert np.isfinite(moe.experts(x, np.ones((40, 2), np.float32), ids, gate_up, down)).all()
+    chosen = np.ones((40, 2), np.float32)
+    for kernels in ("pallas", "xla"):
+        for tokens in (1, 40):
+            some = x[:tokens], chosen[:tokens], ids[:tokens]
+            assert np.isfinite(moe.experts(*some, stacked(gate_up, down), named(kernels))).all()
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130])
@@ -173,28 +184,3 @@ def test_strong_decay_over_a_chunk_stays_finite():
     read, state = gdn.chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
     assert np.isfinite(read).all()
     assert np.isfinite(state).all()
-
-
-def test_a_gate_that_may_not_be_packed_takes_three_products(zoo):
-    """A router of another dtype keeps its three weights, and the block's output stays what it was."""
-    from moekit.models.qwen3next import pack_gates, unpack_gates
-
-    packed = zoo.model("four-layers", tp=2)
-    split = unpack_gates(packed)
-    layers = [dict(layer) for layer in split.params["layers"]]
-    gate = layers[1]["mlp"]["gate"]
-    odd = {**gate, "router": gate["router"].astype(jnp.bfloat16)}
-    layers[1] = {**layers[1], "mlp": {**layers[1]["mlp"], "gate": odd}}
-    mixed = pack_gates(replace(split, params={**split.params, "layers": layers}))
-    assert isinstance(mixed.params["layers"][1]["mlp"]["gate"], dict)
-    assert not isinstance(mixed.params["layers"][0]["mlp"]["gate"], dict)
-    x = hidden(zoo, "four-layers").reshape(B * S, -1)[:20]
-    config = zoo.config("four-layers")
-
-    def block(weights, x, kernels):
-        return (moe.moe(x, weights, config, named(kernels)),)
-
-    whole = summed(packed, 2, "mlp", partial(block, kernels="pallas"), x)[0]
-    three = summed(split, 2, "mlp", partial(block, kernels="pallas"), x)[0]
-    close(three, np.asarray(whole), 1e-6)
-    assert np.isfinite(summed(mixed, 1, "mlp", partial(block, kernels="pallas"), x)[0]).all()

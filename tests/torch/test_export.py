@@ -28,6 +28,8 @@ SIZES = {
     "gate_projections": {"D": 64, "I": 12, "E": 20, "G": 1},
     "gate_block": {"D": 64, "I": 12, "E": 20, "G": 1},
     "down_combine": {"H": 40, "I": 24, "H?": 1},
+    "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
+    "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
 }
 SPLIT = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
 

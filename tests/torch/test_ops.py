@@ -124,6 +124,8 @@ SMALL = {
     "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
     "gate_block": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
     "down_combine": {"T": 2, "H": 4, "I": 3, "H?": 1},
+    "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
+    "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")

@@ -19,7 +19,7 @@ def test_every_form_of_every_fusion():
         (f, False)
         for f in (
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
-            "delta_rule_step", "gate_projections", "gate_block", "down_combine",
+            "delta_rule_step", "gate_projections", "gate_block", "down_combine", "expert_gate_up", "expert_down",
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step", "gate_block", "down_combine")

@@ -11,9 +11,7 @@ from moekit.models.qwen3next.model import (
     greedy_step,
     load,
     most_likely,
-    pack_gates,
     prefill,
-    unpack_gates,
 )
 from moekit.models.qwen3next.tiny import TINY, write_random_checkpoint
 
@@ -33,8 +31,6 @@ __all__ = [
     "greedy_step",
     "load",
     "most_likely",
-    "pack_gates",
     "prefill",
-    "unpack_gates",
     "write_random_checkpoint",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 
 from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
 
 BLOCK = 1024  # query rows whose scores are held at a time
@@ -20,7 +21,7 @@ BLOCK = 1024  # query rows whose scores are held at a time
 
 @partial(jax.jit, static_argnames=("config",))
 def decode(
-    x: jax.Array, weights: dict[str, jax.Array], memory: KeyValues, lengths: jax.Array, config: Config
+    x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config
 ) -> tuple[jax.Array, KeyValues]:
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
     q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
@@ -36,7 +37,7 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config"))
-def prefill(x: jax.Array, weights: dict[str, jax.Array], cache_length: int, config: Config) -> tuple[jax.Array, KeyValues]:
+def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> tuple[jax.Array, KeyValues]:
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
@@ -52,7 +53,7 @@ def prefill(x: jax.Array, weights: dict[str, jax.Array], cache_length: int, conf
 
 
 def _project(
-    x: jax.Array, weights: dict[str, jax.Array], positions: jax.Array, config: Config
+    x: jax.Array, weights: Layer, positions: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """q [B, S, heads, dim], its gate, k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
@@ -90,6 +91,6 @@ def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
     return einsum("bkgsl,bkld->bskgd", weights, values).reshape(batch, length, heads * dim)
 
 
-def _output(read: jax.Array, gate: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+def _output(read: jax.Array, gate: jax.Array, weights: Layer) -> jax.Array:
     open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(read.shape)
     return linear(round_to(read * open_, gate.dtype), weights["o_proj"])

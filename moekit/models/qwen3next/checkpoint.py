@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from moekit.errors import MoekitError
 from moekit.models.qwen3next.config import Config
-from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, checkpoint_shapes, parameters
+from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, Weight, checkpoint_shapes, parameters
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -100,34 +101,33 @@ def load_parameters(
         wanted = DTYPES[checkpoint.dtype] if dtype is None else np.dtype(dtype)
         arrays = []
         for done, parameter in enumerate(leaves, start=1):
-            own = np.dtype(np.float32) if parameter.name in FLOAT32 else wanted
-            arrays.append(_array(checkpoint, parameter, mesh, own))
+            arrays.append(_array(checkpoint, parameter, mesh, wanted))
             if progress is not None:
                 progress(done, len(leaves))
     return jax.tree.unflatten(structure, arrays)
 
 
 def _array(checkpoint: Checkpoint, parameter: Parameter, mesh: Mesh, dtype: np.dtype) -> jax.Array:
-    tp, cut = mesh.shape[AXIS], parameter.cut_axis
-    local = parameter.local_shape(tp)
+    local = parameter.local_shape(mesh.shape[AXIS])
 
     def share(index: tuple[slice, ...] | None) -> np.ndarray:
-        rank = 0 if cut is None or index is None else (index[cut].start or 0) // local[cut]
-        return _share(checkpoint, parameter, rank, local, dtype)
+        """What one rank holds: its share of every weight where that stands, zeros elsewhere."""
+        rank = 0 if index is None else (index[0].start or 0) // local[0]
+        held = np.zeros(local, dtype if parameter.narrow else np.float32)
+        for weight, start in parameter.weights:
+            place = held.reshape(-1)[start : start + prod(weight.shape)].reshape(weight.shape)
+            _fill(place, checkpoint, weight, rank, np.dtype(np.float32) if weight.name in FLOAT32 else dtype)
+        return held
 
     return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, parameter.spec), share)
 
 
-def _share(checkpoint: Checkpoint, parameter: Parameter, rank: int, local: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """What one rank holds of a parameter: its slabs joined by rows, or one such block per expert."""
-    slabs = parameter.slabs(rank)
-    if not parameter.stacked:
-        return _joined(checkpoint, slabs, dtype).reshape(local)
-    share = np.empty(local, dtype)
-    for expert, group in enumerate(slabs):
-        block = _joined(checkpoint, group, dtype)
-        share[expert] = block.T if parameter.transposed else block
-    return share
+def _fill(place: np.ndarray, checkpoint: Checkpoint, weight: Weight, rank: int, dtype: np.dtype) -> None:
+    """One rank's share of a weight, rounded to `dtype`: its slabs joined by rows, or one such block per expert."""
+    groups = weight.slabs(rank) if weight.stacked else [weight.slabs(rank)]
+    for own, slabs in zip(place if weight.stacked else [place], groups, strict=True):
+        block = _joined(checkpoint, slabs, dtype)
+        own[...] = (block.T if weight.transposed else block).reshape(own.shape)
 
 
 def _joined(checkpoint: Checkpoint, slabs: Sequence[Slab], dtype: np.dtype) -> np.ndarray:

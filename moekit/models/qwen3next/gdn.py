@@ -17,6 +17,7 @@ from moekit.jax import view
 from moekit.models.qwen3next.cache import DeltaState
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
+from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 
 CHUNK = 64
@@ -24,10 +25,10 @@ CHUNK = 64
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def decode(
-    x: jax.Array, weights: dict[str, jax.Array], state: DeltaState, config: Config, kernels: Kernels
+    x: jax.Array, weights: Layer, state: DeltaState, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
     """One token of each sequence: x [B, H] -> partial output [B, H] and the new state."""
-    channels, value_heads = weights["conv1d"].shape[0], weights["A_log"].shape[0]
+    channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
     mixed = linear(x, weights["in_proj_qkvz"])
@@ -47,25 +48,25 @@ def decode(
         v,
         view(gates)[:, value_heads:],
         view(gates)[:, :value_heads],
-        weights["A_log"],
-        weights["dt_bias"],
+        weights.view("A_log"),
+        weights.view("dt_bias"),
         state.recurrent,
     )
-    normed = kernels.gated_rms_norm(read, z, weights["norm"], eps=config.rms_norm_eps)
+    normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
     return out, DeltaState(window[:, :, 1:], recurrent)
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def prefill(
-    x: jax.Array, weights: dict[str, jax.Array], lengths: jax.Array, config: Config, kernels: Kernels
+    x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
     """Whole prompts: x [B, S, H], the first lengths [B] of each real -> partial output, state after them.
 
     Padding stands at the end; it neither decays nor updates the state.
     """
     batch, length, _ = x.shape
-    channels, value_heads = weights["conv1d"].shape[0], weights["A_log"].shape[0]
+    channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
     mixed = linear(x, weights["in_proj_qkvz"])
@@ -85,7 +86,7 @@ def prefill(
     tokens = batch * length
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
     read = round_to(read, x.dtype).reshape(tokens, value_heads, value_dim)
-    normed = kernels.gated_rms_norm(read, z, weights["norm"], eps=config.rms_norm_eps)
+    normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(batch, length, -1), weights["out_proj"])
     return out, DeltaState(conv, recurrent)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moekit.models.qwen3next.kernels import Kernels, resolve
-from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill, unpack_gates
+from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
 
 PROMPT_BUCKET, CACHE_BUCKET = 16, 64  # lengths are rounded up to these, so that few programs are compiled
 
@@ -68,8 +68,6 @@ def generate(
     """
     _check_prompts(model, prompts, max_new_tokens)
     kernels = resolve(kernels)
-    if not kernels.packed:
-        model = unpack_gates(model)
     stops = frozenset((eos,) if isinstance(eos, int) else eos or ())
     run = _Run(len(prompts), max_new_tokens, stops, progress)
     calls = _calls(model, prompts, max_new_tokens, kernels)

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from jax import lax
+
 from moekit import jax as face
+from moekit.models.qwen3next.sharding import AXIS
 
 FUSIONS = (
     "add_rms_norm",
     "gate_projections",
     "topk_softmax",
     "down_combine",
+    "expert_gate_up",
+    "expert_down",
     "gated_rms_norm",
     "delta_rule_step",
 )
@@ -23,26 +28,30 @@ FUSIONS = (
 class Kernels:
     """One callable per fusion. Hashable, so that a compiled step may depend on it.
 
-    packed: whether the gate's three products are one `gate_projections` on the packed weight.
+    fused: whether the gate's three products are one `gate_projections`, and few tokens' experts two kernels that gather.
+    all_reduce: from one rank's part of a sum to the sum over all ranks.
     """
 
     name: str
-    packed: bool
+    fused: bool
+    all_reduce: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     gate_projections: Callable[..., Any]
     topk_softmax: Callable[..., Any]
     down_combine: Callable[..., Any]
+    expert_gate_up: Callable[..., Any]
+    expert_down: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 
 
 @cache
 def named(name: str) -> Kernels:
-    """`pallas`: Pallas kernels and the packed gate. `xla`: array evaluation and three gate products."""
+    """`pallas`: Pallas kernels. `xla`: array evaluation, three gate products, and experts as XLA gathers them best."""
     if name not in ("pallas", "xla"):
         raise ValueError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}
-    return Kernels(name=name, packed=name == "pallas", **bound)
+    return Kernels(name=name, fused=name == "pallas", all_reduce=partial(lax.psum, axis_name=AXIS), **bound)
 
 
 def resolve(kernels: str | Kernels) -> Kernels:

@@ -19,21 +19,21 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.jax import gate_refusal, pack_gate
 from moekit.models.qwen3next import attention, gdn
 from moekit.models.qwen3next.cache import Cache, cache_specs
 from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
 from moekit.models.qwen3next.kernels import Kernels, resolve
-from moekit.models.qwen3next.moe import moe, unpacked
+from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.moe import moe
 from moekit.models.qwen3next.numerics import linear
-from moekit.models.qwen3next.sharding import AXIS, FLOAT32, parameters, specs, vocabulary_spec
+from moekit.models.qwen3next.sharding import AXIS, parameters, specs, vocabulary_spec
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("config", "mesh"))
 @dataclass(frozen=True)
 class Model:
-    """Weights on a mesh. params: the tree that `sharding.parameters` describes, gates packed or not."""
+    """Weights on a mesh. params: the tree that `sharding.parameters` describes; its layers are `layer.Layer`."""
 
     params: Any
     config: Config
@@ -57,7 +57,7 @@ def load(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Read a Hugging Face checkpoint onto `mesh`, each device its own slices, and pack each layer's gate.
+    """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
     dtype: of the weights, the checkpoint's where None. progress(done, total) is called after each array.
     Raises ConfigError (config.json, or a tp that does not divide the model) before any tensor is read, and
@@ -68,44 +68,18 @@ def load(
     config = Config.from_json(checkpoint_dir)
     check_tensor_parallel(config, mesh.shape[AXIS])
     params = load_parameters(checkpoint_dir, config, mesh, dtype, progress)
-    return pack_gates(Model(params, config, mesh))
+    return Model(params, config, mesh)
 
 
-def pack_gates(model: Model) -> Model:
-    """The model with each layer's three gate weights as one packed weight, where `gate_refusal` allows it."""
-    layers = []
-    for layer in model.params["layers"]:
-        parts = layer["mlp"]["gate"]
-        if isinstance(parts, dict) and _refusal(model, parts) is None:
-            layer = _with_gate(layer, _pack(model, parts))
-        layers.append(layer)
-    return Model({**model.params, "layers": layers}, model.config, model.mesh)
-
-
-def unpack_gates(model: Model) -> Model:
-    """The model with three gate weights in each layer, as `kernels="xla"` reads them."""
-    layers = []
-    for layer in model.params["layers"]:
-        packed = layer["mlp"]["gate"]
-        layers.append(layer if isinstance(packed, dict) else _with_gate(layer, _unpack(model, packed)))
-    return Model({**model.params, "layers": layers}, model.config, model.mesh)
-
-
-def abstract_model(config: Config, mesh: Mesh, dtype: str, packed: bool = True) -> Model:
+def abstract_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     """A Model of shapes and shardings, with no memory behind them: to compile for an absent machine."""
     check_tensor_parallel(config, mesh.shape[AXIS])
-    wide = jnp.dtype(jnp.float32)
 
     def struct(p: Any) -> jax.ShapeDtypeStruct:
-        kind = wide if p.name in FLOAT32 else jnp.dtype(dtype)
+        kind = jnp.dtype(dtype if p.narrow else jnp.float32)
         return jax.ShapeDtypeStruct(p.shape, kind, sharding=NamedSharding(mesh, p.spec))
 
-    model = Model(jax.tree.map(struct, parameters(config, mesh.shape[AXIS])), config, mesh)
-    if not packed:
-        return model
-    for layer in model.params["layers"]:
-        layer["mlp"]["gate"] = _abstract_pack(model, layer["mlp"]["gate"])
-    return model
+    return Model(jax.tree.map(struct, parameters(config, mesh.shape[AXIS])), config, mesh)
 
 
 @partial(jax.jit, static_argnames=("cache_length", "kernels", "every_logit"))
@@ -132,12 +106,12 @@ def prefill(
     def local(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         batch, length = tokens.shape
 
-        def mix(i: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        def mix(i: int, x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
             x = x.reshape(batch, length, -1)
             if config.layer_types[i] == GDN:
-                out, memory = gdn.prefill(x, layer["linear_attn"], lengths, config, kernels)
+                out, memory = gdn.prefill(x, layer, lengths, config, kernels)
             else:
-                out, memory = attention.prefill(x, layer["self_attn"], cache_length, config)
+                out, memory = attention.prefill(x, layer, cache_length, config)
             return out.reshape(batch * length, -1), memory
 
         hidden, memories = _layers(params, tokens.reshape(-1), mix, config, kernels)
@@ -186,10 +160,10 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
 
 
 def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
-    def mix(i: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def mix(i: int, x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
         if config.layer_types[i] == GDN:
-            return gdn.decode(x, layer["linear_attn"], cache.layers[i], config, kernels)
-        return attention.decode(x, layer["self_attn"], cache.layers[i], cache.lengths, config)
+            return gdn.decode(x, layer, cache.layers[i], config, kernels)
+        return attention.decode(x, layer, cache.layers[i], cache.lengths, config)
 
     hidden, memories = _layers(params, tokens, mix, config, kernels)
     return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, cache.lengths + 1)
@@ -198,7 +172,7 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
 def _layers(
     params: Any,
     tokens: jax.Array,
-    mix: Callable[[int, jax.Array, Any], tuple[jax.Array, Any]],
+    mix: Callable[[int, jax.Array, Layer], tuple[jax.Array, Any]],
     config: Config,
     kernels: Kernels,
 ) -> tuple[jax.Array, list[Any]]:
@@ -210,11 +184,11 @@ def _layers(
     hidden = jnp.take(params["embed_tokens"], tokens, axis=0, mode="clip")
     residual, memories = jnp.zeros_like(hidden), []
     for i, layer in enumerate(params["layers"]):
-        normed, residual = norm(hidden, residual, layer["input_layernorm"])
+        normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
         partial_sum, memory = mix(i, normed, layer)
         memories.append(memory)
-        normed, residual = norm(lax.psum(partial_sum, AXIS), residual, layer["post_attention_layernorm"])
-        hidden = lax.psum(moe(normed, layer["mlp"], config, kernels), AXIS)
+        normed, residual = norm(kernels.all_reduce(partial_sum), residual, layer.view("post_attention_layernorm"))
+        hidden = kernels.all_reduce(moe(normed, layer, config, kernels))
     return norm(hidden, residual, params["norm"])[0], memories
 
 
@@ -236,38 +210,3 @@ def _sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], o
 
 def _logit_spec(model: Model, leading: P) -> P:
     return P(*leading, *vocabulary_spec(model.config, model.tp))
-
-
-def _arrays(parts: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return parts["gate_up"], parts["router"], parts["shared_gate"]
-
-
-def _refusal(model: Model, parts: dict[str, Any]) -> str | None:
-    """Why these three weights must stay apart, or None."""
-    named = [(name, part.shape, part.dtype.name) for name, part in parts.items()]
-    return gate_refusal(model.dtype.name, named)
-
-
-def _with_gate(layer: dict[str, Any], gate: Any) -> dict[str, Any]:
-    return {**layer, "mlp": {**layer["mlp"], "gate": gate}}
-
-
-def _pack(model: Model, parts: dict[str, Any]) -> Any:
-    return _packer(model.mesh)(*_arrays(parts))
-
-
-def _abstract_pack(model: Model, parts: dict[str, Any]) -> Any:
-    shapes = jax.eval_shape(_packer(model.mesh), *_arrays(parts))
-    sharding = NamedSharding(model.mesh, P(AXIS))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
-
-
-def _packer(mesh: Mesh) -> Callable[..., Any]:
-    cut = jax.shard_map(pack_gate, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False)
-    return jax.jit(cut)
-
-
-def _unpack(model: Model, packed: Any) -> dict[str, Any]:
-    outputs = {"gate_up": P(AXIS), "router": P(), "shared_gate": P()}
-    cut = jax.shard_map(unpacked, mesh=model.mesh, in_specs=(P(AXIS),), out_specs=outputs, check_vma=False)
-    return jax.jit(cut)(packed)

@@ -7,56 +7,55 @@ since the shared and the routed part are added before.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moekit.jax import PackedGate
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
+from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 
-PARTS = {"gate_up": "gate_up", "router": "router_logits", "shared_gate": "shared_gate"}  # each weight's product
 CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a time
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
-def moe(x: jax.Array, weights: dict[str, Any], config: Config, kernels: Kernels) -> jax.Array:
+def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
-    activated, logits, share = gate(x, weights["gate"], kernels)
+    activated, logits, share = gate(x, weights, kernels)
     chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    routed = round_to(experts(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"]), x.dtype)
-    return kernels.down_combine(routed, activated, weights["shared_down"], share)
+    routed = experts(x, chosen, ids, weights, kernels)
+    return kernels.down_combine(routed, activated, weights.view("shared_down").T, share)
 
 
-def gate(x: jax.Array, weights: Any, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The shared expert's activation [T, I], the router's logits [T, E] and the shared expert's share [T, 1], float32."""
-    if isinstance(weights, PackedGate) and kernels.packed:
-        return kernels.gate_projections(x, *weights.parts)
-    parts = unpacked(weights) if isinstance(weights, PackedGate) else weights
-    gate_up, logits, shared_gate = (linear(x, parts[name].astype(x.dtype)) for name in PARTS)
+    names = ("gate_up", "router", "shared_gate")
+    if kernels.fused:
+        return kernels.gate_projections(x, *map(weights.view, names))
+    gate_up, logits, shared_gate = (linear(x, weights[name]) for name in names)
     return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
 
 
-def unpacked(packed: PackedGate) -> dict[str, jax.Array]:
-    """The three weights inside a packed one."""
-    rows = packed.widths.parts
-    return {name: packed.weight[rows[part]] for name, part in PARTS.items()}
+def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels) -> jax.Array:
+    """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
-
-def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """Weighted sum of the chosen experts, float32 [T, H].
-
-    x [T, H]; chosen, ids [T, k]: their weights and numbers; gate_up [E, 2I, H], down [E, I, H]. Few tokens
-    gather the weights of their experts; many run every expert, which then reads each weight once, some tokens
-    at a time.
+    x [T, H]; chosen, ids [T, k]: their weights and numbers. Few tokens gather the weights of their experts; many run every
+    expert, which then reads each weight once, some tokens at a time.
     """
+    names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
+    few = ids.size <= weights.layout[names[0]].shape[0]
+    if few and kernels.fused:
+        gate_up, down = map(weights.view, names)
+        return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
+    gate_up, down = (weights[name] for name in names)
+    return round_to((_gathered if few else _in_chunks)(x, chosen, ids, gate_up, down), x.dtype)
+
+
+def _in_chunks(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     tokens, count = x.shape[0], gate_up.shape[0]
-    if ids.size <= count:
-        return _gathered(x, chosen, ids, gate_up, down)
     chunk = max(16, CHUNK_ELEMENTS // (count * gate_up.shape[1]))
     if tokens <= chunk:
         return _dense(x, chosen, ids, gate_up, down)

@@ -1,9 +1,8 @@
-"""Where every parameter lives: one table from its name to its cut over the mesh axis `tp`.
+"""Where every weight lives: the arrays of a model, their cut over the mesh axis `tp`, and what each rank reads.
 
-A model's parameters are a tree of dicts and lists whose leaves are global arrays. An array that is cut over
-`tp` is stored rank-major: the block of rank r holds what rank r computes with, in the order in which it does.
-So its rows are stripes of the checkpoint's: the channels of the convolution, for example, are q | k | v of
-rank 0, then q | k | v of rank 1. `Parameter.slabs(rank)` names the blocks of the checkpoint that make up one
+A layer's weights stand in four arrays (`layer.py`). All are cut rank-major: the block of rank r holds what rank r computes
+with, in the order in which it does. So its rows are stripes of the checkpoint's: the channels of the convolution, for example,
+are q | k | v of rank 0, then q | k | v of rank 1. `Weight.slabs(rank)` names the blocks of the checkpoint that make up one
 rank's share.
 """
 
@@ -11,45 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next.config import GDN, Config
+from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, SMALL, Layer, Layout, arranged
 
 AXIS = "tp"
-REPLICATED, ROWS, COLUMNS = P(), P(AXIS), P(None, AXIS)
-
-# name in the parameter tree (layers without their number) -> how it is cut
-TABLE: dict[str, P] = {
-    "embed_tokens": REPLICATED,
-    "norm": REPLICATED,
-    "lm_head": ROWS,  # by vocabulary; replicated where tp does not divide it
-    "layers.input_layernorm": REPLICATED,
-    "layers.post_attention_layernorm": REPLICATED,
-    "layers.linear_attn.in_proj_qkvz": ROWS,  # by key head; a rank's rows are q | k | v | z
-    "layers.linear_attn.in_proj_ba": ROWS,  # by key head; a rank's rows are b | a
-    "layers.linear_attn.conv1d": ROWS,  # striped: a rank's channels are q | k | v
-    "layers.linear_attn.A_log": ROWS,
-    "layers.linear_attn.dt_bias": ROWS,
-    "layers.linear_attn.norm": REPLICATED,
-    "layers.linear_attn.out_proj": COLUMNS,
-    "layers.self_attn.q_proj": ROWS,  # by query head; each head's rows are query | gate
-    "layers.self_attn.k_proj": ROWS,  # by kv head; a head is copied tp / heads times where tp exceeds them
-    "layers.self_attn.v_proj": ROWS,
-    "layers.self_attn.q_norm": REPLICATED,
-    "layers.self_attn.k_norm": REPLICATED,
-    "layers.self_attn.o_proj": COLUMNS,
-    "layers.mlp.gate": ROWS,  # packed: a rank's gate | up, then the router, the shared gate and zeros
-    "layers.mlp.gate.gate_up": ROWS,  # striped: a rank's rows are gate | up of the shared expert
-    "layers.mlp.gate.router": REPLICATED,
-    "layers.mlp.gate.shared_gate": REPLICATED,
-    "layers.mlp.shared_down": COLUMNS,
-    "layers.mlp.experts_gate_up": COLUMNS,  # [E, 2I, H], striped like gate_up
-    "layers.mlp.experts_down": COLUMNS,  # [E, I, H]
-}
-
-FLOAT32 = ("layers.linear_attn.A_log", "layers.linear_attn.dt_bias")  # whatever the model's dtype
+REPLICATED, CUT = P(), P(AXIS)
+FLOAT32 = ("A_log", "dt_bias")  # whatever the model's dtype
 
 
 @dataclass(frozen=True)
@@ -62,63 +33,96 @@ class Slab:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One array of the model.
+class Weight:
+    """One weight of the model.
 
-    name: its name in TABLE. shape: over all ranks. spec: its cut. slabs: from a rank to the blocks that make
-    up its share, concatenated along the rows; where `stacked`, to one such list per expert, each transposed
-    if `transposed`.
+    name: in its layer. shape: of one rank's share. slabs: from a rank to the blocks that make up its share, concatenated
+    along the rows and, if `transposed`, turned; where `stacked`, one such list per expert. `copied`: every rank has all of it.
+    home: the array of its layer in which it stands.
     """
 
     name: str
     shape: tuple[int, ...]
-    spec: P
     slabs: Callable[[int], Sequence[Any]]
     stacked: bool = False
     transposed: bool = False
+    copied: bool = False
+    home: str = ROWS
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the model.
+
+    shape: over all ranks. spec: its cut, along the first axis or not at all. weights: what stands in one rank's share, and
+    from which element on; zeros between. narrow: whether it has the model's dtype, else float32, to which weights come by
+    way of the model's dtype, but for those of FLOAT32.
+    """
+
+    shape: tuple[int, ...]
+    spec: P
+    weights: tuple[tuple[Weight, int], ...]
+    narrow: bool = True
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """The shape of one rank's share."""
-        cut = self.cut_axis
-        return tuple(n // tp if axis == cut else n for axis, n in enumerate(self.shape))
-
-    @property
-    def cut_axis(self) -> int | None:
-        """The axis cut over tp, or None where the array is replicated."""
-        return self.spec.index(AXIS) if AXIS in self.spec else None
+        return (self.shape[0] // tp, *self.shape[1:]) if self.spec == CUT else self.shape
 
 
 def parameters(config: Config, tp: int) -> dict[str, Any]:
-    """The tree of Parameters of a model over `tp` ranks, gates unpacked."""
+    """The tree of Parameters of a model over `tp` ranks."""
     vocab, hidden = config.vocab_size, config.hidden_size
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head_spec = vocabulary_spec(config, tp)
-    head_rows = vocab // tp if head_spec == ROWS else vocab
-    return {
-        "embed_tokens": _whole("embed_tokens", "model.embed_tokens.weight", (vocab, hidden)),
-        "norm": _whole("norm", "model.norm.weight", (hidden,)),
-        "lm_head": Parameter(
-            "lm_head",
-            (vocab, hidden),
-            head_spec,
-            lambda rank: [Slab(head, _block(rank, head_rows) if head_spec == ROWS else None)],
-        ),
-        "layers": [_layer(config, tp, i) for i in range(config.num_layers)],
-    }
+    spec = vocabulary_spec(config, tp)
+    own = vocab // tp if spec == CUT else vocab
+    tree: dict[str, Any] = {"layers": [_layer_parameters(config, tp, i) for i in range(config.num_layers)]}
+    top = _rows("lm_head", head, (own, hidden)) if spec == CUT else _whole("lm_head", head, (vocab, hidden))
+    tree["lm_head"] = _alone(top, tp)
+    for name, key, shape in (("embed_tokens", "embed_tokens", (vocab, hidden)), ("norm", "norm", (hidden,))):
+        tree[name] = _alone(_whole(name, f"model.{key}.weight", shape), tp)
+    return tree
+
+
+def _alone(weight: Weight, tp: int) -> Parameter:
+    """A weight that is an array of its own."""
+    first, *rest = weight.shape
+    shape, spec = (weight.shape, REPLICATED) if weight.copied else ((first * tp, *rest), CUT)
+    return Parameter(shape, spec, ((weight, 0),))
+
+
+def _layer_parameters(config: Config, tp: int, i: int) -> Layer:
+    layout, held = layout_of(config, tp, config.layer_types[i]), layer_weights(config, tp, i)
+
+    def stored(home: str, shape: tuple[int, ...]) -> Parameter:
+        unit = shape[-1] if home == ROWS else 1
+        parts = [(held[name], part.start * unit) for name, part in layout.parts if part.home == home]
+        return Parameter((tp * shape[0], *shape[1:]), CUT, tuple(parts), narrow=home != SMALL)
+
+    return Layer({home: stored(home, shape) for home, shape in zip(HOMES, layout.shapes, strict=True)}, layout)
+
+
+@cache
+def layout_of(config: Config, tp: int, kind: str) -> Layout:
+    """Where a rank's weights lie in the arrays of a layer of a kind.
+
+    Both kinds of layers have their experts and gates at the same places and as many rows, so that one kernel serves both.
+    """
+    known = {}
+    for other in set(config.layer_types):
+        weights = layer_weights(config, tp, config.layer_types.index(other))
+        known[other] = {name: (w.shape, w.home) for name, w in weights.items()}
+    return arranged(known[kind], config.hidden_size, known.values())
 
 
 def vocabulary_spec(config: Config, tp: int) -> P:
-    """How the head, and so the logits' vocabulary, is cut."""
-    return TABLE["lm_head"] if config.vocab_size % tp == 0 else REPLICATED
+    """How the head, and so the logits' vocabulary, is cut; replicated where tp does not divide it."""
+    return CUT if config.vocab_size % tp == 0 else REPLICATED
 
 
-def specs(tree: Any, config: Config, tp: int, name: str = "") -> Any:
-    """The PartitionSpecs of a parameter tree, gates packed or not, in its structure."""
-    if isinstance(tree, dict):
-        return {key: specs(value, config, tp, f"{name}.{key}" if name else key) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [specs(value, config, tp, name) for value in tree]
-    return vocabulary_spec(config, tp) if name == "lm_head" else TABLE[name]
+def specs(params: dict[str, Any], config: Config, tp: int) -> dict[str, Any]:
+    """The PartitionSpecs of a parameter tree, in its structure."""
+    layers = [Layer(dict.fromkeys(HOMES, CUT), layer.layout) for layer in params["layers"]]
+    return {"embed_tokens": REPLICATED, "norm": REPLICATED, "lm_head": vocabulary_spec(config, tp), "layers": layers}
 
 
 def kv_heads_per_rank(config: Config, tp: int) -> int:
@@ -185,25 +189,23 @@ def _moe_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer(config: Config, tp: int, i: int) -> dict[str, Any]:
-    prefix, hidden = f"model.layers.{i}.", config.hidden_size
-    layer: dict[str, Any] = {
-        name: _whole(f"layers.{name}", f"{prefix}{name}.weight", (hidden,))
-        for name in ("input_layernorm", "post_attention_layernorm")
-    }
-    if config.layer_types[i] == GDN:
-        layer["linear_attn"] = _gdn(config, tp, prefix + "linear_attn.")
-    else:
-        layer["self_attn"] = _attention(config, tp, prefix + "self_attn.")
-    layer["mlp"] = _moe(config, tp, prefix + "mlp.")
-    return layer
+def layer_weights(config: Config, tp: int, i: int) -> dict[str, Weight]:
+    """The weights of layer i by name, the mixture's first."""
+    prefix, hidden = f"model.layers.{i}.", (config.hidden_size,)
+    mixer = _gdn if config.layer_types[i] == GDN else _attention
+    weights = [
+        *_moe(config, tp, prefix + "mlp."),
+        *(_whole(n, f"{prefix}{n}.weight", hidden) for n in ("input_layernorm", "post_attention_layernorm")),
+        *mixer(config, tp, prefix + ("linear_attn." if config.layer_types[i] == GDN else "self_attn.")),
+    ]
+    return {w.name: w for w in weights}
 
 
-def _gdn(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
+def _gdn(c: Config, tp: int, prefix: str) -> list[Weight]:
+    """By key heads; a value head goes with its key head."""
     heads, ratio = c.linear_num_key_heads // tp, c.values_per_key
     dim, wide = c.linear_key_head_dim, ratio * c.linear_value_head_dim
-    keys, values = c.linear_num_key_heads * dim, c.linear_num_key_heads * wide
-    value_heads, hidden = heads * ratio, c.hidden_size
+    keys, hidden, own = c.linear_num_key_heads * dim, c.hidden_size, heads * ratio
 
     def grouped(key: str, widths: Sequence[int]) -> Callable[[int], list[Slab]]:
         """Rows grouped by key head in the checkpoint, taken component by component."""
@@ -223,25 +225,22 @@ def _gdn(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
         starts = ((base + rank * width, width) for base, width in parts)
         return [Slab(prefix + "conv1d.weight", rows) for rows in _merged([(s, s + w) for s, w in starts])]
 
-    qkvz = grouped("in_proj_qkvz.weight", (dim, dim, wide, wide))
-    return {
-        "in_proj_qkvz": _cut("layers.linear_attn.in_proj_qkvz", (2 * keys + 2 * values, hidden), qkvz),
-        "in_proj_ba": _cut(
-            "layers.linear_attn.in_proj_ba",
-            (2 * c.linear_num_value_heads, hidden),
-            grouped("in_proj_ba.weight", (ratio, ratio)),
-        ),
-        "conv1d": _cut("layers.linear_attn.conv1d", (2 * keys + values, c.conv_width), channels),
-        "A_log": _rows("layers.linear_attn.A_log", prefix + "A_log", (c.linear_num_value_heads,), value_heads),
-        "dt_bias": _rows("layers.linear_attn.dt_bias", prefix + "dt_bias", (c.linear_num_value_heads,), value_heads),
-        "norm": _whole("layers.linear_attn.norm", prefix + "norm.weight", (c.linear_value_head_dim,)),
-        "out_proj": _columns("layers.linear_attn.out_proj", prefix + "out_proj.weight", (hidden, values), tp),
-    }
+    qkvz, ba = grouped("in_proj_qkvz.weight", (dim, dim, wide, wide)), grouped("in_proj_ba.weight", (ratio, ratio))
+    return [
+        Weight("in_proj_qkvz", (2 * heads * (dim + wide), hidden), qkvz),  # a rank's rows are q | k | v | z
+        Weight("in_proj_ba", (2 * own, hidden), ba),  # b | a
+        Weight("out_proj", (hidden, heads * wide), _columns(prefix + "out_proj.weight", heads * wide), home=OUT),
+        Weight("conv1d", (heads * (2 * dim + wide), c.conv_width), channels, home=SMALL),  # striped: channels are q | k | v
+        _rows("A_log", prefix + "A_log", (own,), home=SMALL),
+        _rows("dt_bias", prefix + "dt_bias", (own,), home=SMALL),
+        _whole("norm", prefix + "norm.weight", (c.linear_value_head_dim,), home=SMALL),
+    ]
 
 
-def _attention(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
+def _attention(c: Config, tp: int, prefix: str) -> list[Weight]:
+    """By query heads; a key-value head is copied where there are more ranks than heads."""
     dim, hidden, kv = c.head_dim, c.hidden_size, kv_heads_per_rank(c, tp)
-    queries = c.num_attention_heads * dim
+    queries = c.num_attention_heads // tp * dim
 
     def own_kv(key: str) -> Callable[[int], list[Slab]]:
         def slabs(rank: int) -> list[Slab]:
@@ -250,52 +249,39 @@ def _attention(c: Config, tp: int, prefix: str) -> dict[str, Parameter]:
 
         return slabs
 
-    tree = {
-        "q_proj": _rows("layers.self_attn.q_proj", prefix + "q_proj.weight", (2 * queries, hidden), 2 * queries // tp),
-        "o_proj": _columns("layers.self_attn.o_proj", prefix + "o_proj.weight", (hidden, queries), tp),
-    }
-    for name in ("k_proj", "v_proj"):
-        tree[name] = _cut(f"layers.self_attn.{name}", (tp * kv * dim, hidden), own_kv(f"{name}.weight"))
-    for name in ("q_norm", "k_norm"):
-        tree[name] = _whole(f"layers.self_attn.{name}", f"{prefix}{name}.weight", (dim,))
-    return tree
+    return [
+        _rows("q_proj", prefix + "q_proj.weight", (2 * queries, hidden)),  # each head's rows are query | gate
+        *(Weight(name, (kv * dim, hidden), own_kv(f"{name}.weight")) for name in ("k_proj", "v_proj")),
+        Weight("o_proj", (hidden, queries), _columns(prefix + "o_proj.weight", queries), home=OUT),
+        *(_whole(name, f"{prefix}{name}.weight", (dim,), home=SMALL) for name in ("q_norm", "k_norm")),
+    ]
 
 
-def _moe(c: Config, tp: int, prefix: str) -> dict[str, Any]:
-    hidden, experts, wide = c.hidden_size, c.num_experts, c.moe_intermediate_size
-    shared, own = c.shared_expert_intermediate_size, wide // tp
+def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
+    """By the width of the experts; routers are replicated."""
+    hidden, experts = c.hidden_size, c.num_experts
+    own, shared = c.moe_intermediate_size // tp, c.shared_expert_intermediate_size // tp
 
     def gate_up(key: str, width: int, rank: int) -> list[Slab]:
         return [Slab(f"{prefix}{key}.{name}.weight", _block(rank, width)) for name in ("gate_proj", "up_proj")]
 
+    def both(expert: int, rank: int) -> list[Slab]:
+        return gate_up(f"experts.{expert}", own, rank)
+
     def down(expert: int, rank: int) -> list[Slab]:
         return [Slab(f"{prefix}experts.{expert}.down_proj.weight", None, _block(rank, own))]
 
-    return {
-        "gate": {
-            "gate_up": _cut(
-                "layers.mlp.gate.gate_up",
-                (2 * shared, hidden),
-                lambda rank: gate_up("shared_expert", shared // tp, rank),
-            ),
-            "router": _whole("layers.mlp.gate.router", prefix + "gate.weight", (experts, hidden)),
-            "shared_gate": _whole("layers.mlp.gate.shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
-        },
-        "shared_down": _columns("layers.mlp.shared_down", prefix + "shared_expert.down_proj.weight", (hidden, shared), tp),
-        "experts_gate_up": _cut(
-            "layers.mlp.experts_gate_up",
-            (experts, 2 * wide, hidden),
-            lambda rank: [gate_up(f"experts.{e}", own, rank) for e in range(experts)],
-            stacked=True,
-        ),
-        "experts_down": _cut(
-            "layers.mlp.experts_down",
-            (experts, wide, hidden),
-            lambda rank: [down(e, rank) for e in range(experts)],
-            stacked=True,
-            transposed=True,
-        ),
-    }
+    def every(one: Callable[[int, int], list[Slab]]) -> Callable[[int], list[list[Slab]]]:
+        return lambda rank: [one(e, rank) for e in range(experts)]
+
+    return [
+        Weight("experts_gate_up", (experts, 2 * own, hidden), every(both), stacked=True),
+        Weight("experts_down", (experts, own, hidden), every(down), stacked=True, transposed=True, home=DOWN),
+        Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank)),
+        _whole("router", prefix + "gate.weight", (experts, hidden)),
+        _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
+        Weight("shared_down", (shared, hidden), _columns(f"{prefix}shared_expert.down_proj.weight", shared), transposed=True),
+    ]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:
@@ -312,17 +298,13 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _cut(name: str, shape: tuple[int, ...], slabs: Callable[[int], Sequence[Any]], **how: bool) -> Parameter:
-    return Parameter(name, shape, TABLE[name], slabs, **how)
+def _whole(name: str, key: str, shape: tuple[int, ...], home: str = ROWS) -> Weight:
+    return Weight(name, shape, lambda rank: [Slab(key)], copied=True, home=home)
 
 
-def _whole(name: str, key: str, shape: tuple[int, ...]) -> Parameter:
-    return Parameter(name, shape, REPLICATED, lambda rank: [Slab(key)])
+def _rows(name: str, key: str, shape: tuple[int, ...], home: str = ROWS) -> Weight:
+    return Weight(name, shape, lambda rank: [Slab(key, _block(rank, shape[0]))], home=home)
 
 
-def _rows(name: str, key: str, shape: tuple[int, ...], width: int) -> Parameter:
-    return Parameter(name, shape, TABLE[name], lambda rank: [Slab(key, _block(rank, width))])
-
-
-def _columns(name: str, key: str, shape: tuple[int, int], tp: int) -> Parameter:
-    return Parameter(name, shape, TABLE[name], lambda rank: [Slab(key, None, _block(rank, shape[1] // tp))])
+def _columns(key: str, own: int) -> Callable[[int], list[Slab]]:
+    return lambda rank: [Slab(key, None, _block(rank, own))]

@@ -1,0 +1,191 @@
+"""What the benches of the whole JAX model share: the 80B's widths, random weights drawn on the devices, clocks and floors.
+
+`stream` and `alone` are by the host's clock, `profile` by the device's own (bench/device_jax.py). The floor of a call is what
+its bytes take at the rate of a large copy, or its products' operations at that of a large product, both measured in the run.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bench.device_jax import events
+from moekit.models.qwen3next import TINY, Config, Model, abstract_model
+from moekit.models.qwen3next.config import ATTENTION, GDN
+
+FULL_VOCABULARY = 151936
+WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers would be lost beside its head
+    TINY,
+    vocab_size=32768,
+    hidden_size=2048,
+    num_attention_heads=16,
+    head_dim=256,
+    rotary_dim=64,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    num_experts=512,
+    num_experts_per_tok=10,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
+COPIED = 2**30  # bytes
+PRODUCT = (4096, 8192, 8192)  # rows, columns, depth
+
+
+def configuration(layers: int, vocabulary: str) -> Config:
+    """The first layers of the 80B, every fourth of them attention; `vocabulary`: a number, or `full`."""
+    kinds = tuple(ATTENTION if i % 4 == 3 else GDN for i in range(layers))
+    size = FULL_VOCABULARY if vocabulary == "full" else int(vocabulary)
+    return replace(WIDTHS, layer_types=kinds, vocab_size=size)
+
+
+def mesh_of(tp: int) -> Mesh:
+    """The first devices; raises SystemExit where there are fewer."""
+    if len(jax.devices()) < tp:
+        raise SystemExit(f"--tp {tp}: there are {len(jax.devices())} devices; take fewer, or a machine with more")
+    return Mesh(np.array(jax.devices()[:tp]), ("tp",))
+
+
+def drawn(like: Any, key: jax.Array) -> Any:
+    """Random numbers of the shapes of a tree, each where it belongs; matrices are scaled by their last axis, integers zero."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([_drawer(x.shape, x.dtype, x.sharding)(k) for k, x in zip(keys, leaves, strict=True)])
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _numbers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    scale = 0.5 if len(shape) == 1 else shape[-1] ** -0.5
+    return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
+
+
+def _drawer(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    known = shape, jnp.dtype(dtype), sharding
+    if known not in _drawers:
+        _drawers[known] = jax.jit(lambda key: _numbers(key, shape, jnp.dtype(dtype)), out_shardings=sharding)
+    return _drawers[known]
+
+
+_drawers: dict[Any, Callable[[jax.Array], jax.Array]] = {}
+
+
+def random_model(config: Config, mesh: Mesh, dtype: str) -> Model:
+    """A model with random weights."""
+    like = abstract_model(config, mesh, dtype)
+    return Model(drawn(like.params, jax.random.key(0)), config, mesh)
+
+
+def stream(call: Callable[[], Any], calls: int) -> tuple[float, float]:
+    """ms a call of several dispatched one after the other, and ms that the host takes to dispatch one of them."""
+    jax.block_until_ready(call())
+    begin = time.perf_counter()
+    for _ in range(calls):
+        last = call()
+    dispatched = time.perf_counter()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - begin) / calls * 1e3, (dispatched - begin) / calls * 1e3
+
+
+def alone(call: Callable[[], Any], calls: int) -> float:
+    """ms of a call that is awaited before the next; the median."""
+    found = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(found)
+
+
+def profile(call: Callable[[], Any], calls: int) -> dict[str, list[float]]:
+    """By name what the first device's kernels of a call are: how many, and µs of them all; the longest first."""
+    jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                jax.block_until_ready(call())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        found = events(file, device=0)
+    kernels: dict[str, list[float]] = {}
+    for event in found:
+        entry = kernels.setdefault(re.sub(r"[_.\d]+$", "", event.name), [0, 0.0])  # XLA numbers its copies
+        entry[0] += 1 / calls
+        entry[1] += (event.end - event.begin) / calls
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])
+    return {name: [round(n, 2), round(us, 2)] for name, (n, us) in longest}
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, float]:
+    """GiB on a device: arguments (weights and state), temporaries, and most in use since the process began."""
+    stats = program.memory_analysis()
+    peak = max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.devices())
+    sizes = {"arguments": stats.argument_size_in_bytes, "temporaries": stats.temp_size_in_bytes, "peak": peak}
+    return {f"{name} GiB": round(size / 2**30, 3) for name, size in sizes.items()}
+
+
+def copy_rate() -> float:
+    """TB/s, read and written, of a kernel that reads 1 GiB and writes as much on one device."""
+    source = jax.random.normal(jax.random.key(3), (COPIED // 2,), jnp.bfloat16)
+    negated = jax.jit(lambda x: -x)
+    return 2 * COPIED / (stream(lambda: negated(source), 20)[0] * 1e9)
+
+
+def product_rate() -> float:
+    """TFLOP/s of a large bfloat16 product of random numbers on one device."""
+    rows, columns, depth = PRODUCT
+    a, b = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(((rows, depth), (depth, columns))))
+    multiplied = jax.jit(lambda a, b: a @ b)
+    return 2 * rows * columns * depth / (stream(lambda: multiplied(a, b), 20)[0] * 1e9)
+
+
+def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype: str) -> dict[str, float]:
+    """Bytes that one device must move in a call, by what they are of; `held`: tokens that each sequence has in its cache.
+
+    Each weight is read once; of routed experts those that are chosen where choices are even and independent; a recurrent
+    state is read and written; keys and values are read.
+    """
+    c, size = config, jnp.dtype(dtype).itemsize
+    hidden, layers = c.hidden_size, len(c.layer_types)
+    deltas = c.layer_types.count(GDN)
+    keys, values = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    kv = c.num_key_value_heads * c.head_dim
+    experts = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens)
+    attentions, heads = layers - deltas, c.num_attention_heads * c.head_dim
+    matrices = {
+        "experts": layers * experts * 3 * c.moe_intermediate_size * hidden / tp,
+        "gates": layers * (3 * c.shared_expert_intermediate_size / tp + c.num_experts + 1) * hidden,
+        "delta nets": deltas * (2 * keys + 3 * values + 2 * c.linear_num_value_heads) * hidden / tp,
+        "attention": attentions * (3 * heads + 2 * kv * max(1, tp / c.num_key_value_heads)) * hidden / tp,
+        "head": c.vocab_size * hidden / tp,
+    }
+    found = {name: n * size for name, n in matrices.items()}
+    state = 4 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
+    found["states"] = deltas * sequences * 2 * state / tp
+    found["keys and values"] = attentions * sequences * held * 2 * kv * max(1 / tp, 1 / c.num_key_value_heads) * size
+    return found
+
+
+def operations(config: Config, tp: int, tokens: int) -> float:
+    """Operations of one device in the products with weights of a call on so many tokens, the head's of one left out."""
+    c = config
+    hidden, deltas = c.hidden_size, c.layer_types.count(GDN)
+    keys, values = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    mixture = 3 * (c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size) + c.num_experts * tp
+    mixers = deltas * (2 * keys + 3 * values) + (len(c.layer_types) - deltas) * (3 * heads + 2 * kv)
+    return 2.0 * tokens * (len(c.layer_types) * mixture + mixers) * hidden / tp
