@@ -22,7 +22,8 @@ def automatically(function: Callable, bases: Any, outs: Mapping[str, PartitionSp
     meshes = (jax.typeof(b).sharding.mesh for b in jax.tree.leaves(bases))
     mesh = next(m for m in meshes if not m.empty)
     explicit = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
-    return auto_axes(function, axes=explicit, out_sharding={n: NamedSharding(mesh, s) for n, s in outs.items()})(bases)
+    run: Any = auto_axes(function, axes=explicit, out_sharding={n: NamedSharding(mesh, s) for n, s in outs.items()})
+    return run(bases)
 
 
 def kept(operands: Iterable[tuple[Sequence[str], View]], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:

@@ -17,9 +17,10 @@ from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, Sh
 from moekit.jax import launch
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
-from moekit.jax.view import View, view
+from moekit.jax.view import View, held, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
+from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -38,6 +39,7 @@ class Call:
         self.graph = fusion.trace(self.binding)
         self.sizes = sizes_of(self.graph, self.binding)
         refuse_empty(self.graph, self.sizes)
+        _refuse_wide(self.graph)
         if schedule is not None and (why := legal(self.graph, schedule)):
             raise ScheduleError(why)
         self.names = [w.tensor for w in self.graph.writes]
@@ -175,8 +177,15 @@ def _operand(fusion: Fusion, name: str, x) -> View:
     if isinstance(x, View):
         return x
     if isinstance(x, jax.Array | np.ndarray):
-        return view(jnp.asarray(x))
+        return view(held(x, f"{fusion.name}: {name}"))
     raise MoekitError(f"{fusion.name}: {name} is {type(x).__name__}; it must be a JAX array or a View")
+
+
+def _refuse_wide(graph: Graph) -> None:
+    """Raise DtypeError for 64-bit integers where JAX would make 32-bit ones of them."""
+    made = {graph.nodes[i].dtype for i in graph.live()} | {t.dtype for t in graph.tensors.values()}
+    if wide := [d for d in sorted(made) if jax.dtypes.canonicalize_dtype(d) != jnp.dtype(d)]:
+        raise DtypeError(f"{graph.name}: it computes in {wide[0]}, which JAX has only with jax_enable_x64; enable it")
 
 
 def _layout(buffer: str, v: View) -> t.Viewed:

@@ -20,7 +20,6 @@ from moekit.backends import pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 
-
 NOWHERE = ManualAxisType()
 
 
