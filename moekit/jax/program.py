@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
@@ -102,30 +102,29 @@ def launched(static: Static) -> Callable[..., dict]:
 
     run.__name__ = static.fusion.name
     ruled = jax.custom_jvp(run)
-    ruled.defjvp(lambda arrays, tangents: (ruled(*arrays), _tangents(array_form, arrays, tangents)), symbolic_zeros=True)
+    ruled.defjvp(lambda arrays, tangents: _moved(ruled(*arrays), array_form, arrays, tangents), symbolic_zeros=True)
     return jax.jit(ruled, inline=True)
 
 
-def _tangents(array_form: Callable[..., dict], arrays: tuple, tangents: tuple) -> dict:
-    """How the buffers that are written move with those read: linear in the tangents, so reverse mode is its transpose.
+def _moved(outs: dict, array_form: Callable[..., dict], arrays: tuple, tangents: tuple) -> tuple[dict, dict]:
+    """The buffers that are written, and how they move with those read: linear, so that reverse mode is the transpose.
 
     Nothing but the arrays is kept for a backward pass: what the derivative needs of array evaluation is computed there.
     """
-    moving = [i for i, v in enumerate(tangents) if not isinstance(v, SymbolicZero) and v.dtype != jax.dtypes.float0]
-    outs = jax.eval_shape(array_form, *arrays)
+    moving = [i for i, v in enumerate(tangents) if not isinstance(v, SymbolicZero) and v.dtype != float0]
     floats = [b for b, out in outs.items() if jnp.issubdtype(out.dtype, jnp.floating)]
-    still = {b: np.zeros(out.shape, jax.dtypes.float0) for b, out in outs.items() if b not in floats}
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def linear(arrays: tuple, moved: list) -> dict:
+    def linear(arrays: tuple, along: list) -> dict:
         def form(*some: jax.Array) -> dict:
-            full = dict(enumerate(arrays)) | dict(zip(moving, some, strict=True))
-            outs = array_form(*full.values())
-            return {b: outs[b] for b in floats}
+            every = dict(enumerate(arrays)) | dict(zip(moving, some, strict=True))
+            made = array_form(*every.values())
+            return {b: made[b] for b in floats}
 
-        return jax.jvp(form, [arrays[i] for i in moving], moved)[1]
+        return jax.jvp(form, [arrays[i] for i in moving], along)[1]
 
-    return linear(arrays, [tangents[i] for i in moving]) | still
+    still = {b: SymbolicZero(jax.typeof(out).to_tangent_aval()) for b, out in outs.items()}
+    return outs, still | linear(arrays, [tangents[i] for i in moving])
 
 
 def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:

@@ -40,16 +40,20 @@ class Call:
         given = dict(zip(self.moving, floats, strict=True))
         return [given.get(i, a) for i, a in enumerate(self.arrays)]
 
-    def face(self, implementation: str) -> Callable[..., dict]:
-        """From those operands, in float32, to the outputs with derivatives by name."""
-        fusion = FUSIONS[self.name]
+    def whole(self, implementation: str | None) -> Callable[..., dict]:
+        """From all operands to the outputs with derivatives by name."""
+        face = op(FUSIONS[self.name])
 
-        def run(*floats):
-            outs = op(fusion)(*self.placed(floats), **self.params, implementation=implementation)
+        def run(*arrays):
+            outs = face(*arrays, **self.params, implementation=implementation)
             outs = outs if isinstance(outs, tuple) else (outs,)
-            return {n: o for n, o in zip(self.outputs, outs, strict=True) if np.issubdtype(o.dtype, np.floating)}
+            return {n: o for n, o in zip(self.outputs, outs, strict=True) if o.dtype != np.int32}
 
         return run
+
+    def face(self, implementation: str) -> Callable[..., dict]:
+        """From the operands that have derivatives, in float32, to the same."""
+        return lambda *floats: self.whole(implementation)(*self.placed(floats))
 
     @property
     def outputs(self) -> list[str]:
