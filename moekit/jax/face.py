@@ -15,10 +15,12 @@ from moekit.compile.alike import alike
 from moekit.compile.schedule import Schedule, legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
+from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
-from moekit.jax.view import View, view
+from moekit.jax.view import View, held, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
+from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -37,6 +39,7 @@ class Call:
         self.graph = fusion.trace(self.binding)
         self.sizes = sizes_of(self.graph, self.binding)
         refuse_empty(self.graph, self.sizes)
+        _refuse_wide(self.graph)
         if schedule is not None and (why := legal(self.graph, schedule)):
             raise ScheduleError(why)
         self.names = [w.tensor for w in self.graph.writes]
@@ -83,13 +86,26 @@ class Call:
 
     def xla(self) -> dict[str, jax.Array]:
         """The outputs by array evaluation; a base written to is returned whole."""
-        arrays = {n: v.array() for n, v in self.views.items()}
-        outs = evaluated(self.fusion, self.binding)(arrays)
-        bases: dict[int, jax.Array] = {}  # outputs that go to one base are written one after the other
-        for n in self.out:
-            mine = self.out[n]
-            bases[id(mine.base)] = replace(mine, base=bases.get(id(mine.base), mine.base)).set(outs[n])
+        bases = {id(v.base): v.base for v in (*self.views.values(), *self.out.values())}
+        if not self.cut:
+            return self._evaluated(bases)
+        dims = {n: [d.text for d in tensor.dims] for n, tensor in self.graph.tensors.items()}
+        operands = [(dims[n], v) for n, v in self.views.items()]
+        outs = {n: jax.typeof(self.out[n].base).sharding.spec if n in self.out else kept(operands, dims[n], self.shape(n))
+                for n in self.names}  # fmt: skip
+        return automatically(self._evaluated, bases, outs)
+
+    def _evaluated(self, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
+        lying = {n: replace(v, base=bases[id(v.base)]) for n, v in self.views.items()}
+        outs = evaluated(self.fusion, self.binding)({n: v.array() for n, v in lying.items()})
+        for n, v in self.out.items():  # outputs that go to one base are written one after the other
+            bases = bases | {id(v.base): replace(v, base=bases[id(v.base)]).set(outs[n])}
         return {n: bases[id(self.out[n].base)] if n in self.out else x for n, x in outs.items()}
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """The axes of a mesh with explicit axes over which operands, or bases to write to, are cut."""
+        return axes_cut((*self.views.values(), *self.out.values()))
 
     def pallas(self) -> dict[str, jax.Array]:
         """The outputs by the emitted kernels."""
@@ -161,8 +177,15 @@ def _operand(fusion: Fusion, name: str, x) -> View:
     if isinstance(x, View):
         return x
     if isinstance(x, jax.Array | np.ndarray):
-        return view(jnp.asarray(x))
+        return view(held(x, f"{fusion.name}: {name}"))
     raise MoekitError(f"{fusion.name}: {name} is {type(x).__name__}; it must be a JAX array or a View")
+
+
+def _refuse_wide(graph: Graph) -> None:
+    """Raise DtypeError for 64-bit integers where JAX would make 32-bit ones of them."""
+    made = {graph.nodes[i].dtype for i in graph.live()} | {t.dtype for t in graph.tensors.values()}
+    if wide := [d for d in sorted(made) if jax.dtypes.canonicalize_dtype(d) != jnp.dtype(d)]:
+        raise DtypeError(f"{graph.name}: it computes in {wide[0]}, which JAX has only with jax_enable_x64; enable it")
 
 
 def _layout(buffer: str, v: View) -> t.Viewed:
@@ -200,6 +223,11 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
         raise UnavailableError(
             f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(IMPLEMENTATIONS)}"
         )
-    if implementation == "xla" or (implementation is None and jax.default_backend() != "gpu"):
+    if implementation == "pallas" and call.cut:
+        raise UnavailableError(
+            f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
+            "arrays; call it inside jax.shard_map, or choose xla"
+        )
+    if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut)):
         return call.xla()
     return call.pallas()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from moekit.backends import pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
+
+NOWHERE = ManualAxisType()
 
 
 @lru_cache(maxsize=1024)
@@ -28,16 +34,56 @@ def kernel(program: t.Kernel):
     return names[pallas.kernel_name(program)]
 
 
-def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple], sizes: Mapping[str, int]) -> dict:
+def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple], sizes: Mapping[str, int], varying) -> dict:
     """Run a plan on the buffers of its operands; returns every buffer it writes.
 
-    `bases` maps buffer names to arrays, `shapes` gives (shape, dtype) of the fresh outputs. On a CUDA device the kernels are
-    compiled by Pallas's Triton lowering, elsewhere they run in interpret mode: decided when the program is lowered.
+    `bases` maps buffer names to arrays, `shapes` gives (shape, dtype) of the fresh outputs, `varying` is what `varies` says of
+    them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, elsewhere they run in interpret mode:
+    decided when the program is lowered.
     """
-    names = tuple(bases)
-    run = partial(_run, plan, names, dict(shapes), dict(sizes))
-    outs = lax.platform_dependent(*bases.values(), cuda=partial(run, False), default=partial(run, True))
-    return dict(zip(written(plan), outs, strict=True))
+    arrays = {n: _varying(a, varying.get(n, NOWHERE)) for n, a in bases.items()}
+    kinds = {n: (a.shape, a.dtype) for n, a in bases.items()} | dict(shapes)
+    outs = tuple((*kinds[b], varying.get(b, NOWHERE)) for b in written(plan))
+    run = partial(_run, plan, tuple(arrays), kinds, dict(sizes))
+    interpreted = partial(_interpreted.bind, run=partial(run, {}, True), outs=outs)
+    results = lax.platform_dependent(*arrays.values(), cuda=partial(run, varying, False), default=interpreted)
+    return dict(zip(written(plan), results, strict=True))
+
+
+def varies(array_form: Callable[..., dict], arrays: Sequence[jax.Array]) -> dict[str, ManualAxisType]:
+    """Over which manual axes of a `shard_map` each output varies, as array evaluation has it; empty where no operand does."""
+    if not any(jax.typeof(a).manual_axis_type.varying for a in arrays):
+        return {}
+    return {b: out.manual_axis_type for b, out in jax.eval_shape(array_form, *arrays).items()}
+
+
+def _varying(array: jax.Array, wanted: ManualAxisType) -> jax.Array:
+    more = wanted.varying - jax.typeof(array).manual_axis_type.varying
+    return lax.pcast(array, tuple(more), to="varying") if more else array
+
+
+# A run in interpret mode. JAX's interpreter mixes what varies over the manual axes of a `shard_map` with what does not, which
+# `check_vma` refuses; so inside of it no value says that it varies, and its outputs do.
+_interpreted = Primitive("interpreted")
+_interpreted.multiple_results = True
+
+
+@_interpreted.def_impl
+def _eagerly(*arrays, run, outs):
+    with jax.disable_jit(False):
+        return jax.jit(run)(*arrays)
+
+
+@_interpreted.def_abstract_eval
+def _outputs(*avals, run, outs):
+    whole = NamedSharding(get_abstract_mesh(), PartitionSpec())
+    return [ShapedArray(shape, dtype, sharding=whole, manual_axis_type=varying) for shape, dtype, varying in outs]
+
+
+@partial(mlir.register_lowering, _interpreted)
+def _lower(ctx, *operands, run, outs):
+    plain = [a.update(manual_axis_type=NOWHERE) for a in ctx.avals_in]
+    return mlir.lower_fun(run)(ctx.replace(avals_in=plain), *operands)
 
 
 def written(plan: Plan) -> list[str]:
@@ -46,27 +92,26 @@ def written(plan: Plan) -> list[str]:
     return [b for b in dict.fromkeys(b for p in plan.programs for b in pallas.buffers(p)[1]) if b not in scratch]
 
 
-def _run(plan: Plan, names: tuple[str, ...], shapes: dict, sizes: dict, interpret: bool, *arrays: jax.Array) -> tuple:
+def _run(plan: Plan, names: tuple, kinds: dict, sizes: dict, varying: dict, interpret: bool, *arrays: jax.Array) -> list:
     memory = dict(zip(names, arrays, strict=True))
-    shapes = shapes | {s.name: (s.shape(sizes), s.dtype) for s in plan.scratch}
+    kinds = kinds | {s.name: (s.shape(sizes), s.dtype) for s in plan.scratch}
+    anywhere = ManualAxisType(varying=frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays)))
     for program in plan.programs:
         read, wrote = pallas.buffers(program)
-        out_shapes = [jax.ShapeDtypeStruct(memory[b].shape, memory[b].dtype) if b in read
-                      else jax.ShapeDtypeStruct(*shapes[b]) for b in wrote]  # fmt: skip
         whole = pl.BlockSpec(memory_space=pl.ANY)
         outs = pl.pallas_call(
             kernel(program),
             grid=(program.programs(sizes),),
             in_specs=[whole] * len(read),
             out_specs=[whole] * len(wrote),
-            out_shape=out_shapes,
+            out_shape=[jax.ShapeDtypeStruct(*kinds[b], manual_axis_type=varying.get(b, anywhere)) for b in wrote],
             input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read},
             compiler_params=plt.CompilerParams(num_warps=program.warps, num_stages=program.stages),
             interpret=interpret,
             name=program.name,
         )(*(memory[b] for b in read))
         memory |= dict(zip(wrote, outs, strict=True))
-    return tuple(memory[b] for b in written(plan))
+    return [memory[b] for b in written(plan)]
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> jax.Array:

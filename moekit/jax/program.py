@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
@@ -86,7 +89,8 @@ def launched(static: Static) -> Callable[..., dict]:
 
     @jax.custom_batching.custom_vmap
     def kernels(*arrays: jax.Array) -> dict:
-        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes)
+        varying = launch.varies(array_form, arrays)
+        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes, varying)
 
     @kernels.def_vmap
     def _batched(axis_size, in_batched, *arrays):
@@ -97,9 +101,30 @@ def launched(static: Static) -> Callable[..., dict]:
         return kernels(*arrays)
 
     run.__name__ = static.fusion.name
-    ruled = jax.custom_vjp(run)
-    ruled.defvjp(lambda *arrays: (ruled(*arrays), arrays), lambda arrays, grads: jax.vjp(array_form, *arrays)[1](grads))
+    ruled = jax.custom_jvp(run)
+    ruled.defjvp(lambda arrays, tangents: _moved(ruled(*arrays), array_form, arrays, tangents), symbolic_zeros=True)
     return jax.jit(ruled, inline=True)
+
+
+def _moved(outs: dict, array_form: Callable[..., dict], arrays: tuple, tangents: tuple) -> tuple[dict, dict]:
+    """The buffers that are written, and how they move with those read: linear, so that reverse mode is the transpose.
+
+    Nothing but the arrays is kept for a backward pass: what the derivative needs of array evaluation is computed there.
+    """
+    moving = [i for i, v in enumerate(tangents) if not isinstance(v, SymbolicZero) and v.dtype != float0]
+    floats = [b for b, out in outs.items() if jnp.issubdtype(out.dtype, jnp.floating)]
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def linear(arrays: tuple, along: list) -> dict:
+        def form(*some: jax.Array) -> dict:
+            every = dict(enumerate(arrays)) | dict(zip(moving, some, strict=True))
+            made = array_form(*every.values())
+            return {b: made[b] for b in floats}
+
+        return jax.jvp(form, [arrays[i] for i in moving], along)[1]
+
+    still = {b: SymbolicZero(jax.typeof(out).to_tangent_aval()) for b, out in outs.items()}
+    return outs, still | linear(arrays, [tangents[i] for i in moving])
 
 
 def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:

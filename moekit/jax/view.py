@@ -8,8 +8,9 @@ from math import gcd
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from moekit.errors import MoekitError, ShapeError
+from moekit.errors import DtypeError, MoekitError, ShapeError
 
 
 @jax.tree_util.register_pytree_node_class
@@ -195,13 +196,38 @@ def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
 def view(base) -> View:
     """All of an array, ready to be indexed: `view(fused)[:, 128:640]`. A View is returned as it is.
 
-    Raises MoekitError for what is no array.
+    Raises MoekitError for what is no array, and DtypeError as `held` does.
     """
     if isinstance(base, View):
         return base
-    if isinstance(base, np.ndarray):
-        base = jnp.asarray(base)
+    if isinstance(base, np.ndarray | jax.Array):
+        base = held(base, "view: the base")
     if not (hasattr(base, "ndim") and hasattr(base, "at")):
         raise MoekitError(f"view: the base is {type(base).__name__}; it must be a JAX array")
     n = base.ndim
     return View(base, tuple(range(n)), (0,) * n, (1,) * n, tuple(base.shape))
+
+
+def held(x, named: str) -> jax.Array:
+    """A numpy or JAX array as JAX holds it now: without jax_enable_x64, int64 as int32 and float64 as float32.
+
+    Raises DtypeError where a value is lost by that or cannot be looked at, being traced, and for what is no array of numbers;
+    `named` begins the sentence.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.number) and x.dtype != bool:
+        raise DtypeError(f"{named} is {x.dtype}; it must be an array of numbers")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if dtype == x.dtype:
+        return jnp.asarray(x)
+    if isinstance(x, Tracer) or not _fits(np.asarray(x), dtype):
+        raise DtypeError(f"{named} is {x.dtype}, which JAX makes {dtype} without jax_enable_x64, and its values are not known to "
+                         f"fit that; enable it, or pass {dtype}")  # fmt: skip
+    return jnp.asarray(np.asarray(x).astype(dtype))
+
+
+def _fits(wide: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether integers stay what they are in a narrower dtype, and finite floats finite."""
+    with np.errstate(all="ignore"):
+        narrow = wide.astype(dtype)
+    same = narrow == wide if wide.dtype.kind in "iu" else np.isfinite(narrow) == np.isfinite(wide)
+    return bool(same.all())

@@ -30,7 +30,7 @@ def decode(
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
         memory.values.at[rows, :, lengths].set(v[:, 0]),
     )
-    visible = jnp.arange(memory.keys.shape[2]) <= lengths[:, None, None]
+    visible = jnp.arange(memory.keys.shape[2])[None, None] <= lengths[:, None, None]
     read = _attend(q, memory.keys, memory.values, visible)
     out = _output(read, gate, weights)
     return out[:, 0], memory
@@ -45,7 +45,7 @@ def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> 
     reads = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+        causal = jnp.arange(stop)[None] <= jnp.arange(start, stop)[:, None]
         reads.append(_attend(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], causal[None]))
     out = _output(jnp.concatenate(reads, axis=1), gate, weights)
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
@@ -71,7 +71,7 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     """Rotary embedding of the first rotary_dim of each head, halves paired; x [B, S, heads, dim] float32."""
     dim = config.rotary_dim
     frequencies = 1.0 / config.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-    angles = (positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32))[:, :, None]
+    angles = (positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)[None, None])[:, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

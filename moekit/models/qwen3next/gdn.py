@@ -34,7 +34,7 @@ def decode(
     mixed = linear(x, weights["in_proj_qkvz"])
     gates = linear(x, weights["in_proj_ba"])
     window = jnp.concatenate([state.conv, mixed[:, :channels, None]], axis=-1)
-    convolved = _silu(jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32), axis=-1), x.dtype)
+    convolved = _silu(jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32)[None], axis=-1), x.dtype)
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
@@ -73,9 +73,9 @@ def prefill(
     gates = linear(x, weights["in_proj_ba"]).astype(jnp.float32)
     convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths)
     q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
-    real = (jnp.arange(length) < lengths[:, None])[..., None]
+    real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :value_heads]), 0.0)
-    decay = -jnp.exp(weights["A_log"]) * jax.nn.softplus(gates[..., value_heads:] + weights["dt_bias"])
+    decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., value_heads:] + weights["dt_bias"][None, None])
     read, recurrent = chunked_delta_rule(
         _normalised(q.reshape(batch, length, -1, key_dim)) * key_dim**-0.5,
         _normalised(k.reshape(batch, length, -1, key_dim)),
@@ -106,7 +106,7 @@ def chunked_delta_rule(
     q, k, v, decay, beta = (_chunks(a) for a in (q, k, v, decay[..., None], beta[..., None]))
     total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
     lower = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
-    between = jnp.exp(jnp.where(lower, total - jnp.swapaxes(total, 3, 4), -jnp.inf))
+    between = jnp.exp(jnp.where(lower[None, None, None], total - jnp.swapaxes(total, 3, 4), -jnp.inf))
     system = einsum("bhntd,bhnsd->bhnts", k * beta, k) * between
     attend = einsum("bhntd,bhnsd->bhnts", q, k) * between
     solved = lax.linalg.triangular_solve(
@@ -143,8 +143,8 @@ def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[
     """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, C, width - 1]."""
     width, length = weight.shape[1], mixed.shape[1]
     padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
-    taps = [padded[:, i : i + length].astype(jnp.float32) * weight[:, i].astype(jnp.float32) for i in range(width)]
-    positions = lengths[:, None] + jnp.arange(width - 1)
+    taps = [padded[:, i : i + length].astype(jnp.float32) * weight.T[None, None, i].astype(jnp.float32) for i in range(width)]
+    positions = lengths[:, None] + jnp.arange(width - 1)[None]
     last = jnp.take_along_axis(padded, positions[..., None], axis=1)
     return _silu(sum(taps[1:], taps[0]), mixed.dtype), jnp.swapaxes(last, 1, 2)
 

@@ -82,7 +82,7 @@ def _gathered(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Arra
 
 def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     count = gate_up.shape[0]
-    hit = ids[:, :, None] == jnp.arange(count)
+    hit = ids[:, :, None] == jnp.arange(count)[None, None]
     share = jnp.sum(jnp.where(hit, chosen[:, :, None], 0.0), axis=1)[..., None]
     both = linear(x, gate_up.reshape(-1, x.shape[1])).reshape(x.shape[0], count, -1)
     active = jnp.where(hit.any(axis=1)[..., None], _activation(both, share, x.dtype), 0)

@@ -54,4 +54,4 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Zero-centred RMSNorm over the last axis, x·rsqrt(mean x² + eps)·(1 + weight), in float32."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide * scale * (1.0 + weight.astype(jnp.float32))
+    return wide * scale * (1.0 + jnp.expand_dims(weight, range(x.ndim - 1)).astype(jnp.float32))
