@@ -67,6 +67,7 @@ def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
     for p in program.params:
         if p.role != "Out" or p.viewed.buffer != p.name:
             read.append(p.viewed.buffer)
+        read += [picked for _, picked in p.viewed.picked]
         if p.role != "In":
             written.append(p.viewed.buffer)
     return list(dict.fromkeys(read)), list(dict.fromkeys(written))
@@ -166,6 +167,7 @@ class PallasPrinter(Printer):
         """One index per axis of the base array."""
         layout = self.program.param(op.tensor).viewed
         texts = {axis: self.constant(at, axes) for axis, at in layout.fixed}
+        texts |= {axis: f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else at for axis, at in layout.picked}
         for v, axis, start, step in zip(op.index, layout.axes, layout.starts, layout.steps, strict=True):
             text = "0" if v is None else self.at(v, axes)
             if text.isdecimal():
@@ -289,7 +291,7 @@ def emit(kernel: t.Kernel) -> str:
     """
     alone = len(kernel.sections) == 1
     printers = [PallasPrinter(s, EXPRESSIONS, "pid") for s in kernel.sections]
-    bodies = [p.body(p.program.body, 1) for p in printers]
+    bodies = [[*_picked(p.program), *p.body(p.program.body, 1)] for p in printers]
     lines = [
         *header(kernel, __version__),
         "import jax.numpy as jnp",
@@ -306,6 +308,12 @@ def emit(kernel: t.Kernel) -> str:
     lines += ["", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
     lines += ["    pid = pl.program_id(0)"] if not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) else []
     return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel)), ""])
+
+
+def _picked(section: t.TileProgram) -> list[str]:
+    """What says at run time where some operands lie, each loaded once."""
+    names = dict.fromkeys(name for p in section.params for _, name in p.viewed.picked)
+    return [f"    {name} = plt.load({name}_ref.at[pid * 0])" for name in names]
 
 
 def _refs(kernel: t.Kernel) -> list[str]:

@@ -147,8 +147,19 @@ class Call:
             bases.setdefault(known, v.base)
             return known
 
+        picking: dict[int, str] = {}  # what says at run time where operands lie: an operand of its own, once
+
+        def layout(name: str, v: View) -> t.Viewed:
+            places = []
+            for axis, at in v.picked:
+                if id(at) not in picking:
+                    picking[id(at)] = f"{name}_at_{axis}"
+                    bases[picking[id(at)]] = jnp.asarray(at, jnp.int32).reshape(1)
+                places.append((axis, picking[id(at)]))
+            return replace(_layout(buffer(name, v), v), picked=tuple(places))
+
         for n, v in self.views.items():
-            layouts[n] = _layout(buffer(n, v), v)
+            layouts[n] = layout(n, v)
         separate, fresh = set(), []
         for n in self.names:
             is_update = n in self.views
@@ -157,7 +168,7 @@ class Call:
                 separate.add(n)
             target = written_name(n) if n in separate else n
             if n in self.out:
-                layouts[target] = _layout(buffer(f"{target}_base", self.out[n]), self.out[n])
+                layouts[target] = layout(f"{target}_base", self.out[n])
             elif not in_place:
                 shape = self.shape(n)
                 fresh.append((target, shape, self.graph.tensors[n].dtype))

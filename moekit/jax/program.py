@@ -133,7 +133,8 @@ def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) ->
     graph, sizes = static.graph, static.sizes
 
     def lying(at: t.Viewed, base: jax.Array, name: str) -> View:
-        return View(base, at.axes, at.starts, at.steps, shape_of(graph, sizes, name), at.fixed)
+        picked = tuple((axis, memory[place][0]) for axis, place in at.picked)
+        return View(base, at.axes, at.starts, at.steps, shape_of(graph, sizes, name), at.fixed, picked)
 
     operands = {n: lying(layouts[n], memory[layouts[n].buffer], n).array() for n in static.fusion.tensors}
     written: dict[str, jax.Array] = {}

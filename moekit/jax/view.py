@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from moekit.errors import DtypeError, MoekitError, ShapeError
@@ -19,9 +20,10 @@ class View:
     """Elements `start + step·i` along some axes of `base`, in any order of axes; other axes stay at one element.
 
     `axes[d]`, `starts[d]`, `steps[d]`, `shape[d]` describe dimension d; `fixed` pairs the remaining base axes with their
-    element. Made by `view(base)` and indexing: `view(fused)[:, 128:640]`, `[::2]`, `.T`. XLA copies a slice that feeds a
-    kernel; a View is indexed inside it. It is a pytree whose one leaf is `base`. Raises ShapeError for what is no part of
-    the base.
+    element, or (`picked`) at one that an integer array of no dimensions says at run time, taken into range. Made by
+    `view(base)` and indexing: `view(fused)[:, 128:640]`, `[::2]`, `.T`, `view(states)[layer]`. XLA copies a slice that feeds a
+    kernel; a View is indexed inside it. It is a pytree whose leaves are `base` and what picks. Raises ShapeError for what is
+    no part of the base.
     """
 
     base: jax.Array
@@ -30,6 +32,7 @@ class View:
     steps: tuple[int, ...]
     shape: tuple[int, ...]
     fixed: tuple[tuple[int, int], ...] = ()
+    picked: tuple[tuple[int, jax.Array], ...] = ()
 
     def __post_init__(self):
         for name in ("axes", "starts", "steps", "shape"):
@@ -42,9 +45,9 @@ class View:
         """Why this is no part of a base of these extents; None if it is one."""
         if not len(self.axes) == len(self.starts) == len(self.steps) == len(self.shape):
             return "axes, starts, steps and shape have different lengths; each needs an entry for every dimension"
-        others = tuple(a for a, _ in self.fixed)
+        others = tuple(a for a, _ in (*self.fixed, *self.picked))
         if sorted((*self.axes, *others)) != list(range(len(extents))):
-            return f"axes {self.axes} and fixed {others} must name every axis of a base of shape {list(extents)} once"
+            return f"axes {self.axes}, fixed and picked {others} must name every axis of a base of shape {list(extents)} once"
         for d, (axis, start, step, n) in enumerate(zip(self.axes, self.starts, self.steps, self.shape, strict=True)):
             if start < 0 or start > extents[axis]:
                 return f"start {start} in dimension {d} lies outside base axis {axis}, which has {extents[axis]} elements"
@@ -55,6 +58,8 @@ class View:
                 last = start + step * (n - 1)
                 return f"dimension {d} (start {start}, step {step}, size {n}) reaches element {last} of base axis {axis}, " \
                        f"which has {extents[axis]}"  # fmt: skip
+        if empty := [a for a, _ in self.picked if not extents[a]]:
+            return f"base axis {empty[0]} has no element to pick"
         wrong = [(a, n) for a, n in self.fixed if not 0 <= n < extents[a]]
         return (
             f"fixed takes element {wrong[0][1]} of base axis {wrong[0][0]}, which has {extents[wrong[0][0]]}" if wrong else None
@@ -88,7 +93,9 @@ class View:
         if sorted(order) != list(range(self.ndim)):
             raise ShapeError(f"View.transpose: {order} is no order of {self.ndim} dimensions")
         pick = lambda items: tuple(items[d] for d in order)  # noqa: E731
-        return View(self.base, pick(self.axes), pick(self.starts), pick(self.steps), pick(self.shape), self.fixed)
+        return replace(
+            self, axes=pick(self.axes), starts=pick(self.starts), steps=pick(self.steps), shape=pick(self.shape)
+        )  # fmt: skip
 
     def __getitem__(self, index) -> View:
         index = index if isinstance(index, tuple) else (index,)
@@ -98,7 +105,7 @@ class View:
         if len(index) > self.ndim:
             raise ShapeError(f"View: {len(index)} indices for {self.ndim} dimensions")
         index = (*index, *[slice(None)] * (self.ndim - len(index)))
-        kept, fixed = [], list(self.fixed)
+        kept, fixed, picked = [], list(self.fixed), list(self.picked)
         for d, i in enumerate(index):
             if isinstance(i, slice):
                 start, stop, step = i.indices(self.shape[d])
@@ -108,31 +115,43 @@ class View:
                 kept.append((self.axes[d], self.starts[d] + start * self.steps[d], self.steps[d] * step, size))
             elif _is_integer(i) and -self.shape[d] <= i < self.shape[d]:
                 fixed.append((self.axes[d], self.starts[d] + (int(i) % self.shape[d]) * self.steps[d]))
+            elif _picks(i) and self.shape[d]:
+                picked.append((self.axes[d], self.starts[d] + jnp.clip(i, 0, self.shape[d] - 1) * self.steps[d]))
             else:
                 raise ShapeError(
-                    f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range and slices"
+                    f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range, slices, and JAX "
+                    "arrays of one integer without dimensions"
                 )
         axes, starts, steps, shape = zip(*kept, strict=True) if kept else ((), (), (), ())
-        return View(self.base, axes, starts, steps, shape, tuple(fixed))
+        return View(self.base, axes, starts, steps, shape, tuple(fixed), tuple(picked))
 
     def array(self) -> jax.Array:
         """The view's elements as an array of their own: a slice, which XLA may fuse or copy."""
-        fixed = dict(self.fixed)
-        index = []
-        for axis in range(self.base.ndim):
-            if axis in fixed:
-                index.append(fixed[axis])
-            else:
-                index.append(self._slice(self.axes.index(axis)))
         order = [sorted(self.axes).index(a) for a in self.axes]
-        return jnp.transpose(self.base[tuple(index)], order)
+        return jnp.transpose(self._plane()[self._index()], order)
 
     def set(self, value: jax.Array) -> jax.Array:
         """The base with the view's elements replaced by `value`."""
-        fixed = dict(self.fixed)
-        index = tuple(fixed[a] if a in fixed else self._slice(self.axes.index(a)) for a in range(self.base.ndim))
         order = sorted(range(self.ndim), key=lambda d: self.axes[d])
-        return self.base.at[index].set(jnp.transpose(value, order))
+        changed = self._plane().at[self._index()].set(jnp.transpose(value, order))
+        if not self.picked:
+            return changed
+        begin = [jnp.int32(0)] * self.base.ndim
+        for axis, at in self.picked:
+            begin[axis] = jnp.asarray(at, jnp.int32)
+        return lax.dynamic_update_slice(self.base, changed, begin)
+
+    def _plane(self) -> jax.Array:
+        """The base, with one element left along the axes that are picked."""
+        plane = self.base
+        for axis, at in self.picked:
+            plane = lax.dynamic_index_in_dim(plane, at, axis)
+        return plane
+
+    def _index(self) -> tuple[int | slice, ...]:
+        """What `array` and `set` index that with."""
+        fixed = dict(self.fixed) | {axis: 0 for axis, _ in self.picked}
+        return tuple(fixed[a] if a in fixed else self._slice(self.axes.index(a)) for a in range(self.base.ndim))
 
     def _slice(self, d: int) -> slice:
         n = self.shape[d]
@@ -145,10 +164,11 @@ class View:
     def same_elements(self, other: View) -> bool:
         """Whether two views of one base are the same elements in the same places."""
         mine = (self.axes, self.starts, self.steps, self.shape, sorted(self.fixed))
-        return mine == (other.axes, other.starts, other.steps, other.shape, sorted(other.fixed))
+        picked = {axis: id(at) for axis, at in self.picked} == {axis: id(at) for axis, at in other.picked}
+        return picked and mine == (other.axes, other.starts, other.steps, other.shape, sorted(other.fixed))
 
     def overlaps(self, other: View) -> bool:
-        """Whether two views of one base share an element (decided by elements, not by ranges)."""
+        """Whether two views of one base share an element: decided by elements, not by ranges; what is picked may be any."""
         if 0 in self.shape or 0 in other.shape:
             return False
         return all(_meet(self._progression(a), other._progression(a)) for a in range(self.base.ndim))
@@ -157,20 +177,29 @@ class View:
         for fixed, at in self.fixed:
             if fixed == axis:
                 return at, 1, 1
+        if axis not in self.axes:
+            return 0, 1, self.base.shape[axis]
         d = self.axes.index(axis)
         return self.starts[d], self.steps[d], self.shape[d]
 
     def tree_flatten(self):
-        """The base as the only leaf."""
-        return (self.base,), (self.axes, self.starts, self.steps, self.shape, self.fixed)
+        """The base and what picks as leaves."""
+        axes = tuple(axis for axis, _ in self.picked)
+        return (self.base, *(at for _, at in self.picked)), (self.axes, self.starts, self.steps, self.shape, self.fixed, axes)
 
     @classmethod
     def tree_unflatten(cls, aux, children) -> View:
         """The view around a new base, which may be anything: JAX builds trees of what is no array, too."""
-        made = object.__new__(cls)
-        for name, value in zip(("base", "axes", "starts", "steps", "shape", "fixed"), (*children, *aux), strict=True):
+        made, (*aux, axes), (base, *at) = object.__new__(cls), aux, children
+        values = (base, *aux, tuple(zip(axes, at, strict=True)))
+        for name, value in zip(("base", "axes", "starts", "steps", "shape", "fixed", "picked"), values, strict=True):
             object.__setattr__(made, name, value)
         return made
+
+
+def _picks(i: object) -> bool:
+    """Whether an index is an element that is known at run time."""
+    return isinstance(i, jax.Array) and i.ndim == 0 and jnp.issubdtype(i.dtype, jnp.integer)
 
 
 def _is_integer(n: object) -> bool:

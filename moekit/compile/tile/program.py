@@ -54,7 +54,8 @@ class Strided:
 @dataclass(frozen=True)
 class Viewed:
     """A tensor that is part of a dense array: operand `buffer` of shape `base`, dimension d being elements
-    `start + step·i` of base axis `axes[d]`; base axes in no dimension stay at their `fixed` element."""
+    `start + step·i` of base axis `axes[d]`; base axes in no dimension stay at their `fixed` element, or at the one that operand
+    `picked` holds, an int32 array of one element which is in range."""
 
     buffer: str
     base: tuple[int, ...]
@@ -62,6 +63,7 @@ class Viewed:
     starts: tuple[int, ...]
     steps: tuple[int, ...]
     fixed: tuple[tuple[int, int], ...] = ()
+    picked: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
