@@ -17,6 +17,18 @@ class DtypeError(MoekitError, TypeError):
     """A tensor's dtype does not fit the declaration."""
 
 
+class ArgumentError(MoekitError, ValueError):
+    """A value that a call cannot take."""
+
+
+class NonFiniteError(MoekitError, ArithmeticError):
+    """A computation gave NaN or an infinity where numbers are needed."""
+
+
+class FileError(MoekitError, OSError):
+    """A file that cannot be written."""
+
+
 class DeviceError(MoekitError, ValueError):
     """A tensor lives on a device where the call cannot be served."""
 

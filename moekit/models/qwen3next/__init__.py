@@ -3,7 +3,7 @@
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checkpoint import CheckpointError
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.generate import Generation, Progress, generate
+from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
 from moekit.models.qwen3next.model import (
     Model,
     abstract_model,
@@ -27,6 +27,7 @@ __all__ = [
     "abstract_model",
     "cache_shapes",
     "decode_step",
+    "end_tokens",
     "generate",
     "greedy_step",
     "load",

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from moekit.errors import MoekitError
 from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, Weight, checkpoint_shapes, parameters
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,7 +134,13 @@ def _fill(place: np.ndarray, checkpoint: Checkpoint, weight: Weight, rank: int, 
 def _joined(checkpoint: Checkpoint, slabs: Sequence[Slab], dtype: np.dtype) -> np.ndarray:
     blocks = [checkpoint.read(slab) for slab in slabs]
     block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    return block.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        block = block.astype(dtype, copy=False)
+        if not finite(block):
+            wrong, part = next((s, b) for s, b in zip(slabs, blocks, strict=True) if not finite(b.astype(dtype)))
+            why = f"leaves the range of {dtype}; choose a wider dtype" if finite(part) else "holds NaN or an infinity"
+            raise CheckpointError(f"{checkpoint.directory}: tensor {wrong.key} {why}")
+    return block
 
 
 def _headers(directory: Path) -> dict[str, Tensor]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from moekit.errors import DtypeError, NonFiniteError, ShapeError
+from moekit.models.qwen3next.checks import LOST, positive, token_ids
+from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
 
@@ -52,23 +58,28 @@ class Generation:
 
 def generate(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Any,
     *,
     max_new_tokens: int,
-    eos: int | Collection[int] | None = None,
+    eos: Any = None,
     kernels: str | Kernels = "pallas",
     progress: Callable[[Progress], None] | None = None,
 ) -> Generation:
     """Continue each prompt greedily.
 
-    prompts: token ids, of any lengths of at least 1. eos: token ids that end a sequence (none by default;
-    `model.config.eos_token_ids` are the checkpoint's). kernels: 'pallas' or 'xla'. progress is called once
-    per new token. Raises ValueError on an empty prompt, an id outside the vocabulary or a bad number of
-    tokens.
+    prompts: for each sequence its token ids, at least one: lists of any lengths, or arrays or tensors of integers
+    of any framework; an array [B, S] is B prompts. eos: the token ids that end a sequence, an int or a collection
+    or array of them (none by default; `end_tokens` are the checkpoint's). kernels: 'pallas' or 'xla'. progress is
+    called once per new token.
+
+    Raises, before anything is compiled, DtypeError for what is no integer (text, 1.5, True), ShapeError for an empty
+    or nested prompt, and ArgumentError for an id outside the vocabulary or no token to make; and NonFiniteError, at
+    the first token that has none, where the logits of a running sequence hold NaN or an infinity.
     """
-    _check_prompts(model, prompts, max_new_tokens)
+    prompts = _checked_prompts(prompts, model.config.vocab_size)
+    max_new_tokens = positive("max_new_tokens", max_new_tokens)
+    stops = frozenset(() if eos is None else token_ids("eos", eos, model.config.vocab_size))
     kernels = resolve(kernels)
-    stops = frozenset((eos,) if isinstance(eos, int) else eos or ())
     run = _Run(len(prompts), max_new_tokens, stops, progress)
     calls = _calls(model, prompts, max_new_tokens, kernels)
     for stage in ("prefill", "decode"):  # each compiles, so each is awaited before the next is dispatched
@@ -82,7 +93,7 @@ def generate(
     return run.result()
 
 
-def _calls(model: Model, prompts: Sequence[Sequence[int]], total: int, kernels: Kernels) -> Iterator[jax.Array]:
+def _calls(model: Model, prompts: list[list[int]], total: int, kernels: Kernels) -> Iterator[jax.Array]:
     """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
     tokens, lengths = _padded(prompts)
     room = _round_up(tokens.shape[1] + total, CACHE_BUCKET)
@@ -93,6 +104,29 @@ def _calls(model: Model, prompts: Sequence[Sequence[int]], total: int, kernels: 
     for _ in range(total - 1):
         current, memory = greedy_step(model, current, memory, kernels=kernels)
         yield current
+
+
+def end_tokens(checkpoint_dir: str | Path, config: Config) -> tuple[int, ...]:
+    """The token ids that end a sequence: those of generation_config.json where it names any, else config.json's.
+
+    Raises ConfigError where generation_config.json cannot be read or names what is no token id.
+    """
+    path = Path(checkpoint_dir) / "generation_config.json"
+    if not path.exists():
+        return config.eos_token_ids
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(described, dict):
+        raise ConfigError(f"{path} holds {type(described).__name__} where a JSON object is needed")
+    named = described.get("eos_token_id")
+    if named is None:
+        return config.eos_token_ids
+    ids = named if isinstance(named, list) else [named]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigError(f"{path}: eos_token_id is {named!r} where a token id or a list of them is needed")
+    return tuple(ids)
 
 
 class _Run:
@@ -117,6 +151,11 @@ class _Run:
         self.seconds.append(now - self.since)
         for i, token in enumerate(new):
             if not self.ended[i]:
+                if token == LOST:
+                    raise NonFiniteError(
+                        f"generate: the logits of sequence {i} hold NaN or an infinity at new token {len(self.tokens[i])}; "
+                        f"its activations leave the range of the model's dtype, or a kernel is at fault"
+                    )
                 self.tokens[i].append(token)
                 self.ended[i] = token in self.stops
         if self.progress is not None:
@@ -135,21 +174,23 @@ class _Run:
         )
 
 
-def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if not prompts:
-        raise ValueError("prompts is empty; at least one prompt is needed")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens} where at least 1 is needed")
-    vocabulary = model.config.vocab_size
+def _checked_prompts(prompts: Any, vocabulary: int) -> list[list[int]]:
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise DtypeError(f"prompts is {prompts!r}; lists of token ids are needed: a tokenizer makes them of text")
+    found = []
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; each needs at least one token")
-        for token in prompt:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"prompt {i} holds token {token}, outside the vocabulary of {vocabulary}")
+        if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
+            raise ShapeError(f"prompts[{i}] is {prompt!r} where a list of token ids is needed; put a single prompt in a list")
+        found.append(token_ids(f"prompt {i}", prompt, vocabulary))
+        if not found[-1]:
+            raise ShapeError(f"prompt {i} is empty; each needs at least one token")
+    if not found:
+        raise ShapeError("prompts is empty; at least one prompt is needed")
+    return found
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _round_up(int(lengths.max()), PROMPT_BUCKET)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.models.qwen3next import attention, gdn
+from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, cache_specs
 from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
@@ -60,11 +60,13 @@ def load(
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
     dtype: of the weights, the checkpoint's where None. progress(done, total) is called after each array.
-    Raises ConfigError (config.json, or a tp that does not divide the model) before any tensor is read, and
-    CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or truncated.
+    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
+    before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
+    truncated, or holds NaN or an infinity in `dtype`.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
+    dtype = checks.weight_dtype(dtype)
     config = Config.from_json(checkpoint_dir)
     check_tensor_parallel(config, mesh.shape[AXIS])
     params = load_parameters(checkpoint_dir, config, mesh, dtype, progress)
@@ -82,6 +84,7 @@ def abstract_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     return Model(jax.tree.map(struct, parameters(config, mesh.shape[AXIS])), config, mesh)
 
 
+@checks.checked(checks.check_prefill)
 @partial(jax.jit, static_argnames=("cache_length", "kernels", "every_logit"))
 def prefill(
     model: Model,
@@ -98,13 +101,16 @@ def prefill(
     real. Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with
     every_logit) and the cache. The vocabulary of the logits is cut over tp, and no row depends on another's
     padding.
+
+    Raises ShapeError, DtypeError or ArgumentError for lengths and real tokens out of range, before anything is
+    compiled. In a traced call, whose values nobody can see, the logits of such a row are NaN and its length in the
+    cache is -1, which makes it NaN in every step.
     """
     config, kernels = model.config, resolve(kernels)
-    if cache_length < tokens.shape[1]:
-        raise ValueError(f"cache_length = {cache_length} is less than the {tokens.shape[1]} tokens of the prompt")
 
     def local(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         batch, length = tokens.shape
+        tokens, lengths = checks.spoiled_prompts(tokens, lengths, config.vocab_size)
 
         def mix(i: int, x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
             x = x.reshape(batch, length, -1)
@@ -124,12 +130,15 @@ def prefill(
     return _sharded(model, local, (P(), P()), (_logit_spec(model, leading), cache_specs(config)))(model.params, tokens, lengths)
 
 
+@checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
 def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
     """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp; new cache.
 
-    The cache is donated: its buffers become the new one's. It must have room: a token beyond its length is
-    lost.
+    The cache is donated: its buffers become the new one's. A row whose memory is full (its length is the cache's)
+    or whose token is outside the vocabulary gets NaN logits and the length -1, now and in every later step; the
+    others are as without it. Such a token in a numpy array is refused (ArgumentError) before anything runs; what a
+    device holds is not looked at, so that a step never waits.
     """
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
@@ -137,9 +146,13 @@ def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
     return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(model.params, tokens, cache)
 
 
+@checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
 def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
-    """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated."""
+    """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated.
+
+    The token is -1 where a logit is NaN or infinite, as in a row that decode_step spoils.
+    """
     kernels = resolve(kernels)
     cut = vocabulary_spec(model.config, model.tp) != P()
 
@@ -153,7 +166,10 @@ def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
 
 @jax.jit
 def most_likely(model: Model, logits: jax.Array) -> jax.Array:
-    """The most likely token of each row of logits [B, vocabulary]: [B] int32, the lower of equals."""
+    """The most likely token of each row of logits [B, vocabulary]: [B] int32, the lower of equals.
+
+    It is -1 where a logit of the row is NaN or infinite.
+    """
     cut = vocabulary_spec(model.config, model.tp) != P()
     local = partial(_most_likely, cut=cut and model.tp > 1)
     return jax.shard_map(local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
@@ -165,8 +181,9 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
             return gdn.decode(x, layer, cache.layers[i], config, kernels)
         return attention.decode(x, layer, cache.layers[i], cache.lengths, config)
 
+    tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
     hidden, memories = _layers(params, tokens, mix, config, kernels)
-    return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, cache.lengths + 1)
+    return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, lengths)
 
 
 def _layers(
@@ -181,7 +198,7 @@ def _layers(
     mix(i, x, layer) is one rank's share of layer i's attention or delta net.
     """
     norm = jax.jit(partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0))
-    hidden = jnp.take(params["embed_tokens"], tokens, axis=0, mode="clip")
+    hidden = checks.embedded(params["embed_tokens"], tokens)
     residual, memories = jnp.zeros_like(hidden), []
     for i, layer in enumerate(params["layers"]):
         normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
@@ -193,13 +210,12 @@ def _layers(
 
 
 def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
-    """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut."""
-    token = jnp.argmax(logits, axis=-1)
+    """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut; LOST where one is not finite."""
+    best, token = checks.best(logits)
     if not cut:
-        return token.astype(jnp.int32)
-    best = jnp.max(logits, axis=-1)
-    token = (token + lax.axis_index(AXIS) * logits.shape[-1]).astype(jnp.float32)  # exact below 2²⁴
-    best, token = jnp.unstack(lax.all_gather(jnp.stack([best, token]), AXIS), axis=1)
+        return token
+    token = jnp.where(token < 0, token, token + lax.axis_index(AXIS) * logits.shape[-1])
+    best, token = jnp.unstack(lax.all_gather(jnp.stack([best, token.astype(jnp.float32)]), AXIS), axis=1)  # exact below 2²⁴
     return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
 
 
