@@ -59,10 +59,11 @@ class Steps:
 
 
 def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) -> tuple[jax.Array, Any]:
-    """The last tokens of so many sequences, and a cache that is half full."""
+    """The last tokens of so many sequences, and a cache that is half full, as such kernels have it."""
     cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
     tokens = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size)
-    return tokens, replace(cache, lengths=jnp.full((batch,), ROOM // 2, jnp.int32))
+    cache = replace(cache, lengths=jnp.full((batch,), ROOM // 2, jnp.int32))
+    return tokens, cache if kernels.fused else cache.apart()
 
 
 def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, Steps]]:

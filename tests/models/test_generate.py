@@ -75,7 +75,7 @@ def test_the_cache_is_donated_and_counts(zoo):
     tokens, lengths = jnp.ones((2, 16), jnp.int32), jnp.array([16, 9], jnp.int32)
     _, cache = prefill(model, tokens, lengths, cache_length=64, kernels="xla")
     assert cache.lengths.tolist() == [16, 9]
-    before = jax.tree.leaves(cache.layers)
+    before = jax.tree.leaves((cache.deltas, cache.attentions))
     _, after = decode_step(model, jnp.array([1, 2]), cache, kernels="xla")
     assert after.lengths.tolist() == [17, 10]
     assert all(a.is_deleted() for a in before)

@@ -55,7 +55,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
         return gdn.prefill(x, weights, lengths, config, named("xla"))
 
     def token(weights, x, memory):
-        return gdn.decode(x, weights, memory, config, named("pallas"))
+        return gdn.decode(x, weights, memory, None, config, named("pallas"))
 
     # The second sequence is shorter, and its padding is loud: neither its output nor its state may hear it.
     lengths = np.array([S - 3, S - 5], np.int32)

@@ -142,7 +142,7 @@ def test_a_step_refuses_a_hosts_wrong_tokens_and_spoils_the_row_of_a_devices(zoo
             with pytest.raises(error, match=words):
                 step(model, tokens, cache, kernels="xla")
     with pytest.raises(ArgumentError, match="cache is a list"):
-        decode_step(model, jnp.array([1, 2, 3]), cache.layers, kernels="xla")
+        decode_step(model, jnp.array([1, 2, 3]), cache.deltas, kernels="xla")
     expected, _ = decode_step(model, jnp.array([1, 2, 3]), jax.tree.map(jnp.copy, cache), kernels="xla")
     logits, after = decode_step(model, jnp.array([1, 256, 3]), cache, kernels="xla")
     assert np.isnan(logits[1]).all()

@@ -1,4 +1,10 @@
-"""What a sequence remembers between steps."""
+"""What a sequence remembers between steps.
+
+With kernels, the states of all delta nets stand in one stack, of which a kernel reads and writes its layer's: an array that is
+donated costs the host 3 µs and more for each device (`layer.py` has why arguments are few). XLA by itself would write the stack
+anew for every layer, so with `kernels="xla"` each layer has arrays of its own; and so have keys and values in any case, since
+XLA copies a layer's out of a stack before it multiplies by them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.models.qwen3next.config import GDN, Config
+from moekit.models.qwen3next.config import ATTENTION, GDN, Config
 from moekit.models.qwen3next.sharding import AXIS, kv_heads_per_rank
 
 
@@ -21,7 +28,8 @@ class DeltaState:
     """A gated delta net's memory.
 
     conv [B, channels, width - 1]: the last inputs of the convolution, in the model's dtype, a rank's channels
-    q | k | v. recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp.
+    q | k | v. recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp. In a stack both have the
+    number of the delta net before that.
     """
 
     conv: Any
@@ -37,44 +45,104 @@ class KeyValues:
     values: Any
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("layers", "lengths"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("deltas", "attentions", "lengths"), meta_fields=())
 @dataclass(frozen=True)
 class Cache:
-    """One memory per layer, and lengths [B] int32: the tokens each sequence has seen."""
+    """What all layers remember, and lengths [B] int32: the tokens each sequence has seen.
 
-    layers: list[DeltaState | KeyValues]
+    deltas: the states of the delta nets in order, in one stack or each by itself (a tuple). attentions: those of the others.
+    """
+
+    deltas: DeltaState | tuple[DeltaState, ...]
+    attentions: tuple[KeyValues, ...]
     lengths: Any
 
+    @property
+    def room(self) -> int | None:
+        """How many tokens a sequence may have; None where no layer counts them."""
+        return self.attentions[0].keys.shape[2] if self.attentions else None
 
-def cache_specs(config: Config) -> Cache:
+    @property
+    def stacked(self) -> bool:
+        """Whether the delta nets share their arrays."""
+        return not isinstance(self.deltas, tuple)
+
+    def apart(self) -> Cache:
+        """The same memories with the states of each delta net by themselves, copied out of the stack."""
+        held = self.deltas
+        if isinstance(held, tuple):
+            return self
+        states = (DeltaState(held.conv[i], held.recurrent[i]) for i in range(held.conv.shape[0]))
+        return Cache(tuple(states), self.attentions, self.lengths)
+
+
+class Memories:
+    """The memories of a cache while a function goes through the layers in order."""
+
+    def __init__(self, config: Config, cache: Cache | None = None, stacked: bool = False):
+        self.count = config.layer_types.count(GDN)
+        self.stacked = cache.stacked if cache else stacked
+        self.deltas: Any = cache.deltas if cache else ()
+        self.attentions = cache.attentions if cache else ()
+        self.seen = {GDN: 0, ATTENTION: 0}
+
+    def delta(self) -> tuple[DeltaState, jax.Array | None]:
+        """The next delta net's own state, or the stack that holds it, and where."""
+        at = self.seen[GDN]
+        return (self.deltas, jnp.int32(at)) if self.stacked else (self.deltas[at], None)
+
+    def attention(self) -> KeyValues:
+        """The next attention's memory."""
+        return self.attentions[self.seen[ATTENTION]]
+
+    def keep(self, kind: str, new: Any) -> None:
+        """What the next layer of a kind remembers from now on, or the stack that holds it."""
+        at = self.seen[kind]
+        self.seen[kind] += 1
+        if kind == GDN:
+            self.deltas = new if self.stacked else (*self.deltas[:at], new, *self.deltas[at + 1 :])
+        else:
+            self.attentions = (*self.attentions[:at], new, *self.attentions[at + 1 :])
+
+    def first(self, kind: str, new: Any) -> None:
+        """What the next layer of a kind remembers of a prompt."""
+        if kind == GDN and self.stacked:
+            at = self.seen[GDN]
+            held = self.deltas or jax.tree.map(lambda a: jnp.zeros((self.count, *a.shape), a.dtype), new)
+            new = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, at, 0), held, new)
+        self.keep(kind, new)
+
+    def cache(self, lengths: jax.Array) -> Cache:
+        """What all layers remember now."""
+        return Cache(self.deltas, self.attentions, lengths)
+
+
+def cache_specs(config: Config, stacked: bool) -> Cache:
     """The PartitionSpecs of a cache."""
-    cut = P(None, AXIS)
-    return Cache([_kind(config, i)(cut, cut) for i in range(config.num_layers)], P())
+    cut, count = P(None, AXIS), config.layer_types.count(GDN)
+    stack = P(None, *cut)
+    deltas = DeltaState(stack, stack) if stacked and count else (DeltaState(cut, cut),) * count
+    return Cache(deltas, (KeyValues(cut, cut),) * (config.num_layers - count), P())
 
 
-def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache of `batch` sequences of up to `length` tokens: shapes and shardings, without memory."""
-    tp = mesh.shape[AXIS]
+def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any, stacked: bool = True) -> Cache:
+    """A cache of `batch` sequences of up to `length` tokens: shapes and shardings, without memory.
+
+    stacked: as kernels have it; False as `kernels="xla"` has.
+    """
+    tp, count = mesh.shape[AXIS], config.layer_types.count(GDN)
     kv = tp * kv_heads_per_rank(config, tp)
     heads, keys = config.linear_num_value_heads, config.linear_key_head_dim
     values = config.linear_value_head_dim
     channels = 2 * config.linear_num_key_heads * keys + heads * values
+    before = (count,) if stacked and count else ()
 
-    cut = NamedSharding(mesh, P(None, AXIS))
+    def struct(shape: tuple[int, ...], kind: Any, cut: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, cut))
 
-    def struct(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=cut)
-
-    def memory(i: int) -> DeltaState | KeyValues:
-        if config.layer_types[i] == GDN:
-            conv = struct((batch, channels, config.conv_width - 1), dtype)
-            return DeltaState(conv, struct((batch, heads, keys, values), jnp.float32))
-        shape = (batch, kv, length, config.head_dim)
-        return KeyValues(struct(shape, dtype), struct(shape, dtype))
-
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P()))
-    return Cache([memory(i) for i in range(config.num_layers)], lengths)
-
-
-def _kind(config: Config, i: int) -> type[DeltaState] | type[KeyValues]:
-    return DeltaState if config.layer_types[i] == GDN else KeyValues
+    cut = P(*[None] * len(before), None, AXIS)
+    conv = struct((*before, batch, channels, config.conv_width - 1), dtype, cut)
+    state = DeltaState(conv, struct((*before, batch, heads, keys, values), jnp.float32, cut))
+    memory = KeyValues(*[struct((batch, kv, length, config.head_dim), dtype, P(None, AXIS))] * 2)
+    lengths = struct((batch,), jnp.int32, P())
+    return Cache(state if before else (state,) * count, (memory,) * (config.num_layers - count), lengths)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.errors import ArgumentError, DtypeError, ShapeError
-from moekit.models.qwen3next.cache import Cache, KeyValues
+from moekit.models.qwen3next.cache import Cache
 from moekit.models.qwen3next.config import DTYPES
 
 LOST = -1  # the token, and the length in a cache, of a row that has no answer any more
@@ -92,8 +92,8 @@ def spoiled_steps(tokens: jax.Array, cache: Cache, vocabulary: int) -> tuple[jax
     """tokens [B] and the lengths [B] after them, with LOST where a row's token is wrong, its memory full, or it was lost."""
     lengths = cache.lengths
     good = _known(tokens, vocabulary) & (lengths >= 0)
-    if rooms := {layer.keys.shape[2] for layer in cache.layers if isinstance(layer, KeyValues)}:
-        good &= lengths < min(rooms)
+    if cache.room is not None:
+        good &= lengths < cache.room
     return jnp.where(good, tokens.astype(jnp.int32), LOST), jnp.where(good, lengths + 1, LOST)
 
 

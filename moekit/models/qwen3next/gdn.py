@@ -25,15 +25,16 @@ CHUNK = 64
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def decode(
-    x: jax.Array, weights: Layer, state: DeltaState, config: Config, kernels: Kernels
+    x: jax.Array, weights: Layer, state: DeltaState, at: jax.Array | None, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, DeltaState]:
-    """One token of each sequence: x [B, H] -> partial output [B, H] and the new state."""
+    """One token of each sequence: x [B, H] -> partial output [B, H] and the new state; `at`: where that is in a stack."""
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
     mixed = linear(x, weights["in_proj_qkvz"])
     gates = linear(x, weights["in_proj_ba"])
-    window = jnp.concatenate([state.conv, mixed[:, :channels, None]], axis=-1)
+    inputs = state.conv if at is None else lax.dynamic_index_in_dim(state.conv, at, keepdims=False)
+    window = jnp.concatenate([inputs, mixed[:, :channels, None]], axis=-1)
     convolved = _silu(jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32)[None], axis=-1), x.dtype)
     q, k, v = _heads(
         convolved,
@@ -42,6 +43,7 @@ def decode(
         (2 * keys, value_heads, value_dim),
     )
     (z,) = _heads(mixed, (channels, value_heads, value_dim))
+    memory = view(state.recurrent) if at is None else view(state.recurrent)[at]
     read, recurrent = kernels.delta_rule_step(
         q,
         k,
@@ -50,11 +52,13 @@ def decode(
         view(gates)[:, :value_heads],
         weights.view("A_log"),
         weights.view("dt_bias"),
-        state.recurrent,
+        memory,
+        out=None if at is None else (None, memory),
     )
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
-    return out, DeltaState(window[:, :, 1:], recurrent)
+    conv = window[:, :, 1:]
+    return out, DeltaState(conv if at is None else lax.dynamic_update_index_in_dim(state.conv, conv, at, 0), recurrent)
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, checks, gdn
-from moekit.models.qwen3next.cache import Cache, cache_specs
+from moekit.models.qwen3next.cache import Cache, Memories, cache_specs
 from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
 from moekit.models.qwen3next.kernels import Kernels, resolve
@@ -112,22 +112,26 @@ def prefill(
         batch, length = tokens.shape
         tokens, lengths = checks.spoiled_prompts(tokens, lengths, config.vocab_size)
 
-        def mix(i: int, x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
+        memories = Memories(config, stacked=kernels.fused)
+
+        def mix(kind: str, x: jax.Array, layer: Layer) -> jax.Array:
             x = x.reshape(batch, length, -1)
-            if config.layer_types[i] == GDN:
+            if kind == GDN:
                 out, memory = gdn.prefill(x, layer, lengths, config, kernels)
             else:
                 out, memory = attention.prefill(x, layer, cache_length, config)
-            return out.reshape(batch * length, -1), memory
+            memories.first(kind, memory)
+            return out.reshape(batch * length, -1)
 
-        hidden, memories = _layers(params, tokens.reshape(-1), mix, config, kernels)
+        hidden = _layers(params, tokens.reshape(-1), mix, config, kernels)
         hidden = hidden.reshape(batch, length, -1)
         if not every_logit:
             hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, lengths)
+        return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
     leading = P(None, None) if every_logit else P(None)
-    return _sharded(model, local, (P(), P()), (_logit_spec(model, leading), cache_specs(config)))(model.params, tokens, lengths)
+    places = (_logit_spec(model, leading), cache_specs(config, kernels.fused))
+    return _sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
 
 
 @checks.checked(checks.check_step)
@@ -142,7 +146,7 @@ def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
     """
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
-    specs = cache_specs(model.config)
+    specs = cache_specs(model.config, cache.stacked)
     return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(model.params, tokens, cache)
 
 
@@ -160,7 +164,7 @@ def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
         logits, cache = _decode(params, tokens, cache, config=model.config, kernels=kernels)
         return _most_likely(logits, cut and model.tp > 1), cache
 
-    specs = cache_specs(model.config)
+    specs = cache_specs(model.config, cache.stacked)
     return _sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
 
 
@@ -176,37 +180,41 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
 
 
 def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
-    def mix(i: int, x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-        if config.layer_types[i] == GDN:
-            return gdn.decode(x, layer, cache.layers[i], config, kernels)
-        return attention.decode(x, layer, cache.layers[i], cache.lengths, config)
+    memories = Memories(config, cache)
+
+    def mix(kind: str, x: jax.Array, layer: Layer) -> jax.Array:
+        if kind == GDN:
+            out, memory = gdn.decode(x, layer, *memories.delta(), config, kernels)
+        else:
+            out, memory = attention.decode(x, layer, memories.attention(), cache.lengths, config)
+        memories.keep(kind, memory)
+        return out
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
-    hidden, memories = _layers(params, tokens, mix, config, kernels)
-    return linear(hidden, params["lm_head"], jnp.float32), Cache(memories, lengths)
+    hidden = _layers(params, tokens, mix, config, kernels)
+    return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
 
 def _layers(
     params: Any,
     tokens: jax.Array,
-    mix: Callable[[int, jax.Array, Layer], tuple[jax.Array, Any]],
+    mix: Callable[[str, jax.Array, Layer], jax.Array],
     config: Config,
     kernels: Kernels,
-) -> tuple[jax.Array, list[Any]]:
-    """All layers over tokens [T]: the normed hidden states [T, H] and each layer's memory.
+) -> jax.Array:
+    """All layers over tokens [T]: the normed hidden states [T, H].
 
-    mix(i, x, layer) is one rank's share of layer i's attention or delta net.
+    mix(kind, x, layer) is one rank's share of the next layer's attention or delta net.
     """
     norm = jax.jit(partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0))
     hidden = checks.embedded(params["embed_tokens"], tokens)
-    residual, memories = jnp.zeros_like(hidden), []
-    for i, layer in enumerate(params["layers"]):
+    residual = jnp.zeros_like(hidden)
+    for kind, layer in zip(config.layer_types, params["layers"], strict=True):
         normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
-        partial_sum, memory = mix(i, normed, layer)
-        memories.append(memory)
+        partial_sum = mix(kind, normed, layer)
         normed, residual = norm(kernels.all_reduce(partial_sum), residual, layer.view("post_attention_layernorm"))
         hidden = kernels.all_reduce(moe(normed, layer, config, kernels))
-    return norm(hidden, residual, params["norm"])[0], memories
+    return norm(hidden, residual, params["norm"])[0]
 
 
 def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
