@@ -19,11 +19,11 @@ TPS = [1, 2, 4, 8]
 
 
 def calls(jaxpr, found=None):
-    """Every pallas_call that a jaxpr makes on a CPU, by name; each holds its kernel for the GPU beside it."""
+    """Every pallas_call that a jaxpr makes, by name: the kernels for a GPU, beside which interpreted ones stand hidden."""
     found = Counter() if found is None else found
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            found[equation.params["name"]] += bool(equation.params["interpret"])
+            found[equation.params["name"]] += not equation.params["interpret"]
             continue
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
             if hasattr(value, "eqns"):
