@@ -106,11 +106,12 @@ def torch_library() -> Library:
         return best[..., :k], ids[..., :k].to(torch.int32)
 
     class Bitcast(torch.autograd.Function):
-        """`x.view(dtype)` for dtypes of one width, with the rule for vmap that torch has not."""
+        """`x.view(dtype)` for dtypes of one width, with the rule for vmap that torch has not; bits have no derivative."""
 
         forward = staticmethod(lambda x, dtype: x.view(dtype))
         setup_context = staticmethod(lambda ctx, inputs, output: ctx.mark_non_differentiable(output))
         backward = staticmethod(lambda ctx, *grads: (None, None))
+        jvp = staticmethod(lambda ctx, *tangents: None)
 
         @staticmethod
         def vmap(info, in_dims, *args):

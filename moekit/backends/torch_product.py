@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAME = "_product"
 _library = torch.library.Library("moekit", "FRAGMENT")
@@ -49,9 +50,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        (_, da, db), (a, b) = tangents, ctx.saved_tensors
-        parts = [product(ctx.equation, x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
-        return sum(parts[1:], parts[0])
+        (_, da, db), (a, b) = tangents, (torch._VF._unpack_dual(x, level=0)[0] for x in ctx.saved_tensors)
+        with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off here, for tangents of an outer level as well
+            parts = [product(ctx.equation, x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+            return sum(parts[1:], parts[0])
 
     @staticmethod
     def vmap(info, in_dims, equation: str, a: torch.Tensor, b: torch.Tensor):
