@@ -49,8 +49,7 @@ class Differences:
     def scalar(self, outs) -> torch.Tensor:
         """The weighted sum of a call's float outputs."""
         floats = [x for x in outs if x.is_floating_point()]
-        weights = [torch.from_numpy(w).to(x) for w, x in zip(self.weights.values(), floats, strict=True)]
-        return sum(((x * w).sum() for x, w in zip(floats, weights, strict=True)), torch.zeros((), device=floats[0].device))
+        return sum((x * torch.from_numpy(w).to(x)).sum() for x, w in zip(floats, self.weights.values(), strict=True))
 
 
 def as_tuple(x) -> tuple:
