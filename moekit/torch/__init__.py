@@ -1,5 +1,14 @@
 """The PyTorch face: fusions as functions on tensors of any strides, and as `torch.ops.moekit.*`."""
 
+from moekit.errors import MissingExtraError as _MissingExtraError
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _missing:
+    if _missing.name != "torch":
+        raise
+    raise _MissingExtraError("moekit.torch: torch is not installed; install moekit[torch]", name="torch") from None
+
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
 from moekit.torch.face import IMPLEMENTATIONS, op
@@ -26,6 +35,9 @@ gate_block = op(_FUSIONS["gate_block"])
 gate_block_ = op(_FUSIONS["gate_block"], in_place=True)
 down_combine = op(_FUSIONS["down_combine"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
+
+for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
+    _function.__module__ = __name__  # where it is found again when it is pickled
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -10,6 +10,7 @@ import moekit.torch as mt
 from moekit.errors import MoekitError, UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.torch import ops
+
 from .derivatives import Differences, as_tuple, close
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
