@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Fusion:
     def __reduce__(self) -> str:
         """Pickled by name, as a function is: the reader imports the module and gets its declaration, caches and all."""
         module = sys.modules.get(self.__module__)
-        interactive = self.__module__ == "__main__" and not hasattr(module, "__file__")
+        interactive = self.__module__ == "__main__" and not os.path.isfile(getattr(module, "__file__", ""))
         names = [] if module is None or interactive else [n for n, x in vars(module).items() if x is self]
         if not names:
             raise MoekitError(

@@ -94,8 +94,9 @@ def test_what_has_no_name_says_so():
         pickle.dumps(inside)
     assert copy.deepcopy(inside) is inside
     session = textwrap.dedent(MODULE) + "import pickle; pickle.dumps(doubled)"
-    done = subprocess.run([sys.executable], input=session, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert re.search(f"MoekitError: doubled: {sentence}", done.stderr)
+    for how, given in (["-c", session], ""), (["-"], session):
+        done = subprocess.run([sys.executable, *how], input=given, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert re.search(f"MoekitError: doubled: {sentence}", done.stderr)
 
 
 def test_plain_data():
