@@ -124,13 +124,10 @@ class Call:
         if self.device.type == "meta" and not carries_tangent(*self.operands.values()):
             return tuple(self.outs.get(n, self.bound.empty(n, self.device)) for n in self.names)
         values = self.arrays()
+        held = {x.untyped_storage()._cdata for x in self.operands.values()}
         # every output has memory of its own before the first is written: it may go over an operand that another one is
-        ready = {n: self._apart(values[n] if n in self.outs else values[n].contiguous()) for n in self.names}
+        ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}
         return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in ready.items())
-
-    def _apart(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, or a copy of it where it is a view of an operand."""
-        return x.clone() if any(torch._C._is_alias_of(x, o) for o in self.operands.values()) else x
 
     def prepare(self) -> Prepared:
         """Everything up to the launches: plan, outputs and scratch allocated, kernels' arguments known."""
@@ -214,6 +211,11 @@ def region(x: torch.Tensor) -> Region:
     """The bytes of a tensor."""
     size = x.element_size()
     return Region(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
+
+
+def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:
+    """`x`, or a copy of it where it is a view of storage that is held (by address: fake tensors have no memory)."""
+    return x.clone() if x.untyped_storage()._cdata in held else x
 
 
 @lru_cache(maxsize=64)
