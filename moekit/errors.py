@@ -47,3 +47,7 @@ class UnavailableError(MoekitError, RuntimeError):
 
 class VerifyError(MoekitError):
     """A TileProgram breaks a rule of the IR."""
+
+
+class MissingExtraError(MoekitError, ModuleNotFoundError):
+    """A face is imported without its framework."""

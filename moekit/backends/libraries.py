@@ -95,6 +95,8 @@ def torch_library() -> Library:
     import torch
     from torch._C._functorch import peek_interpreter_stack
 
+    from moekit.backends.torch_product import product
+
     dtypes = {
         name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")
     }
@@ -104,11 +106,12 @@ def torch_library() -> Library:
         return best[..., :k], ids[..., :k].to(torch.int32)
 
     class Bitcast(torch.autograd.Function):
-        """`x.view(dtype)` for dtypes of one width, with the rule for vmap that torch has not."""
+        """`x.view(dtype)` for dtypes of one width, with the rule for vmap that torch has not; bits have no derivative."""
 
         forward = staticmethod(lambda x, dtype: x.view(dtype))
         setup_context = staticmethod(lambda ctx, inputs, output: ctx.mark_non_differentiable(output))
         backward = staticmethod(lambda ctx, *grads: (None, None))
+        jvp = staticmethod(lambda ctx, *tangents: None)
 
         @staticmethod
         def vmap(info, in_dims, *args):
@@ -134,20 +137,6 @@ def torch_library() -> Library:
         with np.errstate(over="ignore"):
             return float(np.float32(v)) if is_float(dtype) else v
 
-    def einsum(eq, a, b):
-        """The product in IEEE float32, whatever the caller allows torch: TF32 on a GPU, bfloat16 on a CPU."""
-        a, b = a.float(), b.float()
-        backends: Any = torch.backends
-        backend = backends.cuda.matmul if a.is_cuda else backends.mkldnn.matmul
-        allowed = backend.fp32_precision
-        if allowed in ("ieee", "none"):
-            return torch.einsum(eq, a, b)
-        backend.fp32_precision = "ieee"
-        try:
-            return torch.einsum(eq, a, b)
-        finally:
-            backend.fp32_precision = allowed
-
     def div(a, b):
         return torch.where(b == 0, 0, torch.div(a, torch.where(b == 0, 1, b), rounding_mode="trunc"))
 
@@ -172,7 +161,7 @@ def torch_library() -> Library:
         arange=lambda n, like: torch.arange(n, dtype=torch.int32, device=like.device),
         constant=lambda v, dtype, like: torch.full((), rounded(v, dtype), dtype=dtypes[dtype], device=like.device),
         cumsum=lambda x, axis: torch.cumsum(x, axis, dtype=x.dtype),
-        einsum=einsum,
+        einsum=product,
         top_k=top_k,
         transpose=lambda x, order: x.permute(order),
         expand=lambda x, shape: x.expand(shape),

@@ -1,5 +1,16 @@
 """The JAX face: fusions as pure functions on arrays and Views."""
 
+from moekit.errors import MissingExtraError as _MissingExtraError
+
+try:
+    import jax as _jax  # noqa: F401
+except ModuleNotFoundError as _missing:
+    if _missing.name != "jax":
+        raise
+    raise _MissingExtraError(
+        "moekit.jax: jax is not installed; install moekit[jax], or moekit[cuda] for a GPU", name="jax"
+    ) from None
+
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
 from moekit.jax.face import IMPLEMENTATIONS, op
@@ -17,6 +28,9 @@ gate_block = op(_FUSIONS["gate_block"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
+
+for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
+    _function.__module__ = __name__  # where it is found again when it is pickled
 
 __all__ = [
     "IMPLEMENTATIONS",

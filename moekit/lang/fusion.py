@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from moekit.errors import DeclarationError, DtypeError, ShapeError
+from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
 from moekit.lang.graph import Along, By, Graph, Tensor, Write
 from moekit.lang.ops import Put
 from moekit.lang.spec import Dim, Spec
@@ -38,7 +40,7 @@ class Fusion:
         self.fn, self.reference, self.dynamic = fn, reference, dynamic
         self.name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # a lambda
         self.doc = inspect.getdoc(fn) or ""
-        self.__name__, self.__doc__ = self.name, self.doc
+        self.__name__, self.__doc__, self.__module__ = self.name, self.doc, fn.__module__
         operands = {n: s for n, s in specs.items() if s.role != "Out"}
         self.out_specs = MappingProxyType({n: s for n, s in specs.items() if s.role == "Out"})
         self.tensors = MappingProxyType(operands)
@@ -68,6 +70,25 @@ class Fusion:
     def __repr__(self) -> str:
         tensors = ", ".join(f"{n}={s}" for n, s in self.tensors.items())
         return f"<fusion {self.name}({tensors})>"
+
+    def __reduce__(self) -> str:
+        """Pickled by name, as a function is: the reader imports the module and gets its declaration, caches and all."""
+        module = sys.modules.get(self.__module__)
+        interactive = self.__module__ == "__main__" and not os.path.isfile(getattr(module, "__file__", ""))
+        names = [] if module is None or interactive else [n for n, x in vars(module).items() if x is self]
+        if not names:
+            raise MoekitError(
+                f"{self.name}: it is pickled by its name, which {self.__module__} does not have at the top of a file; "
+                "declare it at the top of a module that the reader can import"
+            )
+        return names[0]
+
+    def __copy__(self) -> Fusion:
+        """Nothing changes a declaration: a copy is itself."""
+        return self
+
+    def __deepcopy__(self, memo) -> Fusion:
+        return self
 
     def bind(self, shapes: Mapping[str, tuple], dtypes: Mapping[str, str], params: Mapping[str, object]) -> Binding:
         """Sizes of all axes from the operands' shapes; raises ShapeError or DtypeError where they do not fit."""

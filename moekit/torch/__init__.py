@@ -1,5 +1,14 @@
 """The PyTorch face: fusions as functions on tensors of any strides, and as `torch.ops.moekit.*`."""
 
+from moekit.errors import MissingExtraError as _MissingExtraError
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _missing:
+    if _missing.name != "torch":
+        raise
+    raise _MissingExtraError("moekit.torch: torch is not installed; install moekit[torch]", name="torch") from None
+
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
 from moekit.torch.face import IMPLEMENTATIONS, op
@@ -28,6 +37,9 @@ down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
+
+for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
+    _function.__module__ = __name__  # where it is found again when it is pickled
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -1,10 +1,11 @@
-"""Gradients of any fusion: forwards by a kernel, backwards through array evaluation."""
+"""Gradients of any fusion: forwards by a kernel, backwards through array evaluation; and who carries a tangent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from moekit.backends.array import evaluate
 from moekit.lang.fusion import Fusion
@@ -66,3 +67,10 @@ def differentiable(forwards: Callable[..., Tensors], fusion: Fusion, params: dic
 def needs_grad(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def carries_tangent(*tensors: object) -> bool:
+    """Whether forward mode would push a tangent of one of these through an operation on it."""
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return False
+    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

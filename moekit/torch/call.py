@@ -20,6 +20,7 @@ from moekit.lang.arguments import refuse_empty
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 from moekit.torch import launch
+from moekit.torch.autograd import carries_tangent
 from moekit.torch.binding import DTYPES, bind, checked
 from moekit.tune.table import scheduled, serves, untuned
 
@@ -120,10 +121,10 @@ class Call:
 
     def eager(self) -> Outputs:
         """The outputs by array evaluation, copied to the given tensors where there are any."""
-        if self.device.type == "meta":
+        if self.device.type == "meta" and not carries_tangent(*self.operands.values()):
             return tuple(self.outs.get(n, self.bound.empty(n, self.device)) for n in self.names)
         values = self.arrays()
-        held = {x.untyped_storage().data_ptr() for x in self.operands.values()}
+        held = {x.untyped_storage()._cdata for x in self.operands.values()}
         # every output has memory of its own before the first is written: it may go over an operand that another one is
         ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}
         return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in ready.items())
@@ -183,10 +184,16 @@ def one_device(fusion: Fusion, tensors: Mapping[str, torch.Tensor]) -> torch.dev
 
 
 def refuse_grad(fusion: Fusion, name: str, x: torch.Tensor, operands: Mapping[str, torch.Tensor]) -> None:
-    """Raise MoekitError if writing `x` would hide a gradient: it, or what it is computed from, requires grad."""
+    """Raise MoekitError if writing `x` would hide a derivative: it, or an operand, requires grad or carries a tangent."""
+    every = {f"out for {name}": x, **operands}
+    if carrying := [n for n, o in every.items() if carries_tangent(o)]:
+        raise MoekitError(
+            f"{fusion.name}: {carrying[0]} carries a tangent, which a form that writes to {name} cannot push forward; "
+            "use the plain form"
+        )
     if not torch.is_grad_enabled():
         return
-    guilty = [n for n, o in {f"out for {name}": x, **operands}.items() if o.requires_grad]
+    guilty = [n for n, o in every.items() if o.requires_grad]
     if guilty:
         raise MoekitError(
             f"{fusion.name}: {guilty[0]} requires grad, which a form that writes to {name} cannot record; "
@@ -207,8 +214,8 @@ def region(x: torch.Tensor) -> Region:
 
 
 def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:
-    """`x`, or a copy of it where it is a view of memory that is held."""
-    return x.clone() if x.untyped_storage().data_ptr() in held else x
+    """`x`, or a copy of it where it is a view of storage that is held (by address: fake tensors have no memory)."""
+    return x.clone() if x.untyped_storage()._cdata in held else x
 
 
 @lru_cache(maxsize=64)

@@ -72,6 +72,7 @@ def _written_out(fusion: Fusion, in_place: bool, serve: Callable, traced: Callab
     exec(compile(source, f"<moekit torch {name}>", "exec"), scope)
     made = scope["make"](**around)
     made.__qualname__ = name  # what Python's own TypeErrors say
+    made.__module__ = fusion.__module__  # a function is pickled by both
     return made
 
 

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from moekit.compile.schedule import Schedule
 from moekit.errors import UnavailableError
 from moekit.lang.arguments import naming, refuse_schedule
 from moekit.lang.fusion import Fusion
 from moekit.torch import fast, launch
-from moekit.torch.autograd import differentiable, evaluated, needs_grad
-from moekit.torch.call import Call, Outputs, Prepared, checked, region, written
+from moekit.torch.autograd import carries_tangent, differentiable, needs_grad
+from moekit.torch.call import Call, Outputs, Prepared, region, written
 
 IMPLEMENTATIONS = ("triton", "eager")
 
@@ -38,7 +39,7 @@ class Form:
 
     def quick(self, tensors: tuple, params: tuple, out, schedule: Schedule | None) -> Outputs | None:
         """The call by the short way; None if it has to take the long one."""
-        if moded():
+        if moded() or forward_ad._current_level >= 0:  # someone else looks on, or a tangent may be carried
             return None
         try:
             given, static = _flat(tensors, params, out, schedule)
@@ -65,7 +66,11 @@ class Form:
         operands = dict(zip(self.fusion.tensors, tensors, strict=True))
         given = dict(zip(self.fusion.params, params, strict=True))
         if transformed():
-            return self._under_transform(operands, given, out, implementation)
+            return self._under_transform(operands, given, out, implementation, schedule)
+        if carries_tangent(*tensors, *(out if isinstance(out, list | tuple) else (out,))):
+            if implementation == "triton":
+                raise UnavailableError(f"{name}: Triton cannot push a tangent forward; use implementation='eager'")
+            return Call(self.fusion, operands, given, self.in_place, out, schedule).eager()
         if self.dispatched is not None and foreign(tensors):
             return self.dispatched(tensors, params, out, implementation, schedule)
         call = Call(self.fusion, operands, given, self.in_place, out, schedule)
@@ -82,11 +87,9 @@ class Form:
         forwards = lambda *xs: self(xs, params, None, "triton", schedule)  # noqa: E731
         return differentiable(forwards, self.fusion, named, tensors)
 
-    def _under_transform(self, operands: dict, params: dict, out, implementation) -> Outputs:
+    def _under_transform(self, operands: dict, params: dict, out, implementation, schedule) -> Outputs:
         """Inside torch.func's vmap, grad and the like: array evaluation of the plain form, which they all understand."""
         name = self.name
-        for n, x in operands.items():
-            checked(self.fusion, n, x)
         if self.in_place or out is not None:
             raise UnavailableError(
                 f"{name}: a form that writes to its operands has no meaning under torch.func transforms; use the plain form"
@@ -95,8 +98,9 @@ class Form:
             raise UnavailableError(
                 f"{name}: Triton cannot serve a call under torch.func transforms; use implementation='eager'"
             )
-        bound, values = evaluated(self.fusion, params, tuple(operands.values()))
-        return tuple(values[n] for n in bound.names)
+        call = Call(self.fusion, operands, params, False, None, schedule)
+        values = call.arrays()
+        return tuple(values[n] for n in call.names)
 
     def _remembered(self, call: Call, tensors: tuple, params: tuple, out, schedule) -> Outputs:
         """Launch through Triton's front door, and remember how to come in by the short way."""

@@ -26,7 +26,7 @@ import torch
 from moekit.errors import DeclarationError, UnavailableError
 from moekit.lang.arguments import example, naming, parameter_type
 from moekit.lang.fusion import Fusion
-from moekit.torch.autograd import differentiable, needs_grad
+from moekit.torch.autograd import carries_tangent, differentiable, needs_grad
 from moekit.torch.binding import DTYPES, bind, checked
 from moekit.torch.call import one_device, refuse_grad
 from moekit.torch.form import Form, foreign
@@ -143,7 +143,7 @@ class Variant:
     def _entry(self, *args, **kwargs):
         tensors, params, out = self.split(args, kwargs)
         given = tuple(x for x in out or () if x is not None)
-        if not foreign((*tensors, *given)):
+        if not foreign((*tensors, *given)) or carries_tangent(*tensors, *given):
             return self.packed(self.form(tensors, params, out))
         below = partial(self._below, args[len(tensors) :], kwargs)
         if not needs_grad((*tensors, *given)):

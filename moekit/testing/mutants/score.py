@@ -20,7 +20,7 @@ from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
 SECONDS = 90.0  # for one stage of one mutant
-ARRAY_FILES = ("backends/array.py", "backends/libraries.py")
+ARRAY_FILES = ("backends/array.py", "backends/libraries.py", "backends/torch_product.py")
 SEEN = (  # the file (or several), the folder (none: ""), and the stages in which a change of them alone can be seen
     ("backends/triton.py", "", ("triton-interpreter",)),
     ("backends/pallas.py", "", ("pallas",)),
