@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from moekit.models.qwen3next.config import Config
-from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, shown
+from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, checkpoint_shapes, parameters
 
 HEAD = "lm_head.weight"
+MANY = 100_000
 IGNORED = ("mtp.",)  # the multi-token-prediction layer
 MAY_BE_F32 = ("A_log", "dt_bias", "norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
 
@@ -124,13 +125,13 @@ def _opened(file: Path, name: str) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shown(name)} is no valid safetensors file: {shown(error)}") from None
+        raise CheckpointError(f"{shown(name)} is no valid safetensors file: {said(error)}") from None
 
 
 def _check(directory: Path, tensors: Mapping[str, Tensor], config: Config) -> str:
     """Compare the headers with what the config promises; return the checkpoint's dtype."""
     experts = 3 * config.num_layers * config.num_experts
-    if len(tensors) < experts:  # before a name is made for each of what may be 10⁹
+    if experts > len(tensors) + MANY:  # too many to make a name for each and say which is missing
         sizes = f"num_hidden_layers = {config.num_layers} and num_experts = {config.num_experts}"
         raise CheckpointError(f"{shown(directory)} holds {len(tensors)} tensors where {sizes} need {experts} for experts alone")
     wanted = checkpoint_shapes(config)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -284,7 +284,7 @@ class _Fields:
         return tuple(ids)
 
 
-def _is_positive(value: object) -> bool:
+def _is_positive(value: Any) -> TypeGuard[int | float]:
     """Whether a value of JSON is a number that float32 holds as positive and finite."""
     return type(value) in (int, float) and 0 < value <= float(np.finfo(np.float32).max) and bool(np.float32(value) > 0)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +70,12 @@ def shown(name: object) -> str:
     return text if text.isprintable() and len(text) <= 200 else brief(text)
 
 
+def said(problem: Exception) -> str:
+    """What the system or a library says of an error, on one line, as much of it as a sentence holds."""
+    text = " ".join(str(isinstance(problem, OSError) and problem.strerror or problem).split())
+    return (text if text.isprintable() else ascii(text))[:400]
+
+
 def read_json(path: Path, error: type[MoekitError]) -> dict[str, Any]:
     """The JSON object in a regular file of UTF-8; raises `error`, which names the path, for anything else.
 
@@ -82,7 +88,7 @@ def read_json(path: Path, error: type[MoekitError]) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as problem:
-        raise error(f"{where} cannot be read: {_said(problem)}; make it readable") from None
+        raise error(f"{where} cannot be read: {said(problem)}; make it readable") from None
     return _object(data, where, error)
 
 
@@ -93,7 +99,7 @@ def regular_size(path: Path, where: str, error: type[MoekitError]) -> int:
     except FileNotFoundError:
         raise error(f"{where} does not exist; {AGAIN}") from None
     except (OSError, ValueError) as problem:
-        raise error(f"{where} cannot be read: {_said(problem)}; {AGAIN}") from None
+        raise error(f"{where} cannot be read: {said(problem)}; {AGAIN}") from None
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise error(f"{where} is {kind} where a regular file is needed; {AGAIN}")
@@ -167,7 +173,7 @@ def read_header(file: Path, name: str) -> dict[str, Tensor]:
                 raise CheckpointError(f"{where} has a header of {length} bytes where at most {LONGEST} are read; {AGAIN}")
             data = stream.read(length)
     except OSError as problem:
-        raise CheckpointError(f"{where} cannot be read: {_said(problem)}; make it readable") from None
+        raise CheckpointError(f"{where} cannot be read: {said(problem)}; make it readable") from None
     raw = _object(data, f"{where} has no readable safetensors header: it", CheckpointError)
     raw.pop("__metadata__", None)
     entries = {key: _entry(where, key, entry) for key, entry in raw.items()}
@@ -214,7 +220,7 @@ def _check_cover(where: str, entries: Mapping[str, tuple[Any, Any, tuple[int, in
         raise CheckpointError(f"{where} has {size - end} bytes after its last tensor where none are needed; {AGAIN}")
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
@@ -224,7 +230,7 @@ def _object(data: bytes, where: str, error: type[MoekitError]) -> dict[str, Any]
     except RecursionError:
         raise error(f"{where} cannot be read as JSON: it is nested too deeply; {AGAIN}") from None
     except ValueError as problem:
-        raise error(f"{where} cannot be read as JSON: {_said(problem)}; {AGAIN}") from None
+        raise error(f"{where} cannot be read as JSON: {said(problem)}; {AGAIN}") from None
     if not isinstance(raw, dict):
         raise error(f"{where} holds {type(raw).__name__} where a JSON object is needed; {AGAIN}")
     return raw
@@ -238,9 +244,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {brief(twice)} is there twice")
     return members
-
-
-def _said(problem: Exception) -> str:
-    """What a library says of an error, on one line."""
-    text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
-    return shown(" ".join(text.split()))
