@@ -134,7 +134,7 @@ def test_an_index_that_lies(zoo, tmp_path, mesh):
     assert len(files) == 3
     (directory / files[2]).unlink()
     assert refusal(directory, mesh(1)).startswith(f"{files[2]} does not exist")
-    listed["weight_map"] = {key: files[0] for key in listed["weight_map"]}
+    listed["weight_map"] = dict.fromkeys(listed["weight_map"], files[0])
     index.write_text(json.dumps(listed))
     assert "is missing from every file" in refusal(directory, mesh(1))
     index.write_text("{}")

@@ -1,4 +1,4 @@
-"""Files that are not what they should be, each refused in one sentence before a tensor is read, or read as transformers does."""
+"""Files that are not what they should be: refused in one sentence before a tensor is read, or read as transformers does."""
 
 import json
 import os
@@ -241,11 +241,11 @@ def test_an_index_that_is_no_object(index, value):
     assert f"{INDEX} holds {type(value).__name__} where a JSON object is needed" in index(lambda raw: value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../outside/model.safetensors", "a/../../x.safetensors", "..", "", ".", "x\0.safetensors", "x\n.safetensors", "model.bin"]
-    + ["\ud800.safetensors", "/etc/passwd", "/dev/stdin.safetensors", 3, None, ["a"], {}, True],
-)
+OUTSIDE = ("../outside/model.safetensors", "a/../../x.safetensors", "..", "/etc/passwd", "/dev/stdin.safetensors")
+NO_NAMES = ("", ".", "model.bin", "x\0.safetensors", "x\n.safetensors", "\ud800.safetensors", 3, None, ["a"], {}, True)
+
+
+@pytest.mark.parametrize("name", OUTSIDE + NO_NAMES)
 def test_names_that_lead_out_of_the_folder_are_never_looked_up(index, tmp_path, monkeypatch, name):
     original = os.stat
 

@@ -72,7 +72,7 @@ def shown(name: object) -> str:
 
 def said(problem: Exception) -> str:
     """What the system or a library says of an error, on one line, as much of it as a sentence holds."""
-    text = " ".join(str(isinstance(problem, OSError) and problem.strerror or problem).split())
+    text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
     return (text if text.isprintable() else ascii(text))[:400]
 
 
