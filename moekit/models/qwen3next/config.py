@@ -43,8 +43,8 @@ SIZES = {
 SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "other activations are not supported"),
     "attention_bias": ((False,), "biases are not supported"),
-    "attn_output_gate": ((True,), "attention without its output gate is not supported"),
-    "output_gate_type": (("swish", "silu"), "other output gates of the delta net are not supported"),
+    "attn_output_gate": ((True, None), "attention without its output gate is not supported"),
+    "output_gate_type": (("swish", "silu", None), "other output gates of the delta net are not supported"),
     "decoder_sparse_step": ((1,), "dense layers are not supported"),
     "mlp_only_layers": (([], None), "dense layers are not supported"),
     "use_sliding_window": ((False, None), "sliding windows are not supported"),
@@ -55,7 +55,7 @@ SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization": ((None,), "quantised weights are not supported"),
     "compression_config": ((None,), "quantised weights are not supported"),
     "text_config": ((None,), "a config within the config is not read"),
-    "attribute_map": ((None,), "other names for fields are not read"),
+    "attribute_map": ((), "other names for fields are not read"),
     "configuration_files": ((), "other config files than config.json are not read"),
     "transformers_weights": ((None,), "weights under another name than the usual are not read"),
 }
