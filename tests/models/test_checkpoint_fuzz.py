@@ -212,7 +212,9 @@ def change_the_length(folder):
 def put_something_else(folder):
     def change(rng, directory, name):
         path = directory / name
-        path.unlink()
+        if path.is_dir():
+            return
+        path.unlink(missing_ok=True)
         kind = rng.choice(["FIFO", "directory", "nothing", "/dev/zero", "/dev/null", "/proc/self/mem", "nowhere", name, "."])
         if kind == "FIFO":
             os.mkfifo(path)
