@@ -231,7 +231,7 @@ def put_another_file(folder):
     """One file's content in place of another's."""
 
     def change(rng, directory, name):
-        others = sorted(path for path in directory.iterdir() if path.is_file())
+        others = sorted(path for path in directory.iterdir() if path.is_file() and path.stat().st_size)  # no /proc/self/mem
         target = directory / rng.choice([name, SINGLE, INDEX])
         if others and not target.is_dir():
             content = rng.choice(others).read_bytes()

@@ -86,7 +86,8 @@ def read_json(path: Path, error: type[MoekitError]) -> dict[str, Any]:
     if size > LONGEST:
         raise error(f"{where} has {size} bytes where at most {LONGEST} of JSON are read; {AGAIN}")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(size)  # not to the end: a file of /proc may have none
     except OSError as problem:
         raise error(f"{where} cannot be read: {said(problem)}; make it readable") from None
     return _object(data, where, error)
