@@ -127,7 +127,8 @@ def test_what_is_not_built_is_refused(change, words):
     "change",
     [
         {"quantization_config": None, "rope_scaling": None, "attn_output_gate": True, "output_gate_type": "swish"},
-        {"hidden_act": "swish", "mlp_only_layers": None, "use_sliding_window": False, "torch_dtype": "auto", "dtype": "float16"},
+        {"hidden_act": "swish", "mlp_only_layers": None, "use_sliding_window": False},
+        {"torch_dtype": "auto", "dtype": "float16"},
         {"rope_scaling": {}, "rope_parameters": {"type": "yarn", "rope_type": "default", "rope_theta": TINY.rope_theta}},
         {"some_field": float("inf"), "num_local_experts": 3, "sliding_window": 7, "rope_type": "yarn", "n_embd": "x"},
     ],
@@ -139,7 +140,8 @@ def test_what_changes_nothing_is_ignored(change):
 
 def test_rope_scaling_stands_for_all_of_rope_parameters():
     """It wins whole: what it does not say comes from the top level and not from the other mapping."""
-    rope = {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 1.0}, "rope_theta": 3e4, "partial_rotary_factor": 0.5}
+    rope = {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 1.0}}
+    rope |= {"rope_theta": 3e4, "partial_rotary_factor": 0.5}
     mine = Config.from_json({**TINY.to_json(), **rope, "rope_scaling": {"type": "default"}})
     assert (mine.rope_theta, mine.rotary_dim) == (3e4, 16)
     mine = Config.from_json({**TINY.to_json(), **rope, "partial_rotary_factor": None, "rope_scaling": {"rope_theta": 5}})
