@@ -81,6 +81,38 @@ def test_a_config_survives_the_round_trip_and_transformers_reads_it(tmp_path):
         ({"linear_num_value_heads": 12}, "linear_num_value_heads = 12 is no multiple"),
         ({"partial_rotary_factor": 2.0}, "64 of 32 head dimensions are rotated"),
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling: rope type is 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rotary embeddings per layer type are not supported"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1] where a JSON object or null is needed"),
+        ({"rope_theta": 0}, "rope_theta is 0 where a positive float32 number is needed"),
+        ({"rope_theta": None}, "rope_theta is None where"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan where"),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor is 'x' where a positive number is needed"),
+        ({"partial_rotary_factor": float("nan")}, "partial_rotary_factor is nan where"),
+        ({"attn_output_gate": False}, "attn_output_gate is False, and attention without its output gate"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid', and other output gates"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantised weights are not supported (the field must not be there)"),
+        ({"quantization_config": {}}, "quantised weights are not supported"),
+        ({"is_causal": False}, "attention that sees later tokens is not supported"),
+        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "layers of their own sizes are not supported"),
+        ({"attribute_map": {"num_experts": "x"}}, "other names for fields are not read (the field must not be there)"),
+        ({"transformers_weights": "x.safetensors"}, "weights under another name"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "other config files than config.json are not read"),
+        ({"decoder_sparse_step": True}, "decoder_sparse_step is True"),
+        ({"attention_bias": 0}, "attention_bias is 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x' where a positive float32 number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan where"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0 where"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false' where true or false is needed"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0 where true or false is needed"),
+        ({"layer_types": 3}, "layer_types is 3 where a list"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is 1000000000 where at most 65536 is needed"),
+        ({"hidden_size": 10**30}, "where at most 2147483647 is needed"),
+        ({"hidden_size": True}, "hidden_size is True where a positive integer is needed"),
+        ({"hidden_size": None}, "hidden_size is None where"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x' where a token's id or a list of them is needed"),
+        ({"eos_token_id": [1, None]}, "eos_token_id is [1, None] where"),
     ],
 )
 def test_what_is_not_built_is_refused(change, words):
@@ -89,6 +121,31 @@ def test_what_is_not_built_is_refused(change, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, MoekitError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": None, "rope_scaling": None, "attn_output_gate": True, "output_gate_type": "swish"},
+        {"hidden_act": "swish", "mlp_only_layers": None, "use_sliding_window": False},
+        {"torch_dtype": "auto", "dtype": "float16"},
+        {"rope_scaling": {}, "rope_parameters": {"type": "yarn", "rope_type": "default", "rope_theta": TINY.rope_theta}},
+        {"some_field": float("inf"), "num_local_experts": 3, "sliding_window": 7, "rope_type": "yarn", "n_embd": "x"},
+    ],
+)
+def test_what_changes_nothing_is_ignored(change):
+    mine = Config.from_json({**TINY.to_json(), **change})
+    assert mine == replace(TINY, dtype=change.get("dtype"))
+
+
+def test_rope_scaling_stands_for_all_of_rope_parameters():
+    """It wins whole: what it does not say comes from the top level and not from the other mapping."""
+    rope = {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 1.0}}
+    rope |= {"rope_theta": 3e4, "partial_rotary_factor": 0.5}
+    mine = Config.from_json({**TINY.to_json(), **rope, "rope_scaling": {"type": "default"}})
+    assert (mine.rope_theta, mine.rotary_dim) == (3e4, 16)
+    mine = Config.from_json({**TINY.to_json(), **rope, "partial_rotary_factor": None, "rope_scaling": {"rope_theta": 5}})
+    assert (mine.rope_theta, mine.rotary_dim) == (5.0, 32)
 
 
 def test_a_config_that_is_missing_or_no_json(tmp_path):

@@ -1,8 +1,8 @@
 """Qwen3-Next in functional JAX: load, prefill, decode_step, generate."""
 
 from moekit.models.qwen3next.cache import Cache, cache_shapes
-from moekit.models.qwen3next.checkpoint import CheckpointError
 from moekit.models.qwen3next.config import Config, ConfigError
+from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
 from moekit.models.qwen3next.model import (
     Model,

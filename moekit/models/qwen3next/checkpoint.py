@@ -2,62 +2,49 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
-from moekit.errors import MoekitError
 from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, Weight, checkpoint_shapes, parameters
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+HEAD = "lm_head.weight"
+MANY = 100_000
 IGNORED = ("mtp.",)  # the multi-token-prediction layer
 MAY_BE_F32 = ("A_log", "dt_bias", "norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
-
-
-class CheckpointError(MoekitError, ValueError):
-    """A checkpoint that does not hold what its config promises."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What a file's header says of one tensor; `end` counts bytes from the start of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    end: int
 
 
 class Checkpoint:
     """The checked headers of a checkpoint's files, and slices of their tensors.
 
-    The constructor reads headers only and raises CheckpointError on a missing, extra, mis-shaped, mistyped or
-    truncated tensor. A context manager: leaving it closes the files.
+    The constructor reads headers only and raises CheckpointError on a file that is no safetensors, and on a missing,
+    extra, mis-shaped, mistyped or truncated tensor. config: as given, but not tied where the files hold a head of
+    their own. dtype: the files' name of it. A context manager: leaving it closes the files.
     """
 
     def __init__(self, directory: str | Path, config: Config):
         self.directory = Path(directory)
-        self.tensors = _headers(self.directory)
+        self.tensors = read_tensors(self.directory)
+        if HEAD in self.tensors:
+            config = replace(config, tie_word_embeddings=False)
+        self.config = config
         self.dtype = _check(self.directory, self.tensors, config)
         self._stack, self._files = ExitStack(), {}
+        with ExitStack() as stack:
+            for file, name in {(tensor.file, tensor.name): None for tensor in self.tensors.values()}:
+                self._files[file] = stack.enter_context(_opened(file, name))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -70,18 +57,13 @@ class Checkpoint:
         """One slab, in the file's dtype; only its own rows and columns are touched."""
         tensor = self.tensors[slab.key]
         try:
-            part = self._open(tensor.file).get_slice(slab.key)
+            part = self._files[tensor.file].get_slice(slab.key)
             if not tensor.shape:
                 return part[:]
             rows = slice(*slab.rows) if slab.rows else slice(None)
             return part[rows] if slab.columns is None else part[rows, slice(*slab.columns)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{tensor.file.name}: tensor {slab.key} cannot be read: {error}") from None
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(file, framework="numpy"))
-        return self._files[file]
 
 
 def load_parameters(
@@ -93,12 +75,14 @@ def load_parameters(
 ) -> dict[str, Any]:
     """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share.
 
-    dtype: that of the weights (A_log and dt_bias stay float32); None keeps the checkpoint's. progress(done,
-    total) is called after each array.
+    dtype: that of the weights (A_log and dt_bias stay float32); None takes what config.json names, and the files'
+    where it names none. progress(done, total) is called after each array. All files are checked before the first
+    array is placed.
     """
-    tree = parameters(config, mesh.shape[AXIS])
-    leaves, structure = jax.tree.flatten(tree)
     with Checkpoint(directory, config) as checkpoint:
+        tree = parameters(checkpoint.config, mesh.shape[AXIS])
+        leaves, structure = jax.tree.flatten(tree)
+        dtype = dtype or config.dtype
         wanted = DTYPES[checkpoint.dtype] if dtype is None else np.dtype(dtype)
         arrays = []
         for done, parameter in enumerate(leaves, start=1):
@@ -143,83 +127,36 @@ def _joined(checkpoint: Checkpoint, slabs: Sequence[Slab], dtype: np.dtype) -> n
     return block
 
 
-def _headers(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, with truncated files refused."""
-    index = directory / INDEX
-    if index.is_file():
-        listed = _weight_map(index)
-        files = [directory / name for name in sorted(set(listed.values()))]
-    elif (directory / SINGLE).is_file():
-        listed, files = {}, [directory / SINGLE]
-    else:
-        raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for key, tensor in _header(file).items():
-            if key in tensors:
-                raise CheckpointError(f"{file.name}: tensor {key} is also in {tensors[key].file.name}")
-            tensors[key] = tensor
-    for key, name in listed.items():
-        if key not in tensors or tensors[key].file.name != name:
-            raise CheckpointError(f"{name}: tensor {key} is missing, though {INDEX} lists it there")
-    return tensors
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
+def _opened(file: Path, name: str) -> Any:
+    """The library's reader of a file; opening it, the library checks the header once more."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index.name} cannot be read as a safetensors index: {error!r}") from None
-    return listed
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    """The header of one safetensors file: eight bytes of length, JSON, then the data."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise CheckpointError(f"{file.name} is truncated: its header needs {8 + length} bytes, it has {size}")
-            raw = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.name} does not exist in {file.parent}") from None
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file.name} has no readable safetensors header: {error}") from None
-    raw.pop("__metadata__", None)
-    tensors = {
-        key: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][1])
-        for key, entry in raw.items()
-    }
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].end):
-        if tensor.end > size:
-            got = f"the file ends at byte {size} where {tensor.end} are needed"
-            raise CheckpointError(f"{file.name}: tensor {key} is truncated: {got}")
-    return tensors
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shown(name)} is no valid safetensors file: {said(error)}") from None
 
 
 def _check(directory: Path, tensors: Mapping[str, Tensor], config: Config) -> str:
     """Compare the headers with what the config promises; return the checkpoint's dtype."""
+    experts = 3 * config.num_layers * config.num_experts
+    if experts > len(tensors) + MANY:  # too many to make a name for each and say which is missing
+        sizes = f"num_hidden_layers = {config.num_layers} and num_experts = {config.num_experts}"
+        raise CheckpointError(f"{shown(directory)} holds {len(tensors)} tensors where {sizes} need {experts} for experts alone")
     wanted = checkpoint_shapes(config)
     for key, shape in wanted.items():
         if key not in tensors:
-            raise CheckpointError(f"{directory}: tensor {key} of shape {list(shape)} is missing from every file")
+            raise CheckpointError(f"{shown(directory)}: tensor {key} of shape {list(shape)} is missing from every file")
         if tensors[key].shape != shape:
             got = f"shape {list(tensors[key].shape)} where {list(shape)} is needed"
-            raise CheckpointError(f"{tensors[key].file.name}: tensor {key} has {got}")
-    for key in tensors:
-        if key not in wanted and not key.startswith(IGNORED) and not _is_tied_head(key, config):
-            where = tensors[key].file.name
-            raise CheckpointError(f"{where}: tensor {key} is not part of the model that config.json describes")
+            raise CheckpointError(f"{shown(tensors[key].name)}: tensor {key} has {got}")
+    for key, tensor in tensors.items():
+        if key not in wanted and not key.startswith(IGNORED):
+            got = f"tensor {shown(key)} is not part of the model that config.json describes"
+            raise CheckpointError(f"{shown(tensor.name)}: {got}")
     dtype = tensors["model.embed_tokens.weight"].dtype
     for key in wanted:
         allowed = {dtype, "F32"} if key.endswith(MAY_BE_F32) else {dtype}
         if not (tensors[key].dtype in allowed and tensors[key].dtype in DTYPES):
             needed = " or ".join(sorted(allowed & set(DTYPES))) or "F32, F16 or BF16"
-            got = f"dtype {tensors[key].dtype} where {needed} is needed"
-            raise CheckpointError(f"{tensors[key].file.name}: tensor {key} has {got}")
+            got = f"dtype {shown(tensors[key].dtype)} where {needed} is needed"
+            raise CheckpointError(f"{shown(tensors[key].name)}: tensor {key} has {got}")
     return dtype
-
-
-def _is_tied_head(key: str, config: Config) -> bool:
-    return config.tie_word_embeddings and key == "lm_head.weight"

@@ -1,18 +1,64 @@
-"""What a Qwen3-Next checkpoint says about itself in `config.json`."""
+"""What a Qwen3-Next checkpoint says about itself in `config.json`, read as transformers reads it or refused.
+
+A field is in one of the tables here if its value changes what the model computes; no other is looked at.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
+
+import numpy as np
 
 from moekit.errors import MoekitError
+from moekit.models.qwen3next.files import brief, read_json, shown
 
 GDN = "linear_attention"
 ATTENTION = "full_attention"
 DTYPES = ("float32", "float16", "bfloat16")
+LARGEST, MOST_LAYERS = 2**31 - 1, 2**16
+
+# positive integers, and what transformers takes where config.json has none
+SIZES = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+# what is served in one way only: the values that mean it (the first is the one to give), and why others are refused
+SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "other activations are not supported"),
+    "attention_bias": ((False,), "biases are not supported"),
+    "attn_output_gate": ((True, None), "attention without its output gate is not supported"),
+    "output_gate_type": (("swish", "silu", None), "other output gates of the delta net are not supported"),
+    "decoder_sparse_step": ((1,), "dense layers are not supported"),
+    "mlp_only_layers": (([], None), "dense layers are not supported"),
+    "use_sliding_window": ((False, None), "sliding windows are not supported"),
+    "is_causal": ((True,), "attention that sees later tokens is not supported"),
+    "kv_sharing_modes": ((None,), "layers that share their keys and values are not supported"),
+    "per_layer_config": ((None,), "layers of their own sizes are not supported"),
+    "quantization_config": ((None,), "quantised weights are not supported"),
+    "quantization": ((None,), "quantised weights are not supported"),
+    "compression_config": ((None,), "quantised weights are not supported"),
+    "text_config": ((None,), "a config within the config is not read"),
+    "attribute_map": ((), "other names for fields are not read"),
+    "configuration_files": ((), "other config files than config.json are not read"),
+    "transformers_weights": ((None,), "weights under another name than the usual are not read"),
+}
 
 
 class ConfigError(MoekitError, ValueError):
@@ -64,30 +110,18 @@ class Config:
         """
         raw, where = (source, "config") if isinstance(source, Mapping) else _read(Path(source))
         fields = _Fields(raw, where)
-        fields.refuse_what_is_not_built()
-        rope_theta, rotary_factor = fields.rope()
-        head_dim = fields.integer("head_dim", 256)
+        fields.refuse_what_is_not_served()
+        sizes = {name: fields.integer(name, default) for name, default in SIZES.items()}
+        theta, rotary_dim = fields.rope(sizes["head_dim"])
         config = cls(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
+            conv_width=sizes.pop("linear_conv_kernel_dim"),
+            **sizes,
             layer_types=fields.layer_types(),
-            num_attention_heads=fields.integer("num_attention_heads"),
-            num_key_value_heads=fields.integer("num_key_value_heads", 2),
-            head_dim=head_dim,
-            rotary_dim=int(head_dim * rotary_factor),
-            rope_theta=rope_theta,
-            linear_num_key_heads=fields.integer("linear_num_key_heads", 16),
-            linear_num_value_heads=fields.integer("linear_num_value_heads", 32),
-            linear_key_head_dim=fields.integer("linear_key_head_dim", 128),
-            linear_value_head_dim=fields.integer("linear_value_head_dim", 128),
-            conv_width=fields.integer("linear_conv_kernel_dim", 4),
-            num_experts=fields.integer("num_experts"),
-            num_experts_per_tok=fields.integer("num_experts_per_tok", 10),
-            moe_intermediate_size=fields.integer("moe_intermediate_size"),
-            shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
-            norm_topk_prob=bool(raw.get("norm_topk_prob", True)),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rotary_dim=rotary_dim,
+            rope_theta=theta,
+            norm_topk_prob=fields.boolean("norm_topk_prob", True),
+            rms_norm_eps=fields.epsilon(),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             dtype=fields.dtype(),
             eos_token_ids=fields.eos(),
         )
@@ -149,84 +183,115 @@ def check_tensor_parallel(config: Config, tp: int) -> None:
 
 
 class _Fields:
-    """Typed access to the raw mapping, with errors that say which field and where."""
+    """Typed access to the raw mapping, with errors that say which field and where.
+
+    A field of null is missing only where transformers takes it so. Types are transformers' too: true is no integer.
+    """
 
     def __init__(self, raw: Mapping[str, Any], where: str):
         self.raw, self.where = raw, where
 
-    def refuse_what_is_not_built(self) -> None:
-        raw = self.raw
-        if raw.get("model_type") != "qwen3_next":
-            self.refuse(f"model_type is {raw.get('model_type')!r} where 'qwen3_next' is needed")
-        if raw.get("hidden_act", "silu") != "silu":
-            self.refuse(f"hidden_act is {raw['hidden_act']!r} where 'silu' is needed")
-        if raw.get("attention_bias"):
-            self.refuse("attention_bias is true, and biases are not supported")
-        if raw.get("quantization_config"):
-            self.refuse("quantization_config is set, and quantised weights are not supported")
-        if raw.get("mlp_only_layers"):
-            self.refuse(f"mlp_only_layers is {raw['mlp_only_layers']}, and dense layers are not supported")
-        if raw.get("decoder_sparse_step", 1) != 1:
-            step = raw["decoder_sparse_step"]
-            self.refuse(f"decoder_sparse_step is {step}, and dense layers are not supported (1 is needed)")
-
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> NoReturn:
         raise ConfigError(f"{self.where}: {what}")
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def wrong(self, name: str, value: object, needed: str) -> NoReturn:
+        self.refuse(f"{name} is {brief(value)} where {needed} is needed")
+
+    def refuse_what_is_not_served(self) -> None:
+        raw = self.raw
+        if raw.get("model_type") != "qwen3_next":
+            self.wrong("model_type", raw.get("model_type"), "'qwen3_next'")
+        for name, (served, why) in SERVED.items():
+            if name in raw and not any(type(raw[name]) is type(value) and raw[name] == value for value in served):
+                needed = f"{brief(served[0])} is needed" if served and served[0] is not None else "the field must not be there"
+                self.refuse(f"{name} is {brief(raw[name])}, and {why} ({needed})")
+
+    def integer(self, name: str, default: int, most: int = LARGEST) -> int:
         value = self.raw.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(f"{name} is {value!r} where a positive integer is needed")
-        return int(value)  # type: ignore[arg-type]
+        if type(value) is not int or value < 1:
+            self.wrong(name, value, "a positive integer")
+        if value > most:
+            self.wrong(name, value, f"at most {most}")
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.raw.get(name, default)
+        if not isinstance(value, bool):
+            self.wrong(name, value, "true or false")
+        return value
+
+    def epsilon(self) -> float:
+        value = self.raw.get("rms_norm_eps", 1e-6)
+        if not (isinstance(value, float) and _is_positive(value)):
+            self.wrong("rms_norm_eps", value, "a positive float32 number, with a point or an exponent,")
+        return value
 
     def layer_types(self) -> tuple[str, ...]:
-        count = self.integer("num_hidden_layers")
+        count = self.integer("num_hidden_layers", 48, MOST_LAYERS)
         kinds = self.raw.get("layer_types")
         if kinds is None:
             interval = self.integer("full_attention_interval", 4)
             kinds = [GDN if (i + 1) % interval else ATTENTION for i in range(count)]
+        if not isinstance(kinds, (list, tuple)):
+            self.wrong("layer_types", kinds, f"a list of {GDN!r} and {ATTENTION!r}")
         if len(kinds) != count:
             self.refuse(f"layer_types has {len(kinds)} entries where num_hidden_layers is {count}")
         for kind in kinds:
             if kind not in (GDN, ATTENTION):
-                self.refuse(f"layer_types contains {kind!r} where {GDN!r} or {ATTENTION!r} is needed")
+                self.refuse(f"layer_types contains {brief(kind)} where {GDN!r} or {ATTENTION!r} is needed")
         return tuple(kinds)
 
-    def rope(self) -> tuple[float, float]:
-        """Theta and the fraction of a head that is rotated; older files keep them at the top level."""
-        scaling = self.raw.get("rope_scaling") or {}
-        rope = {**scaling, **(self.raw.get("rope_parameters") or {})}
+    def rope(self, head_dim: int) -> tuple[float, int]:
+        """Theta and how many dimensions of a head are rotated.
+
+        The order is transformers': a `rope_scaling` that holds something stands for all of `rope_parameters`; what
+        the mapping does not say, fields at the top level do.
+        """
+        name = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        rope = self.raw.get(name)
+        if rope is None:
+            rope = {}
+        if not isinstance(rope, Mapping):
+            self.wrong(name, rope, "a JSON object or null")
+        nested = [key for key, value in rope.items() if key in (GDN, ATTENTION) or isinstance(value, Mapping)]
+        if nested:
+            self.refuse(f"{name} holds {brief(nested[0])}, and rotary embeddings per layer type are not supported")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            self.refuse(f"rope type is {kind!r} where 'default' is needed")
+            self.refuse(f"{name}: rope type is {brief(kind)} where 'default' is needed; remove it to do without scaling")
         theta = rope.get("rope_theta", self.raw.get("rope_theta", 10000.0))
+        if not _is_positive(theta):
+            self.wrong("rope_theta", theta, "a positive float32 number")
         factor = rope.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 0.25))
-        return float(theta), float(factor)
+        if "partial_rotary_factor" not in rope and factor is None:
+            factor = 1.0  # null at the top level keeps transformers from its default for this model
+        if not _is_positive(factor):
+            self.wrong("partial_rotary_factor", factor, "a positive number")
+        return float(theta), int(head_dim * factor)
 
     def dtype(self) -> str | None:
-        name = self.raw.get("dtype", self.raw.get("torch_dtype"))
-        if name is not None and name not in DTYPES:
-            self.refuse(f"dtype is {name!r} where one of {', '.join(DTYPES)} is needed")
-        return name
+        name = "dtype" if self.raw.get("dtype") is not None else "torch_dtype"
+        value = self.raw.get(name)
+        if value is not None and value not in DTYPES:
+            self.wrong(name, value, f"one of {', '.join(DTYPES)}")
+        return value
 
     def eos(self) -> tuple[int, ...]:
         eos = self.raw.get("eos_token_id")
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
+        if not all(type(token) is int for token in ids):
+            self.wrong("eos_token_id", eos, "a token's id or a list of them")
+        return tuple(ids)
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of JSON is a number that float32 holds as positive and finite."""
+    return type(value) in (int, float) and 0 < value <= float(np.finfo(np.float32).max) and bool(np.float32(value) > 0)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint directory holds config.json") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__} where a JSON object is needed")
-    return raw, str(path)
+    path = path / "config.json" if os.path.isdir(path) else path
+    return read_json(path, ConfigError), shown(path)
 
 
 def _check_sizes(config: Config, where: str) -> None:

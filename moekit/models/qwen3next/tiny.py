@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from moekit.models.qwen3next.checkpoint import INDEX, SINGLE
 from moekit.models.qwen3next.config import ATTENTION, DTYPES, GDN, Config
+from moekit.models.qwen3next.files import INDEX, SINGLE
 from moekit.models.qwen3next.sharding import checkpoint_shapes
 
 TINY = Config(
