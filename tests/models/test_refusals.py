@@ -1,4 +1,4 @@
-"""What the model's functions refuse before anything is compiled, and how what only a device knows becomes NaN, never a number."""
+"""What the model's functions refuse before anything is compiled; what only a device knows becomes NaN, never a number."""
 
 from dataclasses import replace
 
@@ -141,8 +141,8 @@ def test_a_step_refuses_a_hosts_wrong_tokens_and_spoils_the_row_of_a_devices(zoo
         for step in (decode_step, greedy_step):
             with pytest.raises(error, match=words):
                 step(model, tokens, cache, kernels="xla")
-    with pytest.raises(ArgumentError, match="cache is a list"):
-        decode_step(model, jnp.array([1, 2, 3]), cache.deltas, kernels="xla")
+    with pytest.raises(ArgumentError, match="cache is a DeltaState"):
+        decode_step(model, jnp.array([1, 2, 3]), cache.deltas[0], kernels="xla")
     expected, _ = decode_step(model, jnp.array([1, 2, 3]), jax.tree.map(jnp.copy, cache), kernels="xla")
     logits, after = decode_step(model, jnp.array([1, 256, 3]), cache, kernels="xla")
     assert np.isnan(logits[1]).all()
