@@ -220,8 +220,8 @@ def held(x, named: str) -> jax.Array:
     if dtype == x.dtype:
         return jnp.asarray(x)
     if isinstance(x, Tracer) or not _fits(np.asarray(x), dtype):
-        raise DtypeError(f"{named} is {x.dtype}, which JAX makes {dtype} without jax_enable_x64, and its values are not known to "
-                         f"fit that; enable it, or pass {dtype}")  # fmt: skip
+        raise DtypeError(f"{named} is {x.dtype}, which JAX makes {dtype} without jax_enable_x64, and its values are not known "
+                         f"to fit that; enable it, or pass {dtype}")  # fmt: skip
     return jnp.asarray(np.asarray(x).astype(dtype))
 
 

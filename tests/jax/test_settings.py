@@ -100,7 +100,7 @@ def test_integers_that_jax_does_not_have(implementation):
         return ml.cast(x, "int64") * 3
 
     x = jnp.asarray([2**30], jnp.int32)
-    with pytest.raises(DtypeError, match="^tripled: it computes in int64, which JAX has only with jax_enable_x64; enable it"):
+    with pytest.raises(DtypeError, match=r"^tripled: it computes in int64, which JAX has only with jax_enable_x64; enable it"):
         op(tripled)(x, implementation=implementation)
     with jax.enable_x64(True):
         assert op(tripled)(x, implementation=implementation)[0] == 3 * 2**30
@@ -111,9 +111,9 @@ def test_what_is_no_array_of_numbers():
     for wrong, said in ((np.array([["a"]]), "logits is <U1"), (np.array([[object()]]), "logits is object")):
         with pytest.raises(DtypeError, match=f"^topk_softmax: {said}; it must be an array of numbers"):
             topk_softmax(wrong, 1)
-    with pytest.raises(DtypeError, match="^silu_and_mul: gate_up is float64, which JAX makes float32"):
+    with pytest.raises(DtypeError, match=r"^silu_and_mul: gate_up is float64, which JAX makes float32"):
         silu_and_mul(np.array([[1e300, 1.0]]))
     np.testing.assert_allclose(silu_and_mul(np.array([[1.0, 1.0]])), [[1 / (1 + np.exp(-1))]], rtol=1e-6)
     for k in (True, 2.0, np.int64(2), jnp.int32(2), "2"):
-        with pytest.raises(TypeError, match="^topk_softmax: k must be"):
+        with pytest.raises(TypeError, match=r"^topk_softmax: k must be"):
             topk_softmax(jnp.ones((1, 4)), k)
