@@ -211,7 +211,8 @@ def op(fusion: Fusion) -> Callable:
     Operands are arrays or Views; outputs come back in declared order (one alone as itself). An InOut operand is updated
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
-    and "xla" elsewhere; "pallas" by name runs in interpret mode on CPU. Gradients and vmap go through array evaluation.
+    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU.
+    Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """
 

@@ -1,4 +1,4 @@
-"""Launches as JAX sees them: one compiled function per static signature, with gradients and vmap through array evaluation.
+"""Launches as JAX sees them: one compiled function per static signature, with derivatives and vmap through array evaluation.
 
 What a call depends on besides its arrays is a `Static`. Functions are kept by it, so that eager calls of one signature are
 traced and compiled once; inside another jit they are inlined.

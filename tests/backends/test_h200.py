@@ -173,3 +173,39 @@ def test_float32_contractions_are_ieee(mesh):
         text = compiled(mesh, lambda x, w, i=implementation: gate_gemm(x, w, implementation=i), shapes)
         assert "tf32" not in text.lower()
         assert implementation == "pallas" or "operand_precision={highest,highest}" in text
+
+
+def test_shard_map_with_its_check():
+    """Two H200s, weights cut, the residual donated: JAX's check passes, and nothing is added between the kernels."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
+    mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
+    whole, cut = PartitionSpec(), PartitionSpec("tp")
+    specs = (whole, whole, whole, cut, whole, whole)
+
+    def block(*operands):
+        return gate_block(*operands, implementation="pallas")
+
+    shapes = [(4, 2048), (4, 2048), (2048,), (256, 2048), (512, 2048), (1, 2048)]
+    given = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, p)) for s, p in zip(shapes, specs, strict=True)]
+    run = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=(whole, whole, PartitionSpec(None, "tp"), whole, whole))
+    text = jax.jit(run, donate_argnums=1).lower(*given).compile().as_text()
+    assert kernels(text) == len(SAMPLES["gate_block"].viewed().programs)
+    assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_derivatives_run_the_kernels_once(mesh, mode):
+    """A tangent or a gradient beside a value costs array evaluation and no further kernel."""
+    shapes = [struct((4, 2048)), struct((4, 2048)), struct((2048,))]
+
+    def call(x, residual, weight):
+        return add_rms_norm(x, residual, weight, implementation="pallas")[0]
+
+    def forward(*xs):
+        return jax.jvp(call, xs, xs)
+
+    def reverse(*xs):
+        value, back = jax.vjp(call, *xs)
+        return value, back(value)
+
+    assert kernels(compiled(mesh, {"forward": forward, "reverse": reverse}[mode], shapes)) == 1

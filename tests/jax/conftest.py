@@ -68,6 +68,7 @@ class Call:
         """The declaration's own reference in float64, nothing rounded; outputs with derivatives."""
         fusion = FUSIONS[self.name]
         arrays = dict(zip(fusion.tensors, self.placed(floats), strict=True))
+        assert fusion.reference is not None
         outs = fusion.reference(**arrays, **fusion.bind_params(self.params))
         return {n: o for n, o in outs.items() if o.dtype == np.float64}
 

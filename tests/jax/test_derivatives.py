@@ -162,9 +162,9 @@ def test_derivatives_of_what_is_updated_in_place(platform):
 
     wanted = both(jnp.asarray(residual), jnp.asarray(by), "xla")
     donated = jax.jit(partial(both, implementation="pallas"), donate_argnums=0)
-    outs = donated(jnp.asarray(residual), jnp.asarray(by))
-    for got, want in zip(jax.tree.leaves(outs), jax.tree.leaves(wanted), strict=True):
-        close(got, want, rtol=1e-5, atol=1e-5)
+    got = donated(jnp.asarray(residual), jnp.asarray(by))
+    for mine, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        close(mine, want, rtol=1e-5, atol=1e-5)
 
 
 def test_derivatives_under_checkpoint_and_vmap(platform):
