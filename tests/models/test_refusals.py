@@ -1,4 +1,4 @@
-"""What the model's functions refuse before anything is compiled, and how what only a device knows becomes NaN, never a number."""
+"""What the model's functions refuse before anything is compiled, and how what only a device knows becomes NaN, no number."""
 
 from dataclasses import replace
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import moekit
 from moekit.errors import MoekitError
+from moekit.files import write_text
 from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
@@ -68,14 +69,14 @@ def copy_package(folder: Path) -> Path:
 def mutate(mutant: Mutant, package: Path) -> None:
     """Apply a mutant to a copy of the package; raises MoekitError where its text is not there any more."""
     path = package / mutant.file
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for old, new in mutant.edits:
         if old not in text:
             raise MoekitError(
                 f"mutant {mutant.name}: {mutant.file} has no {old.strip()[:60]!r} any more; write the mutant anew"
             )
         text = text.replace(old, new)
-    path.write_text(text)
+    write_text(path, text)
 
 
 def apply_patch(patch: Path, folder: Path) -> list[str]:
@@ -83,7 +84,7 @@ def apply_patch(patch: Path, folder: Path) -> list[str]:
 
     Raises MoekitError if it does not apply.
     """
-    text = patch.read_text()
+    text = patch.read_text(encoding="utf-8")
     files = [line.split("\t")[0].split()[1] for line in text.splitlines() if line.startswith("+++ ")]
     strip = "-p1" if files and files[0].startswith("b/") else "-p0"
     done = subprocess.run(
