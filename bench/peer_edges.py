@@ -187,7 +187,7 @@ def run_apart(name: str) -> str:
     """Run one case in a process of its own."""
     command = [sys.executable, __file__, "--here", name]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     except subprocess.TimeoutExpired:
         return "did not end in 120 seconds"
     found = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]

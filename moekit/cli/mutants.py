@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moekit.cli.output import OutputFile, console, notes, print_json, table
+from moekit.errors import FileError
 from moekit.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     if markdown:
         try:
             shown = as_markdown(read_json(markdown)["outcomes"])
-        except (KeyError, TypeError):
-            raise click.UsageError(f"{markdown} is not what --json-file writes") from None
+        except (FileError, KeyError, TypeError) as error:
+            raise click.UsageError(f"{markdown} is not what --json-file writes: {error}") from None
         click.echo(shown)
         return
     chosen = _chosen(names, historical, bool(patches))

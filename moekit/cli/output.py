@@ -39,12 +39,19 @@ def spell_out() -> None:
 
 def console() -> Console:
     """Where results go. Made at each call, so that a redirected stdout is seen."""
-    return Console(highlight=False)
+    return _console(stderr=False)
 
 
 def notes() -> Console:
     """Where progress and remarks go."""
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    if made.width < 1:  # COLUMNS=0: rich would print nothing
+        made.width = 80
+    return made
 
 
 def print_json(value: Any) -> None:
@@ -58,7 +65,7 @@ def print_source(text: str, lexer: str) -> None:
     if out.is_terminal:
         out.print(Syntax(text, lexer, background_color="default"))
     else:
-        click.echo(f"{text}\n".encode(), nl=False)
+        click.echo((text.rstrip("\n") + "\n").encode(), nl=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
