@@ -130,7 +130,8 @@ def test_no_width_is_the_usual_width(moekit, monkeypatch):
 
 @pytest.mark.parametrize("imported", ["click.core", "rich.console", "moekit.testing.case", "moekit.testing.workers"])
 def test_ctrl_c_while_fuzz_is_imported_ends_with_the_summary_too(imported):
-    whole = ["-X", "importtime", "-m", "moekit.cli", "fuzz", "silu_and_mul", "--impl", "numpy", "--time", "300", "--workers", "1"]
+    campaign = ["fuzz", "silu_and_mul", "--impl", "numpy", "--time", "300", "--workers", "1"]
+    whole = ["-X", "importtime", "-m", "moekit.cli", *campaign]
     process = subprocess.Popen([sys.executable, *whole, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
