@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moekit import __version__
+from moekit.files import read_json, write_text
 
 PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang-kernel", "vllm", "liger-kernel", "quack-kernels",
             "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax", "transformers")  # fmt: skip
@@ -40,12 +41,12 @@ def write(path: str | Path, result: dict) -> None:
     rows = result.get("rows", [])
     head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)
     body = ",\n".join("  " + json.dumps(row) for row in rows)
-    Path(path).write_text(head[:-2] + ',\n "rows": [\n' + body + "\n ]\n}\n")
+    write_text(path, head[:-2] + ',\n "rows": [\n' + body + "\n ]\n}\n")
 
 
 def load(path: str | Path) -> dict:
     """Read a result file."""
-    return json.loads(Path(path).read_text())
+    return read_json(path)
 
 
 def numbers(text: str) -> list[int]:

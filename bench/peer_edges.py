@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from moekit.files import write_text
 from moekit.testing import others
 
 ENOUGH = 0.01  # relative error in the 2-norm: three roundings to bfloat16 are below it, and what is wrong is far above
@@ -186,7 +187,7 @@ def run_apart(name: str) -> str:
     """Run one case in a process of its own."""
     command = [sys.executable, __file__, "--here", name]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     except subprocess.TimeoutExpired:
         return "did not end in 120 seconds"
     found = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]
@@ -208,7 +209,7 @@ def main() -> None:
     for name, said in found.items():
         print(f"{name}: {said}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(options.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import targets
 from bench.common import load
+from moekit.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "numerics", "torch"))
@@ -220,12 +221,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = {page: page.read_text() for page in PAGES}
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after = {page: filled(text, RESULTS) for page, text in before.items()}
     if args.check:
         return int(after != before)
     for page, text in after.items():
-        page.write_text(text)
+        write_text(page, text)
     if (path := RESULTS / "fusions_h200.json").is_file():
         from bench.plots import times as plot
 

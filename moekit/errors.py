@@ -26,7 +26,7 @@ class NonFiniteError(MoekitError, ArithmeticError):
 
 
 class FileError(MoekitError, OSError):
-    """A file that cannot be written."""
+    """A file that cannot be read or written."""
 
 
 class DeviceError(MoekitError, ValueError):

@@ -15,7 +15,7 @@ from moekit.cli.platform import installed, prepare_jax
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from moekit.cli.run import Difference
+    from moekit.cli.agreement import Closeness, Difference
     from moekit.models.qwen3next import Config, Generation
 
 BATCH, PROMPT_LENGTH, NEW_TOKENS = 2, 8, 16
@@ -72,7 +72,9 @@ def decode(
 ) -> None:
     """Decode greedily with a Qwen3-Next checkpoint, tensor parallel.
 
-    Runs twice, with Pallas kernels and with XLA's, and compares the tokens: exit code 1 if they differ.
+    Runs twice, with Pallas kernels and with XLA's, and compares them: exit code 1 if they disagree. In float32 the tokens must
+    be equal; in a narrower dtype the logits of the same tokens must lie as near to a float32 run's. A sequence ends at the
+    checkpoint's end tokens.
     Without a GPU, 8 virtual CPU devices share the model and the kernels run in interpret mode.
     """
     if prompt_ids and (batch or prompt_len):
@@ -83,7 +85,7 @@ def decode(
         if not installed(needed):
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
     prepare_jax()
-    from moekit.cli import run
+    from moekit.cli import agreement, run
     from moekit.models.qwen3next import Config, load
 
     directory = checkpoint or run.tiny_checkpoint()
@@ -91,14 +93,20 @@ def decode(
     tp = _checked_tp(config, tp)
     prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
     _check_prompts(config, prompts)
+    ends = _ends(directory, config)
 
     with _bar(f"loading {directory.name}") as advance:
         model = load(directory, run.mesh_of(tp), dtype, progress=advance)
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with _bar(f"decoding with {which}") as advance:
-            runs[which] = run.run(model, prompts, new_tokens, which, lambda p, advance=advance: advance(p.step, p.total))
-    found = run.difference(runs["pallas"], runs["xla"])
+            runs[which] = run.run(model, prompts, new_tokens, ends, which, lambda p, advance=advance: advance(p.step, p.total))
+    found = agreement.difference(runs["pallas"], runs["xla"])
+    close = None
+    if str(model.dtype) != "float32":
+        with _bar("comparing logits") as advance:
+            close = agreement.closeness(model, prompts, runs[kernels].tokens, advance)
+    agree = found is None if close is None else close.within
     report = {
         **_setting(directory, checkpoint is None, config, model),
         "kernels": kernels,
@@ -106,13 +114,14 @@ def decode(
         "tokens": [list(t) for t in runs[kernels].tokens],
         "timing": {which: _timing(generation) for which, generation in runs.items()},
         "served": run.served(model, len(prompts), kernels),
-        "agreement": _agreement(found),
+        "ends": list(ends),
+        "agreement": {"agree": agree, **_agreement(found), **_logits(close)},
     }
     if as_json:
         print_json(report)
     else:
         _show(report)
-    if found:
+    if not agree:
         raise click.exceptions.Exit(1)
 
 
@@ -142,6 +151,18 @@ def _check_prompts(config: Config, prompts: list[list[int]]) -> None:
                     f"{token} is no token id; the model has {config.vocab_size}, from 0",
                     param_hint="--prompt-ids",
                 )
+
+
+def _ends(directory: Path, config: Config) -> tuple[int, ...]:
+    """The checkpoint's end tokens; those that its vocabulary lacks end nothing, which is said."""
+    from moekit.models.qwen3next import end_tokens
+
+    named = end_tokens(directory, config)
+    for token in named:
+        if token >= config.vocab_size:
+            said = f"the end token {token} is outside the vocabulary of {config.vocab_size} and ends nothing"
+            notes().print(said, soft_wrap=True)
+    return tuple(token for token in named if token < config.vocab_size)
 
 
 @contextmanager
@@ -195,6 +216,13 @@ def _agreement(found: Difference | None) -> dict[str, Any]:
     }
 
 
+def _logits(close: Closeness | None) -> dict[str, Any]:
+    if close is None:
+        return {}
+    sides = {"pallas": close.pallas, "xla": close.xla, "bound": close.bounds}
+    return {"logits": {side: {"all": e[0], "worst": e[1]} for side, e in sides.items()} | {"rows": close.rows}}
+
+
 def _show(report: dict[str, Any]) -> None:
     out = console()
     kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
@@ -240,13 +268,20 @@ def _served_table(served: dict[str, dict[str, Any]], kernels: str) -> Any:
 def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]], dtype: str) -> None:
     out = console()
     out.print()
+    verdict = "[green]pallas and xla agree[/green]" if agreement["agree"] else "[red]pallas and xla disagree[/red]"
     if agreement["equal"]:
-        out.print(f"[green]pallas and xla agree[/green]: all {sum(map(len, tokens))} new tokens are equal")
+        said = f"all {sum(map(len, tokens))} new tokens are equal"
+    else:
+        pallas, xla = ("none" if agreement[k] is None else agreement[k] for k in ("pallas", "xla"))
+        at = f"new token {agreement['position']} of sequence {agreement['sequence']}"
+        said = f"{at} is {pallas} with pallas and {xla} with xla"
+    if "logits" not in agreement:
+        out.print(f"{verdict}: {said}", soft_wrap=True)
         return
-    out.print(
-        f"[red]pallas and xla disagree[/red]: new token {agreement['position']} of sequence "
-        f"{agreement['sequence']} is {agreement['pallas']} with pallas and {agreement['xla']} with xla",
-        soft_wrap=True,
-    )
-    if dtype != "float32":
-        out.print(f"In {dtype} two near-equal logits can fall either way; --dtype float32 tells that from a fault.")
+    found = agreement["logits"]
+    sides = [tuple(found[side][rows] for side in ("pallas", "xla", "bound")) for rows in ("all", "worst")]
+    said_of = ("{:.2g} with pallas and {:.2g} with xla ({:.2g} allowed)", "in the worst row {:.2g} and {:.2g} ({:.2g})")
+    near = "; ".join(text.format(*side) for text, side in zip(said_of, sides, strict=True))
+    out.print(f"{verdict}: fed the same tokens, their logits are off from a float32 run's by {near}", soft_wrap=True)
+    why = "" if agreement["equal"] or not agreement["agree"] else f": in {dtype} two near-equal logits fall either way"
+    out.print(f"{said}{why}", soft_wrap=True)

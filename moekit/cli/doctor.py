@@ -168,8 +168,8 @@ def jax_sees_cuda() -> bool:
 
 
 def _says_yes(program: str) -> bool:
-    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    return asked.stdout.strip().endswith("True")
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    return asked.stdout.strip().endswith(b"True")
 
 
 def _version(package: str) -> str | None:

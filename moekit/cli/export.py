@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from moekit.cli.output import notes, print_source
+from moekit.cli.output import OutputFile, notes, print_source
 from moekit.cli.show import parse_parameters, parse_sizes, refuse_empty_axes
+from moekit.files import write_text
 from moekit.fusions import FUSIONS
 
 
@@ -19,7 +20,7 @@ from moekit.fusions import FUSIONS
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
 @click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:1".')
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The file (default: stdout).")
+@click.option("-o", "--output", type=OutputFile(), help="The file (default: stdout).")
 def export(
     fusion: str, backend: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None,
     output: Path | None,
@@ -38,8 +39,5 @@ def export(
     if output is None:
         print_source(text, "python")
         return
-    try:
-        output.write_text(text)
-    except OSError as error:
-        raise click.ClickException(f"export: cannot write {output}: {error.strerror}") from None
+    write_text(output, text)
     notes().print(f"wrote {output}; test it with: python {output}", soft_wrap=True)

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from moekit.cli import fuzz_report
-from moekit.cli.output import console, notes, print_json
-from moekit.errors import UnavailableError
+from moekit.cli.interrupt import held
+from moekit.cli.output import OutputFile, console, notes, print_json
+from moekit.errors import FileError, UnavailableError
+from moekit.files import check_writable
 
 FAILED = 1
 SHRUNK = 5  # failures that are made small: the first of each fusion and implementation
@@ -57,41 +59,42 @@ LEAST = {"triton": 200}  # cases that every cell must have
 )
 @click.option("--save", type=click.Path(path_type=Path), default=Path("tests/regressions"), show_default=True,
               help="Where failures are appended, if the directory exists.")  # fmt: skip
-@click.option("--record", type=click.Path(path_type=Path),
+@click.option("--record", type=OutputFile(),
               help="Keep the worst error ratios in this JSON file (the repository's: moekit/testing/worst.json).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.option("--json-file", type=click.Path(path_type=Path), help="Write the summary as JSON, cells included.")
-def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: float | None, examples: tuple[str, ...],
-         least: int | None, seed: int, workers: int | None, combos: int, batch: int, mutants: tuple[str, ...],
-         patches: tuple[Path, ...], replay: Path | None, save: Path, record: Path | None, as_json: bool,
-         json_file: Path | None) -> None:  # fmt: skip
+@click.option("--json-file", type=OutputFile(), help="Write the summary as JSON, cells included.")
+@click.pass_obj
+def fuzz(pressed_before: list[int] | None, /, fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: float | None,
+         examples: tuple[str, ...], least: int | None, seed: int, workers: int | None, combos: int, batch: int,
+         mutants: tuple[str, ...], patches: tuple[Path, ...], replay: Path | None, save: Path, record: Path | None,
+         as_json: bool, json_file: Path | None) -> None:  # fmt: skip
     """Run random cases of FUSIONs (all of moekit's; also `probes`, `random:SEED` or module:attribute) against the reference.
 
     Sizes, dtypes, strides, offsets, aliasing, values and schedules follow from the seed. Exit codes: 0 clean, 1 failures,
     2 asked wrongly, 3 an implementation or fusion that is not available here.
     """
-    from moekit.testing import campaign
-    from moekit.testing.case import find_fusion
-    from moekit.testing.executors import unavailable
-    from moekit.testing.worst import record_worst
-
     begin = time.monotonic()
-    names = _fusions(fusions)
-    for name in names:
-        find_fusion(name)
-    chosen = list(dict.fromkeys(implementations)) or ["interpret", "numpy", "eager"]
-    for name in chosen:
-        _check(name, unavailable(name))
-    if replay:
-        _replay(replay, implementations, as_json)
-        return
-    shared, own = _budgets(examples, chosen, seconds)
-    plan = campaign.Plan(
-        names, chosen, seed, shared, seconds, workers or min(12, os.cpu_count() or 1), combos, GROUPS, batch, own,
-        {i: LEAST.get(i, 0) if least is None else least for i in chosen},
-        frozenset(i for i in chosen if campaign.accelerated(i)), bool(mutants or patches))  # fmt: skip
-    with _package(mutants, patches):
-        result = fuzz_report.watched(plan, json_file)
+    with contextlib.ExitStack() as open_:
+        with held() as pressed:
+            from moekit.testing import campaign
+            from moekit.testing.worst import record_worst
+
+            chosen = list(dict.fromkeys(implementations)) or ["interpret", "numpy", "eager"]
+            names = _checked(fusions, chosen)
+            shared, own = _budgets(examples, chosen, seconds)
+            plan = campaign.Plan(
+                names, chosen, seed, shared, seconds, workers or min(12, os.cpu_count() or 1), combos, GROUPS, batch, own,
+                {i: LEAST.get(i, 0) if least is None else least for i in chosen},
+                frozenset(i for i in chosen if campaign.accelerated(i)), bool(mutants or patches))  # fmt: skip
+            _check_kept(None if plan.disarmed else save, record)
+            open_.enter_context(_package(mutants, patches))
+        if pressed_before or pressed:
+            result = campaign.interrupted(plan)
+        elif replay:
+            _replay(replay, implementations, as_json)
+            return
+        else:
+            result = fuzz_report.watched(plan, json_file)
         rest = FOR_SHRINKING if seconds is None else seconds - (time.monotonic() - begin)
         rows = _shrunk(result, None if plan.disarmed else save, rest, plan.disarmed)
     result.seconds = time.monotonic() - begin
@@ -105,6 +108,34 @@ def fuzz(fusions: tuple[str, ...], implementations: tuple[str, ...], seconds: fl
     else:
         fuzz_report.show(summary, rows)
     raise SystemExit(FAILED if result.failures else 0)
+
+
+def _checked(fusions: tuple[str, ...], chosen: list[str]) -> list[str]:
+    """The fusions that are meant, where each of them and of the implementations can be had here."""
+    from moekit.testing.case import find_fusion
+    from moekit.testing.executors import unavailable
+
+    names = _fusions(fusions)
+    for name in names:
+        find_fusion(name)
+    for name in chosen:
+        _check(name, unavailable(name))
+    return names
+
+
+def _check_kept(save: Path | None, record: Path | None) -> None:
+    """Refuse, before the campaign, what its failures and ratios could not be added to after it."""
+    from moekit.testing.regressions import load
+    from moekit.testing.worst import worst_seen
+
+    try:
+        if save is not None and save.is_dir():
+            check_writable(save / "probe")
+            load(save)
+        if record is not None:
+            worst_seen(record)
+    except (ValueError, FileError) as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _budgets(given: tuple[str, ...], chosen: list[str], seconds: float | None) -> tuple[int | None, dict[str, int]]:
@@ -176,7 +207,10 @@ def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> l
             result.left.append(f"a failure of {key[0]} ({key[1]}) was not made small")
         else:
             notes().print(f"making a failure of {key[0]} ({key[1]}) small …")
-            made |= _small(failure, rest / max(1, SHRUNK - len(seen)), disarmed)
+            try:
+                made |= _small(failure, rest / max(1, SHRUNK - len(seen)), disarmed)
+            except KeyboardInterrupt:
+                result.stopped = "interrupted"
         if save is not None and save.is_dir():
             append(save, Regression(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
         rows.append(made)
@@ -208,7 +242,7 @@ def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None
 
     try:
         recorded = load(path)
-    except ValueError as error:
+    except (ValueError, FileError) as error:
         raise click.UsageError(str(error)) from None
     rows, skipped, probers = [], 0, {}
     for regression in recorded:

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from moekit.cli.output import console, notes, table
+from moekit.files import write_text
 
 SHOWN = 10  # failures printed in full as they come: the first of each fusion and implementation
 
@@ -82,8 +83,7 @@ def row(failure: Any) -> dict:
 def write(path: Path, summary: dict, result: Any) -> None:
     """The summary with every cell."""
     cells = {i: [[*c, n] for c, n in sorted(v.cells.items())] for i, v in result.coverage.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**summary, "by_cell": cells}, indent=1))
+    write_text(path, json.dumps({**summary, "by_cell": cells}, indent=1))
 
 
 def summarise(plan: Any, result: Any, rows: list[dict]) -> dict:

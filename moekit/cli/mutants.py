@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moekit.cli.output import console, notes, print_json, table
+from moekit.cli.output import OutputFile, console, notes, print_json, table
+from moekit.errors import FileError
+from moekit.files import read_json, write_text
 
 if TYPE_CHECKING:
     from moekit.testing.mutants import Mutant, Outcome
@@ -29,7 +31,7 @@ WANTED = 0.98
 @click.option("--markdown", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Print what --json-file wrote as a Markdown table and end.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--json-file", type=click.Path(path_type=Path), help="Write the outcomes as JSON, as they come.")
+@click.option("--json-file", type=OutputFile(), help="Write the outcomes as JSON, as they come.")
 def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool, seconds: float, workers: int | None,
             only_list: bool, markdown: Path | None, as_json: bool, json_file: Path | None) -> None:  # fmt: skip
     """Run numerical properties against each mutant of the lowering and the emitters, in a copy of the package.
@@ -42,7 +44,11 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
     from moekit.testing.mutants.score import score_all
 
     if markdown:
-        click.echo(as_markdown(json.loads(markdown.read_text())["outcomes"]))
+        try:
+            shown = as_markdown(read_json(markdown)["outcomes"])
+        except (FileError, KeyError, TypeError) as error:
+            raise click.UsageError(f"{markdown} is not what --json-file writes: {error}") from None
+        click.echo(shown)
         return
     chosen = _chosen(names, historical, bool(patches))
     if only_list:
@@ -58,13 +64,13 @@ def mutants(names: tuple[str, ...], patches: tuple[Path, ...], historical: bool,
         how = f"{o.stage}, " * o.killed + f"cases: {o.cases}, {o.seconds:.0f} s"
         notes().print(f"{len(ended)}/{len(every)} {o.name}: {'killed' if o.killed else 'SURVIVED'} ({how})", markup=False)
         if json_file:
-            json_file.write_text(json.dumps(_summary(ended), indent=1))
+            write_text(json_file, json.dumps(_summary(ended), indent=1))
 
     at_once = workers or max(1, (os.cpu_count() or 2) // 2)
     found = score_all(every, seconds, tell, at_once)
     summary = _summary(found)
     if json_file:
-        json_file.write_text(json.dumps(summary, indent=1))
+        write_text(json_file, json.dumps(summary, indent=1))
     if as_json:
         print_json(summary)
     else:

@@ -1,6 +1,8 @@
 """How the commands speak: results on stdout, progress on stderr, JSON when asked."""
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,15 +10,48 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from moekit.errors import FileError
+from moekit.files import check_writable
+
+
+class OutputFile(click.Path):
+    """An option that names a file to write: refused at once, before any work, where it could not be written in the end."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, if a file can be written there."""
+        path = super().convert(value, param, ctx)
+        try:
+            check_writable(path)
+        except FileError as error:
+            self.fail(str(error), param, ctx)
+        return path
+
+
+def spell_out() -> None:
+    """Have characters that a terminal's encoding lacks spelt out (\\u2192), as stderr does, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
 
 def console() -> Console:
     """Where results go. Made at each call, so that a redirected stdout is seen."""
-    return Console(highlight=False)
+    return _console(stderr=False)
 
 
 def notes() -> Console:
     """Where progress and remarks go."""
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    if made.width < 1:  # COLUMNS=0: rich would print nothing
+        made.width = 80
+    return made
 
 
 def print_json(value: Any) -> None:
@@ -25,12 +60,12 @@ def print_json(value: Any) -> None:
 
 
 def print_source(text: str, lexer: str) -> None:
-    """Source text: coloured on a terminal, else byte for byte."""
+    """Source text: coloured on a terminal, else byte for byte, in UTF-8 as Python reads it."""
     out = console()
     if out.is_terminal:
         out.print(Syntax(text, lexer, background_color="default"))
     else:
-        click.echo(text)
+        click.echo((text.rstrip("\n") + "\n").encode(), nl=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -7,13 +7,13 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
 from moekit import __version__
 from moekit.errors import UnavailableError
@@ -33,15 +33,6 @@ from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, genera
 from moekit.models.qwen3next.kernels import FUSIONS
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where two runs part: the sequence, the position among its new tokens, and the token of each."""
-
-    sequence: int
-    position: int
-    tokens: tuple[int, int]
-
-
 def tiny_checkpoint() -> Path:
     """The tiny random checkpoint in the user's cache directory, written if it is not there yet."""
     try:
@@ -53,16 +44,27 @@ def tiny_checkpoint() -> Path:
     key = hashlib.sha256(repr((__version__, TINY)).encode()).hexdigest()[:8]
     cache = Path(platformdirs.user_cache_dir("moekit"))
     directory = cache / f"qwen3-next-tiny-{key}"
-    if not directory.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            written = write_random_checkpoint(Path(scratch) / directory.name)
-            try:
-                os.rename(written, directory)  # whole or not at all, also when two commands start at once
-            except OSError:
-                if not directory.is_dir():
-                    raise
+    try:
+        if not directory.is_dir():
+            _write_tiny(cache, directory)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UnavailableError(
+            f"the tiny checkpoint cannot be written to {cache} ({why}); set XDG_CACHE_HOME to a folder that can be written, or "
+            "give --checkpoint"
+        ) from None
     return directory
+
+
+def _write_tiny(cache: Path, directory: Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        written = write_random_checkpoint(Path(scratch) / directory.name)
+        try:
+            os.rename(written, directory)  # whole or not at all, also when two commands start at once
+        except OSError:
+            if not directory.is_dir():
+                raise
 
 
 def serves(config: Config, tp: int) -> bool:
@@ -98,20 +100,12 @@ def run(
     model: Model,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
+    ends: Sequence[int],
     kernels: str,
     progress: Callable[[Progress], None],
 ) -> Generation:
-    """Decode with one kind of kernels."""
-    return generate(model, prompts, max_new_tokens=new_tokens, kernels=kernels, progress=progress)
-
-
-def difference(a: Generation, b: Generation) -> Difference | None:
-    """The first place where two runs of the same prompts chose different tokens."""
-    for i, (left, right) in enumerate(zip(a.tokens, b.tokens, strict=True)):
-        for j, pair in enumerate(zip(left, right, strict=True)):
-            if pair[0] != pair[1]:
-                return Difference(i, j, pair)
-    return None
+    """Decode with one kind of kernels, up to a token of `ends`."""
+    return generate(model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress)
 
 
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:

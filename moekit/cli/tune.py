@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moekit.cli.output import console, notes, print_json, table
+from moekit.cli.output import OutputFile, console, notes, print_json, table
 from moekit.cli.show import parse_sizes
-from moekit.errors import UnavailableError
+from moekit.errors import FileError, UnavailableError
+from moekit.files import check_writable, read_json, write_text
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 @click.option("--time", "seconds", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
               help="Seconds of search for one fusion, size and dtype.")  # fmt: skip
 @click.option("--again", is_flag=True, help="Search nothing: time the table's entries anew and drop those that do not win.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The table to write (default: the package's own).")
+@click.option("-o", "--output", type=OutputFile(), help="The table to write (default: the package's own).")
 @click.option("--json", "as_json", is_flag=True, help="Print times and what was tried as JSON.")
-@click.option("--json-file", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--json-file", type=OutputFile(),
               help="Write the times to a file, which keeps those it has of other fusions and sizes.")  # fmt: skip
 def tune(
     fusions: tuple[str, ...], dtypes: tuple[str, ...], sizes: dict[str, int], seconds: float, again: bool,
@@ -47,6 +48,7 @@ def tune(
     jobs = [(n, s, d) for n in fusions or FUSIONS for s in run.SIZES[n] if sizes.items() <= s.items() for d in dtypes]
     if not jobs:
         raise click.UsageError(f"none of the model's sizes has {', '.join(f'{a}={n}' for a, n in sizes.items())}")
+    _check_kept(where, json_file)
     found, report = [], {}
     for name, static, dtype, tuned in _again(run, jobs, where) if again else _search(run, jobs, seconds):
         found.append({"fusion": name, "sizes": static, "dtype": dtype, "tuned": tuned})
@@ -58,6 +60,17 @@ def tune(
         print_json(report)
     else:
         _print(report)
+
+
+def _check_kept(where: Path, json_file: Path | None) -> None:
+    """Refuse, before the search, what cannot be written or whose rows could not be kept after it."""
+    try:
+        check_writable(where)
+        for path in (where, json_file):
+            if path is not None and path.is_file() and not isinstance(read_json(path), dict):
+                raise FileError(f"{path} is not what `moekit tune` writes")
+    except FileError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _ready() -> Any:
@@ -74,7 +87,7 @@ def _ready() -> Any:
 
 
 def _again(run, jobs, where: Path) -> Iterator[tuple[str, dict, str, Tuned]]:
-    entries = json.loads(where.read_text())["entries"] if where.is_file() else {}
+    entries = read_json(where)["entries"] if where.is_file() else {}
     for name, sizes, dtype in jobs:
         yield name, sizes, dtype, run.again(name, sizes, dtype, entries)
 
@@ -100,13 +113,13 @@ def _said(sizes: Mapping[str, int]) -> str:
 
 def _keep(path: Path, report: dict) -> None:
     """The report without what was tried, beside the rows of other graphs that the same device and versions gave."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path) if path.is_file() else {}
     same = all(before.get(n) == report[n] for n in ("device", "versions"))
     rows = {row["key"]: row for row in (before["rows"] if same else [])}
     rows |= {row["key"]: {n: x for n, x in row.items() if n != "trials"} for row in report["rows"]}
     lines = ",\n".join("  " + json.dumps(row) for row in rows.values())
     head = json.dumps({n: x for n, x in report.items() if n not in ("rows", "table")}, indent=1)
-    path.write_text(head[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n")
+    write_text(path, head[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n")
 
 
 def _row(fusion: str, sizes: Mapping[str, int], dtype: str, tuned: Tuned, seconds: float) -> dict:

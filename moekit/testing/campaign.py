@@ -40,6 +40,19 @@ def accelerated(implementation: str) -> bool:
 def run(plan: Plan, watch: Callable[[Result], None] = lambda result: None) -> Result:
     """Run a campaign; `watch` is called after every task. Ctrl-C ends it with what there is."""
     result = Result({name: Coverage() for name in plan.implementations})
+    try:
+        _run(plan, result, watch)
+    except KeyboardInterrupt:
+        result.stopped = "interrupted"
+    return result
+
+
+def interrupted(plan: Plan) -> Result:
+    """What a campaign found that was stopped before it began."""
+    return Result({name: Coverage() for name in plan.implementations}, stopped="interrupted")
+
+
+def _run(plan: Plan, result: Result, watch: Callable[[Result], None]) -> None:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # the workers share the cores
     begin = time.monotonic()
@@ -48,8 +61,6 @@ def run(plan: Plan, watch: Callable[[Result], None] = lambda result: None) -> Re
         open_room(Path(folder))
         try:
             _drive(plan, agenda, workers, watch)
-        except KeyboardInterrupt:
-            result.stopped = "interrupted"
         finally:
             close_room()
             agenda.end([w.task for w in workers if w.task is not None])
@@ -57,8 +68,7 @@ def run(plan: Plan, watch: Callable[[Result], None] = lambda result: None) -> Re
                 w.stop()
             for w in workers:
                 w.end()
-    result.seconds = time.monotonic() - begin
-    return result
+            result.seconds = time.monotonic() - begin
 
 
 def _drive(plan: Plan, agenda: Agenda, workers: list[Worker], watch: Callable[[Result], None]) -> None:

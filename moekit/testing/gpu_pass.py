@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from moekit.compile.interpret import poison
+from moekit.files import write_text
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.lang.dtypes import FLOATS
@@ -293,7 +294,7 @@ def main() -> None:
         control()
         return
     share, shares, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    path.write_text(json.dumps(run_share(share, shares)))
+    write_text(path, json.dumps(run_share(share, shares)))
 
 
 if __name__ == "__main__":

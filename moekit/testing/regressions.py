@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekit.files import read_json, write_text
 from moekit.testing.case import FuzzCase
 
 
@@ -26,18 +27,18 @@ class Regression:
 
 
 def load(path: Path) -> list[Regression]:
-    """The cases of a file, or of every JSON file of a directory; raises ValueError for a file that holds none."""
+    """The cases of a file, or of every JSON file of a directory; raises ValueError or FileError for a file that holds none."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     found = []
     for file in files:
         try:
-            rows = json.loads(file.read_text())
+            rows = read_json(file)
             rows = rows if isinstance(rows, list) else [rows]
             for row in rows:
                 row = row if "case" in row else {"case": row}
                 found.append(Regression(FuzzCase.from_json(row["case"]), row.get("implementation", "interpret"),
                                         tuple(row.get("problems", ())), row.get("note", "")))  # fmt: skip
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{file} holds no fuzz case: {error}") from None
     return found
 
@@ -47,9 +48,9 @@ def append(directory: Path, regression: Regression) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() or c == "_" else "_" for c in regression.case.fusion)
     path = directory / f"{name}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_json(path) if path.exists() else []
     if all((r["case"], r["implementation"]) != (regression.to_json()["case"], regression.implementation) for r in rows):
-        path.write_text("[\n" + ",\n".join(json.dumps(r) for r in [*rows, regression.to_json()]) + "\n]\n")
+        write_text(path, "[\n" + ",\n".join(json.dumps(r) for r in [*rows, regression.to_json()]) + "\n]\n")
     return path
 
 

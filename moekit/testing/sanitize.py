@@ -2,7 +2,7 @@
 
 Each tool (memcheck: accesses out of bounds or misaligned; racecheck: races in shared memory) first runs kernels with planted
 faults, which it must find, and then `moekit.testing.gpu_pass` in several processes, which must be clean and whose kernels must
-all have run. Exit codes: 0 clean, 1 findings, 3 no GPU or no compute-sanitizer here.
+all have run. Exit codes: 0 clean, 1 findings, 2 a place that cannot be written, 3 no GPU or no compute-sanitizer here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moekit.files import check_writable, read_json, write_text
 from moekit.testing.gpu_pass import cases, cell
 
 FOUND = 99  # the exit code by which the sanitizer says that it found something
@@ -78,7 +79,7 @@ def check_control(sanitizer: str, tool: str, folder: Path, seconds: float) -> li
                        capture_output=True, check=False)  # fmt: skip
     except subprocess.TimeoutExpired:
         return [f"{tool}: the planted faults took more than {seconds:.0f} s"]
-    text = log.read_text() if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return [] if found(text) else [f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}"]
 
 
@@ -90,7 +91,7 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     for i in range(workers):
         log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
         arguments = [str(i), str(workers), str(report)]
-        with output.open("w") as sink:
+        with output.open("wb") as sink:
             process = subprocess.Popen(command(sanitizer, tool, log, arguments), env={**os.environ, **ENVIRONMENT},
                                        stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         running.append((process, log, report, output))
@@ -104,7 +105,7 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
             code = None
         verdict.findings += judge(tool, code, log, report, output)
         if report.exists():
-            told = json.loads(report.read_text())
+            told = read_json(report)
             verdict.cases += told["cases"]
             doors.update(told["doors"])
             cells.update(told["cells"])
@@ -116,7 +117,7 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
 
 def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) -> list[str]:
     """What is wrong with one process: what the tool found, what its outputs were, how it ended."""
-    text = log.read_text() if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     errors = found(text)
     findings = []
     if errors:
@@ -129,13 +130,13 @@ def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) ->
     if not report.exists():
         findings.append(f"{tool}: {report.name} was not written: its share did not end")
     else:
-        findings += [f"{tool}: {p}" for p in json.loads(report.read_text())["problems"]]
+        findings += [f"{tool}: {p}" for p in read_json(report)["problems"]]
     return findings
 
 
 def ending(output: Path) -> str:
     """The case that a process was at, the last it named, and the end of what it printed."""
-    text = output.read_text().strip() if output.exists() else ""
+    text = output.read_text(encoding="utf-8", errors="replace").strip() if output.exists() else ""
     case = next((line for line in reversed(text.splitlines()) if line.startswith("case ")), None)
     tail = text[-500:]
     return tail if case is None or case in tail.splitlines() else f"{case[:400]}\n{tail}"
@@ -167,13 +168,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     with tempfile.TemporaryDirectory(prefix="moekit-sanitize-") as temporary:
         folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_writable(options.json_file or folder / "log")
+        except OSError as error:
+            print(f"sanitize: {error}", file=sys.stderr)
+            return 2
         verdicts = []
         for tool in options.tool or TOOLS:
             verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder))
             tell(verdicts[-1])
             if options.json_file:
-                options.json_file.write_text(json.dumps([asdict(v) for v in verdicts], indent=1))
+                write_text(options.json_file, json.dumps([asdict(v) for v in verdicts], indent=1))
     return 1 if any(v.findings for v in verdicts) else 0
 
 

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from moekit.testing.case import FuzzCase
@@ -77,7 +78,12 @@ def _started(work: Callable[[Any], Any], disarmed: bool) -> tuple[Any, Any]:
     """A process that does `work`, a function of a module, on whatever it is sent; and the connection to it."""
     connection, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_serve, args=(theirs, work, disarmed), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()  # with Ctrl-C blocked, also while it imports: that is for the parent, which ends its workers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return process, connection
 
@@ -85,7 +91,6 @@ def _started(work: Callable[[Any], Any], disarmed: bool) -> tuple[Any, Any]:
 def _prepare(disarmed: bool) -> None:
     from moekit.cli.platform import prepare_jax
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # Triton's interpreter computes with infinities in numpy
     prepare_jax()
     if disarmed:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moekit.files import read_json, write_text
 from moekit.testing.agenda import Plan
 from moekit.testing.coverage import Coverage
 
@@ -16,7 +17,7 @@ FILE = Path(__file__).parent / "worst.json"
 
 def worst_seen(path: Path = FILE) -> dict[str, dict[str, Any]]:
     """For every fusion the worst ratio, and the implementation, device and command that gave it."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def record_worst(path: Path, coverage: Mapping[str, Coverage], plan: Plan) -> None:
@@ -28,7 +29,7 @@ def record_worst(path: Path, coverage: Mapping[str, Coverage], plan: Plan) -> No
             if ratio > kept.get(fusion, {"ratio": 0.0})["ratio"]:
                 kept[fusion] = {"ratio": round(ratio, 4), "implementation": implementation, "device": where,
                                 "command": " ".join(["moekit", *sys.argv[1:]])}  # fmt: skip
-    path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    write_text(path, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
 def _device() -> str:

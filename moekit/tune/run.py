@@ -20,6 +20,7 @@ import triton
 
 from moekit import __version__
 from moekit.compile.schedule import Schedule
+from moekit.files import read_json, write_text
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Graph
@@ -269,10 +270,9 @@ def table_path() -> Path:
 def write(path: Path, tuned: Sequence[Tuned]) -> None:
     """The table of a device as JSON, with what made it: what was tuned now, and what another run left of other graphs."""
     by = {"device": device()} | made()["versions"]
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path) if path.is_file() else {}
     kept = before.get("entries", {}) if before.get("made with", {}).get("triton") == triton.__version__ else {}
     entries = {k: e for k, e in kept.items() if k not in {t.key for t in tuned}} | {
         t.key: t.entry.to_json() | {"time over the heuristic's": t.gains()} for t in tuned if t.entry
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"made with": by, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
+    write_text(path, json.dumps({"made with": by, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")

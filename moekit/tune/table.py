@@ -90,7 +90,7 @@ def table(device: str) -> Mapping[str, Mapping]:
     path = resources.files("moekit.tune") / "tables" / f"{device_key(device)}.json"
     if not path.is_file():
         return {}
-    made = json.loads(path.read_text())
+    made = json.loads(path.read_text(encoding="utf-8"))
     return made["entries"] if made["made with"]["triton"] == _triton() else {}
 
 

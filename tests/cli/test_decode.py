@@ -49,7 +49,7 @@ def fake(monkeypatch):
 
     def with_tokens(pallas, xla):
         runs = {"pallas": generation(*pallas), "xla": generation(*xla)}
-        monkeypatch.setattr(run, "run", lambda model, prompts, new, kernels, progress: runs[kernels])
+        monkeypatch.setattr(run, "run", lambda model, prompts, new, ends, kernels, progress: runs[kernels])
         monkeypatch.setattr(run, "served", lambda *_: {"add_rms_norm": {"implementation": "xla", "kernels": 0}})
 
     return with_tokens
@@ -71,7 +71,7 @@ def test_with_no_arguments_at_all(tmp_path):
     assert report["checkpoint"].startswith(str(tmp_path))
     assert (report["platform"], report["devices"], report["tp"]) == ("cpu", 8, 8)
     assert [len(t) for t in report["tokens"]] == [4, 4]
-    assert report["agreement"] == {"equal": True}
+    assert report["agreement"] == {"agree": True, "equal": True}
     served = report["served"]
     assert {name: how["kernels"] for name, how in served.items()} == PER_STEP
     assert {how["implementation"] for how in served.values()} == {"pallas, interpreted"}
@@ -102,7 +102,7 @@ def test_on_gpus(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["platform"] == "gpu"
-    assert report["agreement"] == {"equal": True}
+    assert report["agreement"] == {"agree": True, "equal": True}
     assert {how["implementation"] for how in report["served"].values()} == {"pallas"}
 
 
@@ -114,7 +114,7 @@ def test_runs_that_disagree_end_in_failure(moekit, small, fake):
     printed = moekit("decode", "--checkpoint", small, "--json")
     assert printed.exit_code == 1
     agreement = json.loads(printed.stdout)["agreement"]
-    assert agreement == {"equal": False, "sequence": 1, "position": 1, "pallas": 5, "xla": 9}
+    assert agreement == {"agree": False, "equal": False, "sequence": 1, "position": 1, "pallas": 5, "xla": 9}
 
 
 def test_one_new_token_has_no_steady_state(moekit, small, fake):

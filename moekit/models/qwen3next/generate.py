@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ def generate(
 
 def _calls(model: Model, prompts: list[list[int]], total: int, kernels: Kernels) -> Iterator[jax.Array]:
     """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
-    tokens, lengths = _padded(prompts)
-    room = _round_up(tokens.shape[1] + total, CACHE_BUCKET)
+    tokens, lengths, room = padded(prompts, total)
     logits, memory = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
     current = most_likely(model, logits)
     del logits
@@ -190,12 +189,13 @@ def _checked_prompts(prompts: Any, vocabulary: int) -> list[list[int]]:
     return found
 
 
-def _padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[Sequence[int]], total: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """What `prefill` takes: tokens [B, S], lengths [B] and a cache's length with room for `total` more."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), _round_up(int(lengths.max()), PROMPT_BUCKET)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return tokens, lengths
+    return tokens, lengths, _round_up(tokens.shape[1] + total, CACHE_BUCKET)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from moekit.files import write_text
 from moekit.models.qwen3next.config import ATTENTION, DTYPES, GDN, Config
 from moekit.models.qwen3next.files import INDEX, SINGLE
 from moekit.models.qwen3next.sharding import checkpoint_shapes
@@ -61,7 +62,7 @@ def write_random_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     description = replace(config, dtype=dtype).to_json()
-    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
     tensors = dict(random_tensors(config, seed, dtype))
     if files == 1:
         save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
@@ -111,4 +112,4 @@ def _save_sharded(directory: Path, tensors: Mapping[str, np.ndarray], files: int
         "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
         "weight_map": weight_map,
     }
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import moekit
-from moekit.errors import MoekitError
+from moekit.errors import FileError, MoekitError, UnavailableError
+from moekit.files import write_text
 from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
@@ -30,6 +32,7 @@ SEEN = (  # the file (or several), the folder (none: ""), and the stages in whic
     ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
     ("backends/pallas.py", "jax/", ("pallas", "xla")),
 )
+UTF8: Any = {"encoding": "utf-8", "errors": "replace"}  # of what other programs say, whatever the locale
 UNCHANGED = "unchanged"
 PACKAGE = Path(moekit.__file__).parent
 ONE_THREAD = "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false"
@@ -68,26 +71,32 @@ def copy_package(folder: Path) -> Path:
 def mutate(mutant: Mutant, package: Path) -> None:
     """Apply a mutant to a copy of the package; raises MoekitError where its text is not there any more."""
     path = package / mutant.file
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for old, new in mutant.edits:
         if old not in text:
             raise MoekitError(
                 f"mutant {mutant.name}: {mutant.file} has no {old.strip()[:60]!r} any more; write the mutant anew"
             )
         text = text.replace(old, new)
-    path.write_text(text)
+    write_text(path, text)
 
 
 def apply_patch(patch: Path, folder: Path) -> list[str]:
     """Apply a unified diff (paths as in the repository) to a copy in `folder`; the files it changes.
 
-    Raises MoekitError if it does not apply.
+    Raises MoekitError if it does not apply, and UnavailableError where there is no `patch` to apply it.
     """
-    text = patch.read_text()
+    try:
+        text = patch.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{patch} cannot be read: {error}") from None
+    program = shutil.which("patch")
+    if program is None:
+        raise UnavailableError("the program `patch`, which applies a diff, is not on the path; install it")
     files = [line.split("\t")[0].split()[1] for line in text.splitlines() if line.startswith("+++ ")]
     strip = "-p1" if files and files[0].startswith("b/") else "-p0"
     done = subprocess.run(
-        ["patch", strip, "--no-backup-if-mismatch", "-d", str(folder)], input=text, capture_output=True, text=True, check=False
+        [program, strip, "--no-backup-if-mismatch", "-d", str(folder)], input=text, capture_output=True, check=False, **UTF8
     )
     if done.returncode or not files:
         raise MoekitError(f"{patch}: it does not apply: {(done.stdout + done.stderr).strip()[:300] or 'it is no unified diff'}")
@@ -139,7 +148,7 @@ def run_stage(stage: str, folder: Path, seconds: float) -> dict:
     command = [sys.executable, "-m", "moekit.testing.mutants.killer", stage, str(seconds)]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds + 120, check=False
+            command, cwd=folder, env=environment, capture_output=True, timeout=seconds + 120, check=False, **UTF8
         )
     except subprocess.TimeoutExpired:
         return {"killed": True, "ran": 0, "by": "it did not end"}
