@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from moekit.fusions import FUSIONS
 from moekit.fusions.packing import gate_refusal
@@ -123,7 +124,7 @@ class Block(Patched):
             routed = routed + share.to(x.dtype) * nn.functional.linear(activated, down)
         return routed.view(hidden_states.shape)
 
-    def plain_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    def plain_weights(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """gate_proj, up_proj, down_proj, shared gate and router, if nothing but they and `x` decides the result; else None."""
         own = self._modules
         router, shared = own["gate"], own["shared_expert"]
@@ -131,14 +132,16 @@ class Block(Patched):
         act = inner.get("act_fn")
         if type(shared) is not self.mlp or type(router) is not self.router or type(act) not in self.activations:
             return None
-        if router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks or "forward" in router.__dict__:
+        if router._forward_pre_hooks or "forward" in router.__dict__:
             return None  # it is called, so that its forward hooks run
+        for m in (shared, act):
+            if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+                return None
         weight = router._parameters.get("weight")
-        if not (bare(shared) and bare(act) and alike(x, weight) and weight.dtype is x.dtype):
+        if not alike(x, weight) or weight.dtype is not x.dtype:
             return None
-        linears = inner["gate_proj"], inner["up_proj"], inner["down_proj"], own["shared_expert_gate"]
-        weights = plain_weights(linears, x)
-        return None if weights is None else (*weights, weight)
+        weights = plain_weights((inner["gate_proj"], inner["up_proj"], inner["down_proj"], own["shared_expert_gate"]), x)
+        return None if weights is None else [*weights, weight]
 
     def why_not(self) -> str | None:
         """What `plain_weights` would stumble over."""
@@ -204,6 +207,8 @@ class Layer(Patched):
                 past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
         normed, residual = self._summed(mixed, hidden_states)
+        if hidden_states.requires_grad and not (torch.is_grad_enabled() or is_compiling()):
+            normed = normed.detach().requires_grad_()  # a reentrant checkpoint's first run: the block is to know
         moved = self.mlp(normed)
         return residual + (moved[0] if isinstance(moved, tuple) else moved)
 
