@@ -22,10 +22,10 @@ SITES = (
 
 @pytest.fixture(params=DEVICES)
 def pair(request):
-    """`pair(family)`: an unpatched model and a patched one with the same weights."""
+    """`pair()`: an unpatched model of one layer and a patched one with the same weights."""
 
-    def make(family="Qwen3Next", **changes):
-        return [tiny(family, **changes).to(request.param), patched(tiny(family, **changes).to(request.param))]
+    def make():
+        return [one_layer().to(request.param), patched(one_layer().to(request.param))]
 
     return make
 
@@ -36,6 +36,10 @@ def fused(monkeypatch):
     calls, original = [], modules.gates
     monkeypatch.setattr(modules, "gates", lambda *args: calls.append(1) or original(*args))
     return calls
+
+
+def one_layer():
+    return tiny("Qwen3Next", num_hidden_layers=1, layer_types=["full_attention"])
 
 
 def patched(model):
@@ -60,7 +64,7 @@ def at(model, site):
 
 @pytest.mark.parametrize("site", SITES)
 def test_hooks_run_and_what_they_change_is_changed(pair, fused, site):
-    """Each hook once a layer, and the model is fused again when they are gone."""
+    """Each hook once, and the model is fused again when they are gone."""
     models, seen = pair(), [[], []]
     before = both(models)
     handles = []
@@ -77,12 +81,12 @@ def test_hooks_run_and_what_they_change_is_changed(pair, fused, site):
         for m in at(model, site):
             handles += [m.register_forward_pre_hook(before_it), m.register_forward_hook(after_it)]
     assert not torch.allclose(both(models), before, atol=1e-2)
-    assert seen[0] == seen[1] == ["pre", "post"] * 4
+    assert seen[0] == seen[1] == ["pre", "post"]
     for h in handles:
         h.remove()
     fused.clear()
     both(models)
-    assert len(fused) == 4
+    assert len(fused) == 1
 
 
 def test_hooks_on_all_modules_see_every_module(pair):
@@ -172,7 +176,7 @@ def test_adapters_in_front_of_and_behind_patch(pair, targets):
     """Logits and the gradients of every adapter, in training and in evaluation mode."""
     plain, ours = pair()
     wanted, late = lora(plain, targets), lora(ours, targets)
-    early = lora(copy.deepcopy(plain.unload() if hasattr(plain, "unload") else tiny("Qwen3Next")).to(plain.device), targets)
+    early = lora(copy.deepcopy(plain.unload() if hasattr(plain, "unload") else one_layer()).to(plain.device), targets)
     mt.patch(early.base_model.model)
     for adapted in (late, early):
         both([wanted, adapted])
@@ -204,7 +208,7 @@ def test_another_dtype(pair, fused, move):
     fused.clear()
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).to(models[0].device, models[0].dtype) / 8
     with torch.no_grad():
-        wanted, got = (m.model.layers[3].mlp(x) for m in models)
+        wanted, got = (m.model.layers[0].mlp(x) for m in models)
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
     assert len(fused) == (move != "double")
     if move == "double":
@@ -246,7 +250,7 @@ def test_a_saved_model_can_be_read(pair, tmp_path, fused):
         sys.modules.pop(f"moekit.torch.huggingface.{name}", None)  # as in a process that has patched nothing
     read = torch.load(tmp_path / "model.pt", weights_only=False)
     both([plain, read])
-    assert len(fused) == 4
+    assert len(fused) == 1
     assert type(mt.unpatch(read).model.layers[0]) is type(plain.model.layers[0])
 
 
@@ -256,8 +260,7 @@ def replica(module):
     for name, child in module._modules.items():
         made._modules[name] = replica(child)
     for name, p in module._parameters.items():
-        if p is not None:
-            setattr(made, name, p.detach().clone())
+        setattr(made, name, None if p is None else p.detach().clone())
     return made
 
 
@@ -302,7 +305,7 @@ def test_offloaded_afterwards(pair):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantised_afterwards():
     """torch.ao exchanges every Linear."""
-    models = [tiny("Qwen3Next"), patched(tiny("Qwen3Next"))]
+    models = [one_layer(), patched(one_layer())]
     before = both(models)
     quantised = [torch.ao.quantization.quantize_dynamic(m, {nn.Linear}) for m in models]
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
