@@ -16,13 +16,13 @@ TINY = {
 
 def tiny(family: str, seed: int = 0, **changes):
     """A small model with weights of a size at which every part matters."""
-    from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
-
     torch.manual_seed(seed)
-    config, model = {
-        "Qwen3Next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
-        "Qwen3_5Moe": (Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
-    }[family]
+    if family == "Qwen3Next":
+        config, model = transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM
+    else:
+        from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig as config
+
+        model = transformers.Qwen3_5MoeForCausalLM
     made = model(config(**{**TINY, **changes})).eval()
     with torch.no_grad():
         for p in made.parameters():
