@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint lock clean
+.PHONY: help demo test against sanitize lint lock clean
 
 VENV ?= .venv
 JOBS ?= 2
@@ -43,6 +43,11 @@ demo: $(DEMO_READY) ## install what the decode needs (no torch) and run `moekit 
 
 test: $(TEST_READY) ## install everything and run the tests, those for a GPU too where there is one
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+against: $(TEST_READY) ## the tests of `patch` against another transformers: VERSION=5.9.0
+	@$(lastword $(PY)) -m pip install --quiet --disable-pip-version-check --target build/transformers-$(VERSION) \
+		transformers==$(VERSION) $$(grep '^numpy=' $(TEST_LOCK))
+	@PYTHONPATH=build/transformers-$(VERSION):. $(lastword $(PY)) -m pytest tests/torch/test_patch*.py $(ARGS)
 
 sanitize: $(TEST_READY) ## every kernel under compute-sanitizer's memcheck and racecheck (on a GPU machine)
 	@$(PY) -m moekit.testing.sanitize $(ARGS)

@@ -1,10 +1,12 @@
 """A decode step of Hugging Face's Qwen3-Next, patched and not: a model of real width and a few layers, random weights.
 
-    python bench/patched_model.py [--layers 4] [--batch 1 16 64] [--json FILE]
+    python bench/patched_model.py [--layers 4] [--batch 1 16 64] [--check] [--json FILE]
 
 Both sides in one process, on one model (patched, then unpatched, then patched again), the same prompts, bfloat16, no graph:
 what a user of `generate` waits for. `step` is the median host time of a synchronised step, `gpu` the median time between CUDA
-events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times.
+events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times. `check` is the
+host time per layer of asking whether everything that a block and the layer around it read around is still plain: the median over
+many calls. `--check` measures that alone, on any device, on narrow layers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import moekit.torch as mt
 from bench.common import environment, write
+
+
+NARROW = {
+    "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 
 
 def build(layers: int, device: str = "cuda", **widths: int):
@@ -72,18 +80,64 @@ def decode(model, batch: int, steps: int) -> dict:
     }
 
 
+@torch.no_grad()
+def check(model, calls: int = 2000, each: int = 20) -> dict[str, float]:
+    """Host µs per layer of what a patched model asks at each call, for a block, for a norm's input, and for a whole layer."""
+    from moekit.torch.huggingface.modules import Patched, records
+    from moekit.torch.huggingface.plain import alike, usual
+
+    layer = model.model.layers[0]
+    block, after = layer.mlp, layer.post_attention_layernorm
+    x = torch.zeros_like(after.weight)[None, None]
+
+    def of_block():
+        return not block.training and usual(x) and not records(block, x) and block.plain_weights(x)
+
+    def of_norm():
+        return usual(x) and alike(x, after._parameters.get("weight"))
+
+    found = {}
+    for name, ask in (("block", of_block), ("norm", of_norm)):
+        if not ask():
+            raise SystemExit(f"bench/patched_model.py: the {name} of layer 0 is not plain")
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            for _ in range(each):
+                ask()
+            times.append((time.perf_counter() - start) / each * 1e6)
+        found[name] = round(statistics.median(times), 2)
+    others = sum(isinstance(m, Patched) for m in layer.modules()) - 2  # all but block and router ask as norms do
+    return found | {"layer": round(found["block"] + others * found["norm"], 2)}
+
+
+def report_check(asked: dict[str, float], path: str | None = None) -> dict[str, float]:
+    """Print the cost of the check, and write it if there is a path."""
+    print("check: " + ", ".join(f"{us} µs a {name}" for name, us in asked.items()))
+    if path:
+        write(path, environment() | {"check_us": asked})
+    return asked
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
+    if options.check:
+        model = build(1, "cuda" if torch.cuda.is_available() else "cpu", **NARROW)
+        mt.patch(model)
+        report_check(check(model), options.json)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("bench/patched_model.py needs a CUDA device")
     model, rows = build(options.layers), []
     print(report := mt.patch(model))
+    asked = report_check(check(model))
     for batch in options.batch:
         decode(model, batch, options.steps)  # the first pass at a batch is several times slower on either side: not shown
         for way in ("patched", "original", "patched again"):
@@ -98,7 +152,7 @@ def main() -> None:
             print(f"batch {batch:3d} {row['way']:14s} step {row['step_ms']:8.3f} ms  gpu {row['gpu_ms']:8.3f} ms  "
                   f"{row['launches']:5d} kernels  logits differ by {difference:.1e}")  # fmt: skip
     if options.json:
-        write(options.json, environment() | {"layers": options.layers, "left": report.left, "rows": rows})
+        write(options.json, environment() | {"layers": options.layers, "left": report.left, "check_us": asked, "rows": rows})
 
 
 if __name__ == "__main__":

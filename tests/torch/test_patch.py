@@ -8,50 +8,12 @@ import torch
 import moekit.torch as mt
 from moekit.errors import MoekitError
 
-transformers = pytest.importorskip("transformers")
-TINY = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
-    "num_experts": 8, "num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "max_position_embeddings": 128,
-}  # fmt: skip
-
-
-def tiny(family: str, seed: int = 0, **changes):
-    """A small model with weights of a size at which every part matters."""
-    from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
-
-    torch.manual_seed(seed)
-    config, model = {
-        "Qwen3Next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
-        "Qwen3_5Moe": (Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
-    }[family]
-    made = model(config(**{**TINY, **changes})).eval()
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn_like(p) * 0.1 if p.dim() > 1 else torch.rand_like(p) * 0.5)
-    return made
+from .patching import in_double, logits, tiny, tokens
 
 
 @pytest.fixture(params=["Qwen3Next", "Qwen3_5Moe"])
 def family(request):
     return request.param
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
-
-
-def in_double(model):
-    """A float64 copy of a model."""
-    copied = copy.deepcopy(model).double()
-    copied.set_experts_implementation("eager")  # the grouped one has no float64
-    return copied
-
-
-def tokens(seed: int = 0, shape=(2, 9)):
-    return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_what_is_replaced(family):
@@ -108,15 +70,13 @@ def test_state_dict_is_the_original(family, tmp_path):
     assert all(torch.equal(x, original[n]) for n, x in torch.load(tmp_path / "state.pt").items())
 
 
-def test_packed_weights_are_held_once(family):
+def test_parameters_stay_where_they_are(family):
+    """They may be another owner's: an optimiser's, FSDP's, a memory map's."""
     model = tiny(family)
-    mt.patch(model)
-    mlp = model.model.layers[0].mlp
-    storages = {m.weight.untyped_storage().data_ptr() for m in
-                (mlp.gate, mlp.shared_expert.gate_proj, mlp.shared_expert.up_proj, mlp.shared_expert_gate)}  # fmt: skip
-    assert len(storages) == 1
-    mt.unpatch(model)
-    assert mlp.gate.weight.untyped_storage().nbytes() == mlp.gate.weight.numel() * 4
+    before = {n: (id(p), p.data_ptr(), p.untyped_storage().nbytes()) for n, p in model.named_parameters()}
+    for change in (mt.patch, logits, mt.unpatch):
+        change(model, tokens()) if change is logits else change(model)
+        assert {n: (id(p), p.data_ptr(), p.untyped_storage().nbytes()) for n, p in model.named_parameters()} == before
 
 
 def test_loading_moving_and_replacing_weights_is_seen(family):
@@ -171,7 +131,8 @@ def test_patching_twice_and_unpatching_twice(family):
     assert mt.patch(model).replaced == mt.patch(model).replaced
     torch.testing.assert_close(logits(model, ids), before, rtol=2e-5, atol=2e-5)
     assert mt.unpatch(mt.unpatch(model)) is model
-    assert all("forward" not in m.__dict__ and "_moekit_packed" not in m.__dict__ for m in model.modules())
+    assert [type(m) for m in model.modules()] == [type(m) for m in tiny(family).modules()]
+    assert [list(m.__dict__) for m in model.modules()] == [list(m.__dict__) for m in tiny(family).modules()]
     assert torch.equal(logits(model, ids), before)
 
 
@@ -211,7 +172,7 @@ LEFT = {
     spoil_bias: "shared_expert.up_proj has a bias",
     spoil_dtype: "gate.weight is float64; float32, float16 and bfloat16 are served",
     spoil_mix: "shared_expert_gate is bfloat16 but its input is float32",
-    spoil_class: "shared_expert.gate_proj is a Quantised, not a plain Linear: quantised or sharded",
+    spoil_class: "shared_expert.gate_proj is a Quantised, not a plain Linear: quantised, wrapped or sharded",
     spoil_hook: "shared_expert has hooks, which the fused path would pass by",
     spoil_activation: "the shared expert's activation is GELU; gate_projections has SiLU",
     spoil_device: "shared_expert.up_proj.weight is on the meta device",
@@ -248,14 +209,16 @@ class Doubled(torch.nn.Linear):
 
 @pytest.mark.parametrize("more", [more_by_a_hook, more_by_a_bias, more_by_its_class])
 def test_a_down_projection_that_is_more_than_its_weight_is_called(family, more):
-    """The rest of its block is served."""
+    """And with it the block's other parts, as they are."""
     model, ids = tiny(family), tokens()
     before = logits(model, ids)
     for layer in model.model.layers:
         more(layer.mlp.shared_expert.down_proj)
     original = logits(model, ids)
     assert not torch.allclose(original, before, rtol=1e-2, atol=1e-2)
-    assert sum(what == "gate_projections, down_combine" for _, what in mt.patch(model).replaced) == 4
+    left = dict(mt.patch(model).left)
+    assert list(left) == [f"model.layers.{i}.mlp" for i in range(4)]
+    assert all("down_proj" in why for why in left.values())
     torch.testing.assert_close(logits(model, ids), original, rtol=2e-5, atol=2e-5)
 
 
