@@ -128,22 +128,21 @@ def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
     lengths = jax.ShapeDtypeStruct((batch,), np.int32)
     _, cache = jax.eval_shape(lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths)
     step = greedy_step.trace(model, lengths, cache, kernels=kernels)
-    names = _pallas_names(step.jaxpr.jaxpr, _interpreted())
+    names = _pallas_names(step.jaxpr.jaxpr)
     return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
 
 
-def _pallas_names(jaxpr: Any, interpreted: bool) -> list[str]:
-    """The kernel name of every pallas_call, interpreted or compiled, in a jaxpr and in those inside it."""
+def _pallas_names(jaxpr: Any) -> list[str]:
+    """The kernel name of every pallas_call in a jaxpr and in those inside it: the compiled one; a CPU interprets the same."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
-            # a call holds its kernel twice, compiled for a GPU and interpreted: the platform takes one
-            if bool(eqn.params["interpret"]) == interpreted:
+            if not eqn.params["interpret"]:
                 found.append(eqn.params["name"])
             continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                found += _pallas_names(getattr(inner, "jaxpr", inner), interpreted)
+                found += _pallas_names(getattr(inner, "jaxpr", inner))
     return found
 
 
