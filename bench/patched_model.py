@@ -4,9 +4,9 @@
 
 Both sides in one process, on one model (patched, then unpatched, then patched again), the same prompts, bfloat16, no graph:
 what a user of `generate` waits for. `step` is the median host time of a synchronised step, `gpu` the median time between CUDA
-events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times. `check` is the
-host time per layer of asking whether everything that a block and the layer around it read around is still plain: the median over
-many calls. `--check` measures that alone, on any device, on narrow layers.
+events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times. `check`
+is the host time per layer of asking whether everything that a block and the layer around it read around is still plain: the
+median over many calls. `--check` measures that alone, on any device, on narrow layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import moekit.torch as mt
 from bench.common import environment, write
-
 
 NARROW = {
     "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -138,7 +138,7 @@ def add_bias(module):
 
 
 @pytest.mark.parametrize("change", [exchange, own_forward, parametrise, add_bias])
-@pytest.mark.parametrize("site", [s for s in SITES if s.endswith("_proj") or s.endswith("_gate")])
+@pytest.mark.parametrize("site", [s for s in SITES if s.endswith(("_proj", "_gate"))])
 def test_projections_that_are_more_than_their_weight(pair, change, site):
     models = pair()
     before = both(models)

@@ -1,4 +1,4 @@
-"""`patch` tries what it relies on before it says that a module is replaced: other versions of transformers compute other things."""
+"""`patch` tries what it relies on before it says that a module is replaced: versions of transformers differ."""
 
 from importlib import import_module
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -68,11 +69,13 @@ def unpatch(model: nn.Module) -> nn.Module:
 
     Raises MoekitError, with nothing changed, if a class was made on top of a patched one since (FSDP2's `fully_shard` does).
     """
-    patched = [(name, m) for name, m in model.named_modules() if isinstance(m, Patched)]
+    patched: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Patched)]
     for name, module in patched:
         if not type(module).put_in_place():
-            made = type(module).__name__
-            raise MoekitError(f"unpatch: {name} is a {made}, a class made on top of the patched one; unpatch before that is made")
+            raise MoekitError(
+                f"unpatch: {name} is a {type(module).__name__}, a class made on top of the patched one; "
+                "call unpatch before what makes it (FSDP2's fully_shard does)"
+            )
     for _, module in patched:
         module.__class__ = type(module).original()
     return model
@@ -87,7 +90,7 @@ def _family(model: nn.Module) -> ModuleType:
     return import_module(f"{__name__}.{family}")
 
 
-def _refusal(module: nn.Module, kind: type[Patched]) -> str | None:
+def _refusal(module: Any, kind: type[Patched]) -> str | None:
     """Put the class in place, unless there is a reason not to, which is returned."""
     if "forward" in module.__dict__:
         return "its forward has been replaced already (accelerate does so when it offloads)"

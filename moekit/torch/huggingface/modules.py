@@ -6,6 +6,7 @@ would be read around is no longer plain, it is the original's `forward`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, ClassVar
 
@@ -54,10 +55,11 @@ class Norm(Patched):
     """RMSNorm over the last dimension, with 1 + weight."""
 
     fusions = "rms_norm"
+    eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> the same shape and dtype."""
-        weight = self._parameters.get("weight")
+        weight: Any = self._parameters.get("weight")
         if not (usual(x) and alike(x, weight)):
             return super().forward(x)
         return norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
@@ -67,10 +69,11 @@ class GatedNorm(Patched):
     """RMSNorm over the last dimension, times the weight and silu(gate)."""
 
     fusions = "gated_rms_norm"
+    variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """hidden_states and gate [..., D] -> the same shape, in hidden_states' dtype."""
-        weight = self._parameters.get("weight")
+        weight: Any = self._parameters.get("weight")
         if not (usual(hidden_states) and alike(hidden_states, gate, weight) and getattr(self, "activation", "silu") in SILU):
             return super().forward(hidden_states, gate)
         x, z = (t.reshape(-1, 1, t.shape[-1]) for t in (hidden_states, gate))
@@ -86,6 +89,9 @@ class Router(Patched):
     """Softmax over all experts, and the k best."""
 
     fusions = "topk_softmax"
+    weight: torch.Tensor
+    hidden_dim: int
+    top_k: int
 
     def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor | None = None):
         """Logits [T, E] (computed here unless they are given), weights [T, k] in their dtype and ids [T, k]."""
@@ -102,6 +108,10 @@ class Block(Patched):
 
     fusions = "gate_projections, down_combine"
     needs = (Router,)
+    gate: Any
+    experts: Any
+    shared_expert: Any
+    shared_expert_gate: Any
     router: ClassVar[type[nn.Module]]
     mlp: ClassVar[type[nn.Module]]
     activations: ClassVar[tuple[type[nn.Module], ...]]
@@ -127,9 +137,10 @@ class Block(Patched):
     def plain_weights(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """gate_proj, up_proj, down_proj, shared gate and router, if nothing but they and `x` decides the result; else None."""
         own = self._modules
-        router, shared = own["gate"], own["shared_expert"]
+        router: Any = own["gate"]
+        shared: Any = own["shared_expert"]
         inner = shared._modules
-        act = inner.get("act_fn")
+        act: Any = inner.get("act_fn")
         if type(shared) is not self.mlp or type(router) is not self.router or type(act) not in self.activations:
             return None
         if router._forward_pre_hooks or "forward" in router.__dict__:
@@ -137,7 +148,7 @@ class Block(Patched):
         for m in (shared, act):
             if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
                 return None
-        weight = router._parameters.get("weight")
+        weight: Any = router._parameters.get("weight")
         if not alike(x, weight) or weight.dtype is not x.dtype:
             return None
         weights = plain_weights((inner["gate_proj"], inner["up_proj"], inner["down_proj"], own["shared_expert_gate"]), x)
@@ -193,19 +204,35 @@ class Layer(Patched):
     fusions = "add_rms_norm"
     needs = (Norm,)
     norm: ClassVar[type[nn.Module]]
+    caches: ClassVar[dict[str, str]]
+    """What the two mixers call their cache."""
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    linear_attn: Any
+    self_attn: Any
+    mlp: Any
+
+    def __init_subclass__(cls, **kwargs):
+        """Find out what a cache is called (another name from transformers 5.24 on); a class made on top inherits it."""
+        if not hasattr(cls, "caches"):
+            new = "cache" in inspect.signature(cls.original().forward).parameters
+            names = ("cache", "cache") if new else ("cache_params", "past_key_values")
+            cls.caches = dict(zip(("linear_attn", "self_attn"), names, strict=True))
+        super().__init_subclass__(**kwargs)
 
     def forward(
-        self, hidden_states, position_embeddings, attention_mask=None, position_ids=None, past_key_values=None, **kwargs
+        self, hidden_states, position_embeddings, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
+        **kwargs,
     ):  # fmt: skip
         """hidden_states [B, S, H] -> the same shape; the rest is handed on to the mixer."""
         normed = self.input_layernorm(hidden_states)
+        cache = past_key_values if cache is None else cache
+        kwargs |= {"hidden_states": normed, "attention_mask": attention_mask}
         if block_type(self) == "linear_attention":
-            mixed = self.linear_attn(hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+            mixed = self.linear_attn(**kwargs, **{self.caches["linear_attn"]: cache})
         else:
-            mixed, _ = self.self_attn(
-                hidden_states=normed, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs,
-            )  # fmt: skip
+            kwargs |= {"position_ids": position_ids, "position_embeddings": position_embeddings}
+            mixed, _ = self.self_attn(**kwargs, **{self.caches["self_attn"]: cache})
         normed, residual = self._summed(mixed, hidden_states)
         if hidden_states.requires_grad and not (torch.is_grad_enabled() or is_compiling()):
             normed = normed.detach().requires_grad_()  # a reentrant checkpoint's first run: the block is to know

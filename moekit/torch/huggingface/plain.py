@@ -56,7 +56,7 @@ def plain_weights(linears: Iterable[Any], x: torch.Tensor) -> list[torch.Tensor]
         if type(m) is not Linear or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
             return None
         own = m._parameters
-        w = own.get("weight")
+        w: Any = own.get("weight")
         if type(w) not in PLAIN or w.dtype is not dtype or w.get_device() != device or w.layout is not strided:
             return None
         if own.get("bias") is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moekit.torch.huggingface.modules import Block, Layer, Patched
+from moekit.torch.huggingface.modules import Layer, Patched
 
 SMALL = {
     "vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -78,7 +78,7 @@ def _replaced(module: nn.Module, kind: type[Patched]) -> nn.Module:
     return copied
 
 
-def _called(module: nn.Module, layer: nn.Module) -> tuple:
+def _called(module: Any, layer: nn.Module) -> tuple:
     """What a module gives on random input, the same each time, and how it called its mixer."""
     random = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float32)  # noqa: E731
