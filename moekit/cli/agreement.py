@@ -1,8 +1,8 @@
 """Whether Pallas's and XLA's kernels agree: by tokens in float32, by the logits of the same tokens where rounding is coarse.
 
 In a narrow dtype two near-equal logits fall either way, and the tokens part though nothing is wrong. Both kinds are then fed
-the same tokens, and so is a float32 run of the same weights. Both kinds round as often, almost everywhere at the same places, so
-their errors against that run are of one size: Pallas's must not be larger than a small factor of XLA's.
+the same tokens, and so is a float32 run of the same weights. Both kinds round as often, almost everywhere at the same places,
+so their errors against that run are of one size: Pallas's must not be larger than a small factor of XLA's.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def closeness(
         found.append([np.asarray(error) for error in _errors(logits["pallas"], logits["xla"], logits["wide"])])
         progress(at + 1, total)
     pallas, xla, size = np.array(found).transpose(1, 2, 0)[:, live]
-    worst = [(float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (pallas, xla)]
-    return Closeness(*worst, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
+    ours, theirs = ((float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (pallas, xla))
+    return Closeness(ours, theirs, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
 
 
 def _widened(model: Model) -> Model:

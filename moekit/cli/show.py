@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moekit.cli.output import print_source
+from moekit.lang.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from moekit.compile.plan import Plan
@@ -116,7 +117,8 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
     usual = SIZES | (CHOSEN if "ids" in fusion.tensors else {})
     every = {axis: sizes.get(axis, usual.get(axis, OTHER_SIZE)) for axis in axes}
     shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
-    dtypes = {name: dtype if dtype in s.dtypes or len(s.dtypes) > 2 else s.dtypes[0] for name, s in fusion.tensors.items()}
+    own = {name: next(iter(s.dtypes)) for name, s in fusion.tensors.items() if dtype not in s.dtypes and s.dtypes != FLOATS}
+    dtypes = dict.fromkeys(fusion.tensors, dtype) | own
     return fusion.bind(shapes, dtypes, _parameters(fusion, params))
 
 

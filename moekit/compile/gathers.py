@@ -10,7 +10,7 @@ from moekit.compile.analysis import axis_uses
 from moekit.compile.fit import other_axis
 from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import By, Graph, Node
+from moekit.lang.graph import Along, By, Graph, Node
 
 # Measured on an H200 as Pallas kernels (10 of 512 experts, I → 2048, bfloat16), µs, and what the bytes of the distinct experts
 # take at 4.2 TB/s. I = 256, T = 1, 8, 32: 7.0, 26.6, 89.3 of 2.5, 18.5, 58.9; with all pairs of a row in one program, blocks of
@@ -43,8 +43,8 @@ def gathered_product(graph: Graph) -> Schedule | None:
 def _columns(graph: Graph, node: Node) -> str | None:
     """The innermost axis of a gathered operand of a contraction, if that does not run along it."""
     for read in (graph.nodes[a] for a in node.args):
-        index = read.attr("index") if read.op == "read" else ()
-        if any(isinstance(i, By) for i in index) and not isinstance(index[-1], By):
-            inner = index[-1].axis
-            return inner if inner != node.attr("axis") else None
+        if read.op != "read" or not any(isinstance(i, By) for i in read.attr("index")):
+            continue
+        inner = read.attr("index")[-1]
+        return inner.axis if isinstance(inner, Along) and inner.axis != node.attr("axis") else None
     return None
