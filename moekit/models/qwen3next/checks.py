@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from moekit.errors import ArgumentError, DtypeError, ShapeError
 from moekit.models.qwen3next.cache import Cache, KeyValues
@@ -142,7 +143,7 @@ def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
     if isinstance(given, (str, bytes)):
         raise DtypeError(f"{name} is {given!r}; token ids are needed: a tokenizer makes them of text")
     given = given.tolist() if hasattr(given, "tolist") else given  # numpy, jax and torch alike
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
+    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     found = []
     for each in listed:
         each = each.tolist() if hasattr(each, "tolist") else each
@@ -194,7 +195,7 @@ def _integers(where: str, name: str, given: Any, rank: int, shape: str) -> None:
 
 def _seen(given: Any) -> np.ndarray | None:
     """The values of an array where this process can read them: not of a traced one, nor of another host's part."""
-    if isinstance(given, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    if isinstance(given, (Tracer, jax.ShapeDtypeStruct)):
         return None
     if isinstance(given, jax.Array) and not given.is_fully_addressable:
         return None
