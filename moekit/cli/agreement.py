@@ -94,8 +94,8 @@ def closeness(
         found.append([np.asarray(error) for error in _errors(logits["pallas"], logits["xla"], logits["wide"])])
         progress(at + 1, total)
     pallas, xla, size = np.array(found).transpose(1, 2, 0)[:, live]
-    ours, theirs = ((float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (pallas, xla))
-    return Closeness(ours, theirs, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
+    of_pallas, of_xla = ((float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (pallas, xla))
+    return Closeness(of_pallas, of_xla, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
 
 
 def _widened(model: Model) -> Model:

@@ -142,8 +142,8 @@ def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
     """
     if isinstance(given, (str, bytes)):
         raise DtypeError(f"{name} is {given!r}; token ids are needed: a tokenizer makes them of text")
-    given = getattr(given, "tolist", lambda: given)()  # numpy, jax and torch alike
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
+    given = given.tolist() if hasattr(given, "tolist") else given  # numpy, jax and torch alike
+    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     found = []
     for each in listed:
         each = each.tolist() if hasattr(each, "tolist") else each
