@@ -6,12 +6,15 @@ from moekit.lang import In, cast, contract, f32, fusion, gather, round_to, sum
 
 
 def reference(activated, down, ids, weights):
-    """float64, pair by pair, each rounded to activated's dtype before it is weighted; the sum is rounded by the caller."""
-    out = np.zeros((activated.shape[0], down.shape[2]))
+    """float64, pair by pair, each rounded to activated's dtype before it is weighted; the sum is rounded by the caller.
+
+    An expert that does not exist has weights of zero.
+    """
+    out, none = np.zeros((activated.shape[0], down.shape[2])), np.zeros(down.shape[1:])
     for t, k in np.ndindex(*ids.shape):
-        if 0 <= ids[t, k] < down.shape[0]:
-            each = activated[t, k].astype(np.float64) @ down[ids[t, k]].astype(np.float64)
-            out[t] += weights[t, k].astype(np.float64) * round_to(each, activated.dtype)
+        weight = down[ids[t, k]].astype(np.float64) if 0 <= ids[t, k] < down.shape[0] else none
+        each = round_to(activated[t, k].astype(np.float64) @ weight, activated.dtype)
+        out[t] += weights[t, k].astype(np.float64) * each
     return {"out": out}
 
 
@@ -23,7 +26,8 @@ def expert_down(activated, down, ids, weights):
     """out[t] = Σ over k of weights[t, k]·(activated[t, k]·down[ids[t, k]]).
 
     activated [T, K, I], down [E, I, H], ids and weights [T, K] -> out [T, H] in activated's dtype. A pair's product is
-    accumulated in float32 and rounded to that dtype, as Hugging Face rounds it; the weighted sum is float32 again.
+    accumulated in float32 and rounded to that dtype, as Hugging Face rounds it; the weighted sum is float32 again. An id of
+    no expert stands for weights of zero.
     """
     each = cast(contract(activated, gather(down, ids, over="E"), over="I"), activated.dtype)
     return {"out": cast(sum(f32(each) * f32(weights), over="K"), activated.dtype)}

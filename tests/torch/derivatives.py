@@ -7,7 +7,7 @@ from moekit.fusions import FUSIONS
 
 
 class Differences:
-    """A fusion along the line x + s·v: outputs, and first and second derivatives at s = 0.
+    """A fusion along the line x + s·v of its float operands: outputs, and first and second derivatives at s = 0.
 
     The scalar that is differentiated twice is the sum of all float outputs, each times a random `weights`.
     """
@@ -16,14 +16,14 @@ class Differences:
         rng = np.random.default_rng(seed)
         defaults = {n: p.default for n, p in FUSIONS[name].params.items() if p.default is not p.empty}
         self.name, self.params = name, defaults | params
-        self.x = [np.asarray(t.detach().cpu().double()) for t in operands]
-        self.v = [rng.standard_normal(a.shape) for a in self.x]
+        self.x = [np.asarray((t.detach().double() if t.is_floating_point() else t).cpu()) for t in operands]
+        self.v = [rng.standard_normal(a.shape) if a.dtype == np.float64 else None for a in self.x]
         self.names = [n for n, a in self._outputs(0.0).items() if a.dtype == np.float64]
         self.weights = {n: rng.standard_normal(a.shape) for n, a in self._outputs(0.0).items() if n in self.names}
 
     def _outputs(self, s: float) -> dict:
-        moved = {n: x + s * v for n, x, v in zip(FUSIONS[self.name].tensors, self.x, self.v, strict=True)}
-        return FUSIONS[self.name].reference(**moved, **self.params)
+        at = {n: x if v is None else x + s * v for n, x, v in zip(FUSIONS[self.name].tensors, self.x, self.v, strict=True)}
+        return FUSIONS[self.name].reference(**at, **self.params)
 
     def _loss(self, s: float) -> float:
         outs = self._outputs(s)
@@ -43,8 +43,8 @@ class Differences:
         return (self._loss(h) - 2 * self._loss(0.0) + self._loss(-h)) / h**2
 
     def directions(self, like) -> tuple:
-        """v as tensors."""
-        return tuple(torch.from_numpy(v).to(t) for v, t in zip(self.v, like, strict=True))
+        """v as tensors, like the float operands."""
+        return tuple(torch.from_numpy(v).to(t) for v, t in zip([v for v in self.v if v is not None], like, strict=True))
 
     def scalar(self, outs) -> torch.Tensor:
         """The weighted sum of a call's float outputs."""

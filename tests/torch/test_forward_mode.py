@@ -95,18 +95,27 @@ def compiled_duals(call, primals, tangents):
 WAYS = (with_duals, without_grad, looked_at, recorded, by_jvp, by_linearize, by_vmap_of_jvp, twice_backwards)
 
 
-def calls(name: str, params: dict) -> dict:
-    """A fusion's function and its operator, of the operands alone."""
+def placed(operands, xs) -> list:
+    """All operands, those of floats given."""
+    given = iter(xs)
+    return [next(given) if x.is_floating_point() else x for x in operands]
+
+
+def calls(name: str, params: dict, operands) -> dict:
+    """A fusion's function and its operator, of the float operands alone."""
     face, plain = mt.op(FUSIONS[name]), ops.registered(FUSIONS[name]).plain
-    return {"function": lambda *xs: face(*xs, **params), "operator": lambda *xs: plain(*xs, *params.values())}
+    return {
+        "function": lambda *xs: face(*placed(operands, xs), **params),
+        "operator": lambda *xs: plain(*placed(operands, xs), *params.values()),
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 def test_tangents(fused, params, tensors, way, device):
-    primals = tensors(fused, device=device)
-    wanted = Differences(fused, primals, params)
-    for call in calls(fused, params).values():
+    operands = tensors(fused, device=device)
+    primals, wanted = floats(operands), Differences(fused, operands, params)
+    for call in calls(fused, params, operands).values():
         call(*primals)  # so that the next call is of a layout seen before
         close(way(call, primals, wanted.directions(primals)), wanted.tangents())
 
@@ -118,20 +127,20 @@ def test_tangents_under_torch_compile(tensors, name, way, device):
     params = {"k": 4} if name == "topk_softmax" else {}
     primals = tuple(x.clone() for x in tensors(name, device=device))  # torch traces no tangent of a slice
     wanted = Differences(name, primals, params)
-    close(way(calls(name, params)["function"], primals, wanted.directions(primals)), wanted.tangents())
+    close(way(calls(name, params, primals)["function"], primals, wanted.directions(primals)), wanted.tangents())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives(fused, params, tensors, device):
     """vᵀHv by every order of modes: of torch.func, of dual numbers and of autograd."""
-    primals = tensors(fused, device=device)
-    wanted = Differences(fused, primals, params)
+    operands = tensors(fused, device=device)
+    primals, wanted = floats(operands), Differences(fused, operands, params)
     v = wanted.directions(primals)
 
     def inner(found):
         return sum((g * y).sum() for g, y in zip(found, v, strict=True) if g is not None)
 
-    for call in calls(fused, params).values():
+    for call in calls(fused, params, operands).values():
 
         def scalar(*xs, call=call):
             return wanted.scalar(as_tuple(call(*xs)))
@@ -170,8 +179,9 @@ def test_jacobians_and_hessians(tensors, device):
 
 def test_tangents_of_fake_tensors(fused, params, tensors):
     with FakeTensorMode() as mode:
-        primals = [torch.empty_like(mode.from_tensor(x)) for x in tensors(fused)]
-        for call in calls(fused, params).values():
+        operands = [torch.empty_like(mode.from_tensor(x)) for x in tensors(fused)]
+        primals = floats(tuple(operands))
+        for call in calls(fused, params, operands).values():
             outs = floats(call(*primals))
             found = with_duals(call, primals, [torch.empty_like(x) for x in primals])
             assert [t.shape for t in found] == [x.shape for x in outs]
@@ -179,15 +189,17 @@ def test_tangents_of_fake_tensors(fused, params, tensors):
 
 def test_kernels_seen_before_lose_no_tangent(fused, params, tensors, emulated):
     """The short way, which calls on the operands' layout alone, is not taken."""
-    primals, face = tensors(fused), mt.op(FUSIONS[fused])
+    operands, face = tensors(fused), mt.op(FUSIONS[fused])
     for _ in range(2):
-        face(*primals, **params, implementation="triton")
+        face(*operands, **params, implementation="triton")
     assert emulated.short
-    wanted = Differences(fused, primals, params)
-    for call in calls(fused, params).values():
+    primals, wanted = floats(operands), Differences(fused, operands, params)
+    for call in calls(fused, params, operands).values():
         close(with_duals(call, primals, wanted.directions(primals)), wanted.tangents())
     with pytest.raises(UnavailableError, match="Triton cannot push a tangent forward; use implementation='eager'"):
-        with_duals(lambda *xs: face(*xs, **params, implementation="triton"), primals, wanted.directions(primals))
+        with_duals(
+            lambda *xs: face(*placed(operands, xs), **params, implementation="triton"), primals, wanted.directions(primals)
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
