@@ -6,9 +6,9 @@
 `moekit.models.qwen3next.greedy_step` as a user calls it. Of each step: ms in a stream of steps and of one alone, by the host's
 clock; the host's time to dispatch one; what the first device's kernels take, by the device's clock and by name; its arguments,
 memory and compile time; the bytes that it must move, at the rate of a copy measured in the run. `without collectives` is the
-same step with the all-reduces left out (so with another result): what of the dispatch is not theirs. Beside each time stands
-the share of sequences that get the same next token from the same cache with either kind of kernels; in bfloat16 near-equal
-logits fall either way.
+same step with the all-reduces left out (so with another result), and `collectives dispatch ms` what the host takes for a program
+of nothing but those: two ways of telling what of a dispatch is not theirs. Beside each time stands the share of sequences that
+get the same next token from the same cache with either kind of kernels; in bfloat16 near-equal logits fall either way.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,6 +36,7 @@ from bench.common import environment, numbers, write
 from bench.model_jax import alone, configuration, copy_rate, drawn, memory, mesh_of, moved, profile, random_model, stream
 from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
+from moekit.models.qwen3next.sharding import AXIS
 
 ROOM = 1024  # tokens for which a cache has room; half of it is filled
 KINDS = ("pallas", "xla")
@@ -58,6 +62,19 @@ class Steps:
         return len(jax.tree.leaves((self.model, self.tokens, self.cache)))
 
 
+def collectives(config: Config, mesh: Mesh, batch: int, dtype: str) -> float:
+    """ms that the host takes to dispatch all the all-reduces of a step, with one small kernel before each."""
+
+    def local(x: jax.Array) -> jax.Array:
+        for _ in range(2 * config.num_layers):
+            x = lax.psum(x * 0.5, AXIS)
+        return x
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    x = jax.device_put(jnp.ones((batch, config.hidden_size), dtype), NamedSharding(mesh, P()))
+    return stream(partial(run.lower(x).compile(), x), 20)[1]
+
+
 def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) -> tuple[jax.Array, Any]:
     """The last tokens of so many sequences, and a cache that is half full, as such kernels have it."""
     cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
@@ -81,12 +98,13 @@ def measured(layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequenc
     rate, model, rows = copy_rate(), random_model(config, mesh, dtype), []
     for batch in batches:
         bytes_moved, firsts = moved(config, tp, batch, batch, ROOM // 2, dtype), {}
+        summing = {"collectives dispatch ms": round(collectives(config, mesh, batch, dtype), 3)} if tp > 1 else {}
         for kind, steps in steps_of(model, dtype, batch, kinds):
             firsts[kind] = np.asarray(steps())
             ms, dispatch = stream(steps, calls)
             row = {"case": f"decode step, {layers} layers", "tp": tp, "T": batch, "dtype": dtype, "side": kind}
             row |= {"ms": round(ms, 3), "alone ms": round(alone(steps, 8), 3), "dispatch ms": round(dispatch, 3)}
-            row |= {"tokens/s": round(batch / ms * 1e3, 1), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
+            row |= summing | {"tokens/s": round(batch / ms * 1e3, 1), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
             row |= {"copy TB/s": round(rate, 3), "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
             row |= memory(steps.program)
             if "without" not in kind:

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -171,7 +172,8 @@ def test_the_launches_of_each_block(program):
     assert len(program.buffers) == len(blocks)
     for name, launches in zip(blocks, program.buffers, strict=True):
         limit = LIMITS[name]
-        assert sorted(n for n in launches if n.startswith(FUSIONS)) == sorted(limit["moekit"]), name
+        named = (re.sub(r"__\d+$", "", n) for n in launches if n.startswith(FUSIONS))  # norms read other rows: XLA numbers them
+        assert sorted(named) == sorted(limit["moekit"]), name
         assert len(launches) <= limit["launches"], f"{name}: {launches}"
 
 
@@ -221,8 +223,7 @@ def test_one_slice_more_is_noticed(fusion):
 
 
 def test_the_logits_are_dead_before_the_routed_experts_run(program):
-    inputs = [i for i in program.entry.values() if i.opcode == "parameter" and "experts_gate_up" in i.text]
-    runs = sorted(min(user.at for user in program.users(i.name)) for i in inputs)
+    runs = sorted(i.at for i in program.kernels("expert_gate_up"))
     routers = sorted(program.kernels("topk_softmax"), key=lambda i: i.at)
     assert len(routers) == len(runs) == CONFIG.num_layers
     for router, run in zip(routers, runs, strict=True):
@@ -249,25 +250,51 @@ def test_the_recurrent_state_and_the_keys_and_values_stay_where_they_are(program
     assert max(sizes.values()) <= BATCH * CHANNELS * 3  # the window of the convolution, at most
 
 
+def test_layers_share_their_kernels_and_few_arrays_are_handed_over():
+    """Eight layers: four arrays of weights each, one stack of states, and no kernel more than two layers have.
+
+    No weight, state or key is sliced or copied on its way to a product or a kernel.
+    """
+    found, few = compiled_step("pallas", CONFIG.layer_types * 4), compiled_step("pallas")
+    arrays = len([i for i in found.entry.values() if i.opcode == "parameter"])
+    assert arrays == LIMITS["arrays"]["a layer"] * 8 + LIMITS["arrays"]["keys and values"] * 4 + LIMITS["arrays"]["others"]
+    distinct = [Counter(fusion for fusion, _ in set(kernel_bodies(p))) for p in (found, few)]
+    assert distinct[0] == distinct[1]
+    assert distinct[0].pop("add_rms_norm") == 3  # before a mixer, before the experts, at the end
+    assert set(distinct[0].values()) == {1, 2}  # two where a fusion has two launches
+    moved = [i for i in found.entry.values() if i.opcode in ("copy", "slice", "dynamic-slice", "fusion") and found.moves(i)]
+    whole = BATCH * CHANNELS * 3  # a window of the convolution
+    sizes = [int(np.prod([int(d) for d in re.search(r"\[([\d,]*)\]", i.shape).group(1).split(",") if d])) for i in moved]
+    assert max(sizes) <= 4 * whole  # the stack of windows is written in place
+
+
+def kernel_bodies(program):
+    """The compiled text of each of moekit's kernels: those that are one to the compiler."""
+    for found in program.entry.values():
+        if found.fusion is not None:
+            yield found.fusion, re.search(r"backend_config=(.*)", found.text).group(1)
+
+
 def test_a_prompt_compiles_too():
     mesh, model, lengths = arguments()
     tokens = jax.ShapeDtypeStruct((BATCH, 128), jnp.int32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
-    assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step"}
+    assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step", "expert_gate_up", "expert_down"}
     assert len(re.findall(r" all-reduce\(", filled.text)) == 2 * CONFIG.num_layers
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 51])
 @pytest.mark.parametrize("width", [512, 64])
 def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
-    """Few tokens, all of an expert and one of 8 ranks' share: what is stored is much less than the weights that are read."""
+    """Few tokens, all of an expert and one of 8 ranks' share: XLA, too, stores much less than the weights that it reads."""
     devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices
     mesh = Mesh(np.array(devices).reshape(1), ("tp",))
-    shapes = ((tokens, 2048), (tokens, 10), (tokens, 10), (512, 2 * width, 2048), (512, width, 2048))
-    kinds = (jnp.bfloat16, jnp.float32, jnp.int32, jnp.bfloat16, jnp.bfloat16)
-    weights = [jax.ShapeDtypeStruct(s, k, sharding=NamedSharding(mesh, P())) for s, k in zip(shapes, kinds, strict=True)]
+    config = replace(CONFIG, moe_intermediate_size=width)
+    shapes, kinds = ((tokens, 2048), (tokens, 10), (tokens, 10)), (jnp.bfloat16, jnp.float32, jnp.int32)
+    given = [jax.ShapeDtypeStruct(s, k, sharding=NamedSharding(mesh, P())) for s, k in zip(shapes, kinds, strict=True)]
+    layer = abstract_model(config, mesh, "bfloat16").params["layers"][0]
     with jax.set_mesh(mesh):
-        text = jax.jit(moe.experts).lower(*weights).compile().as_text()
+        text = jax.jit(partial(moe.experts, kernels=named("xla"))).lower(*given, layer).compile().as_text()
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter)", text[text.index("ENTRY") :])
     assert max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made) <= tokens * 10 * 2048
