@@ -4,11 +4,14 @@
     python bench/decode_jax.py --layers 48 --tp 2 --vocab full       # the whole model on two
 
 `moekit.models.qwen3next.greedy_step` as a user calls it. Of each step: ms in a stream of steps and of one alone, by the host's
-clock; the host's time to dispatch one; what the first device's kernels take, by the device's clock and by name; its arguments,
-memory and compile time; the bytes that it must move, at the rate of a copy measured in the run. `without collectives` is the
-same step with the all-reduces left out (so with another result), and `collectives dispatch ms` what the host takes for a program
-of nothing but those: two ways of telling what of a dispatch is not theirs. Beside each time stands the share of sequences that
-get the same next token from the same cache with either kind of kernels; in bfloat16 near-equal logits fall either way.
+clock; on one device also by its own clock, from the begin of a step's first kernel to the end of its last, with the device kept
+busy until the host has dispatched it (`device ms`); the host's time to dispatch one; what the first device's kernels take, by
+name; its arguments, memory and compile time; the bytes that it must move, at the rate of a copy measured in the run.
+
+`without collectives` is the same step with the all-reduces left out (so with another result), and `collectives dispatch ms`
+what the host takes for a program of nothing but those: two ways of telling what of a dispatch is not theirs. Beside each time
+stands the share of sequences that get the same next token from the same cache with either kind of kernels; in bfloat16
+near-equal logits fall either way.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.child import Child
 from bench.common import environment, numbers, write
+from bench.device_jax import timed
 from bench.model_jax import alone, configuration, copy_rate, drawn, memory, mesh_of, moved, profile, random_model, stream
 from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
@@ -92,7 +96,9 @@ def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS)
         yield kind, Steps(model, tokens, cache, kernels)
 
 
-def measured(layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequence[int], kinds: Sequence[str], calls: int):
+def measured(
+    layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequence[int], kinds: Sequence[str], calls: int
+) -> list[dict]:
     """One row per batch and kind of kernels."""
     mesh, config = mesh_of(tp), configuration(layers, vocabulary)
     rate, model, rows = copy_rate(), random_model(config, mesh, dtype), []
@@ -107,6 +113,8 @@ def measured(layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequenc
             row |= summing | {"tokens/s": round(batch / ms * 1e3, 1), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
             row |= {"copy TB/s": round(rate, 3), "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
             row |= memory(steps.program)
+            if tp == 1:
+                row["device ms"] = round(timed({kind: steps}, 1, 15)[kind]["us"] / 1e3, 4)
             if "without" not in kind:
                 row["same tokens"] = float(np.mean(firsts[kind] == firsts[kinds[0]]))
             kernels = profile(steps, 4)
