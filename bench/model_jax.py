@@ -138,11 +138,16 @@ def memory(program: jax.stages.Compiled) -> dict[str, float]:
     return {f"{name} GiB": round(size / 2**30, 3) for name, size in sizes.items()}
 
 
+def _device_us(call: Callable[[], Any]) -> float:
+    """µs of the kernels of a call, by the device's clock; the mean of a few."""
+    return sum(us for _, us in profile(call, 5).values())
+
+
 def copy_rate() -> float:
     """TB/s, read and written, of a kernel that reads 1 GiB and writes as much on one device."""
     source = jax.random.normal(jax.random.key(3), (COPIED // 2,), jnp.bfloat16)
     negated = jax.jit(lambda x: -x)
-    return 2 * COPIED / (stream(lambda: negated(source), 20)[0] * 1e9)
+    return 2 * COPIED / _device_us(lambda: negated(source)) / 1e6
 
 
 def product_rate() -> float:
@@ -150,7 +155,7 @@ def product_rate() -> float:
     rows, columns, depth = PRODUCT
     a, b = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(((rows, depth), (depth, columns))))
     multiplied = jax.jit(lambda a, b: a @ b)
-    return 2 * rows * columns * depth / (stream(lambda: multiplied(a, b), 20)[0] * 1e9)
+    return 2 * rows * columns * depth / _device_us(lambda: multiplied(a, b)) / 1e6
 
 
 def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype: str) -> dict[str, float]:
