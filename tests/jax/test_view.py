@@ -1,12 +1,14 @@
 """Views: what is no part of the base is refused in one sentence, by the constructor too."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moekit.errors import MoekitError, ShapeError
-from moekit.jax import View, silu_and_mul, view
+from moekit.errors import AliasError, MoekitError, ShapeError
+from moekit.jax import View, add_rms_norm, silu_and_mul, view
 
 BASE = np.arange(60, dtype=np.float32).reshape(6, 10)
 
@@ -28,7 +30,7 @@ BASE = np.arange(60, dtype=np.float32).reshape(6, 10)
         (((0, 1), (0,), (1, 1), (6, 10)), "axes, starts, steps and shape"),
         (((0,), (0,), (1,), (6,), ((1, 10),)), "element 10 of base axis 1, which has 10"),
         (((0,), (0,), (1,), (6,), ((1, -1),)), "element -1 of base axis 1"),
-        (((0, 1), (0, 0), (1, 1), (6, 10), ((1, 0),)), r"axes \(0, 1\) and fixed \(1,\)"),
+        (((0, 1), (0, 0), (1, 1), (6, 10), ((1, 0),)), r"axes \(0, 1\), fixed and picked \(1,\)"),
         (((0, 1), (0.5, 0), (1, 1), (6, 10)), "0.5"),
     ],
 )
@@ -83,3 +85,73 @@ def test_a_view_is_a_pytree_of_anything():
     both = jax.vmap(lambda w: silu_and_mul(w, implementation="pallas"))(many)
     np.testing.assert_allclose(both[0], silu_and_mul(v, implementation="pallas"), rtol=1e-6)
     assert jax.eval_shape(lambda w: silu_and_mul(w), v).shape == (6, 2)
+
+
+STACK = np.random.default_rng(11).standard_normal((5, 3, 4, 48)).astype(np.float32)
+PICKS = {
+    "one": (lambda v, i, j: v[i, 1], lambda a, i, j: a[i, 1]),
+    "two": (lambda v, i, j: v[i, j], lambda a, i, j: a[i, j]),
+    "a part of what is picked": (lambda v, i, j: v[i, j, 1::2, 8:40], lambda a, i, j: a[i, j, 1::2, 8:40]),
+    "of a slice": (lambda v, i, j: v[1:4][i, j], lambda a, i, j: a[1:4][i, j]),
+    "of steps, turned": (lambda v, i, j: v[::2, :, :, :4][i].transpose(1, 0, 2)[j], lambda a, i, j: a[::2, :, j, :4][i]),
+}
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("name", list(PICKS))
+def test_elements_picked_at_run_time(name, implementation):
+    """One compiled function for every pick, which gives what numpy gives."""
+    viewed, sliced = PICKS[name]
+    fused = jax.jit(lambda a, i, j: silu_and_mul(viewed(view(a), i, j), implementation=implementation))
+    for i, j in ((0, 2), (2, 0), (1, 1)):
+        part = sliced(STACK, i, j).astype(np.float64)
+        gate, up = np.split(part, 2, axis=-1)
+        got = fused(STACK, jnp.int32(i), jnp.int32(j))
+        np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=2e-6)
+        np.testing.assert_array_equal(viewed(view(jnp.asarray(STACK)), jnp.int32(i), jnp.int32(j)).array(), part)
+    assert fused._cache_size() == 1
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize(("pick", "taken"), [(-3, 0), (9, 4), (4, 4)])
+def test_a_pick_out_of_range_is_taken_into_range(pick, taken, implementation):
+    got = jax.jit(lambda a, i: silu_and_mul(view(a)[i, 0], implementation=implementation))(STACK, jnp.int32(pick))
+    np.testing.assert_allclose(got, silu_and_mul(jnp.asarray(STACK[taken, 0]), implementation="xla"), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_what_is_picked_is_updated_and_nothing_beside_it(implementation):
+    """A state in a stack, as the model has it: read and written at one layer."""
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((4, 48)).astype(np.float32), rng.standard_normal(48).astype(np.float32)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(stack, i):
+        residual = view(stack)[i, 2]
+        return add_rms_norm(x, residual, weight, out=(None, residual), implementation=implementation)
+
+    for i in range(5):
+        _, stack = update(jnp.asarray(STACK), jnp.int32(i))
+        expected = STACK.copy()
+        expected[i, 2] += x
+        np.testing.assert_array_equal(stack, expected)
+
+
+def test_an_output_at_another_pick_than_an_operand_may_overlap_it():
+    stack, x = jnp.asarray(STACK), jnp.ones((4, 48))
+    with pytest.raises(AliasError, match="out for residual overlaps residual"):
+        jax.jit(lambda a, i, j: add_rms_norm(x, view(a)[i, 0], x[0], out=(None, view(a)[j, 0])))(stack, 1, 2)
+
+
+@pytest.mark.parametrize("pick", [jnp.float32(1), jnp.array([1]), jnp.bool_(True), 1.0, None])
+def test_what_picks_no_element(pick):
+    with pytest.raises(ShapeError, match=r"View: index .* in dimension 0 of size 5; use integers in range, slices, and JAX"):
+        view(jnp.asarray(STACK))[pick]
+
+
+def test_a_view_with_a_pick_is_a_tree_of_both():
+    at = jnp.int32(3)
+    leaves, tree = jax.tree.flatten(view(jnp.asarray(STACK))[at, 1:])
+    assert len(leaves) == 2
+    again = jax.tree.unflatten(tree, leaves)
+    np.testing.assert_array_equal(again.array(), STACK[3, 1:])
