@@ -235,6 +235,8 @@ def _calls(
 ) -> str:
     """Calls of the whole model: a row per size (`key`) and side; a ratio to XLA's kernels only where those were measured."""
     rows = [r for r in result["rows"] if key in r and "side" in r]
+    sizes = list(dict.fromkeys(r[key] for r in rows))
+    rows.sort(key=lambda r: sizes.index(r[key]))  # kinds that were measured later stand with the others
     xla = {r[key]: r["ms"] for r in rows if r["side"] == "xla" and "ms" in r}
     compared = len({r["side"] for r in rows if "same tokens" in r}) > 1
     head = [title, "kernels of", "ms", "ms alone", "tokens/s", *floor_names, "ms / floor", *(["ms / XLA's"] if xla else [])]
@@ -244,7 +246,8 @@ def _calls(
         ms, least, theirs = r.get("ms"), floor(r), xla.get(r[key])
         line = [str(r[key]), r["side"], _number(ms) if ms else "–", _number(r.get("alone ms")), _number(r.get("tokens/s"))]
         line += [*floors(r), f"{ms / least:.2f}" if ms and least else ""]
-        line += [f"{ms / theirs:.2f}" if ms and theirs and r["side"] != "xla" else ""] if xla else []
+        whole = r["side"] != "xla" and "without" not in r["side"]  # what leaves something out is no rival
+        line += [f"{ms / theirs:.2f}" if ms and theirs and whole else ""] if xla else []
         line += [_number(r.get("dispatch ms")), str(r.get("arguments", "")), str(r.get("kernels", "")), _gib(r)]
         line += [f"{r['compile s']:.1f}" if "compile s" in r else ""]
         lines.append(line + ([f"{r['same tokens']:.0%}" if "same tokens" in r else ""] if compared else []))
