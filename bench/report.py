@@ -1,4 +1,4 @@
-"""Fill the pages of docs/ from the result files, and draw the README's plot: no figure in them is typed by hand.
+"""Fill the pages of docs/ from the result files, and draw their plots: no figure in them is typed by hand.
 
     python bench/report.py [--check]
 
@@ -21,8 +21,9 @@ from bench.common import load
 from moekit.files import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "numerics", "torch"))
-RESULTS, PLOT = ROOT / "bench" / "results", ROOT / "docs" / "performance.svg"
+PAGE_NAMES = ("performance", "performance_kernels", "performance_tried", "numerics", "torch")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)
+RESULTS, PLOT, STEP = ROOT / "bench" / "results", ROOT / "docs" / "performance.svg", ROOT / "docs" / "step_80b.svg"
 PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
            "gate_block 648")  # fmt: skip
 
@@ -185,21 +186,94 @@ def beside(result: dict) -> str:
     return markdown(["fusion", "T", *sides, "ratio", "error"], lines)
 
 
-def decoded(result: dict) -> str:
-    """A decode step by the number of sequences, with either kind of kernels."""
-    kinds = list(dict.fromkeys(r["side"] for r in result["rows"]))
-    rows = {(r["T"], r["side"]): r for r in result["rows"]}
+def ratios(result: dict) -> str:
+    """A row per case, a column per T: the time of the fastest of moekit's forms over that of the fastest peer.
+
+    A peer that does only the first of what another does together (`a` beside `a + b`) is none of the whole fusion.
+    """
+    sides = {c: {r["side"] for r in result["rows"] if r["case"] == c} for c in dict.fromkeys(r["case"] for r in result["rows"])}
+    tokens = sorted({r["T"] for r in result["rows"]})
     lines = []
-    for batch in dict.fromkeys(b for b, _ in rows):
-        here = [rows[batch, k] for k in kinds]
-        each = [f"{r['us']:.0f}, {r['tokens/s']:.0f}" for r in here]
-        lines.append([str(batch), *each, f"{here[0]['us'] / here[1]['us']:.2f}", f"{here[0]['same tokens']:.0%}"])
-    return markdown(["sequences", *(f"{k}: µs, tokens/s" for k in kinds), " / ".join(kinds), "same tokens"], lines)
+    for case, names in sides.items():
+        rivals = tuple(s for s in names if s not in targets.OURS and not any(n.startswith(f"{s} + ") for n in names))
+        cells, peers = [], {}
+        for t in tokens:
+            here = [r for r in result["rows"] if (r["case"], r["T"]) == (case, t)]
+            ours, rival = targets.fastest(here, targets.OURS), targets.fastest(here, rivals)
+            cells.append(f"{ours['us'] / rival['us']:.2f}" if ours and rival else "")
+            peers |= {rival["side"].removeprefix("peers: "): None} if ours and rival else {}
+        if peers:
+            lines.append([case, *cells, "; ".join(peers)])
+    return markdown(["fusion", *map(str, tokens), "best peers"], lines)
+
+
+def step(result: dict) -> str:
+    """A decode step by the number of sequences and the kind of kernels."""
+    return _calls(result, "T", "sequences", lambda r: [_number(r.get("floor ms"))], lambda r: r.get("floor ms"))
+
+
+def prefill(result: dict) -> str:
+    """Prefill by the shape of the prompts and the kind of kernels, with two floors: of its bytes and of its products."""
+    names = {f"floor of {of} ms": f"floor of {of}, ms" for of in ("bytes", "products")}
+
+    def floors(row: dict) -> list[str]:
+        return [_number(row.get(name)) for name in names]
+
+    def floor(row: dict) -> float | None:
+        return max((row[name] for name in names if name in row), default=None)
+
+    return _calls(result, "prompts", "prompts", floors, floor, tuple(names.values()))
+
+
+def _calls(
+    result: dict,
+    key: str,
+    title: str,
+    floors: Callable[[dict], list[str]],
+    floor: Callable[[dict], float | None],
+    floor_names: Sequence[str] = ("floor, ms",),
+) -> str:
+    """Calls of the whole model: a row per size (`key`) and side; a ratio to XLA's kernels only where those were measured."""
+    rows = [r for r in result["rows"] if key in r and "side" in r]
+    sizes = list(dict.fromkeys(r[key] for r in rows))
+    rows.sort(key=lambda r: sizes.index(r[key]))  # kinds that were measured later stand with the others
+    xla = {r[key]: r["ms"] for r in rows if r["side"] == "xla" and "ms" in r}
+    compared = len({r["side"] for r in rows if "same tokens" in r}) > 1
+    head = [title, "kernels of", "ms", "ms alone", "tokens/s", *floor_names, "ms / floor", *(["ms / XLA's"] if xla else [])]
+    head += ["dispatch, ms", "arrays", "kernels", "GiB", "compile, s", *(["same tokens"] if compared else [])]
+    lines = []
+    for r in rows:
+        ms, least, theirs = r.get("ms"), floor(r), xla.get(r[key])
+        line = [str(r[key]), r["side"], _number(ms) if ms else "–", _number(r.get("alone ms")), _number(r.get("tokens/s"))]
+        line += [*floors(r), f"{ms / least:.2f}" if ms and least else ""]
+        whole = r["side"] != "xla" and "without" not in r["side"]  # what leaves something out is no rival
+        line += [f"{ms / theirs:.2f}" if ms and theirs and whole else ""] if xla else []
+        line += [_number(r.get("dispatch ms")), str(r.get("arguments", "")), str(r.get("kernels", "")), _gib(r)]
+        line += [f"{r['compile s']:.1f}" if "compile s" in r else ""]
+        lines.append(line + ([f"{r['same tokens']:.0%}" if "same tokens" in r else ""] if compared else []))
+    problems = [f"{r.get(key, '')} {r.get('side', '')}: {r['problem']}".strip(" :") for r in result["rows"] if "problem" in r]
+    rates = [f"{name.split()[0]} {rows[0][name]:.{digits}f} {name.split()[1]}"
+             for name, digits in (("copy TB/s", 2), ("product TFLOP/s", 0)) if rows and name in rows[0]]  # fmt: skip
+    notes = [f"Rates in the same run: {', '.join(rates)}."] if rates else []
+    return "\n\n".join([markdown(head, lines), *notes, *(f"Not measured: {p}." for p in problems)])
+
+
+def _number(value: float | None) -> str:
+    """Three digits, and all of those before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _gib(row: dict) -> str:
+    """On a device: what a call is given and what it needs besides."""
+    sizes = [row[f"{name} GiB"] for name in ("arguments", "temporaries") if f"{name} GiB" in row]
+    return " + ".join(f"{size:.1f}" if i == 0 else f"{size:.2f}" for i, size in enumerate(sizes))
 
 
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
-    "patched": patched, "accuracy": accuracy, "decoded": decoded, "beside": beside,
+    "patched": patched, "accuracy": accuracy, "beside": beside, "ratios": ratios, "step": step, "prefill": prefill,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -217,7 +291,7 @@ def filled(text: str, results: Path) -> str:
 
 
 def main() -> int:
-    """Write the pages and the plot, or check the pages."""
+    """Write the pages and the plots, or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
@@ -227,11 +301,18 @@ def main() -> int:
         return int(after != before)
     for page, text in after.items():
         write_text(page, text)
-    if (path := RESULTS / "fusions_h200.json").is_file():
-        from bench.plots import times as plot
-
-        plot(load(path), PLOT, PLOTTED)
+    draw()
     return 0
+
+
+def draw() -> None:
+    """Draw the plots of the result files that are there."""
+    from bench import plots  # a check needs no matplotlib
+
+    if (path := RESULTS / "fusions_h200.json").is_file():
+        plots.times(load(path), PLOT, PLOTTED, relative=True)
+    if (path := RESULTS / "decode_80b_h200.json").is_file():
+        plots.steps(load(path), STEP)
 
 
 if __name__ == "__main__":

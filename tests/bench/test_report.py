@@ -2,8 +2,12 @@
 
 import pytest
 
-from bench import report
-from bench.common import write
+from bench import parts, plots, report
+from bench.common import load, write
+from moekit.fusions import FUSIONS
+
+RUNS = [load(report.RESULTS / f"{name}_h200.json") for name in ("decode_80b", "decode_jax")]
+DECODED = [row for run in RUNS for row in run["rows"] if "by name" in row]
 
 
 def result(**more) -> dict:
@@ -86,14 +90,79 @@ def test_a_page_is_what_the_results_make_of_it(page):
     assert report.filled(page.read_text(), report.RESULTS) == page.read_text()
 
 
+def call(side: str, ms: float, **more) -> dict:
+    """A row of bench/decode_jax.py; `more` replaces what it has."""
+    names = {"expert_gate_up": [48.0, 300.0], "gemm_fusion_dot": [49.0, 500.0], "psum_7_0_fusion": [96.0, 200.0]}
+    row = {"case": "decode step, 48 layers", "tp": 2, "T": 1, "side": side, "ms": ms, "alone ms": 5.78, "dispatch ms": 4.016}
+    row |= {"tokens/s": 241.6, "floor ms": 1.25, "copy TB/s": 3.249, "compile s": 7.2, "arguments": 223, "kernels": 193}
+    row |= {"arguments GiB": 74.701, "temporaries GiB": 0.049, "kernels ms": 1.0, "by name": names}
+    return row | {"floor by part": {"experts": 1.0, "states": 0.05, "head": 0.2}} | more
+
+
 def test_decode_steps(tmp_path):
-    """A row per number of sequences; the ratio is of the two times."""
-    sides = (("pallas", 700.4, 1427.8), ("xla", 754.0, 1326.3))
-    rows = [{"T": 1, "side": k, "us": us, "tokens/s": rate, "same tokens": 1.0} for k, us, rate in sides]
+    """A row per number of sequences and side; ratios to XLA's kernels and equal tokens only where both were measured."""
+    rows = [call("pallas", 4.0, **{"same tokens": 1.0}), call("pallas without collectives", 3.0), {"problem": "it fell"}]
     write(tmp_path / "r.json", result(rows=rows))
-    page = report.filled("<!-- decoded r.json -->\n<!-- end -->", tmp_path)
-    assert "| sequences | pallas: µs, tokens/s | xla: µs, tokens/s | pallas / xla | same tokens |" in page
-    assert "| 1 | 700, 1428 | 754, 1326 | 0.93 | 100% |" in page
+    page = report.filled("<!-- step r.json -->\n<!-- end -->", tmp_path)
+    assert "| sequences | kernels of | ms | ms alone | tokens/s | floor, ms | ms / floor | dispatch, ms | arrays |" in page
+    assert "| 1 | pallas | 4.00 | 5.78 | 242 | 1.25 | 3.20 | 4.02 | 223 | 193 | 74.7 + 0.05 | 7.2 |" in page
+    assert "Not measured: it fell." in page
+    assert "copy 3.25 TB/s." in page
+    write(tmp_path / "r.json", result(rows=[*rows[:2], call("xla", 5.0, **{"same tokens": 0.5})]))
+    page = report.filled("<!-- step r.json -->\n<!-- end -->", tmp_path)
+    assert "| ms / floor | ms / XLA's | dispatch, ms |" in page
+    assert "| 1 | pallas | 4.00 | 5.78 | 242 | 1.25 | 3.20 | 0.80 | 4.02 | 223 | 193 | 74.7 + 0.05 | 7.2 | 100% |" in page
+    assert "| 1 | xla | 5.00 | 5.78 | 242 | 1.25 | 4.00 |  | 4.02 | 223 | 193 | 74.7 + 0.05 | 7.2 | 50% |" in page
+
+
+def test_prefill(tmp_path):
+    """The ratio is to the larger floor; prompts that do not fit say so."""
+    floors = {"prompts": "8 × 1024", "floor of bytes ms": 20.0, "floor of products ms": 40.0}
+    rows = [call("pallas", 100.0, **floors), {"prompts": "1 × 8192", "side": "xla", "problem": "out of memory"}]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- prefill r.json -->\n<!-- end -->", tmp_path)
+    assert "| prompts | kernels of | ms | ms alone | tokens/s | floor of bytes, ms | floor of products, ms |" in page
+    assert "| 8 × 1024 | pallas | 100 | 5.78 | 242 | 20.0 | 40.0 | 2.50 |" in page
+    assert "| 1 × 8192 | xla | – |" in page
+    assert "Not measured: 1 × 8192 xla: out of memory." in page
+
+
+def test_ratios(tmp_path):
+    """moekit's fastest form over the fastest peer of the whole fusion, by T; a half of a peer is none."""
+    us = {"moekit": 2.0, "moekit, epilogue": 1.0, "cublas": 1.1, "cublas + flashinfer": 4.0, "peers: sgl": 5.0}
+    rows = [{"case": "gate_block 648", "T": 1, "side": side, "us": t} for side, t in us.items()]
+    rows += [{"case": "gate_block 648", "T": 4, "side": "moekit", "us": 1.0}, {"case": "norm", "T": 1, "side": "a", "us": 1.0}]
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- ratios r.json -->\n<!-- end -->", tmp_path)
+    assert "| fusion | 1 | 4 | best peers |" in page
+    assert "| gate_block 648 | 0.25 |  | cublas + flashinfer |" in page
+    assert "norm" not in page
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_every_fusion_is_a_part_of_a_step(name):
+    """None of moekit's kernels is taken for one of XLA's, whichever of its launches it is; nor is a sum over GPUs."""
+    assert {parts.part(name + end) for end in ("", "_partial", "_combine")} < set(parts.PARTS) - {parts.REST, parts.COLLECTIVES}
+    assert {parts.part(n) for n in ("psum_721_0_fusion", "ncclDevKernel_AllGather_RING_LL(a)")} == {parts.COLLECTIVES}
+    assert {parts.part(n) for n in ("gemm_fusion_dot", "input_reduce_fusion", "sort", "Memset ", "fusion")} == {parts.REST}
+
+
+@pytest.mark.parametrize("row", DECODED, ids=lambda row: f"{row['T']} {row['side']}")
+def test_the_parts_of_a_step_add_up(row):
+    """Those of its kernels to what the kernels take, those of its floor to the floor."""
+    assert sum(parts.spent(row).values()) == pytest.approx(row["kernels ms"], abs=2e-3)
+    assert sum(parts.least(row).values()) == pytest.approx(row["floor ms"], abs=2e-3)
+
+
+def test_the_plot_of_a_step(tmp_path):
+    """It is drawn of what is there, and is the same file again; where nothing was timed there is none."""
+    pytest.importorskip("matplotlib")
+    rows = [call("pallas", 4.0), call("pallas without collectives", 3.0), call("xla", 5.0), call("pallas", 9.0, T=8)]
+    for name in ("a.svg", "b.svg"):
+        plots.steps(result(rows=rows), tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    plots.steps(result(rows=[{"problem": "it fell"}]), tmp_path / "c.svg")
+    assert not (tmp_path / "c.svg").exists()
 
 
 def test_two_sides_in_one_table(tmp_path):

@@ -1,0 +1,61 @@
+"""Which part of a decode step a kernel belongs to, told from its name, and the same parts of the step's floor.
+
+moekit's kernels are called what their fusion is called (`_partial` and `_combine` behind it where it has two launches). XLA
+calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head and arg-max cannot be told apart, so they are
+one part, of times and of floors alike. Where no kernel of moekit's computes the routed experts, they are in that part, too.
+"""
+
+from __future__ import annotations
+
+EXPERTS, GATES, DELTA, NORMS = "routed experts", "gates, router, shared expert", "delta rule and its norm", "norms"
+COLLECTIVES, REST = "collectives", "XLA's kernels: projections, attention, head"
+PARTS = (EXPERTS, GATES, DELTA, NORMS, REST, COLLECTIVES)
+
+# Of the prefixes that a name begins with, the first one counts.
+PREFIXES = {
+    "expert_": EXPERTS,
+    "gate_": GATES,  # gate_projections, gate_block, gate_gemm
+    "topk_softmax": GATES,
+    "silu_and_mul": GATES,
+    "down_combine": GATES,
+    "shared_expert_combine": GATES,
+    "delta_rule": DELTA,
+    "gated_rms_norm": DELTA,
+    "add_rms_norm": NORMS,
+    "psum": COLLECTIVES,  # XLA's own kernel, fused with what stands around the sum
+    "nccl": COLLECTIVES,
+    "all-reduce": COLLECTIVES,
+    "all-gather": COLLECTIVES,
+}
+
+# What bench/model_jax.py `moved` names: the bytes of "delta nets" and "attention" are their projections' weights.
+FLOORS = {
+    "experts": EXPERTS,
+    "gates": GATES,
+    "states": DELTA,
+    "delta nets": REST,
+    "attention": REST,
+    "head": REST,
+    "keys and values": REST,
+}
+
+
+def part(kernel: str) -> str:
+    """The part of a step that a kernel of this name belongs to."""
+    return next((found for prefix, found in PREFIXES.items() if kernel.startswith(prefix)), REST)
+
+
+def spent(row: dict) -> dict[str, float]:
+    """ms that the kernels of a row's step take, by part."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for kernel, (_, us) in row.get("by name", {}).items():
+        found[part(kernel)] += us / 1e3
+    return found
+
+
+def least(row: dict) -> dict[str, float]:
+    """ms of a row's floor, by part."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for name, ms in row.get("floor by part", {}).items():
+        found[FLOORS.get(name, REST)] += ms
+    return found
