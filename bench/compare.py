@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.common import load
 
-KEYS = ("framework", "case", "op", "tp", "T", "dtype", "side", "way")  # what a row is of; the rest was measured
+KEYS = ("framework", "case", "op", "tp", "T", "prompts", "dtype", "side", "way")  # what a row is of; the rest was measured
 
 
 @dataclass(frozen=True)

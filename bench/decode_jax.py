@@ -109,7 +109,8 @@ def measured(
             firsts[kind] = np.asarray(steps())
             ms, dispatch = stream(steps, calls)
             row = {"case": f"decode step, {layers} layers", "tp": tp, "T": batch, "dtype": dtype, "side": kind}
-            row |= {"ms": round(ms, 3), "alone ms": round(alone(steps, 8), 3), "dispatch ms": round(dispatch, 3)}
+            row |= {"ms": round(ms, 3), "us": round(ms * 1e3, 1), "dispatch ms": round(dispatch, 3)}
+            row["alone ms"] = round(alone(steps, 8), 3)
             row |= summing | {"tokens/s": round(batch / ms * 1e3, 1)}
             row |= {"floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
             row |= {"copy TB/s": round(rate, 3), "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}

@@ -67,7 +67,8 @@ def measured(
                 rows.append(row | {"problem": str(error).splitlines()[0][:200]})
                 print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
                 continue
-            row |= {"ms": round(ms, 2), "alone ms": round(alone(call, 2), 2), "dispatch ms": round(dispatch, 3)}
+            row |= {"ms": round(ms, 2), "us": round(ms * 1e3), "dispatch ms": round(dispatch, 3)}
+            row["alone ms"] = round(alone(call, 2), 2)
             row |= {"tokens/s": round(batch * length / ms * 1e3)}
             row |= {f"floor of {name} ms": round(value, 2) for name, value in floors.items()}
             row |= {"copy TB/s": round(copied, 3), "product TFLOP/s": round(multiplied)}
