@@ -111,7 +111,8 @@ def run(
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     """For each fusion how many kernels of it one decode step calls, read off the step as jax traced it.
 
-    A fusion of which it calls no kernel is served by array evaluation; the gate, then, is three products.
+    A fusion of which it calls no kernel is served by array evaluation; the gate, then, is three products, and experts are
+    XLA's own, as they are for many tokens.
     """
     calls = _kernel_calls(model, batch, kernels)
     kind = "pallas, interpreted" if _interpreted() else "pallas"

@@ -10,11 +10,12 @@ def reference(activated, down, ids, weights):
 
     An expert that does not exist has weights of zero.
     """
-    out, none = np.zeros((activated.shape[0], down.shape[2])), np.zeros(down.shape[1:])
+    rows, down, ids, weights = (activated.astype(np.float64), down.astype(np.float64), ids.astype(np.int64),
+                                weights.astype(np.float64))  # fmt: skip
+    out = np.zeros((rows.shape[0], down.shape[2]))
     for t, k in np.ndindex(*ids.shape):
-        weight = down[ids[t, k]].astype(np.float64) if 0 <= ids[t, k] < down.shape[0] else none
-        each = round_to(activated[t, k].astype(np.float64) @ weight, activated.dtype)
-        out[t] += weights[t, k].astype(np.float64) * each
+        weight = down[ids[t, k]] if 0 <= ids[t, k] < down.shape[0] else np.zeros(down.shape[1:])
+        out[t] += weights[t, k] * round_to(rows[t, k] @ weight, activated.dtype)
     return {"out": out}
 
 

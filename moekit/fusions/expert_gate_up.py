@@ -7,10 +7,10 @@ from moekit.lang import In, cast, contract, fusion, gather, halves, silu
 
 def reference(x, gate_up, ids):
     """float64, pair by pair; an expert that does not exist has weights of zero."""
-    x, none = x.astype(np.float64), np.zeros(gate_up.shape[1:])
+    x, gate_up, ids = x.astype(np.float64), gate_up.astype(np.float64), ids.astype(np.int64)
     out = np.empty((*ids.shape, gate_up.shape[1] // 2))
     for t, k in np.ndindex(*ids.shape):
-        weight = gate_up[ids[t, k]].astype(np.float64) if 0 <= ids[t, k] < gate_up.shape[0] else none
+        weight = gate_up[ids[t, k]] if 0 <= ids[t, k] < gate_up.shape[0] else np.zeros(gate_up.shape[1:])
         gate, up = np.split(weight @ x[t], 2)
         with np.errstate(over="ignore"):
             out[t, k] = gate / (1 + np.exp(-gate)) * up

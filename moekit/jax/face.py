@@ -17,7 +17,7 @@ from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, Sh
 from moekit.jax import launch
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
-from moekit.jax.view import View, held, view
+from moekit.jax.view import View, held, in_range, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
@@ -86,7 +86,8 @@ class Call:
 
     def xla(self) -> dict[str, jax.Array]:
         """The outputs by array evaluation; a base written to is returned whole."""
-        bases = {id(v.base): v.base for v in (*self.views.values(), *self.out.values())}
+        every = (*self.views.values(), *self.out.values())
+        bases = {id(a): a for v in every for a in (v.base, *(at for _, at in v.picked))}
         if not self.cut:
             return self._evaluated(bases)
         dims = {n: [d.text for d in tensor.dims] for n, tensor in self.graph.tensors.items()}
@@ -96,10 +97,12 @@ class Call:
         return automatically(self._evaluated, bases, outs)
 
     def _evaluated(self, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
-        lying = {n: replace(v, base=bases[id(v.base)]) for n, v in self.views.items()}
-        outs = evaluated(self.fusion, self.binding)({n: v.array() for n, v in lying.items()})
+        def lying(v: View) -> View:
+            return replace(v, base=bases[id(v.base)], picked=tuple((axis, bases[id(at)]) for axis, at in v.picked))
+
+        outs = evaluated(self.fusion, self.binding)({n: lying(v).array() for n, v in self.views.items()})
         for n, v in self.out.items():  # outputs that go to one base are written one after the other
-            bases = bases | {id(v.base): replace(v, base=bases[id(v.base)]).set(outs[n])}
+            bases = bases | {id(v.base): lying(v).set(outs[n])}
         return {n: bases[id(self.out[n].base)] if n in self.out else x for n, x in outs.items()}
 
     @property
@@ -147,15 +150,18 @@ class Call:
             bases.setdefault(known, v.base)
             return known
 
-        picking: dict[int, str] = {}  # what says at run time where operands lie: an operand of its own, once
+        picking: dict[tuple[int, int], str] = {}  # what says at run time where operands lie: an operand of its own, once
 
         def layout(name: str, v: View) -> t.Viewed:
             places = []
             for axis, at in v.picked:
-                if id(at) not in picking:
-                    picking[id(at)] = f"{name}_at_{axis}"
-                    bases[picking[id(at)]] = jnp.asarray(at, jnp.int32).reshape(1)
-                places.append((axis, picking[id(at)]))
+                key = id(at), v.base.shape[axis]
+                if key not in picking:
+                    picking[key] = f"{name}_at_{axis}"
+                    while picking[key] in {*self.views, *self.names, *bases}:
+                        picking[key] += "_"
+                    bases[picking[key]] = in_range(at, v.base.shape[axis]).reshape(1)
+                places.append((axis, picking[key]))
             return replace(_layout(buffer(name, v), v), picked=tuple(places))
 
         for n, v in self.views.items():

@@ -60,6 +60,8 @@ class View:
                        f"which has {extents[axis]}"  # fmt: skip
         if empty := [a for a, _ in self.picked if not extents[a]]:
             return f"base axis {empty[0]} has no element to pick"
+        if wrong := [at for _, at in self.picked if not _picks(at)]:
+            return f"{wrong[0]!r} picks an element; it must be a JAX array of one integer without dimensions"
         wrong = [(a, n) for a, n in self.fixed if not 0 <= n < extents[a]]
         return (
             f"fixed takes element {wrong[0][1]} of base axis {wrong[0][0]}, which has {extents[wrong[0][0]]}" if wrong else None
@@ -116,7 +118,9 @@ class View:
             elif _is_integer(i) and -self.shape[d] <= i < self.shape[d]:
                 fixed.append((self.axes[d], self.starts[d] + (int(i) % self.shape[d]) * self.steps[d]))
             elif _picks(i) and self.shape[d]:
-                picked.append((self.axes[d], self.starts[d] + jnp.clip(i, 0, self.shape[d] - 1) * self.steps[d]))
+                whole = (self.starts[d], self.steps[d], self.shape[d]) == (0, 1, self.base.shape[self.axes[d]])
+                at = i if whole else self.starts[d] + in_range(i, self.shape[d]) * self.steps[d]
+                picked.append((self.axes[d], at))
             else:
                 raise ShapeError(
                     f"View: index {i!r} in dimension {d} of size {self.shape[d]}; use integers in range, slices, and JAX "
@@ -138,14 +142,14 @@ class View:
             return changed
         begin = [jnp.int32(0)] * self.base.ndim
         for axis, at in self.picked:
-            begin[axis] = jnp.asarray(at, jnp.int32)
+            begin[axis] = in_range(at, self.base.shape[axis])
         return lax.dynamic_update_slice(self.base, changed, begin)
 
     def _plane(self) -> jax.Array:
         """The base, with one element left along the axes that are picked."""
         plane = self.base
         for axis, at in self.picked:
-            plane = lax.dynamic_index_in_dim(plane, at, axis)
+            plane = lax.dynamic_index_in_dim(plane, in_range(at, self.base.shape[axis]), axis)
         return plane
 
     def _index(self) -> tuple[int | slice, ...]:
@@ -195,6 +199,11 @@ class View:
         for name, value in zip(("base", "axes", "starts", "steps", "shape", "fixed", "picked"), values, strict=True):
             object.__setattr__(made, name, value)
         return made
+
+
+def in_range(at: jax.Array, extent: int) -> jax.Array:
+    """An integer of any dtype as an int32 from 0 to extent - 1, the nearest; clipped before it is made narrower or wider."""
+    return jnp.clip(at, 0, min(extent - 1, jnp.iinfo(at.dtype).max)).astype(jnp.int32)
 
 
 def _picks(i: object) -> bool:

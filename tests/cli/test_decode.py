@@ -20,6 +20,8 @@ PER_STEP = {  # kernels of one decode step of TINY: three layers of gated delta 
     "gate_projections": 4,
     "topk_softmax": 4,
     "down_combine": 4,
+    "expert_gate_up": 4,
+    "expert_down": 8,
     "gated_rms_norm": 3,
     "delta_rule_step": 3,
 }

@@ -119,6 +119,32 @@ def test_a_pick_out_of_range_is_taken_into_range(pick, taken, implementation):
     np.testing.assert_allclose(got, silu_and_mul(jnp.asarray(STACK[taken, 0]), implementation="xla"), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("uint8", 300), ("int8", 200), ("int16", 40000), ("uint32", 300)])
+def test_a_pick_of_any_integer_dtype(dtype, size):
+    """Of more elements than the dtype counts to, after a slice with a start and a step, and through a tree."""
+    base, limit = jnp.arange(4 * size, dtype=jnp.float32).reshape(size, 4), min(size - 1, np.iinfo(dtype).max)
+    for at in (0, 90, 100, limit):
+        assert view(base)[jnp.asarray(at, dtype)].array()[0] == 4 * at
+    assert view(base)[100:200][jnp.asarray(90, dtype)].array()[0] == 4 * 190
+    assert view(base)[50::2][jnp.asarray(70, dtype)].array()[0] == 4 * 190
+    run = jax.jit(lambda v: add_rms_norm(v, v, jnp.zeros(4), implementation="pallas")[1])
+    got = run(jax.tree.map(lambda a: a * 2 if a.ndim else a + 300, view(base[:, None])[jnp.asarray(3, "int32")]))
+    np.testing.assert_array_equal(got[0], 4 * base[min(303, size - 1)])
+
+
+def test_one_pick_taken_twice_is_one_place():
+    """The operand and where its update goes are the same elements, indexed apart or not; names of operands are no trouble."""
+    x = jnp.ones((4, 48))
+
+    @jax.jit
+    def update(stack, i):
+        return add_rms_norm(x, view(stack)[i, 2], x[0], out=(None, view(stack)[i, 2]), implementation="pallas")[1]
+
+    expected = STACK.copy()
+    expected[3, 2] += 1
+    np.testing.assert_array_equal(update(jnp.asarray(STACK), jnp.int32(3)), expected)
+
+
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
 def test_what_is_picked_is_updated_and_nothing_beside_it(implementation):
     """A state in a stack, as the model has it: read and written at one layer."""

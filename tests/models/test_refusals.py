@@ -298,3 +298,19 @@ def test_a_generation_config_that_cannot_be_read(zoo, tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         end_tokens(tmp_path, zoo.config(CASE))
+
+
+def test_a_cache_of_another_model_is_refused(zoo):
+    """A stack of fewer delta nets has the same tree; its count says that it is another model's."""
+    other = prefill(zoo.model("two-layers"), np.ones((2, 16), np.int32), np.array([16, 5]), cache_length=64)[1]
+    for step in (decode_step, greedy_step):
+        with pytest.raises(ArgumentError, match="cache is of 1 delta nets and 1 attentions, the model has 3 and 1"):
+            step(zoo.model("four-layers"), np.array([1, 2]), other)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
+def test_lengths_of_any_integer_dtype_are_counted_in_int32(zoo, dtype):
+    lengths = np.array([16, 5, 2], dtype)
+    _, cache = prefill(zoo.model(CASE), np.ones((3, 16), np.int32), lengths, cache_length=64, kernels="xla")
+    assert cache.lengths.dtype == np.int32
+    np.testing.assert_array_equal(cache.lengths, lengths)

@@ -65,7 +65,7 @@ def test_opcheck(fused, params, tensors, layout):
 
 
 def test_opcheck_with_gradients(fused, params, tensors):
-    operands = [x.requires_grad_() for x in tensors(fused)]
+    operands = [x.requires_grad_(x.is_floating_point()) for x in tensors(fused)]
     torch.library.opcheck(ops.registered(FUSIONS[fused]).plain, (*operands, *params.values()))
 
 

@@ -68,7 +68,10 @@ class Cache:
         return not isinstance(self.deltas, tuple)
 
     def apart(self) -> Cache:
-        """The same memories with the states of each delta net by themselves, copied out of the stack."""
+        """The same memories with the states of each delta net by themselves, copied out of the stack.
+
+        Keys, values and lengths are shared with this cache: a step that donates one of the two takes them from the other.
+        """
         held = self.deltas
         if isinstance(held, tuple):
             return self

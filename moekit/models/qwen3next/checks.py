@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from moekit.errors import ArgumentError, DtypeError, ShapeError
 from moekit.models.qwen3next.cache import Cache
-from moekit.models.qwen3next.config import DTYPES
+from moekit.models.qwen3next.config import DTYPES, GDN
 
 LOST = -1  # the token, and the length in a cache, of a row that has no answer any more
 
@@ -72,6 +72,13 @@ def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
     """Refuse what a step cannot take. Only tokens in the host's memory are looked at: a step never waits for a device."""
     if not isinstance(cache, Cache):
         raise ArgumentError(f"decode step: cache is a {type(cache).__name__}; what prefill or a step returned is needed")
+    nets = model.config.layer_types.count(GDN)
+    held = len(cache.deltas) if isinstance(cache.deltas, tuple) else cache.deltas.recurrent.shape[0]
+    if (held, len(cache.attentions)) != (nets, model.config.num_layers - nets):
+        raise ArgumentError(
+            f"decode step: cache is of {held} delta nets and {len(cache.attentions)} attentions, the model has {nets} and "
+            f"{model.config.num_layers - nets}; give the cache of this model"
+        )
     _integers("decode step", "tokens", tokens, 1, "[B]")
     if tokens.shape != cache.lengths.shape:
         batch = cache.lengths.shape[0]
@@ -83,7 +90,7 @@ def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
 def spoiled_prompts(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> tuple[jax.Array, jax.Array]:
     """tokens [B, S] and lengths [B] with LOST in all places of a row whose length or a real token is wrong; padding is 0."""
     room = tokens.shape[1]
-    real = jnp.arange(room) < lengths[:, None]
+    real, lengths = jnp.arange(room)[None] < lengths[:, None], lengths.astype(jnp.int32)
     good = (lengths >= 1) & (lengths <= room) & (_known(tokens, vocabulary) | ~real).all(axis=1)
     tokens = jnp.where(real, tokens.astype(jnp.int32), 0)
     return jnp.where(good[:, None], tokens, LOST), jnp.where(good, lengths, LOST)

@@ -28,7 +28,8 @@ FUSIONS = (
 class Kernels:
     """One callable per fusion. Hashable, so that a compiled step may depend on it.
 
-    fused: whether the gate's three products are one `gate_projections`, and few tokens' experts two kernels that gather.
+    fused: whether the gate's three products are one `gate_projections`, few tokens' experts two kernels that gather, and
+    the delta nets' states one stack.
     all_reduce: from one rank's part of a sum to the sum over all ranks.
     """
 

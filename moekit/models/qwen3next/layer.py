@@ -45,7 +45,7 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
 
     def __getitem__(self, name: str) -> Part:
-        return next(part for n, part in self.parts if n == name)
+        return dict(self.parts)[name]
 
 
 def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes]) -> Layout:
@@ -58,6 +58,8 @@ def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes]) -> Layout:
     at: dict[str, int] = dict.fromkeys(HOMES, 0)
     alone: dict[str, tuple[int, ...]] = {OUT: (0, 0), DOWN: (0, 0, 0)}
     for name, (shape, home) in weights.items():
+        if len(shape) == 3 and home == ROWS and at[home]:
+            raise ValueError(f"{name} is a stack of matrices behind other weights; it must come first")
         parts.append((name, Part(home, at[home], shape)))
         at[home] = parts[-1][1].stop
         alone |= {home: shape} if home in alone else {}
@@ -92,6 +94,8 @@ class Layer:
         held = self.arrays[part.home]
         if part.home in (OUT, DOWN):
             return view(held)
+        if part.home == SMALL and len(part.shape) != 1:
+            raise ValueError(f"{name} has shape {part.shape} and no View: its array has one dimension")
         if part.home == SMALL or len(part.shape) == 2:
             return view(held)[part.start : part.stop]
         if len(part.shape) == 1:
