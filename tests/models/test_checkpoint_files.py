@@ -296,9 +296,10 @@ def check_as_transformers_reads(directory, mesh):
     for i, layer in enumerate(model.params["layers"]):
         for name in ("input_layernorm", "post_attention_layernorm"):
             ours[f"model.layers.{i}.{name}.weight"] = layer[name]
-        for name in ("q_norm", "k_norm"):
-            if "self_attn" in layer:
-                ours[f"model.layers.{i}.self_attn.{name}.weight"] = layer["self_attn"][name]
+        for name in {"q_norm", "k_norm"} & {name for name, _ in layer.layout.parts}:  # small: float32, of values of the dtype
+            own = layer[name].astype(model.dtype)
+            assert np.array_equal(np.asarray(own, np.float32), layer[name])
+            ours[f"model.layers.{i}.self_attn.{name}.weight"] = own
     for name, value in ours.items():
         want = theirs.get_parameter(name).detach()
         assert str(want.dtype) == f"torch.{value.dtype}", name
