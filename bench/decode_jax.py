@@ -16,7 +16,6 @@ near-equal logits fall either way.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,10 +33,22 @@ from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.child import Child
-from bench.common import environment, numbers, write
+from bench.common import numbers
 from bench.device_jax import timed
-from bench.model_jax import alone, configuration, copy_rate, drawn, memory, mesh_of, moved, profile, random_model, stream
+from bench.model_jax import (
+    alone,
+    configuration,
+    copy_rate,
+    drawn,
+    memory,
+    mesh_of,
+    moved,
+    options,
+    profile,
+    random_model,
+    run,
+    stream,
+)
 from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
 from moekit.models.qwen3next.sharding import AXIS
@@ -131,24 +142,11 @@ def measured(
 
 def main() -> None:
     """Run, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="every fourth is attention, the others gated delta nets")
-    parser.add_argument("--tp", type=int, default=1, help="devices")
-    parser.add_argument("--vocab", default="32768", help="a number, or full: 151936")
+    parser = options(__doc__ or "", "pallas,xla", "of kernels; 'pallas without collectives' is one, too")
     parser.add_argument("--batch", default="1,16,64")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--kinds", default="pallas,xla", help="of kernels; 'pallas without collectives' is one, too")
     parser.add_argument("--steps", type=int, default=20, help="in a stream")
-    parser.add_argument("--json")
     args = parser.parse_args()
-    # JAX's profiler and PyTorch's CUDA context are not for one process
-    child, start = Child(measured, patience=1500), time.monotonic()
-    kinds = tuple(args.kinds.split(","))
-    rows = child.rows(args.layers, args.vocab, args.tp, args.dtype, tuple(numbers(args.batch)), kinds, args.steps)
-    child.close()
-    print(f"{time.monotonic() - start:.0f} s", *(row["problem"] for row in rows if "problem" in row))
-    if args.json:
-        write(args.json, environment() | {"rows": rows})
+    run(measured, args, tuple(numbers(args.batch)), args.steps)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ its bytes take at the rate of a large copy, or its products' operations at that 
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import tempfile
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from bench.child import Child
+from bench.common import environment, write
 from bench.device_jax import events
 from moekit.models.qwen3next import TINY, Config, Model, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
@@ -44,6 +47,28 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
 )
 COPIED = 2**30  # bytes
 PRODUCT = (4096, 8192, 8192)  # rows, columns, depth
+
+
+def options(doc: str, kinds: str, about: str) -> argparse.ArgumentParser:
+    """What the command lines of a step and of prefill share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="every fourth is attention, the others gated delta nets")
+    parser.add_argument("--tp", type=int, default=1, help="devices")
+    parser.add_argument("--vocab", default="32768", help="a number, or full: 151936")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--kinds", default=kinds, help=about)
+    parser.add_argument("--json")
+    return parser
+
+
+def run(measured: Callable[..., list[dict]], args: argparse.Namespace, shapes: tuple, calls: int) -> None:
+    """Measure in a process of its own, since JAX's profiler and PyTorch's CUDA context are not for one; write JSON."""
+    child, start = Child(measured, patience=1500), time.monotonic()
+    rows = child.rows(args.layers, args.vocab, args.tp, args.dtype, shapes, tuple(args.kinds.split(",")), calls)
+    child.close()
+    print(f"{time.monotonic() - start:.0f} s", *(row["problem"] for row in rows if "problem" in row))
+    if args.json:
+        write(args.json, environment() | {"rows": rows})
 
 
 def configuration(layers: int, vocabulary: str) -> Config:

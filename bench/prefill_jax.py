@@ -11,7 +11,6 @@ product.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.child import Child
-from bench.common import environment, write
 from bench.model_jax import (
     alone,
     configuration,
@@ -33,9 +30,11 @@ from bench.model_jax import (
     mesh_of,
     moved,
     operations,
+    options,
     product_rate,
     profile,
     random_model,
+    run,
     stream,
 )
 from moekit.models.qwen3next import prefill
@@ -87,24 +86,11 @@ def _prompts(text: str) -> list[tuple[int, int]]:
 
 def main() -> None:
     """Run, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="every fourth is attention, the others gated delta nets")
-    parser.add_argument("--tp", type=int, default=1, help="devices")
-    parser.add_argument("--vocab", default="32768", help="a number, or full: 151936")
+    parser = options(__doc__ or "", "pallas,xla", "of kernels")
     parser.add_argument("--prompts", default="1x512,1x2048,8x1024,1x8192", help="how many x how long")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--kinds", default="pallas,xla", help="of kernels")
     parser.add_argument("--calls", type=int, default=3, help="in a stream")
-    parser.add_argument("--json")
     args = parser.parse_args()
-    # JAX's profiler and PyTorch's CUDA context are not for one process
-    child, start = Child(measured, patience=1500), time.monotonic()
-    kinds = tuple(args.kinds.split(","))
-    rows = child.rows(args.layers, args.vocab, args.tp, args.dtype, tuple(_prompts(args.prompts)), kinds, args.calls)
-    child.close()
-    print(f"{time.monotonic() - start:.0f} s", *(row["problem"] for row in rows if "problem" in row))
-    if args.json:
-        write(args.json, environment() | {"rows": rows})
+    run(measured, args, tuple(_prompts(args.prompts)), args.calls)
 
 
 if __name__ == "__main__":
