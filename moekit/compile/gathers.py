@@ -13,8 +13,9 @@ from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, By, Graph, Node
 
 # Measured on an H200 as Pallas kernels (10 of 512 experts, I → 2048, bfloat16), µs, and what the bytes of the distinct experts
-# take at 4.2 TB/s. I = 256, T = 1, 8, 32: 7.0, 26.6, 89.3 of 2.5, 18.5, 58.9; with all pairs of a row in one program, blocks of
-# 16 columns, 12.6, 42.5 and more. I = 512, T = 1, 16: 10.7, 91.0 of 5.0, 68.7. I = 64, T = 1, 32: 4.9, 25 of 0.6, 14.7.
+# take at 4.2 TB/s. I = 256, T = 1, 8, 32: 7.0, 26.6, 89.3 of 2.5, 18.5, 58.9; with all pairs of a row in one program, the
+# best with blocks of 16 columns, 12.6, 56.0, 198. I = 512, T = 1, 16: 10.7, 91.0 of 5.0, 68.7. I = 64, T = 1, 32: 4.9, 25.4 of
+# 0.6, 14.7.
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moekit.errors import AliasError, MoekitError, ShapeError
-from moekit.jax import View, add_rms_norm, silu_and_mul, view
+from moekit.jax import View, add_rms_norm, op, silu_and_mul, view
+from moekit.lang import In, cast, f32, fusion
 
 BASE = np.arange(60, dtype=np.float32).reshape(6, 10)
 
@@ -161,6 +164,39 @@ def test_what_is_picked_is_updated_and_nothing_beside_it(implementation):
         expected = STACK.copy()
         expected[i, 2] += x
         np.testing.assert_array_equal(stack, expected)
+
+
+@fusion(None, x=In("T H"), x_at_0=In("T H"))
+def named_like_a_pick(x, x_at_0):
+    """A sum of operands of which one has the name that the other's pick would get."""
+    return cast(f32(x) + f32(x_at_0), x.dtype)
+
+
+def test_an_operand_may_have_the_name_of_a_pick():
+    other = np.arange(192, dtype=np.float32).reshape(4, 48)
+    run = jax.jit(lambda a, i: op(named_like_a_pick)(view(a)[i, 0], jnp.asarray(other), implementation="pallas"))
+    np.testing.assert_array_equal(run(STACK, jnp.int32(2)), STACK[2, 0] + other)
+
+
+@pytest.mark.parametrize("where", ["eager", "jit"])
+def test_a_pick_of_a_base_that_is_cut_over_an_explicit_mesh(where):
+    """Array evaluation serves it, an update too; what picks comes along."""
+    devices = jax.devices("cpu")[:2]
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Explicit,), devices=devices)
+    x, weight = np.ones((4, 48), np.float32), np.zeros(48, np.float32)
+
+    def call(stack, i):
+        rows = view(stack)[i, 2]
+        return silu_and_mul(rows), add_rms_norm(x, rows, weight, out=(None, rows))[1]
+
+    with jax.set_mesh(mesh):
+        stack = jax.device_put(STACK, NamedSharding(mesh, P(None, None, "tp")))
+        got, updated = (jax.jit(call) if where == "jit" else call)(stack, jnp.int32(3))
+    gate, up = np.split(STACK[3, 2].astype(np.float64), 2, axis=-1)
+    np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=2e-6)
+    expected = STACK.copy()
+    expected[3, 2] += x
+    np.testing.assert_array_equal(updated, expected)
 
 
 def test_an_output_at_another_pick_than_an_operand_may_overlap_it():
