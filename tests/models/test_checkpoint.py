@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -187,7 +188,6 @@ def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
     whole = {}
     for file in sorted(zoo.directory(case).glob("*.safetensors")):
         whole |= load_file(file)
-    layer = model.params["layers"][0]
     heads, ratio = config.linear_num_key_heads // tp, config.values_per_key
     dim, wide = config.linear_key_head_dim, ratio * config.linear_value_head_dim
     grouped = whole[QKVZ].reshape(config.linear_num_key_heads, 2 * dim + 2 * wide, -1)
@@ -199,15 +199,15 @@ def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
     last = config.num_experts - 1
     down = whole[f"model.layers.0.mlp.experts.{last}.down_proj.weight"]
     for rank in range(tp):
-        mine = slice(rank * heads, (rank + 1) * heads)
+        layer, mine = held(model, rank)[0], slice(rank * heads, (rank + 1) * heads)
         joined = np.concatenate([part[mine].reshape(-1, config.hidden_size) for part in (q, k, v, z)])
-        assert np.array_equal(held(layer, rank, "in_proj_qkvz"), joined)
+        assert np.array_equal(layer["in_proj_qkvz"], joined)
         striped = np.concatenate([share(part, rank, tp) for part in parts])
-        assert np.array_equal(held(layer, rank, "conv1d"), striped)
+        assert np.array_equal(layer["conv1d"], striped)
         both = np.concatenate([share(gate, rank, tp), share(up, rank, tp)])
-        assert np.array_equal(held(layer, rank, "gate_up"), both)
+        assert np.array_equal(layer["gate_up"], both)
         own = share(down.T, rank, tp)
-        assert np.array_equal(held(layer, rank, "experts_down")[last], own)
+        assert np.array_equal(layer["experts_down"][last], own)
     attention = config.layer_types.index("full_attention")
     name = f"model.layers.{attention}.self_attn.k_proj.weight"
     k_proj = whole[name].reshape(config.num_key_value_heads, config.head_dim, -1)
@@ -215,17 +215,16 @@ def test_a_ranks_share_is_the_one_the_table_says(zoo, tp, case):
         first = rank * config.num_key_value_heads // tp
         count = max(1, config.num_key_value_heads // tp)
         expected = k_proj[first : first + count].reshape(-1, config.hidden_size)
-        assert np.array_equal(held(model.params["layers"][attention], rank, "k_proj"), expected)
+        assert np.array_equal(held(model, rank)[attention]["k_proj"], expected)
 
 
 def share(part, rank, tp):
     return np.split(part, tp)[rank]
 
 
-def held(layer, rank, name):
-    """One rank's share of a weight."""
-    local = jax.tree.map(lambda array: array.addressable_shards[rank].data, layer)
-    return np.asarray(local[name])
+def held(model, rank):
+    """One rank's share of the layers."""
+    return jax.tree.map(lambda array: jax.device_put(array.addressable_shards[rank].data), model.params["layers"])
 
 
 @pytest.mark.parametrize("case", ["four-layers", "sixteen-value-heads", "odd-experts"])
@@ -243,7 +242,7 @@ def test_bytes_per_rank(zoo, case, tp):
     kv = sum(size for key, size in sizes.items() if key.endswith(("k_proj.weight", "v_proj.weight")))
     whole = sum(size for key, size in sizes.items() if key.endswith(everywhere))
     cut = sum(sizes.values()) - kv - whole
-    layouts = [layer.layout for layer in model.params["layers"]]
+    layouts = model.params["layers"].layouts
     room = {home: {x.shapes[HOMES.index(home)] for x in layouts} for home in ("rows", "small")}
     ((rows, width),), ((small,),) = room.values()
     used = [[sum(p.stop - p.start for _, p in x.parts if p.home == home) for home in room] for x in layouts]
@@ -261,9 +260,9 @@ def test_bytes_per_rank(zoo, case, tp):
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_no_two_weights_of_a_layer_share_an_element(zoo, tp):
-    for layer in zoo.model("four-layers", tp=tp).params["layers"]:
-        for home, shape in zip(HOMES, layer.layout.shapes, strict=True):
-            parts = sorted((p.start, p.stop) for _, p in layer.layout.parts if p.home == home)
+    for layout in zoo.model("four-layers", tp=tp).params["layers"].layouts:
+        for home, shape in zip(HOMES, layout.shapes, strict=True):
+            parts = sorted((p.start, p.stop) for _, p in layout.parts if p.home == home)
             assert all(stop <= start for (_, stop), (start, _) in pairwise(parts))
             assert parts[0][0] == 0
             assert parts[-1][1] <= np.prod(shape if home == "small" else shape[:-1])
@@ -295,11 +294,11 @@ def test_dtype_converts_all_but_the_decay(zoo, mesh):
     model = load(zoo.directory(ONE), mesh(2), dtype="bfloat16")
     exact = load(zoo.directory(ONE), mesh(2), dtype="float32")
     assert {a.dtype.name for a in jax.tree.leaves(model.params)} == {"bfloat16", "float32"}
-    for layer, wide in zip(model.params["layers"], exact.params["layers"], strict=True):
-        assert {home: a.dtype.name for home, a in layer.arrays.items() if a.dtype != "bfloat16"} == {"small": "float32"}
-        for rank in range(2):
+    assert [a.dtype.name for a in jax.tree.leaves(replace(model.params["layers"], small=()))] == ["bfloat16"] * 10
+    for rank in range(2):
+        for layer, wide in zip(held(model, rank), held(exact, rank), strict=True):
             for name, part in layer.layout.parts:
-                got, source = held(layer, rank, name), held(wide, rank, name)
+                got, source = np.asarray(layer[name]), np.asarray(wide[name])
                 rounded = source if name in ("A_log", "dt_bias") else source.astype("bfloat16")
                 np.testing.assert_array_equal(got.astype(np.float32), rounded.astype(np.float32), err_msg=name)
                 assert got.dtype == ("float32" if part.home == "small" else "bfloat16")

@@ -251,7 +251,7 @@ def test_the_recurrent_state_and_the_keys_and_values_stay_where_they_are(program
 
 
 def test_layers_share_their_kernels_and_few_arrays_are_handed_over():
-    """Eight layers: four arrays of weights each, one stack of states, and no kernel more than two layers have.
+    """Eight layers: two arrays of weights each, the others stacked, one stack of states, and no kernel more than two layers have.
 
     No weight, state or key is sliced or copied on its way to a product or a kernel.
     """
@@ -277,11 +277,14 @@ def kernel_bodies(program):
 
 def test_a_prompt_compiles_too():
     mesh, model, lengths = arguments()
-    tokens = jax.ShapeDtypeStruct((BATCH, 128), jnp.int32, sharding=NamedSharding(mesh, P()))
+    tokens = jax.ShapeDtypeStruct((BATCH, 512), jnp.int32, sharding=NamedSharding(mesh, P()))  # experts run in a loop
     with jax.set_mesh(mesh):
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == {"delta_rule_step", "expert_gate_up", "expert_down"}
     assert len(re.findall(r" all-reduce\(", filled.text)) == 2 * CONFIG.num_layers
+    sliced = re.findall(r"= \w+\[([\d,]+)\]\S* slice\(", filled.text)
+    experts = CONFIG.num_experts * 2 * CONFIG.moe_intermediate_size // TP * CONFIG.hidden_size
+    assert max(int(np.prod([int(d) for d in dims.split(",")])) for dims in sliced) < experts  # none copies a layer's weights
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 51])
@@ -293,8 +296,12 @@ def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
     config = replace(CONFIG, moe_intermediate_size=width)
     shapes, kinds = ((tokens, 2048), (tokens, 10), (tokens, 10)), (jnp.bfloat16, jnp.float32, jnp.int32)
     given = [jax.ShapeDtypeStruct(s, k, sharding=NamedSharding(mesh, P())) for s, k in zip(shapes, kinds, strict=True)]
-    layer = abstract_model(config, mesh, "bfloat16").params["layers"][0]
+    layers = abstract_model(config, mesh, "bfloat16").params["layers"]
+
+    def first(x, chosen, ids, layers):
+        return moe.experts(x, chosen, ids, layers[0], named("xla"))
+
     with jax.set_mesh(mesh):
-        text = jax.jit(partial(moe.experts, kernels=named("xla"))).lower(*given, layer).compile().as_text()
+        text = jax.jit(first).lower(*given, layers).compile().as_text()
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter)", text[text.index("ENTRY") :])
     assert max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made) <= tokens * 10 * 2048

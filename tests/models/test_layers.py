@@ -25,11 +25,11 @@ def hidden(zoo, case):
 
 def summed(model, layer, block, *inputs, out=None, extra=()):
     """A block of one layer over all ranks, its partial outputs summed; `extra` specs for what follows x."""
-    weights = model.params["layers"][layer]
-    own = specs(model.params, model.config, model.tp)["layers"][layer]
+    weights = model.params["layers"]
+    own = specs(model.params, model.config, model.tp)["layers"]
 
     def local(weights, x, *rest):
-        partial_sum, *others = block(weights, x, *rest)
+        partial_sum, *others = block(weights[layer], x, *rest)
         return (jax.lax.psum(partial_sum, "tp"), *others)
 
     places = (own, P(), *extra)
@@ -118,8 +118,8 @@ def stacked(gate_up, down):
     """A layer that holds experts and nothing else."""
     shapes = {"experts_gate_up": (gate_up.shape, "rows"), "experts_down": (down.shape, "down")}
     layout = arranged(shapes, gate_up.shape[2], [shapes])
-    arrays = {"rows": jnp.asarray(gate_up.reshape(layout.shapes[0])), "down": jnp.asarray(down)}
-    return Layer(arrays | dict.fromkeys(("small", "out"), jnp.zeros(1)), layout)
+    rows = jnp.asarray(gate_up.reshape(layout.shapes[0]))
+    return Layer(rows, jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.asarray(down), jnp.int32(0), layout)
 
 
 def test_experts_gathered_dense_and_in_pieces_agree(monkeypatch):

@@ -1,31 +1,37 @@
-"""A layer's weights in four arrays, each read in place.
+"""The weights of all layers in few arrays, each read in place.
 
-What a host spends to dispatch a step is its arguments: 0.8 µs each and device beside an H200, whatever they hold. A layer of
-a dozen weights and more is therefore four arrays: `rows`, as wide as the hidden states, with one weight above the other;
-`small`, float32, for what is no matrix of that width; and, by themselves, `out`, the mixer's projection back, and `down`, that
-of the experts. XLA (0.11.2) reads a product's slice of `rows` in place, but copies one that it contracts along the rows, as it
-would with those two. Kernels take Views.
+What a host spends to dispatch a step is its arguments: about 2 µs for each array beside two H200s, whatever it holds
+(docs/performance_tried.md). A layer has a dozen weights and more, so they share arrays. `rows`, one for each layer: as wide as
+the hidden states, with one weight above the other. `down`, one for each layer: the experts' projections back. `out`, one for
+each kind of layer: its mixers' projections back, stacked. `small`, float32, one for all: a row for each layer, of what is no
+matrix of the hidden states' width. XLA (0.11.2) reads a product's slice of an array in place, but copies one that it contracts
+along the rows that it slices, as it would `down`. Kernels take Views; what they pick out of `small` is a number at run time, so
+that one kernel serves every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from moekit.jax import View, view
 
 ROWS, SMALL, OUT, DOWN = "rows", "small", "out", "down"
 HOMES = (ROWS, SMALL, OUT, DOWN)
+STACKED = (SMALL, OUT)  # arrays of several layers
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one weight lies: in the array `home`, from row (of `small`: element) `start` on; its shape."""
+    """Where one weight lies: in the array `home`, from row (of `small`: element of its layer's) `start` on; its shape."""
 
     home: str
     start: int
@@ -70,45 +76,74 @@ def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes]) -> Layout:
     return Layout(tuple(parts), ((-(-most // step) * step, width), (small,), alone[OUT], alone[DOWN]))
 
 
-@jax.tree_util.register_pytree_node_class
+@partial(jax.tree_util.register_dataclass, data_fields=("rows", "small", "out", "down", "at"), meta_fields=("layout",))
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights, or what stands for them: `arrays` by home, float32 the small one, in the model's dtype the others.
+    """One rank's weights of one layer.
 
-    Over a mesh they are cut along their first axis, a rank's share as `layout` says. `layer["q_proj"]` is a weight as an array,
-    `layer.view("router")` as a View of what holds it.
+    rows [R, H], out [H, W] and down [E, I, H] are its own, small [L, S] float32 is that of all layers, of which it is number
+    `at`, an int32. `layer["q_proj"]` is a weight as an array, `layer.view("router")` as a View of what holds it.
     """
 
-    arrays: dict[str, Any]
+    rows: Any
+    small: Any
+    out: Any
+    down: Any
+    at: Any
     layout: Layout
 
     def __getitem__(self, name: str) -> jax.Array:
         part = self.layout[name]
-        if part.home in (OUT, DOWN):
-            return self.arrays[part.home]
-        return self.arrays[part.home][part.start : part.stop].reshape(part.shape)
+        if part.home == SMALL:
+            held = lax.dynamic_index_in_dim(self.small, self.at, keepdims=False)
+        else:
+            held = getattr(self, part.home)
+        return held if part.home in (OUT, DOWN) else held[part.start : part.stop].reshape(part.shape)
 
     def view(self, name: str) -> View:
         """A weight as it lies, for a kernel."""
         part = self.layout[name]
-        held = self.arrays[part.home]
         if part.home in (OUT, DOWN):
-            return view(held)
-        if part.home == SMALL and len(part.shape) != 1:
-            raise ValueError(f"{name} has shape {part.shape} and no View: its array has one dimension")
-        if part.home == SMALL or len(part.shape) == 2:
-            return view(held)[part.start : part.stop]
+            return view(getattr(self, part.home))
+        if part.home == SMALL:
+            if len(part.shape) != 1:
+                raise ValueError(f"{name} has shape {part.shape} and no View: its array has one dimension a layer")
+            return view(self.small)[self.at, part.start : part.stop]
         if len(part.shape) == 1:
-            return view(held)[part.start]
+            return view(self.rows)[part.start]
+        if len(part.shape) == 2:
+            return view(self.rows)[part.start : part.stop]
         count, block, width = part.shape
         first = part.start // block
-        return view(held.reshape(-1, block, width))[first : first + count]
+        return view(self.rows.reshape(-1, block, width))[first : first + count]
 
-    def tree_flatten(self):
-        """The arrays, in the order of HOMES."""
-        return tuple(self.arrays[home] for home in HOMES), self.layout
 
-    @classmethod
-    def tree_unflatten(cls, layout, children) -> Layer:
-        """The same layout around other arrays."""
-        return cls(dict(zip(HOMES, children, strict=True)), layout)
+@partial(jax.tree_util.register_dataclass, data_fields=("rows", "small", "out", "down"), meta_fields=("layouts", "kinds"))
+@dataclass(frozen=True)
+class Layers:
+    """The weights of all layers, or what stands for them: arrays cut along their first axis, a rank's share as layouts say.
+
+    rows, down: an array for each layer. out: one for each kind of layer. small: one. They are float32 if small, in the model's
+    dtype the others. layouts, kinds: of each layer. A Layer is one rank's: `layers[i]` is for code that runs on every rank.
+    """
+
+    rows: tuple[Any, ...]
+    small: Any
+    out: dict[str, Any]
+    down: tuple[Any, ...]
+    layouts: tuple[Layout, ...]
+    kinds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Layer:
+        out = self.out[self.kinds[i]][self.place(i)]
+        return Layer(self.rows[i], self.small, out, self.down[i], jnp.int32(i), self.layouts[i])
+
+    def __iter__(self) -> Iterator[Layer]:
+        return (self[i] for i in range(len(self)))
+
+    def place(self, i: int) -> int:
+        """Which of its kind layer i is."""
+        return self.kinds[:i].count(self.kinds[i])

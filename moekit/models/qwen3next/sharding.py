@@ -1,6 +1,6 @@
 """Where every weight lives: the arrays of a model, their cut over the mesh axis `tp`, and what each rank reads.
 
-A layer's weights stand in four arrays (`layer.py`). All are cut rank-major: the block of rank r holds what rank r computes
+The layers' weights stand in few arrays (`layer.py`). All are cut rank-major: the block of rank r holds what rank r computes
 with, in the order in which it does. So its rows are stripes of the checkpoint's: the channels of the convolution, for example,
 are q | k | v of rank 0, then q | k | v of rank 1. `Weight.slabs(rank)` names the blocks of the checkpoint that make up one
 rank's share.
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next.config import GDN, Config
-from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, SMALL, Layer, Layout, arranged
+from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, SMALL, STACKED, Layers, Layout, arranged
 
 AXIS = "tp"
 REPLICATED, CUT = P(), P(AXIS)
@@ -75,7 +77,7 @@ def parameters(config: Config, tp: int) -> dict[str, Any]:
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     spec = vocabulary_spec(config, tp)
     own = vocab // tp if spec == CUT else vocab
-    tree: dict[str, Any] = {"layers": [_layer_parameters(config, tp, i) for i in range(config.num_layers)]}
+    tree: dict[str, Any] = {"layers": _layers_parameters(config, tp)}
     top = _rows("lm_head", head, (own, hidden)) if spec == CUT else _whole("lm_head", head, (vocab, hidden))
     tree["lm_head"] = _alone(top, tp)
     for name, key, shape in (("embed_tokens", "embed_tokens", (vocab, hidden)), ("norm", "norm", (hidden,))):
@@ -90,15 +92,24 @@ def _alone(weight: Weight, tp: int) -> Parameter:
     return Parameter(shape, spec, ((weight, 0),))
 
 
-def _layer_parameters(config: Config, tp: int, i: int) -> Layer:
-    layout, held = layout_of(config, tp, config.layer_types[i]), layer_weights(config, tp, i)
+def _layers_parameters(config: Config, tp: int) -> Layers:
+    """The arrays of all layers; what stands in an array of several layers, or of all, is one rank's layers in order."""
+    kinds = config.layer_types
+    layouts = tuple(layout_of(config, tp, kind) for kind in kinds)
+    held = [layer_weights(config, tp, i) for i in range(len(kinds))]
 
-    def stored(home: str, shape: tuple[int, ...]) -> Parameter:
-        unit = shape[-1] if home == ROWS else 1
-        parts = [(held[name], part.start * unit) for name, part in layout.parts if part.home == home]
-        return Parameter((tp * shape[0], *shape[1:]), CUT, tuple(parts), narrow=home != SMALL)
+    def stored(home: str, members: Sequence[int]) -> Parameter:
+        shape = layouts[members[0]].shapes[HOMES.index(home)]
+        unit, parts = shape[-1] if home == ROWS else 1, []
+        for nth, i in enumerate(members):
+            mine = [(held[i][name], part) for name, part in layouts[i].parts if part.home == home]
+            parts += [(weight, nth * prod(shape) + part.start * unit) for weight, part in mine]
+        stack = (len(members), *shape) if home in STACKED else shape
+        return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL)
 
-    return Layer({home: stored(home, shape) for home, shape in zip(HOMES, layout.shapes, strict=True)}, layout)
+    own = {home: tuple(stored(home, (i,)) for i in range(len(kinds))) for home in (ROWS, DOWN)}
+    out = {kind: stored(OUT, [i for i, other in enumerate(kinds) if other == kind]) for kind in sorted(set(kinds))}
+    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds)
 
 
 @cache
@@ -121,7 +132,7 @@ def vocabulary_spec(config: Config, tp: int) -> P:
 
 def specs(params: dict[str, Any], config: Config, tp: int) -> dict[str, Any]:
     """The PartitionSpecs of a parameter tree, in its structure."""
-    layers = [Layer(dict.fromkeys(HOMES, CUT), layer.layout) for layer in params["layers"]]
+    layers = jax.tree.map(lambda _: CUT, params["layers"])
     return {"embed_tokens": REPLICATED, "norm": REPLICATED, "lm_head": vocabulary_spec(config, tp), "layers": layers}
 
 
