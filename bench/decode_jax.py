@@ -8,10 +8,10 @@ clock; on one device also by its own clock, from the begin of a step's first ker
 busy until the host has dispatched it (`device ms`); the host's time to dispatch one; what the first device's kernels take, by
 name; its arguments, memory and compile time; the bytes that it must move, at the rate of a copy measured in the run.
 
-`without collectives` is the same step with the all-reduces left out (so with another result), and `collectives dispatch ms`
+`without collectives` is the same step with its collectives left out (so with another result), and `collectives dispatch ms`
 what the host takes for a program of nothing but those: two ways of telling what of a dispatch is not theirs. Without
 collectives a step is one command buffer, which XLA records anew whenever one of its arrays has moved; so there the tokens are
-donated, too, and none moves. (With collectives it is one buffer of 97 that holds the tokens.) Beside each time
+donated, too, and none moves. (With collectives it is one buffer of 98 that holds the tokens.) Beside each time
 stands the share of sequences that get the same next token from the same cache with either kind of kernels; in bfloat16
 near-equal logits fall either way.
 """
@@ -106,7 +106,7 @@ def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS)
     """Steps with each kind of kernels, from the same weights, tokens and cache; `KIND without collectives` is a kind, too."""
     for kind in kinds:
         name, _, cut = kind.partition(" without ")
-        kernels = replace(named(name), all_reduce=lambda x: x) if cut else named(name)
+        kernels = replace(named(name), all_reduce=lambda x: x, all_gather=lambda x: x[None]) if cut else named(name)
         tokens, cache = begin(model.config, model.mesh, dtype, batch, kernels)
         yield kind, Steps(model, tokens, cache, kernels, donated=bool(cut))
 

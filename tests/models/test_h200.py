@@ -28,6 +28,7 @@ LIMITS = json.loads((DATA / "limits.json").read_text())["jax, eight h200"]
 BATCH, ROOM, TP = 4, 1024, 8
 CONFIG = replace(WIDTHS, vocab_size=151936, layer_types=(GDN, ATTENTION))  # two layers of Qwen3-Next-80B-A3B
 CHANNELS, HEADS = 1024, 4  # of one rank: convolution channels, value heads
+WIDTH = CHANNELS + 128 * HEADS + 128  # q | k | v | z | b | a, which is of whole heads
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def program():
 
 # fusion -> the operands that are Views, and for each the shape in which its base was produced
 VIEWED = {
-    "delta_rule_step": {0: f"bf16[{BATCH},{CHANNELS}]", 1: f"bf16[{BATCH},{2 * HEADS}]"},
-    "gated_rms_norm": {1: f"bf16[{BATCH},{CHANNELS + 128 * HEADS}]"},
+    "delta_rule_step": {0: f"bf16[{BATCH},{CHANNELS}]", 1: f"bf16[{BATCH},{WIDTH}]"},
+    "gated_rms_norm": {1: f"bf16[{BATCH},{WIDTH}]"},
 }
 
 

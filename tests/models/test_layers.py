@@ -8,7 +8,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, gdn, moe
-from moekit.models.qwen3next.cache import DeltaState, KeyValues
+from moekit.models.qwen3next.cache import KeyValues, delta_specs
 from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.layer import Layer, arranged
 from moekit.models.qwen3next.sharding import specs
@@ -49,7 +49,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
     theirs = zoo.transformers(case).model.layers[0].linear_attn
     x = hidden(zoo, case)
     expected = theirs(torch.tensor(x)).detach().numpy()
-    state = DeltaState(CUT, CUT)
+    state = delta_specs()
 
     def prompt(weights, x, lengths):
         return gdn.prefill(x, weights, lengths, config, named("xla"))

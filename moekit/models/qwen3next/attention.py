@@ -58,10 +58,12 @@ def _project(
     """q [B, S, heads, dim], its gate, k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
-    both = linear(x, weights["q_proj"]).reshape(batch, length, -1, 2, dim)
+    columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
+    queries, keys = (weights.layout[name].shape[0] for name in ("q_proj", "k_proj"))
+    both = columns[..., :queries].reshape(batch, length, -1, 2, dim)
     q, gate = both[..., 0, :], both[..., 1, :]
-    k = linear(x, weights["k_proj"]).reshape(batch, length, -1, dim)
-    v = linear(x, weights["v_proj"]).reshape(batch, length, -1, dim)
+    k = columns[..., queries : queries + keys].reshape(batch, length, -1, dim)
+    v = columns[..., queries + keys :].reshape(batch, length, -1, dim)
     q = _rotate(rms_norm(q, weights["q_norm"], eps), positions, config)
     k = _rotate(rms_norm(k, weights["k_norm"], eps), positions, config)
     return round_to(q, x.dtype), gate, round_to(k, x.dtype), v

@@ -21,15 +21,17 @@ from jax.sharding import PartitionSpec as P
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
 from moekit.models.qwen3next.sharding import AXIS, kv_heads_per_rank
 
+CUT = P(None, AXIS)  # by heads, which come after the sequences
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("conv", "recurrent"), meta_fields=())
 @dataclass(frozen=True)
 class DeltaState:
     """A gated delta net's memory.
 
-    conv [B, channels, width - 1]: the last inputs of the convolution, in the model's dtype, a rank's channels
-    q | k | v. recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp. In a stack both have the
-    number of the delta net before that.
+    conv [B, width - 1, channels]: the last inputs of the convolution, the oldest first, in the model's dtype, a rank's channels
+    q | k | v. recurrent [B, value heads, key dim, value dim] float32. Both are cut by heads over tp (`delta_specs`). In a stack
+    both have the number of the delta net before that.
     """
 
     conv: Any
@@ -122,10 +124,15 @@ class Memories:
 
 def cache_specs(config: Config, stacked: bool) -> Cache:
     """The PartitionSpecs of a cache."""
-    cut, count = P(None, AXIS), config.layer_types.count(GDN)
-    stack = P(None, *cut)
-    deltas = DeltaState(stack, stack) if stacked and count else (DeltaState(cut, cut),) * count
-    return Cache(deltas, (KeyValues(cut, cut),) * (config.num_layers - count), P())
+    count = config.layer_types.count(GDN)
+    deltas = delta_specs(stacked=True) if stacked and count else (delta_specs(),) * count
+    return Cache(deltas, (KeyValues(CUT, CUT),) * (config.num_layers - count), P())
+
+
+def delta_specs(stacked: bool = False) -> DeltaState:
+    """The PartitionSpecs of one delta net's state, or of the stack of them all."""
+    before = (None,) * stacked
+    return DeltaState(P(*before, None, None, AXIS), P(*before, *CUT))
 
 
 def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any, stacked: bool = True) -> Cache:
@@ -143,9 +150,9 @@ def cache_shapes(config: Config, mesh: Mesh, batch: int, length: int, dtype: Any
     def struct(shape: tuple[int, ...], kind: Any, cut: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, cut))
 
-    cut = P(*[None] * len(before), None, AXIS)
-    conv = struct((*before, batch, channels, config.conv_width - 1), dtype, cut)
-    state = DeltaState(conv, struct((*before, batch, heads, keys, values), jnp.float32, cut))
-    memory = KeyValues(*[struct((batch, kv, length, config.head_dim), dtype, P(None, AXIS))] * 2)
+    cuts = delta_specs(bool(before))
+    conv = struct((*before, batch, config.conv_width - 1, channels), dtype, cuts.conv)
+    state = DeltaState(conv, struct((*before, batch, heads, keys, values), jnp.float32, cuts.recurrent))
+    memory = KeyValues(*[struct((batch, kv, length, config.head_dim), dtype, CUT)] * 2)
     lengths = struct((batch,), jnp.int32, P())
     return Cache(state if before else (state,) * count, (memory,) * (config.num_layers - count), lengths)

@@ -31,11 +31,10 @@ def decode(
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
-    mixed = linear(x, weights["in_proj_qkvz"])
-    gates = linear(x, weights["in_proj_ba"])
+    mixed, gates = _projected(x, weights, value_dim)
     inputs = state.conv if at is None else lax.dynamic_index_in_dim(state.conv, at, keepdims=False)
-    window = jnp.concatenate([inputs, mixed[:, :channels, None]], axis=-1)
-    convolved = _silu(jnp.sum(window.astype(jnp.float32) * weights["conv1d"].astype(jnp.float32)[None], axis=-1), x.dtype)
+    window = jnp.concatenate([inputs, mixed[:, None, :channels]], axis=1)
+    convolved = _convolved([window[:, i] for i in range(window.shape[1])], weights["conv1d"], x.dtype)
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
@@ -48,8 +47,8 @@ def decode(
         q,
         k,
         v,
-        view(gates)[:, value_heads:],
-        view(gates)[:, :value_heads],
+        view(mixed)[:, gates + value_heads : gates + 2 * value_heads],
+        view(mixed)[:, gates : gates + value_heads],
         weights.view("A_log"),
         weights.view("dt_bias"),
         memory,
@@ -57,7 +56,7 @@ def decode(
     )
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
-    conv = window[:, :, 1:]
+    conv = window[:, 1:]
     return out, DeltaState(conv if at is None else lax.dynamic_update_index_in_dim(state.conv, conv, at, 0), recurrent)
 
 
@@ -73,8 +72,8 @@ def prefill(
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
-    mixed = linear(x, weights["in_proj_qkvz"])
-    gates = linear(x, weights["in_proj_ba"]).astype(jnp.float32)
+    mixed, first = _projected(x, weights, value_dim)
+    gates = mixed[..., first : first + 2 * value_heads].astype(jnp.float32)
     convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths)
     q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
@@ -144,13 +143,19 @@ def _chunks(a: jax.Array) -> jax.Array:
 
 
 def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, C, width - 1]."""
+    """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, width - 1, C]."""
     width, length = weight.shape[1], mixed.shape[1]
     padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
-    taps = [padded[:, i : i + length].astype(jnp.float32) * weight.T[None, None, i].astype(jnp.float32) for i in range(width)]
+    convolved = _convolved([padded[:, i : i + length] for i in range(width)], weight, mixed.dtype)
     positions = lengths[:, None] + jnp.arange(width - 1)[None]
     last = jnp.take_along_axis(padded, positions[..., None], axis=1)
-    return _silu(sum(taps[1:], taps[0]), mixed.dtype), jnp.swapaxes(last, 1, 2)
+    return convolved, last
+
+
+def _convolved(window: list[jax.Array], weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """silu of a convolution, its inputs [..., C] from the oldest on; weight [C, width]. Sums, no reduction: XLA makes one kernel."""
+    taps = [x.astype(jnp.float32) * weight.T[(None,) * (x.ndim - 1) + (i,)] for i, x in enumerate(window)]
+    return _silu(sum(taps[1:], taps[0]), dtype)
 
 
 def _silu(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -159,6 +164,15 @@ def _silu(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _normalised(x: jax.Array) -> jax.Array:
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def _projected(x: jax.Array, weights: Layer, dim: int) -> tuple[jax.Array, int]:
+    """Both projections of x as one product, q | k | v | z | b | a and up to `dim` - 1 columns more; where b begins.
+
+    The columns are whole heads, so that z is a View of them.
+    """
+    both = weights.together("in_proj_qkvz", "in_proj_ba", multiple=dim)
+    return linear(x, both), weights.layout["in_proj_qkvz"].shape[0]
 
 
 def _heads(base: jax.Array, *parts: tuple[int, int, int]) -> list[Any]:

@@ -30,12 +30,13 @@ class Kernels:
 
     fused: whether the gate's three products are one `gate_projections`, few tokens' experts two kernels that gather, and
     the delta nets' states one stack.
-    all_reduce: from one rank's part of a sum to the sum over all ranks.
+    all_reduce: from one rank's part of a sum to the sum over all ranks. all_gather: from one rank's array to those of all, stacked.
     """
 
     name: str
     fused: bool
     all_reduce: Callable[..., Any]
+    all_gather: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     gate_projections: Callable[..., Any]
     topk_softmax: Callable[..., Any]
@@ -52,7 +53,8 @@ def named(name: str) -> Kernels:
     if name not in ("pallas", "xla"):
         raise ValueError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}
-    return Kernels(name=name, fused=name == "pallas", all_reduce=partial(lax.psum, axis_name=AXIS), **bound)
+    collectives = {"all_reduce": partial(lax.psum, axis_name=AXIS), "all_gather": partial(lax.all_gather, axis_name=AXIS)}
+    return Kernels(name=name, fused=name == "pallas", **collectives, **bound)
 
 
 def resolve(kernels: str | Kernels) -> Kernels:

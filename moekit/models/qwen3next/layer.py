@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -54,11 +55,12 @@ class Layout:
         return dict(self.parts)[name]
 
 
-def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes]) -> Layout:
+def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes], spare: int = 0) -> Layout:
     """The weights of one kind of layer in order, given their shapes and homes.
 
     Its rows and small elements are as many as the largest of `kinds` has, so that a kernel of one serves the others. A stack of
     matrices is viewed in an array of blocks of its own last two dimensions: it comes first, and the rows are whole blocks.
+    spare: rows behind the last weight, for `Layer.together`.
     """
     parts: list[tuple[str, Part]] = []
     at: dict[str, int] = dict.fromkeys(HOMES, 0)
@@ -73,7 +75,7 @@ def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes]) -> Layout:
     step = max((shape[1] for known in every for shape, home in known if home == ROWS and len(shape) == 3), default=1)
     most = max(sum(prod(shape[:-1]) for shape, home in known if home == ROWS) for known in every)
     small = max(sum(prod(shape) for shape, home in known if home == SMALL) for known in every)
-    return Layout(tuple(parts), ((-(-most // step) * step, width), (small,), alone[OUT], alone[DOWN]))
+    return Layout(tuple(parts), ((-(-(most + spare) // step) * step, width), (small,), alone[OUT], alone[DOWN]))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("rows", "small", "out", "down", "at"), meta_fields=("layout",))
@@ -99,6 +101,14 @@ class Layer:
         else:
             held = getattr(self, part.home)
         return held if part.home in (OUT, DOWN) else held[part.start : part.stop].reshape(part.shape)
+
+    def together(self, *names: str, multiple: int = 1) -> jax.Array:
+        """Matrices that are neighbours as one, and rows of any content after them up to a multiple."""
+        parts = [self.layout[name] for name in names]
+        if any(a.home != ROWS or a.stop != b.start for a, b in pairwise(parts)):
+            raise ValueError(f"{', '.join(names)} are no neighbours among the rows")
+        start, count = parts[0].start, parts[-1].stop - parts[0].start
+        return self.rows[start : start + -(-count // multiple) * multiple]
 
     def view(self, name: str) -> View:
         """A weight as it lies, for a kernel."""

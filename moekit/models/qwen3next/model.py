@@ -162,7 +162,7 @@ def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
 
     def step(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         logits, cache = _decode(params, tokens, cache, config=model.config, kernels=kernels)
-        return _most_likely(logits, cut and model.tp > 1), cache
+        return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache
 
     specs = cache_specs(model.config, cache.stacked)
     return _sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
@@ -175,7 +175,7 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
     It is -1 where a logit of the row is NaN or infinite.
     """
     cut = vocabulary_spec(model.config, model.tp) != P()
-    local = partial(_most_likely, cut=cut and model.tp > 1)
+    local = partial(_most_likely, cut=cut and model.tp > 1, gather=partial(lax.all_gather, axis_name=AXIS))
     return jax.shard_map(local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
 
 
@@ -217,13 +217,13 @@ def _layers(
     return norm(hidden, residual, params["norm"])[0]
 
 
-def _most_likely(logits: jax.Array, cut: bool) -> jax.Array:
+def _most_likely(logits: jax.Array, cut: bool, gather: Callable[..., Any]) -> jax.Array:
     """Arg-max of one rank's logits [B, V / tp], over all ranks where the vocabulary is cut; LOST where one is not finite."""
     best, token = checks.best(logits)
     if not cut:
         return token
     token = jnp.where(token < 0, token, token + lax.axis_index(AXIS) * logits.shape[-1])
-    best, token = jnp.unstack(lax.all_gather(jnp.stack([best, token.astype(jnp.float32)]), AXIS), axis=1)  # exact below 2²⁴
+    best, token = jnp.unstack(gather(jnp.stack([best, token.astype(jnp.float32)])), axis=1)  # exact below 2²⁴
     return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
 
 

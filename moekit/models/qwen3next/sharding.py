@@ -122,7 +122,7 @@ def layout_of(config: Config, tp: int, kind: str) -> Layout:
     for other in set(config.layer_types):
         weights = layer_weights(config, tp, config.layer_types.index(other))
         known[other] = {name: (w.shape, w.home) for name, w in weights.items()}
-    return arranged(known[kind], config.hidden_size, known.values())
+    return arranged(known[kind], config.hidden_size, known.values(), spare=config.linear_value_head_dim - 1)
 
 
 def vocabulary_spec(config: Config, tp: int) -> P:
