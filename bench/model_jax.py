@@ -112,8 +112,10 @@ _drawers: dict[Any, Callable[[jax.Array], jax.Array]] = {}
 
 def random_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     """A model with random weights."""
-    like = abstract_model(config, mesh, dtype)
-    return Model(drawn(like.params, jax.random.key(0)), config, mesh)
+    params = drawn(abstract_model(config, mesh, dtype).params, jax.random.key(0))
+    layers = params["layers"]
+    wide = layers.small * (0.5 * layers.small.shape[-1] ** 0.5)  # rows of vectors and a convolution's taps, no matrix
+    return Model(params | {"layers": replace(layers, small=wide)}, config, mesh)
 
 
 def stream(call: Callable[[], Any], calls: int) -> tuple[float, float]:

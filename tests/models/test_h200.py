@@ -5,7 +5,6 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -252,7 +251,7 @@ def test_the_recurrent_state_and_the_keys_and_values_stay_where_they_are(program
 
 
 def test_layers_share_their_kernels_and_few_arrays_are_handed_over():
-    """Eight layers: two arrays of weights each, the others stacked, one stack of states, and no kernel more than two layers have.
+    """Eight layers: two arrays of weights each, the rest stacked, as states are, and no kernel more than two layers have.
 
     No weight, state or key is sliced or copied on its way to a product or a kernel.
     """

@@ -20,9 +20,7 @@ BLOCK = 1024  # query rows whose scores are held at a time
 
 
 @partial(jax.jit, static_argnames=("config",))
-def decode(
-    x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config
-) -> tuple[jax.Array, KeyValues]:
+def decode(x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config) -> tuple[jax.Array, KeyValues]:
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
     q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
     rows = jnp.arange(x.shape[0])

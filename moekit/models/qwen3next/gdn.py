@@ -61,9 +61,7 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
-def prefill(
-    x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, kernels: Kernels
-) -> tuple[jax.Array, DeltaState]:
+def prefill(x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, kernels: Kernels) -> tuple[jax.Array, DeltaState]:
     """Whole prompts: x [B, S, H], the first lengths [B] of each real -> partial output, state after them.
 
     Padding stands at the end; it neither decays nor updates the state.
@@ -153,7 +151,7 @@ def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[
 
 
 def _convolved(window: list[jax.Array], weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """silu of a convolution, its inputs [..., C] from the oldest on; weight [C, width]. Sums, no reduction: XLA makes one kernel."""
+    """silu of a convolution; its inputs [..., C] from the oldest on, weight [C, width]. As sums, XLA makes it one kernel."""
     taps = [x.astype(jnp.float32) * weight.T[(None,) * (x.ndim - 1) + (i,)] for i, x in enumerate(window)]
     return _silu(sum(taps[1:], taps[0]), dtype)
 

@@ -30,7 +30,7 @@ class Kernels:
 
     fused: whether the gate's three products are one `gate_projections`, few tokens' experts two kernels that gather, and
     the delta nets' states one stack.
-    all_reduce: from one rank's part of a sum to the sum over all ranks. all_gather: from one rank's array to those of all, stacked.
+    all_reduce: from one rank's part of a sum to the sum over all ranks. all_gather: from a rank's array to a stack of all.
     """
 
     name: str

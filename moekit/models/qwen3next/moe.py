@@ -64,7 +64,8 @@ def _in_chunks(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) 
 
     def dense(piece: tuple[jax.Array, ...]) -> jax.Array:
         # In a loop XLA (0.11.2) copies the slice of `rows` that a product reads; all rows are 3 % more than the experts'.
-        return _dense(*piece, weights.rows, weights["experts_down"])
+        x, chosen, ids = piece
+        return _dense(x, chosen, ids, weights.rows, weights["experts_down"])
 
     blocks = -(-tokens // chunk)
     pieces = tuple(jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1) for a in (x, chosen, ids))
