@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
-from moekit.lang.graph import Along, By, Graph
+from moekit.lang.graph import Along, By, Graph, Node
+
+
+def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
+    """A fact about a graph: computed when it is first asked for, and kept with the graph, which never changes."""
+
+    @wraps(fact)
+    def kept(graph: Graph, *args: *A) -> R:
+        facts = vars(graph).setdefault("_facts", {})
+        key = (fact.__name__, *args)
+        if key not in facts:
+            facts[key] = fact(graph, *args)
+        return facts[key]
+
+    return kept
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ def twice_axis(axis: str) -> str:
     return f"{axis}.twice"
 
 
+@once
 def scattered(graph: Graph) -> set[str]:
     """The axes along which `put` ids vary."""
     return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}
@@ -51,6 +68,7 @@ def reach(graph: Graph, write) -> set[str]:
     return axes | {a for n in write.ids for a in graph.nodes[n].axes}
 
 
+@once
 def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     """Every axis that a live node or a write varies over, in the graph's order."""
     used: set[str] = set()
@@ -74,6 +92,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     }
 
 
+@once
 def gathered(graph: Graph) -> dict[str, int | None]:
     """Axes of tensors that are indexed by values, with their sizes: in no block, but needed for range checks."""
     found = {}
@@ -86,12 +105,13 @@ def gathered(graph: Graph) -> dict[str, int | None]:
     return {a: graph.axes[a] for a in found}
 
 
-def gemm_axes(graph: Graph, node: int) -> GemmAxes | None:
-    """The m, n, k of a contraction with one private axis or more on each side (the largest ones), else None."""
-    n = graph.nodes[node]
-    if n.op != "contract":
-        return None
-    k = n.attr("axis")
+@once
+def gemms(graph: Graph) -> dict[int, GemmAxes]:
+    """The live contractions with one private axis or more on each side, each with the largest of these."""
+    return {i: found for i in graph.live() if graph.nodes[i].op == "contract" and (found := _gemm(graph, graph.nodes[i]))}
+
+
+def _gemm(graph: Graph, n: Node) -> GemmAxes | None:
     left, right = (set(graph.nodes[a].axes) for a in n.args)
     rows, columns = left - right, right - left
     if not rows or not columns:
@@ -101,7 +121,7 @@ def gemm_axes(graph: Graph, node: int) -> GemmAxes | None:
         extent = graph.axes[axis]
         return float("inf") if extent is None else extent
 
-    return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), k)
+    return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), n.attr("axis"))
 
 
 def has_gemm(graph: Graph) -> bool:
@@ -109,11 +129,11 @@ def has_gemm(graph: Graph) -> bool:
     return first_gemm(graph) is not None
 
 
+@once
 def first_gemm(graph: Graph) -> GemmAxes | None:
     """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
     uses = axis_uses(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm and all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
+    for gemm in gemms(graph).values():
+        if all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
             return gemm
     return None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from moekit.compile.analysis import AxisUse, GemmAxes, first_gemm, gemm_axes, reach, scattered
+from moekit.compile.analysis import AxisUse, GemmAxes, first_gemm, gemms, once, reach, scattered
 from moekit.compile.fit import TOGETHER, other_axis, shrunk
 from moekit.compile.schedule import Schedule, launches, legal_split, pow2
 from moekit.compile.sections import sections
@@ -81,12 +81,13 @@ MANY_ROWS_TILES = (
 )
 
 
+@once
 def tiles(graph: Graph) -> tuple[Tile, ...]:
     """The tiles of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many;
 
     `SHALLOW_TILES` of a shallow one.
     """
-    gemm = next((g for i in graph.live() if (g := gemm_axes(graph, i)) and graph.axes[g.m] is None), None)
+    gemm = next((g for g in gemms(graph).values() if graph.axes[g.m] is None), None)
     if gemm is None or _ordered_by_tile(graph):
         return GEMM_TILES[:1]
     if not gemm_alone(graph):
@@ -115,12 +116,12 @@ def _ordered_by_tile(graph: Graph) -> bool:
     """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
     what becomes of a second product along another axis, or of rows that are put at ids. A split's first launch brings together
     what is apart without one."""
-    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i))]
-    if len({g.k for g in gemms}) > 1 or any({g.m, g.n} & set(scattered(graph)) for g in gemms):
+    found = gemms(graph).values()
+    if len({g.k for g in found}) > 1 or any({g.m, g.n} & scattered(graph) for g in found):
         return True
     split, _ = splitting(graph)
     every = [*sections(graph), *(g for launch in launches(graph, Schedule((), split)) for g in launch if split)]
-    return any(gemm_axes(g, i) != gemm for g in every if (gemm := first_gemm(g)) for i in g.live() if _adds(g, i))
+    return any(gemms(g).get(i) != gemm for g in every if (gemm := first_gemm(g)) for i in g.live() if _adds(g, i))
 
 
 def gemm_alone(graph: Graph) -> bool:
@@ -133,9 +134,9 @@ def may_go_in_a_row(graph: Graph) -> bool:
 
     warps and the steps by which anything else is added up, so nothing else may be; and no output may run along the axis.
     """
-    gemms = [gemm_axes(graph, i) for i in graph.live() if _adds(graph, i)]
-    gemm = next(iter(gemms), None)
-    if gemm is None or any(g is None or (g.m, g.k) != (gemm.m, gemm.k) for g in gemms):
+    adding = [gemms(graph).get(i) for i in graph.live() if _adds(graph, i)]
+    gemm = next(iter(adding), None)
+    if gemm is None or any(g is None or (g.m, g.k) != (gemm.m, gemm.k) for g in adding):
         return False
     added = [g for g in sections(graph) if any(_adds(g, i) for i in g.live())]
     return all(first_gemm(g) for g in added) and not any(gemm.k in reach(graph, w) for w in graph.writes)
@@ -153,10 +154,11 @@ def _wide(graph: Graph, gemm: GemmAxes) -> bool:
 
 def _itemsize(graph: Graph, gemm: GemmAxes) -> int:
     """Bytes of an element of a GEMM's operands."""
-    found = [graph.nodes[i] for i in graph.live() if gemm_axes(graph, i) == gemm]
+    found = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
     return max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args)
 
 
+@once
 def splitting(graph: Graph) -> tuple[Parts, int]:
     """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs; and its columns.
 
@@ -166,9 +168,8 @@ def splitting(graph: Graph) -> tuple[Parts, int]:
     products, the second has programs of other kinds.
     """
     alone = gemm_alone(graph)
-    for node in graph.live():
-        gemm = gemm_axes(graph, node)
-        if gemm is None or {gemm.m, gemm.n} & set(scattered(graph)) or not legal_split(graph, gemm.k):
+    for gemm in gemms(graph).values():
+        if {gemm.m, gemm.n} & scattered(graph) or not legal_split(graph, gemm.k):
             continue
         if graph.axes[gemm.k] is None or not any(first_gemm(g) for g in sections(cut(graph, gemm.k, 2)[0])):
             continue
@@ -190,7 +191,7 @@ def _parts(blocks: int, depth: int) -> int:
 
 def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
     """Columns that all contractions over the same axis and rows write."""
-    found = [g for i in graph.live() if (g := gemm_axes(graph, i)) and (g.k, g.m) == (gemm.k, gemm.m)]
+    found = [g for g in gemms(graph).values() if (g.k, g.m) == (gemm.k, gemm.m)]
     return sum(graph.axes[g.n] or 0 for g in found)
 
 
@@ -204,7 +205,7 @@ def gemm_schedule(graph: Graph, uses: dict[str, AxisUse], gemm: GemmAxes, parts:
         columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
     if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
-    accumulators = sum(gemm_axes(graph, i) == gemm for i in graph.live())
+    accumulators = sum(g == gemm for g in gemms(graph).values())
     columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
     wanted = ((gemm.m, rows), (gemm.n, columns), (gemm.k, max(16, min(pow2(depth), k_block))))
     blocks = {a: 1 if a in scattered(graph) else b for a, b in wanted}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.analysis import PART, AxisUse, axis_uses, first_gemm, gemm_axes, has_gemm, scattered
+from moekit.compile.analysis import PART, AxisUse, axis_uses, first_gemm, gemms, has_gemm, scattered
 from moekit.compile.fit import ROW_TILE, ROWS_A_LANE, TOGETHER, WHOLE_TILE, shrunk, summed_rows
 from moekit.compile.gathers import gathered_product
 from moekit.compile.gemm import (
@@ -90,7 +90,7 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
     """
     if class_axis(graph) is None or gathered_product(graph):
         return (0,)
-    if any(gemm_axes(graph, i) for i in graph.live()):
+    if gemms(graph):
         return tuple(tile.least for tile in tiles(graph))
     columns = prod(graph.axes[a] or 1 for a in axis_uses(graph))
     if _elementwise(graph):
@@ -108,7 +108,7 @@ def tokens_class(graph: Graph, sizes: Mapping[str, int]) -> int | None:
 
 def class_axis(graph: Graph) -> str | None:
     """The dynamic axis whose size says which class a call belongs to: a GEMM's rows, or the only one there is."""
-    found = [g.m for i in graph.live() if (g := gemm_axes(graph, i))]
+    found = [g.m for g in gemms(graph).values()]
     found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
     return next((a for a in found if graph.axes[a] is None), None)
 

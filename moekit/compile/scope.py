@@ -131,7 +131,7 @@ class Writer:
             self.zeroed[masked.name] = {*self.zeroed.get(value.name, ()), axis}
         return masked
 
-    def numbered(self, ids: list[int]) -> list[tuple[int, Node]]:
+    def numbered(self, ids: tuple[int, ...]) -> list[tuple[int, Node]]:
         """Nodes with their numbers."""
         return [(i, self.graph.nodes[i]) for i in ids]
 

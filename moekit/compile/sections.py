@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moekit.compile.analysis import axis_uses, has_gemm
+from moekit.compile.analysis import axis_uses, has_gemm, once
 from moekit.compile.split import PARTIAL
 from moekit.lang.graph import Graph, Write
 
 
+@once
 def sections(graph: Graph) -> tuple[Graph, ...]:
     """The sections of a graph, those with contractions first; the graph itself if there is one."""
     groups = [_part(graph, (w,)) for w in graph.writes]

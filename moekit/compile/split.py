@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moekit.compile.analysis import part_axis
+from moekit.compile.analysis import once, part_axis
 from moekit.lang.graph import Along, Graph, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
@@ -26,6 +26,7 @@ class Scratch:
         return tuple(sizes[a] if s is None else s for a, s in zip(self.axes, self.sizes, strict=True))
 
 
+@once
 def cut(graph: Graph, axis: str, parts: int) -> tuple[Graph, Graph, tuple[Scratch, ...]]:
     """Split a graph at its reductions over `axis`: partial results to scratch, then the rest from there."""
     part = part_axis(axis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moekit.compile.analysis import axis_uses, gemm_axes
+from moekit.compile.analysis import axis_uses, gemms
 from moekit.compile.heuristic import heuristic
 from moekit.compile.schedule import Schedule, legal, pow2
 from moekit.compile.sections import sections
@@ -51,11 +51,11 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
 
 def _tall(graph: Graph, base: Schedule, axis: str) -> Schedule | None:
     """As many rows as make twins of products that can be, in parts; None where no product over `axis` has dynamic rows."""
-    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i)) and g.k == axis and graph.axes[g.m] is None]
-    if not gemms:
+    products = [g for g in gemms(graph).values() if g.k == axis and graph.axes[g.m] is None]
+    if not products:
         return None
-    dots = _reshaped(graph, base, reduced=("loop", 16), parallel=16).with_axis(gemms[0].m, block=64)
-    for gemm in gemms:
+    dots = _reshaped(graph, base, reduced=("loop", 16), parallel=16).with_axis(products[0].m, block=64)
+    for gemm in products:
         dots = dots.with_axis(gemm.n, "grid", 16)
     tall = replace(dots, split=(), parts=((axis, 2),))
     return tall if legal(graph, tall) is None else None

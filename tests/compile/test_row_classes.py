@@ -2,7 +2,7 @@
 
 import pytest
 
-from moekit.compile.analysis import gemm_axes
+from moekit.compile.analysis import gemms
 from moekit.compile.dense import contiguous
 from moekit.compile.heuristic import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.order import order
@@ -135,7 +135,7 @@ def spread(x, w):
 def contracted(made) -> list[str]:
     """The axes of static size that a declaration's products run along."""
     graph = made.trace(example(made, {}, {}, {}))
-    along = dict.fromkeys(g.k for i in graph.live() if (g := gemm_axes(graph, i)))
+    along = dict.fromkeys(g.k for g in gemms(graph).values())
     return [a for a in along if graph.axes[a] is not None]
 
 
