@@ -74,7 +74,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option("--sizes", callback=parse_sizes, help="Sizes of axes, T=8,H=2048 (default: Qwen3-Next's).")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
-@click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:2".')
+@click.option("--schedule", help='As `--as tile` prints axes: "tile:T:1 loop:H:1024 warps:4 stages:2".')
 def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None) -> None:
     """Show FUSION as its numpy reference, traced graph, tile program, or Triton or Pallas source.
 

@@ -16,7 +16,7 @@ from moekit.compile.elementwise import RULES
 from moekit.compile.naming import TEMPORARY
 from moekit.compile.prefetch import prefetch
 from moekit.compile.reductions import reduction
-from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.directives import Section
 from moekit.compile.scope import Scope, Writer
 from moekit.compile.stores import in_order
 from moekit.compile.topk import top_k
@@ -29,7 +29,7 @@ NOTHING: Instead = MappingProxyType({})
 class Lowering(Writer):
     """One lowering of one graph; `lower` below is its only use."""
 
-    def run(self, digest: str) -> t.TileProgram:
+    def run(self, digest: str, warps: int, stages: int) -> t.TileProgram:
         """The program."""
         for axis, block in self.blocks.items():
             if block.mode != "loop":
@@ -43,15 +43,14 @@ class Lowering(Writer):
             if x.name in used or x.role != "In"
         )
         axes = (*self.blocks.values(), *self.gathered.values())
-        s = self.schedule
         return t.TileProgram(
             self.graph.name,
             params,
             axes,
             self.grid,
             tuple(early_memory(self.root.ops, {a.name: a.block for a in axes})),
-            s.warps,
-            s.stages,
+            warps,
+            stages,
             digest,
             self.comments,
         )
@@ -195,10 +194,12 @@ class Lowering(Writer):
 
 def lower(
     graph: Graph,
-    schedule: Schedule,
+    section: Section,
     layouts: Mapping[str, t.Strided | t.Viewed],
     sizes: Mapping[str, int] | None = None,
     digest: str = "",
+    warps: int = 4,
+    stages: int = 2,
 ) -> t.TileProgram:
-    """The tile program of `graph` under a legal `schedule`; `sizes` fixes dynamic axes where they are known (JAX)."""
-    return Lowering(graph, schedule, layouts, sizes or {}).run(digest)
+    """The tile program of `graph` under a legal `section`; `sizes` fixes dynamic axes where they are known (JAX)."""
+    return Lowering(graph, section, layouts, sizes or {}).run(digest, warps, stages)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moekit.compile import tile as t
 from moekit.compile.naming import identifier
-from moekit.compile.schedule import uses_dot
+from moekit.compile.schedule.legal import uses_dot
 from moekit.compile.scope import Scope
 from moekit.compile.twins import Twins, accumulator_axes, halves, operands, paired
 from moekit.lang.graph import Node
@@ -79,7 +79,7 @@ def _loop_reductions(low: Lowering, node: int, n: Node, home: Scope) -> t.Value:
     axis = n.attr("axis")
     group = [m for m in low.graph.live() if _shares_loop(low, m, node, axis) and m not in home.made]
     units = paired(low, group)
-    results = _in_parts(low, units, axis, home) if axis in dict(low.schedule.parts) else _looped(low, units, axis, home)
+    results = _in_parts(low, units, axis, home) if axis in low.schedule.parts else _looped(low, units, axis, home)
     for unit, result in zip(units, results, strict=True):
         both = halves(low, unit, result, home) if isinstance(unit, Twins) else [result]
         home.made |= dict(zip(unit.nodes if isinstance(unit, Twins) else (unit,), both, strict=True))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import PART, axis_uses, gathered, part_axis
 from moekit.compile.naming import TEMPORARY, Names, arguments_of, identifier
-from moekit.compile.schedule import Schedule, reduction_levels
+from moekit.compile.schedule.directives import Section
+from moekit.compile.schedule.facts import PART, axis_uses, gathered, part_axis, reduction_levels, shares
 from moekit.lang.graph import COMPARE, Graph, Node
 
 
@@ -32,13 +32,13 @@ class Writer:
     def __init__(
         self,
         graph: Graph,
-        schedule: Schedule,
+        schedule: Section,
         layouts: Mapping[str, t.Strided | t.Viewed],
         sizes: Mapping[str, int],
     ):
         self.graph, self.schedule, self.layouts = graph, schedule, layouts
         extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
-        parts = dict(schedule.split or schedule.parts)
+        parts = {**shares(graph), **schedule.parts}
         self.blocks = {
             a: t.AxisBlock(a, extent[a], schedule.block(a), schedule.mode(a), parts.get(a, 1)) for a in axis_uses(graph)
         }

@@ -1,9 +1,8 @@
 """Twins: two products of one left operand with two blocks of columns of one tensor, done as one product twice as wide.
 
 A gate and an up projection are such twins. The matrix unit reads its left operand from shared memory for each product anew, and
-two accumulators in a flat loop keep Triton 3.6's products from overlapping. Measured on an H200, a gate GEMM with its epilogue
-(2048 → 1537, bfloat16, T = 16384): 173 µs, with two products of half the width 194. The two halves of each column's sums are
-the same numbers as before, in the same order.
+two accumulators in a flat loop keep Triton 3.6's products from overlapping. The two halves of each column's sums are the same
+numbers as before, in the same order.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import twice_axis
 from moekit.compile.naming import identifier
-from moekit.compile.schedule import uses_dot
+from moekit.compile.schedule.directives import Pair
+from moekit.compile.schedule.facts import apart, twice_axis
+from moekit.compile.schedule.legal import pairable
 from moekit.compile.scope import Scope
-from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Along, Node
+from moekit.lang.graph import Along
 
 if TYPE_CHECKING:
     from moekit.compile.lower import Lowering
-
-LEAST_ROWS = 64  # from here on the matrix unit of compute capability 9.0 takes its left operand from shared memory
 
 
 @dataclass(frozen=True)
@@ -42,47 +39,24 @@ class Twins:
 
 
 def paired(low: Lowering, group: list[int]) -> list[int | Twins]:
-    """The reductions of a group, twins together."""
-    found: list[int | Twins] = []
-    left = list(group)
-    while left:
-        first = left.pop(0)
-        twins = next((pair for other in left if (pair := _twins(low, first, other))), None)
-        found.append(twins or first)
-        if twins:
-            left.remove(twins.nodes[1])
+    """The reductions of a group, those together that the schedule pairs."""
+    found: list[int | Twins] = list(group)
+    for directive in low.schedule.all(Pair):
+        both = pairable(low.graph, low.schedule, directive.tensor)
+        if both and set(both) <= set(group):
+            found[found.index(both[0])] = _twins(low, *both)
+            found.remove(both[1])
     return found
 
 
-def _twins(low: Lowering, a: int, b: int) -> Twins | None:
-    """Two contractions as twins, None if they are none."""
-    nodes, schedule = low.graph.nodes, low.schedule
-    if not all(nodes[m].op == "contract" and uses_dot(low.graph, schedule, m) for m in (a, b)):
-        return None
-    shared = next((x for x in nodes[a].args if x in nodes[b].args), None)
-    if shared is None or nodes[a].attr("axis") != nodes[b].attr("axis"):
-        return None
-    right, other = (next((x for x in nodes[m].args if x != shared), shared) for m in (a, b))
-    dim = _apart(nodes[right], nodes[other])
+def _twins(low: Lowering, a: int, b: int) -> Twins:
+    nodes = low.graph.nodes
+    (left,) = set(nodes[a].args) & set(nodes[b].args)
+    right, other = (next(x for x in nodes[m].args if x != left) for m in (a, b))
+    dim = apart(nodes[right], nodes[other])
     if dim is None:
-        return None
-    i, j = nodes[right].attr("index")[dim], nodes[other].attr("index")[dim]
-    rows = [low.blocks[r].block for r in nodes[shared].axes if r not in nodes[right].axes]
-    fits = i.axis not in low.looped and i.axis not in nodes[shared].axes and low.blocks[i.axis].block > 1
-    fits = fits and itemsize(nodes[shared].dtype) == 2
-    return Twins((a, b), shared, right, dim, (i, j)) if fits and max(rows, default=1) >= LEAST_ROWS else None
-
-
-def _apart(one: Node, other: Node) -> int | None:
-    """The one dimension in which two reads of a tensor are along the same axis from different elements on."""
-    if one.op != "read" or other.op != "read" or one.attr("tensor") != other.attr("tensor") or one.args != other.args:
-        return None
-    pairs = list(zip(one.attr("index"), other.attr("index"), strict=True))
-    differ = [d for d, (i, j) in enumerate(pairs) if i != j]
-    if len(differ) != 1 or not all(isinstance(i, Along) for i in pairs[differ[0]]):
-        return None
-    i, j = pairs[differ[0]]
-    return differ[0] if i.axis and (i.axis, i.step) == (j.axis, j.step) else None
+        raise ValueError(f"{low.graph.name}: products {a} and {b} are no twins")
+    return Twins((a, b), left, right, dim, (nodes[right].attr("index")[dim], nodes[other].attr("index")[dim]))
 
 
 def accumulator_axes(low: Lowering, twins: Twins) -> tuple[str, ...]:

@@ -79,12 +79,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Write:
-    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`)."""
+    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`).
+
+    `declared`: what the declaration calls the output, where this form of it writes to another tensor.
+    """
 
     tensor: str
     value: int
     index: tuple[Index, ...]
     ids: tuple[int, ...] = ()
+    declared: str = field(default="", repr=False)
+
+    @property
+    def output(self) -> str:
+        """The output's name in the declaration, which schedules use."""
+        return self.declared or self.tensor
 
 
 @dataclass(frozen=True)

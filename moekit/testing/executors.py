@@ -14,7 +14,8 @@ from moekit.compile import interpret
 from moekit.compile.alias import out_of_place, over_operand, written_name
 from moekit.compile.dense import strided
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule, legal
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
 from moekit.compile.tile import Strided
 from moekit.errors import UnavailableError
 from moekit.lang.fusion import Binding, Fusion

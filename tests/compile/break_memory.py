@@ -167,13 +167,13 @@ def store_to_an_input():
 
 @breaks("outputs_written")
 def every_program_stores_the_same_row():
-    program = good.norm_program("T:grid:1 H:whole:64")
+    program = good.norm_program("tile:T:1 whole:H:64")
     op = good.operations(program, t.Store)[0]
     return with_ops(program, t.Store, index=(None, op.index[1]))
 
 
 @breaks("outputs_written")
 def first_column_only():
-    program = good.norm_program("T:grid:4 H:loop:1")
+    program = good.norm_program("tile:T:4 loop:H:1")
     op = good.operations(program, t.Store)[0]
     return with_ops(program, t.Store, index=(op.index[0], None))

@@ -163,7 +163,7 @@ def store_that_is_not_cast():
 
 @breaks("types")
 def condition_that_is_no_mask():
-    program = good.norm_program("T:grid:4 H:whole:64")
+    program = good.norm_program("tile:T:4 whole:H:64")
     op = good.operations(good.gemm_program(), t.Load)[0]
     value = good.operations(program, t.Load)[0].out
     choice = t.Where(t.Value("choice", value.dtype, value.axes), value, value, value)

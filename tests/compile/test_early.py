@@ -27,17 +27,17 @@ def _order(ops: list[t.Op]) -> str:
 
 def test_a_sum_that_is_kept_is_stored_while_its_squares_are_added_up():
     """The output waits for the sum over the row, what becomes of the residual does not; all loads come first."""
-    assert _order(_norm("T:grid:1 H:whole:1024 warps:4 stages:1", 1000)) == "L L L Sr R So"
+    assert _order(_norm("tile:T:1 whole:H:1024 warps:4 stages:1", 1000)) == "L L L Sr R So"
 
 
 def test_a_block_that_lanes_may_hold_twice_is_stored_after_the_sum():
     """A copy of an element may be loaded late, and must not find what another lane has written over it."""
-    assert _order(_norm("T:grid:1 H:whole:64 warps:16 stages:1")) in ("L L L R So Sr", "L L L R Sr So")
+    assert _order(_norm("tile:T:1 whole:H:64 warps:16 stages:1")) in ("L L L R So Sr", "L L L R Sr So")
 
 
 def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
     """The second pass loads the residual again, so it is stored there."""
-    ops = _norm("T:grid:1 H:loop:16 warps:1 stages:2")
+    ops = _norm("tile:T:1 loop:H:16 warps:1 stages:2")
     assert not any(isinstance(op, t.Store) for op in ops)
     assert _order(list(next(o for o in reversed(ops) if isinstance(o, t.Loop)).body)) == "L L L So Sr"
 

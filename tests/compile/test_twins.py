@@ -8,8 +8,7 @@ import pytest
 
 from moekit.backends import triton
 from moekit.compile import interpret, tile
-from moekit.compile.heuristic import heuristic, row_classes
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import heuristic, row_classes, spread
 from moekit.compile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
@@ -18,7 +17,7 @@ from moekit.lang.dtypes import numpy_dtype
 from moekit.testing import Call, check, operands
 
 SIZES = {"T": 70, "D": 90, "I": 25, "E": 40, "G": 1}
-TALL = "T:grid:64 D:loop:16 E:grid:16 G:grid:16 I:grid:16 parts:D:2 warps:4 stages:2"
+TALL = "tile:T:64 loop:D:16 tile:E:16 tile:G:16 tile:I:16 parts:D:2 warps:4 stages:2"
 RNG = np.random.default_rng(0)
 
 
@@ -40,8 +39,9 @@ def strangers(x, y, weight):
 def made(rows: int = 64, dtype: str = "bfloat16") -> tuple[Call, tile.Kernel]:
     """A call of the gate's products in blocks of so many rows, and its kernel."""
     fused = FUSIONS["gate_projections"]
-    call = Call(fused, operands(fused, SIZES, dtype), schedule=Schedule.parse(TALL.replace("T:grid:64", f"T:grid:{rows}")))
-    return call, good.planned(call.graph, str(call.schedule)).programs[0]
+    call = Call(fused, operands(fused, SIZES, dtype))
+    call = replace(call, schedule=spread(call.graph, TALL.replace("tile:T:64", f"tile:T:{rows}")))
+    return call, good.planned(call.graph, call.schedule).programs[0]
 
 
 def accumulators(program: tile.TileProgram) -> list[tuple[str, ...]]:
@@ -68,7 +68,7 @@ def test_products_that_become_twins(rows, dtype, together):
 def test_products_that_are_no_twins():
     """They need one left operand and one pace."""
     graph = good.graph_of(strangers, {"x": (70, 90), "y": (70, 90), "weight": (60, 90)}, "bfloat16")
-    (program,) = good.planned(graph, "T:grid:64 D:loop:16 I:grid:16").programs
+    (program,) = good.planned(graph, "tile:T:64 loop:D:16 tile:I:16").programs
     assert accumulators(program) == [("T", "I")] * 3
 
 
@@ -83,7 +83,7 @@ def test_twins_that_step():
     """The step multiplies the index, the start is added."""
     x, weight = (RNG.standard_normal(s).astype(numpy_dtype("bfloat16")) for s in ((70, 90), (50, 90)))
     graph = good.graph_of(every_other, {"x": x.shape, "weight": weight.shape}, "bfloat16")
-    found = good.planned(graph, "T:grid:64 D:loop:16 I:grid:16 parts:D:2")
+    found = good.planned(graph, "tile:T:64 loop:D:16 tile:I:16 parts:D:2 pair:weight")
     assert accumulators(found.programs[0]) == [("T", "I.twice")]
     memory = {"x": x, "weight": weight, "out": interpret.poison((70, 20), "bfloat16")}
     interpret.run(found, memory, {"T": 70})
@@ -134,7 +134,7 @@ def test_sections_with_other_blocks_are_not_abreast():
     axes = tuple(replace(a, block=128) if a.name == "T" else a for a in first.axes)
     with pytest.raises(VerifyError, match=r"abreast: gate_projections_logits has other blocks than gate_projections_activated"):
         verify(replace(kernel, sections=(replace(first, axes=axes), *others)))
-    split = good.planned(made()[0].graph, TALL.replace("parts", "split")).programs[0]
+    split = good.planned(graph := made()[0].graph, spread(graph, TALL.replace("parts", "split"))).programs[0]
     assert not split.abreast
 
 
@@ -149,8 +149,9 @@ def test_many_rows_take_larger_tiles_once_smaller_ones_are_too_many(width, class
     assert row_classes(graph) == classes
     schedules = [heuristic(graph, least) for least in row_classes(graph)]
     assert len({str(s) for s in schedules}) == len(schedules)
-    few = schedules[0].split
-    assert [s.parts or s.split for s in schedules] == [few] * len(schedules)
-    assert [bool(s.split) for s in schedules] == [least < in_a_row for least in classes]
+    cuts = [s.launches[0].cut for s in schedules]
+    assert [cut is not None for cut in cuts] == [least < in_a_row for least in classes]
+    parts = [s.parts for schedule in schedules if len(schedule.launches) == 1 for s in schedule.launches[0].sections]
+    assert {(cut.axis, cut.count) for cut in cuts if cut} == {pair for some in parts for pair in some.items()}
     wide = good.graph_of(FUSIONS["gate_projections"], shapes, "float32")
     assert row_classes(wide) == (0, 17, 65, 128, 2048)

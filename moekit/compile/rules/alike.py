@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moekit.compile import tile as t
-from moekit.compile.analysis import axis_uses
+from moekit.compile.schedule.facts import axis_uses
 from moekit.lang.graph import Graph
 
 

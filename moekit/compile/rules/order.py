@@ -1,4 +1,4 @@
-"""In which order a plan adds up: what a row's bits depend on beside the row itself.
+"""In which order programs add up: what a row's bits depend on beside the row itself.
 
 Two plans of one graph with the same order give the same bits. Schedules that are chosen by the number of tokens have to agree
 in it, so that a row's result does not depend on the rows beside it.
@@ -6,19 +6,18 @@ in it, so that a row's result does not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import TypeGuard
 
 from moekit.compile import tile as t
-from moekit.compile.plan import Plan
 from moekit.lang.dtypes import is_float
 
 Order = frozenset[tuple]
 
 
-def order(planned: Plan) -> Order:
-    """What of a plan decides in which order floats are added up.
+def order(programs: Iterable[t.Kernel]) -> Order:
+    """What of its programs decides in which order floats are added up.
 
     - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
       where parts begin counts, the blocks and the warps do not. (Seen on an H200: the instructions for tiles of 16 and of 64
@@ -27,7 +26,7 @@ def order(planned: Plan) -> Order:
       is that of one row (`_lanes`); else the whole block's shape and the number of warps count.
     - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.
     """
-    return frozenset(said for kernel in planned.programs for p in kernel.sections for said in _said(p, p.body, kernel.warps))
+    return frozenset(said for kernel in programs for p in kernel.sections for said in _said(p, p.body, kernel.warps))
 
 
 def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterator[tuple]:

@@ -6,23 +6,20 @@ launch adds up a row's pairs in their order. A program reads 128 bytes of each o
 
 from __future__ import annotations
 
-from moekit.compile.analysis import axis_uses
-from moekit.compile.fit import other_axis
-from moekit.compile.schedule import Schedule, legal, pow2
+from moekit.compile.rules.rows import alone, other_axis
+from moekit.compile.schedule.directives import Axis, Launch, Loop, Split, Tile, Whole, pow2
+from moekit.compile.schedule.facts import axis_uses, equally_deep, once
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, By, Graph, Node
 
-# Measured on an H200 as Pallas kernels (10 of 512 experts, I → 2048, bfloat16), µs, and what the bytes of the distinct experts
-# take at 4.2 TB/s. I = 256, T = 1, 8, 32: 7.0, 26.6, 89.3 of 2.5, 18.5, 58.9; with all pairs of a row in one program, the
-# best with blocks of 16 columns, 12.6, 56.0, 198. I = 512, T = 1, 16: 10.7, 91.0 of 5.0, 68.7. I = 64, T = 1, 32: 4.9, 25.4 of
-# 0.6, 14.7.
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64
 
 
-def gathered_product(graph: Graph) -> Schedule | None:
-    """The schedule of a graph whose gathered matrices have their columns side by side in memory; None for other graphs."""
+@once
+def gathered_product(graph: Graph) -> tuple[Split, Launch] | None:
+    """The split, and what comes before it, of a graph whose gathered matrices have their columns side by side in memory."""
     uses = axis_uses(graph)
     for node in (graph.nodes[i] for i in graph.live()):
         found = _columns(graph, node) if node.op == "contract" else None
@@ -32,12 +29,11 @@ def gathered_product(graph: Graph) -> Schedule | None:
         size = max(itemsize(graph.nodes[a].dtype) for a in node.args)
         deep, over = uses[node.attr("axis")].extent, node.attr("axis")
         whole = deep is not None and pow2(deep) <= MOST_WHOLE
-        said = {found: ("grid", min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1))), pairs[0]: ("loop", 1)}
-        said[over] = ("whole", pow2(deep or 1)) if whole else ("loop", STEP)
-        axes = tuple((a, *said[a]) if a in said else other_axis(u) for a, u in uses.items())
-        split = ((pairs[0], uses[pairs[0]].extent or 1),)
-        schedule = Schedule(axes, split, warps=4, stages=1 if whole else 3)
-        return schedule if legal(graph, schedule) is None else None
+        said: dict[str, Axis] = {found: Tile(found, min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1)))}
+        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
+        split = Split(pairs[0], uses[pairs[0]].extent or 1)
+        launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
+        return (split, launch) if equally_deep(graph, pairs[0]) else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a Graph does with each of its axes: the facts that schedules and the lowering rest on."""
+"""Facts about a Graph, each computed once: what it does with its axes, its products, what lives on what."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
     @wraps(fact)
     def kept(graph: Graph, *args: *A) -> R:
         facts = vars(graph).setdefault("_facts", {})
-        key = (fact.__name__, *args)
+        key = (fact.__module__, fact.__qualname__, *args)
         if key not in facts:
             facts[key] = fact(graph, *args)
         return facts[key]
@@ -137,3 +137,66 @@ def first_gemm(graph: Graph) -> GemmAxes | None:
         if all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
             return gemm
     return None
+
+
+@once
+def shares(graph: Graph) -> dict[str, int]:
+    """The axes of which each program of a split's first launch has a part, and how many parts there are."""
+    parts = {a: use for a, use in axis_uses(graph).items() if a.endswith(PART)}
+    return {a.removesuffix(PART): use.extent or 1 for a, use in parts.items() if use.parallel}
+
+
+def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
+    """For every live node how many reductions over `axes` lie beneath it in a row; and the set of reductions' depths."""
+    level: dict[int, int] = {}
+    depths: set[int] = set()
+    for i in graph.live():
+        node = graph.nodes[i]
+        level[i] = max((level[a] for a in node.args), default=0)
+        if node.op in ("reduce", "contract") and node.attr("axis") in axes:
+            depths.add(level[i])
+            level[i] += 1
+    return level, depths
+
+
+@once
+def equally_deep(graph: Graph, axis: str) -> bool:
+    """Whether all reductions over `axis` are equally deep, so that one launch can make partial results of them all."""
+    return len(reduction_levels(graph, {axis})[1]) == 1
+
+
+@once
+def read(graph: Graph) -> frozenset[str]:
+    """The tensors that are read."""
+    return frozenset(graph.nodes[i].attr("tensor") for i in graph.live() if graph.nodes[i].op == "read")
+
+
+@once
+def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
+    """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
+
+    The two reads begin at different elements of one dimension, and are alike in all else.
+    """
+    found: dict[str, tuple[int, int, str]] = {}
+    products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
+    for n, a in enumerate(products):
+        for b in products[n + 1 :]:
+            right, other = (set(graph.nodes[i].args) for i in (a, b))
+            alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
+            if alike and len(right & other) == 1:
+                one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
+                if (dim := apart(one, two)) is not None:
+                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axis))
+    return found
+
+
+def apart(one: Node, other: Node) -> int | None:
+    """The one dimension in which two reads of a tensor are along the same axis from different elements on."""
+    if one.op != "read" or other.op != "read" or one.attr("tensor") != other.attr("tensor") or one.args != other.args:
+        return None
+    pairs = list(zip(one.attr("index"), other.attr("index"), strict=True))
+    differ = [d for d, (i, j) in enumerate(pairs) if i != j]
+    if len(differ) != 1 or not all(isinstance(i, Along) for i in pairs[differ[0]]):
+        return None
+    i, j = pairs[differ[0]]
+    return differ[0] if i.axis and (i.axis, i.step) == (j.axis, j.step) else None
