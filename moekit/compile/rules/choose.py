@@ -20,7 +20,8 @@ from moekit.compile.rules.gemm import (
 )
 from moekit.compile.rules.rows import MANY_ELEMENTS, MANY_SUMMED, elementwise, many_elements, row_launch, short_rows, twice
 from moekit.compile.rules.sections import led, sections
-from moekit.compile.schedule.cuts import cut
+from moekit.compile.schedule.cost import runaway
+from moekit.compile.schedule.cuts import cut, stageable
 from moekit.compile.schedule.directives import (
     Abreast,
     Launch,
@@ -28,14 +29,16 @@ from moekit.compile.schedule.directives import (
     Schedule,
     Section,
     Split,
+    Stage,
     Stages,
     Tile,
     Warps,
     Whole,
     pow2,
 )
-from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, has_gemm, shares
+from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, has_gemm, once, shares
 from moekit.compile.schedule.legal import legal
+from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
 
@@ -44,7 +47,7 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
 
     How anything is added up does not depend on it, so a row's result does not depend on T.
     """
-    if found := _gathered(graph):
+    if found := _gathered(graph) or _staged(graph):
         return found
     if tokens and elementwise(graph):
         return Schedule((many_elements(graph),))
@@ -53,7 +56,9 @@ def heuristic(graph: Graph, tokens: int | None = None) -> Schedule:
     split, columns = splitting(graph)
     tile = next(x for x in reversed(tiles(graph)) if (tokens or 0) >= x.least)
     if split is None or (tile.in_a_row and may_go_in_a_row(graph)):
-        return Schedule((_launch(graph, tile, columns, in_a_row=split),))
+        launch = _launch(graph, tile, columns, in_a_row=split)
+        if split is None or runaway(graph, launch) is None:
+            return Schedule((launch,))
     first, second, _ = cut(graph, split)
     return Schedule((_launch(first, tile, columns).but(split), _launch(second)))
 
@@ -124,6 +129,28 @@ def _gathered(graph: Graph) -> Schedule | None:
     split, launch = found
     schedule = spread(graph, launch.but(split))
     return schedule if legal(graph, schedule) is None else None
+
+
+@once
+def _staged(graph: Graph) -> Schedule | None:
+    """Products of products: a value between them staged, the smallest that will do, where they would be made anew too often."""
+    along = {graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "contract"}
+    if len(along) < 2 or runaway(graph, _launch(graph)) is None:
+        return None
+    stageables = stageable(graph)
+    for value in sorted(stageables, key=lambda v: _size(graph, stageables[v])):
+        first, rest, _ = cut(graph, Stage(value))
+        before, after = heuristic(first), heuristic(rest)
+        launches = (*before.launches[:-1], before.launches[-1].but(Stage(value)), *after.launches)
+        if legal(graph, Schedule(launches)) is None:
+            return Schedule(launches)
+    return None
+
+
+def _size(graph: Graph, node: int) -> tuple[int, int]:
+    """Bytes of a value for each row; of equals, the later one."""
+    n = graph.nodes[node]
+    return prod(graph.axes[a] or 1 for a in n.axes) * itemsize(n.dtype), -node
 
 
 def _short(graph: Graph) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moekit.compile.rules.rows import TOGETHER, alone, other_axis, shrunk
 from moekit.compile.rules.sections import sections
 from moekit.compile.schedule.cuts import cut
-from moekit.compile.schedule.directives import Launch, Loop, Pair, Parts, Prefetch, Section, Split, Stages, Tile, pow2
+from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Parts, Prefetch, Section, Split, Stages, Tile, pow2
 from moekit.compile.schedule.facts import (
     GemmAxes,
     axis_uses,
@@ -206,8 +206,7 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(g == gemm for g in gemms(graph).values())
     columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
-    wanted = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns)}
-    wanted = {a: Tile(a, 1) if a in scattered(graph) else d for a, d in wanted.items()}
+    wanted: dict[str, Axis] = {a: Tile(a, 1 if a in scattered(graph) else b) for a, b in ((gemm.m, rows), (gemm.n, columns))}
     if not uses[gemm.k].whole:
         k_block = max(16, min(pow2(depth), k_block))
         wanted[gemm.k] = Loop(gemm.k, 1 if gemm.k in scattered(graph) else k_block)

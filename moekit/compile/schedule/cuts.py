@@ -57,15 +57,15 @@ def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
 
 
 def stageable(graph: Graph) -> dict[str, int]:
-    """The values that may be staged, by name: results of products and sums, and narrowing casts, that no output is."""
+    """The values that may be staged, by name or number (`v12`): results of products and sums, and narrowing casts."""
     written = {w.value for w in graph.writes}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
     found = {}
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
-        if i in graph.names and i not in written and (node.op in ("reduce", "contract") or narrows):
-            found[graph.names[i]] = i
+        if i not in written and (node.op in ("reduce", "contract") or narrows):
+            found[graph.names.get(i, f"v{i}")] = i
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moekit.errors import ScheduleError
 
@@ -162,8 +162,10 @@ def _subject(directive: OfSection | OfLaunch) -> tuple:
     return (type(directive), directive.tensor) if isinstance(directive, Pair | Prefetch) else (type(directive),)
 
 
-@dataclass(frozen=True)
 class _Directed:
+    directives: tuple[Any, ...]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # of the classes below
+
     def but(self, *changed: OfSection | OfLaunch) -> Self:
         """The same with some directives changed, or added."""
         new = {_subject(d): d for d in changed}
@@ -235,10 +237,14 @@ class Launch(_Directed):
         """How what it leaves is taken up by the next launch; None for the last."""
         return next((d for d in self.directives if isinstance(d, Split | Stage)), None)
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """Its text, a line for each section, then one for what they share."""
         alone = len(self.sections) == 1 and not self.sections[0].outputs
         sections = [str(self.sections[0])] if alone else [f"{','.join(s.outputs)}({s})" for s in self.sections]
-        return " ".join(filter(None, [*sections, *map(text_of, self.directives)]))
+        return [line for line in (*sections, " ".join(map(text_of, self.directives))) if line]
+
+    def __str__(self) -> str:
+        return " ".join(self.lines())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
+from moekit.compile.schedule.cost import runaway
 from moekit.compile.schedule.cuts import cut, part, stageable
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Prefetch, Schedule, Section, Split, Stage, Tile, Whole
 from moekit.compile.schedule.facts import (
@@ -57,8 +58,12 @@ def _launch_problems(graph: Graph, launch: Launch, target: Target) -> Iterator[s
     if why := _outputs_problem(graph, launch):
         yield why
         return
+    before = None
     for section in launch.sections:
-        yield from _section_problems(part(graph, section.outputs), section, launch, target)
+        for before in _section_problems(part(graph, section.outputs), section, launch, target):
+            yield before
+    if before is None and (why := runaway(graph, launch)):
+        yield why
 
 
 def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
@@ -147,7 +152,7 @@ def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     if how.value in stageable(graph):
         return None
     may = ", ".join(stageable(graph)) or "nothing here"
-    return f"{how.value} cannot be staged; results of products and sums and narrowing casts that have a name can: {may}"
+    return f"{how.value} cannot be staged; results of products and sums and narrowing casts can: {may}"
 
 
 def _divisible(graph: Graph, axis: str, count: int) -> str | None:

@@ -113,7 +113,7 @@ LOWERING = (
     _one("parts-added", "compile/schedule/cuts.py", 'kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
     _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
     _one("parts-forgotten", "compile/reductions.py", "return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]", "return [value for u, total, value in done]", "of the parts done in a row only the last counts"),
-    _one("section-unsplit", "compile/rules/choose.py", "            section = section.but(Loop(axis, pow2(-(-(graph.axes[axis] or 1) // count))))\n", "            section = section.but(Loop(axis, pow2(graph.axes[axis] or 1)))\n", "a section without a GEMM adds up all of a split axis in every part"),
+    _one("section-unsplit", "compile/schedule/facts.py", "return {a.removesuffix(PART): use.extent or 1 for", "return {a.removesuffix(PART): 1 for", "every part of a split adds up all of the axis"),
     _one("grid-rounds-down", "compile/tile/program.py", "count *= -(-extent // a.block)", "count *= max(1, extent // a.block)", "the last tokens have no program"),
     _one("range-key-lost", "compile/lower.py", 'key = ("range", ids, axis)', 'key = ("range", ids)', "ids are checked once for two tables of other sizes"),
     _one("updated-first", "compile/stores.py", "free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)", "free = next(reversed(left), None)", "what overwrites an operand is stored before what loads it again"),
