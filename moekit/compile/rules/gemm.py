@@ -1,6 +1,6 @@
 """Good schedules for GEMMs: tiles by the number of rows, parts of the contracted axis, stages, pairs and prefetch.
 
-What was measured stands in measured.toml, by the name of the constant.
+What was measured stands in measured.json, by the name of the constant.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Good schedules for programs that go row by row, and what every good schedule keeps to: blocks a program can hold, and warps.
 
-What was measured stands in measured.toml, by the name of the constant.
+What was measured stands in measured.json, by the name of the constant.
 """
 
 from __future__ import annotations

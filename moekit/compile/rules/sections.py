@@ -38,7 +38,7 @@ def _together(graph: Graph, a: Outputs, b: Outputs) -> bool:
     overwrites what the other reads, which programs of one launch may not.
 
     Products written as they are do not: nothing is done with them together, and programs of two have twice the weight to read,
-    or half the columns at a time (measured.toml: products apart).
+    or half the columns at a time (measured.json: products apart).
     """
     one, other = part(graph, a), part(graph, b)
     if _written(one) & read(other) or _written(other) & read(one):

@@ -30,4 +30,4 @@ TARGETS = {
         Target("mi300x", sms=304, shared_memory=64 * 2**10, l2=4 * 2**20, lanes=64),
     )
 }
-MEASURED = TARGETS["h200"]  # where the rules' figures come from (rules/measured.toml)
+MEASURED = TARGETS["h200"]  # where the rules' figures come from (rules/measured.json)
