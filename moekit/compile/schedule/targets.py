@@ -26,7 +26,6 @@ TARGETS = {
     for t in (
         Target("h200", sms=132, shared_memory=227 * 2**10, l2=60 * 2**20),
         Target("b200", sms=148, shared_memory=227 * 2**10, l2=126 * 2**20),
-        Target("a100", sms=108, shared_memory=163 * 2**10, l2=40 * 2**20),
         Target("mi300x", sms=304, shared_memory=64 * 2**10, l2=4 * 2**20, lanes=64),
     )
 }
