@@ -150,7 +150,7 @@ LOWERING = (
     _one('twins-step-lost', 'compile/twins.py', '        if i.step != 1:\n', '        if False:\n', 'of two products made as one every column is taken for every second'),
     _one('twins-of-other-steps', 'compile/schedule/facts.py', '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', 'compile/schedule/facts.py', ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
-    _one('parts-for-few-rows-only', 'compile/rules/choose.py', 'columns, in_a_row=split),))', 'columns, in_a_row=None),))', "with many rows a sum is not made in parts: a row's bits depend on T"),
+    _one('parts-for-few-rows-only', 'compile/rules/choose.py', 'columns, in_a_row=split)', 'columns, in_a_row=None)', "with many rows a sum is not made in parts: a row's bits depend on T"),
     _one('tile-decides-a-sum', 'compile/rules/gemm.py', '    every = [*sections(graph), *(g for', '    return False\n    every = [*sections(graph), *(g for', "a sum beside a product goes by its tile: a row's bits depend on T"),
     _one('max-int64-from-zero', 'compile/reductions.py', '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
     _one('min-int64-narrow', 'compile/reductions.py', '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
