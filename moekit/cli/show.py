@@ -66,7 +66,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["reference", "graph", "schedule", "tile", "triton", "pallas"]),
+    type=click.Choice(["reference", "graph", "schedule", "passes", "tile", "triton", "pallas"]),
     default="graph",
     show_default=True,
     help="Which step.",
@@ -76,7 +76,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
 @click.option("--schedule", help='As `--as schedule` prints it: "tile:T:1 loop:H:1024 warps:4 stages:2".')
 def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None) -> None:
-    """Show FUSION as its numpy reference, traced graph, schedule and its cost, tile program, or Triton or Pallas source.
+    """Show FUSION as reference, traced graph, schedule and cost, program after each pass or the last, or kernel source.
 
     Dimensions that may be 1 are shown as 1. The schedule is the rules' for few rows if none is given.
     """
@@ -88,7 +88,7 @@ def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict
 
     binding = bound(declared, sizes, dtype, params)
     given = Schedule.parse(schedule) if schedule else None
-    print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "schedule", "tile") else "python")
+    print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "schedule", "passes", "tile") else "python")
 
 
 def _find(name: str) -> Fusion:
@@ -157,6 +157,15 @@ def _tile(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     return str(_strided_plan(fusion, binding, schedule))
 
 
+def _passes(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    from moekit.compile.passes import watching
+
+    shown: list[str] = []
+    with watching(lambda name, program: shown.append(f"# after {name}\n{program}")):
+        _strided_plan(fusion, binding, schedule)
+    return "\n\n".join(shown)
+
+
 def _triton(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     from moekit.backends.triton import emit
 
@@ -172,6 +181,7 @@ def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
 FORMS: dict[str, Callable[..., str]] = {
     "graph": _graph,
     "schedule": _schedule,
+    "passes": _passes,
     "tile": _tile,
     "triton": _triton,
     "pallas": _pallas,

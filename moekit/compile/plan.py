@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.lower import lower
+from moekit.compile.passes import lower
 from moekit.compile.rules.choose import heuristic
 from moekit.compile.schedule.cuts import Scratch, launched, section_graphs
 from moekit.compile.schedule.directives import Abreast, Launch, Schedule
 from moekit.compile.schedule.legal import legal
-from moekit.compile.verify import verify
+from moekit.compile.tile.verify import verify
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph

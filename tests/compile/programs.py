@@ -127,7 +127,7 @@ def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.Til
     def visit(ops) -> tuple:
         found = []
         for op in ops:
-            if isinstance(op, t.Loop):
+            if isinstance(op, t.Loop | t.AtEnd):
                 op = replace(op, body=visit(op.body))
             if (new := change(op)) is not None:
                 found.append(new)

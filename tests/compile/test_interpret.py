@@ -7,11 +7,11 @@ import numpy as np
 import programs as good
 import pytest
 
-from moekit.compile import interpret
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Loop, Schedule, Split, Tile, Whole
+from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, exp, f32, fusion, max, sum
 from moekit.lang.dtypes import FLOATS, INTS, numpy_dtype
@@ -193,7 +193,7 @@ def test_offsets_past_two_to_the_31(tmp_path, wide, monkeypatch):
     assert layouts["x"].wide
     layouts["x"] = replace(layouts["x"], wide=wide)
     planned = plan(graph, None, layouts)
-    assert all(op.wide == (True, wide) for op in good.operations(planned.programs[0], t.Load) if op.tensor == "x")
+    assert all(op.at.wide == (True, wide) for op in good.operations(planned.programs[0], t.Load) if op.at.tensor == "x")
     interpret.run(planned, memory, {"T": 2, "H": 8})
     expected = RUNNERS["interpret"](Call(good.norm, values)).outputs["out"]
     np.testing.assert_array_equal(memory["out"], expected)
@@ -227,7 +227,7 @@ def test_program_text_names_what_the_declaration_names():
     """The text of a program is readable: tensors, axes, masks and loops by name."""
     text = str(good.looped_program())
     for part in ("program norm(", "axis H: 50 in loop blocks of 16", "axis T: dynamic in grid blocks of 4",
-                 "loop h_start in 0..50 step 16", "h_mask: bool[H] = InBounds(axis=H", "Store(tensor=out"):  # fmt: skip
+                 ":h_start over H (", "h_mask: bool[H] = InBounds(value=", "Store(at=out["):  # fmt: skip
         assert part in text
     assert str(good.looped_program()) == text
 

@@ -7,10 +7,10 @@ import numpy as np
 import programs as good
 import pytest
 
-from moekit.compile import interpret
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
 from moekit.compile.rules import spread
+from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import numpy_dtype
 
@@ -34,24 +34,23 @@ def _touched(monkeypatch, program, shapes: dict, dtype) -> tuple[dict, dict]:
     rows = dict(zip("TDIEGP", (20, 448, 25, 33, 1, 33), strict=True))
 
     def elements(run, op, axes):
-        _, index, mask = run._address(op, axes)
+        _, index, mask = run.address(op, axes)
         return {tuple(int(i[at]) for i in index) for at in np.ndindex(mask.shape) if mask[at]}
 
     def prefetch(run, op):
-        axes = tuple(a.name for a in run.program.axes if any(v is not None and a.name in v.axes for v in op.index))
-        for at in elements(run, op, axes):
+        for at in elements(run, op, run.program.ordered(op.at.axes)):
             for i in range(op.size):
                 where = list(at)
                 where[op.along] += i
-                asked[run.program.name, str(run.ids), op.tensor].add(tuple(where))
+                asked[run.program.name, str(run.ids), op.at.tensor].add(tuple(where))
 
     load = interpret._Program.load
 
     def noted(run, op):
-        read[run.program.name, str(run.ids), op.tensor] |= elements(run, op, op.out.axes)
+        read[run.program.name, str(run.ids), op.at.tensor] |= elements(run, op, op.out.axes)
         return load(run, op)
 
-    monkeypatch.setattr(interpret._Program, "_prefetch", prefetch)
+    monkeypatch.setitem(interpret.EXECUTE, t.Prefetch, prefetch)
     monkeypatch.setitem(interpret.EXECUTE, t.Load, noted)
     memory = {n: np.zeros(shape, dtype) for n, shape in shapes.items()}
     for s in program.sections:
@@ -95,9 +94,9 @@ def test_a_whole_row_where_the_axis_is_not_split():
     shapes = {"x": (20, 384), "packed": (33, 384)}
     for text in ("", " parts:D:2"):
         (program,) = _plan("gate_gemm", shapes, f"tile:T:16 loop:D:64 tile:P:16{text}").programs
-        assert [(h.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
+        assert [(h.at.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
     (program,) = _plan("gate_gemm", shapes, "tile:T:16 loop:D:64 tile:P:16", "float32").programs
-    assert [(h.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
+    assert [(h.at.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
 
 
 def test_an_access_past_the_end_is_an_error():

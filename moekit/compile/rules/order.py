@@ -30,7 +30,7 @@ def order(programs: Iterable[t.Kernel]) -> Order:
 
 
 def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterator[tuple]:
-    dots = {op.out.name for op in body if isinstance(op, t.Dot)}
+    products = {op.out for op, _ in t.walk(program.body) if isinstance(op, t.Dot)}
     for op in body:
         if isinstance(op, t.Dot):
             axis = program.axis(op.axis)
@@ -42,10 +42,15 @@ def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterato
             else:
                 yield "tree", op.axis, tuple((a, program.axis(a).block) for a in op.value.axes), warps
         elif isinstance(op, t.Loop):
-            inner = {v.out.name for v in op.body if isinstance(v, t.Dot)}
-            if any(is_float(v.dtype) and v.name not in inner | dots for v in op.yields):
-                yield "turns", op.stop if isinstance(op.stop, int) else None, op.step
+            products |= {out for end in op.body if isinstance(end, t.AtEnd) for out, v in _otherwise(end) if v in products}
+            if any(is_float(v.dtype) and v not in products for v in op.yields):
+                block = program.axis(op.over[0]) if isinstance(op.over[0], str) else t.AxisBlock("", op.over[0], 1, "loop")
+                yield "turns", block.length, block.block
             yield from _said(program, op.body, warps)
+
+
+def _otherwise(end: t.AtEnd) -> Iterator[tuple[t.Value, t.Value]]:
+    return zip(end.outs, end.otherwise, strict=True)
 
 
 def _lanes(shape: tuple[int, ...], warps: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:

@@ -1,5 +1,7 @@
-"""Twins, flat loops and sections abreast: when they come about, and that no result depends on them."""
+"""Pairs, flat loops and sections abreast: when they come about, and that no result depends on them."""
 
+import re
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +9,10 @@ import programs as good
 import pytest
 
 from moekit.backends import triton
-from moekit.compile import interpret, tile
+from moekit.compile import tile
 from moekit.compile.rules import heuristic, row_classes, spread
-from moekit.compile.verify import verify
+from moekit.compile.tile import interpret
+from moekit.compile.tile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, fusion, slice
@@ -23,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 @fusion(None, x=In("T D"), weight=In("P D"))
 def every_other(x, weight):
-    """Every other row of a weight from the fifth and from the sixth on: twins that step."""
+    """Every other row of a weight from the fifth and from the sixth on: a pair that steps."""
     one, other = (contract(x, slice(weight, "P", start, 20, "I", 2), over="D") for start in (4, 5))
     return {"out": cast(one - other, x.dtype)}
 
@@ -53,7 +56,7 @@ def accumulators(program: tile.TileProgram) -> list[tuple[str, ...]]:
     ("rows", "dtype", "together"),
     [(64, "bfloat16", True), (64, "float16", True), (64, "float32", False), (32, "bfloat16", False)],
 )
-def test_products_that_become_twins(rows, dtype, together):
+def test_products_that_become_pairs(rows, dtype, together):
     """Gate and up are one product in 16 bits and with many rows; the router's and the shared gate's have no twin.
 
     Only where a program has a single product is its loop over parts flat.
@@ -61,11 +64,11 @@ def test_products_that_become_twins(rows, dtype, together):
     activated, logits, share = made(rows, dtype)[1].sections
     assert accumulators(activated) == ([("T", "I.twice")] if together else [("T", "I")] * 2)
     assert (accumulators(logits), accumulators(share)) == ([("T", "E")], [("T", "G")])
-    flat = [any(op.flat for op in good.operations(p, tile.Loop)) for p in (activated, logits, share)]
+    flat = [any(len(op.over) > 1 for op in good.operations(p, tile.Loop)) for p in (activated, logits, share)]
     assert flat == [together, True, True]
 
 
-def test_products_that_are_no_twins():
+def test_products_that_are_no_pairs():
     """They need one left operand and one pace."""
     graph = good.graph_of(strangers, {"x": (70, 90), "y": (70, 90), "weight": (60, 90)}, "bfloat16")
     (program,) = good.planned(graph, "tile:T:64 loop:D:16 tile:I:16").programs
@@ -74,12 +77,12 @@ def test_products_that_are_no_twins():
 
 @pytest.mark.parametrize("implementation", ["interpret", "pallas"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_twins_are_right(implementation, dtype):
+def test_pairs_are_right(implementation, dtype):
     """In blocks that their columns do not fill, and rows neither."""
     check(implementation, made(dtype=dtype)[0])
 
 
-def test_twins_that_step():
+def test_pairs_that_step():
     """The step multiplies the index, the start is added."""
     x, weight = (RNG.standard_normal(s).astype(numpy_dtype("bfloat16")) for s in ((70, 90), (50, 90)))
     graph = good.graph_of(every_other, {"x": x.shape, "weight": weight.shape}, "bfloat16")
@@ -95,11 +98,13 @@ def test_columns_outermost():
     """A half takes the place of its own axis, wherever that stands."""
     program = good.tall_program()
     turned = replace(program, axes=(program.axis("I"), *(a for a in program.axes if a.name != "I")))
-    half = good.operations(program, tile.Half)[1]
+    op = good.operations(program, tile.Halves)[0]
     value = RNG.standard_normal((64, 32)).astype(np.float32)
     state = interpret._Program(turned, {}, {}, {})
-    state.values[half.value.name] = value
-    np.testing.assert_array_equal(state.half(replace(half, out=replace(half.out, axes=("I", "T")))), value[:, 16:].T)
+    state.values[op.value] = value
+    first, second = state.halves(replace(op, outs=tuple(replace(v, axes=("I", "T")) for v in op.outs)))
+    np.testing.assert_array_equal(first, value[:, :16].T)
+    np.testing.assert_array_equal(second, value[:, 16:].T)
 
 
 def test_sections_abreast():
@@ -116,14 +121,16 @@ def test_sections_abreast():
     assert seen == {name: list(range(count)) for name, count in counts.items()}
 
 
+NAMES = [f"gate_projections_{section}" for section in ("activated", "logits", "share")]
+
+
 def _called(text: str, pid: int) -> list[tuple[str, int]]:
     """Which section the emitted kernel calls for a program, and with which number."""
-    lines = text[text.index("    pid = tl.program_id(0)") :].splitlines()
-    found = []
-    for condition, call in zip(lines[1::2], lines[2::2], strict=True):
-        if eval(condition.strip().removeprefix("if ").removesuffix(":"), {"pid": pid}):
-            name, arguments = call.strip().split("(", 1)
-            found.append((name, eval(arguments.split(",")[0], {"pid": pid})))
+    body = text[text.index("    pid = tl.program_id(0)") :].split("\n", 1)[1]
+    found: list[tuple[str, int]] = []
+    scope: dict = {name: lambda own, *others, name=name: found.append((name, own)) for name in NAMES}
+    names = re.findall(r"\w+_ptr|\w+_stride_\w+|PDL", body)
+    exec(textwrap.dedent(body), scope | dict.fromkeys(names, None) | {"pid": pid, "T": 200})
     return found
 
 

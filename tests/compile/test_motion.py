@@ -4,7 +4,7 @@ import programs as good
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.early import early_memory
+from moekit.compile.passes.motion import motion
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
@@ -21,7 +21,7 @@ def _order(ops: list[t.Op]) -> str:
     """L: a load, R: a sum, S and the tensor's first letter: a store."""
     letters = {t.Load: "L", t.Reduce: "R"}
     return " ".join(
-        f"S{o.tensor[0]}" if isinstance(o, t.Store) else letters[type(o)] for o in ops if type(o) in (*letters, t.Store)
+        f"S{o.at.tensor[0]}" if isinstance(o, t.Store) else letters[type(o)] for o in ops if type(o) in (*letters, t.Store)
     )
 
 
@@ -49,10 +49,14 @@ def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
 )
 def test_what_is_read_elsewhere_or_later_is_stored_last(read, again, order):
     """Of a tensor that is loaded by other indices than it is stored by, or once more, lanes may not have read all."""
-    h, g, x, y = (t.Value(n, d, ("H",)) for n, d in zip("hgxy", ("int32", "int32", "float32", "float32"), strict=True))
-    total = t.Value("total", "float32")
-    ops: list = [t.Index(h, "H", None), t.Index(g, "H", None), t.Load(x, "a", ({"h": h, "g": g}[read],), (False,), None)]
-    ops.append(t.Reduce(total, "sum", x, "H"))
-    other = t.Load(y, "a", ({"h": h}.get(again, total),), (False,), None)
-    ops += [other] if again else []
-    assert _order(early_memory([*ops, t.Store("a", (h,), (False,), x, None)], {"H": 1024})) == order
+    h, g, x, y = (t.Value(i, d, ("H",)) for i, d in enumerate(("int32", "int32", "float32", "float32")))
+    total = t.Value(4, "float32")
+
+    def load(out: t.Value, index: t.Value) -> t.Load:
+        return t.Load(out, t.Access("a", (t.At(index),), (), (False,)))
+
+    ops: list = [t.Elements(h, "H"), t.Elements(g, "H"), load(x, {"h": h, "g": g}[read]), t.Reduce(total, "sum", x, "H")]
+    ops += [load(y, {"h": h}.get(again, total))] if again else []
+    ops.append(t.Store(t.Access("a", (t.At(h),), (), (False,)), x))
+    axes = (t.AxisBlock("H", 1024, 1024, "whole"),)
+    assert _order(list(motion(t.TileProgram("made", (), axes, (), tuple(ops), 4, 1)).body)) == order
