@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moekit.backends.libraries import LIBRARIES, Library
-from moekit.compile import interpret
+from moekit.compile.tile import interpret
 from moekit.errors import ShapeError
 from moekit.lang.graph import Along, By, Graph, Node, Write
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile import interpret
+from moekit.compile.tile import interpret
 from moekit.lang.dtypes import is_float, numpy_dtype
 
 

@@ -7,27 +7,38 @@ axis of its base and nothing is ever sliced before the kernel.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any
 
 from moekit import __version__
-from moekit.backends.printer import Printer, _bare, blocks, extent_text, header, number
+from moekit.backends.printer import (
+    ATOM,
+    LOOSEST,
+    NEGATED,
+    PLUS,
+    Printer,
+    Text,
+    header,
+    is_extreme,
+    literal_level,
+    number,
+    wrapped,
+)
 from moekit.compile import tile as t
+from moekit.compile.passes.helpers import Helper, helpers
 from moekit.lang.dtypes import is_float
 
 DTYPES = {
     "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
     "int32": "jnp.int32", "int16": "jnp.int16", "int8": "jnp.int8", "bool": "jnp.bool_",
 }  # fmt: skip
-BINARY = {
-    "add": "({a} + {b})", "sub": "({a} - {b})", "mul": "({a} * {b})", "div": "({a} / {b})",
-    "floordiv": "trunc_div({a}, {b})", "rem": "trunc_rem({a}, {b})",
-    "and": "({a} & {b})", "or": "({a} | {b})", "xor": "({a} ^ {b})", "shl": "({a} << {b})", "shr": "({a} >> {b})",
-    "eq": "({a} == {b})", "ne": "({a} != {b})", "lt": "({a} < {b})", "le": "({a} <= {b})", "gt": "({a} > {b})",
-    "ge": "({a} >= {b})",
-}  # fmt: skip
 UNARY = {
-    "neg": "(-{a})", "not": "(~{a})", "exp": "jnp.exp({b})", "log": "jnp.log({b})", "sqrt": "jnp.sqrt({b})",
-    "rsqrt": "lax.rsqrt({b})", "abs": "jnp.abs({b})", "sigmoid": "lax.logistic({b})",
+    "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
+    "sigmoid": "lax.logistic({})",
 }  # fmt: skip
+SIGNS = {"neg": "-", "not": "~"}
+DIV, REM = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
@@ -87,57 +98,60 @@ class PallasPrinter(Printer):
         return name
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
-        if op.flat:
-            return self.flat_loop(op, depth)
-        pad, name = "    " * depth, f"{op.var.name}_body"
-        carried = ", ".join(c.name for c in op.carries)
-        lines = [f"{pad}def {name}(turn, carry):"]
-        lines.append(f"{pad}    {op.var.name} = turn * {op.step}" if op.step != 1 else f"{pad}    {op.var.name} = turn")
-        if carried:
-            lines.append(f"{pad}    {carried}{',' * (len(op.carries) == 1)} = carry")
-        lines += self.body(op.body, depth + 1)
-        yields = ", ".join(self.text(y) for y in op.yields)
-        lines.append(f"{pad}    return ({yields}{',' * (len(op.yields) == 1)})")
-        if op.unroll:
-            return self.written_out(op, pad, name, lines)
-        turns = f"pl.cdiv({self.text(op.stop)}, {op.step})" if isinstance(op.stop, t.Value) else op.turns
-        inits = ", ".join(self.text(i) for i in op.inits)
-        outs = ", ".join(o.name for o in op.outs)
-        left = f"{outs}{',' * (len(op.outs) == 1)} = " if outs else ""
-        lines += ["", f"{pad}{left}lax.fori_loop(0, {turns}, {name}, ({inits}{',' * (len(op.inits) == 1)}))"]
+        pad, name = "    " * depth, f"{self.names[op.vars[0]]}_body"
+        plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
+        lines = ["", f"{pad}def {name}({self.names[op.vars[0]] if plain else 'turn'}, carry):"]
+        lines += [] if plain else self.turn(op, depth + 1)
+        lines += [f"{pad}    {self.listed(op.carries)} = carry"] if op.carries else []
+        lines += [*self.body(op.body, depth + 1), f"{pad}    return {self.tuple(op.yields)}", ""]
+        outs = f"{self.listed(op.outs)} = " if op.outs else ""
+        inits = f"({', '.join(map(self.initial, op.inits))}{',' * (len(op.inits) == 1)})"
+        if op.unroll:  # a turn's number is traced, for the reason `scalar` gives
+            begin = [f"{pad}carry = {inits}", f"{pad}for turn in range({self.program.turns(op.over[0])}):"]
+            return [*lines, *begin, f"{pad}    carry = {name}({self.pid} * 0 + turn, carry)", f"{pad}{outs}carry"]
+        return [*lines, *wrapped(f"{pad}{outs}lax.fori_loop(0, {self.turns(op)}, {name}, {inits})")]
+
+    def turn(self, op: t.Loop, depth: int) -> list[str]:
+        """Where a turn begins along each axis."""
+        lines = []
+        for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
+            inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
+            text = DIV.format("turn", inner) if inner > 1 else "turn"
+            text = REM.format(text, self.program.turns(over)) if i else text
+            step = self.program.axis(over).block if isinstance(over, str) else 1
+            lines.append("    " * depth + f"{self.names[var]} = {text}" + (f" * {step}" if step > 1 else ""))
         return lines
 
-    def flat_loop(self, op: t.Loop, depth: int) -> list[str]:
-        """A loop and the one in its body as one: what stands after the inner one is done in the last of its turns."""
-        pad, name = "    " * depth, f"{op.var.name}_body"
-        at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
-        begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
-        turns = inner.turns
-        lines = [*self.body(begin, depth), f"{pad}def {name}(turn, carry):"]
-        first = [self.text(i) for i in inner.inits]
-        for var, turn, step in ((op.var, f"lax.div(turn, jnp.int32({turns}))", op.step),
-                                (inner.var, f"lax.rem(turn, jnp.int32({turns}))", inner.step)):  # fmt: skip
-            lines.append(f"{pad}    {var.name} = {turn}" + (f" * {step}" if step != 1 else ""))
-        lines.append(f"{pad}    {', '.join(c.name for c in (*op.carries, *inner.carries))} = carry")
-        lines += self.body([o for o in op.body[:at] if o not in begin], depth + 1)
-        lines += self.body(inner.body, depth + 1)
-        lines += [f"{pad}    {o.name} = {self.text(y)}" for o, y in zip(inner.outs, inner.yields, strict=True)]
-        lines += ["", f"{pad}    def ended():", *self.body(op.body[at + 1 :], depth + 2)]
-        lines += [f"{pad}        return {', '.join([*(self.text(y) for y in op.yields), *first])}", ""]
-        goes_on = ", ".join(v.name for v in (*op.carries, *inner.outs))
-        lines += [f"{pad}    return lax.cond(lax.rem(turn, jnp.int32({turns})) == {turns - 1}, ended, lambda: ({goes_on}))", ""]
-        outs = ", ".join([*(o.name for o in op.outs), *("_" for _ in inner.outs)])
-        inits = ", ".join([*(self.text(i) for i in op.inits), *first])
-        return [*lines, f"{pad}{outs} = lax.fori_loop(0, {op.turns * turns}, {name}, ({inits}))"]
+    def turns(self, op: t.Loop) -> str:
+        """How many turns a loop has."""
+        over = op.over[0]
+        if isinstance(over, str) and self.program.axis(over).length is None:
+            return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
+        return str(prod(map(self.program.turns, op.over)))
 
-    def written_out(self, op: t.Loop, pad: str, name: str, lines: list[str]) -> list[str]:
-        """The turns of a loop one after the other. A turn's number is traced, for the reason `constant` gives."""
-        carry = f"{op.var.name}_carry"
-        inits = ", ".join(self.text(i) for i in op.inits)
-        outs = ", ".join(o.name for o in op.outs) + "," * (len(op.outs) == 1)
-        lines += ["", f"{pad}{carry} = ({inits}{',' * (len(op.inits) == 1)})"]
-        lines += [f"{pad}for turn in range(0, {op.stop}, {op.step}):"]
-        return [*lines, f"{pad}    {carry} = {name}({self.pid} * 0 + turn, {carry})", f"{pad}{outs} = {carry}"]
+    def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
+        """What is done in the last turn, with what there is otherwise as its arguments: it may take their names."""
+        pad, count = "    " * depth, self.program.turns(op.axis)
+        kept = self.listed(op.otherwise).rstrip(",")
+        lines = ["", f"{pad}def at_end({kept}):", *self.body(op.body, depth + 1)]
+        ended = f"{REM.format('turn', count)} == {count - 1}"
+        lines += [f"{pad}    return {', '.join(map(self.initial, op.yields))}", ""]
+        return [*lines, *wrapped(f"{pad}{self.listed(op.outs)} = lax.cond({ended}, at_end, lambda *carried: carried, {kept})")]
+
+    def listed(self, values: Iterable[t.Value]) -> str:
+        """Values to be given names, or names as they are passed on; a comma after a single one."""
+        found = [self.text(v) for v in values]
+        return ", ".join(found) + "," * (len(found) == 1)
+
+    def tuple(self, values: Iterable[t.Value]) -> str:
+        """Values as one tuple."""
+        return f"({self.listed(values)})"
+
+    def initial(self, value: t.Value) -> str:
+        """What a loop's carry begins as: a number is an array of its dtype."""
+        if value not in self.literals:
+            return self.text(value)
+        return f"jnp.full((), {self.text(value)}, {DTYPES[value.dtype]})"
 
     def scalar(self, literal: str, dtype: str) -> str:
         """A literal that is traced: the GPU lowering has no rule for operations on literals alone. Of a float one times it, as
@@ -150,132 +164,138 @@ class PallasPrinter(Printer):
         return f"({zero} + {literal})" if dtype == "int32" else f"({zero} + {literal}).astype({DTYPES[dtype]})"
 
     def store(self, op: t.Store) -> str:
-        axes = self.store_axes(op)
-        written = self.program.param(op.tensor).viewed.buffer
+        axes = self.program.ordered(op.at.axes)
+        written = self.program.param(op.at.tensor).viewed.buffer
         ref = f"{written}_out_ref" if written in buffers(self.program)[0] else f"{written}_ref"
-        value = self.block(op.value, axes)
-        mask = f", mask={self.block(op.mask, axes)}" if op.mask is not None else ""
-        return f"plt.store({ref}.at[{self.index(op, axes)}], {value}{mask})"
+        value = self.text(op.value)
+        if op.value.axes != axes:
+            value = f"jnp.broadcast_to({self.at(op.value, axes, LOOSEST)}, {self.shape(axes)})"
+        return f"plt.store({ref}.at[{self.index(op.at, axes)}], {value}{self.masked(op.at, axes)})"
 
-    def block(self, value: t.Value, axes: tuple[str, ...]) -> str:
-        """A value as a full block over `axes`."""
-        if value.axes == axes:
-            return self.arg(value)
-        return f"jnp.broadcast_to({self.at(value, axes)}, {self.shape(axes)})"
+    def masked(self, at: t.Access, axes: tuple[str, ...]) -> str:
+        """The mask of an access as a full block over `axes`."""
+        mask = self.mask(at, axes)
+        if mask and {a for m in at.mask for a in m.axes} != set(axes):
+            mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
+        return f", mask={mask}" if mask else ""
 
-    def index(self, op, axes: tuple[str, ...]) -> str:
+    def index(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """One index per axis of the base array."""
-        layout = self.program.param(op.tensor).viewed
-        texts = {axis: self.constant(at, axes) for axis, at in layout.fixed}
-        texts |= {axis: f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else at for axis, at in layout.picked}
-        for v, axis, start, step in zip(op.index, layout.axes, layout.starts, layout.steps, strict=True):
-            text = "0" if v is None else self.at(v, axes)
-            if text.isdecimal():
-                texts[axis] = self.constant(int(text) * step + start, axes)
-                continue
-            text = f"{text} * {step}" if step != 1 else text
-            texts[axis] = f"{text} + {start}" if start else text
+        layout = self.program.param(at.tensor).viewed
+        texts = {axis: self.fixed(str(element), axes) for axis, element in layout.fixed}
+        texts |= {axis: f"jnp.full({self.shape(axes)}, {n}, jnp.int32)" if axes else n for axis, n in layout.picked}
+        for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
+            texts[axis] = self.element(at.tensor, index, axes, start, step)
         return ", ".join(texts[axis] for axis in range(len(layout.base))) or "..."
 
-    def constant(self, at: int, axes: tuple[str, ...]) -> str:
+    def element(self, tensor: str, index: t.At, axes: tuple[str, ...], start: int, step: int) -> str:
+        """One index of an access as one along its base's axis, of which it is every `step`-th element from `start` on."""
+        if told := self.starts.get((tensor, index)):
+            first = told + (f" * {step}" if step != 1 else "") + (f" + {start}" if start else "")
+        else:
+            first = str(index.start * step + start)
+        if index.value is None or index.value in self.literals:
+            return self.fixed(first, axes)
+        text, factor = self.at(index.value, axes), index.step * step
+        text = f"{text} * {factor}" if factor != 1 else text
+        text = f"{text} + {first}" if first != "0" else text
+        if index.side:
+            (axis,) = index.value.axes
+            block, side = self.program.axis(axis).block, index.side * step
+            lanes = f"jnp.where(jnp.arange({block}, dtype=jnp.int32) < {block // 2}, jnp.int32(0), jnp.int32({side}))"
+            text += " + " + (lanes if len(axes) == 1 else f"{lanes}[{', '.join(':' if a == axis else 'None' for a in axes)}]")
+        return text
+
+    def fixed(self, at: str, axes: tuple[str, ...]) -> str:
         """A fixed index, traced: JAX 0.11's interpret mode refuses a literal beside a mask."""
         return f"jnp.full({self.shape(axes)}, {at}, jnp.int32)" if axes else f"{self.pid} * 0 + {at}"
 
 
 def _load(p: PallasPrinter, op: t.Load) -> str:
-    axes = op.out.axes
-    ref = f"{p.program.param(op.tensor).viewed.buffer}_ref"
+    axes, mask = op.out.axes, p.masked(op.at, op.out.axes)
+    ref = f"{p.program.param(op.at.tensor).viewed.buffer}_ref"
     fill = number(bool(op.fill) if op.out.dtype == "bool" else op.fill)
-    mask = f", mask={p.block(op.mask, axes)}, other={fill}" if op.mask is not None else ""
-    return f"plt.load({ref}.at[{p.index(op, axes)}]{mask})"
+    return f"plt.load({ref}.at[{p.index(op.at, axes)}]{mask}{f', other={fill}' if mask else ''})"
 
 
-def _binary(p: PallasPrinter, op: t.Binary) -> str:
-    a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
-    a = p.typed(op.left) if {op.left.name, op.right.name} <= p.literals else a
+def _unary(p: PallasPrinter, op: t.Unary) -> str | Text:
+    if sign := SIGNS.get(op.op):
+        return f"{sign}{p.typed(op.value)}", NEGATED
+    return UNARY[op.op].format(p.typed(op.value, LOOSEST))
+
+
+def _binary(p: PallasPrinter, op: t.Binary) -> str | Text:
+    if op.op not in ("maximum", "minimum", "floordiv", "rem"):
+        return p.operator(op)
+    a, b = p.at(op.left, op.out.axes, LOOSEST), p.at(op.right, op.out.axes, LOOSEST)
+    a = p.typed(op.left) if {op.left, op.right} <= p.literals else a
     if op.op in ("maximum", "minimum"):
-        name = p.helper(f"nan_{op.op}") if is_float(op.left.dtype) else f"jnp.{op.op}"
-        return f"{name}({a}, {b})"
-    text = BINARY[op.op].format(a=a, b=b)
-    if text.startswith("trunc"):
-        p.helper(text[: text.index("(")])
-    return text
+        return f"{p.helper(f'nan_{op.op}') if is_extreme(op) else f'jnp.{op.op}'}({a}, {b})"
+    return f"{p.helper('trunc_div' if op.op == 'floordiv' else 'trunc_rem')}({a}, {b})"
 
 
 def _reduce(p: PallasPrinter, op: t.Reduce) -> str:
     axis = op.value.axes.index(op.axis)
-    if op.op != "sum" and is_float(op.value.dtype):
-        return f"{p.helper(f'nan_{op.op}')}({p.arg(op.value)}, {axis})"
+    if is_extreme(op):
+        return f"{p.helper(f'nan_{op.op}')}({p.text(op.value)}, {axis})"
     dtype = f", dtype={DTYPES[op.out.dtype]}" if op.op == "sum" else ""
-    return f"jnp.{op.op}({p.arg(op.value)}, axis={axis}{dtype})"
+    return f"jnp.{op.op}({p.text(op.value)}, axis={axis}{dtype})"
 
 
-def _dot(p: PallasPrinter, op: t.Dot) -> str:
+def _dot(p: PallasPrinter, op: t.Dot) -> str | Text:
     m, n = op.out.axes
-    left = p.text(op.left) if op.left.axes == (m, op.axis) else f"{p.text(op.left)}.T"
-    right = p.text(op.right) if op.right.axes == (op.axis, n) else f"{p.text(op.right)}.T"
+    left = p.text(op.left, ATOM) + (".T" if op.left.axes != (m, op.axis) else "")
+    right = p.text(op.right, ATOM) + (".T" if op.right.axes != (op.axis, n) else "")
     product = f'jnp.dot({left}, {right}, precision="highest", preferred_element_type=jnp.float32)'
-    return product if op.acc is None else f"{p.text(op.acc)} + {product}"
+    return product if op.acc is None else (f"{p.text(op.acc, PLUS)} + {product}", PLUS)
 
 
-def _index(p: PallasPrinter, op: t.Index) -> str:
-    start = p.text(op.start) if op.start is not None else ""
-    if not op.out.axes:
-        return start or "0"
-    lanes = f"jnp.arange({p.program.axis(op.axis).block}, dtype=jnp.int32)"
-    if op.out.axes != (op.axis,):
-        block = p.program.axis(op.axis).block
-        lanes = f"lax.rem(jnp.arange({2 * block}, dtype=jnp.int32), jnp.int32({block}))"
-    return f"({start} + {lanes})" if start else lanes
-
-
-def _sides(p: PallasPrinter, op: t.Sides) -> str:
+def _elements(p: PallasPrinter, op: t.Elements) -> str | Text:
+    first, level = p.first(op, DIV, REM, str)
     block = p.program.axis(op.axis).block
-    first, second = (f"jnp.int32({v})" for v in op.values)
-    return f"jnp.where(jnp.arange({block}, dtype=jnp.int32) < {block // 2}, {first}, {second})"
+    if not op.out.axes:
+        return first, level
+    lanes = f"jnp.arange({block}, dtype=jnp.int32)"
+    lanes = REM.format(lanes, block // 2) if p.program.axis(op.axis).of else lanes
+    return lanes if first == "0" else (f"{first} + {lanes}", PLUS)
 
 
-def _half(p: PallasPrinter, op: t.Half) -> str:
+def _halves(p: PallasPrinter, op: t.Halves) -> str:
     of = p.program.axis(op.axis).of
     named = [of if a == op.axis else a for a in op.value.axes]
-    order = tuple(map(named.index, op.out.axes))
-    half = f"jnp.split({p.text(op.value)}, 2, axis={op.value.axes.index(op.axis)})[{op.side}]"
-    return half if order == tuple(range(len(order))) else f"jnp.transpose({half}, {order})"
-
-
-def _program_id(p: PallasPrinter, op: t.ProgramId) -> str:
-    div, rem = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
-    return p.program_id(op.axis, div, rem, lambda axis: blocks(p.program, axis, "0"))
+    order = tuple(map(named.index, op.outs[0].axes))
+    halves = f"jnp.split({p.text(op.value)}, 2, axis={op.value.axes.index(op.axis)})"
+    return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
 
 
 def _where(p: PallasPrinter, op: t.Where) -> str:
     axes = op.out.axes
-    condition = p.typed(op.condition) if op.condition.name in p.literals else p.at(op.condition, axes)
+    condition = p.typed(op.condition) if op.condition in p.literals else p.at(op.condition, axes, LOOSEST)
     # JAX 0.11's Triton lowering gives a literal beside a loop's own number its own type, and two of them the condition's
-    literals = {op.yes.name, op.no.name} <= p.literals
-    whole = not axes and (literals or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
-    yes, no = (p.typed(v) if whole else p.at(v, axes) for v in (op.yes, op.no))
+    numbers = {op.yes, op.no} <= p.literals
+    whole = not axes and (numbers or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
+    yes, no = (p.typed(v, LOOSEST) if whole else p.at(v, axes, LOOSEST) for v in (op.yes, op.no))
     return f"jnp.where({condition}, {yes}, {no})"
 
 
-def _const(p: PallasPrinter, op: t.Const) -> str:
+def _const(p: PallasPrinter, op: t.Const) -> str | Text:
+    text = number(op.value)
+    if op.out.axes:
+        return f"jnp.full({p.shape(op.out.axes)}, {text}, {DTYPES[op.out.dtype]})"
     plain = op.out.dtype in ("float32", "int32", "bool")
-    return number(op.value) if plain else f"{DTYPES[op.out.dtype]}({number(op.value)})"
+    return (text, literal_level(text)) if plain else f"{DTYPES[op.out.dtype]}({text})"
 
 
-EXPRESSIONS = {
+EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     t.Const: _const,
-    t.Full: lambda p, op: f"jnp.full({p.shape(op.out.axes)}, {number(op.value)}, {DTYPES[op.out.dtype]})",
-    t.ProgramId: _program_id,
-    t.Extent: lambda p, op: extent_text(p.program, op.axis),
-    t.Index: _index,
-    t.Sides: _sides,
-    t.Half: _half,
-    t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
+    t.Extent: lambda p, op: p.extent(op.axis),
+    t.Elements: _elements,
+    t.Halves: _halves,
+    t.InBounds: lambda p, op: p.in_bounds(op),
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.astype({DTYPES[op.out.dtype]})",
-    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({_bare(p.typed(op.value))}, {DTYPES[op.out.dtype]})",
-    t.Unary: lambda p, op: UNARY[op.op].format(a=p.typed(op.value), b=p.arg(op.value)),
+    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({p.typed(op.value, LOOSEST)}, {DTYPES[op.out.dtype]})",
+    t.Unary: _unary,
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,
@@ -289,8 +309,8 @@ def emit(kernel: t.Kernel) -> str:
 
     The program's number is asked for once, at the top: JAX 0.11's interpret mode does not know it within loops in loops.
     """
-    alone = len(kernel.sections) == 1
-    printers = [PallasPrinter(s, EXPRESSIONS, "pid") for s in kernel.sections]
+    alone, shared = len(kernel.sections) == 1, helpers(kernel)
+    printers = [PallasPrinter(h.section, EXPRESSIONS, "pid", h.starts) for h in shared]
     bodies = [[*_picked(p.program), *p.body(p.program.body, 1)] for p in printers]
     lines = [
         *header(kernel, __version__),
@@ -302,12 +322,12 @@ def emit(kernel: t.Kernel) -> str:
     ]
     for name in sorted({h for p in printers for h in p.helpers}):
         lines += ["", HELPERS[name]]
-    if not alone:
-        for section, body in zip(kernel.sections, bodies, strict=True):
-            lines += ["", f"def {section.name}({', '.join(['pid', *_refs(section)])}):", *body, ""]
+    for helper, body in zip(shared, bodies, strict=True) if not alone else ():
+        takes = ["pid", *_refs(helper.section), *helper.starts.values()]
+        lines += ["", f"def {helper.section.name}({', '.join(takes)}):", *body, ""]
     lines += ["", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
     lines += ["    pid = pl.program_id(0)"] if not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) else []
-    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel)), ""])
+    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel, shared)), ""])
 
 
 def _picked(section: t.TileProgram) -> list[str]:
@@ -322,28 +342,24 @@ def _refs(kernel: t.Kernel) -> list[str]:
     return [f"{b}_ref" for b in read] + [f"{b}_out_ref" if b in read else f"{b}_ref" for b in written]
 
 
-def _sections(kernel: t.Kernel) -> list[str]:
-    """Which programs of a launch belong to which section; all sizes are static."""
+def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
+    """Which programs of a launch belong to which section; all sizes are static.
+
+    Sections abreast have for each block of the outermost axis the programs of every one, `each` of them; else one follows the
+    other.
+    """
+    calls = {section.name: (h.section.name, starts) for h in shared for section, starts in h.calls}
+    counts, at, lines, low = [s.programs({}) for s in kernel.sections], "pid", [], 0
     if isinstance(kernel, t.Joined) and kernel.abreast:
-        return _abreast(kernel)
-    lines, begin = [], 0
-    for section in kernel.sections:
-        end = begin + section.programs({})
-        lines += ["", f"    @pl.when((pid >= {begin}) & (pid < {end}))", "    def _():"]
-        lines.append(f"        {section.name}({', '.join([f'pid - {begin}', *_refs(section)])})")
-        begin = end
-    return lines
-
-
-def _abreast(kernel: t.Joined) -> list[str]:
-    """For each block of the outermost axis the programs of every section."""
-    first = kernel.sections[0]
-    turns = -(-(first.axis(first.grid[0]).extent or 0) // first.axis(first.grid[0]).block)
-    each = [s.programs({}) // max(1, turns) for s in kernel.sections]
-    turn, at = f"lax.div(pid, jnp.int32({sum(each)}))", f"lax.rem(pid, jnp.int32({sum(each)}))"
-    lines, low = [], 0
-    for section, count in zip(kernel.sections, each, strict=True):
-        lines += ["", f"    @pl.when(({at} >= {low}) & ({at} < {low + count}))", "    def _():"]
-        lines.append(f"        {section.name}({', '.join([f'{turn} * {count} + {at} - {low}', *_refs(section)])})")
+        turns = max(1, kernel.sections[0].axis(kernel.sections[0].grid[0]).blocks)
+        counts, at = [n // turns for n in counts], "at"
+        lines = [f"    at, turn = {REM.format('pid', sum(counts))}, {DIV.format('pid', sum(counts))}"]
+    for section, count in zip(kernel.sections, counts, strict=True):
+        name, starts = calls[section.name]
+        turn = "" if at == "pid" else f"turn * {count} + " if count > 1 else "turn + "
+        passed = [turn + (f"{at} - {low}" if low else at), *_refs(section), *map(str, starts)]
+        inside = f"({at} >= {low}) & ({at} < {low + count})" if low else f"{at} < {count}"
+        lines += ["", f"    @pl.when({inside})", "    def _():"]
+        lines.append(f"        {name}({', '.join(passed)})")
         low += count
     return lines

@@ -1,170 +1,209 @@
-"""What every emitter shares: walking a TileProgram and choosing which values get a line of their own.
+"""What every printer shares: going through a TileProgram, and expressions with no more parentheses than they need.
 
-An emitter is a table from operation to text. A value that the declaration does not name and that is used once, nearby,
-is written inside the expression that uses it.
+A printer is a table from operation to text. Which values get a line of their own, and what they are called, has been decided
+(`compile/passes/names.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 
 from moekit.compile import tile as t
-from moekit.compile.naming import TEMPORARY, extent_name
+from moekit.compile.passes.names import extent_name, names
+from moekit.lang.dtypes import is_float
 
-INLINE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds, t.Index)
-LONGEST_INLINE = 64
+# how tightly an operator binds in Python; what is no operator binds as an ATOM does
+ATOM, NEGATED, TIMES, PLUS, SHIFTED, AND, XOR, OR, COMPARED, LOOSEST = 9, 8, 7, 6, 5, 4, 3, 2, 1, 0
+OPERATORS = {
+    "add": ("+", PLUS), "sub": ("-", PLUS), "mul": ("*", TIMES), "div": ("/", TIMES), "floordiv": ("//", TIMES),
+    "rem": ("%", TIMES), "and": ("&", AND), "or": ("|", OR), "xor": ("^", XOR), "shl": ("<<", SHIFTED), "shr": (">>", SHIFTED),
+    "eq": ("==", COMPARED), "ne": ("!=", COMPARED), "lt": ("<", COMPARED), "le": ("<=", COMPARED), "gt": (">", COMPARED),
+    "ge": (">=", COMPARED),
+}  # fmt: skip
+SILENT = (t.Load, t.Elements, t.InBounds, t.Const, t.Extent)  # what they are for is said where they are used
+LONGEST = 120  # characters of a line
+Text = tuple[str, int]  # and how tightly it binds
+Starts = Mapping[tuple[str, t.At], str]
 
 
 class Printer(ABC):
-    """Prints one program with a table of expressions; `statement` handles loops and stores."""
+    """Prints one program with a table of expressions. `pid` is its number in the launch, as text; `starts` name the beginning
+    of indices that it is told (`compile/passes/helpers.py`)."""
 
-    def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable[[Printer, t.Op], str]], pid: str):
-        self.program, self.expressions, self.pid = program, expressions, pid
-        self.inline: dict[str, str] = {}
-        self.literals: set[str] = set()
+    def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable], pid: str, starts: Starts):
+        self.program, self.expressions, self.pid, self.names = program, expressions, pid, names(program)
+        self.starts = starts
+        self.inline: dict[t.Value, Text] = {}
+        self.literals: set[t.Value] = set()
         self.helpers: set[str] = set()
-        self.uses = _uses(program.body)
+        self.said = ""
 
-    def body(self, ops, depth: int) -> list[str]:
+    def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:
         """The lines of a run of operations."""
         lines: list[str] = []
-        local = _uses(ops, nested=False)
         for op in ops:
-            lines += self.comment(op, depth)
+            if isinstance(op, t.Prefetch):
+                continue  # a hint, given where a backend has a place for it
             if isinstance(op, t.Loop):
                 lines += self.loop(op, depth)
-            elif isinstance(op, t.Store):
-                lines.append("    " * depth + self.store(op))
-            elif isinstance(op, t.Prefetch):
-                continue  # a hint, given where a backend has a place for it
-            elif text := self.line(op, local):
-                lines.append("    " * depth + text)
+            elif isinstance(op, t.AtEnd):
+                lines += self.at_end(op, depth)
+            elif text := self.store(op) if isinstance(op, t.Store) else self.line(op):
+                lines += [*self.comment(op, depth), *wrapped("    " * depth + text)]
         return lines
 
-    def comment(self, op, depth: int) -> list[str]:
+    def comment(self, op: t.Op, depth: int) -> list[str]:
         """The declaration's line, where one begins."""
-        made = t.result(op)
-        name = made.name if made else ""
-        return ["    " * depth + "# " + self.program.comments[name]] if name in self.program.comments else []
+        if isinstance(op, t.Store):
+            line = op.value.line if op.value in self.inline else ""
+        else:
+            line = next((v.line for v in t.results(op)), "")
+        if isinstance(op, SILENT) or line in ("", self.said):
+            return []
+        self.said = line
+        return ["    " * depth + "# " + line]
 
-    def line(self, op, local: Counter) -> str | None:
-        """`name = expression`, or None if the expression goes where its value is used."""
-        text = self.expressions[type(op)](self, op)
-        name = op.out.name
-        if isinstance(op, t.Const) or text == "0":
-            self.literals.add(name)
-        if name in self.literals or self._goes_inline(op, text, local):
-            self.inline[name] = text
+    def line(self, op: t.Op) -> str | None:
+        """`name = expression`, or None if the expression goes where its value is read."""
+        out, *others = t.results(op)
+        if out in self.names.same and isinstance(op, t.Elements):
+            return None  # a loop's own variable
+        found = self.expressions[type(op)](self, op)
+        text, level = found if isinstance(found, tuple) else (found, ATOM)
+        if (isinstance(op, t.Const) and not out.axes) or text == "0":
+            self.literals.add(out)
+        if out in self.names.inline or text == "0":
+            self.inline[out] = text, level
             return None
-        return f"{name} = {_bare(text)}"
+        left = ", ".join(self.names[v] for v in (out, *others))
+        return f"{left}{self.constant if isinstance(op, t.Const) else ''} = {text}"
 
-    def _goes_inline(self, op, text: str, local: Counter) -> bool:
-        name = op.out.name
-        if isinstance(op, t.Full) and self.uses[name] == 1:
-            return True
-        if not isinstance(op, INLINE) or not name.startswith(TEMPORARY + "_") or len(text) > LONGEST_INLINE:
-            return False
-        return self.uses[name] == 1 and local[name] == 1
+    constant = ""  # what marks the name of a number
 
-    def text(self, value: t.Value) -> str:
-        """A value where it is used."""
-        return self.inline.get(value.name, value.name)
+    def text(self, value: t.Value, level: int = LOOSEST) -> str:
+        """A value where it is read, in parentheses if it binds less tightly than `level`."""
+        text, own = self.inline[value] if value in self.inline else (self.names[value], ATOM)
+        return text if own >= level else f"({text})"
 
-    def typed(self, value: t.Value) -> str:
+    def typed(self, value: t.Value, level: int = ATOM) -> str:
         """A value where a Python number would not do: one that is a literal gets its dtype."""
-        text = self.text(value)
-        return self.scalar(text, value.dtype) if value.name in self.literals else text
+        return self.scalar(self.text(value), value.dtype) if value in self.literals else self.text(value, level)
 
     @abstractmethod
     def scalar(self, literal: str, dtype: str) -> str:
         """A literal as a scalar of a dtype."""
 
-    def arg(self, value: t.Value) -> str:
-        """A value as the argument of a call."""
-        return _bare(self.text(value))
-
-    def at(self, value: t.Value, axes: tuple[str, ...]) -> str:
+    def at(self, value: t.Value, axes: tuple[str, ...], level: int = ATOM) -> str:
         """A value with dimensions of size 1 put in so that it lines up with `axes`."""
-        text = self.text(value)
         if not value.axes or value.axes == axes:
-            return text
-        return f"{text}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
+            return self.text(value, level)
+        return f"{self.text(value, ATOM)}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
+
+    def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
+        """Where an access may touch memory, lined up with `axes`; "" for everywhere."""
+        return " & ".join(self.at(m, axes, AND + 1 if len(at.mask) > 1 else LOOSEST) for m in at.mask)
 
     def shape(self, axes: tuple[str, ...]) -> str:
         """A block's shape as text."""
-        return "(" + "".join(f"{n}, " for n in self.program.block(axes)).rstrip(" ").removesuffix("," * (len(axes) > 1)) + ")"
+        return str(self.program.block(axes))
 
-    def store_axes(self, op: t.Store | t.Prefetch) -> tuple[str, ...]:
-        """The axes of the block that a store writes, or of the addresses that a prefetch begins at."""
-        axes = {a for v in op.index if v is not None for a in v.axes}
-        return tuple(a.name for a in self.program.axes if a.name in axes)
+    def operator(self, op: t.Binary) -> Text:
+        """Two blocks with an operator between them; of two literals one gets its dtype."""
+        sign, level = OPERATORS[op.op]
+        inner = NEGATED if COMPARED < level < PLUS else level  # who knows how & binds beside +?
+        left = self.at(op.left, op.out.axes, inner + (level == COMPARED))
+        right = self.at(op.right, op.out.axes, inner + (inner == level))
+        if {op.left, op.right} <= self.literals:
+            left = self.typed(op.left)
+        return f"{left} {sign} {right}", level
 
-    def program_id(self, axis: str, div: str, rem: str, count: Callable[[str], str]) -> str:
-        """The block number along a grid axis, decoded from the one launch dimension."""
-        pid = self.pid
-        several = [a for a in self.program.grid if count(a) != "1"]
-        if axis not in several:
-            return rem.format(pid, 1)
-        at = several.index(axis)
-        inner = " * ".join(count(a) for a in several[at + 1 :])
-        text = div.format(pid, f"({inner})" if " " in inner else inner) if inner else pid
-        return rem.format(text, count(axis)) if at > 0 else text
+    def program_id(self, axis: str, div: str, rem: str, count: Callable[[int | t.AxisBlock], str]) -> Text:
+        """The block number along a grid axis, decoded from the one launch dimension; "0" for an axis of one block."""
+        several = [(a, n) for a, n in zip(self.program.grid, self.program.counts, strict=True) if n != 1]
+        at = next((i for i, (a, _) in enumerate(several) if a == axis), None)
+        if at is None:
+            return "0", ATOM
+        below = [n for _, n in several[at + 1 :]]
+        known = prod(n for n in below if isinstance(n, int))
+        inner = " * ".join([*(count(n) for n in below if not isinstance(n, int)), *([str(known)] if known > 1 else [])])
+        text = div.format(self.pid, f"({inner})" if " * " in inner and "//" in div else inner) if inner else self.pid
+        return (rem.format(text, count(several[at][1])) if at > 0 else text), TIMES if inner or at > 0 else ATOM
+
+    def first(self, op: t.Elements, div: str, rem: str, count: Callable[[int | t.AxisBlock], str]) -> Text:
+        """The element at which a block of an axis begins."""
+        owner = self.program.bounded(op.axis)
+        if owner.mode == "grid":
+            text, level = self.program_id(owner.name, div, rem, count)
+            if owner.block == 1 or text == "0":
+                return text, level
+            return f"{text if level >= TIMES else f'({text})'} * {owner.block}", TIMES
+        part = self.text(op.part, TIMES) + (f" * {owner.share}" if owner.share > 1 else "") if op.part else ""
+        turn = self.text(op.turn) if op.turn else ""
+        return " + ".join(filter(None, (part, turn))) or "0", PLUS if part and turn else TIMES if part else ATOM
+
+    def extent(self, axis: str) -> str:
+        """An axis's extent: a number, or the kernel argument that carries it."""
+        a = self.program.axis(axis)
+        return str(a.extent) if a.extent is not None else extent_name(axis)
+
+    def in_bounds(self, op: t.InBounds) -> Text:
+        """Whether something is an element of an axis."""
+        value = self.text(op.value, COMPARED + 1)
+        if not op.signed:
+            return f"{value} < {self.extent(op.axis)}", COMPARED
+        return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND
 
     @abstractmethod
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         """The lines of a loop."""
 
     @abstractmethod
+    def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
+        """The lines of what is done in the last turn over an axis."""
+
+    @abstractmethod
     def store(self, op: t.Store) -> str:
         """The line of a store."""
+
+
+def wrapped(line: str) -> list[str]:
+    """A line as it is, or where it is long on several: broken between the arguments of its outermost call."""
+    pieces, depth, begin = [], 0, 0
+    for i, c in enumerate(line):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 1 and line[i + 1 : i + 2] == " ":
+            pieces.append(line[begin : i + 1])
+            begin = i + 2
+    pieces.append(line[begin:])
+    lines, indent = [pieces[0]], " " * (len(line) - len(line.lstrip()) + 4)
+    for piece in pieces[1:]:
+        if len(line) > LONGEST and len(lines[-1]) + len(piece) >= LONGEST:
+            lines.append(indent + piece)
+        else:
+            lines[-1] += " " + piece
+    return lines
 
 
 def header(kernel: t.Kernel, version: str) -> list[str]:
     """What stands above a kernel: where it comes from."""
     first = f"# {kernel.name} {kernel.digest}, generated by moekit {version}; schedule: "
-    axes = [", ".join(f"{a.name} {a.mode} {a.block}" for a in s.axes if a.mode != "gather") for s in kernel.sections]
+    axes = [", ".join(_held(a) for a in s.axes if _own(s, a)) for s in kernel.sections]
     compiled = f"{kernel.warps} warps, {kernel.stages} stages"
     if len(kernel.sections) == 1:
         return [f"{first}{axes[0]}, {compiled}"]
     return [f"{first}{compiled}", *(f"#   {s.name}: {a}" for s, a in zip(kernel.sections, axes, strict=True))]
 
 
-def blocks(program: t.TileProgram, axis: str, extent_text: str) -> str:
-    """How many blocks an axis has, as text: a number if its extent is static."""
-    a = program.axis(axis)
-    return str(-(-a.extent // a.block)) if a.extent is not None else extent_text
+def _own(section: t.TileProgram, axis: t.AxisBlock) -> bool:
+    """Whether an axis is not said with another: what counts another one's parts, or is another one twice."""
+    counts = any(axis.mode == "loop" and axis.name == f"{a.name}.part" for a in section.axes)
+    return axis.mode != "gather" and axis.of is None and not counts
 
 
-def extent_text(program: t.TileProgram, axis: str) -> str:
-    """An axis's extent: a number, or the kernel argument that carries it."""
-    a = program.axis(axis)
-    return str(a.extent) if a.extent is not None else extent_name(axis)
-
-
-def _bare(text: str) -> str:
-    """`text` without parentheses around all of it."""
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0 and i < len(text) - 1:
-            return text
-    return text[1:-1]
-
-
-def _uses(ops, nested: bool = True) -> Counter:
-    """How often each value is read (in loops' bodies too if `nested`)."""
-    found: Counter = Counter()
-    for op in ops:
-        found.update(v.name for v in t.operands(op))
-        if isinstance(op, t.Loop):
-            found.update(v.name for v in op.yields) if nested else None
-            if nested:
-                found += _uses(op.body)
-    return found
+def _held(axis: t.AxisBlock) -> str:
+    return f"{axis.name} {axis.mode} {axis.block}" + (f" in {axis.parts} parts" if axis.parts > 1 else "")
 
 
 def number(value: bool | int | float) -> str:
@@ -172,3 +211,14 @@ def number(value: bool | int | float) -> str:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
     return repr(value)
+
+
+def literal_level(text: str) -> int:
+    """How tightly a number binds: a minus sign is an operator."""
+    return NEGATED if text.startswith("-") else ATOM
+
+
+def is_extreme(op: t.Binary | t.Reduce) -> bool:
+    """Whether an operation is a maximum or minimum of floats, of which NaN is part."""
+    value = op.left if isinstance(op, t.Binary) else op.value
+    return op.op in ("maximum", "minimum", "max", "min") and is_float(value.dtype)

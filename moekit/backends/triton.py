@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import copysign, prod
+from math import prod
+from typing import Any
 
 from moekit import __version__
-from moekit.backends.printer import Printer, blocks, extent_text, header, number
+from moekit.backends.printer import (
+    ATOM,
+    LONGEST,
+    LOOSEST,
+    NEGATED,
+    PLUS,
+    TIMES,
+    Printer,
+    Text,
+    header,
+    is_extreme,
+    literal_level,
+    number,
+)
 from moekit.compile import tile as t
-from moekit.compile.naming import extent_name, identifier
-from moekit.lang.dtypes import is_float, itemsize
+from moekit.compile.passes.helpers import Helper, helpers
+from moekit.compile.passes.names import extent_name, identifier
+from moekit.lang.dtypes import itemsize
 
 DTYPES = {
     "float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16", "int64": "tl.int64", "int32": "tl.int32",
     "int16": "tl.int16", "int8": "tl.int8", "bool": "tl.int1",
 }  # fmt: skip
 
-BINARY = {
-    "add": "({a} + {b})", "sub": "({a} - {b})", "mul": "({a} * {b})", "div": "({a} / {b})",
-    "floordiv": "({a} // {b})", "rem": "({a} % {b})",
-    "and": "({a} & {b})", "or": "({a} | {b})", "xor": "({a} ^ {b})", "shl": "({a} << {b})", "shr": "({a} >> {b})",
-    "eq": "({a} == {b})", "ne": "({a} != {b})", "lt": "({a} < {b})", "le": "({a} <= {b})", "gt": "({a} > {b})",
-    "ge": "({a} >= {b})",
-}  # fmt: skip
 UNARY = {
-    "neg": "(-{a})", "not": "(~{a})", "exp": "tl.exp({b})", "log": "tl.log({b})", "sqrt": "tl.sqrt({b})",
-    "rsqrt": "tl.rsqrt({b})", "abs": "tl.abs({b})", "sigmoid": "tl.sigmoid({b})",
+    "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
+    "sigmoid": "tl.sigmoid({})",
 }  # fmt: skip
+SIGNS = {"neg": "-", "not": "~"}
 
 HELPERS = {
     "nan_max": """@triton.jit
@@ -89,48 +99,53 @@ def kernel_name(program: t.Kernel) -> str:
 class TritonPrinter(Printer):
     """Loops and stores in Triton."""
 
+    constant = ": tl.constexpr"
+
     def loop(self, op: t.Loop, depth: int) -> list[str]:
-        if op.flat:
-            return self.flat_loop(op, depth)
-        pad = "    " * depth
-        lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
-        stop = self.text(op.stop) if isinstance(op.stop, t.Value) else op.stop
-        if op.unroll:
-            lines.append(f"{pad}for turn in tl.static_range(0, {stop}, {op.step}):")
-            lines.append(f"{pad}    {op.var.name} = tl.cast(turn, tl.int32)")
+        pad, counts = "    " * depth, [self.turns(a) for a in op.over]
+        lines = [
+            f"{pad}{self.names[c]} = {self.typed(i, LOOSEST)}"
+            for c, i in zip(op.carries, op.inits, strict=True)
+            if i in self.inline or self.names[i] != self.names[c]
+        ]
+        if len(op.over) > 1:
+            lines += self.turn_of_several(op, pad)
+        elif op.unroll:
+            lines.append(f"{pad}for turn in tl.static_range({counts[0]}):")
+            lines.append(f"{pad}    {self.names[op.vars[0]]} = tl.cast(turn, tl.int32)")
         else:
-            lines.append(f"{pad}for {op.var.name} in range(0, {stop}, {op.step}):")
+            lines.append(f"{pad}for {self.names[op.vars[0]]} in range({counts[0]}):")
         lines += self.body(op.body, depth + 1)
-        lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
-        self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
+        return lines + self.assigned(op.carries, op.yields, depth + 1)
+
+    def turns(self, over: str | int) -> str:
+        """The arguments of the range of a loop."""
+        if isinstance(over, int):
+            return str(over)
+        axis = self.program.axis(over)
+        end = self.extent(over) if axis.length is None else str(axis.length)
+        return end if axis.block == 1 else f"0, {end}, {axis.block}"
+
+    def turn_of_several(self, op: t.Loop, pad: str) -> list[str]:
+        """The head of a loop over several axes, and where each of them begins."""
+        counts = [self.program.turns(a) for a in op.over]
+        lines = [f"{pad}for turn in range({prod(counts)}):"]
+        for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
+            inner, block = prod(counts[i + 1 :]), self.program.axis(str(over)).block
+            text = f"turn // {inner}" if inner > 1 else "turn"
+            text = f"{text} % {counts[i]}" if i else text
+            lines.append(f"{pad}    {self.names[var]} = {text}" + (f" * {block}" if block > 1 else ""))
         return lines
 
-    def flat_loop(self, op: t.Loop, depth: int) -> list[str]:
-        """A loop and the one in its body as one `for`: what stands after the inner one is done in the last of its turns.
+    def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
+        count = self.program.turns(op.axis)
+        lines = ["    " * depth + f"if turn % {count} == {count - 1}:", *self.body(op.body, depth + 1)]
+        return lines + self.assigned(op.outs, op.yields, depth + 1)
 
-        Triton's software pipeline, and a wgmma on its way, then go on over the end of the inner loop.
-        """
-        pad = "    " * depth
-        at, inner = next((i, o) for i, o in enumerate(op.body) if isinstance(o, t.Loop))
-        begin = [o for o in op.body[:at] if isinstance(o, t.Full)]
-        turns = inner.turns
-        lines = [f"{pad}{c.name} = {self.text(i)}" for c, i in zip(op.carries, op.inits, strict=True)]
-        lines += self.body(begin, depth)
-        first = [f"{c.name} = {self.text(i)}" for c, i in zip(inner.carries, inner.inits, strict=True)]
-        lines += [pad + line for line in first]
-        lines.append(f"{pad}for turn in range(0, {op.turns * turns}):")
-        for var, turn, step in ((op.var, f"turn // {turns}", op.step), (inner.var, f"turn % {turns}", inner.step)):
-            lines.append(f"{pad}    {var.name} = {turn}" + (f" * {step}" if step != 1 else ""))
-        lines += self.body([o for o in op.body[:at] if o not in begin], depth + 1)
-        lines += self.body(inner.body, depth + 1)
-        lines += [f"{pad}    {c.name} = {self.text(y)}" for c, y in zip(inner.carries, inner.yields, strict=True)]
-        self.inline |= {o.name: c.name for o, c in zip(inner.outs, inner.carries, strict=True)}
-        lines.append(f"{pad}    if turn % {turns} == {turns - 1}:")
-        lines += self.body(op.body[at + 1 :], depth + 2)
-        lines += [f"{pad}        {c.name} = {self.text(y)}" for c, y in zip(op.carries, op.yields, strict=True)]
-        lines += [f"{pad}        {line}" for line in first]
-        self.inline |= {o.name: c.name for o, c in zip(op.outs, op.carries, strict=True)}
-        return lines
+    def assigned(self, targets: tuple[t.Value, ...], values: tuple[t.Value, ...], depth: int) -> list[str]:
+        """What takes the place of some values, but for what has their names already."""
+        pairs = [(self.names[a], self.text(v)) for a, v in zip(targets, values, strict=True)]
+        return ["    " * depth + f"{name} = {text}" for name, text in pairs if name != text]
 
     def scalar(self, literal: str, dtype: str) -> str:
         return literal if literal.startswith("tl.") else f"tl.full((), {literal}, {DTYPES[dtype]})"
@@ -146,63 +161,91 @@ class TritonPrinter(Printer):
 
     def prefetch(self, op: t.Prefetch) -> str:
         """Of lanes that are masked the first line of the tensor is asked for."""
-        axes, param = self.store_axes(op), self.program.param(op.tensor)
+        axes, param = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
         step = t.LINE // itemsize(param.dtype)
         lanes = f"tl.arange(0, {op.size // step})"
         lanes = f"{lanes}[{', '.join(['None'] * len(axes) + [':'])}] * {step}" if axes else f"{lanes} * {step}"
-        lines = f"{self.pointer(op, (*axes, ''))} + {lanes}"
+        lines = f"{self.pointer(op.at, (*axes, ''))} + {lanes}"
         self.helpers.add("prefetch")
-        return f"prefetch({f'tl.where({self.at(op.mask, (*axes, ""))}, {lines}, {op.tensor}_ptr)' if op.mask else lines})"
+        mask = self.mask(op.at, (*axes, ""))
+        return f"prefetch({f'tl.where({mask}, {lines}, {param.name}_ptr)' if mask else lines})"
 
     def store(self, op: t.Store) -> str:
-        axes = self.store_axes(op)
-        value = (
-            self.text(op.value) if op.value.axes == axes else f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
-        )
-        mask = f", mask={self.at(op.mask, axes)}" if op.mask is not None else ""
-        return f"tl.store({self.pointer(op, axes)}, {value if op.value.axes or not axes else self.text(op.value)}{mask})"
+        axes = self.program.ordered(op.at.axes)
+        value = self.text(op.value)
+        if op.value.axes and op.value.axes != axes:
+            value = f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
+        mask = self.mask(op.at, axes)
+        return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
 
-    def pointer(self, op, axes: tuple[str, ...]) -> str:
-        """The block of addresses: the pointer and one term per dimension, in 64 bits where the operation says so."""
-        param = self.program.param(op.tensor)
-        terms, single = [f"{op.tensor}_ptr"], {a.name for a in self.program.axes if a.extent == 1}
-        for axis, v, wide, kind in zip(param.axes, op.index, op.wide, param.strided.strides, strict=True):
-            if v is None:
+    def pointer(self, at: t.Access, axes: tuple[str, ...]) -> str:
+        """The block of addresses: the pointer and one term per dimension, in 64 bits where the access says so."""
+        param = self.program.param(at.tensor)
+        terms, single = [f"{at.tensor}_ptr"], {a.name for a in self.program.axes if a.extent == 1}
+        wides = at.wide or (False,) * len(at.index)
+        for axis, index, wide, kind in zip(param.axes, at.index, wides, param.strided.strides, strict=True):
+            if index.value is None and not index.start and (at.tensor, index) not in self.starts:
                 continue
-            index = self.at(v, axes)
-            if wide:
-                index = f"{index}.to(tl.int64)" if v.name not in self.inline or "[" in index else f"tl.cast({index}, tl.int64)"
-            if v.axes and axis in single:  # as neighbours in memory its masked lanes would decide how all is loaded: one by one
-                terms.append(f"{index} * 0")
-                continue
-            terms.append(index if kind == "unit" else f"{index} * {stride(op.tensor, axis or '')}")
+            text, level = self.index(at.tensor, index, axes, wide)
+            if index.value and index.value.axes and axis in single:
+                factor = "0"  # as neighbours in memory its masked lanes would decide how all is loaded: one by one
+            else:
+                factor = "" if kind == "unit" else stride(at.tensor, axis or "")
+            text = text if level >= TIMES or not factor else f"({text})"
+            terms.append(f"{text} * {factor}" if factor else text)
         return " + ".join(terms)
+
+    def index(self, tensor: str, index: t.At, axes: tuple[str, ...], wide: bool) -> Text:
+        """One index of an access."""
+        start = self.starts.get((tensor, index), str(index.start))
+        if index.value is None:
+            return (f"tl.cast({start}, tl.int64)" if wide else start), ATOM
+        text = self.at(index.value, axes)
+        if wide:
+            text = f"tl.cast({text}, tl.int64)" if index.value in self.inline else f"{text}.to(tl.int64)"
+        level = ATOM
+        if index.step != 1:
+            text, level = f"{text} * {index.step}", TIMES
+        if start != "0":
+            text, level = f"{text} + {start}", PLUS
+        if index.side:
+            (axis,) = index.value.axes
+            block = self.program.axis(axis).block
+            side = f"tl.where(tl.arange(0, {block}) < {block // 2}, 0, {index.side})"
+            side = side if len(axes) == 1 else f"{side}[{', '.join(':' if a == axis else 'None' for a in axes)}]"
+            text, level = f"{text} + {side}", PLUS
+        return text, level
 
 
 def _load(p: TritonPrinter, op: t.Load) -> str:
     axes = op.out.axes
-    mask = f", mask={p.at(op.mask, axes)}, other={number(op.fill)}" if op.mask is not None else ""
-    return f"tl.load({p.pointer(op, axes)}{mask})"
+    mask = p.mask(op.at, axes)
+    return f"tl.load({p.pointer(op.at, axes)}{f', mask={mask}, other={number(op.fill)}' if mask else ''})"
 
 
-def _binary(p: Printer, op: t.Binary) -> str:
-    a, b = p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)
-    a = p.typed(op.left) if {op.left.name, op.right.name} <= p.literals else a
-    if op.op in ("maximum", "minimum"):
-        nan = ", propagate_nan=tl.PropagateNan.ALL" if is_float(op.left.dtype) else ""
-        return f"tl.{op.op}({a}, {b}{nan})"
-    return BINARY[op.op].format(a=a, b=b)
+def _unary(p: TritonPrinter, op: t.Unary) -> str | Text:
+    if sign := SIGNS.get(op.op):
+        return f"{sign}{p.typed(op.value)}", NEGATED
+    return UNARY[op.op].format(p.typed(op.value, LOOSEST))
 
 
-def _reduce(p: Printer, op: t.Reduce) -> str:
+def _binary(p: TritonPrinter, op: t.Binary) -> str | Text:
+    if op.op not in ("maximum", "minimum"):
+        return p.operator(op)
+    a, b = p.at(op.left, op.out.axes, LOOSEST), p.at(op.right, op.out.axes, LOOSEST)
+    a = p.typed(op.left) if {op.left, op.right} <= p.literals else a
+    return f"tl.{op.op}({a}, {b}{', propagate_nan=tl.PropagateNan.ALL' if is_extreme(op) else ''})"
+
+
+def _reduce(p: TritonPrinter, op: t.Reduce) -> str:
     axis = op.value.axes.index(op.axis)
-    if op.op != "sum" and is_float(op.value.dtype):
+    if is_extreme(op):
         p.helpers.add(f"nan_{op.op}")
-        return f"tl.reduce({p.arg(op.value)}, {axis}, nan_{op.op})"
-    return f"tl.{op.op}({p.arg(op.value)}, axis={axis})"
+        return f"tl.reduce({p.text(op.value)}, {axis}, nan_{op.op})"
+    return f"tl.{op.op}({p.text(op.value)}, axis={axis})"
 
 
-def _dot(p: Printer, op: t.Dot) -> str:
+def _dot(p: TritonPrinter, op: t.Dot) -> str:
     m, n = op.out.axes
     left = p.text(op.left) if op.left.axes == (m, op.axis) else f"tl.trans({p.text(op.left)})"
     right = p.text(op.right) if op.right.axes == (op.axis, n) else f"tl.trans({p.text(op.right)})"
@@ -210,69 +253,57 @@ def _dot(p: Printer, op: t.Dot) -> str:
     return f'tl.dot({left}, {right}{acc}, input_precision="ieee")'
 
 
-def _index(p: Printer, op: t.Index) -> str:
-    start = p.text(op.start) if op.start is not None else ""
+def _elements(p: TritonPrinter, op: t.Elements) -> str | Text:
+    first, level = p.first(op, "{} // {}", "{} % {}", count)
+    axis = p.program.axis(op.axis)
     if not op.out.axes:
-        return start or "0"
-    block = p.program.axis(op.axis).block
-    lanes = f"tl.arange(0, {block})" if op.out.axes == (op.axis,) else f"tl.arange(0, {2 * block}) % {block}"
-    return f"({start} + {lanes})" if start else f"({lanes})" if " " in lanes else lanes
+        return first, level
+    lanes = f"tl.arange(0, {axis.block})" + (f" % {axis.block // 2}" if axis.of else "")
+    return (lanes, TIMES if axis.of else ATOM) if first == "0" else (f"{first} + {lanes}", PLUS)
 
 
-def _sides(p: Printer, op: t.Sides) -> str:
-    block = p.program.axis(op.axis).block
-    return f"tl.where(tl.arange(0, {block}) < {block // 2}, {op.values[0]}, {op.values[1]})"
-
-
-def _half(p: Printer, op: t.Half) -> str:
+def _halves(p: TritonPrinter, op: t.Halves) -> str:
     """Both halves lie in the same lanes, so that taking them apart moves nothing."""
     shape: list[int] = []
     for a, n in zip(op.value.axes, p.program.block(op.value.axes), strict=True):
         shape += [2, n // 2] if a == op.axis else [n]
     at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of
     named = [of if a == op.axis else a for a in op.value.axes]
-    places = [i + (i >= at) for i in map(named.index, op.out.axes)]
-    return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))[{op.side}]"
+    places = [i + (i >= at) for i in map(named.index, op.outs[0].axes)]
+    return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
 
 
-def _program_id(p: Printer, op: t.ProgramId) -> str:
-    return p.program_id(op.axis, "({} // {})", "{} % {}", lambda axis: _count(p.program, axis))
+def count(blocks: int | t.AxisBlock) -> str:
+    """How many blocks an axis has, as text."""
+    if isinstance(blocks, int):
+        return str(blocks)
+    return f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})" if blocks.block > 1 else extent_name(blocks.name)
 
 
-def _count(program: t.TileProgram, axis: str) -> str:
-    """How many blocks an axis has."""
-    block, extent = program.axis(axis).block, extent_text(program, axis)
-    return blocks(program, axis, f"tl.cdiv({extent}, {block})" if block > 1 else extent)
-
-
-def _where(p: Printer, op: t.Where) -> str:
+def _where(p: TritonPrinter, op: t.Where) -> str:
     axes = op.out.axes
-    condition = p.typed(op.condition) if op.condition.name in p.literals else p.at(op.condition, axes)
-    return f"tl.where({condition}, {p.at(op.yes, axes)}, {p.at(op.no, axes)})"
+    condition = p.typed(op.condition) if op.condition in p.literals else p.at(op.condition, axes, LOOSEST)
+    return f"tl.where({condition}, {p.at(op.yes, axes, LOOSEST)}, {p.at(op.no, axes, LOOSEST)})"
 
 
-def _const(p: Printer, op: t.Const) -> str:
-    """A literal, but for -0.0 (of which Triton 3.6 makes 0.0) and where a literal would be of another dtype."""
-    if isinstance(op.value, float) and op.value == 0 and copysign(1, op.value) < 0:
-        bits = 8 * itemsize(op.out.dtype)
-        return f"tl.full((), {-(2 ** (bits - 1))}, tl.int{bits}).to({DTYPES[op.out.dtype]}, bitcast=True)"
-    narrow = op.out.dtype in ("float16", "bfloat16")
-    return f"tl.full((), {number(op.value)}, {DTYPES[op.out.dtype]})" if narrow else number(op.value)
+def _const(p: TritonPrinter, op: t.Const) -> str | Text:
+    """A literal, but where that would be of another dtype."""
+    text = number(op.value)
+    if op.out.axes or op.out.dtype in ("float16", "bfloat16", "int16", "int8"):
+        return f"tl.full({p.shape(op.out.axes)}, {text}, {DTYPES[op.out.dtype]})"
+    return text, literal_level(text)
 
 
-EXPRESSIONS = {
+EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     t.Const: _const,
-    t.Full: lambda p, op: f"tl.full({p.shape(op.out.axes)}, {number(op.value)}, {DTYPES[op.out.dtype]})",
-    t.ProgramId: _program_id,
-    t.Extent: lambda p, op: extent_text(p.program, op.axis),
-    t.Index: _index,
-    t.Sides: _sides,
-    t.Half: _half,
-    t.InBounds: lambda p, op: f"({p.text(op.index)} < {extent_text(p.program, op.axis)})",
+    t.Extent: lambda p, op: p.extent(op.axis),
+    t.Elements: _elements,
+    t.Halves: _halves,
+    t.InBounds: lambda p, op: p.in_bounds(op),
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]})",
     t.Bitcast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
-    t.Unary: lambda p, op: UNARY[op.op].format(a=p.typed(op.value), b=p.arg(op.value)),
+    t.Unary: _unary,
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,
@@ -302,22 +333,28 @@ def emit(kernel: t.Kernel) -> str:
 
     Its last argument, `PDL`, says whether it is launched with programmatic dependent launch (compute capability 9.0 and later).
     """
-    alone = len(kernel.sections) == 1
-    ahead = _asks_ahead(kernel)
-    printers = [TritonPrinter(s, EXPRESSIONS, "tl.program_id(0)" if alone else "pid") for s in kernel.sections]
+    alone, ahead, shared = len(kernel.sections) == 1, _asks_ahead(kernel), helpers(kernel)
+    pid = "pid" if _numbered(kernel) else "tl.program_id(0)"
+    printers = [TritonPrinter(h.section, EXPRESSIONS, pid, h.starts) for h in shared]
     bodies = [[*_alignment_hints(p.program), *p.whole(ahead)] for p in printers]
     lines = [*header(kernel, __version__), "import triton", "import triton.language as tl", IMPORT, ""]
     for name in sorted({h for p in printers for h in p.helpers}):
         lines += ["", HELPERS[name]]
-    if not alone:
-        for section, body in zip(kernel.sections, bodies, strict=True):
-            names = ["pid", *(a.name for a in arguments(section)), *(["PDL: tl.constexpr"] if ahead else [])]
-            lines += ["", "@triton.jit", f"def {section.name}(", *_wrapped(names), "):", *body, ""]
+    for helper, body in zip(shared, bodies, strict=True) if not alone else ():
+        told = [f"{name}: tl.constexpr" for name in helper.starts.values()]
+        takes = ["pid", *(a.name for a in arguments(helper.section)), *told, *(["PDL: tl.constexpr"] if ahead else [])]
+        lines += ["", "@triton.jit", f"def {helper.section.name}(", *_wrapped(takes), "):", *body, ""]
     args = arguments(kernel)
     fixed = [a.name for a in args if a.kind != "pointer"]
     lines += ["", f"@triton.jit(do_not_specialize={fixed!r})" if fixed else "@triton.jit", f"def {kernel_name(kernel)}("]
-    lines += _wrapped([*(a.name for a in args), "PDL: tl.constexpr"])
-    return "\n".join([*lines, "):", *([] if ahead else [OVERLAP]), *(bodies[0] if alone else _programs(kernel)), ""])
+    lines += [*_wrapped([*(a.name for a in args), "PDL: tl.constexpr"]), "):", *([] if ahead else [OVERLAP])]
+    lines += ["    pid = tl.program_id(0)"] if _numbered(kernel) else []
+    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel, shared)), ""])
+
+
+def _numbered(kernel: t.Kernel) -> bool:
+    """Whether the number of a program has a name: it is decoded, or handed on."""
+    return len(kernel.sections) > 1 or sum(n != 1 for s in kernel.sections for n in s.counts) > 1
 
 
 def _asks_ahead(kernel: t.Kernel) -> bool:
@@ -328,40 +365,39 @@ def _asks_ahead(kernel: t.Kernel) -> bool:
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait"
 
 
-def _programs(kernel: t.Kernel) -> list[str]:
-    """Which programs of a launch belong to which section."""
-    return _abreast(kernel) if isinstance(kernel, t.Joined) and kernel.abreast else _in_turn(kernel)
-
-
-def _in_turn(kernel: t.Kernel) -> list[str]:
-    """First all programs of the first section, and so on."""
-    lines, begin = ["    pid = tl.program_id(0)"], "0"
+def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
+    """Which programs of a launch belong to which section: those of one after those of another, or for each block of the
+    outermost axis those of every section."""
+    abreast = isinstance(kernel, t.Joined) and kernel.abreast
+    counts = [s.counts[1:] if abreast else s.counts for s in kernel.sections]
+    programs = [" * ".join(count(n) for n in each if n != 1) or "1" for each in counts]
+    known = [prod(n for n in each if isinstance(n, int)) if all(isinstance(n, int) for n in each) else None for each in counts]
+    calls = {section.name: (h.section, starts) for h in shared for section, starts in h.calls}
+    lines, begin, at = [], "0", "at" if abreast else "pid"
+    if abreast:
+        total = sum(n for n in known if n)
+        lines = [f"    at, turn = pid % {total}, pid // {total}"]
     for i, section in enumerate(kernel.sections):
-        counts = [_count(section, a) for a in section.grid]
-        end, call = f"end_{i}", _passed(kernel, section)
-        lines.append(f"    {end} = {begin} + {' * '.join(c for c in counts if c != '1') or '1'}".replace(" 0 +", ""))
-        inside = f"(pid >= {begin}) & (pid < {end})" if i else f"pid < {end}"
-        lines += [f"    if {inside}:", f"        {section.name}(pid{f' - {begin}' if i else ''}, {call})"]
+        if known[i] is not None and begin.isdecimal():
+            end = str(int(begin) + (known[i] or 0))
+        else:
+            end = f"end_{i}"
+            lines.append(f"    {end} = {begin} + {programs[i]}" if begin != "0" else f"    {end} = {programs[i]}")
+        inside = f"{at} < {end}" if begin == "0" else f"({at} >= {begin}) & ({at} < {end})"
+        own = (f"turn * {known[i]} + " if known[i] != 1 else "turn + ") * abreast + at + (f" - {begin}" if begin != "0" else "")
+        called, starts = calls[section.name]
+        told = [*map(str, starts), *(["PDL"] if _asks_ahead(kernel) else [])]
+        lines += [f"    if {inside}:", *_call(called.name, [own, *(a.name for a in arguments(section)), *told])]
         begin = end
     return lines
 
 
-def _abreast(kernel: t.Kernel) -> list[str]:
-    """For each block of the outermost axis the programs of every section."""
-    each = [prod(s.axis(a).blocks for a in s.grid[1:]) for s in kernel.sections]
-    lines, low = ["    pid = tl.program_id(0)"], 0
-    for section, count in zip(kernel.sections, each, strict=True):
-        at, high = f"pid % {sum(each)}", low + count
-        inside = f"({at} >= {low}) & ({at} < {high})" if low else f"{at} < {high}"
-        number = f"pid // {sum(each)} * {count} + {at}" + (f" - {low}" if low else "")
-        lines += [f"    if {inside}:", f"        {section.name}({number}, {_passed(kernel, section)})"]
-        low = high
-    return lines
-
-
-def _passed(kernel: t.Kernel, section: t.TileProgram) -> str:
-    """What a section is called with beside the number of its program."""
-    return ", ".join([*(a.name for a in arguments(section)), *(["PDL"] if _asks_ahead(kernel) else [])])
+def _call(name: str, passed: list[str]) -> list[str]:
+    """A call of a section, on as many lines as it takes."""
+    line = f"        {name}({', '.join(passed)})"
+    if len(line) <= LONGEST:
+        return [line]
+    return [f"        {name}(", *("        " + each for each in _wrapped(passed)), "        )"]
 
 
 def _wrapped(names: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from moekit.fusions import FUSIONS
 @click.option("--sizes", callback=parse_sizes, help="Sizes of axes, H=4096 (default: Qwen3-Next's); H?=1 for a dimension of 1.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
-@click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:1".')
+@click.option("--schedule", help='As `moekit show --as schedule` prints it: "tile:T:1 loop:H:1024 warps:4 stages:1".')
 @click.option("-o", "--output", type=OutputFile(), help="The file (default: stdout).")
 def export(
     fusion: str, backend: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None,

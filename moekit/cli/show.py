@@ -66,7 +66,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["reference", "graph", "tile", "triton", "pallas"]),
+    type=click.Choice(["reference", "graph", "schedule", "passes", "tile", "triton", "pallas"]),
     default="graph",
     show_default=True,
     help="Which step.",
@@ -74,11 +74,11 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option("--sizes", callback=parse_sizes, help="Sizes of axes, T=8,H=2048 (default: Qwen3-Next's).")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of every tensor that may have it.")
 @click.option("--params", callback=parse_parameters, help="Parameters of the fusion, k=10,renormalize=false.")
-@click.option("--schedule", help='As `--as tile` prints axes: "T:grid:1 H:loop:1024 warps:4 stages:2".')
+@click.option("--schedule", help='As `--as schedule` prints it: "tile:T:1 loop:H:1024 warps:4 stages:2".')
 def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict[str, Any], schedule: str | None) -> None:
-    """Show FUSION as its numpy reference, traced graph, tile program, or Triton or Pallas source.
+    """Show FUSION as reference, traced graph, schedule and cost, program after each pass or the last, or kernel source.
 
-    Dimensions that may be 1 are shown as 1. The schedule is the heuristic's if none is given.
+    Dimensions that may be 1 are shown as 1. The schedule is the rules' for few rows if none is given.
     """
     declared = _find(fusion)
     if form == "reference":
@@ -88,7 +88,7 @@ def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict
 
     binding = bound(declared, sizes, dtype, params)
     given = Schedule.parse(schedule) if schedule else None
-    print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "tile") else "python")
+    print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "schedule", "passes", "tile") else "python")
 
 
 def _find(name: str) -> Fusion:
@@ -142,8 +142,28 @@ def _graph(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     return str(fusion.trace(binding))
 
 
+def _schedule(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    """Launches, sections and directives, and what each launch costs."""
+    from moekit.compile.schedule.cost import cost
+
+    planned = _strided_plan(fusion, binding, schedule)
+    lines = []
+    for launch, one in zip(planned.schedule.launches, cost(planned.graph, planned.schedule, dict(binding.sizes)), strict=True):
+        lines += [f"# {one}", *launch.lines(), "then"]
+    return "\n".join(lines[:-1])
+
+
 def _tile(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     return str(_strided_plan(fusion, binding, schedule))
+
+
+def _passes(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    from moekit.compile.passes import watching
+
+    shown: list[str] = []
+    with watching(lambda name, program: shown.append(f"# after {name}\n{program}")):
+        _strided_plan(fusion, binding, schedule)
+    return "\n\n".join(shown)
 
 
 def _triton(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
@@ -158,7 +178,14 @@ def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     return "\n\n".join(emit(program).rstrip() for program in _viewed_plan(fusion, binding, schedule).programs)
 
 
-FORMS: dict[str, Callable[..., str]] = {"graph": _graph, "tile": _tile, "triton": _triton, "pallas": _pallas}
+FORMS: dict[str, Callable[..., str]] = {
+    "graph": _graph,
+    "schedule": _schedule,
+    "passes": _passes,
+    "tile": _tile,
+    "triton": _triton,
+    "pallas": _pallas,
+}
 
 
 def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:

@@ -20,7 +20,9 @@ def out_of_place(graph: Graph, names: frozenset[str]) -> Graph:
     for n in filter(names.__contains__, graph.tensors):
         new = written_name(n)
         tensors[new] = replace(graph.tensors[n], name=new, role="Out")
-    writes = tuple(replace(w, tensor=written_name(w.tensor)) if w.tensor in names else w for w in graph.writes)
+    writes = tuple(
+        replace(w, tensor=written_name(w.tensor), declared=w.output) if w.tensor in names else w for w in graph.writes
+    )
     return replace(graph, tensors=tensors, writes=writes)
 
 
@@ -40,5 +42,5 @@ def over_operand(graph: Graph, pairs: tuple[tuple[str, str], ...]) -> Graph:
     for output, operand in pairs:
         del tensors[output]
         tensors[operand] = replace(tensors[operand], role="InOut")
-        writes = tuple(replace(w, tensor=operand) if w.tensor == output else w for w in writes)
+        writes = tuple(replace(w, tensor=operand, declared=w.output) if w.tensor == output else w for w in writes)
     return replace(graph, tensors=tensors, writes=writes)

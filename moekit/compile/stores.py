@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from moekit.compile.analysis import axis_uses, reach
+from moekit.compile.schedule.facts import axis_uses, reach
 from moekit.errors import ScheduleError
 from moekit.lang.graph import Graph, Write
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.compile.alias import out_of_place, written_name
-from moekit.compile.alike import alike
-from moekit.compile.schedule import Schedule, legal
+from moekit.compile.rules.alike import alike
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
 from moekit.jax.explicit import automatically, axes_cut, kept

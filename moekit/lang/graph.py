@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from moekit.lang.spec import Dim
@@ -78,12 +79,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Write:
-    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`)."""
+    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`).
+
+    `declared`: what the declaration calls the output, where this form of it writes to another tensor.
+    """
 
     tensor: str
     value: int
     index: tuple[Index, ...]
     ids: tuple[int, ...] = ()
+    declared: str = field(default="", repr=False)
+
+    @property
+    def output(self) -> str:
+        """The output's name in the declaration, which schedules use."""
+        return self.declared or self.tensor
 
 
 @dataclass(frozen=True)
@@ -102,15 +112,19 @@ class Graph:
     names: dict[int, str] = field(default_factory=dict)
     lines: dict[int, str] = field(default_factory=dict)
 
-    def live(self) -> list[int]:
+    def live(self) -> tuple[int, ...]:
         """The nodes some output needs, in order."""
+        return self._live
+
+    @cached_property
+    def _live(self) -> tuple[int, ...]:
         needed, stack = set(), [n for w in self.writes for n in (w.value, *w.ids)]
         while stack:
             node = stack.pop()
             if node not in needed:
                 needed.add(node)
                 stack.extend(self.nodes[node].args)
-        return sorted(needed)
+        return tuple(sorted(needed))
 
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""

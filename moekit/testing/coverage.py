@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moekit.compile.heuristic import heuristic
+from moekit.compile.rules import heuristic
 from moekit.compile.schedule import Schedule
 from moekit.lang.dtypes import is_float
 from moekit.lang.fusion import Binding, Fusion
@@ -28,7 +28,7 @@ def _heuristic(fusion: Fusion, binding: Binding) -> Schedule:
 def blocks(case: FuzzCase) -> dict[str, int]:
     """The block of every axis under the case's schedule."""
     schedule = schedule_of(case) or _heuristic(case.declaration, static(case))
-    return {axis: block for axis, _, block in schedule.axes}
+    return {d.axis: d.block for section in schedule.launches[0].sections for d in section.axes if d.axis in case.extents}
 
 
 def tail(case: FuzzCase) -> str:

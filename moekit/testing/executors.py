@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile import interpret
 from moekit.compile.alias import out_of_place, over_operand, written_name
 from moekit.compile.dense import strided
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule, legal
-from moekit.compile.tile import Strided
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
+from moekit.compile.tile import Strided, interpret
 from moekit.errors import UnavailableError
 from moekit.lang.fusion import Binding, Fusion
 from moekit.testing import interpreted

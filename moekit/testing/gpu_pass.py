@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile.interpret import poison
+from moekit.compile.tile.interpret import poison
 from moekit.files import write_text
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moekit.compile.interpret import poison
 from moekit.compile.tile import Strided
+from moekit.compile.tile.interpret import poison
 
 MARGIN = 64  # elements of canary before and after; a multiple of 16 bytes for every dtype
 CANARY = 0xA5

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile.analysis import axis_uses, gathered
+from moekit.compile.schedule.facts import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Along, Graph

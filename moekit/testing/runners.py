@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moekit.compile import interpret
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
+from moekit.compile.tile import interpret
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 from moekit.testing.layouts import (

@@ -1,86 +1,74 @@
-"""Legal schedules that differ from the heuristic's in every way the compiler knows."""
+"""Legal schedules that differ from the rules' in every way the compiler knows."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from moekit.compile.analysis import axis_uses, gemm_axes
-from moekit.compile.heuristic import heuristic
-from moekit.compile.schedule import Schedule, legal, pow2
-from moekit.compile.sections import sections
+from moekit.compile.rules import heuristic, spread
+from moekit.compile.schedule import Launch, Loop, Parts, Schedule, Section, Split, Tile, Whole, pow2
+from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
+from moekit.compile.schedule.legal import legal
 from moekit.lang.graph import Graph
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
     "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one), and
-    for products "tall" (blocks of 64 rows, in two parts one after the other); "apart" (on the grid whatever some section
-    can have there, which the others then take as the heuristic would).
+    for products "tall" (blocks of 64 rows, in two parts one after the other); "apart" (blocks of four along whatever a section
+    can have programs along).
     """
-    base = heuristic(graph)
-    found: dict[str, Schedule | None] = {"heuristic": None}
-    for name, schedule in (
-        ("looped", _reshaped(graph, base, reduced=("loop", 4), parallel=2)),
-        ("dots", _reshaped(graph, base, reduced=("loop", 16), parallel=16)),
-        ("rows", _reshaped(graph, base, reduced=None, parallel=8)),
-        ("small", _reshaped(graph, base, reduced=("loop", 1), parallel=1)),
-        ("whole", _reshaped(graph, base, reduced=("whole", 0), parallel=4)),
-    ):
-        if legal(graph, schedule) is None and schedule not in found.values() and schedule != base:
+    found: dict[str, Schedule | None] = {}
+
+    def offer(name: str, schedule: Schedule) -> None:
+        new = name not in found and schedule not in (*found.values(), heuristic(graph))
+        if new and legal(graph, schedule) is None:
             found[name] = schedule
+
+    offer("looped", _spread(graph, _loop(4), 2))
+    offer("dots", _spread(graph, _loop(16), 16))
+    offer("rows", _spread(graph, None, 8))
+    offer("small", _spread(graph, _loop(1), 1))
+    offer("whole", _spread(graph, _whole, 4))
     for axis, use in axis_uses(graph).items():
-        split = _reshaped(graph, base, reduced=("loop", 8), parallel=4)
-        split = Schedule(split.axes, ((axis, 3),), split.warps, split.stages)
-        if use.reduced and "split" not in found and legal(graph, split) is None:
-            found["split"] = split
-            in_a_row = replace(split, split=(), parts=split.split)
-            found |= {"parts": in_a_row} if legal(graph, in_a_row) is None else {}
-        single = _reshaped(graph, base, reduced=("loop", 1), parallel=2)
-        single = Schedule(single.axes, ((axis, 2),), single.warps, single.stages)
-        if use.reduced and "single parts" not in found and legal(graph, single) is None:
-            found["single parts"] = single
-        if use.reduced and "tall" not in found and (tall := _tall(graph, base, axis)):
-            found["tall"] = tall
-    apart = base
-    for use in (use for g in sections(graph) for use in axis_uses(g).values() if use.parallel and not _single(graph, use.name)):
-        apart = apart.with_axis(use.name, "grid", 4)
-    if apart != base and legal(graph, apart) is None:
-        found["apart"] = apart
-    return found
+        if use.reduced and use.extent is not None:
+            offer("split", _spread(graph, _loop(8), 4, Split(axis, 3)))
+            if "split" in found:
+                offer("parts", _spread(graph, _loop(8), 4, parts=Parts(axis, 3)))
+            offer("single parts", _spread(graph, _loop(1), 2, Split(axis, 2)))
+            if tall := _tall(graph, axis):
+                offer("tall", tall)
+    offer("apart", heuristic(graph).each(lambda s: _apart(graph, s), first=True))
+    return {"heuristic": None, **found}
 
 
-def _tall(graph: Graph, base: Schedule, axis: str) -> Schedule | None:
+def _loop(block: int):
+    return lambda use: Loop(use.name, block)
+
+
+def _whole(use: AxisUse) -> Loop | Whole:
+    return Loop(use.name, 2) if use.extent is None else Whole(use.name, pow2(use.extent))
+
+
+def _spread(graph: Graph, reduced, parallel: int, split: Split | None = None, parts: Parts | None = None) -> Schedule:
+    """The rules' schedule with reduced axes as `reduced` says, and blocks of `parallel` along the others."""
+    axes = []
+    for use in axis_uses(graph).values():
+        if not use.whole:
+            held = [] if reduced is None else [reduced(use)]
+            axes += held if not use.parallel else []
+            axes.append(Tile(use.name, 1 if use.name in scattered(graph) else parallel))  # for the sections that can
+    section = Section((), (*axes, *([parts] if parts else [])))
+    return spread(graph, Launch((section,), (split,) if split else ()))
+
+
+def _tall(graph: Graph, axis: str) -> Schedule | None:
     """As many rows as make twins of products that can be, in parts; None where no product over `axis` has dynamic rows."""
-    gemms = [g for i in graph.live() if (g := gemm_axes(graph, i)) and g.k == axis and graph.axes[g.m] is None]
-    if not gemms:
+    products = [g for g in gemms(graph).values() if g.k == axis and graph.axes[g.m] is None]
+    if not products:
         return None
-    dots = _reshaped(graph, base, reduced=("loop", 16), parallel=16).with_axis(gemms[0].m, block=64)
-    for gemm in gemms:
-        dots = dots.with_axis(gemm.n, "grid", 16)
-    tall = replace(dots, split=(), parts=((axis, 2),))
-    return tall if legal(graph, tall) is None else None
+    axes = {a: Tile(a, 1 if a in scattered(graph) else 16) if u.parallel else Loop(a, 16) for a, u in axis_uses(graph).items()}
+    axes |= {g.n: Tile(g.n, 16) for g in products} | {products[0].m: Tile(products[0].m, 64)}
+    return spread(graph, Launch((Section((), (*axes.values(), Parts(axis, 2))),)))
 
 
-def _reshaped(graph: Graph, base: Schedule, reduced: tuple[str, int] | None, parallel: int) -> Schedule:
-    """`base` with reduced axes in the given mode and block, and blocks of `parallel` along the others."""
-    uses = axis_uses(graph)
-    for axis, mode, _ in base.axes:
-        use = uses[axis]
-        if use.whole:
-            continue
-        if use.parallel:
-            block = 1 if base.block(axis) == 1 and parallel > 1 and _single(graph, axis) else parallel
-            base = base.with_axis(axis, block=block)
-        elif reduced is not None:
-            kind, block = reduced
-            if kind == "whole" and use.extent is None:
-                kind, block = "loop", 2
-            base = base.with_axis(axis, kind, pow2(use.extent) if kind == "whole" and use.extent is not None else block)
-        elif mode == "loop":
-            base = base.with_axis(axis, block=max(1, base.block(axis) // 2))
-    return base
-
-
-def _single(graph: Graph, axis: str) -> bool:
-    """Whether ids of a `put` run along the axis, so that its blocks must be single elements."""
-    return any(axis in graph.nodes[n].axes for w in graph.writes for n in w.ids)
+def _apart(graph: Graph, section: Section) -> Section:
+    tiles = [Tile(d.axis, 4) for d in section.all(Tile) if d.axis in graph.axes and d.axis not in scattered(graph)]
+    return section.but(*tiles)

@@ -11,10 +11,11 @@ import torch
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
 from moekit.compile.alias import may_overwrite, out_of_place, over_operand, written_name
-from moekit.compile.alike import alike
 from moekit.compile.overlap import Region, overlap, overlaps_itself
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule, legal
+from moekit.compile.rules.alike import alike
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.lang.arguments import refuse_empty
 from moekit.lang.fusion import Binding, Fusion

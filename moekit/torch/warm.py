@@ -47,7 +47,7 @@ def warmup(
 
     `sizes`: sizes of axes by name, or several such mappings (Qwen3-Next's where nothing is said; axes a fusion does not have
     are passed over). A fusion is called once for each class of rows that has a schedule of its own (`row_classes` of
-    moekit.compile.heuristic), unless T is given: then for that alone. `params`: parameters by name, passed to the fusions that
+    moekit.compile.rules), unless T is given: then for that alone. `params`: parameters by name, passed to the fusions that
     have them. `device`: the current CUDA device, or the CPU where there is none. Compiled kernels stay in Triton's own cache.
     Raises MoekitError for a fusion that is not there.
     """

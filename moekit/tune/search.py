@@ -1,19 +1,39 @@
 """Searching the legal schedules of a graph: from the heuristic's, step by step, for each bucket of rows.
 
 First every bucket by itself. Then, because a row's result may not depend on the rows beside it, all buckets together: only
-schedules that add up in the same order (compile/order.py) can serve them side by side, so one order is chosen for all.
+schedules that add up in the same order (compile/rules/order.py) can serve them side by side, so one order is chosen for all.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moekit.compile.analysis import axis_uses
-from moekit.compile.order import Order
-from moekit.compile.schedule import WARPS, Schedule, legal, pow2, uses_dot
+from moekit.compile.rules import spread
+from moekit.compile.rules.order import Order
+from moekit.compile.schedule import (
+    Abreast,
+    Launch,
+    Loop,
+    Pair,
+    Parts,
+    Prefetch,
+    Schedule,
+    Section,
+    Split,
+    Stage,
+    Stages,
+    Tile,
+    Warps,
+    Whole,
+    pow2,
+)
+from moekit.compile.schedule.cuts import launched, part, section_graphs, stageable
+from moekit.compile.schedule.directives import Axis
+from moekit.compile.schedule.facts import shares, twins
+from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
 from moekit.lang.graph import Graph
 from moekit.tune.table import heuristics, order_of, rows_axis
 
@@ -79,56 +99,87 @@ class Timed:
 
 
 def neighbours(graph: Graph, schedule: Schedule) -> list[Schedule]:
-    """Legal schedules that are one step away: a block, the warps or both doubled or halved, a stage more or less, an axis held
+    """Legal schedules that are one step away in one directive: a block, the warps or both doubled or halved, a stage more or
 
-    whole or looped over, the parts of a split axis doubled or halved, in two launches or in one.
+    less, an axis held whole or looped over, a pair or a prefetch more or less, sections abreast or not, the parts of a sum
+    doubled or halved, in two launches or in one, a value staged or not.
     """
-    uses, found = axis_uses(graph), []
-    for axis, mode, block in schedule.axes:
-        sizes = [block * 2, block // 2] if mode != "whole" else []
+    found = list(_cuts(graph, schedule))
+    for n, (launch, g, _) in enumerate(launched(graph, schedule)):
+        found += [_with(schedule, n, step) for step in (*_axis_steps(g, launch), *_shared_steps(g, launch))]
+    return [s for s in dict.fromkeys(found) if s != schedule and legal(graph, s) is None and _keeps_dots(graph, schedule, s)]
+
+
+def _with(schedule: Schedule, n: int, launch: Launch) -> Schedule:
+    return Schedule((*schedule.launches[:n], launch, *schedule.launches[n + 1 :]))
+
+
+def _axis_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
+    """Another block of an axis, or another way to hold it, in all sections that hold it alike."""
+    for d in dict.fromkeys(d for s in launch.sections for d in s.axes):
+        extent, several = graph.axes[d.axis], {a for s in launch.sections for a in s.parts} | set(shares(graph))
+        sizes = [x for x in (d.block * 2, d.block // 2) if 1 <= x <= pow2(extent or x)] if not isinstance(d, Whole) else []
         for size in sizes:
-            if 1 <= size <= pow2(uses[axis].extent or size):
-                step = schedule.with_axis(axis, block=size)
-                found.append(step)
-                if mode == "grid":
-                    warps = schedule.warps * 2 if size > block else schedule.warps // 2
-                    found.append(replace(step, warps=warps))
-        if not uses[axis].parallel and mode == "whole" and block > 64:
-            found.append(schedule.with_axis(axis, "loop", block // 2))
-        elif not uses[axis].parallel and mode == "loop" and uses[axis].extent is not None and not _several(schedule):
-            found.append(schedule.with_axis(axis, "whole", pow2(uses[axis].extent or 1)))
-    found += [replace(schedule, warps=w) for w in (schedule.warps * 2, schedule.warps // 2)]
-    if any(mode == "loop" for _, mode, _ in schedule.axes):
-        found += [replace(schedule, stages=s) for s in (schedule.stages + 1, schedule.stages - 1) if s <= LONGEST_PIPELINE]
-        found += _cuts(graph, schedule)
-    return [s for s in dict.fromkeys(found) if s.warps in WARPS and s != schedule and _sensible(graph, schedule, s)]
+            step = _everywhere(launch, d, replace(d, block=size))
+            yield step
+            if isinstance(d, Tile):
+                yield step.but(Warps(launch.warps * 2 if size > d.block else launch.warps // 2))
+        if isinstance(d, Whole) and d.block > 64:
+            yield _everywhere(launch, d, Loop(d.axis, d.block // 2))
+        elif isinstance(d, Loop) and extent is not None and d.axis not in several:
+            yield _everywhere(launch, d, Whole(d.axis, pow2(extent)))
 
 
-def _several(schedule: Schedule) -> tuple[tuple[str, int], ...]:
-    return schedule.split or schedule.parts
+def _everywhere(launch: Launch, old: Axis, new: Axis) -> Launch:
+    return replace(launch, sections=tuple(s.but(new) if old in s.directives else s for s in launch.sections))
 
 
-def _cuts(graph: Graph, schedule: Schedule) -> list[Schedule]:
-    """Other numbers of parts, and the same number in the other form."""
-    found = []
-    for axis, mode, _ in schedule.axes:
-        if mode != "loop" or graph.axes[axis] is None:
+def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
+    """Other warps, stages, pairs, prefetches; sections abreast or not."""
+    yield from (launch.but(Warps(w)) for w in (launch.warps * 2, launch.warps // 2))
+    if any(s.all(Loop) for s in launch.sections):
+        yield from (launch.but(Stages(n)) for n in (launch.stages + 1, launch.stages - 1) if n <= LONGEST_PIPELINE)
+    for n, section in enumerate(launch.sections):
+        mine = part(graph, section.outputs)
+        every = [*(Pair(x) for x in twins(mine)), *(Prefetch(x) for x in prefetchable(mine, section))]
+        for d in every:
+            has = d in section.directives
+            other = replace(section, directives=tuple(x for x in section.directives if x != d)) if has else section.but(d)
+            yield replace(launch, sections=(*launch.sections[:n], other, *launch.sections[n + 1 :]))
+    if launch.all(Abreast):
+        yield launch.without(Abreast)
+
+
+def _cuts(graph: Graph, schedule: Schedule) -> Iterator[Schedule]:
+    """Other numbers of parts, and the same number in the other form; values staged."""
+    launch = schedule.launches[0]
+    axes = {d.axis: d for s in reversed(launch.sections) for d in s.axes}
+    wish = Launch((Section((), tuple(axes.values())),), launch.without(Abreast, Split, Stage).directives)
+    for d in wish.sections[0].all(Loop):
+        if graph.axes.get(d.axis) is None:
             continue
-        now = dict(_several(schedule)).get(axis, 1)
-        for parts in {1, 2, now * 2, now // 2} - {now, 0}:
-            several = ((axis, parts),) if parts > 1 else ()
-            found.append(replace(schedule, split=several, parts=()))
-        if now > 1:
-            found.append(replace(schedule, split=schedule.parts, parts=schedule.split))
-    return found
+        parts = max(s.parts.get(d.axis, 1) for s in launch.sections)
+        split = launch.cut.count if isinstance(launch.cut, Split) and launch.cut.axis == d.axis else 1
+        for count in {1, 2, parts * split * 2, parts * split // 2} - {parts * split, 0}:
+            yield spread(graph, wish.but(Split(d.axis, count)) if count > 1 else wish)
+        if split > 1:
+            yield spread(graph, replace(wish, sections=(wish.sections[0].but(Parts(d.axis, split)),)))
+        if parts > 1:
+            yield spread(graph, wish.but(Split(d.axis, parts)))
+    if launch.cut is None:
+        yield from (spread(graph, wish.but(Stage(value))) for value in stageable(graph))
 
 
-def _sensible(graph: Graph, before: Schedule, after: Schedule) -> bool:
-    """Whether a schedule is legal and keeps on the matrix unit what is there."""
-    if legal(graph, after) is not None:
-        return False
-    dots = [i for i in graph.live() if graph.nodes[i].op == "contract" and uses_dot(graph, before, i)]
-    return all(uses_dot(graph, after, i) for i in dots)
+def _keeps_dots(graph: Graph, before: Schedule, after: Schedule) -> bool:
+    """Whether as many products as before run on the matrix unit."""
+    return _dots(graph, after) >= _dots(graph, before)
+
+
+def _dots(graph: Graph, schedule: Schedule) -> int:
+    pairs = [
+        p for launch, g, _ in launched(graph, schedule) for p in zip(section_graphs(g, launch), launch.sections, strict=True)
+    ]
+    return sum(g.nodes[i].op == "contract" and uses_dot(g, s, i) for g, s in pairs for i in g.live())
 
 
 @dataclass
@@ -220,7 +271,9 @@ class _Search:
     def _steps(self, bucket: int, best: Schedule, order: Order | None) -> list[Schedule]:
         """Neighbours whose blocks of rows are not beyond the bucket's rows (a product's tile has 16)."""
         most, axis = max(16, pow2(max(self.tokens[bucket]))), rows_axis(self.graph)
-        near = [s for s in neighbours(self.graph, best) if all(b <= most for a, _, b in s.axes if a == axis)]
+        sections = lambda s: (x for launch in s.launches for x in launch.sections)  # noqa: E731
+        blocks = lambda s: (d.block for x in sections(s) for d in x.all(Tile) if d.axis == axis)  # noqa: E731
+        near = [s for s in neighbours(self.graph, best) if max(blocks(s), default=1) <= most]
         return [s for s in near if order is None or self.order(s) == order]
 
 

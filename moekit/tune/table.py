@@ -19,10 +19,11 @@ from math import isqrt
 
 from moekit.backends import triton as emitter
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import heuristic, row_classes, tokens_class
-from moekit.compile.order import Order, order
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule, legal
+from moekit.compile.rules import heuristic, row_classes, tokens_class
+from moekit.compile.rules.order import Order, order
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
 from moekit.errors import MoekitError
 from moekit.lang.graph import Graph
 
@@ -172,11 +173,11 @@ def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, se
     for least in buckets(graph):
         made = _contiguous(graph, heuristics(graph, [least])[0])
         texts |= _texts(made)
-        orders |= set() if least in schedules else {order(made)}
+        orders |= set() if least in schedules else {order(made.programs)}
     for schedule in dict.fromkeys(schedules.values()):
         made = _contiguous(graph, schedule)
         texts |= _texts(made)
-        orders.add(order(made))
+        orders.add(order(made.programs))
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16], orders
 
 
@@ -188,7 +189,7 @@ def heuristics(graph: Graph, rows: Iterable[int]) -> list[Schedule]:
 
 def order_of(graph: Graph, schedule: Schedule) -> Order:
     """In which order a schedule adds up."""
-    return order(_contiguous(graph, schedule))
+    return order(_contiguous(graph, schedule).programs)
 
 
 def _contiguous(graph: Graph, schedule: Schedule) -> Plan:

@@ -87,12 +87,13 @@ SAMPLES = {
         "add_rms_norm",
         {"x": (4, 5000), "residual": (4, 5000), "weight": (5000,)},
         {"offset": 0.0},
-        schedule="T:grid:1 H:loop:1024 warps:4 stages:2",
+        schedule="tile:T:1 loop:H:1024 warps:4 stages:2",
     ),
     "gate_gemm_split": Sample(
         "gate_gemm",
         {"x": (4, 2048), "packed": (648, 2048)},
-        schedule="T:grid:16 D:loop:256 P:grid:32 split:D:4 warps:4 stages:2",
+        schedule="tile:D.part:1 tile:T:16 loop:D:256 tile:P:32 prefetch:packed warps:4 stages:2 split:D:4 then "
+        "loop:D.part:1 tile:T:1 tile:P:256 warps:4 stages:1",
     ),
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
@@ -100,7 +101,8 @@ SAMPLES = {
     "gate_projections_parts": Sample(
         "gate_projections",
         {"x": (4, 2048), **_GATES},
-        schedule="T:grid:16 D:loop:64 E:grid:32 G:grid:16 I:grid:32 parts:D:2 warps:4 stages:3",
+        schedule="activated(tile:T:16 loop:D:64 tile:I:32 parts:D:2) logits(tile:T:16 loop:D:64 tile:E:32 parts:D:2) "
+        "share(tile:T:16 loop:D:64 tile:G:16 parts:D:2 prefetch:shared_gate) warps:4 stages:3 abreast:T",
     ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(
@@ -117,6 +119,9 @@ GOLDEN = {
     **SAMPLES,
     "topk_softmax_float32": replace(SAMPLES["topk_softmax"], dtype="float32", shapes={"logits": (4, 60)}),
     "gate_projections_rows": replace(
-        SAMPLES["gate_projections"], schedule="T:grid:128 D:loop:64 E:grid:128 G:grid:16 I:grid:64 parts:D:4 warps:8 stages:4"
+        SAMPLES["gate_projections"],
+        schedule="activated(tile:T:128 loop:D:64 tile:I:64 parts:D:4 pair:gate_up) "
+        "logits(tile:T:128 loop:D:64 tile:E:128 parts:D:4) "
+        "share(tile:T:128 loop:D:128 tile:G:16 parts:D:4 prefetch:shared_gate) warps:8 stages:4 abreast:T",
     ),
 }

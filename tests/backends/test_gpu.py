@@ -149,7 +149,7 @@ def test_a_row_has_the_same_bits_in_every_class_of_rows(name, width):
     """Bitwise, at sizes of a model: the first rows of many, and few rows alone, by every tile that the heuristic has."""
     import torch
 
-    from moekit.compile.heuristic import row_classes
+    from moekit.compile.rules import row_classes
     from moekit.fusions import FUSIONS
     from moekit.torch import op
 
@@ -178,7 +178,7 @@ def test_products_have_the_same_bits_in_tiles_of_any_number_of_rows(width, dtype
     """All float32 sums of a product, unrounded: tiles of 16 rows are made by another instruction than larger ones."""
     import torch
 
-    from moekit.compile.heuristic import row_classes
+    from moekit.compile.rules import row_classes
     from moekit.lang import In, contract, fusion
     from moekit.torch import op
 
@@ -204,7 +204,7 @@ def test_a_short_row_has_the_same_bits_in_larger_programs(shape, start):
     """Bitwise, whether its elements can be loaded together or one by one."""
     import torch
 
-    from moekit.compile.heuristic import row_classes
+    from moekit.compile.rules import row_classes
     from moekit.fusions import FUSIONS
     from moekit.torch import gated_rms_norm
 

@@ -8,14 +8,14 @@ import json
 import math
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.heuristic import heuristic, row_classes
+from moekit.compile.passes.flatten import flatten
 from moekit.compile.plan import plan
+from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.schedule import Schedule
 from moekit.lang import In, cast, contract, fusion
 
@@ -149,7 +149,7 @@ def test_a_narrow_load_a_spill_and_a_wasteful_kernel_are_seen():
     (even,) = plan(graph, None, strided(graph, dict(binding.sizes))).programs
     assert build(odd).narrow == {"gate_up": 2}
     assert build(odd).per_element > MARGIN * build(even).per_element
-    huge = Schedule.parse("T:grid:128 D:loop:64 P:grid:128 parts:D:4 warps:4 stages:3")
+    huge = Schedule.parse("tile:T:128 loop:D:64 tile:P:128 parts:D:4 warps:4 stages:3")
     sample = CALLS["gate_gemm 648"]
     _, binding, graph = sample.bound()
     (spilling,) = plan(graph, huge, strided(graph, dict(binding.sizes))).programs
@@ -167,11 +167,10 @@ def test_two_products_of_a_flat_loop_would_wait_for_each_other():
     """Why the compiler makes none, and what `serial` sees."""
     shapes = {"x": (4, HIDDEN), "one": (512, HIDDEN), "other": (512, HIDDEN)}
     graph = two_weights.trace(two_weights.bind(shapes, dict.fromkeys(shapes, "bfloat16"), {}))
-    schedule = Schedule.parse("T:grid:128 D:loop:64 P:grid:64 parts:D:4 warps:8 stages:3")
+    schedule = Schedule.parse("tile:T:128 loop:D:64 tile:P:64 parts:D:4 warps:8 stages:3")
     (program,) = plan(graph, schedule, strided(graph, {"T": 4})).programs
-    flat = [replace(op, flat=True) if isinstance(op, t.Loop) else op for op in program.body]
     assert not build(program).serial
-    assert build(replace(program, body=tuple(flat))).serial
+    assert build(flatten(program, most=2)).serial
 
 
 def test_widths_are_attributed_to_operands():

@@ -5,11 +5,11 @@ import re
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.alike import alike
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import heuristic, row_classes
-from moekit.compile.order import order
 from moekit.compile.plan import plan
+from moekit.compile.rules import heuristic, row_classes
+from moekit.compile.rules.alike import alike
+from moekit.compile.rules.order import order
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
@@ -62,7 +62,7 @@ def test_a_row_is_shared_out_alike_whatever_the_number_of_rows(name, sizes, dtyp
     assert found[0]
     assert all(shares == found[0] for shares in found)
     for planned, (shared, *_) in zip(plans, found, strict=True):
-        (said,) = order(planned)
+        (said,) = order(planned.programs)
         assert shared in said[-1], said
 
 
@@ -100,8 +100,8 @@ def test_rows_of_a_view_lie_along_its_base():
 def test_what_is_shared_out_otherwise_has_another_order():
     """Two warps for four rows give a row that cannot be loaded in one go other lanes than four warps for eight do."""
     graph, sizes = _graph("gated_rms_norm", {"V": 4, "D": 128}, "bfloat16")
-    few, many = (Schedule.parse(f"T:grid:{t} V:grid:4 D:whole:128 warps:{w} stages:1") for t, w in ((1, 2), (2, 4)))
+    few, many = (Schedule.parse(f"tile:T:{t} tile:V:4 whole:D:128 warps:{w} stages:1") for t, w in ((1, 2), (2, 4)))
     shares = {k: [_shares(_plan(graph, sizes, s, k).programs[0]) for s in (few, many)] for k in ("aligned", "any")}
     assert shares["aligned"][0] == shares["aligned"][1]
     assert shares["any"][0] != shares["any"][1]
-    assert order(_plan(graph, sizes, few, "aligned")) != order(_plan(graph, sizes, many, "aligned"))
+    assert order(_plan(graph, sizes, few, "aligned").programs) != order(_plan(graph, sizes, many, "aligned").programs)

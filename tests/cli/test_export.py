@@ -20,7 +20,7 @@ def test_export_to_a_file_and_to_stdout(moekit, tmp_path):
 
 def test_export_with_a_schedule_and_a_dimension_of_one(moekit):
     shown = moekit(
-        "export", "shared_expert_combine", "--sizes", "H=64,H?=1", "--schedule", "T:grid:1 H:grid:64 warps:2 stages:1"
+        "export", "shared_expert_combine", "--sizes", "H=64,H?=1", "--schedule", "tile:T:1 tile:H:64 warps:2 stages:1"
     )
     assert shown.exit_code == 0
     assert "gate: bfloat16 (T, 1)" in shown.stdout
@@ -31,7 +31,7 @@ def test_export_asked_wrongly(moekit):
     wrong = (
         ("rope",),
         ("silu_and_mul", "--dtype", "int8"),
-        ("silu_and_mul", "--schedule", "T:grid:1"),
+        ("silu_and_mul", "--schedule", "tile:T:1"),
         ("add_rms_norm", "--sizes", "H=0"),
         ("add_rms_norm", "--sizes", "H=99999999999"),
     )

@@ -11,6 +11,7 @@ from moekit.fusions import FUSIONS
 FORMS = {
     "reference": r"def reference\(",
     "graph": r"graph {name}\(",
+    "schedule": r"(?m)^# {name}\w*: \d+ programs, .*\n.*tile:T:\d+",
     "tile": r"program {name}\w*\(",
     "triton": "@triton.jit",
     "pallas": r"def {name}\w*_kernel\(",  # a launch of several says which it is
@@ -54,8 +55,9 @@ def test_sizes_dtype_parameters_and_schedule_are_used(moekit):
     assert "H=48" in graph
     assert "float16[T, H]" in graph
     assert "0.25" in graph
-    schedule = "T:grid:2 H:loop:32 warps:2 stages:3"
-    assert str(Schedule.parse(schedule)) == schedule
+    schedule = "tile:T:2 loop:H:32 warps:2 stages:3"
+    shown = moekit("show", "add_rms_norm", "--as", "schedule", "--sizes", "H=48", "--schedule", schedule).stdout
+    assert str(Schedule.parse("\n".join(line for line in shown.splitlines() if not line.startswith("#")))) == schedule
     tile = moekit("show", "add_rms_norm", "--as", "tile", "--sizes", "H=48", "--schedule", schedule).stdout
     assert "axis H: 48 in loop blocks of 32" in tile
     assert "2 warps, 3 stages" in tile
@@ -78,7 +80,7 @@ def test_sizes_dtype_parameters_and_schedule_are_used(moekit):
         (["topk_softmax", "--sizes", "E=4"], "k"),
         (["add_rms_norm", "--as", "tile", "--schedule", "H"], "cannot read schedule 'H'"),
         (
-            ["add_rms_norm", "--as", "tile", "--schedule", "T:grid:3 H:whole:2048"],
+            ["add_rms_norm", "--as", "tile", "--schedule", "tile:T:3 whole:H:2048"],
             "a block is a power of two",
         ),
     ],

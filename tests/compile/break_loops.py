@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import programs as good
-from breakers import breaks, with_ops
+from breakers import breaks, with_axis, with_ops
 
 from moekit.compile import tile as t
 
 
 def flat_loop(program: t.TileProgram) -> t.Loop:
-    return next(op for op in good.operations(program, t.Loop) if op.flat)
+    return next(op for op in good.operations(program, t.Loop) if len(op.over) > 1)
+
+
+def is_flat(op: t.Loop) -> bool:
+    return len(op.over) > 1
 
 
 @breaks("grid")
@@ -24,80 +28,91 @@ def dynamic_axis_not_outermost():
     return replace(good.gemm_program(), grid=("P", "T"))
 
 
-@breaks("grid_indices")
-def twins_of_the_first_program_everywhere():
-    return with_ops(good.tall_program(), t.Index, lambda op: op.out.axes == ("I.twice",), start=None)
-
-
-@breaks("grid_indices")
-def every_program_does_the_first_block():
-    return with_ops(good.norm_program(), t.Index, lambda op: op.axis == "T", start=None)
-
-
-@breaks("grid_indices")
-def blocks_that_overlap():
-    program = good.norm_program()
-    start = next(op for op in good.operations(program, t.Binary) if op.op == "mul" and op.out.dtype == "int32")
-    half = t.Const(t.Value("half", "int32"), 2)
-    changed = with_ops(program, t.Binary, lambda op: op == start, right=half.out)
-    return replace(changed, body=(half, *changed.body))
-
-
 @breaks("loops_cover")
-def loop_that_ends_early():
-    return with_ops(good.looped_program(), t.Loop, stop=48)
-
-
-@breaks("loops_cover")
-def loop_that_steps_too_far():
-    return with_ops(good.looped_program(), t.Loop, step=32)
+def loop_over_an_axis_of_the_grid():
+    program = good.looped_program()
+    return with_ops(program, t.Loop, over=("T",))
 
 
 @breaks("loops_cover")
 def loop_that_sees_the_first_block_only():
+    return with_ops(good.looped_program(), t.Elements, lambda op: op.axis == "H", turn=None)
+
+
+@breaks("loops_cover")
+def loop_that_sees_the_block_of_another():
     program = good.looped_program()
-    zero = t.Const(t.Value("zero", "int32"), 0)
+    zero = t.Const(t.Value(900, "int32"), 0)
     program = replace(program, body=(zero, *program.body))
-    return with_ops(program, t.Index, lambda op: op.axis == "H", start=zero.out)
+    return with_ops(program, t.Elements, lambda op: op.axis == "H", turn=zero.out)
+
+
+@breaks("loops_cover")
+def rows_that_begin_at_the_turn_of_a_loop():
+    program = good.looped_program()
+    rows = next(op for op in good.operations(program, t.Elements) if op.axis == "T")
+    loop = good.operations(program, t.Loop)[0]
+    inner = replace(rows, out=replace(rows.out, number=900), turn=loop.vars[0])
+    return with_ops(program, t.Loop, lambda op: op == loop, body=(inner, *loop.body))
 
 
 @breaks("loops_cover")
 def sum_of_the_same_block_every_turn():
     program = good.looped_program()
     loop = next(op for op in good.operations(program, t.Loop) if op.yields)
-    block = t.Full(t.Value("block", "float32", loop.yields[0].axes), 0.0)
-    same = t.Binary(t.Value("same", "float32", block.out.axes), "add", loop.carries[0], block.out)
+    block = t.Const(t.Value(900, "float32", loop.yields[0].axes), 0.0)
+    same = t.Binary(t.Value(901, "float32", block.out.axes), "add", loop.carries[0], block.out)
     return with_ops(program, t.Loop, lambda op: op == loop, body=(*loop.body, block, same), yields=(same.out,))
 
 
 @breaks("loops_cover")
 def part_that_ignores_its_number():
     first = good.split_programs()[0]
-    loop = good.operations(first, t.Loop)[0]
-    return with_ops(first, t.Index, lambda op: op.axis == "D", start=loop.var)
+    return with_ops(first, t.Elements, lambda op: op.axis == "D", part=None)
+
+
+@breaks("loops_cover")
+def part_with_the_number_of_a_row():
+    first = good.split_programs()[0]
+    rows = next(op.out for op in good.operations(first, t.Elements) if op.axis == "P")
+    return with_ops(first, t.Elements, lambda op: op.axis == "D", part=rows)
+
+
+@breaks("loops_cover")
+def end_of_an_axis_that_is_not_looped_over():
+    return with_ops(good.tall_program(), t.AtEnd, axis="T")
 
 
 @breaks("flat_loops")
-def flat_loop_around_none():
-    return with_ops(good.tall_program(), t.Loop, lambda op: not op.flat, flat=True)
-
-
-@breaks("flat_loops")
-def flat_loop_that_loads_beside_the_one_within():
+def flat_loop_over_an_axis_and_its_parts():
     program = good.tall_program()
-    outer = flat_loop(program)
-    load = next(op for op in good.operations(program, t.Load))
-    plain = replace(load, out=replace(load.out, name="beside", axes=()), index=(None,) * len(load.index), mask=None)
-    return with_ops(program, t.Loop, lambda op: op.flat, body=(plain, *outer.body))
+    loop = flat_loop(program)
+    return with_ops(program, t.Loop, is_flat, over=loop.over[::-1], vars=loop.vars[::-1])
 
 
 @breaks("flat_loops")
-def flat_loop_whose_inner_one_goes_on_from_before():
+def flat_loop_of_unknown_length():
     program = good.tall_program()
-    outer = flat_loop(program)
-    inner = next(op for op in outer.body if isinstance(op, t.Loop))
-    body = tuple(replace(op, inits=outer.carries) if op == inner else op for op in outer.body)
-    return with_ops(program, t.Loop, lambda op: op.flat, body=body)
+    program = with_ops(program, t.Elements, lambda op: op.axis == "D", part=None)
+    return with_axis(program, "D", extent=None, parts=1)
+
+
+@breaks("flat_loops")
+def end_that_loads():
+    program = good.tall_program()
+    end = good.operations(program, t.AtEnd)[0]
+    load = good.operations(program, t.Load)[0]
+    plain = t.Access(load.at.tensor, tuple(t.At() for _ in load.at.index), (), load.at.wide)
+    more = t.Load(t.Value(900, load.out.dtype), plain)
+    return with_ops(program, t.AtEnd, body=(more, *end.body))
+
+
+@breaks("flat_loops")
+def flat_loop_around_another():
+    program = good.tall_program()
+    loop = flat_loop(program)
+    inner = t.Loop((t.Value(900, "int32"),), (2,), (), (), (), (), ())
+    return with_ops(program, t.Loop, is_flat, body=(inner, *loop.body))
 
 
 @breaks("reductions_masked")
@@ -115,7 +130,7 @@ def sum_without_a_mask():
 @breaks("reductions_masked")
 def sum_filled_with_the_wrong_number():
     program = good.norm_program()
-    one = t.Const(t.Value("filler", "float32"), 1.0)
+    one = t.Const(t.Value(900, "float32"), 1.0)
     program = replace(program, body=(one, *program.body))
     return with_ops(program, t.Where, no=one.out)
 
@@ -127,18 +142,18 @@ def maximum_filled_with_zero():
 
 @breaks("reductions_masked")
 def accumulator_that_begins_at_one():
-    return with_ops(good.looped_program(), t.Full, value=1.0)
+    return with_ops(good.looped_program(), t.Const, lambda op: op.out.axes, value=1.0)
 
 
 @breaks("reductions_whole")
 def sum_over_an_axis_of_the_grid():
     program = good.norm_program()
     op = good.operations(program, t.Store)[0]
-    value = t.Cast(t.Value("wide", "float32", op.value.axes), op.value)
+    value = t.Cast(t.Value(900, "float32", op.value.axes), op.value)
     rows = next(x.out for x in good.operations(program, t.InBounds) if x.axis == "T")
-    zero = t.Const(t.Value("nothing", "float32"), 0.0)
-    masked = t.Where(t.Value("kept", "float32", op.value.axes), rows, value.out, zero.out)
-    total = t.Reduce(t.Value("total", "float32", ("H",)), "sum", masked.out, "T")
+    zero = t.Const(t.Value(901, "float32"), 0.0)
+    masked = t.Where(t.Value(902, "float32", op.value.axes), rows, value.out, zero.out)
+    total = t.Reduce(t.Value(903, "float32", ("H",)), "sum", masked.out, "T")
     return replace(program, body=(*program.body, value, zero, masked, total))
 
 
@@ -147,5 +162,5 @@ def running_sum_of_one_block():
     program = good.looped_program()
     loop = next(op for op in good.operations(program, t.Loop) if op.yields)
     value = loop.body[-1].out
-    scan = t.Scan(t.Value("running", value.dtype, value.axes), value, "H")
+    scan = t.Scan(t.Value(900, value.dtype, value.axes), value, "H")
     return with_ops(program, t.Loop, lambda op: op == loop, body=(*loop.body, scan))

@@ -10,92 +10,119 @@ from breakers import breaks, with_ops, without
 from moekit.compile import tile as t
 
 
-@breaks("memory_masked")
-def twins_without_the_mask_of_their_columns():
-    program = good.tall_program()
-    loads = [op for op in good.operations(program, t.Load) if "I.twice" in op.out.axes]
-    return with_ops(program, t.Load, lambda op: op == loads[0], mask=None)
+def masks(op, *masks: t.Value) -> t.Access:
+    """The access of an operation behind other masks."""
+    return replace(op.at, mask=masks)
+
+
+def narrow(op) -> t.Access:
+    """The access of an operation with offsets in 32 bits."""
+    return replace(op.at, wide=tuple(False for _ in op.at.wide))
+
+
+def bound(program: t.TileProgram, axis: str) -> t.Value:
+    """The mask of an axis."""
+    return next(op.out for op in good.operations(program, t.InBounds) if op.axis == axis)
 
 
 @breaks("memory_masked")
-def twins_that_begin_at_data():
+def pairs_without_the_mask_of_their_columns():
     program = good.tall_program()
-    sides = good.operations(program, t.Sides)[0]
-    return with_ops(program, t.Binary, lambda op: op.right == sides.out, op="mul")
+    load = next(op for op in good.operations(program, t.Load) if "I.twice" in op.out.axes)
+    return with_ops(program, t.Load, lambda op: op == load, at=masks(load))
+
+
+@breaks("memory_masked")
+def index_that_is_data():
+    program = good.norm_program()
+    rows = next(op.out for op in good.operations(program, t.Elements) if op.axis == "T")
+    square = t.Binary(t.Value(900, "int32", rows.axes), "mul", rows, rows)
+    load = next(op for op in program.body if isinstance(op, t.Load) and op.at.tensor == "x")
+    moved = replace(load, at=replace(load.at, index=(t.At(square.out), load.at.index[1])))
+    at = program.body.index(load)
+    return replace(program, body=(*program.body[:at], square, moved, *program.body[at + 1 :]))
 
 
 @breaks("memory_masked")
 def load_without_a_mask():
-    return with_ops(good.norm_program(), t.Load, mask=None)
+    op = good.operations(good.norm_program(), t.Load)[0]
+    return with_ops(good.norm_program(), t.Load, at=masks(op))
 
 
 @breaks("memory_masked")
 def store_without_a_mask():
-    return with_ops(good.norm_program(), t.Store, mask=None)
+    op = good.operations(good.norm_program(), t.Store)[0]
+    return with_ops(good.norm_program(), t.Store, at=masks(op))
 
 
 @breaks("memory_masked")
 def store_masked_by_one_axis_of_two():
     program = good.norm_program()
-    rows = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "T")
-    return with_ops(program, t.Store, mask=rows)
+    return with_ops(program, t.Store, at=masks(good.operations(program, t.Store)[0], bound(program, "T")))
 
 
 @breaks("memory_masked")
 def load_in_a_loop_without_its_mask():
     program = good.looped_program()
-    rows = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "T")
-    return with_ops(program, t.Load, lambda op: op.tensor == "x", mask=rows)
+    load = next(op for op in good.operations(program, t.Load) if op.at.tensor == "x")
+    return with_ops(program, t.Load, lambda op: op == load, at=masks(load, bound(program, "T")))
 
 
 @breaks("memory_masked")
 def mask_of_either_axis():
     program = good.norm_program()
-    return with_ops(program, t.Binary, lambda op: op.op == "and", op="or")
+    load = next(op for op in program.body if isinstance(op, t.Load) and op.at.tensor == "x")
+    either = t.Binary(t.Value(900, "bool", load.out.axes), "or", bound(program, "T"), bound(program, "H"))
+    at, masked = program.body.index(load), replace(load, at=masks(load, either.out))
+    return replace(program, body=(*program.body[:at], either, masked, *program.body[at + 1 :]))
 
 
 @breaks("memory_masked")
 def gather_that_is_not_range_checked():
     program = good.lookup_program()
-    load = next(op for op in good.operations(program, t.Load) if op.tensor == "table")
-    rows = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "T")
-    columns = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "H")
-    both = t.Binary(t.Value("both", "bool", ("H", "T")), "and", rows, columns)
-    at = program.body.index(load)
-    body = (*program.body[:at], both, replace(load, mask=both.out, out=load.out), *program.body[at + 1 :])
-    return replace(program, body=body)
+    load = next(op for op in good.operations(program, t.Load) if op.at.tensor == "table")
+    return with_ops(program, t.Load, lambda op: op == load, at=masks(load, bound(program, "T"), bound(program, "H")))
 
 
 @breaks("memory_masked")
 def gather_that_accepts_negative_ids():
-    program = good.lookup_program()
-    low = next(op for op in good.operations(program, t.Binary) if op.op == "ge")
-    high = next(op for op in good.operations(program, t.InBounds) if op.axis == "E")
-    return with_ops(program, t.Binary, lambda op: op.op == "and" and op.left == low.out, left=high.out)
+    return with_ops(good.lookup_program(), t.InBounds, lambda op: op.signed, signed=False)
+
+
+@breaks("memory_masked")
+def gather_in_the_range_of_another_axis():
+    return with_ops(good.lookup_program(), t.InBounds, lambda op: op.signed, axis="H")
 
 
 @breaks("memory_masked")
 def update_that_is_not_range_checked():
     program = good.accumulate_program()
-    columns = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "H")
-    return with_ops(program, t.Store, lambda op: op.tensor == "state", mask=columns)
+    store = next(op for op in good.operations(program, t.Store) if op.at.tensor == "state")
+    return with_ops(program, t.Store, lambda op: op == store, at=masks(store, bound(program, "H")))
 
 
 @breaks("memory_masked")
 def prefetch_past_the_last_row():
-    return with_ops(good.ahead_program(), t.Prefetch, mask=None)
+    op = good.operations(good.ahead_program(), t.Prefetch)[0]
+    return with_ops(good.ahead_program(), t.Prefetch, at=masks(op))
 
 
 @breaks("wide_offsets")
 def narrow_offset_along_a_dynamic_axis():
     op = good.operations(good.norm_program(), t.Load)[0]
-    return with_ops(good.norm_program(), t.Load, wide=tuple(False for _ in op.wide))
+    return with_ops(good.norm_program(), t.Load, at=narrow(op))
 
 
 @breaks("wide_offsets")
 def narrow_offset_of_a_store():
     op = good.operations(good.norm_program(), t.Store)[0]
-    return with_ops(good.norm_program(), t.Store, wide=tuple(False for _ in op.wide))
+    return with_ops(good.norm_program(), t.Store, at=narrow(op))
+
+
+@breaks("wide_offsets")
+def offset_of_which_nothing_is_said():
+    op = good.operations(good.norm_program(), t.Load)[0]
+    return with_ops(good.norm_program(), t.Load, at=replace(op.at, wide=()))
 
 
 @breaks("wide_offsets")
@@ -108,20 +135,21 @@ def narrow_offset_of_a_huge_tensor():
 @breaks("wide_offsets")
 def narrow_offset_of_a_gather():
     program = good.accumulate_program()
-    op = next(x for x in good.operations(program, t.Load) if x.tensor == "state")
-    return with_ops(program, t.Load, lambda x: x == op, wide=(False, False))
+    op = next(x for x in good.operations(program, t.Load) if x.at.tensor == "state")
+    return with_ops(program, t.Load, lambda x: x == op, at=narrow(op))
 
 
 @breaks("wide_offsets")
 def prefetch_in_32_bits():
-    return with_ops(good.ahead_program(wide=True), t.Prefetch, wide=(False, False))
+    program = good.ahead_program(wide=True)
+    return with_ops(program, t.Prefetch, at=narrow(good.operations(program, t.Prefetch)[0]))
 
 
 @breaks("stores_last")
 def load_of_what_was_stored():
     program = good.accumulate_program()
-    load = next(op for op in good.operations(program, t.Load) if op.tensor == "state")
-    return replace(program, body=(*program.body, replace(load, out=replace(load.out, name="again"))))
+    load = next(op for op in good.operations(program, t.Load) if op.at.tensor == "state")
+    return replace(program, body=(*program.body, replace(load, out=replace(load.out, number=900))))
 
 
 @breaks("stores_last")
@@ -167,13 +195,13 @@ def store_to_an_input():
 
 @breaks("outputs_written")
 def every_program_stores_the_same_row():
-    program = good.norm_program("T:grid:1 H:whole:64")
+    program = good.norm_program("tile:T:1 whole:H:64")
     op = good.operations(program, t.Store)[0]
-    return with_ops(program, t.Store, index=(None, op.index[1]))
+    return with_ops(program, t.Store, at=replace(op.at, index=(t.At(), op.at.index[1])))
 
 
 @breaks("outputs_written")
 def first_column_only():
-    program = good.norm_program("T:grid:4 H:loop:1")
+    program = good.norm_program("tile:T:4 loop:H:1")
     op = good.operations(program, t.Store)[0]
-    return with_ops(program, t.Store, index=(op.index[0], None))
+    return with_ops(program, t.Store, at=replace(op.at, index=(op.at.index[0], t.At())))

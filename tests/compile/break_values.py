@@ -60,12 +60,12 @@ def used_before_its_definition():
 def value_of_a_loop_body_used_after_the_loop():
     program = good.looped_program()
     inner = good.operations(program, t.Loop)[0].body[0].out
-    return replace(program, body=(*program.body, t.Cast(t.Value("late", "float32", inner.axes), inner)))
+    return replace(program, body=(*program.body, t.Cast(t.Value(900, "float32", inner.axes), inner)))
 
 
 @breaks("defined_once")
 def yield_of_nothing():
-    return with_ops(good.looped_program(), t.Loop, lambda op: op.yields, yields=(t.Value("nothing", "float32", ("T", "H")),))
+    return with_ops(good.looped_program(), t.Loop, lambda op: op.yields, yields=(t.Value(900, "float32", ("T", "H")),))
 
 
 @breaks("types")
@@ -85,9 +85,17 @@ def result_without_an_axis():
 
 @breaks("types")
 def comparison_that_is_no_bool():
+    program = good.norm_program()
+    op = next(op for op in good.operations(program, t.Binary) if float_binary(op))
+    compare = t.Binary(t.Value(900, "int32", op.out.axes), "lt", op.out, op.out)
+    return replace(program, body=(*program.body, compare))
+
+
+@breaks("types")
+def mask_that_is_no_bool():
     program = good.lookup_program()
-    compare = next(op for op in good.operations(program, t.Binary) if op.op == "ge")
-    return with_ops(program, t.Binary, lambda op: op == compare, out=replace(compare.out, dtype="int32"))
+    op = good.operations(program, t.InBounds)[0]
+    return replace(program, body=(*program.body, replace(op, out=t.Value(900, "int32", op.out.axes))))
 
 
 @breaks("types")
@@ -117,24 +125,26 @@ def dot_of_swapped_operands():
 
 
 @breaks("types")
-def sides_of_an_axis_that_is_not_twice_another():
-    return with_ops(good.tall_program(), t.Sides, axis="I")
+def second_half_of_an_axis_that_is_not_twice_another():
+    op = next(x for x in good.operations(good.norm_program(), t.Load) if x.at.tensor == "x")
+    at = replace(op.at, index=(op.at.index[0], replace(op.at.index[1], side=8)))
+    return with_ops(good.norm_program(), t.Load, lambda x: x == op, at=at)
 
 
 @breaks("types")
-def third_half():
-    return with_ops(good.tall_program(), t.Half, side=2)
+def halves_of_an_axis_that_is_not_twice_another():
+    return with_ops(good.tall_program(), t.Halves, axis="T")
 
 
 @breaks("types")
 def half_that_is_still_twice_as_wide():
-    op = good.operations(good.tall_program(), t.Half)[0]
-    return with_ops(good.tall_program(), t.Half, out=replace(op.out, axes=op.value.axes))
+    op = good.operations(good.tall_program(), t.Halves)[0]
+    return with_ops(good.tall_program(), t.Halves, outs=(replace(op.outs[0], axes=op.value.axes), op.outs[1]))
 
 
 @breaks("types")
-def index_along_twice_another_axis():
-    return with_ops(good.tall_program(), t.Index, lambda op: op.out.axes == ("I.twice",), axis="T")
+def elements_of_another_axis():
+    return with_ops(good.tall_program(), t.Elements, lambda op: op.out.axes == ("I.twice",), axis="T")
 
 
 @breaks("types")
@@ -146,7 +156,7 @@ def load_of_another_dtype():
 @breaks("types")
 def load_with_too_few_indices():
     op = good.operations(good.norm_program(), t.Load)[0]
-    return with_ops(good.norm_program(), t.Load, index=op.index[:1], wide=op.wide[:1])
+    return with_ops(good.norm_program(), t.Load, at=replace(op.at, index=op.at.index[:1], wide=op.at.wide[:1]))
 
 
 @breaks("types")
@@ -163,11 +173,11 @@ def store_that_is_not_cast():
 
 @breaks("types")
 def condition_that_is_no_mask():
-    program = good.norm_program("T:grid:4 H:whole:64")
+    program = good.norm_program("tile:T:4 whole:H:64")
     op = good.operations(good.gemm_program(), t.Load)[0]
     value = good.operations(program, t.Load)[0].out
-    choice = t.Where(t.Value("choice", value.dtype, value.axes), value, value, value)
-    assert op.mask is not None
+    choice = t.Where(t.Value(900, value.dtype, value.axes), value, value, value)
+    assert op.at.mask
     return replace(program, body=(*program.body[:-1], choice, program.body[-1]))
 
 
@@ -206,12 +216,25 @@ def prefetch_beyond_the_dimensions():
 @breaks("types")
 def prefetch_that_begins_at_a_block():
     program = good.ahead_program()
-    index = good.operations(program, t.Prefetch)[0].index
-    return with_ops(program, t.Prefetch, index=(index[0], index[0]))
+    at = good.operations(program, t.Prefetch)[0].at
+    return with_ops(program, t.Prefetch, at=replace(at, index=(at.index[0], at.index[0])))
 
 
 @breaks("types")
 def prefetch_with_a_mask_of_other_axes():
     program = good.ahead_program()
     mask = next(op.out for op in good.operations(program, t.InBounds) if op.axis == "T")
-    return with_ops(program, t.Prefetch, mask=mask)
+    at = good.operations(program, t.Prefetch)[0].at
+    return with_ops(program, t.Prefetch, at=replace(at, mask=(mask,)))
+
+
+@breaks("types")
+def end_that_gives_more_than_there_is_otherwise():
+    op = next(op for op in good.operations(good.tall_program(), t.AtEnd))
+    return with_ops(good.tall_program(), t.AtEnd, otherwise=op.otherwise[:1])
+
+
+@breaks("types")
+def loop_over_two_axes_with_three_variables():
+    op = next(op for op in good.operations(good.tall_program(), t.Loop) if len(op.over) == 2)
+    return with_ops(good.tall_program(), t.Loop, lambda x: x == op, vars=(*op.vars, t.Value(900, "int32")))

@@ -1,4 +1,4 @@
-"""Hand-broken programs: for each rule of `moekit.compile.verify`, good programs with one thing wrong (`break_*.py`)."""
+"""Hand-broken programs: for each rule of `moekit.compile.tile.verify`, good programs with one thing wrong (`break_*.py`)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
+from moekit.compile.rules import spread
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
 from moekit.lang import In, InOut, cast, f32, fusion, gather, mean, put, rsqrt, sum
@@ -65,13 +66,14 @@ def graph_of(f: Fusion, shapes: Mapping[str, tuple], dtypes: Mapping[str, str] |
     return f.trace(f.bind(shapes, every, f.bind_params(params)))
 
 
-def planned(graph: Graph, schedule: str | None = None, wide: bool = False) -> Plan:
+def planned(graph: Graph, schedule: Schedule | str | None = None, wide: bool = False) -> Plan:
     """A plan for run-time strides of any kind."""
+    schedule = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
     layouts = {n: t.Strided(("any",) * len(x.dims), wide) for n, x in graph.tensors.items()}
-    return plan(graph, Schedule.parse(schedule) if schedule else None, layouts)
+    return plan(graph, schedule, layouts)
 
 
-def norm_program(schedule: str = "T:grid:4 H:whole:64") -> t.TileProgram:
+def norm_program(schedule: str = "tile:T:4 whole:H:64") -> t.TileProgram:
     """RMS norm of rows of 50, some rows to a program."""
     graph = graph_of(norm, {"x": (7, 50), "weight": (50,)}, "bfloat16")
     return planned(graph, schedule).programs[0]
@@ -79,44 +81,44 @@ def norm_program(schedule: str = "T:grid:4 H:whole:64") -> t.TileProgram:
 
 def looped_program() -> t.TileProgram:
     """RMS norm of rows of 50 in blocks of 16: two passes."""
-    return norm_program("T:grid:4 H:loop:16")
+    return norm_program("tile:T:4 loop:H:16")
 
 
 def gemm_program() -> t.TileProgram:
     """A product on the matrix unit, its contracted axis in blocks that do not divide it."""
     graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 50), "packed": (33, 50)}, "bfloat16")
-    return planned(graph, "T:grid:16 D:loop:16 P:grid:16").programs[0]
+    return planned(graph, "tile:T:16 loop:D:16 tile:P:16").programs[0]
 
 
 def split_programs() -> tuple[t.TileProgram, ...]:
     """The two launches of a split product."""
     graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 200), "packed": (33, 200)}, "bfloat16")
-    return planned(graph, "T:grid:16 D:loop:16 P:grid:16 split:D:3").programs
+    return planned(graph, spread(graph, "tile:T:16 loop:D:16 tile:P:16 split:D:3")).programs
 
 
 def tall_program() -> t.TileProgram:
     """Twins in parts: two products of one left operand, with columns that do not fill their blocks, in a flat loop."""
     shapes = {"x": (70, 200), "gate_up": (50, 200), "router": (40, 200), "shared_gate": (1, 200)}
     graph = graph_of(FUSIONS["gate_projections"], shapes, "bfloat16")
-    return planned(graph, "T:grid:64 D:loop:16 E:grid:16 G:grid:16 I:grid:16 parts:D:2").programs[0].sections[0]
+    return planned(graph, spread(graph, "tile:T:64 loop:D:16 tile:E:16 tile:G:16 tile:I:16 parts:D:2")).programs[0].sections[0]
 
 
 def ahead_program(wide: bool = False) -> t.TileProgram:
     """The first launch of a split product that asks for its weight ahead: 192 elements a part, two lines and one."""
     graph = graph_of(FUSIONS["gate_gemm"], {"x": (20, 384), "packed": (33, 384)}, "bfloat16")
     layouts = {n: t.Strided(("any", "unit"), wide) for n in graph.tensors}
-    return plan(graph, Schedule.parse("T:grid:16 D:loop:64 P:grid:16 split:D:2"), layouts).programs[0]
+    return plan(graph, spread(graph, "tile:T:16 loop:D:64 tile:P:16 split:D:2"), layouts).programs[0]
 
 
 def lookup_program() -> t.TileProgram:
     """Rows gathered by ids."""
-    return planned(graph_of(lookup, {"table": (9, 20), "ids": (7,)}), "T:grid:4 H:grid:16").programs[0]
+    return planned(graph_of(lookup, {"table": (9, 20), "ids": (7,)}), "tile:T:4 tile:H:16").programs[0]
 
 
 def accumulate_program() -> t.TileProgram:
     """Rows updated at ids."""
     shapes = {"x": (3, 20), "slots": (3,), "state": (9, 20)}
-    return planned(graph_of(accumulate, shapes), "T:grid:1 H:whole:32").programs[0]
+    return planned(graph_of(accumulate, shapes), "tile:T:1 whole:H:32").programs[0]
 
 
 def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.TileProgram:
@@ -125,7 +127,7 @@ def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.Til
     def visit(ops) -> tuple:
         found = []
         for op in ops:
-            if isinstance(op, t.Loop):
+            if isinstance(op, t.Loop | t.AtEnd):
                 op = replace(op, body=visit(op.body))
             if (new := change(op)) is not None:
                 found.append(new)

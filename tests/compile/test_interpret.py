@@ -7,10 +7,11 @@ import numpy as np
 import programs as good
 import pytest
 
-from moekit.compile import interpret
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
+from moekit.compile.schedule import Loop, Schedule, Split, Tile, Whole
+from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, exp, f32, fusion, max, sum
 from moekit.lang.dtypes import FLOATS, INTS, numpy_dtype
@@ -18,10 +19,10 @@ from moekit.testing import RUNNERS, Call, check, operands, place, variants
 from moekit.testing.layouts import Placed, tile_layout
 
 SCHEDULES = {
-    "silu_and_mul": ("T:grid:4 I:grid:16", "T:grid:1 I:grid:64"),
-    "add_rms_norm": ("T:grid:4 H:whole:64", "T:grid:2 H:loop:16"),
-    "gate_gemm": ("T:grid:16 D:loop:16 P:grid:16", "T:grid:4 D:whole:64 P:grid:4"),
-    "topk_softmax": ("T:grid:2 E:whole:64 K:whole:8",),
+    "silu_and_mul": ("tile:T:4 tile:I:16", "tile:T:1 tile:I:64"),
+    "add_rms_norm": ("tile:T:4 whole:H:64", "tile:T:2 loop:H:16"),
+    "gate_gemm": ("tile:T:16 loop:D:16 tile:P:16", "tile:T:4 whole:D:64 tile:P:4"),
+    "topk_softmax": ("tile:T:2 whole:E:64 whole:K:8",),
 }
 SHAPES = {
     "silu_and_mul": {"I": 37},
@@ -119,12 +120,12 @@ def tower(x):
     return sum(v / max(abs(v), over="A B") + sum(v, over="B"), over="A B")
 
 
-@pytest.mark.parametrize("a", ["whole:8", "loop:2", "loop:4"])
-@pytest.mark.parametrize("b", ["whole:16", "loop:4", "loop:16"])
+@pytest.mark.parametrize("a", ["whole:A:8", "loop:A:2", "loop:A:4"])
+@pytest.mark.parametrize("b", ["whole:B:16", "loop:B:4", "loop:B:16"])
 def test_nested_loops(a, b):
     """Reductions over two looped axes, and results of one used in the next."""
     values = operands(tower, {"T": 3, "A": 5, "B": 13}, "float32")
-    check("interpret", Call(tower, values, schedule=Schedule.parse(f"T:grid:2 A:{a} B:{b}")))
+    check("interpret", Call(tower, values, schedule=Schedule.parse(f"tile:T:2 {a} {b}")))
 
 
 def _balanced(x):
@@ -143,12 +144,12 @@ def balanced(x):
     return {"rows": e / sum(e, over="B"), "columns": e / sum(e, over="A"), "both": e / sum(e, over="A B")}
 
 
-@pytest.mark.parametrize("a", ["whole:8", "loop:2", "loop:8"])
-@pytest.mark.parametrize("b", ["whole:16", "loop:4", "loop:16"])
+@pytest.mark.parametrize("a", ["whole:A:8", "loop:A:2", "loop:A:8"])
+@pytest.mark.parametrize("b", ["whole:B:16", "loop:B:4", "loop:B:16"])
 def test_stores_in_nested_loops(a, b):
     """A sum over an axis inside a loop over the same axis starts from the beginning."""
     values = operands(balanced, {"T": 3, "A": 5, "B": 13}, "float32")
-    check("interpret", Call(balanced, values, schedule=Schedule.parse(f"T:grid:2 A:{a} B:{b}")))
+    check("interpret", Call(balanced, values, schedule=Schedule.parse(f"tile:T:2 {a} {b}")))
 
 
 def _chain(x, y, z):
@@ -164,7 +165,7 @@ def chain(x, y, z):
 
 
 @pytest.mark.parametrize(
-    "text", ["T:grid:2 K:loop:4 J:loop:8", "T:grid:16 K:loop:16 J:loop:16", "T:grid:4 K:whole:32 J:loop:4"]
+    "text", ["tile:T:2 loop:K:4 loop:J:8", "tile:T:16 loop:K:16 loop:J:16", "tile:T:4 whole:K:32 loop:J:4"]
 )
 def test_contraction_of_a_contraction(text):
     """The inner loop runs anew for each block of the outer one."""
@@ -192,7 +193,7 @@ def test_offsets_past_two_to_the_31(tmp_path, wide, monkeypatch):
     assert layouts["x"].wide
     layouts["x"] = replace(layouts["x"], wide=wide)
     planned = plan(graph, None, layouts)
-    assert all(op.wide == (True, wide) for op in good.operations(planned.programs[0], t.Load) if op.tensor == "x")
+    assert all(op.at.wide == (True, wide) for op in good.operations(planned.programs[0], t.Load) if op.at.tensor == "x")
     interpret.run(planned, memory, {"T": 2, "H": 8})
     expected = RUNNERS["interpret"](Call(good.norm, values)).outputs["out"]
     np.testing.assert_array_equal(memory["out"], expected)
@@ -206,8 +207,9 @@ def _steps(a: np.ndarray) -> tuple[int, ...]:
 def test_split_gives_the_same_bits_every_time(parts):
     """Partials are added in one fixed order, empty parts included."""
     values = operands(FUSIONS["gate_gemm"], {"T": 5, "P": 20, "D": 70})
-    text = f"T:grid:4 D:loop:8 P:grid:8 split:D:{parts}"
-    first, second = (_run("gate_gemm", values, text)["out"] for _ in range(2))
+    call = Call(FUSIONS["gate_gemm"], values)
+    call = replace(call, schedule=spread(call.graph, f"tile:T:4 loop:D:8 tile:P:8 split:D:{parts}"))
+    first, second = (RUNNERS["interpret"](call).outputs["out"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
@@ -215,7 +217,7 @@ def test_scratch_is_fully_written():
     """What one launch leaves for the next has no poison in it, even for parts without elements."""
     graph = good.graph_of(FUSIONS["gate_gemm"], {"x": (3, 20), "packed": (5, 20)})
     values = operands(FUSIONS["gate_gemm"], {"T": 3, "P": 5, "D": 20})
-    planned = good.planned(graph, "T:grid:4 D:loop:8 P:grid:8 split:D:8")
+    planned = good.planned(graph, spread(graph, "tile:T:4 loop:D:8 tile:P:8 split:D:8"))
     memory = values | {s.name: interpret.poison(s.shape({"T": 3}), s.dtype) for s in planned.scratch}
     interpret.execute(planned.programs[0], memory, {"T": 3})
     assert all(np.isfinite(memory[s.name]).all() for s in planned.scratch)
@@ -225,7 +227,7 @@ def test_program_text_names_what_the_declaration_names():
     """The text of a program is readable: tensors, axes, masks and loops by name."""
     text = str(good.looped_program())
     for part in ("program norm(", "axis H: 50 in loop blocks of 16", "axis T: dynamic in grid blocks of 4",
-                 "loop h_start in 0..50 step 16", "h_mask: bool[H] = InBounds(axis=H", "Store(tensor=out"):  # fmt: skip
+                 ":h_start over H (", "h_mask: bool[H] = InBounds(value=", "Store(at=out["):  # fmt: skip
         assert part in text
     assert str(good.looped_program()) == text
 
@@ -234,5 +236,5 @@ def test_variants_cover_every_mode():
     """Between them the schedules of the suite hold axes whole, loop over them and split them."""
     graph = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
     found = [s for s in variants(graph).values() if s is not None]
-    assert {m for s in found for _, m, _ in s.axes} == {"grid", "whole", "loop"}
-    assert any(s.split for s in found)
+    assert {type(d) for s in found for d in s.launches[0].sections[0].axes} == {Tile, Whole, Loop}
+    assert any(isinstance(s.launches[0].cut, Split) for s in found)

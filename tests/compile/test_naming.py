@@ -52,7 +52,7 @@ def declared(rows: str, columns: str, a: str, b: str):
 def call(names) -> Call:
     rows, columns = names[:2]
     made = declared(*names)
-    schedule = Schedule.parse(f"{rows}:grid:2 {columns}:loop:4 warps:1 stages:1")
+    schedule = Schedule.parse(f"tile:{rows}:2 loop:{columns}:4 warps:1 stages:1")
     return Call(made, operands(made, {rows: 5, columns: 7}), schedule=schedule)
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import programs as good
 import pytest
 
-from moekit.compile import interpret
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
+from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import numpy_dtype
 
@@ -21,7 +21,7 @@ BFLOAT16 = numpy_dtype("bfloat16")
 def _plan(name: str, shapes: dict, schedule: str, dtype: str = "bfloat16", last: str = "unit"):
     graph = good.graph_of(FUSIONS[name], shapes, dtype)
     layouts = {n: t.Strided((*["any"] * (len(x.dims) - 1), last)) for n, x in graph.tensors.items()}
-    return plan(graph, Schedule.parse(schedule), layouts)
+    return plan(graph, spread(graph, schedule), layouts)
 
 
 def _hints(program) -> list:
@@ -34,24 +34,23 @@ def _touched(monkeypatch, program, shapes: dict, dtype) -> tuple[dict, dict]:
     rows = dict(zip("TDIEGP", (20, 448, 25, 33, 1, 33), strict=True))
 
     def elements(run, op, axes):
-        _, index, mask = run._address(op, axes)
+        _, index, mask = run.address(op, axes)
         return {tuple(int(i[at]) for i in index) for at in np.ndindex(mask.shape) if mask[at]}
 
     def prefetch(run, op):
-        axes = tuple(a.name for a in run.program.axes if any(v is not None and a.name in v.axes for v in op.index))
-        for at in elements(run, op, axes):
+        for at in elements(run, op, run.program.ordered(op.at.axes)):
             for i in range(op.size):
                 where = list(at)
                 where[op.along] += i
-                asked[run.program.name, str(run.ids), op.tensor].add(tuple(where))
+                asked[run.program.name, str(run.ids), op.at.tensor].add(tuple(where))
 
     load = interpret._Program.load
 
     def noted(run, op):
-        read[run.program.name, str(run.ids), op.tensor] |= elements(run, op, op.out.axes)
+        read[run.program.name, str(run.ids), op.at.tensor] |= elements(run, op, op.out.axes)
         return load(run, op)
 
-    monkeypatch.setattr(interpret._Program, "_prefetch", prefetch)
+    monkeypatch.setitem(interpret.EXECUTE, t.Prefetch, prefetch)
     monkeypatch.setitem(interpret.EXECUTE, t.Load, noted)
     memory = {n: np.zeros(shape, dtype) for n, shape in shapes.items()}
     for s in program.sections:
@@ -64,7 +63,7 @@ def _touched(monkeypatch, program, shapes: dict, dtype) -> tuple[dict, dict]:
 
 def test_each_program_asks_for_what_it_reads(monkeypatch):
     """Every element of a weight that a program reads, and no other; x, which may just have been written, is not asked for."""
-    program = _plan("gate_projections", GATES, "T:grid:16 D:loop:32 I:grid:16 E:grid:16 G:grid:16 split:D:2").programs[0]
+    program = _plan("gate_projections", GATES, "tile:T:16 loop:D:32 tile:I:16 tile:E:16 tile:G:16 split:D:2").programs[0]
     asked, read = _touched(monkeypatch, program, GATES, BFLOAT16)
     weights = {key: where for key, where in read.items() if key[2] != "x"}
     # a part is 224 elements: 3 lines and half of one, which is left to the load
@@ -77,12 +76,12 @@ def test_each_program_asks_for_what_it_reads(monkeypatch):
 @pytest.mark.parametrize(
     ("why", "shapes", "schedule", "last"),
     [
-        ("the weight's rows are not dense", GATES, "T:grid:16 D:loop:32 I:grid:16 E:grid:16 G:grid:16 split:D:2", "any"),
-        ("a part reaches past the end", GATES, "T:grid:16 D:loop:64 I:grid:16 E:grid:16 G:grid:16 split:D:2", "unit"),
+        ("the weight's rows are not dense", GATES, "tile:T:16 loop:D:32 tile:I:16 tile:E:16 tile:G:16 split:D:2", "any"),
+        ("a part reaches past the end", GATES, "tile:T:16 loop:D:64 tile:I:16 tile:E:16 tile:G:16 split:D:2", "unit"),
         ("there are more lines than lanes ask for",
          {n: (*s[:1], 8192) for n, s in GATES.items()} | {"router": (128, 8192)},
-         "T:grid:16 D:loop:64 I:grid:128 E:grid:128 G:grid:128 split:D:2 warps:1", "unit"),
-        ("nothing runs on the matrix unit", GATES, "T:grid:1 D:loop:32 I:grid:16 E:grid:16 G:grid:16 split:D:2", "unit"),
+         "tile:T:16 loop:D:64 tile:I:128 tile:E:128 tile:G:128 split:D:2 warps:1", "unit"),
+        ("nothing runs on the matrix unit", GATES, "tile:T:1 loop:D:32 tile:I:16 tile:E:16 tile:G:16 split:D:2", "unit"),
     ],
 )  # fmt: skip
 def test_nothing_is_asked_for(why, shapes, schedule, last):
@@ -94,10 +93,10 @@ def test_a_whole_row_where_the_axis_is_not_split():
     """All of the contracted axis, in powers of two of lines."""
     shapes = {"x": (20, 384), "packed": (33, 384)}
     for text in ("", " parts:D:2"):
-        (program,) = _plan("gate_gemm", shapes, f"T:grid:16 D:loop:64 P:grid:16{text}").programs
-        assert [(h.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
-    (program,) = _plan("gate_gemm", shapes, "T:grid:16 D:loop:64 P:grid:16", "float32").programs
-    assert [(h.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
+        (program,) = _plan("gate_gemm", shapes, f"tile:T:16 loop:D:64 tile:P:16{text}").programs
+        assert [(h.at.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
+    (program,) = _plan("gate_gemm", shapes, "tile:T:16 loop:D:64 tile:P:16", "float32").programs
+    assert [(h.at.tensor, h.size) for h in _hints(program)] == [("packed", 256), ("packed", 128)]
 
 
 def test_an_access_past_the_end_is_an_error():

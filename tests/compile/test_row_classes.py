@@ -2,12 +2,12 @@
 
 import pytest
 
-from moekit.compile.analysis import gemm_axes
 from moekit.compile.dense import contiguous
-from moekit.compile.heuristic import class_axis, heuristic, row_classes, tokens_class
-from moekit.compile.order import order
 from moekit.compile.plan import plan
-from moekit.compile.schedule import legal
+from moekit.compile.rules import class_axis, heuristic, row_classes, tokens_class
+from moekit.compile.rules.order import order
+from moekit.compile.schedule.facts import gemms
+from moekit.compile.schedule.legal import legal
 from moekit.lang import In, InOut, cast, contract, exp, f32, fusion, halves, mean, put, rsqrt, silu, sum
 from moekit.lang.arguments import example
 from moekit.testing.probes import PROBES
@@ -135,7 +135,7 @@ def spread(x, w):
 def contracted(made) -> list[str]:
     """The axes of static size that a declaration's products run along."""
     graph = made.trace(example(made, {}, {}, {}))
-    along = dict.fromkeys(g.k for i in graph.live() if (g := gemm_axes(graph, i)))
+    along = dict.fromkeys(g.k for g in gemms(graph).values())
     return [a for a in along if graph.axes[a] is not None]
 
 
@@ -191,5 +191,5 @@ def test_every_class_of_rows_is_legal_and_adds_up_alike(made, sizes, dtype):
     for least in row_classes(graph):
         schedule = heuristic(graph, tokens_class(graph, {axis: least}) if axis else None)
         assert legal(graph, schedule) is None
-        orders.add(order(plan(graph, schedule, contiguous(graph, dict(binding.sizes)))))
+        orders.add(order(plan(graph, schedule, contiguous(graph, dict(binding.sizes))).programs))
     assert len(orders) == 1

@@ -7,10 +7,30 @@ import numpy as np
 import programs as good
 import pytest
 import unseen
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moekit.compile.alias import over_operand
-from moekit.compile.heuristic import heuristic, row_classes, tokens_class
-from moekit.compile.schedule import Schedule, legal, pow2
+from moekit.compile.rules import heuristic, row_classes, spread, tokens_class
+from moekit.compile.schedule import (
+    Abreast,
+    Launch,
+    Loop,
+    Pair,
+    Parts,
+    Prefetch,
+    Schedule,
+    Section,
+    Split,
+    Stage,
+    Stages,
+    Tile,
+    Warps,
+    Whole,
+    pow2,
+)  # fmt: skip
+from moekit.compile.schedule.cuts import cut
+from moekit.compile.schedule.legal import legal
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean
@@ -22,31 +42,43 @@ GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
 TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
 BOTH = good.graph_of(good.both_updated, {"a": (3, 20), "b": (3, 20, 40)})
 OVER = over_operand(good.graph_of(PROBES["probe_centred"], {"x": (3, 20, 10)}), (("out", "x"),))
+GATES = good.graph_of(
+    FUSIONS["gate_projections"], {"x": (5, 70), "gate_up": (50, 70), "router": (33, 70), "shared_gate": (1, 70)}, "bfloat16"
+)
+THEN = "then loop:D.part:1 tile:T:1 tile:P:64"
 SLOTS = good.graph_of(good.accumulate, {"x": (3, 20), "slots": (3,), "state": (9, 20)})
 
 REFUSED = [
-    (NORM, "T:grid:4", "norm: the schedule must say once what is done with axis H; it speaks of T"),
-    (NORM, "T:grid:4 H:whole:64 T:grid:2", "must say once what is done with axis T; it speaks of T, H, T"),
-    (NORM, "T:grid:4 H:whole:64 Q:grid:1", "names axis Q, which the fusion does not use; it has T, H"),
-    (NORM, "T:tile:4 H:whole:64", "axis T cannot be tile in blocks of 4: a mode is one of grid, whole, loop"),
-    (NORM, "T:grid:3 H:whole:64", "axis T cannot be grid in blocks of 3: a block is a power of two"),
-    (NORM, "T:grid:0 H:whole:64", "axis T cannot be grid in blocks of 0: a block is a power of two"),
-    (NORM, "T:grid:4 H:whole:32", "axis H cannot be whole in blocks of 32: it has 50 elements"),
-    (NORM, "T:whole:8 H:whole:64", "axis T cannot be whole in blocks of 8: its size is dynamic"),
-    (NORM, "T:grid:4 H:grid:16", "axis H cannot be grid in blocks of 16: it is reduced, scanned or missing from an output"),
-    (TOPK, "T:grid:1 E:loop:16 K:whole:16", "axis E cannot be loop in blocks of 16: a scan or top_k runs along it"),
-    (NORM, "T:grid:4 H:whole:64 warps:3", "3 warps and 2 stages; warps are one of"),
-    (NORM, "T:grid:4 H:whole:64 stages:9", "4 warps and 9 stages; warps are one of"),
-    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:P:2", "axis P cannot be split in 2: only a reduced axis"),
-    (GEMM, "T:grid:16 D:whole:128 P:grid:16 split:D:2", "axis D cannot be split in 2: a split axis is looped over"),
-    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:1", "axis D cannot be split in 1: the parts are 2 to 64"),
-    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:65", "axis D cannot be split in 65: the parts are 2 to 64"),
-    (NORM, "T:grid:4 H:loop:16 parts:H:2", "axis H cannot be split in 2: an output runs along it"),
-    (GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:2 parts:D:2", "only one axis can be split or done in parts"),
-    (SLOTS, "T:grid:2 H:whole:32", "an output is put at ids along T, so its block must be 1, not 2"),
-    (BOTH, "T:grid:1 H:loop:8 P:loop:8", "b and a are stored in loops that load what the others overwrite; loop over one"),
-    (OVER, "T:grid:1 A:loop:4 B:loop:4", "x is overwritten in a loop that reads other elements of it later; loop over one"),
-    (NORM, "T:grid:4096 H:whole:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
+    (NORM, "tile:T:4", "norm: the schedule must say once what is done with axis H; it speaks of T"),
+    (NORM, "tile:T:4 whole:H:64 tile:T:2", "must say once what is done with axis T; it speaks of T, H, T"),
+    (NORM, "tile:T:4 whole:H:64 tile:Q:1", "names axis Q, which the fusion does not use; it has T, H"),
+    (NORM, "tile:T:3 whole:H:64", "axis T cannot be tile in blocks of 3: a block is a power of two"),
+    (NORM, "tile:T:0 whole:H:64", "axis T cannot be tile in blocks of 0: a block is a power of two"),
+    (NORM, "tile:T:4 whole:H:32", "axis H cannot be whole in blocks of 32: it has 50 elements"),
+    (NORM, "whole:T:8 whole:H:64", "axis T cannot be whole in blocks of 8: its size is dynamic"),
+    (NORM, "tile:T:4 tile:H:16", "axis H cannot be tile in blocks of 16: it is reduced, scanned or missing from an output"),
+    (TOPK, "tile:T:1 loop:E:16 whole:K:16", "axis E cannot be loop in blocks of 16: a scan or top_k runs along it"),
+    (NORM, "tile:T:4 whole:H:64 warps:3", "3 warps and 2 stages; warps are one of"),
+    (NORM, "tile:T:4 whole:H:64 stages:9", "4 warps and 9 stages; warps are one of"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:P:2 {THEN}", "axis P cannot be split in 2: only a reduced axis"),
+    (GEMM, f"tile:D.part:1 tile:T:16 whole:D:128 tile:P:16 split:D:2 {THEN}", "D cannot be split in 2: a split axis is looped"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:1 {THEN}", "axis D cannot be split in 1: the parts are 2 to 64"),
+    (GEMM, f"tile:D.part:2 tile:T:16 loop:D:16 tile:P:16 split:D:2 {THEN}", "so the block of D.part must be 1, not 2"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:65 {THEN}", "axis D cannot be split in 65: the parts are 2 to 64"),
+    (NORM, "tile:T:4 loop:H:16 parts:H:2", "axis H cannot be split in 2: an output runs along it"),
+    (GEMM, f"tile:D.part:1 tile:T:16 loop:D:16 tile:P:16 parts:D:2 split:D:2 {THEN}", "only one axis can be split or done in"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 split:D:2", "a launch that is not the last ends with split or stage, the last one"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 {THEN}", "a launch that is not the last ends with split or stage, the last one"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 pair:packed", "no two products with packed can be paired; they have one left"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 prefetch:x", "x cannot be prefetched; a weight of static size can, in a product"),
+    (GEMM, "tile:T:16 whole:D:128 tile:P:16 prefetch:packed", "packed cannot be prefetched; a weight of static size can"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 stage:x {THEN}", "x cannot be staged; results of products and sums and narrowing"),
+    (GATES, "activated(tile:T:16) logits(tile:T:16)", "the launch makes activated, logits, share, the sections"),
+    (BOTH, "a(tile:T:1 whole:H:32 whole:P:64) b(tile:T:1 whole:H:32 tile:P:8)", "the section of a reads b, which another"),
+    (SLOTS, "tile:T:2 whole:H:32", "an output is put at ids along T, so its block must be 1, not 2"),
+    (BOTH, "tile:T:1 loop:H:8 loop:P:8", "b and a are stored in loops that load what the others overwrite; loop over one"),
+    (OVER, "tile:T:1 loop:A:4 loop:B:4", "x is overwritten in a loop that reads other elements of it later; loop over one"),
+    (NORM, "tile:T:4096 whole:H:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
 ]  # fmt: skip
 
 
@@ -64,47 +96,81 @@ def test_illegal_schedules_say_why(graph, text, why):
 
 
 @fusion(None, x=In("T H"))
-def spread(x):
+def spread_out(x):
     """A sum that needs the result of another over the same axis."""
     return mean(f32(x) * f32(iota("H") == argmax(x, over="H")), over="H")
 
 
 def test_split_of_dependent_reductions_is_refused():
     """Two launches carry one round of partial sums."""
-    graph = good.graph_of(spread, {"x": (3, 50)})
-    assert "one of its reductions needs the result of another" in legal(graph, Schedule.parse("T:grid:4 H:loop:16 split:H:2"))
+    graph = good.graph_of(spread_out, {"x": (3, 50)})
+    schedule = Schedule.parse("tile:T:4 loop:H:16 split:H:2 then tile:T:4 loop:H.part:1")
+    assert "one of its reductions needs the result of another" in legal(graph, schedule)
 
 
-@pytest.mark.parametrize("text", ["H:loop:8 P:whole:64", "H:whole:32 P:loop:8", "H:loop:32 P:whole:64", "H:grid:4 P:whole:64"])
+@pytest.mark.parametrize("text", ["loop:H:8 whole:P:64", "whole:H:32 loop:P:8", "loop:H:32 whole:P:64", "tile:H:4 whole:P:64"])
 def test_two_updated_tensors_that_need_each_other(text):
     """Both are loaded before either is stored, in every schedule but the one that is refused."""
     values = operands(good.both_updated, {"T": 3, "H": 20, "P": 40}, "float32")
-    check("interpret", Call(good.both_updated, values, schedule=Schedule.parse(f"T:grid:1 {text}")))
+    check("interpret", Call(good.both_updated, values, schedule=Schedule.parse(f"tile:T:1 {text}")))
 
 
 def test_updated_tensors_that_need_each_other_s_sums():
     """What is summed up before the loops that store is in nobody's way."""
     graph = good.graph_of(good.crossed, {"a": (3, 20), "b": (3, 40)})
-    assert legal(graph, Schedule.parse("T:grid:1 H:loop:8 P:loop:8")) is None
+    assert legal(graph, Schedule.parse("tile:T:1 loop:H:8 loop:P:8")) is None
     values = operands(good.crossed, {"T": 3, "H": 20, "P": 40}, "float32")
-    check("interpret", Call(good.crossed, values, schedule=Schedule.parse("T:grid:1 H:loop:8 P:loop:8")))
+    check("interpret", Call(good.crossed, values, schedule=Schedule.parse("tile:T:1 loop:H:8 loop:P:8")))
 
 
-@pytest.mark.parametrize("text", ["", "T", "T:grid", "T:grid:x", "split:D", "warps:many"])
+UNREADABLE = [
+    "T",
+    "T:grid",
+    "T:grid:x",
+    "split:D",
+    "warps:many",
+    "tile:T",
+    "tile:T:x",
+    "tile:T:4:4",
+    "out(warps:4)",
+    "out(tile:T:4",
+]
+
+
+@pytest.mark.parametrize("text", [*UNREADABLE, "tile:T:4 out(loop:H:4)", "out)", "out(a(tile:T:4))", "tile"])
 def test_unreadable_schedules(text):
     """What cannot be read is shown, with the form that can."""
-    if not text:
-        assert Schedule.parse(text).axes == ()
-        return
-    with pytest.raises(ScheduleError, match=r"cannot read schedule .*; write AXIS:MODE:BLOCK"):
+    with pytest.raises(ScheduleError, match=r"cannot read schedule .*; write DIRECTIVE:AXIS:BLOCK"):
         Schedule.parse(text)
 
 
-@pytest.mark.parametrize("graph", [NORM, GEMM, TOPK, SLOTS], ids=lambda g: g.name)
+@pytest.mark.parametrize("graph", [NORM, GEMM, TOPK, SLOTS, GATES], ids=lambda g: g.name)
 def test_text_and_back(graph):
     """Every schedule reads back as itself."""
     for schedule in [heuristic(graph), *filter(None, variants(graph).values())]:
         assert Schedule.parse(str(schedule)) == schedule
+
+
+NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,5}", fullmatch=True).filter(lambda n: n != "then")
+COUNTS = st.integers(0, 2**20)
+
+
+def _of(*kinds):
+    fields = {"int": COUNTS, "str": NAMES}
+    return st.one_of([st.builds(k, *(fields[str(f.type)] for f in dataclasses.fields(k))) for k in kinds])
+
+
+SECTIONS = st.builds(Section, st.lists(NAMES, max_size=3).map(tuple),
+                     st.lists(_of(Tile, Whole, Loop, Parts, Pair, Prefetch), max_size=4).map(tuple))  # fmt: skip
+LAUNCHES = st.builds(Launch, st.lists(SECTIONS, min_size=1, max_size=3).map(tuple),
+                     st.lists(_of(Warps, Stages, Abreast, Split, Stage), max_size=4).map(tuple))  # fmt: skip
+
+
+@given(st.builds(Schedule, st.lists(LAUNCHES, min_size=1, max_size=3).map(tuple)))
+def test_any_text_and_back(schedule):
+    """Legal or not; white space does not matter."""
+    assert Schedule.parse(str(schedule)) == schedule
+    assert Schedule.parse(str(schedule).replace(" ", "\n  ")) == schedule
 
 
 def test_powers_of_two():
@@ -159,8 +225,8 @@ def test_classes_of_rows(name, shapes, classes):
     many = heuristic(graph, classes[-1])
     assert legal(graph, many) is None
     if len(classes) > 1:
-        tile = prod(block for _, _, block in many.axes)
-        assert (tile, many.warps) == (2048, 8)
+        (launch,) = many.launches
+        assert (prod(d.block for d in launch.sections[0].axes), launch.warps) == (2048, 8)
     else:
         assert many == heuristic(graph)
 
@@ -177,7 +243,7 @@ def test_rows_have_the_same_bits_in_both_classes(fusion):
 
 def test_split_plan_has_two_launches_and_scratch_between():
     """Partial sums have a dimension for the parts; the second launch adds them in one fixed order."""
-    plan = good.planned(GEMM, "T:grid:16 D:loop:16 P:grid:16 split:D:3")
+    plan = good.planned(GEMM, spread(GEMM, "tile:T:16 loop:D:16 tile:P:16 split:D:3"))
     first, second = plan.programs
     (scratch,) = plan.scratch
     assert (scratch.axes, scratch.sizes) == (("D.part", "T", "P"), (3, None, 35))
@@ -192,8 +258,8 @@ def test_split_plan_has_two_launches_and_scratch_between():
 def test_split_of_an_update_reads_the_old_value_once():
     """An InOut tensor is read and written in the second launch only."""
     graph = good.graph_of(FUSIONS["delta_rule_step"], _delta_shapes(), "float32")
-    assert "split" not in variants(graph) or all(p.role != "InOut" for p in good.planned(
-        graph, str(variants(graph)["split"])).programs[0].params)  # fmt: skip
+    split = variants(graph).get("split")
+    assert split is None or all(p.role != "InOut" for p in good.planned(graph, split).programs[0].params)
 
 
 def _delta_shapes() -> dict[str, tuple]:
@@ -201,20 +267,31 @@ def _delta_shapes() -> dict[str, tuple]:
     return heads | {"A_log": (4,), "dt_bias": (4,), "state": (3, 4, 8, 9)}
 
 
-def test_with_axis_changes_one_axis():
-    """Mode and block can be changed together or apart."""
-    schedule = Schedule.parse("T:grid:4 H:whole:64")
-    assert str(schedule.with_axis("H", "loop", 16)) == "T:grid:4 H:loop:16 warps:4 stages:2"
-    assert schedule.with_axis("T", block=8).block("T") == 8
-    assert dataclasses.replace(schedule, warps=8) != schedule
+def test_a_directive_takes_the_place_of_its_like():
+    """An axis is held in one way, a launch has one number of warps; other directives are added."""
+    (launch,) = Schedule.parse("tile:T:4 whole:H:64 warps:4").launches
+    (section,) = launch.sections
+    assert str(section.but(Loop("H", 16), Tile("T", 8))) == "tile:T:8 loop:H:16"
+    assert str(launch.but(Warps(8), Stages(3))) == "tile:T:4 whole:H:64 warps:8 stages:3"
+    assert str(section.but(Pair("w")).without(Whole)) == "tile:T:4 pair:w"
 
 
 def test_several_splits_are_refused():
-    """One axis can be split."""
+    """A launch has one."""
     graph = Call(unseen.double_softmax, operands(unseen.double_softmax, unseen.SIZES[unseen.double_softmax])).graph
-    text = "T:grid:1 A:loop:2 B:loop:2 split:A:2 split:B:2"
     with pytest.raises(ScheduleError):
-        good.planned(graph, text)
+        good.planned(graph, "tile:T:1 loop:A:2 loop:B:2 split:A:2 split:B:2")
+
+
+def test_one_wish_for_all_sections():
+    """A section takes what it can of it; the rest, and a second launch, are the rules'."""
+    (launch,) = spread(GATES, "tile:T:64 loop:D:16 tile:I:16 tile:G:4 warps:8").launches
+    activated, logits, share = launch.sections
+    assert [(s.block("T"), s.block("D")) for s in (activated, logits, share)] == [(64, 16)] * 3
+    assert (activated.block("I"), share.block("G"), launch.warps) == (16, 4, 8)
+    first, second = spread(GATES, "loop:D:16 split:D:3").launches
+    assert [s.block("D") for s in first.sections] == [16] * 4
+    assert second == heuristic(cut(GATES, Split("D", 3))[1]).launches[0]
 
 
 @pytest.mark.parametrize("width", [256, 1024, 2048])
@@ -222,7 +299,7 @@ def test_sums_beside_products_have_the_same_warps_whatever_the_rows(width):
     """How lanes add up a row depends on the warps of its launch, and a GEMM's differ by the class of rows."""
     shapes = {"x": (3, width), "residual": (3, width), "weight": (width,), "gate_up": (64, width), "router": (64, width)}
     graph = good.graph_of(FUSIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
-    warps = {tuple(p.warps for p in good.planned(graph, str(heuristic(graph, rows))).programs) for rows in row_classes(graph)}
+    warps = {tuple(p.warps for p in good.planned(graph, heuristic(graph, rows)).programs) for rows in row_classes(graph)}
     assert len(warps) == 1
 
 
@@ -231,8 +308,9 @@ def test_blocks_of_parts_fill_more_than_half_of_an_sm():
     for columns in (300, 648, 1544, 4096, 20000):
         graph = good.graph_of(FUSIONS["gate_gemm"], {"x": (3, 2048), "packed": (columns, 2048)}, "bfloat16")
         for rows in row_classes(graph):
-            schedule = heuristic(graph, rows)
-            if schedule.split or schedule.parts:
-                block = (schedule.block("T") + schedule.block("P")) * schedule.block("D") * 2
-                held = block * (schedule.stages - (schedule.block("T") < 64))
-                assert 227 * 2**9 < held <= 227 * 2**10 or schedule.stages == 8, (columns, rows, str(schedule))
+            launch = heuristic(graph, rows).launches[0]
+            (section,) = launch.sections
+            if launch.cut or section.parts:
+                block = (section.block("T") + section.block("P")) * section.block("D") * 2
+                held = block * (launch.stages - (section.block("T") < 64))
+                assert 227 * 2**9 < held <= 227 * 2**10 or launch.stages == 8, (columns, rows, str(launch))

@@ -7,12 +7,14 @@ import pytest
 
 from moekit import lang as ml
 from moekit.backends import triton
-from moekit.compile import interpret, tile
-from moekit.compile.dense import contiguous
+from moekit.compile import tile
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule
-from moekit.compile.sections import sections
-from moekit.compile.verify import verify
+from moekit.compile.rules import heuristic, spread
+from moekit.compile.rules.gemm import deeper
+from moekit.compile.rules.sections import sections
+from moekit.compile.schedule import Loop, Parts, Schedule, Section, Tile
+from moekit.compile.tile import interpret
+from moekit.compile.tile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, fusion
@@ -21,15 +23,15 @@ from moekit.testing import Call, operands
 from moekit.testing.suite import check
 
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40}
-FIRST = "T:grid:16 D:loop:16 E:grid:16 G:grid:1 I:grid:16"
+FIRST = "tile:T:16 loop:D:16 tile:E:16 tile:G:1 tile:I:16"
 
 
 def call(name: str, schedule: str | None = None) -> Call:
     fusion = FUSIONS[name]
     axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     params = {"k": 3} if "k" in fusion.params else {}
-    chosen = Schedule.parse(schedule) if schedule else None
-    return Call(fusion, operands(fusion, {a: SIZES[a] for a in axes}), params, schedule=chosen)
+    made = Call(fusion, operands(fusion, {a: SIZES[a] for a in axes}), params)
+    return replace(made, schedule=spread(made.graph, schedule)) if schedule else made
 
 
 def planned(made: Call):
@@ -54,18 +56,28 @@ def test_outputs_that_can_share_programs_do(name, groups):
     assert [{w.tensor for w in g.writes} for g in sections(made.graph)] == groups
 
 
-@pytest.mark.parametrize(("name", "schedule", "depths"), [
-    ("gate_gemm", "T:grid:64 D:loop:64 P:grid:16 stages:2", [64]),
-    ("gate_projections", "T:grid:64 D:loop:64 E:grid:32 G:grid:16 I:grid:32 stages:2", [64, 64, 128]),
-    ("gate_projections", "T:grid:128 D:loop:128 E:grid:32 G:grid:16 I:grid:32 stages:4", [128, 128, 128]),
-], ids=["alone", "beside others", "more than an SM's shared memory"])  # fmt: skip
-def test_only_a_section_among_others_has_another_depth_than_its_schedule_says(name, schedule, depths):
-    """Few columns beside others take twice the depth, if there is room; a launch of one section does what it was asked."""
-    binding = example(FUSIONS[name], {"D": 2048}, "bfloat16", {})
-    graph = FUSIONS[name].trace(binding)
-    said = Schedule.parse(f"{schedule} parts:D:4 warps:4")
-    (kernel,) = plan(graph, said, contiguous(graph, dict(binding.sizes))).programs
-    assert [p.axis("D").block for p in kernel.sections] == depths
+def test_few_columns_beside_others_take_twice_the_depth():
+    """If an SM has room for it; a program that does not do all parts stays as it is."""
+    binding = example(FUSIONS["gate_projections"], {"D": 2048, "I": 512, "E": 512, "G": 1}, "bfloat16", {})
+    graph = FUSIONS["gate_projections"].trace(binding)
+    (launch,) = heuristic(graph, 4096).launches
+    assert [s.block("D") for s in launch.sections] == [64, 64, 128]
+    share = sections(graph)[-1]
+    few = Section(("share",), (Tile("T", 64), Loop("D", 64), Tile("G", 16), Parts("D", 4)))
+    assert [deeper(share, few, stages).block("D") for stages in (2, 12)] == [128, 64]
+    assert deeper(share, few.without(Parts), 2) == few.without(Parts)
+
+
+@pytest.mark.parametrize("depths", [(64, 64, 128), (128, 64, 32)], ids=str)
+def test_every_section_does_what_it_is_asked(depths):
+    """Each has tiles of its own, and nothing repairs them."""
+    made = call("gate_projections", f"{FIRST} warps:4 stages:2")
+    (launch,) = made.schedule.launches
+    own = tuple(s.but(Loop("D", depth)) for s, depth in zip(launch.sections, depths, strict=True))
+    made = replace(made, schedule=Schedule((replace(launch, sections=own),)))
+    (kernel,) = planned(made).programs
+    assert tuple(p.axis("D").block for p in kernel.sections) == depths
+    check("interpret", made)
 
 
 def test_products_share_no_programs_unless_something_is_done_with_both():
@@ -136,10 +148,10 @@ def test_in_one_launch_the_residual_is_overwritten_last():
     """Loops over other outputs load it again."""
     fusion = FUSIONS["gate_block"]
     values = operands(fusion, {"T": 2, "D": 3, "I": 5, "E": 7, "G": 3})
-    made = Call(fusion, values, schedule=Schedule.parse("T:grid:1 D:loop:2 E:loop:4 G:loop:2 I:loop:2 warps:1"))
+    made = Call(fusion, values, schedule=Schedule.parse("tile:T:1 loop:D:2 loop:E:4 loop:G:2 loop:I:2 warps:1"))
     (program,) = planned(made).programs
     check("interpret", made)
-    stored = [op.tensor for op in _stores(program.sections[0].body)]
+    stored = [op.at.tensor for op in _stores(program.sections[0].body)]
     assert set(stored[-2:]) == {"hidden", "residual"}
 
 
@@ -162,4 +174,4 @@ def test_a_dynamic_axis_need_not_be_in_the_first_section():
     (kernel,) = planned(made).programs
     assert [a.name for a in kernel.sections[0].axes] == ["A", "B"]
     assert [a.name for a in triton.arguments(kernel) if a.kind == "extent"] == ["T"]
-    assert "apart_double(pid - end_0, y_ptr, double_ptr, T, " in triton.emit(kernel)
+    assert "apart_double(pid - 1, y_ptr, double_ptr, T, " in triton.emit(kernel)

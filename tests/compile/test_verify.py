@@ -7,7 +7,7 @@ import breakers
 import programs as good
 import pytest
 
-from moekit.compile.verify import RULES, facts_of, verify
+from moekit.compile.tile.verify import RULES, facts_of, verify
 from moekit.errors import VerifyError
 
 CASES = [pytest.param(rule, make, id=f"{rule}-{name}") for rule, items in breakers.BREAKERS.items() for name, make in items]

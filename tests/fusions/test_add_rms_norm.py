@@ -33,7 +33,7 @@ def test_wide_rows(implementation, size):
     check(implementation, Call(FUSION, operands(FUSION, {"T": 2, "H": size}, "bfloat16", seed=size)))
 
 
-@pytest.mark.parametrize("text", ["T:grid:1 H:loop:4096", "T:grid:2 H:loop:1024", "T:grid:1 H:whole:16384"])
+@pytest.mark.parametrize("text", ["tile:T:1 loop:H:4096", "tile:T:2 loop:H:1024", "tile:T:1 whole:H:16384"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_looped_and_whole_rows(text, dtype):
     """The same width under schedules that loop and one that does not."""

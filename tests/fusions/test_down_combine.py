@@ -1,10 +1,12 @@
 """down_combine in every implementation: a product added to what is there, in place."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
 from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
@@ -91,7 +93,8 @@ def test_rows_of_nan_stay_alone(implementation):
 def test_contraction_in_parts(how, depth):
     """Parts of any number, some of them empty, in a second launch or in a row."""
     values = operands(FUSION, SIZES | {"I": depth}, "float32")
-    check("interpret", Call(FUSION, values, schedule=Schedule.parse(f"T:grid:16 H:grid:16 I:loop:16 {how} warps:4 stages:2")))
+    call = Call(FUSION, values)
+    check("interpret", replace(call, schedule=spread(call.graph, f"tile:T:16 tile:H:16 loop:I:16 {how} warps:4 stages:2")))
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.gpu), "eager"])

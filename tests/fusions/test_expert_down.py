@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moekit.compile.heuristic import heuristic
+from moekit.compile.rules import heuristic
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.testing import RUNNERS, Call, FusionSuite, implementations, operands
@@ -70,4 +70,7 @@ def test_an_expert_that_does_not_exist_adds_nothing(implementation):
 def test_every_pair_has_programs_of_its_own():
     """At the 80B's width over two GPUs: one program for each pair and 64 columns, and one launch that adds up."""
     graph = FUSION.trace(example(FUSION, {"T": 1, "H": 2048, "I": 256, "E": 512, "K": 10}, "bfloat16"))
-    assert str(heuristic(graph)) == "T:grid:1 K:loop:1 I:whole:256 H:grid:64 split:K:10 warps:4 stages:1"
+    assert str(heuristic(graph)) == (
+        "tile:K.part:1 tile:T:1 loop:K:1 whole:I:256 tile:H:64 warps:4 stages:1 split:K:10 then "
+        "loop:K.part:1 tile:T:1 tile:H:256 warps:4 stages:1"
+    )

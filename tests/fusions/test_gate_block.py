@@ -1,10 +1,12 @@
 """gate_block in every implementation: from the residual stream to the gates, residual updated in place."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
 from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
 
@@ -105,8 +107,9 @@ def test_rows_of_nan_stay_alone(implementation):
 def test_contraction_in_parts(parts, depth):
     """Any number of parts, some of them empty."""
     values = operands(FUSION, SIZES | {"D": depth}, "float32")
-    schedule = f"T:grid:16 D:loop:16 E:grid:16 G:grid:16 I:grid:16 split:D:{parts} warps:4 stages:2"
-    check("interpret", Call(FUSION, values, schedule=Schedule.parse(schedule)))
+    call = Call(FUSION, values)
+    wish = f"tile:T:16 loop:D:16 tile:E:16 tile:G:16 tile:I:16 split:D:{parts} warps:4 stages:2"
+    check("interpret", replace(call, schedule=spread(call.graph, wish)))
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.gpu), "eager"])

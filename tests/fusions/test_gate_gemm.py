@@ -1,9 +1,11 @@
 """gate_gemm in every implementation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
 from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
 
@@ -29,10 +31,8 @@ class TestGateGemm(FusionSuite):
 def test_split_contraction(parts, size):
     """Partial sums of any number of parts, some of them empty, add up to the whole."""
     values = operands(FUSION, {"T": 3, "P": 20, "D": size}, "float32")
-    check(
-        "interpret",
-        Call(FUSION, values, schedule=Schedule.parse(f"T:grid:16 D:loop:16 P:grid:16 split:D:{parts}")),
-    )
+    call = Call(FUSION, values)
+    check("interpret", replace(call, schedule=spread(call.graph, f"tile:T:16 loop:D:16 tile:P:16 split:D:{parts}")))
 
 
 @pytest.mark.parametrize("implementation", implementations())

@@ -1,10 +1,12 @@
 """gate_projections in every implementation: three outputs of one GEMM, from one packed weight or three."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from moekit.compile.schedule import Schedule
+from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
 from moekit.testing import RUNNERS, Call, FusionSuite, check, compare, implementations, operands
 
@@ -72,8 +74,9 @@ def test_float32_is_not_rounded_to_tf32(implementation):
 def test_contraction_in_parts(implementation, how, depth):
     """Parts of any number, some of them empty, in a second launch or in a row, add up to the whole."""
     values = operands(FUSION, SIZES | {"D": depth}, "float32")
-    schedule = Schedule.parse(f"T:grid:16 D:loop:16 E:grid:16 G:grid:16 I:grid:16 {how} warps:4 stages:2")
-    check(implementation, Call(FUSION, values, schedule=schedule))
+    call = Call(FUSION, values)
+    wish = f"tile:T:16 loop:D:16 tile:E:16 tile:G:16 tile:I:16 {how} warps:4 stages:2"
+    check(implementation, replace(call, schedule=spread(call.graph, wish)))
 
 
 @pytest.mark.parametrize("implementation", implementations())

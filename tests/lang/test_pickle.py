@@ -102,7 +102,7 @@ def test_what_has_no_name_says_so():
 def test_plain_data():
     declared = FUSIONS["add_rms_norm"]
     binding = example(declared)
-    schedule = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
+    schedule = Schedule.parse("tile:T:16 tile:P:16 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64")
     for value in (binding, declared.trace(binding), schedule, In("T H")):
         for again in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
             assert again == value

@@ -27,8 +27,8 @@ from moekit.testing.tasks import template
 
 NAMED = {m.name: m for m in TABLE}
 
-PATCH = """--- a/moekit/compile/reductions.py
-+++ b/moekit/compile/reductions.py
+PATCH = """--- a/moekit/compile/tile/facts.py
++++ b/moekit/compile/tile/facts.py
 @@ -{line},1 +{line},1 @@
 -    ("max", "float32"): float("-inf"),
 +    ("max", "float32"): 0.0,
@@ -74,13 +74,13 @@ def test_it_is_killed(name):
 
 
 def test_a_patch_from_outside(tmp_path):
-    lines = (PACKAGE / "compile/reductions.py").read_text().splitlines()
+    lines = (PACKAGE / "compile/tile/facts.py").read_text().splitlines()
     number = lines.index('    ("max", "float32"): float("-inf"),') + 1
     patch = tmp_path / "theirs.patch"
     patch.write_text(PATCH.format(line=number))
     outcome = try_patch(patch, seconds=60)
     assert outcome.killed
-    assert outcome.file == "compile/reductions.py"
+    assert outcome.file == "compile/tile/facts.py"
 
 
 def test_what_does_not_fit_is_said(tmp_path):
@@ -95,14 +95,14 @@ def test_what_does_not_fit_is_said(tmp_path):
 def test_stages_follow_from_the_files():
     assert stages_of(["backends/triton.py"]) == ("triton-interpreter",)
     assert stages_of(["backends/pallas.py"]) == ("pallas",)
-    assert stages_of(["backends/pallas.py", "compile/lower.py"])[0] == "interpret"
+    assert stages_of(["backends/pallas.py", "compile/passes/nest.py"])[0] == "interpret"
     assert stages_of(["backends/array.py"]) == stages_of(["backends/libraries.py"]) == ("numpy", "eager", "xla")
     assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
     assert stages_of(["compile/overlap.py"]) == ("eager", "triton-interpreter")
     assert stages_of(["jax/view.py"]) == ("pallas", "xla")
     assert stages_of(["backends/printer.py"]) == ("triton-interpreter", "pallas")
-    assert set(stages_of(["compile/lower.py", "backends/array.py"])) == {*STAGES, *ARRAYS}
-    assert "numpy" not in stages_of(["compile/lower.py"])
+    assert set(stages_of(["compile/passes/nest.py", "backends/array.py"])) == {*STAGES, *ARRAYS}
+    assert "numpy" not in stages_of(["compile/passes/nest.py"])
 
 
 def test_the_command_lists_them():
@@ -144,7 +144,7 @@ def outcomes(monkeypatch):
     surviving, cause = set(), []
 
     def made(name, killed, by=""):
-        return Outcome(name, "compile/lower.py", "about it", killed, "interpret" if killed else "", 7, 0.1, by)
+        return Outcome(name, "compile/passes/nest.py", "about it", killed, "interpret" if killed else "", 7, 0.1, by)
 
     monkeypatch.setattr(score, "try_mutant", lambda m, seconds: made(m.name, m.name not in surviving))
     monkeypatch.setattr(score, "try_unchanged", lambda seconds: made("unchanged", bool(cause), *cause))
@@ -162,7 +162,7 @@ def test_the_command_counts_writes_and_prints(outcomes, tmp_path):
     assert not found["unchanged"]["killed"]
     shown = CliRunner().invoke(cli, ["mutants", "--markdown", str(path)]).output.splitlines()
     assert shown[0].startswith("| mutant |")
-    assert shown[2] == f"| {TABLE[0].name} | compile/lower.py | interpret | 7 | about it |"
+    assert shown[2] == f"| {TABLE[0].name} | compile/passes/nest.py | interpret | 7 | about it |"
     assert len(shown) == len(TABLE) + 2
 
 

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from moekit.compile import interpret
+from moekit.compile.tile import interpret
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.spec import Dim
 

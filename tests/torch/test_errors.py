@@ -193,7 +193,7 @@ REFUSALS = {
         "^add_rms_norm_: .* requires grad",
     ),
     "text for a schedule": (
-        lambda: mt.silu_and_mul(X, schedule="T:grid:1 I:whole:8"),
+        lambda: mt.silu_and_mul(X, schedule="tile:T:1 whole:I:8"),
         ScheduleError,
         "^silu_and_mul: schedule is str; it must be a Schedule, which Schedule.parse makes of text",
     ),
@@ -208,7 +208,7 @@ REFUSALS = {
         "^silu_and_mul: schedule is int; it must be a Schedule",
     ),
     "schedule of another fusion": (
-        lambda: mt.silu_and_mul(X, schedule=Schedule.parse("T:grid:1 H:whole:16")),
+        lambda: mt.silu_and_mul(X, schedule=Schedule.parse("tile:T:1 whole:H:16")),
         ScheduleError,
         "^silu_and_mul: the schedule must say once what is done with axis I",
     ),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moekit.compile.heuristic import heuristic, row_classes
+from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.schedule import Schedule
 from moekit.errors import DtypeError, MoekitError, ScheduleError, ShapeError
 from moekit.export import export
@@ -31,7 +31,9 @@ SIZES = {
     "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
     "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
 }
-SPLIT = Schedule.parse("T:grid:16 P:grid:16 D:loop:16 split:D:2 warps:1 stages:1")
+SPLIT = Schedule.parse(
+    "tile:D.part:1 tile:T:16 tile:P:16 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
+)
 
 RUN = """
 import runpy, sys

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.compile.gemm import GEMM_TILES
+from moekit.compile.rules.gemm import GEMM_TILES
 from moekit.fusions import FUSIONS
 from moekit.torch import launch, ops
 from moekit.torch.call import Call
@@ -281,7 +281,9 @@ def test_scratch_is_what_the_schedule_declares():
     from moekit.compile.schedule import Schedule
 
     x, packed = (torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) for n in (16, 64))
-    schedule = Schedule.parse("T:grid:16 P:grid:32 D:loop:64 split:D:4 warps:4 stages:2")
+    schedule = Schedule.parse(
+        "tile:D.part:1 tile:T:16 tile:P:32 loop:D:64 split:D:4 warps:4 stages:2 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
+    )
     for _ in range(3):
         torch.cuda.synchronize()
         base = torch.cuda.memory_allocated()

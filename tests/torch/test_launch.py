@@ -9,9 +9,9 @@ import moekit.torch as mt
 from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
 from moekit.compile.dense import contiguous
-from moekit.compile.gemm import GEMM_TILES
-from moekit.compile.heuristic import row_classes
-from moekit.compile.order import order
+from moekit.compile.rules import row_classes
+from moekit.compile.rules.gemm import GEMM_TILES
+from moekit.compile.rules.order import order
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, contract, f32, fusion
@@ -127,7 +127,9 @@ def test_split_schedule_has_scratch_on_the_short_way(emulated):
     from moekit.compile.schedule import Schedule
 
     x, packed = torch.randn(3, 64), torch.randn(8, 64)
-    schedule = Schedule.parse("T:grid:4 P:grid:8 D:loop:16 split:D:2 warps:1 stages:1")
+    schedule = Schedule.parse(
+        "tile:D.part:1 tile:T:4 tile:P:8 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
+    )
     for _ in range(2):
         got = mt.gate_gemm(x, packed, schedule=schedule, **TRITON)
         torch.testing.assert_close(got, x @ packed.T)
@@ -186,7 +188,7 @@ def test_tuned_schedules_are_used_where_there_is_a_table(emulated, monkeypatch):
 
     def table(device, graph, sizes):
         asked.append(graph.name)
-        return Schedule.parse("T:grid:2 H:whole:32 warps:2 stages:1")
+        return Schedule.parse("tile:T:2 whole:H:32 warps:2 stages:1")
 
     monkeypatch.setattr(tables, "tuned", table)
     x, residual, weight = norm_operands(4, 32)
@@ -274,7 +276,7 @@ def test_calls_of_every_class_of_rows_add_up_in_one_order(name, sizes):
             }
             for in_place in {False, any(s.role == "InOut" for s in declared.tensors.values())}:
                 made = Call(declared, operands, {}, in_place, None, None).prepare()
-                orders.add(order(SimpleNamespace(programs=[one.program for one in made.launches])))
+                orders.add(order([one.program for one in made.launches]))
     assert len(orders) == 1
 
 
@@ -292,5 +294,5 @@ def test_an_output_over_an_operand_has_schedules_of_its_own_where_it_needs_them(
         sizes = {"x": (rows, depth), "w": (32, depth), "v": (64, depth), "u": (rows, 32)}
         operands = {n: torch.zeros(s, dtype=torch.float32 if n == "u" else torch.bfloat16) for n, s in sizes.items()}
         made = Call(spread_beside, operands, {}, False, (operands["u"], None), None).prepare()
-        orders.add(order(SimpleNamespace(programs=[one.program for one in made.launches])))
+        orders.add(order([one.program for one in made.launches]))
     assert len(orders) == 1

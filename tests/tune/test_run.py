@@ -14,7 +14,7 @@ from moekit.tune.search import Timed, Trial
 from moekit.tune.table import Entry
 
 BUCKETS = {1: (1, 16), 17: (64,), 128: (256,)}
-FASTER = "T:grid:4 I:grid:512 warps:8 stages:1"
+FASTER = "tile:T:4 tile:I:512 warps:8 stages:1"
 
 
 @pytest.fixture
@@ -100,8 +100,10 @@ def test_on_a_gpu(tmp_path, monkeypatch):
     schedules = [t.schedule for t in tuned.trials if t.problem is None]
     assert target.check(schedules[0]) is None
     assert target.differ(schedules[:4]) is None
-    monkeypatch.setattr(run.Target, "_outputs", lambda self, given, schedule: (given[0][:, :64] * (1 + schedule.warps),))
+    monkeypatch.setattr(
+        run.Target, "_outputs", lambda self, given, schedule: (given[0][:, :64] * (1 + schedule.launches[0].warps),)
+    )
     assert "out of bounds" in (target.check(schedules[0]) or "")
-    assert "other bits" in (target.differ([Schedule.parse(FASTER), Schedule(Schedule.parse(FASTER).axes, warps=4)]) or "")
+    assert "other bits" in (target.differ([Schedule.parse(FASTER), Schedule.parse(FASTER.replace("warps:8", "warps:4"))]) or "")
     run.write(tmp_path / "table.json", [tuned])
     assert json.loads((tmp_path / "table.json").read_text())["made with"]["device"] == torch.cuda.get_device_name()

@@ -4,13 +4,15 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 
-from moekit.compile.heuristic import heuristic
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule, legal
+from moekit.compile.rules import heuristic, spread
+from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Schedule, Split, Stages, Tile, Warps
+from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
 from moekit.testing import Call, operands
 from moekit.tune import search as searching
@@ -42,6 +44,25 @@ def graph(name: str, dtype: str = "bfloat16", sizes: Mapping[str, int] | None = 
     return Call(FUSIONS[name], values, {"k": 10} if "k" in FUSIONS[name].params else {}).graph
 
 
+def block(schedule: Schedule, axis: str) -> int:
+    """Elements of an axis in the first launch, whose sections have the same of it."""
+    return schedule.launches[0].sections[0].block(axis)
+
+
+def warps(schedule: Schedule) -> int:
+    """Of the first launch."""
+    return schedule.launches[0].warps
+
+
+def changed(schedule: Schedule, *directives) -> Schedule:
+    """A schedule of one launch of one section with other directives."""
+    (launch,) = schedule.launches
+    (section,) = launch.sections
+    shared = [d for d in directives if isinstance(d, Warps | Stages)]
+    own = [d for d in directives if d not in shared]
+    return Schedule((replace(launch, sections=(section.but(*own),)).but(*shared),))
+
+
 def right(schedules: Sequence[Schedule]) -> list[str | None]:
     """A check that finds nothing."""
     return [None] * len(schedules)
@@ -56,15 +77,32 @@ def test_neighbours_are_legal_and_differ(name):
     assert len(set(found)) == len(found) >= 3
     assert base not in found
     assert all(legal(traced, s) is None for s in found)
-    assert {s.warps for s in found} >= {base.warps * 2}
+    assert {warps(s) for s in found} >= {warps(base) * 2}
 
 
 def test_a_products_neighbours_change_its_parts_and_stay_on_the_matrix_unit():
     """More parts, fewer, none, and the same one after the other; no tile under 16."""
     traced = graph("gate_gemm")
     found = neighbours(traced, heuristic(traced))
-    assert {(s.split, s.parts) for s in found} >= {((("D", n),), ()) for n in (2, 8)} | {((), ()), ((), (("D", 4),))}
-    assert min(s.block(a) for s in found for a in "TDP") >= 16
+    done = {(s.launches[0].cut, s.launches[0].sections[0].parts.get("D")) for s in found}
+    assert done >= {(Split("D", 2), None), (Split("D", 8), None), (None, None), (None, 4)}
+    assert min(block(s, a) for s in found for a in "TDP") >= 16
+    assert {bool(s.launches[0].sections[0].all(Prefetch)) for s in found} == {True, False}
+
+
+def test_every_directive_is_searched():
+    """Pairs, prefetches, sections abreast or not, and each section's own tiles, in the first launch and in the second."""
+    traced = graph("gate_projections")
+    many = heuristic(traced, 4096)
+    assert many.launches[0].all(Abreast)
+    assert many.launches[0].sections[0].all(Pair)
+    found = neighbours(traced, many)
+    assert {bool(s.launches[0].all(Abreast)) for s in found} == {True, False}
+    assert {bool(s.launches[0].sections[0].all(Pair)) for s in found} == {True, False}
+    few = heuristic(traced)
+    second = [s.launches[1] for s in neighbours(traced, few) if len(s.launches) == 2]
+    assert {launch.warps for launch in second} > {few.launches[1].warps}
+    assert {launch.sections[1].block("E") for launch in second} > {128, 512}
 
 
 @pytest.mark.parametrize("name", list(FUSIONS))
@@ -78,19 +116,19 @@ def test_what_changes_the_order():
     """Warps and blocks of a sum over a row, parts of a product; not a product's tiles; nothing where nothing is added."""
     norm, product, silu = graph("add_rms_norm"), graph("gate_gemm"), graph("silu_and_mul")
     base = heuristic(norm)
-    for other in (base.with_axis("T", block=2), base.with_axis("H", "loop", 512), Schedule(base.axes, warps=base.warps // 2)):
+    for other in (changed(base, Tile("T", 2)), changed(base, Loop("H", 512)), changed(base, Warps(warps(base) // 2))):
         assert order_of(norm, other) != order_of(norm, base)
-    assert order_of(norm, Schedule(base.axes, warps=base.warps, stages=4)) == order_of(norm, base)
-    tile = Schedule.parse("T:grid:16 D:loop:256 P:grid:32 split:D:4 warps:4 stages:4")
+    assert order_of(norm, changed(base, Stages(4))) == order_of(norm, base)
+    tile = spread(product, "tile:T:16 loop:D:256 tile:P:32 split:D:4 warps:4 stages:4")
     same = (
-        "T:grid:64 D:loop:128 P:grid:64 split:D:4 warps:8 stages:3",
-        "T:grid:16 D:loop:64 P:grid:16 parts:D:4 warps:2 stages:2",
+        "tile:T:64 loop:D:128 tile:P:64 split:D:4 warps:8 stages:3",
+        "tile:T:16 loop:D:64 tile:P:16 parts:D:4 warps:2 stages:2",
     )
-    other = ("T:grid:16 D:loop:256 P:grid:32 split:D:8 warps:4 stages:4", "T:grid:16 D:loop:256 P:grid:32 warps:4 stages:4")
-    assert {order_of(product, Schedule.parse(s)) for s in same} == {order_of(product, tile)}
-    assert order_of(product, tile) not in {order_of(product, Schedule.parse(s)) for s in other}
-    deep = Schedule.parse("T:grid:16 D:loop:512 P:grid:32 split:D:3 warps:4 stages:2")  # parts begin elsewhere
-    assert order_of(product, deep) != order_of(product, deep.with_axis("D", block=256))
+    other = ("tile:T:16 loop:D:256 tile:P:32 split:D:8 warps:4 stages:4", "tile:T:16 loop:D:256 tile:P:32 warps:4 stages:4")
+    assert {order_of(product, spread(product, s)) for s in same} == {order_of(product, tile)}
+    assert order_of(product, tile) not in {order_of(product, spread(product, s)) for s in other}
+    deep, shallow = (spread(product, f"tile:T:16 loop:D:{n} tile:P:32 split:D:3 warps:4 stages:2") for n in (512, 256))
+    assert order_of(product, deep) != order_of(product, shallow)  # parts begin elsewhere
     assert {order_of(silu, s) for s in neighbours(silu, heuristic(silu))} == {frozenset()}
 
 
@@ -101,20 +139,20 @@ def test_search_checks_before_it_times():
 
     def measure(schedule: Schedule, rows: int) -> float:
         timed.append(schedule)
-        if schedule.block("T") == 4:
+        if block(schedule, "T") == 4:
             raise RuntimeError("out of resources")
-        return schedule.warps if rows <= 16 else 40 / schedule.warps
+        return warps(schedule) if rows <= 16 else 40 / warps(schedule)
 
-    check = lambda schedules: ["wrong" if s.warps == 16 else None for s in schedules]  # noqa: E731
+    check = lambda schedules: ["wrong" if warps(s) == 16 else None for s in schedules]  # noqa: E731
     told = []
     found = search(traced, Bench(check, measure, lambda trial, spent: told.append(trial)), 60, FEW)
-    assert all(s.warps != 16 for s in timed)
-    assert {t.problem for t in found.trials if t.schedule.warps == 16} == {"wrong"}
-    assert {t.problem for t in found.trials if t.schedule.block("T") == 4} >= {"RuntimeError: out of resources"}
+    assert all(warps(s) != 16 for s in timed)
+    assert {t.problem for t in found.trials if warps(t.schedule) == 16} == {"wrong"}
+    assert {t.problem for t in found.trials if block(t.schedule, "T") == 4} >= {"RuntimeError: out of resources"}
     assert list(found.trials) == told
     assert found.free == found.together
-    base = heuristic(traced).warps
-    assert {b: s.warps for b, s in found.free.items()} == {1: 1, 17: base}
+    base = warps(heuristic(traced))
+    assert {b: warps(s) for b, s in found.free.items()} == {1: 1, 17: base}
     best = min(t.ratio for t in found.trials if t.bucket == 1)
     assert math.isclose(best, 1 / base)
 
@@ -138,7 +176,7 @@ def test_search_ends_in_time_where_measuring_is_slow(monkeypatch):
 
     def measure(schedule: Schedule, rows: int) -> float:
         now[0] += 1
-        return 1.0 / schedule.warps
+        return 1.0 / warps(schedule)
 
     traced = graph("gate_block")
     search(traced, Bench(right, measure), 60, buckets(traced))
@@ -150,13 +188,13 @@ def test_what_was_found_for_some_rows_serves_them_beside_others():
     traced = graph("silu_and_mul")
 
     def measure(schedule: Schedule, rows: int) -> float:
-        return abs(schedule.block("T") - 16) + 60 if rows > 512 else schedule.block("T") / schedule.warps
+        return abs(block(schedule, "T") - 16) + 60 if rows > 512 else block(schedule, "T") / warps(schedule)
 
     rows = {1: (1,), 17: (64,), 513: (1024,)}
     run = searching._Search(traced, Bench(right, measure), rows)
     own = {b: heuristic(traced) for b in rows}
     free = run.descend({b: [s] for b, s in own.items()}, 60)
-    assert free[513].block("T") == 16
+    assert block(free[513], "T") == 16
     together = searching._together(run, own, free, 0)
     assert all(measure(together[b], r) <= measure(free[b], r) for b, (r,) in rows.items())
 
@@ -166,14 +204,15 @@ def test_a_product_keeps_its_parts_for_all_rows_or_gets_others_for_all():
     traced = graph("gate_gemm")
 
     def measure(schedule: Schedule, rows: int) -> float:
-        parts = dict(schedule.split).get("D", 1)
-        wide = schedule.block("P") / 32
+        cut = schedule.launches[0].cut
+        parts = cut.count if isinstance(cut, Split) else 1
+        wide = block(schedule, "P") / 32
         return (1 + abs(parts - (8 if rows <= 16 else 2)) / 10) * (2 - wide / 4 if rows > 16 else 1 + wide)
 
     found = search(traced, Bench(right, measure), 60, FEW)
-    assert {b: dict(s.split)["D"] for b, s in found.free.items()} == {1: 8, 17: 2}
+    assert {b: s.launches[0].cut for b, s in found.free.items()} == {1: Split("D", 8), 17: Split("D", 2)}
     assert len({order_of(traced, s) for s in found.together.values()}) == 1
-    assert found.together[1].block("P") < found.together[17].block("P")
+    assert block(found.together[1], "P") < block(found.together[17], "P")
 
 
 def test_all_rows_together_add_up_in_one_order():
@@ -185,15 +224,16 @@ def test_all_rows_together_add_up_in_one_order():
 
     def together(many: dict[int, float]) -> tuple[set[int], bool]:
         def measure(schedule: Schedule, rows: int) -> float:
-            plain = schedule.block("T") == 1 and schedule.mode("H") == "whole"
-            return ({8: 1.0, 4: 0.5, 16: 0.97} if rows <= 16 else many).get(schedule.warps, 2.0) if plain else 2.0
+            (launch, *rest) = schedule.launches
+            plain = not rest and block(schedule, "T") == 1 and launch.sections[0].mode("H") == "whole"
+            return ({8: 1.0, 4: 0.5, 16: 0.97} if rows <= 16 else many).get(launch.warps, 2.0) if plain else 2.0
 
         found = search(traced, Bench(right, measure), 60, FEW)
-        assert {b: s.warps for b, s in found.free.items()} == {1: 4, 17: min(many, key=lambda w: many[w])}
+        assert {b: warps(s) for b, s in found.free.items()} == {1: 4, 17: min(many, key=lambda w: many[w])}
         us = {r: {"heuristic": 1.0, "tuned": measure(found.together[b], r), "free": 1.0} for b in FEW for r in FEW[b]}
         worth = winners(traced, found.together, [Timed(b, r, us[r], {}) for b in FEW for r in FEW[b]])
         assert worth in ({}, found.together)
-        return {s.warps for s in found.together.values()}, bool(worth)
+        return {warps(s) for s in found.together.values()}, bool(worth)
 
     assert together({8: 1.0, 4: 1.1, 16: 0.9}) == ({16}, True)
     assert together({8: 1.0, 4: 1.1, 16: 1.05}) == ({8}, False)
@@ -203,7 +243,7 @@ def test_all_rows_together_add_up_in_one_order():
 def test_winners_are_those_worth_an_entry():
     """Five per cent, no number of rows of the bucket slower; buckets of the heuristic's own order one by one."""
     traced = graph("silu_and_mul")
-    one = heuristic(traced).with_axis("T", block=4)
+    one = changed(heuristic(traced), Tile("T", 4))
 
     def timed(*ratios: float) -> list[Timed]:
         rows = [(b, r) for b in FEW for r in FEW[b]]
@@ -213,7 +253,7 @@ def test_winners_are_those_worth_an_entry():
     assert winners(traced, together, timed(0.9, 0.9, 1.2)) == {1: one}
     assert winners(traced, together, timed(0.7, 1.1, 0.96)) == {}
     norm = graph("add_rms_norm")
-    together = dict.fromkeys(FEW, Schedule(heuristic(norm).axes, warps=4, stages=1))
+    together = dict.fromkeys(FEW, changed(heuristic(norm), Warps(4), Stages(1)))
     assert winners(norm, together, timed(0.9, 0.9, 1.2)) == {}
     assert winners(norm, together, timed(0.8, 0.8, 1.0)) == together
 
@@ -244,7 +284,7 @@ def test_between_the_edges_of_a_class_the_table_has_a_bucket(monkeypatch):
     """Rows of 100 are many from 10486 on: an entry for 8192 says nothing of them."""
     traced = graph("silu_and_mul", sizes={"I": 100})
     assert list(buckets(traced)) == [1, 17, 128, 512, 2048, 8192, 10486]
-    faster = "T:grid:8 I:grid:128 warps:4 stages:1"
+    faster = "tile:T:8 tile:I:128 warps:4 stages:1"
     in_table(monkeypatch, traced, entry(traced, from_8192=faster))
     assert [str(table.tuned("NVIDIA H200", traced, {"T": t})) for t in (8191, 8192, 10485, 10486)] == [
         "None",
@@ -260,7 +300,7 @@ def entry(traced, **schedules: str) -> Entry:
     return Entry(parsed, kernels_of(traced, parsed)[0])
 
 
-FASTER = "T:grid:4 I:grid:512 warps:8 stages:1"
+FASTER = "tile:T:4 tile:I:512 warps:8 stages:1"
 
 
 def in_table(monkeypatch, traced, made: Entry) -> None:
@@ -288,20 +328,20 @@ def test_a_stale_entry_is_not_used(monkeypatch):
     made = entry(traced, from_17=FASTER)
     assert stale(traced, made) is None
     assert Entry.parse(json.loads(json.dumps(made.to_json()))) == made
-    unlike = Entry({17: Schedule.parse("T:grid:4 I:grid:512 warps:4 stages:1")}, made.kernels)
+    unlike = Entry({17: Schedule.parse("tile:T:4 tile:I:512 warps:4 stages:1")}, made.kernels)
     assert "moekit tune silu_and_mul" in (stale(traced, unlike) or "")
-    illegal = Entry({17: Schedule.parse("T:grid:3 I:grid:512 warps:4 stages:1")}, made.kernels)
+    illegal = Entry({17: Schedule.parse("tile:T:3 tile:I:512 warps:4 stages:1")}, made.kernels)
     assert "power of two" in (stale(traced, illegal) or "")
     for broken in (unlike, illegal):
         in_table(monkeypatch, traced, broken)
         assert table.scheduled("NVIDIA H200", traced, {"T": 64}) == heuristic(traced)
     in_table(monkeypatch, traced, made)
-    monkeypatch.setattr(table, "heuristic", lambda g, tokens=None: heuristic(g, tokens).with_axis("T", block=1))
+    monkeypatch.setattr(table, "heuristic", lambda g, tokens=None: changed(heuristic(g, tokens), Tile("T", 1)))
     assert table.tuned("NVIDIA H200", traced, {"T": 64}) is None  # it was compared with another heuristic
     norm = graph("add_rms_norm")
     monkeypatch.undo()
-    assert "same order" in (stale(norm, entry(norm, from_17="T:grid:1 H:whole:2048 warps:4 stages:1")) or "")
-    everywhere = {f"from_{b}": "T:grid:1 H:whole:2048 warps:4 stages:1" for b in buckets(norm)}
+    assert "same order" in (stale(norm, entry(norm, from_17="tile:T:1 whole:H:2048 warps:4 stages:1")) or "")
+    everywhere = {f"from_{b}": "tile:T:1 whole:H:2048 warps:4 stages:1" for b in buckets(norm)}
     assert stale(norm, entry(norm, **everywhere)) is None
 
 

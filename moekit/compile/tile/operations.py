@@ -7,37 +7,74 @@ Every value is defined once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 LINE = 128  # bytes of memory that come at once
 
 
 @dataclass(frozen=True)
 class Value:
-    """A block: its name in the emitted text, dtype and axes."""
+    """A block: its number, dtype and axes. `name` (what the declaration calls it, "" for nothing) and `line` (where it comes
+    from) are for readers and take no part in comparisons."""
 
-    name: str
+    number: int
     dtype: str
     axes: tuple[str, ...] = ()
+    name: str = field(default="", compare=False)
+    line: str = field(default="", compare=False)
+
+    def __hash__(self) -> int:
+        return self.number
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{', '.join(self.axes)}]"
+        return f"{self.label}: {self.dtype}[{', '.join(self.axes)}]"
+
+    @property
+    def label(self) -> str:
+        """How a program's text calls it."""
+        return f"%{self.number}" + (f":{self.name}" if self.name else "")
+
+
+@dataclass(frozen=True)
+class At:
+    """One index of an access: `start + step · value`, `side` more in the second half of an axis that is another one twice.
+
+    `value` is the elements of an axis, or integers that are data; None: the element `start`. Step 0 stays at element `start`
+    and keeps the block's shape.
+    """
+
+    value: Value | None = None
+    start: int = 0
+    step: int = 1
+    side: int = 0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Elements of `tensor`, one index per dimension.
+
+    Two things are derived from it by a pass (`passes/masks.py`): `mask`, bools that must all hold for memory to be touched, and
+    `wide`, per dimension whether index × stride is computed in 64 bits.
+    """
+
+    tensor: str
+    index: tuple[At, ...]
+    mask: tuple[Value, ...] = ()
+    wide: tuple[bool, ...] = ()
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes of the block of addresses."""
+        return frozenset(a for i in self.index if i.value is not None for a in i.value.axes)
 
 
 @dataclass(frozen=True)
 class Const:
-    """A number."""
+    """A number, or a block filled with it."""
 
     out: Value
     value: bool | int | float
-
-
-@dataclass(frozen=True)
-class ProgramId:
-    """Which block of grid axis `axis` this program works on, int32."""
-
-    out: Value
-    axis: str
 
 
 @dataclass(frozen=True)
@@ -49,83 +86,55 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Index:
-    """`start` + 0, 1, … block-1 along `axis`, int32: the elements of the axis that this block holds.
+class Elements:
+    """The elements of `axis` that this block holds, int32: of a grid axis the program's block, of a whole one all.
 
-    Along an axis that is `axis` twice (`AxisBlock.of`) they stand there twice, one after the other.
+    Of a looped axis from `turn` on, the variable of the loop around; where programs or an outer loop do a share of it each,
+    that of part number `part`. Along an axis that is another one twice they stand there twice, one after the other.
     """
 
     out: Value
     axis: str
-    start: Value | None
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Along `axis`, which is another one twice: `values[0]` in the first half, `values[1]` in the second, int32."""
-
-    out: Value
-    axis: str
-    values: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Half:
-    """The first (`side` 0) or second half of a block along `axis`, which is another one twice, as a block along that one."""
-
-    out: Value
-    value: Value
-    axis: str
-    side: int
+    turn: Value | None = None
+    part: Value | None = None
 
 
 @dataclass(frozen=True)
 class InBounds:
-    """Where `index` is an element of `axis`: the mask that the axis owns."""
+    """Where `value` is an element of `axis`: the mask that the axis owns. `signed`: it is data, and may be negative."""
 
     out: Value
+    value: Value
     axis: str
-    index: Value
+    signed: bool = False
 
 
 @dataclass(frozen=True)
 class Load:
-    """Elements of `tensor` at `index` (one value per dimension, None for element 0); `fill` where `mask` is false.
-
-    `wide` says per dimension whether index × stride is computed in 64 bits.
-    """
+    """Elements of a tensor; `fill` where they are masked."""
 
     out: Value
-    tensor: str
-    index: tuple[Value | None, ...]
-    wide: tuple[bool, ...]
-    mask: Value | None
+    at: Access
     fill: float = 0
 
 
 @dataclass(frozen=True)
 class Store:
-    """Write `value`, cast to nothing, to `tensor` at `index` where `mask` holds."""
+    """Write `value`, which has the tensor's dtype."""
 
-    tensor: str
-    index: tuple[Value | None, ...]
-    wide: tuple[bool, ...]
+    at: Access
     value: Value
-    mask: Value | None
 
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Ask for the memory of `size` elements of `tensor` along dimension `along`, which lie side by side, from `index` on.
+    """Ask for the memory of `size` elements along dimension `along`, which lie side by side, from the index on.
 
     A hint: nothing is read, so a program may give it while what it depends on is still being written. `size` is a power of two
     of memory lines (`LINE` bytes).
     """
 
-    tensor: str
-    index: tuple[Value | None, ...]
-    wide: tuple[bool, ...]
-    mask: Value | None
+    at: Access
     along: int
     size: int
 
@@ -176,19 +185,22 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Full:
-    """A block filled with one number: how an accumulator begins."""
-
-    out: Value
-    value: bool | int | float
-
-
-@dataclass(frozen=True)
 class Reduce:
     """Reduce the block along `axis` by sum, max or min; max and min give NaN if any element is NaN."""
 
     out: Value
     op: str
+    value: Value
+    axis: str
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """One turn of a reduction over the looped `axis`: `acc` and `value` combined, lane by lane."""
+
+    out: Value
+    op: str
+    acc: Value
     value: Value
     axis: str
 
@@ -214,87 +226,128 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """For `var` = 0, step, 2·step, … < stop: run `body`, then each `carry` takes the value of its `yields`.
+class Halves:
+    """The two halves of a block along `axis`, which is another one twice, each as a block along that one."""
 
-    After the loop `outs` are the last carries; `stop` is a number, or the value of a dynamic extent. `unroll`: the turns are
-    written out, so that all their loads are in flight at once. `flat`: the turns of the one loop in `body` follow each other
-    from turn to turn of this one without a gap, so that loads stay in flight between them. Neither changes a result.
+    outs: tuple[Value, Value]
+    value: Value
+    axis: str
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The `k` largest int32 `keys` along `axis` and their indices, best first along axis `into`, ties to the lower index.
+
+    `packed`: a key's low 16 bits are 0, so that its index fits there. `elements` are those of `axis`, `ranks` those of `into`.
     """
 
-    var: Value
-    stop: Value | int
-    step: int
+    outs: tuple[Value, Value]
+    keys: Value
+    elements: Value
+    ranks: Value
+    axis: str
+    k: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Run `body` once for each block of the axes `over`, the last one's turns following each other; or a number of times.
+
+    `vars` has for each of `over` the element at which the turn begins (its number, of a number of times). Each carry begins as
+    its init and takes the value of its yield; `outs` are the last ones. `unroll`: the turns are written out, so that all their
+    loads are in flight at once, which changes no result.
+    """
+
+    vars: tuple[Value, ...]
+    over: tuple[str | int, ...]
     carries: tuple[Value, ...]
     inits: tuple[Value, ...]
     body: tuple[Op, ...]
     yields: tuple[Value, ...]
     outs: tuple[Value, ...]
     unroll: bool = False
-    flat: bool = False
 
-    @property
-    def turns(self) -> int:
-        """How many turns a loop of static size has; TypeError if that is not known."""
-        if isinstance(self.stop, Value):
-            raise TypeError(f"the loop over {self.var} runs to {self.stop}, which only a launch knows")
-        return -(-self.stop // self.step)
+
+@dataclass(frozen=True)
+class AtEnd:
+    """In the last turn over `axis` of the loop around: run `body`, and `outs` are its `yields`; else they are `otherwise`."""
+
+    axis: str
+    body: tuple[Op, ...]
+    yields: tuple[Value, ...]
+    otherwise: tuple[Value, ...]
+    outs: tuple[Value, ...]
 
 
 Op = (
-    Const | ProgramId | Extent | Index | Sides | Half | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary
-    | Where | Full | Reduce | Scan | Dot | Loop
+    Const | Extent | Elements | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary | Where | Reduce
+    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd
 )  # fmt: skip
+Memory = Load | Store | Prefetch
 
 
-def result(op: Op) -> Value | None:
-    """The one value an operation defines (None for a store, a prefetch and a loop)."""
-    return None if isinstance(op, Store | Prefetch | Loop) else op.out
+def results(op: Op) -> tuple[Value, ...]:
+    """The values an operation defines for those after it."""
+    if isinstance(op, Halves | TopK | Loop | AtEnd):
+        return op.outs
+    return () if isinstance(op, Store | Prefetch) else (op.out,)
 
 
 def operands(op: Op) -> tuple[Value, ...]:
-    """The values an operation reads (a loop: its inits; its body reads are its own)."""
+    """The values an operation reads; of a loop its inits, of `AtEnd` what it gives otherwise: bodies read for themselves."""
     if isinstance(op, Loop):
-        stop = (op.stop,) if isinstance(op.stop, Value) else ()
-        return (*stop, *op.inits)
-    found = []
-    for name in op.__dataclass_fields__:
-        value = getattr(op, name)
-        if name == "out":
-            continue
-        if isinstance(value, Value):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found.extend(v for v in value if isinstance(v, Value))
-    return tuple(found)
+        return op.inits
+    if isinstance(op, AtEnd):
+        return op.otherwise
+    return tuple(v for name in op.__dataclass_fields__ if name not in ("out", "outs") for v in values_in(getattr(op, name)))
+
+
+def values_in(part) -> Iterator[Value]:
+    """The values in a field of an operation."""
+    if isinstance(part, Value):
+        yield part
+    elif isinstance(part, At):
+        yield from values_in(part.value)
+    elif isinstance(part, Access):
+        yield from values_in((*part.index, *part.mask))
+    elif isinstance(part, tuple):
+        for each in part:
+            yield from values_in(each)
 
 
 def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
     """The program text of `moekit show --as tile`."""
     lines, pad = [], "  " * depth
     for op in body:
-        if isinstance(op, Loop):
-            stop = op.stop.name if isinstance(op.stop, Value) else op.stop
-            carried = ", ".join(f"{c} = {i.name}" for c, i in zip(op.carries, op.inits, strict=False))
-            how = " unrolled" * op.unroll + " flat" * op.flat
-            lines.append(f"{pad}loop {op.var.name} in 0..{stop} step {op.step} ({carried}){how}")
-            lines += text_of(op.body, depth + 1)
-            lines.append(f"{pad}  yield {', '.join(v.name for v in op.yields)} -> {', '.join(v.name for v in op.outs)}")
+        if not isinstance(op, Loop | AtEnd):
+            fields = {n: getattr(op, n) for n in op.__dataclass_fields__ if n not in ("out", "outs")}
+            said = ", ".join(f"{n}={_short(x)}" for n, x in fields.items() if x is not None)
+            left = ", ".join(map(str, results(op)))
+            lines.append(f"{pad}{left}{' = ' * bool(left)}{type(op).__name__}({said})")
             continue
-        fields = []
-        for name in op.__dataclass_fields__:
-            value = getattr(op, name)
-            if name != "out" and value is not None:
-                fields.append(f"{name}={_short(value)}")
-        made = result(op)
-        left = f"{made} = " if made else ""
-        lines.append(f"{pad}{left}{type(op).__name__}({', '.join(fields)})")
+        if isinstance(op, Loop):
+            carried = ", ".join(f"{c} = {i.label}" for c, i in zip(op.carries, op.inits, strict=False))
+            over = ", ".join(f"{v.label} over {a}" for v, a in zip(op.vars, op.over, strict=False))
+            lines.append(f"{pad}loop {over} ({carried})" + " unrolled" * op.unroll)
+        else:
+            lines.append(f"{pad}at the end of {op.axis}, otherwise {_short(op.otherwise)}")
+        lines += text_of(op.body, depth + 1)
+        lines.append(f"{pad}  yield {_short(op.yields)} -> {', '.join(map(str, op.outs))}")
     return lines
 
 
-def _short(value) -> str:
-    if isinstance(value, Value):
-        return value.name
-    if isinstance(value, tuple):
-        return "(" + ", ".join("-" if v is None else _short(v) for v in value) + ")"
-    return str(value)
+def _short(part) -> str:
+    if isinstance(part, Value):
+        return part.label
+    if isinstance(part, tuple):
+        return "(" + ", ".join(map(_short, part)) + ")"
+    if isinstance(part, At):
+        scaled = (f"{part.step}*" if part.step != 1 else "") + part.value.label if part.value else ""
+        text = " + ".join(filter(None, (scaled, str(part.start) if part.start or not scaled else "")))
+        return text + (f" (+ {part.side})" if part.side else "")
+    if isinstance(part, Access):
+        mask = f" if {' & '.join(m.label for m in part.mask)}" if part.mask else ""
+        wide = " in 64 bits along " + ", ".join(str(d) for d, w in enumerate(part.wide) if w) if any(part.wide) else ""
+        return f"{part.tensor}[{', '.join(map(_short, part.index))}]{mask}{wide}"
+    return str(part)

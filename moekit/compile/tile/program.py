@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
 
 from moekit.compile.tile.operations import Op, text_of
 
 
 @dataclass(frozen=True)
 class AxisBlock:
-    """How a program holds an axis: `grid` (one block per program), `whole` (one block is all of it), `loop`.
+    """How a program holds an axis: `grid` (one block per program), `whole` (one block is all of it), `loop`, or `gather` (no
+    block: data say which elements).
 
-    `extent` None is dynamic. `parts` > 1: a looped axis of which each program of the grid axis `<name>.part` does a share.
+    `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`.
     `of`: this block is one of that axis twice, side by side.
     """
 
@@ -40,6 +43,11 @@ class AxisBlock:
     def share(self) -> int:
         """Elements of the axis that one part covers, a multiple of the block (static axes only)."""
         return -(-self.blocks // self.parts) * self.block
+
+    @property
+    def length(self) -> int | None:
+        """How many elements a loop over the axis covers; None if only a launch knows."""
+        return self.share if self.parts > 1 else self.extent
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,6 @@ class TileProgram:
     warps: int
     stages: int
     digest: str = ""
-    comments: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def sections(self) -> tuple[TileProgram, ...]:
@@ -118,18 +125,35 @@ class TileProgram:
         """The tensor `name`."""
         return next(p for p in self.params if p.name == name)
 
+    def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
+        """`axes` in the order in which blocks have them."""
+        return tuple(a.name for a in self.axes if a.name in axes)
+
     def block(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The shape of a block over `axes`."""
         return tuple(self.axis(a).block for a in axes)
 
-    def programs(self, sizes: dict[str, int]) -> int:
+    def bounded(self, axis: str) -> AxisBlock:
+        """The block whose end says which lanes along `axis` hold an element: its own, or that of the axis it is twice."""
+        return self.axis(self.axis(axis).of or axis)
+
+    def turns(self, over: str | int) -> int:
+        """How many turns a loop over an axis of static size has, or one of so many; TypeError if only a launch knows."""
+        if isinstance(over, int):
+            return over
+        axis = self.axis(over)
+        if axis.length is None:
+            raise TypeError(f"{self.name}: how many blocks {over} has is known at a launch only")
+        return -(-axis.length // axis.block)
+
+    @property
+    def counts(self) -> tuple[int | AxisBlock, ...]:
+        """The number of blocks of each grid axis; the axis itself where only a launch knows."""
+        return tuple(a if a.extent is None else a.blocks for a in map(self.axis, self.grid))
+
+    def programs(self, sizes: Mapping[str, int]) -> int:
         """How many programs a launch has; `sizes` gives the dynamic extents."""
-        count = 1
-        for name in self.grid:
-            a = self.axis(name)
-            extent = sizes[name] if a.extent is None else a.extent
-            count *= -(-extent // a.block)
-        return count
+        return prod(n if isinstance(n, int) else -(-sizes[n.name] // n.block) for n in self.counts)
 
     def __str__(self) -> str:
         lines = [f"program {self.name}(" + ", ".join(p.name for p in self.params) + f")  # {self.digest}"]
@@ -175,7 +199,7 @@ class Joined:
         """The tensor `name`."""
         return next(p for p in self.params if p.name == name)
 
-    def programs(self, sizes: dict[str, int]) -> int:
+    def programs(self, sizes: Mapping[str, int]) -> int:
         """How many programs a launch has."""
         return sum(s.programs(sizes) for s in self.sections)
 

@@ -1,0 +1,99 @@
+"""The list: what a graph goes through on its way to a program, in order, one file each. `nest` makes the program; each of the
+others takes one and gives one, and nothing else changes it. Names are given when text is printed (`names.py`).
+
+With `MOEKIT_TRACE=dir` in the environment the program after every pass is written to a file in `dir`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekit.compile import tile as t
+from moekit.compile.passes.decompose import decompose
+from moekit.compile.passes.flatten import flatten
+from moekit.compile.passes.legalise import legalise
+from moekit.compile.passes.masks import masks
+from moekit.compile.passes.motion import motion
+from moekit.compile.passes.nest import nest
+from moekit.compile.passes.prefetch import prefetch
+from moekit.compile.passes.tidy import tidy
+from moekit.compile.schedule.directives import Prefetch, Section
+from moekit.files import write_text
+from moekit.lang.graph import Graph
+
+Layouts = Mapping[str, t.Strided | t.Viewed]
+Watch = Callable[[str, t.TileProgram], None]
+
+
+@dataclass(frozen=True)
+class How:
+    """What passes obey: the schedule's section, and the target ("triton" or "pallas")."""
+
+    section: Section
+    target: str
+
+
+Pass = Callable[[t.TileProgram, How], t.TileProgram]
+PASSES: dict[str, Pass] = {
+    "decompose": lambda program, how: decompose(program),
+    "prefetch": lambda program, how: prefetch(program, {d.tensor for d in how.section.all(Prefetch)}),
+    "masks": lambda program, how: masks(program),
+    "motion": lambda program, how: motion(program),
+    "flatten": lambda program, how: flatten(program),
+    "legalise": lambda program, how: legalise(program, how.target),
+    "tidy": lambda program, how: tidy(program),
+}
+
+_watch: ContextVar[Watch | None] = ContextVar("moekit_watch", default=None)
+
+
+def lower(
+    graph: Graph,
+    section: Section,
+    layouts: Layouts,
+    sizes: Mapping[str, int] | None = None,
+    digest: str = "",
+    warps: int = 4,
+    stages: int = 2,
+) -> t.TileProgram:
+    """The tile program of `graph` under a legal `section`; `sizes` fixes dynamic axes where they are known (JAX).
+
+    Tensors that are part of arrays are for Pallas, those behind pointers for Triton.
+    """
+    how = How(section, "pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton")
+    program = nest(graph, section, layouts, sizes or {}, digest, warps, stages)
+    watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"))) if w]
+    for name, apply in {"nest": lambda program, how: program, **PASSES}.items():
+        program = apply(program, how)
+        for see in watches:
+            see(name, program)
+    return program
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Show `watch` the program after every pass, with the pass's name, while this is open."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def _tracer(folder: str | None) -> Watch | None:
+    """What writes `<program>.<digest>/<number>.<pass>.txt`; None without a folder."""
+    if not folder:
+        return None
+    names = ["nest", *PASSES]
+
+    def write(name: str, program: t.TileProgram) -> None:
+        path = Path(folder) / f"{program.name}.{program.digest}" / f"{names.index(name)}.{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{program}\n")
+
+    return write

@@ -1,0 +1,60 @@
+"""Workarounds for faults of compilers, each for the targets that need it and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import copysign
+
+from moekit.compile import tile as t
+from moekit.lang.dtypes import int_of_width, is_float, itemsize
+
+Rule = Callable[[t.Draft, t.Op], list[t.Op] | None]
+
+
+def _narrowing(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """bfloat16 becomes float32 by its bits where something is rounded to float16 besides.
+
+    LLVM (that of Triton 3.6) turns float16(float32(b) + float32(h)) into float16(b) + h, which is another number for a bfloat16
+    b: it takes a narrower mantissa for a narrower type, and drops b's exponent range. It does not see through the bits.
+    """
+    if not isinstance(op, t.Cast) or (op.value.dtype, op.out.dtype) != ("bfloat16", "float32"):
+        return None
+    if not any(isinstance(o, t.Cast) and o.out.dtype == "float16" for o, _ in t.walk(d.program.body)):
+        return None
+    axes = op.value.axes
+    bits = d.emit(t.Cast, "int32", axes, value=d.emit(t.Bitcast, "int16", axes, value=op.value))
+    d.emit(t.Bitcast, "float32", axes, value=d.binary("shl", bits, d.const(16)))
+    return d.becomes(op.out)
+
+
+def _negation(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """-x of a float is x·-1, which is exact: Triton 3.6 and Pallas's Triton lowering take 0 - x, which makes +0 of +0."""
+    if not isinstance(op, t.Unary) or op.op != "neg" or not is_float(op.out.dtype):
+        return None
+    d.binary("mul", op.value, d.const(-1.0, op.out.dtype))
+    return d.becomes(op.out)
+
+
+def _negative_zero(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """-0.0 is made of its bits: of the literal Triton 3.6 makes 0.0."""
+    if not isinstance(op, t.Const) or not isinstance(op.value, float) or op.value != 0 or copysign(1, op.value) > 0:
+        return None
+    bits = d.const(-(2 ** (8 * itemsize(op.out.dtype) - 1)), int_of_width(op.out.dtype), op.out.axes)
+    d.emit(t.Bitcast, op.out.dtype, op.out.axes, value=bits)
+    return d.becomes(op.out)
+
+
+NEEDED: dict[str, tuple[Rule, ...]] = {"triton": (_narrowing, _negation, _negative_zero), "pallas": (_narrowing, _negation)}
+
+
+def legalise(program: t.TileProgram, target: str) -> t.TileProgram:
+    """The program as the compiler behind `target` gets it right; KeyError for a target that there is not."""
+    numbers = t.Numbers(program.body)
+
+    def legal(op: t.Op) -> list[t.Op] | None:
+        line = next((v.line for v in t.results(op)), "")
+        done = (rule(t.Draft(program, numbers, line), op) for rule in NEEDED[target])
+        return next((ops for ops in done if ops is not None), None)
+
+    return replace(program, body=t.rewrite(program.body, legal))

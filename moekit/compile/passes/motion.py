@@ -1,0 +1,65 @@
+"""Loads that wait for nothing, and stores of what is there already, come before threads are first brought together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from moekit.compile import tile as t
+
+WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop)
+FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
+MOST_LANES = 1024  # of a program: 32 warps
+
+
+def motion(program: t.TileProgram) -> t.TileProgram:
+    """The program's operations in an order in which memory is busy while threads wait for each other."""
+    return replace(program, body=tuple(_stores_early(program, _loads_first(list(program.body)))))
+
+
+def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
+    """What comes before threads are first brought together, and the rest."""
+    first = next((i for i, op in enumerate(ops) if isinstance(op, WAITS)), len(ops))
+    return ops[:first], ops[first:]
+
+
+def _loads_first(ops: list[t.Op]) -> list[t.Op]:
+    """The operations, with every load that waits for nothing before the first operation that brings threads together.
+
+    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
+    """
+    before, after = _split(ops)
+    known = {v for op in before for v in t.results(op)}
+    early: list[t.Op] = []
+    for op in after:
+        if isinstance(op, FREE) and set(t.operands(op)) <= known:
+            early.append(op)
+            known.add(op.out)
+    wanted = {v for op in early if isinstance(op, t.Load) for v in t.operands(op)}
+    for op in reversed(early):
+        if wanted & set(t.results(op)):
+            wanted |= set(t.operands(op))
+    moved = [op for op in early if isinstance(op, t.Load) or wanted & set(t.results(op))]
+    return [*before, *moved, *(op for op in after if op not in moved)]
+
+
+def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
+    """The operations, with every store whose value is there before threads are first brought together done before that.
+
+    Memory then writes while a sum is taken, and not all at once at the end. A tensor that is also loaded is loaded before, by
+    the same indices, so that no lane writes what another one has still to read; and its block has an element for every lane
+    there may be, since Triton gives what is over copies of elements, to load when they will.
+    """
+    before, after = _split(ops)
+    known = {v for op in before for v in t.results(op)}
+    loads = [op for op, _ in t.walk(ops) if isinstance(op, t.Load)]
+
+    def early(op: t.Op) -> bool:
+        if not isinstance(op, t.Store) or not set(t.operands(op)) <= known:
+            return False
+        read = [x for x in loads if x.at.tensor == op.at.tensor]
+        enough = not read or prod(program.block(op.value.axes)) >= MOST_LANES
+        return enough and all(x.at.index == op.at.index and x in before for x in read)
+
+    moved = [op for op in after if early(op)]
+    return [*before, *moved, *(op for op in after if op not in moved)]

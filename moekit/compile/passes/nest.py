@@ -1,0 +1,187 @@
+"""The first pass: Graph + Schedule + layouts → TileProgram.
+
+Values are made where they are first needed, in the outermost scope that binds the looped axes they vary over, so what
+does not depend on a loop is computed before it. A reduction over a looped axis opens a loop; all reductions over the same
+axis that are equally deep share one. Outputs are stored last. Nothing is masked yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moekit.compile import tile as t
+from moekit.compile.passes.reductions import reduction
+from moekit.compile.passes.scope import Scope, Writer
+from moekit.compile.schedule.directives import Section
+from moekit.compile.stores import in_order
+from moekit.lang.graph import BINARY, UNARY, Along, Graph, Index, Node, Write
+
+ELEMENTWISE: dict[str, tuple[Callable[..., t.Op], tuple[str, ...]]] = {
+    **dict.fromkeys(UNARY, (t.Unary, ("value",))),
+    **dict.fromkeys(BINARY, (t.Binary, ("left", "right"))),
+    "where": (t.Where, ("condition", "yes", "no")),
+    "cast": (t.Cast, ("value",)),
+    "bitcast": (t.Bitcast, ("value",)),
+}
+
+
+class Nest(Writer):
+    """One lowering of one graph; `nest` below is its only use."""
+
+    def run(self, digest: str, warps: int, stages: int) -> t.TileProgram:
+        """The program."""
+        for axis, block in list(self.blocks.items()):
+            if block.mode != "loop":
+                self.bind(self.root, axis)
+        self._stores()
+        touched = {op.at.tensor for op, _ in t.walk(self.root.ops) if isinstance(op, t.Memory)}
+        params = tuple(
+            t.Param(x.name, x.role, x.dtype, x.axes, self.layouts[x.name])
+            for x in self.graph.tensors.values()
+            if x.name in touched or x.role != "In"
+        )
+        axes = (*self.blocks.values(), *self.gathered.values())
+        # dynamic axes outermost: only the outermost needs no division by its number of blocks
+        grid = sorted((a.name for a in axes if a.mode == "grid"), key=lambda a: self.graph.axes[a] is not None)
+        return t.TileProgram(self.graph.name, params, axes, tuple(grid), tuple(self.root.ops), warps, stages, digest)
+
+    def value(self, node: int, scope: Scope) -> t.Value:
+        home = self.home(self.graph.nodes[node].axes, scope)
+        if node not in home.made:
+            before, self.line = self.line, self.graph.lines.get(node, "")
+            made = self._make(node, self.graph.nodes[node], home)
+            home.made.setdefault(node, made)
+            self.line = before
+        return home.made[node]
+
+    def _make(self, node: int, n: Node, home: Scope) -> t.Value:
+        if n.op in ELEMENTWISE:
+            kind, fields = ELEMENTWISE[n.op]
+            args = dict(zip(fields, (self.value(a, home) for a in n.args), strict=True))
+            more = {"op": n.op} if kind in (t.Unary, t.Binary) else {}
+            return self.emit(home, kind, n.dtype, self.tile_axes(n.axes), self.graph.names.get(node, ""), **args, **more)
+        return OTHERS[n.op](self, node, n, home)
+
+    def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
+        n = self.graph.nodes[node]
+        at = self._access(n.attr("tensor"), n.attr("index"), n.args, home, instead)
+        others = {n.attr("index")[d].axis for d in instead}
+        axes = self.tile_axes({*n.axes, *(a for i in instead.values() if i.value for a in i.value.axes)} - others)
+        return self.emit(home, t.Load, n.dtype, axes, self.graph.names.get(node) or at.tensor, at=at)
+
+    def _access(
+        self, tensor: str, index: tuple[Index, ...], args: tuple[int, ...], scope: Scope, instead: Mapping[int, t.At] = {}
+    ) -> t.Access:
+        """What a read or write of the graph is in `scope`."""
+        found = []
+        for d, entry in enumerate(index):
+            if d in instead:
+                found.append(instead[d])
+            elif not isinstance(entry, Along):
+                found.append(t.At(self.value(args[entry.operand], scope)))
+            elif entry.axis is None:
+                found.append(t.At(None, entry.start))
+            else:
+                found.append(t.At(self.elements(scope, entry.axis), entry.start, entry.step))
+        return t.Access(tensor, tuple(found))
+
+    def along(self, node: int, n: Node, home: Scope) -> t.Value:
+        """start + step · (elements of the axis), as a value; the constant `start` where there is no axis."""
+        entry = n.attr("index")
+        if entry.axis is None:
+            return self.const(entry.start)
+        value = self.elements(home, entry.axis)
+        if entry.step != 1:
+            value = self.binary(home, "mul", value, self.const(entry.step))
+        return self.binary(home, "add", value, self.const(entry.start)) if entry.start else value
+
+    def scan(self, node: int, n: Node, home: Scope) -> t.Value:
+        """A running sum; that of one element is itself."""
+        value, axis = self.value(n.args[0], home), n.attr("axis")
+        if axis not in value.axes:
+            return value
+        return self.emit(home, t.Scan, n.dtype, value.axes, self.graph.names.get(node, "running"), value=value, axis=axis)
+
+    def extent(self, node: int, n: Node, home: Scope) -> t.Value:
+        """The size of an axis: a constant where it is known after all."""
+        axis = n.attr("axis")
+        size = (self.blocks | self.gathered)[axis].extent
+        if size is not None:
+            return self.const(size)
+        if (known := self.root.made.get(("extent", axis))) is None:
+            known = self.root.made["extent", axis] = self.emit(self.root, t.Extent, "int32", (), axis=axis)
+        return known
+
+    def top_k(self, node: int, n: Node, home: Scope) -> t.Value:
+        """Keys and ids of the best; both are made at once."""
+        axis, into, keys = n.attr("axis"), n.attr("into"), self.value(n.args[0], home)
+        axes = self.tile_axes(({*self.graph.nodes[n.args[0]].axes} - {axis}) | {into})
+        outs = (self.numbers.value("int32", axes, "best_key", self.line), self.numbers.value("int32", axes, "ids", self.line))
+        along = (self.elements(home, axis), self.elements(home, into))
+        home.ops.append(t.TopK(outs, keys, *along, axis, n.attr("k"), n.attr("bits") == 16))
+        for other in self.graph.live():
+            m = self.graph.nodes[other]
+            if m.op == "top_k" and m.args == n.args and m.attrs[:-1] == n.attrs[:-1]:
+                home.made[other] = outs[m.attr("part") == "ids"]
+        return home.made[node]
+
+    def _stores(self) -> None:
+        """Everything is computed first; then outputs along looped axes are stored loop by loop, then the others.
+
+        A loop may load again what it needs, so what overwrites an operand comes last.
+        """
+        seen: set[int] = set()
+        for w in self.graph.writes:
+            for node in (w.value, *w.ids):
+                self._made_before_loops(node, seen)
+        for group in in_order(self.graph, self.looped):
+            self._store_group(self.root, group.axes, group.writes)
+
+    def _made_before_loops(self, node: int, seen: set[int]) -> None:
+        """Make what of a node does not vary along a looped axis."""
+        if node in seen:
+            return
+        seen.add(node)
+        if not self.looped & set(self.graph.nodes[node].axes):
+            self.value(node, self.root)
+        else:
+            for arg in self.graph.nodes[node].args:
+                self._made_before_loops(arg, seen)
+
+    def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: tuple[Write, ...]) -> None:
+        if not axes:
+            values = [(self.value(w.value, scope), self._access(w.tensor, w.index, w.ids, scope)) for w in writes]
+            scope.ops.extend(t.Store(at, value) for value, at in values)
+            return
+
+        def body(inner: Scope) -> list[t.Value]:
+            self._store_group(inner, axes[1:], writes)
+            return []
+
+        self.loop(scope, axes[0], [], [], body)
+
+
+OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
+    "read": lambda low, node, n, home: low.read(node, home),
+    "const": lambda low, node, n, home: low.const(n.attr("value"), n.dtype),
+    "pick": lambda low, node, n, home: low.value(n.args[0], home),
+    "iota": Nest.along,
+    "extent": Nest.extent,
+    "cumsum": Nest.scan,
+    "top_k": Nest.top_k,
+    "reduce": reduction,
+    "contract": reduction,
+}
+
+
+def nest(
+    graph: Graph,
+    section: Section,
+    layouts: Mapping[str, t.Strided | t.Viewed],
+    sizes: Mapping[str, int],
+    digest: str,
+    warps: int,
+    stages: int,
+) -> t.TileProgram:
+    """The tile program of `graph` under a legal `section`; `sizes` fixes dynamic axes where they are known (JAX)."""
+    return Nest(graph, section, layouts, sizes).run(digest, warps, stages)

@@ -1,0 +1,53 @@
+"""Weights asked for ahead: what a product's programs read of one comes from memory while the launch before them still runs.
+
+A launch waits for all that stands before it on the stream, and only then for memory, which takes longer than a small product.
+A weight rarely depends on what runs just before, but nothing says so: a launch may write any memory. So a weight is not read
+early; its lines are asked for, which is right whoever writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from moekit.compile import tile as t
+from moekit.compile.tile.facts import Facts, facts_of
+from moekit.lang.dtypes import itemsize
+
+BEFORE = (t.Const, t.Extent, t.Elements)
+
+
+def prefetch(program: t.TileProgram, tensors: Collection[str]) -> t.TileProgram:
+    """The program, which asks first for those weights of matrix products that are among `tensors`."""
+    f = facts_of(program)
+    dots = [op for op, around in f.ops if isinstance(op, t.Dot) and around]
+    read = [(f.made_by.get(v), op.axis) for op in dots for v in (op.left, op.right)]
+    weights = dict.fromkeys((made, axis) for made, axis in read if isinstance(made, t.Load) and made.at.tensor in tensors)
+    hints = [hint for load, axis in weights for hint in _asked(f, load, axis)]
+    first = next((i for i, op in enumerate(program.body) if not isinstance(op, BEFORE)), len(program.body))
+    return replace(program, body=(*program.body[:first], *hints, *program.body[first:]))
+
+
+def _asked(f: Facts, load: t.Load, axis: str) -> Iterator[t.Prefetch]:
+    """All that a program reads of a weight along a product's looped axis, in powers of two of lines."""
+    p, param = f.program, f.program.param(load.at.tensor)
+    block, line = p.axis(axis), t.LINE // itemsize(param.dtype)
+    made = [f.made_by.get(i.value) if i.value is not None else None for i in load.at.index]
+    if param.role != "In" or not isinstance(param.layout, t.Strided) or block.partial or block.mode != "loop":
+        return
+    along = [d for d, op in enumerate(made) if isinstance(op, t.Elements) and op.axis == axis]
+    whole = all(op is None or isinstance(op, t.Elements) for op in made)
+    if len(along) != 1 or not whole or load.at.index[along[0]].step != 1 or param.layout.strides[along[0]] != "unit":
+        return
+    (d,), others = along, [op for op in made if isinstance(op, t.Elements) and op.axis != axis]
+    if any(p.bounded(op.axis).extent is None or p.axis(op.axis).mode == "loop" for op in others):
+        return
+    part = next(op.part for op in made if isinstance(op, t.Elements) and op.axis == axis)
+    start, shared = load.at.index[d].start, part is not None and p.axis(f"{axis}.part").mode == "grid"
+    size = block.share if shared else block.extent or 0
+    while size >= line:
+        some = line << (size // line).bit_length() - 1  # the largest power of two of lines
+        begin = t.At(part, start, block.share) if shared else t.At(None, start)
+        index = tuple(begin if i == d else each for i, each in enumerate(load.at.index))
+        yield t.Prefetch(t.Access(load.at.tensor, index), d, some)
+        start, size = start + some, size - some

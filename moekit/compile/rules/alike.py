@@ -1,0 +1,32 @@
+"""Whether a row has the same lanes whatever the rows beside it: what a schedule chosen by the number of rows rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moekit.compile import tile as t
+from moekit.compile.schedule.facts import axis_uses
+from moekit.lang.graph import Graph
+
+
+def alike(graph: Graph, layouts: Mapping[str, t.Strided | t.Viewed]) -> bool:
+    """Whether schedules of one order add up alike with these layouts, too.
+
+    An order (order.py) is read off contiguous tensors. Lanes follow memory: where elements of different rows lie side by side
+    in place of one row's, Triton gives lanes to these first, and how many are left for a row depends on the number of rows.
+    """
+    inner = next(reversed(axis_uses(graph)), None)
+    live = [graph.nodes[i] for i in graph.live()]
+    sums = any(n.op == "reduce" and n.attr("kind") == "sum" and n.attr("axis") == inner for n in live)
+    if inner is None or not sums or any(n.op == "contract" for n in live):
+        return True
+    rows = [x for x in graph.tensors.values() if inner in x.axes and x.name in layouts]
+    return all(_side_by_side(graph, layouts[x.name], x.axes, inner) for x in rows)
+
+
+def _side_by_side(graph: Graph, layout: t.Strided | t.Viewed, axes: tuple[str | None, ...], inner: str) -> bool:
+    at = axes.index(inner)
+    if isinstance(layout, t.Viewed):
+        return layout.axes[at] == len(layout.base) - 1 and layout.steps[at] == 1
+    others = [k for d, k in enumerate(layout.strides) if d != at and axes[d] is not None and graph.axes[axes[d] or ""] != 1]
+    return layout.strides[at] == "unit" and "unit" not in others

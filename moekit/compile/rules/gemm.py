@@ -1,0 +1,277 @@
+"""Good schedules for GEMMs: tiles by the number of rows, parts of the contracted axis, stages, pairs and prefetch.
+
+What was measured stands in measured.json, by the name of the constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple
+
+from moekit.compile.rules.rows import TOGETHER, alone, other_axis, shrunk
+from moekit.compile.rules.sections import sections
+from moekit.compile.schedule.cuts import cut
+from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Parts, Prefetch, Section, Split, Stages, Tile, pow2
+from moekit.compile.schedule.facts import (
+    GemmAxes,
+    axis_uses,
+    equally_deep,
+    first_gemm,
+    gemms,
+    once,
+    reach,
+    scattered,
+    shares,
+    twins,
+)
+from moekit.compile.schedule.legal import pairable, prefetchable
+from moekit.compile.schedule.targets import MEASURED
+from moekit.lang.dtypes import is_float, itemsize
+from moekit.lang.graph import Graph
+
+GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
+MOST_PARTS, ENOUGH_PARTS = 8, 4
+LEAST_DEPTH = 256  # of the contracted axis, in one part
+WORTH_A_LAUNCH = 1024  # so much less of the contracted axis a split's programs must have for the launch that adds up
+WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
+LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
+MANY_ROWS = 128
+PAIRED_ROWS = 64  # from here on the matrix unit takes its left operand from shared memory
+MOST_LINES = 4  # of a weight that a lane asks for ahead: larger blocks are those of many rows, whose programs share a weight
+
+
+class Block(NamedTuple):
+    """A block of a GEMM for calls of `least` rows and more. `in_a_row`: a program does all parts of the contracted axis."""
+
+    least: int
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    in_a_row: bool = False
+
+
+GEMM_TILES = (
+    Block(0, 16, 32, 256, 4, 4),
+    Block(17, 64, 32, 128, 4, 4),
+    Block(65, 128, 32, 64, 8, 4),
+    Block(128, 64, 128, 64, 4, 4),
+    Block(256, 128, 128, 64, 8, 4, in_a_row=True),
+)
+SHALLOW_TILES = (  # of a GEMM no deeper than LEAST_BLOCK: one step
+    Block(0, 16, 32, LEAST_BLOCK, 4, 4),
+    Block(17, 32, 32, LEAST_BLOCK, 4, 4),
+    Block(65, 64, 64, LEAST_BLOCK, 8, 4),
+    Block(129, 64, 64, LEAST_BLOCK, 4, 4),
+)
+# For more rows, each as long as it has no more programs than there are SMs, then the next: a second round of programs costs
+# more than a larger tile does. The first two are of a split, the others' programs do all parts.
+SPLIT_TILES = (Block(0, 64, 64, 64, 4, 8), Block(0, 128, 64, 64, 8, 5))
+MANY_ROWS_TILES = (
+    Block(0, 64, 64, 64, 4, 8, in_a_row=True),
+    Block(0, 64, 128, 64, 4, 6, in_a_row=True),
+    Block(0, 128, 128, 64, 8, 4, in_a_row=True),
+)
+
+
+@once
+def tiles(graph: Graph) -> tuple[Block, ...]:
+    """The blocks of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many;
+
+    `SHALLOW_TILES` of a shallow one.
+    """
+    gemm = next((g for g in gemms(graph).values() if graph.axes[g.m] is None), None)
+    if gemm is None or ordered_by_tile(graph):
+        return GEMM_TILES[:1]
+    if not gemm_alone(graph):
+        return GEMM_TILES
+    if _wide(graph, gemm):  # all have the same tile, and parts in place of a split where those are many
+        return (*GEMM_TILES[:-1], GEMM_TILES[-1]._replace(least=WIDE_ROWS))
+    if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
+        return SHALLOW_TILES
+    split, _ = splitting(graph)
+    if split and not may_go_in_a_row(graph):
+        return GEMM_TILES
+    parts = split.count if split else 1
+    found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
+    for tile in (*(SPLIT_TILES if split else ()), *MANY_ROWS_TILES):
+        if split and tile.in_a_row and least == few.least:  # no larger tile of a split would do
+            found.append(few)
+            least = MANY_ROWS
+        across = -(-_gemm_outputs(graph, gemm) // tile.columns) * (1 if tile.in_a_row else parts)
+        most = tile.rows * (MEASURED.sms // across)
+        if most >= least or tile == MANY_ROWS_TILES[-1]:
+            found.append(tile._replace(least=least))
+            least = most + 1
+    return tuple(found)
+
+
+@once
+def ordered_by_tile(graph: Graph) -> bool:
+    """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
+    what becomes of a second product along another axis, or of rows that are put at ids. A split's first launch brings together
+    what is apart without one."""
+    found = gemms(graph).values()
+    if len({g.k for g in found}) > 1 or any({g.m, g.n} & scattered(graph) for g in found):
+        return True
+    split, _ = splitting(graph)
+    every = [*sections(graph), *(g for one in (cut(graph, split)[:2] if split else ()) for g in sections(one))]
+    return any(gemms(g).get(i) != gemm for g in every if (gemm := first_gemm(g)) for i in g.live() if _adds(g, i))
+
+
+def gemm_alone(graph: Graph) -> bool:
+    """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
+    return any(first_gemm(g) for g in sections(graph))
+
+
+def may_go_in_a_row(graph: Graph) -> bool:
+    """Whether programs may do all parts of a split one after the other: its sections are then in one launch, which changes the
+
+    warps and the steps by which anything else is added up, so nothing else may be; and no output may run along the axis.
+    """
+    adding = [gemms(graph).get(i) for i in graph.live() if _adds(graph, i)]
+    gemm = next(iter(adding), None)
+    if gemm is None or any(g is None or (g.m, g.k) != (gemm.m, gemm.k) for g in adding):
+        return False
+    added = [g for g in sections(graph) if any(_adds(g, i) for i in g.live())]
+    return all(first_gemm(g) for g in added) and not any(gemm.k in reach(graph, w) for w in graph.writes)
+
+
+def _adds(graph: Graph, node: int) -> bool:
+    """Whether a node brings floats together."""
+    return graph.nodes[node].op in TOGETHER and is_float(graph.nodes[node].dtype)
+
+
+def _wide(graph: Graph, gemm: GemmAxes) -> bool:
+    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
+    return _itemsize(graph, gemm) == 4
+
+
+def _itemsize(graph: Graph, gemm: GemmAxes) -> int:
+    """Bytes of an element of a GEMM's operands."""
+    found = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
+    return max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args)
+
+
+@once
+def splitting(graph: Graph) -> tuple[Split | None, int]:
+    """The contracted axis to split and in how many parts, so that a small GEMM's weight is read by all SMs; and its columns.
+
+    A program reads its rows of x for all its columns at once, so wider blocks read less where four parts have room beside them.
+
+    A GEMM whose outputs go on to what needs whole rows (a norm's scale, a routing) is split in any case: the first launch makes
+    products, the second has programs of other kinds.
+    """
+    for gemm in gemms(graph).values():
+        if {gemm.m, gemm.n} & scattered(graph) or not equally_deep(graph, gemm.k) or graph.axes[gemm.k] is None:
+            continue
+        if not any(first_gemm(g) for g in sections(cut(graph, Split(gemm.k, 2))[0])):
+            continue
+        outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
+        most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}
+        columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
+        parts = most[columns] if gemm_alone(graph) else max(2, most[columns])
+        return (Split(gemm.k, parts) if parts > 1 else None), columns
+    return None, GEMM_COLUMNS[0]
+
+
+def _parts(blocks: int, depth: int) -> int:
+    """How many parts leave each SM one program at the most; 1 where they are not worth a launch."""
+    parts = 1
+    while parts < MOST_PARTS and 2 * parts * blocks <= MEASURED.sms and depth >= 2 * parts * LEAST_DEPTH:
+        parts *= 2
+    return parts if depth - depth // parts >= WORTH_A_LAUNCH else 1
+
+
+def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
+    """Columns that all contractions over the same axis and rows write."""
+    found = [g for g in gemms(graph).values() if (g.k, g.m) == (gemm.k, gemm.m)]
+    return sum(graph.axes[g.n] or 0 for g in found)
+
+
+def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: Split | None) -> Launch:
+    """One GEMM's programs: `few` columns a block where there are few rows; the parts of `in_a_row` one after the other."""
+    uses, wide = axis_uses(graph), _wide(graph, gemm)
+    depth = uses[gemm.k].extent or 64
+    several = in_a_row.count if in_a_row and in_a_row.axis == gemm.k else shares(graph).get(gemm.k, 1)
+    _, rows, columns, k_block, warps, stages, _ = tile
+    fills = several > 1 and columns == GEMM_COLUMNS[0] and not wide
+    if wide:
+        rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
+    elif columns == GEMM_COLUMNS[0]:
+        columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
+    if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
+        k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
+    accumulators = sum(g == gemm for g in gemms(graph).values())
+    columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
+    wanted: dict[str, Axis] = {a: Tile(a, 1 if a in scattered(graph) else b) for a, b in ((gemm.m, rows), (gemm.n, columns))}
+    if not uses[gemm.k].whole:
+        k_block = max(16, min(pow2(depth), k_block))
+        wanted[gemm.k] = Loop(gemm.k, 1 if gemm.k in scattered(graph) else k_block)
+    launch = alone((wanted.get(a) or other_axis(use) for a, use in uses.items()), warps, stages)
+    if fills:
+        launch = launch.but(Stages(_filling(graph, launch.sections[0], gemm, stages)))
+    launch = shrunk(graph, launch)
+    if in_a_row and in_a_row.axis in uses:
+        launch = replace(launch, sections=(launch.sections[0].but(Parts(in_a_row.axis, in_a_row.count)),))
+    return launch
+
+
+def obliging(graph: Graph, section: Section, warps: int) -> Section:
+    """The section with its products paired, and its weights asked for ahead, where that pays."""
+    section = section.without(Pair, Prefetch)
+    for tensor, (one, other, _) in twins(graph).items():
+        if pairable(graph, section, tensor) and _rows(graph, section, one, other) >= PAIRED_ROWS:
+            section = section.but(Pair(tensor))
+    for tensor, reads in prefetchable(graph, section).items():
+        if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):
+            section = section.but(Prefetch(tensor))
+    return section
+
+
+def _rows(graph: Graph, section: Section, one: int, other: int) -> int:
+    """The rows of the tiles of two products of one left operand."""
+    (left,), (right,) = (set(found) for found in _shared(graph.nodes[one].args, graph.nodes[other].args))
+    return max((section.block(a) for a in graph.nodes[left].axes if a not in graph.nodes[right].axes), default=1)
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[set[int], set[int]]:
+    return set(one) & set(other), set(one) - set(other)
+
+
+def _lines(graph: Graph, section: Section, node: int, along: int) -> float:
+    """Lines of memory of a weight that a program reads."""
+    n = graph.nodes[node]
+    axis = n.attr("index")[along].axis
+    share = (graph.axes[axis] or 0) // shares(graph).get(axis, 1)
+    return prod(section.block(a) for a in n.axes if a != axis) * share * itemsize(n.dtype) / MEASURED.line
+
+
+def deeper(graph: Graph, section: Section, stages: int) -> Section:
+    """One section among others, twice as deep where its programs do all parts of few columns.
+
+    Such a program loads little beside its rows, and waits for them all the same: it needs as much under way as the others have.
+    """
+    gemm = first_gemm(graph)
+    if gemm is None or not section.parts or ordered_by_tile(graph):
+        return section
+    rows, columns, depth = (section.block(a) for a in (gemm.m, gemm.n, gemm.k))
+    length = -(-(graph.axes[gemm.k] or 0) // next(iter(section.parts.values())))
+    held = 2 * depth * (rows + columns) * _itemsize(graph, gemm) * stages
+    if 4 * columns > rows or length % (2 * depth) or held > MEASURED.shared_memory:
+        return section
+    return section.but(Loop(gemm.k, 2 * depth))
+
+
+def _filling(graph: Graph, section: Section, gemm: GemmAxes, stages: int) -> int:
+    """So many stages that a program's blocks take more than half of an SM's shared memory.
+
+    The next launch's programs come while this one's still run, and where two fit on an SM, the SMs that stand empty get two
+    each, which then share what one could have.
+    """
+    reads = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and gemm.k in n.axes]
+    block = sum(prod(map(section.block, n.axes)) * itemsize(n.dtype) for n in reads)
+    small = section.block(gemm.m) < 64  # the loop of the smaller instruction has one block less than stages
+    return max(stages, min(8, MEASURED.shared_memory // 2 // block + 1 + small))

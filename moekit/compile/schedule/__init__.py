@@ -1,0 +1,37 @@
+"""Schedules: directives, the facts about a graph that they rest on, what is legal, cuts into launches, and targets."""
+
+from moekit.compile.schedule.directives import (
+    Abreast,
+    Launch,
+    Loop,
+    Pair,
+    Parts,
+    Prefetch,
+    Schedule,
+    Section,
+    Split,
+    Stage,
+    Stages,
+    Tile,
+    Warps,
+    Whole,
+    pow2,
+)
+
+__all__ = [
+    "Abreast",
+    "Launch",
+    "Loop",
+    "Pair",
+    "Parts",
+    "Prefetch",
+    "Schedule",
+    "Section",
+    "Split",
+    "Stage",
+    "Stages",
+    "Tile",
+    "Warps",
+    "Whole",
+    "pow2",
+]

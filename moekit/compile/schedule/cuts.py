@@ -1,0 +1,132 @@
+"""Cutting a graph into launches, and launches into sections: the graphs of each, and the scratch between launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
+from moekit.compile.schedule.facts import once, part_axis
+from moekit.lang.graph import Along, Graph, Node, Tensor, Write
+from moekit.lang.spec import Dim
+
+PARTIAL, STAGED = "partial", "staged"  # what a cut leaves to the next launch is called so
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory one launch writes and the next reads; dense, outermost axis first. A None size is dynamic."""
+
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    sizes: tuple[int | None, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The extents, with dynamic axes filled in."""
+        return tuple(sizes[a] if s is None else s for a, s in zip(self.axes, self.sizes, strict=True))
+
+
+def launched(graph: Graph, schedule: Schedule) -> Iterator[tuple[Launch, Graph, tuple[Scratch, ...]]]:
+    """Each launch with the graph it computes and the scratch that it leaves to the next."""
+    for launch in schedule.launches:
+        if launch.cut is None:
+            yield launch, graph, ()
+        else:
+            first, graph, scratch = cut(graph, launch.cut)
+            yield launch, first, scratch
+
+
+def section_graphs(graph: Graph, launch: Launch) -> list[Graph]:
+    """The graph of each section of a launch that computes `graph`."""
+    return [part(graph, s.outputs) for s in launch.sections]
+
+
+@once
+def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
+    """The graph with some of its outputs (none said: all); an InOut tensor that is not among them is only read."""
+    if not outputs or len(outputs) == len(graph.writes):
+        return graph
+    writes = tuple(w for w in graph.writes if w.output in outputs)
+    mine = {w.tensor for w in writes}
+    tensors = {n: t for n, t in graph.tensors.items() if t.role != "Out" or n in mine}
+    tensors = {n: replace(t, role="In") if t.role == "InOut" and n not in mine else t for n, t in tensors.items()}
+    first = writes[0].tensor
+    name = graph.name.removesuffix(f"_{PARTIAL}") if first.startswith(f"{PARTIAL}_") else graph.name
+    return replace(graph, name=f"{name}_{first}", tensors=tensors, writes=writes)
+
+
+def stageable(graph: Graph) -> dict[str, int]:
+    """The values that may be staged, by name or number (`v12`): results of products and sums, and narrowing casts."""
+    written = {w.value for w in graph.writes}
+    wider = {"float32": 4, "bfloat16": 2, "float16": 2}
+    found = {}
+    for i in graph.live():
+        node = graph.nodes[i]
+        narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
+        if i not in written and (node.op in ("reduce", "contract") or narrows):
+            found[graph.names.get(i, f"v{i}")] = i
+    return found
+
+
+@once
+def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, ...]]:
+    """The graph of one launch, that of the rest, and the scratch between.
+
+    A `Split` cuts at all reductions over its axis: partial results, then their sums. A `Stage` cuts at one value.
+    """
+    if isinstance(how, Stage):
+        found = stageable(graph)[how.value]
+        return _cut(graph, {found: f"{STAGED}_{how.value}"}, STAGED, None)
+    targets = [
+        i for i in graph.live() if graph.nodes[i].op in ("reduce", "contract") and graph.nodes[i].attr("axis") == how.axis
+    ]
+    names = {i: f"{PARTIAL}_{n}" for n, i in enumerate(targets)}
+    return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count))
+
+
+def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None):
+    """Nodes `targets` to scratch of these names, one for each part where there are parts; and the rest from there."""
+    extra = dict([parts] if parts else [])
+    axes = {**extra, **graph.axes}
+    scratch = {}
+    for i, name in targets.items():
+        node = graph.nodes[i]
+        scratch[i] = Scratch(name, node.dtype, (*extra, *node.axes), (*extra.values(), *(graph.axes[a] for a in node.axes)))
+    made = {s.name: _tensor(s, "Out", extra) for s in scratch.values()}
+    tensors = {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"} | made
+    writes = tuple(Write(s.name, i, tuple(Along(a) for a in s.axes)) for i, s in scratch.items())
+    first = replace(graph, name=f"{graph.name}_{first_name}", axes=axes, tensors=tensors, writes=writes)
+    return first, _rest(graph, scratch, axes, extra), tuple(scratch.values())
+
+
+def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
+    dims = tuple(Dim(a, ((1, a),)) if a in parts else Dim.parse(a) for a in s.axes)
+    return Tensor(s.name, role, dims, s.dtype)
+
+
+def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int]) -> Graph:
+    """The graph with every target read from scratch: the sum (max, min) of its parts, where there are parts."""
+    nodes: list[Node] = []
+    moved: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        if i in scratch:
+            s = scratch[i]
+            index = tuple(Along(a) for a in s.axes)
+            ordered = tuple(a for a in axes if a in s.axes)
+            nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
+            kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")
+            nodes += [Node("reduce", (len(nodes) - 1,), (("kind", kind), ("axis", a)), node.axes, node.dtype) for a in parts]
+        else:
+            nodes.append(replace(node, args=tuple(moved[a] for a in node.args)))
+        moved[i] = len(nodes) - 1
+    return replace(
+        graph,
+        name=f"{graph.name}_combine" if parts else graph.name,
+        axes=axes,
+        tensors={**{s.name: _tensor(s, "In", parts) for s in scratch.values()}, **graph.tensors},
+        nodes=tuple(nodes),
+        writes=tuple(replace(w, value=moved[w.value], ids=tuple(moved[n] for n in w.ids)) for w in graph.writes),
+        names={moved[i]: name for i, name in graph.names.items()},
+        lines={moved[i]: line for i, line in graph.lines.items()},
+    )

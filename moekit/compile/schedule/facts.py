@@ -1,0 +1,202 @@
+"""Facts about a Graph, each computed once: what it does with its axes, its products, what lives on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+from moekit.lang.graph import Along, By, Graph, Node
+
+
+def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
+    """A fact about a graph: computed when it is first asked for, and kept with the graph, which never changes."""
+
+    @wraps(fact)
+    def kept(graph: Graph, *args: *A) -> R:
+        facts = vars(graph).setdefault("_facts", {})
+        key = (fact.__module__, fact.__qualname__, *args)
+        if key not in facts:
+            facts[key] = fact(graph, *args)
+        return facts[key]
+
+    return kept
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """How a graph uses one axis."""
+
+    name: str
+    extent: int | None
+    reduced: bool
+    whole: bool
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class GemmAxes:
+    """A contraction over `k` of operands that vary over `m` and `n` apart: what a matrix unit can do."""
+
+    m: str
+    n: str
+    k: str
+
+
+def part_axis(axis: str) -> str:
+    """The name of the axis that counts the parts of a split axis."""
+    return f"{axis}.part"
+
+
+PART = part_axis("")  # what the name of every such axis ends with
+
+
+def twice_axis(axis: str) -> str:
+    """The name of the axis along which two blocks of an axis stand side by side."""
+    return f"{axis}.twice"
+
+
+@once
+def scattered(graph: Graph) -> set[str]:
+    """The axes along which `put` ids vary."""
+    return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}
+
+
+def reach(graph: Graph, write) -> set[str]:
+    """The axes along which a write spreads."""
+    axes = {i.axis for i in write.index if isinstance(i, Along) and i.axis}
+    return axes | {a for n in write.ids for a in graph.nodes[n].axes}
+
+
+@once
+def axis_uses(graph: Graph) -> dict[str, AxisUse]:
+    """Every axis that a live node or a write varies over, in the graph's order."""
+    used: set[str] = set()
+    reduced: set[str] = set()
+    whole: set[str] = set()
+    for node in (graph.nodes[i] for i in graph.live()):
+        used |= set(node.axes)
+        if node.op in ("reduce", "contract"):
+            reduced.add(node.attr("axis"))
+        elif node.op == "cumsum":
+            whole.add(node.attr("axis"))
+        elif node.op == "top_k":
+            whole |= {node.attr("axis"), node.attr("into")}
+    spreads = [reach(graph, w) for w in graph.writes]
+    used |= set().union(*spreads)
+    everywhere = set.intersection(*spreads)
+    return {
+        a: AxisUse(a, size, a in reduced, a in whole, a in everywhere and a not in reduced and a not in whole)
+        for a, size in graph.axes.items()
+        if a in used
+    }
+
+
+@once
+def gathered(graph: Graph) -> dict[str, int | None]:
+    """Axes of tensors that are indexed by values, with their sizes: in no block, but needed for range checks."""
+    found = {}
+    for node in (graph.nodes[i] for i in graph.live()):
+        if node.op == "read":
+            tensor = graph.tensors[node.attr("tensor")]
+            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if isinstance(e, By)}
+    for w in graph.writes:
+        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if isinstance(e, By)}
+    return {a: graph.axes[a] for a in found}
+
+
+@once
+def gemms(graph: Graph) -> dict[int, GemmAxes]:
+    """The live contractions with one private axis or more on each side, each with the largest of these."""
+    return {i: found for i in graph.live() if graph.nodes[i].op == "contract" and (found := _gemm(graph, graph.nodes[i]))}
+
+
+def _gemm(graph: Graph, n: Node) -> GemmAxes | None:
+    left, right = (set(graph.nodes[a].axes) for a in n.args)
+    rows, columns = left - right, right - left
+    if not rows or not columns:
+        return None
+
+    def size(axis: str) -> float:
+        extent = graph.axes[axis]
+        return float("inf") if extent is None else extent
+
+    return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), n.attr("axis"))
+
+
+def has_gemm(graph: Graph) -> bool:
+    """Whether a graph has a contraction for the matrix unit."""
+    return first_gemm(graph) is not None
+
+
+@once
+def first_gemm(graph: Graph) -> GemmAxes | None:
+    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
+    uses = axis_uses(graph)
+    for gemm in gemms(graph).values():
+        if all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
+            return gemm
+    return None
+
+
+@once
+def shares(graph: Graph) -> dict[str, int]:
+    """The axes of which each program of a split's first launch has a part, and how many parts there are."""
+    parts = {a: use for a, use in axis_uses(graph).items() if a.endswith(PART)}
+    return {a.removesuffix(PART): use.extent or 1 for a, use in parts.items() if use.parallel}
+
+
+def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
+    """For every live node how many reductions over `axes` lie beneath it in a row; and the set of reductions' depths."""
+    level: dict[int, int] = {}
+    depths: set[int] = set()
+    for i in graph.live():
+        node = graph.nodes[i]
+        level[i] = max((level[a] for a in node.args), default=0)
+        if node.op in ("reduce", "contract") and node.attr("axis") in axes:
+            depths.add(level[i])
+            level[i] += 1
+    return level, depths
+
+
+@once
+def equally_deep(graph: Graph, axis: str) -> bool:
+    """Whether all reductions over `axis` are equally deep, so that one launch can make partial results of them all."""
+    return len(reduction_levels(graph, {axis})[1]) == 1
+
+
+@once
+def read(graph: Graph) -> frozenset[str]:
+    """The tensors that are read."""
+    return frozenset(graph.nodes[i].attr("tensor") for i in graph.live() if graph.nodes[i].op == "read")
+
+
+@once
+def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
+    """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
+
+    The two reads begin at different elements of one dimension, and are alike in all else.
+    """
+    found: dict[str, tuple[int, int, str]] = {}
+    products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
+    for n, a in enumerate(products):
+        for b in products[n + 1 :]:
+            right, other = (set(graph.nodes[i].args) for i in (a, b))
+            alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
+            if alike and len(right & other) == 1:
+                one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
+                if (dim := apart(one, two)) is not None:
+                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axis))
+    return found
+
+
+def apart(one: Node, other: Node) -> int | None:
+    """The one dimension in which two reads of a tensor are along the same axis from different elements on."""
+    if one.op != "read" or other.op != "read" or one.attr("tensor") != other.attr("tensor") or one.args != other.args:
+        return None
+    pairs = list(zip(one.attr("index"), other.attr("index"), strict=True))
+    differ = [d for d, (i, j) in enumerate(pairs) if i != j]
+    if len(differ) != 1 or not all(isinstance(i, Along) for i in pairs[differ[0]]):
+        return None
+    i, j = pairs[differ[0]]
+    return differ[0] if i.axis and (i.axis, i.step) == (j.axis, j.step) else None

@@ -1,0 +1,229 @@
+"""What a schedule may say of a graph: None, or one sentence that says why not, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+
+from moekit.compile.schedule.cost import runaway
+from moekit.compile.schedule.cuts import cut, part, stageable
+from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Prefetch, Schedule, Section, Split, Stage, Tile, Whole
+from moekit.compile.schedule.facts import (
+    AxisUse,
+    axis_uses,
+    equally_deep,
+    part_axis,
+    reach,
+    read,
+    reduction_levels,
+    scattered,
+    shares,
+    twins,
+)
+from moekit.compile.schedule.targets import MEASURED, Target
+from moekit.compile.stores import in_order
+from moekit.errors import ScheduleError
+from moekit.lang.dtypes import itemsize
+from moekit.lang.graph import Along, Graph
+
+MOST_PARTS = 64
+
+
+def legal(graph: Graph, schedule: Schedule, target: Target = MEASURED) -> str | None:
+    """None if `schedule` can be used for `graph` on `target`, else one sentence saying why not."""
+    return next((f"{graph.name}: {why}" for why in _problems(graph, schedule, target)), None)
+
+
+def _problems(graph: Graph, schedule: Schedule, target: Target) -> Iterator[str]:
+    """What is wrong, as far as it can be told: a launch is looked at only if what comes before it is right."""
+    for n, launch in enumerate(schedule.launches):
+        last = n == len(schedule.launches) - 1
+        if (launch.cut is None) != last:
+            yield "a launch that is not the last ends with split or stage, the last one with neither"
+            return
+        first = graph
+        if launch.cut is not None:
+            if why := _cut_problem(graph, launch.cut):
+                yield why
+                return
+            first, graph, _ = cut(graph, launch.cut)
+        yield from _launch_problems(first, launch, target)
+
+
+def _launch_problems(graph: Graph, launch: Launch, target: Target) -> Iterator[str]:
+    if launch.warps not in target.warps or not 1 <= launch.stages <= target.most_stages:
+        most = target.most_stages
+        yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {target.warps}, stages 1 to {most}"
+    if why := _outputs_problem(graph, launch):
+        yield why
+        return
+    before = None
+    for section in launch.sections:
+        for before in _section_problems(part(graph, section.outputs), section, launch, target):
+            yield before
+    if before is None and (why := runaway(graph, launch)):
+        yield why
+
+
+def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
+    """Each output is of one section, and none reads what another one writes."""
+    outputs = [w.output for w in graph.writes]
+    said = [n for s in launch.sections for n in (s.outputs or outputs)]
+    if Counter(said) != Counter(outputs):
+        return f"each output is of one section; the launch makes {', '.join(outputs)}, the sections say {', '.join(said)}"
+    if len(launch.sections) > 1:
+        for one in launch.sections:
+            others = {w.tensor for w in graph.writes if w.output not in one.outputs}
+            if met := sorted(others & read(part(graph, one.outputs))):
+                return f"the section of {', '.join(one.outputs)} reads {met[0]}, which another section of the launch writes"
+    return None
+
+
+def _section_problems(graph: Graph, section: Section, launch: Launch, target: Target) -> Iterator[str]:
+    uses = axis_uses(graph)
+    given = [d.axis for d in section.axes]
+    for axis in uses:
+        if given.count(axis) != 1:
+            yield f"the schedule must say once what is done with axis {axis}; it speaks of {', '.join(given)}"
+            return
+    for d in section.axes:
+        if d.axis not in uses:
+            who = f"the section of {', '.join(section.outputs)}" if section.outputs else "the fusion"
+            yield f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
+            return
+        if why := _axis_problem(uses[d.axis], d):
+            yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
+            return
+    yield from _parts_problems(graph, section, launch)
+    for axis in scattered(graph):
+        if axis in uses and section.block(axis) != 1:
+            yield f"an output is put at ids along {axis}, so its block must be 1, not {section.block(axis)}"
+    for axis in map(part_axis, shares(graph)):
+        if section.block(axis) != 1:
+            yield f"a program does one part of a split axis, so the block of {axis} must be 1, not {section.block(axis)}"
+    if (tile := largest_tile(graph, section, target)) > target.largest_tile:
+        yield f"a block of {tile} elements is over the limit of {target.largest_tile}; use smaller blocks or loop"
+    for pair in section.all(Pair):
+        if not pairable(graph, section, pair.tensor):
+            need = "they have one left operand of 16 bits, run on the matrix unit and along a looped axis"
+            yield f"no two products with {pair.tensor} can be paired; {need}"
+    for ahead in section.all(Prefetch):
+        if ahead.tensor not in prefetchable(graph, section):
+            need = "a weight of static size can, in a product along a looped axis that its blocks divide"
+            yield f"{ahead.tensor} cannot be prefetched; {need}"
+    try:
+        in_order(graph, {a for a, use in uses.items() if isinstance(section.axis(a), Loop)})
+    except ScheduleError as error:
+        yield str(error).removeprefix(f"{graph.name}: ")
+
+
+def _axis_problem(use: AxisUse, d: Axis) -> str | None:
+    if d.block < 1 or d.block & (d.block - 1):
+        return "a block is a power of two"
+    if isinstance(d, Tile) and not use.parallel:
+        return "it is reduced, scanned or missing from an output, so one program must see all of it"
+    if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):
+        return "its size is dynamic" if use.extent is None else f"it has {use.extent} elements"
+    if use.whole and not isinstance(d, Whole):
+        return "a scan or top_k runs along it, so it must be whole"
+    return None
+
+
+def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
+    if section.parts and (launch.cut is not None or len(section.parts) > 1):
+        yield f"only one axis can be split or done in parts, the schedule says {launch}"
+    for axis, count in section.parts.items():
+        why = _divisible(graph, axis, count)
+        if why is None and any(axis in reach(graph, w) for w in graph.writes):
+            why = "an output runs along it, so its parts cannot be done one after the other by one program"
+        if why:
+            yield f"axis {axis} cannot be split in {count}: {why}"
+    split = {launch.cut.axis: launch.cut.count} if isinstance(launch.cut, Split) else {}
+    for axis, count in {**section.parts, **split}.items():
+        if axis in axis_uses(graph) and not isinstance(section.axis(axis), Loop):
+            yield f"axis {axis} cannot be split in {count}: a split axis is looped over"
+
+
+def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
+    if isinstance(how, Split):
+        why = _divisible(graph, how.axis, how.count)
+        return f"axis {how.axis} cannot be split in {how.count}: {why}" if why else None
+    if how.value in stageable(graph):
+        return None
+    may = ", ".join(stageable(graph)) or "nothing here"
+    return f"{how.value} cannot be staged; results of products and sums and narrowing casts can: {may}"
+
+
+def _divisible(graph: Graph, axis: str, count: int) -> str | None:
+    uses = axis_uses(graph)
+    if axis not in uses or not uses[axis].reduced or uses[axis].extent is None:
+        return "only a reduced axis of static size can be split"
+    if not 2 <= count <= MOST_PARTS:
+        return f"the parts are 2 to {MOST_PARTS}"
+    return None if equally_deep(graph, axis) else "one of its reductions needs the result of another"
+
+
+def uses_dot(graph: Graph, section: Section, node: int, target: Target = MEASURED) -> bool:
+    """Whether a contraction runs on the matrix unit: one wide axis on each side, none shared, and enough of each."""
+    n = graph.nodes[node]
+    left, right = (set(graph.nodes[a].axes) for a in n.args)
+    k = n.attr("axis")
+    wide = {a for a in left | right if section.block(a) > 1}
+    rows, columns = (left - right) & wide, (right - left) & wide
+    if len(rows) != 1 or len(columns) != 1 or (left & right & wide) - {k}:
+        return False
+    return all(section.block(a) >= target.matrix for a in (*rows, *columns, k))
+
+
+def largest_tile(graph: Graph, section: Section, target: Target = MEASURED) -> int:
+    """Elements of the largest block any value needs."""
+    largest = 1
+    for i in graph.live():
+        node = graph.nodes[i]
+        axes = set(node.axes)
+        if node.op == "contract" and not uses_dot(graph, section, i, target):
+            axes.add(node.attr("axis"))
+        largest = max(largest, prod(map(section.block, axes)))
+    return largest
+
+
+def pairable(graph: Graph, section: Section, tensor: str) -> tuple[int, int] | None:
+    """The two products of one left operand with two blocks of columns of `tensor`, if they can be made as one."""
+    if tensor not in twins(graph):
+        return None
+    a, b, column = twins(graph)[tensor]
+    (left,) = set(graph.nodes[a].args) & set(graph.nodes[b].args)
+    looped = {d.axis for d in section.all(Loop)}
+    level, _ = reduction_levels(graph, looped)
+    fits = graph.nodes[a].attr("axis") in looped and level[a] == level[b] and column not in looped
+    fits = fits and column not in graph.nodes[left].axes and section.block(column) > 1
+    wide = itemsize(graph.nodes[left].dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
+    return (a, b) if fits and wide else None
+
+
+def prefetchable(graph: Graph, section: Section) -> dict[str, list[tuple[int, int]]]:
+    """The weights of products along looped axes that can be asked for ahead: their reads, each with
+
+    the dimension of that axis."""
+    found = {}
+    looped = {d.axis for d in section.all(Loop)}
+    for i in graph.live():
+        node = graph.nodes[i]
+        if node.op == "contract" and node.attr("axis") in looped and uses_dot(graph, section, i):
+            for arg in node.args:
+                if (along := _along(graph, section, arg, node.attr("axis"), looped)) is not None:
+                    found.setdefault(graph.nodes[arg].attr("tensor"), []).append((arg, along))
+    return found
+
+
+def _along(graph: Graph, section: Section, node: int, axis: str, looped: set[str]) -> int | None:
+    """The dimension of a weight (an operand of static size) along which a product runs element by element; else None."""
+    n = graph.nodes[node]
+    if n.op != "read" or any(graph.axes[a] is None for a in n.axes) or graph.tensors[n.attr("tensor")].role != "In":
+        return None
+    parts = {**shares(graph), **section.parts}.get(axis, 1)
+    index = n.attr("index")
+    along = [d for d, e in enumerate(index) if isinstance(e, Along) and e.axis == axis and e.step == 1]
+    free = all(isinstance(e, Along) and (e.axis == axis or e.axis not in looped) for e in index)
+    return along[0] if len(along) == 1 and free and (graph.axes[axis] or 0) % (section.block(axis) * parts) == 0 else None

@@ -1,0 +1,246 @@
+"""The meaning of the tile IR: numpy executes a TileProgram, block by block and mask by mask.
+
+Every access is bounds-checked, masked lanes never touch memory, scratch and outputs start poisoned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moekit.compile import tile as t
+from moekit.lang.dtypes import is_float, numpy_dtype
+
+INT32_MAX = 2**31 - 1
+
+
+def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Memory nobody has written: NaN, or the most negative integer."""
+    value = np.nan if is_float(dtype) else 1 if dtype == "bool" else np.iinfo(numpy_dtype(dtype)).min + 1
+    return np.full(shape, value, numpy_dtype(dtype))
+
+
+def run(plan: Any, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
+    """Execute a Plan on arrays of any strides; outputs and InOut tensors are written in place.
+
+    `backwards`: the last program of every launch goes first.
+    """
+    memory = dict(tensors) | {s.name: poison(s.shape(sizes), s.dtype) for s in plan.scratch}
+    for program in plan.programs:
+        execute(program, memory, sizes, backwards)
+
+
+def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
+    """Run every program of one launch, in order (the order must not matter)."""
+    for section in kernel.sections[::-1] if backwards else kernel.sections:
+        counts = [n if isinstance(n, int) else -(-sizes[n.name] // n.block) for n in section.counts]
+        for ids in itertools.product(*(range(n)[:: -1 if backwards else 1] for n in counts)):
+            with np.errstate(all="ignore"):
+                _Program(section, memory, sizes, dict(zip(section.grid, ids, strict=True))).ops(section.body)
+
+
+class _Program:
+    """One program of a launch: its values, and which axes are in their last turn."""
+
+    def __init__(self, program: t.TileProgram, memory: Mapping, sizes: Mapping[str, int], ids: Mapping[str, int]):
+        self.program, self.memory, self.sizes, self.ids = program, memory, sizes, ids
+        self.values: dict[t.Value, np.ndarray] = {}
+        self.last: dict[str | int, bool] = {}
+
+    def ops(self, ops: Iterable[t.Op]) -> None:
+        for op in ops:
+            if (made := EXECUTE[type(op)](self, op)) is not None:
+                for out, array in zip(t.results(op), made if isinstance(made, list) else [made], strict=True):
+                    self.values[out] = np.asarray(array, numpy_dtype(out.dtype))
+
+    def at(self, value: t.Value, axes: tuple[str, ...]) -> np.ndarray:
+        array = self.values[value]
+        return array.reshape([array.shape[value.axes.index(a)] if a in value.axes else 1 for a in axes])
+
+    def extent(self, axis: str) -> int:
+        extent = self.program.axis(axis).extent
+        return self.sizes[axis] if extent is None else extent
+
+    def elements(self, op: t.Elements) -> np.ndarray:
+        axis = self.program.axis(op.axis)
+        lanes = np.arange(axis.block) if axis.of is None else np.tile(np.arange(axis.block // 2), 2)
+        own = self.program.bounded(op.axis)
+        first = self.ids[own.name] * own.block if own.mode == "grid" else 0
+        first += int(self.values[op.turn]) if op.turn else 0
+        first += int(self.values[op.part]) * axis.share if op.part else 0
+        return first + (lanes if op.out.axes else lanes[0])
+
+    def loop(self, op: t.Loop) -> list[np.ndarray]:
+        state = [self.values[v] for v in op.inits]
+        steps, turns = [self._starts(a) for a in op.over], [()]
+        for each in steps:
+            turns = [(*outer, i) for outer in turns for i in each]
+        for turn in turns:
+            self.last |= {a: i == each[-1] for a, i, each in zip(op.over, turn, steps, strict=True)}
+            self.values |= {v: np.asarray(i, np.int32) for v, i in zip(op.vars, turn, strict=True)}
+            self.values |= dict(zip(op.carries, state, strict=True))
+            self.ops(op.body)
+            state = [self.values[v] for v in op.yields]
+        return state
+
+    def _starts(self, over: str | int) -> range:
+        if isinstance(over, int):
+            return range(over)
+        axis = self.program.axis(over)
+        return range(0, self.extent(over) if axis.length is None else axis.length, axis.block)
+
+    def at_end(self, op: t.AtEnd) -> list[np.ndarray]:
+        if self.last[op.axis]:
+            self.ops(op.body)
+        return [self.values[v] for v in (op.yields if self.last[op.axis] else op.otherwise)]
+
+    def address(self, op: t.Memory, axes: tuple[str, ...]) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+        array, shape, name = self.memory[op.at.tensor], self.program.block(axes), type(op).__name__
+        mask = np.ones(shape, bool)
+        for each in op.at.mask:
+            mask = mask & self.at(each, axes)
+        index = []
+        strided = isinstance(self.program.param(op.at.tensor).layout, t.Strided)
+        for size, step, at, wide in zip(array.shape, array.strides, op.at.index, op.at.wide, strict=True):
+            i = np.broadcast_to(self._index(at, axes), shape)
+            if (mask & ((i < 0) | (i >= size))).any():
+                raise IndexError(f"{self.program.name}: {name} of {op.at.tensor} leaves its bounds")
+            if strided and not wide and (mask & (i * (step // array.itemsize) > INT32_MAX)).any():
+                raise IndexError(f"{self.program.name}: {name} of {op.at.tensor} has an offset that passes 32 bits")
+            index.append(np.where(mask, i, 0))
+        return array, tuple(index), mask
+
+    def _index(self, at: t.At, axes: tuple[str, ...]) -> np.ndarray:
+        if at.value is None:
+            return np.full([1] * len(axes), at.start, np.int64)
+        index = self.at(at.value, axes).astype(np.int64) * at.step + at.start
+        if not at.side:
+            return index
+        (axis,) = at.value.axes
+        lanes = np.repeat([0, at.side], self.program.axis(axis).block // 2)
+        return index + lanes.reshape([-1 if a == axis else 1 for a in axes])
+
+    def load(self, op: t.Load) -> np.ndarray:
+        array, index, mask = self.address(op, op.out.axes)
+        out = np.full(mask.shape, op.fill, array.dtype)
+        out[mask] = array[tuple(i[mask] for i in index)]
+        return out
+
+    def store(self, op: t.Store) -> None:
+        axes = self.program.ordered({*op.at.axes, *op.value.axes})
+        array, index, mask = self.address(op, axes)
+        array[(*(i[mask] for i in index), ...)] = np.broadcast_to(self.at(op.value, axes), mask.shape)[mask]
+
+    def prefetch(self, op: t.Prefetch) -> None:
+        array, index, mask = self.address(op, self.program.ordered(op.at.axes))
+        if (mask & (index[op.along] + op.size > array.shape[op.along])).any():
+            raise IndexError(f"{self.program.name}: Prefetch of {op.at.tensor} leaves its bounds")
+
+    def dot(self, op: t.Dot) -> np.ndarray:
+        m, n = op.out.axes
+        left, right = (self.values[v].astype(np.float32) for v in (op.left, op.right))
+        left = left if op.left.axes == (m, op.axis) else left.T
+        product = left @ (right if op.right.axes == (op.axis, n) else right.T)
+        return product if op.acc is None else self.values[op.acc] + product
+
+    def halves(self, op: t.Halves) -> list[np.ndarray]:
+        of = self.program.axis(op.axis).of
+        named = tuple(of if a == op.axis else a for a in op.value.axes)
+        order = [named.index(a) for a in op.outs[0].axes]
+        return [np.transpose(x, order) for x in np.split(self.values[op.value], 2, axis=op.value.axes.index(op.axis))]
+
+    def in_bounds(self, op: t.InBounds) -> np.ndarray:
+        return (self.values[op.value] >= 0) & (self.values[op.value] < self.extent(op.axis))
+
+    def binary(self, op: t.Binary) -> np.ndarray:
+        return BINARY[op.op](self.at(op.left, op.out.axes), self.at(op.right, op.out.axes))
+
+    def where(self, op: t.Where) -> np.ndarray:
+        return np.where(*(self.at(v, op.out.axes) for v in (op.condition, op.yes, op.no)))
+
+    def reduce(self, op: t.Reduce) -> np.ndarray:
+        return REDUCE[op.op](self.values[op.value], axis=op.value.axes.index(op.axis), dtype=numpy_dtype(op.out.dtype))
+
+    def scan(self, op: t.Scan) -> np.ndarray:
+        return np.cumsum(self.values[op.value], axis=op.value.axes.index(op.axis), dtype=numpy_dtype(op.out.dtype))
+
+
+def _sum(x, axis, dtype):
+    return np.add.reduce(x, axis=axis, dtype=dtype)
+
+
+def cast(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Convert, rounding to nearest even; integers of another width wrap."""
+    return x.astype(numpy_dtype(dtype))
+
+
+def trunc_div(a, b):
+    """Integer division as hardware does it: toward zero; by zero gives 0."""
+    safe = np.where(b == 0, 1, b)
+    return np.where(b == 0, 0, (np.abs(a) // np.abs(safe)) * np.sign(a) * np.sign(safe)).astype(a.dtype)
+
+
+def trunc_rem(a, b):
+    """The remainder that goes with `trunc_div`: it has the sign of the dividend."""
+    return (a - trunc_div(a, b) * b).astype(a.dtype)
+
+
+BINARY = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "floordiv": trunc_div,
+    "rem": trunc_rem,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "shl": np.left_shift,
+    "shr": np.right_shift,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+UNARY = {
+    "neg": np.negative,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "abs": np.abs,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "not": np.invert,
+}
+REDUCE = {
+    "sum": _sum,
+    "max": lambda x, axis, dtype: np.max(x, axis=axis),
+    "min": lambda x, axis, dtype: np.min(x, axis=axis),
+}
+EXECUTE = {
+    t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
+    t.Extent: lambda p, op: p.sizes[op.axis],
+    t.Elements: _Program.elements,
+    t.InBounds: _Program.in_bounds,
+    t.Load: _Program.load,
+    t.Store: _Program.store,
+    t.Prefetch: _Program.prefetch,
+    t.Cast: lambda p, op: cast(p.values[op.value], op.out.dtype),
+    t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),
+    t.Unary: lambda p, op: UNARY[op.op](p.values[op.value]),
+    t.Binary: _Program.binary,
+    t.Where: _Program.where,
+    t.Reduce: _Program.reduce,
+    t.Scan: _Program.scan,
+    t.Dot: _Program.dot,
+    t.Halves: _Program.halves,
+    t.Loop: _Program.loop,
+    t.AtEnd: _Program.at_end,
+}

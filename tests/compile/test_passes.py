@@ -1,0 +1,116 @@
+"""The list of passes: a program keeps the rules after each of them, and says the same as before it."""
+
+import numpy as np
+import programs as good
+import pytest
+
+from moekit.backends import triton
+from moekit.compile import tile as t
+from moekit.compile.passes import PASSES, watching
+from moekit.compile.passes.helpers import helpers
+from moekit.compile.passes.legalise import NEEDED, legalise
+from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.compile.tile import interpret
+from moekit.compile.tile.verify import verify
+from moekit.fusions import FUSIONS
+from moekit.lang import In, cast, f32, fusion
+from moekit.lang.fusion import Fusion
+from moekit.testing import Call, operands
+
+SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "P": 35}
+ORDER = ["nest", *PASSES]
+MASKED = ORDER.index("masks")
+
+
+@fusion(None, a=In("T H", dtype="bfloat16"), b=In("T H", dtype="float16"))
+def halves_of_two_kinds(a, b):
+    """A bfloat16 that is rounded to float16 later, a negative and a literal -0.0."""
+    return {"out": cast(f32(a) + f32(b), "float16"), "minus": -f32(a), "zero": f32(b) * -0.0}
+
+
+def after_passes(f: Fusion, schedule: str | None, sizes: dict = SIZES) -> tuple[Call, list[tuple[str, t.TileProgram]]]:
+    """A call, and its program after every pass with the pass's name; those of all sections one after the other."""
+    params = {"k": 3} if "k" in f.params else {}
+    axes = {a for s in f.tensors.values() for d in s.dims for _, a in d.terms}
+    call = Call(f, operands(f, {a: n for a, n in sizes.items() if a in axes}, "float16"), params)
+    layouts = {n: t.Strided((*["any"] * (len(x.dims) - 1), "unit")) for n, x in call.graph.tensors.items()}
+    seen: list[tuple[str, t.TileProgram]] = []
+    with watching(lambda name, program: seen.append((name, program))):
+        plan(call.graph, Schedule.parse(schedule) if schedule else None, layouts)
+    return call, seen
+
+
+CASES = [
+    pytest.param(FUSIONS["add_rms_norm"], None, id="norm"),
+    pytest.param(FUSIONS["add_rms_norm"], "tile:T:2 loop:H:16 warps:1", id="norm in loops"),
+    pytest.param(FUSIONS["topk_softmax"], None, id="top_k"),
+    pytest.param(FUSIONS["delta_rule_step"], None, id="softplus"),
+    pytest.param(FUSIONS["gate_gemm"], "tile:T:16 loop:D:16 tile:P:16 parts:D:2", id="product in parts"),
+    pytest.param(halves_of_two_kinds, None, id="workarounds"),
+]
+
+
+@pytest.mark.parametrize(("f", "schedule"), CASES)
+def test_every_pass_keeps_the_rules(f, schedule):
+    """All of them once masks are there, before that those that masks and widths are not for."""
+    _, seen = after_passes(f, schedule)
+    assert [name for name, _ in seen] == ORDER * (len(seen) // len(ORDER))
+    for name, program in seen:
+        verify(program, before_masks=ORDER.index(name) < MASKED)
+
+
+@pytest.mark.parametrize(("f", "schedule"), CASES)
+def test_no_pass_after_the_masks_changes_a_bit(f, schedule):
+    """The interpreter's results are those of the program after the pass before."""
+    call, seen = after_passes(f, schedule)
+    shapes = {n: tuple(call.sizes[d.text] for d in x.dims) for n, x in call.graph.tensors.items() if n not in call.operands}
+    results = []
+    for name, program in seen[: len(ORDER)]:
+        if ORDER.index(name) >= MASKED:
+            memory = {n: np.array(x) for n, x in call.operands.items()}
+            memory |= {n: interpret.poison(shape, call.graph.tensors[n].dtype) for n, shape in shapes.items()}
+            interpret.execute(program, memory, call.sizes)
+            results.append(memory)
+    for later in results[1:]:
+        for n, array in results[0].items():
+            np.testing.assert_array_equal(later[n].view(np.uint8), array.view(np.uint8))
+
+
+def test_workarounds_are_for_the_targets_that_need_them():
+    """One program, three workarounds for Triton, two for Pallas; where nothing needs one nothing changes."""
+    _, seen = after_passes(halves_of_two_kinds, None)
+    (before,) = [program for name, program in seen if name == "flatten"]
+    assert set(NEEDED) == {"triton", "pallas"}
+    for target, negative_zeros in (("triton", 0), ("pallas", 1)):
+        program = legalise(before, target)
+        assert not [op for op in good.operations(program, t.Unary) if op.op == "neg"]
+        zeros = [op.value for op in good.operations(program, t.Const) if op.value == 0]
+        assert [np.signbit(z) for z in zeros].count(True) == negative_zeros
+        casts = {(op.value.dtype, op.out.dtype) for op in good.operations(program, t.Cast)}
+        assert ("bfloat16", "float32") not in casts
+    plain = good.norm_program()
+    assert legalise(plain, "triton") == plain
+
+
+def test_a_trace_has_a_file_for_every_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEKIT_TRACE", str(tmp_path))
+    program = good.norm_program()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"norm.{program.digest}"
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i}.{name}.txt" for i, name in enumerate(ORDER)]
+    assert (folder / f"{len(ORDER) - 1}.tidy.txt").read_text() == f"{program}\n"
+
+
+def test_sections_that_begin_elsewhere_are_one_helper():
+    """The two halves of a weight; a router has other columns and stands for itself."""
+    shapes = {"x": (20, 2048), "gate_up": (64, 2048), "router": (40, 2048), "shared_gate": (1, 2048)}
+    graph = good.graph_of(FUSIONS["gate_projections"], shapes, "bfloat16")
+    kernel = good.planned(graph).programs[0]
+    found = [(h.section.name, len(h.calls), [starts for _, starts in h.calls]) for h in helpers(kernel)]
+    assert found[0] == ("gate_projections_partial_0", 2, [(0,), (32,)])
+    assert [calls for _, calls, _ in found] == [2, 1, 1]
+    text = triton.emit(kernel)
+    assert "gate_up_first: tl.constexpr" in text
+    assert "def gate_projections_partial_1(" not in text
+    assert text.count(" gate_projections_partial_0(\n") == 3  # its definition and two calls
