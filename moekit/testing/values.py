@@ -101,6 +101,15 @@ def make(recipe: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generat
         return RECIPES[recipe](rng, shape, dtype).astype(numpy_dtype(dtype))
 
 
+def shapes_of(fusion: Fusion, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of operands for the sizes of the plain axes; a dimension with `?` has size 1 where `sizes["NAME?"]` is 1."""
+    plain = dict(sizes)
+    return {
+        n: tuple(plain[f"{d.text}?"] if d.optional and f"{d.text}?" in plain else d.size(plain) for d in s.dims)
+        for n, s in fusion.tensors.items()
+    }
+
+
 def operands(
     fusion: Fusion,
     sizes: Mapping[str, int],
@@ -111,13 +120,12 @@ def operands(
     """Operands of `fusion` for the sizes of its plain axes.
 
     `dtypes` is one dtype, for every operand that may have it (the others take the first they may have), or
-    one by name. A dimension with `?` has size 1 if `sizes` has an entry `"NAME?"` of 1.
+    one by name. `sizes` are as in `shapes_of`.
     """
-    rng = np.random.default_rng([seed, sum(sizes.values())])
+    rng, shapes = np.random.default_rng([seed, sum(sizes.values())]), shapes_of(fusion, sizes)
     arrays = {}
     for name, spec in fusion.tensors.items():
         wanted = dtypes if isinstance(dtypes, str) else dtypes.get(name, spec.dtypes[0])
         dtype = wanted if wanted in spec.dtypes else spec.dtypes[0]
-        shape = tuple(sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(dict(sizes)) for d in spec.dims)
-        arrays[name] = make(recipe, shape, dtype, rng)
+        arrays[name] = make(recipe, shapes[name], dtype, rng)
     return arrays
