@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moekit.lang.dtypes import numpy_dtype
-from moekit.testing.case import AnyCall, Call
+from moekit.testing.case import AnyCall, Call, FuzzCase
 from moekit.testing.executors import Executor, Run, executor, fatal, launches, starved
 from moekit.testing.guard import POISONS, Arena, FarArena, Placed, differing, place
 from moekit.testing.oracle import Comparison, Oracle
@@ -108,7 +108,7 @@ def _note_faults(arena: Arena, placed: Sequence[Placed], run: Run, mine: Sequenc
             verdict.problems.append(f"{text} were written that must not be")
 
 
-def run(implementation: str, call: Call) -> Outcome:
+def run(implementation: str, call: Call | FuzzCase) -> Outcome:
     """Run one call in guarded memory; raises what the implementation raises.
 
     `implementation`: a name that `executor` knows, or one with " in place" behind it. Outputs are given where the call has
@@ -140,7 +140,7 @@ def run_alone(executor: Executor, case: AnyCall, values: Mapping[str, np.ndarray
     return {n: x.copy() for n, x in placed[0].outputs(made.after).items()}, verdict.problems
 
 
-def check(implementation: str, call: Call) -> Comparison:
+def check(implementation: str, call: Call | FuzzCase) -> Comparison:
     """Run a call and raise AssertionError with everything that is wrong with what came back."""
     outcome = run(implementation, call)
     result = Oracle.of(call, implementation).compare(outcome.outputs)

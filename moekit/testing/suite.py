@@ -4,24 +4,21 @@
         fusion = silu_and_mul
         sizes = ({"T": 7, "I": 37}, {"T": 1, "I": 1})
 
-What it runs is `cases(fusion, …)`; a case names everything that is needed to run it again.
+What it runs is `cases(fusion, …)`: fuzz cases that are the same every time.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from moekit.lang.dtypes import FLOATS
-from moekit.lang.fusion import Binding, Fusion
+from moekit.lang.dtypes import FLOATS, itemsize
+from moekit.lang.fusion import Fusion
 from moekit.testing.batch import check
-from moekit.testing.case import Call
-from moekit.testing.layouts import KINDS, READ_ONLY
-from moekit.testing.schedules import variants
-from moekit.testing.values import operands
+from moekit.testing.case import FuzzCase, name_of
+from moekit.testing.layouts import KINDS, READ_ONLY, lay
 
 IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton", "triton in place")
 SLOW = frozenset({"pallas", "xla"})  # a compilation per case: they run the cases marked `core`
@@ -31,31 +28,28 @@ LAYOUTS = tuple(k for k in KINDS if k != "far")
 
 
 @dataclass(frozen=True)
-class Case:
-    """Sizes of the plain axes, dtype of the float operands, parameters, kinds of layout and schedule, a recipe for values."""
+class Picked:
+    """A case with a label; `core` ones run where each is compiled."""
 
-    sizes: Mapping[str, int]
-    dtype: str = "float32"
-    params: Mapping[str, object] = field(default_factory=dict)
-    layout: str = "dense"
-    recipe: str = "normal"
-    schedule: str = "heuristic"
-    core: bool = False
+    label: str
+    case: FuzzCase
+    core: bool
 
-    def __str__(self) -> str:
-        sizes = ",".join(f"{a}={n}" for a, n in self.sizes.items())
-        params = ",".join(f"{n}={v}" for n, v in self.params.items())
-        parts = (sizes, params, self.dtype, self.layout, self.recipe, self.schedule)
-        return " ".join(p for p in parts if p not in ("dense", "normal", "heuristic", ""))
 
-    def call(self, fusion: Fusion, values: Mapping) -> Call:
-        """The call that the case stands for; "mixed:N" gives every tensor another layout, turned by N."""
-        bare = Call(fusion, values, self.params)
-        turn, layouts = int(self.layout.removeprefix("mixed:")) if self.layout.startswith("mixed:") else None, {}
-        for i, name in enumerate(dict.fromkeys([*values, *bare.names])):
-            layouts[name] = self.layout if turn is None else LAYOUTS[(turn + 3 * i) % len(LAYOUTS)]
-        schedule = _schedules(bare.fusion, bare.binding).get(self.schedule)
-        return Call(fusion, values, self.params, layouts if self.layout != "dense" else {}, schedule)
+def pick(fusion: Fusion, sizes: Mapping[str, int], dtype: str, params: Mapping[str, object], layout: str = "dense",
+         recipe: str = "normal", schedule: str = "heuristic", core: bool = False) -> Picked:  # fmt: skip
+    """A case of `fusion` with one kind of layout for all tensors, or with "mixed:N" another for each, turned by N."""
+    given = (",".join(f"{n}={v}" for n, v in named.items()) for named in (sizes, params))
+    parts = (*given, dtype, layout, recipe, schedule)
+    label = " ".join(p for p in parts if p not in ("dense", "normal", "heuristic", ""))
+    dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+    case = FuzzCase(name_of(fusion), sizes, dtypes, params, recipe=recipe, schedule=schedule, seed=zlib.crc32(label.encode()))
+    turn, kinds = layout.removeprefix("mixed:"), {}
+    for i, name in enumerate(dict.fromkeys([*case.memory(), *case.names]) if layout != "dense" else ()):
+        kind = layout if turn == layout else LAYOUTS[(int(turn) + 3 * i) % len(LAYOUTS)]
+        read_only = name in case.shapes and name not in case.names
+        kinds[name] = lay(kind if read_only or kind not in READ_ONLY else "dense", case.shape(name), itemsize(case.dtype(name)))
+    return Picked(label, replace(case, layouts=kinds), core)
 
 
 def cases(
@@ -64,7 +58,7 @@ def cases(
     params: Sequence[Mapping[str, object]] = ({},),
     recipes: Sequence[str] = ("integers", "tiny", "huge", "special"),
     schedules: Sequence[str] = ("looped", "dots", "rows", "small", "whole", "split"),
-) -> Iterator[Case]:
+) -> Iterator[Picked]:
     """Cases for `fusion`: every size, dtype and parameter set; every layout, recipe and schedule on the first size.
 
     `schedules` are names of `moekit.testing.schedules.variants`; one that is not legal for a fusion is the heuristic's.
@@ -72,19 +66,20 @@ def cases(
     for i, size in enumerate(sizes):
         for j, given in enumerate(params):
             for k, dtype in enumerate(FLOATS):
-                yield Case(size, dtype, given, core=j == i % len(params) and (i == 0 or k == i % 3))
+                yield pick(fusion, size, dtype, given, core=j == i % len(params) and (i == 0 or k == i % 3))
     first, given = sizes[0], params[0]
     for i, layout in enumerate((*LAYOUTS[1:], *(f"mixed:{n}" for n in range(4)))):
-        yield Case(first, FLOATS[i % 3], given, layout, core=layout in LAYOUTS and layout not in READ_ONLY and i % 2 == 0)
+        core = layout in LAYOUTS and layout not in READ_ONLY and i % 2 == 0
+        yield pick(fusion, first, FLOATS[i % 3], given, layout, core=core)
     for i, recipe in enumerate(recipes):
         for dtype in FLOATS:
-            yield Case(first, dtype, given, recipe=recipe, core=dtype == FLOATS[i % 3])
+            yield pick(fusion, first, dtype, given, recipe=recipe, core=dtype == FLOATS[i % 3])
     for schedule in schedules:
         for i, size in enumerate(sizes):
             if math.prod(size.values()) > LARGEST_WITH.get(schedule, 10**9):
                 continue
-            yield Case(size, FLOATS[(i + len(schedule)) % 3], given, schedule=schedule, core=i == 0)
-            yield Case(size, "float32", given, f"mixed:{i}", schedule=schedule)
+            yield pick(fusion, size, FLOATS[(i + len(schedule)) % 3], given, schedule=schedule, core=i == 0)
+            yield pick(fusion, size, "float32", given, f"mixed:{i}", schedule=schedule)
 
 
 class FusionSuite:
@@ -97,35 +92,29 @@ class FusionSuite:
     implementations: Sequence[str] = IMPLEMENTATIONS
 
     @classmethod
-    def every_case(cls) -> list[Case]:
+    def every_case(cls) -> list[Picked]:
         """The cases of this fusion, without repetitions."""
-        return list({str(c): c for c in cases(cls.fusion, cls.sizes, cls.params, cls.recipes)}.values())
+        return list({c.label: c for c in cases(cls.fusion, cls.sizes, cls.params, cls.recipes)}.values())
 
     @classmethod
-    def serves(cls, implementation: str, case: Case) -> bool:
+    def serves(cls, implementation: str, picked: Picked) -> bool:
         """Whether a case is worth running: schedules matter to compiled programs only, "in place" to InOut operands."""
         if implementation.endswith("in place") and all(s.role != "InOut" for s in cls.fusion.tensors.values()):
             return False
-        if case.schedule != "heuristic" and implementation not in COMPILED:
+        if picked.case.schedule != "heuristic" and implementation not in COMPILED:
             return False
-        return case.core or implementation not in SLOW
-
-    @classmethod
-    def operands(cls, case: Case) -> dict:
-        """The operands of a case; override it where values must meet a precondition."""
-        return operands(cls.fusion, case.sizes, case.dtype, case.recipe, zlib.crc32(str(case).encode()))
+        return picked.core or implementation not in SLOW
 
     @classmethod
     def pytest_generate_tests(cls, metafunc) -> None:
         """One test per implementation and case."""
         if "case" in metafunc.fixturenames:
             every = [(n, c) for n in cls.implementations for c in cls.every_case() if cls.serves(n, c)]
-            marked = [_param(n, c, id=f"{n}-{c}") for n, c in every]
-            metafunc.parametrize(("implementation", "case"), marked)
+            metafunc.parametrize(("implementation", "case"), [_param(n, c.case, id=f"{n}-{c.label}") for n, c in every])
 
-    def test_against_reference(self, implementation: str, case: Case) -> None:
+    def test_against_reference(self, implementation: str, case: FuzzCase) -> None:
         """The outputs lie within the bound of the reference, and no other memory is touched."""
-        check(implementation, case.call(self.fusion, self.operands(case)))
+        check(implementation, case)
 
 
 def implementations(names: Sequence[str] = IMPLEMENTATIONS) -> list:
@@ -138,7 +127,3 @@ def _param(implementation: str, *more, **how):
 
     return pytest.param(implementation, *more, marks=[pytest.mark.gpu] if implementation.startswith("triton") else [], **how)
 
-
-@functools.lru_cache(maxsize=256)
-def _schedules(fusion: Fusion, binding: Binding) -> dict:
-    return variants(fusion.trace(binding))
