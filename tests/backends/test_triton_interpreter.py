@@ -35,8 +35,8 @@ for name, fusion in FUSIONS.items():
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)
             schedules = {None} | set(variants(fusion.trace(call.binding)).values())
-            cases = [(s, {}) for s in schedules]
-            for layout in ("padded", "strided", "transposed padded", "shifted"):
+            cases = [(s, {}) for s in schedules] if dtype != "bfloat16" else [(None, {})]
+            for layout in ("padded", "strided", "transposed padded", "shifted") if dtype != "bfloat16" else ():
                 cases.append((None, dict.fromkeys([*call.operands, *call.names], layout)))
             for schedule, layouts in cases:
                 one = Call(fusion, call.operands, params, layouts, schedule)
