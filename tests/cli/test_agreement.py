@@ -93,8 +93,9 @@ def test_without_a_fault_they_are_close(narrow, monkeypatch):
 @pytest.mark.parametrize("fusion", FAULTS)
 def test_a_planted_fault_is_found_in_bfloat16(narrow, monkeypatch, fusion):
     placed(monkeypatch, fusion, FAULTS[fusion])
-    model, prompts, _ = narrow
-    tokens = [[3, 60], [4, 4]] if fusion == "delta_rule_step" else [[3], [4]]  # the others show in prefill: no step is compiled
+    model, prompts, tokens = narrow
+    if fusion in ("add_rms_norm", "down_combine"):
+        tokens = [[3], [4]]  # these show in the logits of the prompt: no step is compiled
     assert not agreement.closeness(model, prompts, tokens).within
 
 
