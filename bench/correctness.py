@@ -13,8 +13,8 @@ from bench.sides import Maker
 from moekit.fusions import FUSIONS, topk_softmax
 from moekit.lang.dtypes import is_float, numpy_dtype
 from moekit.testing.bounds import bounds
-from moekit.testing.compare import ulp
 from moekit.testing.constants import constant
+from moekit.testing.oracle import ulp
 from moekit.testing.propagate import Bound
 
 ROWS = 4  # so many from either end

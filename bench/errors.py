@@ -28,8 +28,8 @@ from bench.report import errors
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 from moekit.lang.graph import Graph
-from moekit.testing import RUNNERS, Call, compare, operands
-from moekit.testing.compare import ulp
+from moekit.testing import Call, compare, operands, run
+from moekit.testing.oracle import ulp
 
 SIZES = {
     "gate_gemm": [{"T": 16, "D": 2048, "P": 648}],
@@ -55,7 +55,7 @@ def worst(name: str, dtype: str, implementation: str, seeds: int) -> dict:
     for sizes in SIZES[name]:
         for seed in range(seeds):
             values = operands(fusion, sizes, dtype, "normal", seed)
-            outcome = RUNNERS[implementation](Call(fusion, values, params))
+            outcome = run(implementation, Call(fusion, values, params))
             result = compare(fusion, outcome.outputs, values, params, implementation=implementation)
             wanted = fusion.reference(**values, **fusion.bind_params(params))
             found["ratio"] = max(found["ratio"], result.worst)

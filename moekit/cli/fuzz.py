@@ -89,7 +89,8 @@ def fuzz(pressed_before: list[int] | None, /, fusions: tuple[str, ...], implemen
             _check_kept(None if plan.disarmed else save, record)
             open_.enter_context(_package(mutants, patches))
         if pressed_before or pressed:
-            result = campaign.interrupted(plan)
+            result = campaign.Campaign(plan).result
+            result.stopped = "interrupted"
         elif replay:
             _replay(replay, implementations, as_json)
             return
@@ -220,41 +221,40 @@ def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> l
 def _small(failure: Any, seconds: float, disarmed: bool) -> dict:
     """What changes in a failure's row when it is made small."""
     from moekit.testing.peers import may_ask
+    from moekit.testing.processes import Process
     from moekit.testing.regressions import pasteable
     from moekit.testing.shrink import shrink
-    from moekit.testing.workers import Prober
 
-    prober, name = Prober(failure.implementation, disarmed), failure.implementation
-    fails = lambda case: may_ask(name, case) and prober.fails(case, failure.problems)  # noqa: E731
+    process, name = Process(disarmed), failure.implementation
+    fails = lambda case: may_ask(name, case) and process.fails(case, name, failure.problems)  # noqa: E731
     try:
         case = shrink(failure.case, fails, FEW if failure.fatal else MANY, seconds)
-        problems = prober.problems(case, max(SHORTEST, seconds / 4)) or list(failure.problems)
+        problems = process.problems(case, name, max(SHORTEST, seconds / 4)) or list(failure.problems)
     finally:
-        prober.close()
+        process.end()
     return {"case": case.to_json(), "problems": problems, "test": pasteable(case, name)}
 
 
 def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None:
     """Run recorded cases, in a process that may die of them."""
     from moekit.testing.executors import unavailable
+    from moekit.testing.processes import Process
     from moekit.testing.regressions import load
-    from moekit.testing.workers import Prober
 
     try:
         recorded = load(path)
     except (ValueError, FileError) as error:
         raise click.UsageError(str(error)) from None
-    rows, skipped, probers = [], 0, {}
+    rows, skipped, process = [], 0, Process()
     for regression in recorded:
         for name in implementations or (regression.implementation,):
             if why := unavailable(name):
                 skipped += 1
                 notes().print(f"skipped {regression.case.fusion}: {name}: {why}")
                 continue
-            problems = probers.setdefault(name, Prober(name)).problems(regression.case)
+            problems = process.problems(regression.case, name)
             rows.append({"fusion": regression.case.fusion, "implementation": name, "problems": problems})
-    for prober in probers.values():
-        prober.close()
+    process.end()
     if recorded and skipped and not rows:
         raise UnavailableError(f"{path}: none of its cases can be run here")
     failed = [r for r in rows if r["problems"]]

@@ -1,40 +1,37 @@
-"""Testing kernels against declarations: error bounds, guarded tensors of any strides, one suite for them all.
+"""Testing kernels against declarations: error bounds, guarded tensors of any strides, one harness for all implementations.
 
-`compare` holds outputs to a fusion's reference; `FusionSuite` is what a fusion's tests inherit; `place` lays
-an array out in a guarded arena; `Call` and `RUNNERS` run any implementation.
+`Call` is one call of a declaration, `run` runs it through any implementation in guarded memory, `check` holds what comes back
+to the reference, and `FusionSuite` is what a fusion's tests inherit. `moekit fuzz` draws calls by the million: docs/fuzzing.md.
 """
 
+from moekit.testing.batch import Outcome, check, replay, run
 from moekit.testing.bounds import bounds, graph_bounds
-from moekit.testing.compare import Comparison, compare
+from moekit.testing.case import Call, FuzzCase
 from moekit.testing.constants import constant
-from moekit.testing.layouts import LAYOUTS, Placed, as_torch, as_view, fetch, place, place_empty
-from moekit.testing.runners import RUNNERS, Call, Outcome
+from moekit.testing.executors import as_torch
+from moekit.testing.layouts import KINDS
+from moekit.testing.oracle import Comparison, compare
 from moekit.testing.schedules import variants
-from moekit.testing.suite import Case, FusionSuite, cases, check, implementations
+from moekit.testing.suite import FusionSuite, implementations
 from moekit.testing.values import RECIPES, operands
 
 __all__ = [
-    "LAYOUTS",
+    "KINDS",
     "RECIPES",
-    "RUNNERS",
     "Call",
-    "Case",
     "Comparison",
     "FusionSuite",
+    "FuzzCase",
     "Outcome",
-    "Placed",
     "as_torch",
-    "as_view",
     "bounds",
-    "cases",
     "check",
     "compare",
     "constant",
-    "fetch",
     "graph_bounds",
     "implementations",
     "operands",
-    "place",
-    "place_empty",
+    "replay",
+    "run",
     "variants",
 ]

@@ -1,29 +1,133 @@
-"""A fuzzing campaign: worker processes that take tasks, and a parent that survives whatever happens to them.
+"""A fuzzing campaign: threads that each give tasks to a process of their own, and survive whatever happens to it.
 
-A worker that dies (an illegal access on a GPU, a segmentation fault) or hangs loses its task: the task is halved until one
-case is left, that case is reported as a failure, and the campaign goes on with a fresh worker.
+A process that dies (an illegal access on a GPU, a segmentation fault) or hangs loses its task: the task is halved until one
+case is left, that case is reported as a failure, and the campaign goes on with a fresh process.
 """
 
 from __future__ import annotations
 
-import multiprocessing.connection
 import os
-import tempfile
+import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
+from math import isqrt
 
-from moekit.testing.agenda import Agenda, Failure, Plan, Result
-from moekit.testing.coverage import Coverage
-from moekit.testing.room import close_room, open_room
-from moekit.testing.tasks import JAX, Report
-from moekit.testing.workers import Trouble, Worker, isolated, replay
+from moekit.testing.batch import replay
+from moekit.testing.case import FuzzCase
+from moekit.testing.coverage import Cell, Coverage
+from moekit.testing.executors import JAX
+from moekit.testing.processes import Process, Trouble
+from moekit.testing.room import room
+from moekit.testing.tasks import Report, Task, cases, run_task
 
-__all__ = ["Failure", "Plan", "Result", "accelerated", "isolated", "replay", "run"]
+__all__ = ["Campaign", "Failure", "Plan", "Result", "accelerated", "replay", "run"]
 
 HANGS = 120.0  # seconds after which a task is taken to hang
 BRIEF = 60.0  # the same for one case, when a task that hung is halved
-GRACE = 3.0  # seconds that workers have to end what they are at once the time is over
+GRACE = 3.0  # seconds that processes have to end what they are at once the time is over
+MOST_FAILURES = 50
+MAIN = 0.75  # the share of the time after which cells with too few cases come first
+FOR_SHRINKING = 0.2  # the share of the time that is kept for making failures small, once there are any
+SPREAD = 16  # calls of every fusion that a small budget reaches, where a call costs no compilation
+COMPILED = (*JAX, "triton", "triton-interpreter")
+EXTRA = 1_000_000  # the turns of tasks for cells with too few cases begin here
+MOST_EXTRA = 6  # such tasks for one cell, beyond those it needs if each of their cases counts
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that one implementation gets wrong."""
+
+    case: FuzzCase
+    implementation: str
+    problems: tuple[str, ...]
+    fatal: bool = False
+
+
+@dataclass
+class Result:
+    """What a campaign found: coverage by implementation, failures, how long it took, and in words what it left undone."""
+
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped: str = ""
+    left: list[str] = field(default_factory=list)
+    first_failure: int | None = None
+
+    @property
+    def counted(self) -> int:
+        """Cases that count, of all implementations."""
+        return sum(c.counted for c in self.coverage.values())
+
+    @property
+    def ran(self) -> int:
+        """All cases that ran."""
+        return sum(c.ran for c in self.coverage.values())
+
+    def fail(self, failure: Failure) -> None:
+        """Take in a failure; the first is remembered with how many cases had run."""
+        if self.first_failure is None:
+            self.first_failure = self.ran
+        self.failures.append(failure)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: fusions, implementations, and how many cases (or seconds) at most.
+
+    `examples` are shared by all implementations but those that have their own in `own`. `combos`: distinct calls of a fusion.
+    `least`: cases that every cell of an implementation must have. `accelerated`: implementations that run on a GPU.
+    `disarmed`: the verifier is off.
+    """
+
+    fusions: Sequence[str]
+    implementations: Sequence[str]
+    seed: int = 0
+    examples: int | None = None
+    seconds: float | None = None
+    workers: int = 2
+    combos: int = 80
+    groups: int = 4
+    layouts: int = 8
+    own: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
+    accelerated: frozenset[str] = frozenset()
+    disarmed: bool = False
+
+    def task(self, fusion: str, implementation: str, combo: int, turn: int, wanted: Cell | None = None) -> Task:
+        """One task; through JAX a batch is one compiled shape with many values."""
+        groups, layouts = (self.groups, self.layouts) if wanted else self.batch(implementation)
+        shape = (groups * layouts, 1) if implementation in JAX else (groups, layouts)
+        gpu = implementation in self.accelerated
+        return Task(fusion, implementation, self.seed, combo, turn, *shape, accelerated=gpu, wanted=wanted)
+
+    def batch(self, implementation: str) -> tuple[int, int]:
+        """Sets of sizes of a task, and of strides for each: fewer where the budget would else be spent on few calls."""
+        budget = self.budget(implementation)
+        if budget is None or implementation in COMPILED:
+            return self.groups, self.layouts
+        most = max(4, budget // (len(self.fusions) * min(self.combos, SPREAD)))
+        layouts = min(self.layouts, isqrt(most))
+        return min(self.groups, most // layouts), layouts
+
+    def tasks(self, implementation: str) -> Iterator[Task]:
+        """Tasks without end, every fusion and call in turn: what stops a campaign is its budget."""
+        for turn in count():
+            for combo in range(self.combos):
+                for fusion in self.fusions:
+                    yield self.task(fusion, implementation, combo, turn)
+
+    def budget(self, implementation: str) -> int | None:
+        """How many cases an implementation is to count, None for as many as there is time for."""
+        if implementation in self.own:
+            return self.own[implementation]
+        shared = [i for i in self.implementations if i not in self.own]
+        return None if self.examples is None else -(-self.examples // len(shared))
 
 
 def accelerated(implementation: str) -> bool:
@@ -38,84 +142,188 @@ def accelerated(implementation: str) -> bool:
 
 
 def run(plan: Plan, watch: Callable[[Result], None] = lambda result: None) -> Result:
-    """Run a campaign; `watch` is called after every task. Ctrl-C ends it with what there is."""
-    result = Result({name: Coverage() for name in plan.implementations})
-    try:
-        _run(plan, result, watch)
-    except KeyboardInterrupt:
-        result.stopped = "interrupted"
-    return result
-
-
-def interrupted(plan: Plan) -> Result:
-    """What a campaign found that was stopped before it began."""
-    return Result({name: Coverage() for name in plan.implementations}, stopped="interrupted")
-
-
-def _run(plan: Plan, result: Result, watch: Callable[[Result], None]) -> None:
+    """Run a campaign; `watch` is called now and then. Ctrl-C ends it with what there is."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # the workers share the cores
-    begin = time.monotonic()
-    agenda, workers = Agenda(plan, result, begin), []
-    with tempfile.TemporaryDirectory(prefix="moekit-fuzz-") as folder:
-        open_room(Path(folder))
+        os.environ.setdefault(name, "1")  # the processes share the cores
+    campaign = Campaign(plan)
+    processes = [Process(plan.disarmed) for _ in range(plan.workers)]
+    with room(), ThreadPoolExecutor(plan.workers) as threads:
+        serving = [threads.submit(campaign.serve, process) for process in processes]
         try:
-            _drive(plan, agenda, workers, watch)
+            while not all(s.done() for s in serving) and not campaign.overdue:
+                with campaign.changed:
+                    campaign.changed.wait(0.5)
+                    campaign.result.seconds = campaign.elapsed
+                    watch(campaign.result)
+        except KeyboardInterrupt:
+            campaign.result.stopped = "interrupted"
         finally:
-            close_room()
-            agenda.end([w.task for w in workers if w.task is not None])
-            for w in workers:
-                w.stop()
-            for w in workers:
-                w.end()
-            result.seconds = time.monotonic() - begin
+            campaign.over = True
+            while wait(serving, 0.1).not_done:
+                for process in processes:
+                    process.kill()
+    for served in serving:
+        served.result()
+    campaign.close()
+    return campaign.result
 
 
-def _drive(plan: Plan, agenda: Agenda, workers: list[Worker], watch: Callable[[Result], None]) -> None:
-    result, limit = agenda.result, lambda w: BRIEF + (HANGS - BRIEF) * (w.task.size > 1)
-    workers += [Worker(plan.disarmed) for _ in range(plan.workers)]
-    while True:
-        for w in workers:
-            if w.task is None and (task := agenda.next([o.task for o in workers if o.task is not None])):
-                w.give(task)
-        busy = [w for w in workers if w.task is not None]
-        if not busy:
+class Campaign:
+    """What is next: the main stream of tasks, then more cases for cells that have too few; and what became of them."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.result = plan, Result({name: Coverage() for name in plan.implementations})
+        self.begin, self.over, self.changed = time.monotonic(), False, threading.Condition()
+        self.streams = {name: plan.tasks(name) for name in plan.implementations}
+        self.given: Counter[str] = Counter()
+        self.combos: dict[tuple[str, Cell], list[int]] = defaultdict(list)
+        self.extra: Counter[tuple[str, Cell]] = Counter()
+        self.running: list[Task] = []
+        self.cut: list[Task] = []
+        self.starved: list[Task] = []
+        self.lonely: Task | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.begin
+
+    @property
+    def until(self) -> float:
+        """The seconds after which nothing is begun any more."""
+        kept = FOR_SHRINKING if self.result.failures else 0.0
+        return float("inf") if self.plan.seconds is None else self.plan.seconds * (1 - kept)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether what is still running must be stopped."""
+        return self.elapsed > self.until + GRACE
+
+    def serve(self, process: Process) -> None:
+        """A thread's whole life: tasks are given to a process until there is none."""
+        while (task := self._take()) is not None:
+            try:
+                self.run(process, task)
+            finally:
+                with self.changed:
+                    self.running.remove(task)
+                    self.changed.notify_all()
+        process.end()
+
+    def _take(self) -> Task | None:
+        with self.changed:
+            while (task := self.next()) is None and self.running and not self.over:
+                self.changed.wait(0.5)
+            if task is not None:
+                self.running.append(task)
+            return task
+
+    def next(self) -> Task | None:
+        """The next task; None if there is none while others are running. What found too little memory runs at last, alone."""
+        if self.over or self.lonely or self.elapsed > self.until or len(self.result.failures) >= MOST_FAILURES:
+            return None
+        pressed = self.plan.seconds is not None and self.elapsed > MAIN * self.plan.seconds
+        task = (self._extra() if pressed else None) or self._main() or self._extra()
+        if task is None and self.starved and not self.running:
+            task = self.lonely = self.starved.pop(0)
+        return task
+
+    def _main(self) -> Task | None:
+        """A task of the implementation that is furthest from its budget."""
+        best, least = None, 1.0
+        for name in self.plan.implementations:
+            budget, coverage = self.plan.budget(name), self.result.coverage[name]
+            done = self.given[name] * 1e-9 if budget is None else coverage.counted / max(1, budget)
+            if done < least and not self._idle(name):
+                best, least = name, done
+        if best is None:
+            return None
+        self.given[best] += 1
+        return next(self.streams[best])
+
+    def _idle(self, name: str) -> bool:
+        """Whether an implementation was asked for every call once and could serve none."""
+        every = self.plan.combos * len(self.plan.fusions)
+        return self.given[name] >= every and not self.result.coverage[name].ran and not self.result.failures
+
+    def _extra(self) -> Task | None:
+        """A task for the cell that lacks most, those that run taken as done."""
+        lacks: Counter[tuple[str, Cell]] = Counter()
+        for name in self.plan.implementations:
+            least = self.plan.least.get(name, 0)
+            most = MOST_EXTRA + least // (self.plan.groups * self.plan.layouts)
+            for c, missing in self.result.coverage[name].below(least).items():
+                if self.combos[name, c] and self.extra[name, c] < most:
+                    lacks[name, c] = missing
+        for t in self.running:
+            if t.wanted is not None:
+                lacks[t.implementation, t.wanted] -= t.size
+        if not (lacking := (+lacks).most_common(1)):
+            return None
+        name, c = wanted = lacking[0][0]
+        self.extra[wanted] += 1
+        combos = self.combos[wanted]
+        return self.plan.task(c[0], name, combos[self.extra[wanted] % len(combos)], EXTRA + self.extra[wanted], wanted=c)
+
+    def run(self, process: Process, task: Task) -> None:
+        """Run a task, and find out which of its cases it is if it takes the process with it, or raises."""
+        answer = self._ask(process, task)
+        if answer is None or self._halved(process, task, answer):
             return
-        ready = multiprocessing.connection.wait([w.connection for w in busy], timeout=1)
-        for w in busy:
-            if w.connection in ready:
-                _receive(w, workers, agenda)
-            elif time.monotonic() - w.since > limit(w):
-                _lost(w, workers, agenda, f"it did not end in {limit(w):.0f} seconds")
-        result.seconds = time.monotonic() - agenda.begin
-        watch(result)
-        if agenda.until is not None and result.seconds > agenda.until + GRACE:
-            return
+        many = f"{task.size} cases from this one on"
+        text = f"it did not happen again to any of the {many}"
+        text = f"the time did not suffice to say which of {many} it is" if self.over else text
+        self._blame(task, Trouble("ended", f"{answer.text}; {text}"))
 
+    def _ask(self, process: Process, task: Task) -> Trouble | None:
+        """Run a task and take in what came of it; the trouble, if a case of the task is to blame for it."""
+        answer = process.ask(run_task, task, HANGS if task.size > 1 else BRIEF)
+        with self.changed:
+            if isinstance(answer, Report):
+                self._done(task, answer)
+            elif self.over:
+                self.cut.append(task)
+            elif answer.kind != "memory":
+                return answer
+            elif self.lonely is not task:
+                self.starved.append(task)
+            else:
+                text = f"{task.size} cases of {task.fusion} ({task.implementation}) were not run: {answer.text}"
+                self.result.left.append(text)
+            self.lonely = None if self.lonely is task else self.lonely
+        return None
 
-def _receive(w: Worker, workers: list[Worker], agenda: Agenda) -> None:
-    task = w.task
-    assert task is not None
-    try:
-        answer: Report | Trouble = w.connection.recv()
-    except (EOFError, OSError):
-        _lost(w, workers, agenda, "")
-        return
-    if isinstance(answer, Trouble) and answer.kind == "device":
-        _lost(w, workers, agenda, f"its process ended with an error of the device: {answer.text}")
-        return
-    w.task = None
-    if isinstance(answer, Report):
-        agenda.done(task, answer.coverage, answer.failures)
-    elif answer.kind == "memory":
-        agenda.starved(task, answer.text)
-    else:
-        agenda.lost(task, answer.text, fatal=False)
+    def _halved(self, process: Process, task: Task, trouble: Trouble) -> bool:
+        """Whether a case was found to blame: of the one task left, or of its halves."""
+        if not (halves := task.halves()):
+            self._blame(task, trouble)
+            return True
+        found = [self._halved(process, half, t) for half in halves if not self.over and (t := self._ask(process, half))]
+        return any(found)
 
+    def _done(self, task: Task, report: Report) -> None:
+        for c in report.coverage.cells:
+            combos = self.combos[task.implementation, c]
+            combos += [] if task.combo in combos else [task.combo]
+        self.result.coverage[task.implementation].add(report.coverage)
+        for case, problems in report.failures:
+            self.result.fail(Failure(case, task.implementation, tuple(problems)))
 
-def _lost(w: Worker, workers: list[Worker], agenda: Agenda, why: str) -> None:
-    """A worker died or hangs: what it was at is narrowed down, and another takes its place."""
-    task, code = w.task, w.end()
-    assert task is not None
-    workers[workers.index(w)] = Worker(agenda.plan.disarmed)
-    agenda.lost(task, why or f"its process died with exit code {code}")
+    def _blame(self, task: Task, trouble: Trouble) -> None:
+        case = [c for group in cases(task) for c in group][task.start]
+        with self.changed:
+            self.result.fail(Failure(case, task.implementation, (trouble.text,), trouble.kind == "ended"))
+
+    def close(self) -> None:
+        """Nothing is run any more: what is left goes into words."""
+        left, self.result.seconds = self.result.left, self.elapsed
+        if self.cut:
+            left.append(f"{sum(t.size for t in self.cut)} cases of {len(self.cut)} tasks were cut off when the time was over")
+        if waiting := sum(t.size for t in self.starved):
+            left.append(f"{waiting} cases were not run again by themselves, having found too little memory on the device")
+        for name, coverage in self.result.coverage.items():
+            if self._idle(name):
+                left.append(f"{name}: it can be asked for none of these calls")
+            least = self.plan.least.get(name, 0)
+            if few := coverage.below(least):
+                left.append(f"{name}: {len(few)} of {len(coverage.cells)} cells have fewer than {least} cases")

@@ -1,8 +1,5 @@
-"""A fuzz case: everything that is needed to run one call again, as plain data that goes to JSON and back.
-
-A `Layout` says how a tensor lies in memory as a dense base array says it: per dimension a start, a step and padding,
-an order of storage, dimensions of stride 0, and a shift. Both faces can build it: PyTorch as strides and an offset,
-JAX as a `View` of the base.
+"""Calls to be tested. `Call` has its operands with it; a `FuzzCase` is plain data from which they follow: it goes to JSON and
+back, and has everything that is needed to run the call again.
 """
 
 from __future__ import annotations
@@ -17,83 +14,16 @@ from typing import Any
 import numpy as np
 
 from moekit.compile.alias import written_name
+from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError, UnavailableError
+from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
-from moekit.testing.values import make
+from moekit.testing.layouts import READ_ONLY, Layout, lay
+from moekit.testing.values import make, shapes_of
 
 RANDOM = "random:"
 PAST_32_BITS = 2**32
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the elements of a tensor of rank `len(order)` lie. `order`: dimensions as stored, outermost first.
-
-    Along dimension d the base has `starts[d] + steps[d]·(n-1) + 1 + pads[d]` elements. Dimensions in `zero` have stride 0;
-    `shift` moves the whole tensor by that many elements. `kind` is what coverage counts it as.
-    """
-
-    kind: str
-    order: tuple[int, ...]
-    starts: tuple[int, ...]
-    steps: tuple[int, ...]
-    pads: tuple[int, ...]
-    zero: tuple[int, ...] = ()
-    shift: int = 0
-
-    @classmethod
-    def dense(cls, rank: int) -> Layout:
-        """Row-major and contiguous."""
-        return cls("dense", tuple(range(rank)), (0,) * rank, (1,) * rank, (0,) * rank)
-
-    def base(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The base's extent along each dimension of the tensor (1 where the stride is 0)."""
-        return tuple(
-            1 if d in self.zero else self.starts[d] + (self.steps[d] * (n - 1) + 1 + self.pads[d] if n else 0)
-            for d, n in enumerate(shape)
-        )
-
-    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Strides in elements, as torch.as_strided has them."""
-        base, strides, step = self.base(shape), [0] * len(shape), 1
-        for d in reversed(self.order):
-            strides[d] = 0 if d in self.zero else step * self.steps[d]
-            step *= base[d]
-        return tuple(strides)
-
-    def offset(self, shape: tuple[int, ...]) -> int:
-        """The first element's place in the base, the shift included."""
-        base, offset, step = self.base(shape), self.shift, 1
-        for d in reversed(self.order):
-            offset += 0 if d in self.zero else self.starts[d] * step
-            step *= base[d]
-        return offset
-
-    def span(self, shape: tuple[int, ...]) -> int:
-        """Elements from the beginning of the base to its end."""
-        return self.shift + int(np.prod(self.base(shape), dtype=np.int64))
-
-    @property
-    def viewable(self) -> bool:
-        """Whether a JAX View can say it."""
-        return not self.zero and not self.shift and self.kind != "far"
-
-    def to_json(self) -> dict:
-        """Only what differs from a contiguous tensor."""
-        plain, found = Layout.dense(len(self.order)), {"kind": self.kind, "rank": len(self.order)}
-        for name in ("order", "starts", "steps", "pads", "zero", "shift"):
-            if getattr(self, name) != getattr(plain, name):
-                value = getattr(self, name)
-                found[name] = list(value) if isinstance(value, tuple) else value
-        return found
-
-    @classmethod
-    def from_json(cls, data: Mapping) -> Layout:
-        """The layout that `to_json` wrote."""
-        plain = cls.dense(data["rank"])
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n != "rank"}
-        return cls(**{n: given.get(n, getattr(plain, n)) for n in plain.__dataclass_fields__})
 
 
 @functools.lru_cache(maxsize=512)
@@ -149,40 +79,29 @@ def name_of(fusion: Fusion) -> str:
     return f"local:{fusion.name}"
 
 
-@dataclass(frozen=True)
-class FuzzCase:
-    """One call of `fusion`. `layouts`: of operands by name and of outputs (an InOut operand's output that does not go in
-    place is `<name>_new`); contiguous where not said.
+class AnyCall:
+    """What is known of any call of a declaration, made of what `Call` and `FuzzCase` say.
 
+    `layouts`: of operands by name and of outputs (an InOut operand's output that does not go in place is `<name>_new`);
+    contiguous where not said.
     `mode`: "plain" (the face allocates outputs), "out" (every output is given), "in place" (InOut operands are updated,
     other outputs are given), "over:OUT:OPERAND" (OUT is the operand's own memory, where the declaration allows it).
     `woven`: tensors of one shape and dtype take turns in one array, element by element, whatever `layouts` says.
     """
 
-    fusion: str
-    sizes: Mapping[str, int]
+    declaration: Fusion
+    shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
-    params: Mapping[str, object] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-    mode: str = "out"
-    recipe: str = "normal"
-    seed: int = 0
-    schedule: str = "heuristic"
-    woven: bool = False
+    params: Mapping[str, object]
+    layouts: Mapping[str, Layout]
+    mode: str
+    schedule: Schedule | str | None
+    recipe: str
+    woven: bool
 
-    @property
-    def declaration(self) -> Fusion:
-        """The fusion itself."""
-        return find_fusion(self.fusion)
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every operand."""
-        sizes = dict(self.sizes)
-        return {
-            n: tuple(sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(sizes) for d in s.dims)
-            for n, s in self.declaration.tensors.items()
-        }
+    def values(self) -> dict[str, np.ndarray]:
+        """The operands' values; where a stride is 0, elements that are one are equal."""
+        raise NotImplementedError
 
     @functools.cached_property
     def binding(self) -> Binding:
@@ -239,6 +158,74 @@ class FuzzCase:
             groups.setdefault((self.shape(n), self.dtype(n)), []).append(n)
         return {n: (f"{names[0]}_and_others", i, len(names)) for names in groups.values() for i, n in enumerate(names)}
 
+@dataclass(frozen=True)
+class Call(AnyCall):
+    """One call of `fusion` on operands that are given. `layouts` may name a kind of layout: the one that `lay` makes of it."""
+
+    fusion: Fusion
+    operands: Mapping[str, np.ndarray]
+    params: Mapping[str, object] = field(default_factory=dict)
+    layouts: Mapping[str, Layout | str] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    mode: str = "out"
+    recipe = ""
+    woven = False
+
+    @property
+    def declaration(self) -> Fusion:
+        """The fusion itself."""
+        return self.fusion
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every operand."""
+        return {n: self.operands[n].shape for n in self.fusion.tensors if n in self.operands}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every operand."""
+        return {n: self.operands[n].dtype.name for n in self.shapes}
+
+    def layout(self, name: str) -> Layout:
+        """The layout of a tensor; stride 0 is for operands that are only read."""
+        output = next((n for n, target in self.targets.items() if target == name), None)
+        kind = self.layouts.get(name) or self.layouts.get(output or name, "dense")
+        if not isinstance(kind, str):
+            return kind
+        written = output is not None or name in self.names
+        return lay("dense" if written and kind in READ_ONLY else kind, self.shape(name), itemsize(self.dtype(name)))
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The operands; where a stride is 0, elements that are one are equal."""
+        return {n: spread(self.operands[n], self.layout(n)) for n in self.shapes}
+
+
+@dataclass(frozen=True)
+class FuzzCase(AnyCall):
+    """One call of the fusion named `fusion`, its operands drawn by `recipe` and `seed`. `sizes` are those of the plain axes;
+    `schedule` is one of the names of `moekit.testing.schedules.variants`."""
+
+    fusion: str
+    sizes: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    params: Mapping[str, object] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    mode: str = "out"
+    recipe: str = "normal"
+    seed: int = 0
+    schedule: str = "heuristic"
+    woven: bool = False
+
+    @property
+    def declaration(self) -> Fusion:
+        """The fusion itself."""
+        return find_fusion(self.fusion)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every operand."""
+        return shapes_of(self.declaration, self.sizes)
+
     def elements(self) -> int:
         """Elements of the largest tensor."""
         return max(int(np.prod(self.shape(n))) for n in self.memory())
@@ -261,10 +248,7 @@ class FuzzCase:
             if x.dtype.kind == "i" and name not in read_ids(self.graph):
                 x = rng.integers(-4, 5, shape).astype(x.dtype)
                 x = x * (PAST_32_BITS + 1) if x.dtype == np.int64 else x
-            zero = self.layout(name).zero
-            if zero and x.size:
-                x = np.broadcast_to(x[tuple(slice(0, 1) if d in zero else slice(None) for d in range(x.ndim))], shape)
-            arrays[name] = x
+            arrays[name] = spread(x, self.layout(name))
         return arrays
 
     def to_json(self) -> dict:
@@ -287,6 +271,13 @@ class FuzzCase:
             return str(error)
         empty = [n.attr("axis") for n in nodes if self.extents[n.attr("axis")] == 0]
         return f"{self.fusion}: {empty[0]} = 0, and nothing is the largest of nothing" if empty else None
+
+
+def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
+    """The array as it is once laid out: elements that are one are equal."""
+    if not layout.zero or not x.size:
+        return x
+    return np.broadcast_to(x[tuple(slice(0, 1) if d in layout.zero else slice(None) for d in range(x.ndim))], x.shape)
 
 
 def read_ids(graph: Graph) -> set[str]:

@@ -53,8 +53,6 @@ class Coverage:
     """Counts of one implementation. `cells` has the cases of full size, `edge_cells` those smaller than `LEAST`."""
 
     ran: int = 0
-    full: int = 0
-    edges: int = 0
     cells: Counter[Cell] = field(default_factory=Counter)
     edge_cells: Counter[Cell] = field(default_factory=Counter)
     compiled: set[str] = field(default_factory=set)
@@ -63,7 +61,8 @@ class Coverage:
     @property
     def counted(self) -> int:
         """Cases that count: those of full size, and edges up to their quota."""
-        return self.full + min(self.edges, int(EDGES * self.full))
+        full = self.cells.total()
+        return full + min(self.edge_cells.total(), int(EDGES * full))
 
     def below(self, least: int) -> dict[Cell, int]:
         """The cells with fewer than `least` cases, and how many they lack. What only edges reach is no cell."""
@@ -71,7 +70,7 @@ class Coverage:
 
     def add(self, other: Coverage) -> None:
         """Take in what another process has covered."""
-        self.ran, self.full, self.edges = self.ran + other.ran, self.full + other.full, self.edges + other.edges
+        self.ran += other.ran
         self.cells.update(other.cells)
         self.edge_cells.update(other.edge_cells)
         self.compiled |= other.compiled
@@ -83,12 +82,7 @@ class Coverage:
         self.ran += 1
         if not launched:
             return
-        if case.elements() >= LEAST:
-            self.full += 1
-            self.cells[cell(case)] += 1
-        else:
-            self.edges += 1
-            self.edge_cells[cell(case)] += 1
+        (self.cells if case.elements() >= LEAST else self.edge_cells)[cell(case)] += 1
         self.worst[case.fusion] = max(ratio, self.worst.get(case.fusion, 0.0))
 
     def table(self, least: int = 0) -> list[dict]:

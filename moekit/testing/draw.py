@@ -1,68 +1,27 @@
 """The space of fuzz cases, written once against a `Source` of choices.
 
-`numpy_source` makes choices fast, for campaigns; `moekit.testing.strategies` makes the same choices through Hypothesis,
+`layouts.numpy_source` makes choices fast, for campaigns; `moekit.testing.strategies` makes the same choices through Hypothesis,
 which shrinks them: every list below starts with what is simplest, and every integer is simplest when small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
-
-import numpy as np
 
 from moekit.compile.alias import may_overwrite
 from moekit.errors import MoekitError
 from moekit.lang.arguments import parameter_type
 from moekit.lang.dtypes import FLOATS, INTS, itemsize
 from moekit.lang.fusion import Fusion
-from moekit.testing.case import FuzzCase, Layout, unique_ids
+from moekit.testing.case import FuzzCase, unique_ids
+from moekit.testing.layouts import KINDS, READ_ONLY, Layout, Source, draw_layout
 from moekit.testing.schedules import variants
 from moekit.testing.values import RECIPES
-
-T = TypeVar("T")
 
 DYNAMIC = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129, 257, 300, 0)
 STATIC = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 37, 48, 60, 63, 64, 65, 97, 100, 127, 128, 129, 255, 256, 257,
           384, 512, 640, 768, 1000, 1023, 1025, 2048, 2560)  # fmt: skip
-KINDS = ("dense", "padded", "padded 16", "strided", "transposed", "shifted", "apart", "transposed padded", "arbitrary",
-         "row 0", "column 0", "far")  # fmt: skip
-READ_ONLY = ("row 0", "column 0")
 SCHEDULES = ("heuristic", "looped", "rows", "small", "whole", "dots", "split", "parts", "tall")
-BEYOND = 2**31
-
-
-class Source(Protocol):
-    """Where choices come from."""
-
-    def integer(self, low: int, high: int) -> int:
-        """An integer from low to high, both included; simplest when small."""
-        ...
-
-    def choose(self, options: Sequence[T]) -> T:
-        """One of the options; simplest when early."""
-        ...
-
-
-@dataclass(frozen=True)
-class NumpySource:
-    """Choices from a numpy generator."""
-
-    rng: np.random.Generator
-
-    def integer(self, low: int, high: int) -> int:
-        """Uniform."""
-        return int(self.rng.integers(low, high + 1))
-
-    def choose(self, options: Sequence[T]) -> T:
-        """Uniform."""
-        return options[int(self.rng.integers(len(options)))]
-
-
-def numpy_source(*seed: int) -> NumpySource:
-    """Choices that follow from a seed."""
-    return NumpySource(np.random.default_rng(seed))
 
 
 @dataclass(frozen=True)
@@ -158,57 +117,6 @@ def draw_kinds(case: FuzzCase, source: Source, limits: Limits) -> dict[str, str]
     if "far" in limits.kinds and source.integer(0, 15) == 15:
         found[source.choose(list(found))] = "far"
     return found
-
-
-def draw_layout(kind: str, shape: tuple[int, ...], itemsize: int, source: Source) -> Layout:
-    """A layout of one kind for a shape; "far" needs two elements along some dimension."""
-    rank = len(shape)
-    plain = Layout.dense(rank)
-    if kind == "dense" or rank == 0:
-        return plain
-    last, odd = rank - 1, lambda: 2 * source.integer(0, 7) + 1
-    if kind == "shifted":
-        return replace(plain, kind=kind, shift=odd())
-    if kind in READ_ONLY:
-        return replace(plain, kind=kind, zero=(0 if kind == "row 0" else last,))
-    if kind == "padded":
-        return replace(plain, kind=kind, pads=_at(rank, last, odd()))
-    if kind == "padded 16":
-        lane = 16 // itemsize
-        return replace(plain, kind=kind, pads=_at(rank, last, -shape[last] % lane + lane * source.integer(1, 4)))
-    if kind == "strided":
-        return replace(
-            plain, kind=kind, steps=_at(rank, last, source.integer(2, 5), 1), starts=_at(rank, last, source.integer(0, 2))
-        )
-    if kind == "transposed":
-        return replace(plain, kind=kind, order=tuple(reversed(range(rank))))
-    if kind == "transposed padded":
-        return replace(plain, kind=kind, order=tuple(reversed(range(rank))), pads=_at(rank, 0, odd()))
-    if kind == "apart":
-        return replace(plain, kind=kind, steps=_at(rank, 0, source.integer(2, 7), 1), starts=_at(rank, 0, source.integer(0, 2)))
-    if kind == "far":
-        return _far(shape, source)
-    order = list(range(rank))
-    for d in range(rank - 1):
-        other = source.integer(d, rank - 1)
-        order[d], order[other] = order[other], order[d]
-    numbers = lambda low, high: tuple(source.integer(low, high) for _ in range(rank))  # noqa: E731
-    return Layout("arbitrary", tuple(order), numbers(0, 3), numbers(1, 3), numbers(0, 3))
-
-
-def _at(rank: int, place: int, value: int, other: int = 0) -> tuple[int, ...]:
-    return tuple(value if d == place else other for d in range(rank))
-
-
-def _far(shape: tuple[int, ...], source: Source) -> Layout:
-    """The outermost dimension of more than one element so wide apart that offsets pass 2³¹ elements."""
-    rank = len(shape)
-    place = next((d for d, n in enumerate(shape) if n > 1), None)
-    if place is None:
-        return Layout.dense(rank)
-    inner = int(np.prod(shape[place + 1 :], dtype=np.int64))
-    step = -(-(BEYOND + source.integer(0, 1000)) // ((shape[place] - 1) * max(1, inner)))
-    return replace(Layout.dense(rank), kind="far", steps=_at(rank, place, step, 1))
 
 
 def overwriting(case: FuzzCase) -> list[str]:

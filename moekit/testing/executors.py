@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,26 +18,30 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.compile.tile import Strided, interpret
 from moekit.errors import UnavailableError
+from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.fusion import Binding, Fusion
 from moekit.testing import interpreted
-from moekit.testing.case import FuzzCase
+from moekit.testing.case import AnyCall
 from moekit.testing.guard import POISONS, Arena, Placed, Slot
+from moekit.testing.layouts import lay
 from moekit.testing.oracle import Standard
 from moekit.testing.schedules import variants
 
-launches: Counter[str] = Counter()  # kernels launched, by implementation: a case that launches none does not count
+JAX = ("pallas", "xla")
+FRONT, SHORT = "front door", "short door"  # the two ways in which moekit launches Triton kernels
+launches: Counter[str] = Counter()  # kernels, by implementation and by door: a case that launches none does not count
 
 
-def static(case: FuzzCase) -> Binding:
+def static(case: AnyCall) -> Binding:
     """The case's binding with dynamic sizes blanked: what plans and schedules depend on."""
     b, dynamic = case.binding, case.declaration.dynamic
     return Binding(tuple((a, 1 if a in dynamic else s) for a, s in b.sizes), b.dtypes, b.params, b.ones)
 
 
-def schedule_of(case: FuzzCase) -> Schedule | None:
-    """The schedule that a case names; the heuristic's (None) where it is not legal, be it for what an output goes over."""
-    if case.schedule == "heuristic":
-        return None
+def schedule_of(case: AnyCall) -> Schedule | None:
+    """A call's schedule; of a name the heuristic's (None) where it is not legal, be it for what an output goes over."""
+    if not isinstance(case.schedule, str) or case.schedule == "heuristic":
+        return None if isinstance(case.schedule, str) else case.schedule
     found = _schedules(case.declaration, static(case)).get(case.schedule)
     over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
     return found if found is None or not over or legal(over_operand(case.graph, over), found) is None else None
@@ -50,15 +55,14 @@ def _schedules(fusion: Fusion, binding: Binding) -> dict[str, Schedule | None]:
 class Executor(ABC):
     """How one implementation runs a case on tensors by name, writing each output to its target."""
 
-    compiled = True
     standard: Standard | None = None
+    every = 1  # of so many cases one is run again on memory with another poison
 
     def __init__(self, name: str):
         self.name = name
         self.backwards = False
-        self.flat: dict[int, dict[str, Any]] = {}  # by address: views of the memory at hand, by dtype
 
-    def supports(self, case: FuzzCase) -> bool:
+    def supports(self, case: AnyCall) -> bool:
         """Whether the implementation can be asked to serve the case at all."""
         return True
 
@@ -71,36 +75,51 @@ class Executor(ABC):
         return slot.view(memory)
 
     @abstractmethod
-    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
         """Run the case."""
 
     def download(self, memory: Any) -> np.ndarray:
         """The bytes of the memory after every call has ended."""
         return memory
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027  (most hold on to nothing)
         """Hold on to no memory."""
-        self.flat = {}
 
-    def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-        """Run cases on one image of the arena: bytes before and after, and per case what was raised (None: nothing).
-
-        On the second image programs go in reverse order, where the implementation has a say in it.
-        """
+    def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> Run:
+        """Run cases on one image of the arena; on the second image programs go in reverse order, where it can have them so."""
         self.backwards = poison != POISONS[0]
         before = arena.image(poison)
         memory = self.upload(before.copy() if self.upload.__func__ is Executor.upload else before)
-        raised: list[str | None] = []
+        made = Run(before, before, [], [])
         for p in placed:
-            tensors = {n: self.tensor(memory, s) for n, s in p.slots.items()}
+            count = launches[self.name]
             try:
-                self.call(p.case, tensors)
-                raised.append(None)
+                self.call(p.case, {n: self.tensor(memory, s) for n, s in p.slots.items()})
+                made.raised.append(None)
             except Exception as error:
                 if fatal(error) or starved(error):
                     raise
-                raised.append(f"{type(error).__name__}: {error}")
-        return before, self.download(memory), raised
+                made.raised.append(error)
+            made.launched.append(launches[self.name] > count)
+        made.after = self.download(memory)
+        return made
+
+
+@dataclass
+class Run:
+    """Bytes of an arena before and after; and for every case what was raised (None: nothing), and whether a kernel ran."""
+
+    before: np.ndarray
+    after: np.ndarray
+    raised: list[Exception | None]
+    launched: list[bool]
+
+
+def keep(target: Any, result: Any, name: str) -> Any:
+    """`target`, where the result named `name` shall go; raises TypeError where that has another shape or dtype."""
+    if (tuple(target.shape), target.dtype) != (tuple(result.shape), result.dtype):
+        raise TypeError(f"{name} is {result.dtype}{list(result.shape)}; it must be {target.dtype}{list(target.shape)}")
+    return target
 
 
 def fatal(error: Exception) -> bool:
@@ -119,7 +138,7 @@ def starved(error: Exception) -> bool:
 class Interpret(Executor):
     """The tile program, executed by numpy."""
 
-    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
         """Lower (cached by static sizes and strides' classes) and interpret."""
         dynamic = frozenset(case.declaration.dynamic)
         separate = frozenset(n for n in case.names if n in case.shapes and case.targets[n] != n)
@@ -134,7 +153,7 @@ class Interpret(Executor):
             launches[self.name] += len(made.programs)
 
 
-def _axes(case: FuzzCase, name: str) -> tuple[str | None, ...]:
+def _axes(case: AnyCall, name: str) -> tuple[str | None, ...]:
     found = next((n for n in case.names if written_name(n) == name), name)
     return case.graph.tensors[found].axes
 
@@ -153,9 +172,7 @@ def _planned(fusion: Fusion, binding: Binding, separate, over, layouts, schedule
 class Evaluate(Executor):
     """The graph, evaluated by numpy."""
 
-    compiled = False
-
-    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
         """Evaluate, then copy to the targets: none before all are known, as one may be an operand that another goes over."""
         from moekit.backends.array import evaluate
 
@@ -163,7 +180,7 @@ class Evaluate(Executor):
         launches[self.name] += 1
         own = {name: np.array(x) for name, x in results.items()}
         for name, target in case.targets.items():
-            tensors[target][...] = own[name]
+            keep(tensors[target], own[name], name)[...] = own[name]
 
 
 class Torch(Executor):
@@ -174,8 +191,9 @@ class Torch(Executor):
 
         super().__init__(name)
         self.torch, self.implementation, self.device = torch, implementation, device
-        self.compiled = implementation == "triton"
-        if self.compiled:
+        self.flat: dict[int, dict[str, Any]] = {}  # by address: views of the memory at hand, by dtype
+        self.counted = implementation == "triton"
+        if self.counted:
             _count_launches(name)
 
     def upload(self, image: np.ndarray) -> Any:
@@ -192,7 +210,7 @@ class Torch(Executor):
             flat[slot.dtype] = memory.view(getattr(self.torch, slot.dtype))
         return self.torch.as_strided(flat[slot.dtype], slot.shape, slot.strides, slot.start)
 
-    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
         """Call the face as the case's mode says."""
         in_place = case.mode == "in place"
         given = None
@@ -202,17 +220,22 @@ class Torch(Executor):
         face = _face(case.declaration, in_place)
         got = face(*(tensors[n] for n in case.shapes), **case.params, implementation=self.implementation,
                    schedule=schedule_of(case), out=given)  # fmt: skip
-        if not self.compiled:
+        if not self.counted:
             launches[self.name] += 1
-        if case.mode == "plain":
-            got = got if isinstance(got, tuple) else (got,)
-            for result, target in zip(got, case.targets.values(), strict=True):
-                tensors[target].copy_(result)
+        for (name, target), result in zip(case.targets.items(), got if isinstance(got, tuple) else (got,), strict=True):
+            if case.mode == "plain":
+                keep(tensors[target], result, name).copy_(result)
+            elif result.data_ptr() != tensors[target].data_ptr() and result.numel():
+                raise ValueError(f"{case.declaration.name}: what was returned for {name} is not the buffer given")
 
     def download(self, memory: Any) -> np.ndarray:
         """The bytes, back on the host."""
         self.forget()
         return memory.cpu().numpy()
+
+    def forget(self) -> None:
+        """Hold on to no memory."""
+        self.flat = {}
 
 
 class Interpreted(Torch):
@@ -222,7 +245,7 @@ class Interpreted(Torch):
         super().__init__(name, "triton", "cpu")
         interpreted.mend()
 
-    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
         """Call the face, with programs in the order that is wanted."""
         with interpreted.backwards(self.backwards):
             super().call(case, tensors)
@@ -236,7 +259,7 @@ def _face(fusion: Fusion, in_place: bool) -> Callable:
 
 
 def _count_launches(name: str) -> None:
-    """Count every kernel that moekit launches through Triton, by either way, in this process."""
+    """Count every kernel that moekit launches through Triton, by either door, in this process."""
     from moekit.torch import fast, launch
 
     straight, slow = fast._launch, launch._start
@@ -244,19 +267,39 @@ def _count_launches(name: str) -> None:
         return
 
     def quick(entry, pointers):
-        launches[name] += len(entry.ready)
+        for counted in (name, SHORT):
+            launches[counted] += len(entry.ready)
         straight(entry, pointers)
 
     def front(one, tensors):
-        launches[name] += 1
+        for counted in (name, FRONT):
+            launches[counted] += 1
         return slow(one, tensors)
 
     quick.counts = True
     fast._launch, launch._start = quick, front
 
 
+def as_torch(values: np.ndarray, kind: str = "dense", device: str = "cpu") -> Any:
+    """A torch tensor of these values in guarded memory, in one of `moekit.testing.layouts.KINDS`."""
+    arena, made = Arena(), Torch("eager", "eager", device)
+    slot = arena.add("x", values.shape, values.dtype.name, lay(kind, values.shape, values.itemsize), values)
+    like = made.tensor(memory := made.upload(arena.image(POISONS[0])), slot)
+    bare = made.torch.empty(0, dtype=like.dtype, device=device)
+    return bare.set_(memory.untyped_storage(), slot.start, slot.shape, slot.strides)
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor's values as a numpy array of the same dtype."""
+    import torch
+
+    dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    flat = dense.reshape(-1).view(torch.uint8).numpy()
+    return flat.view(numpy_dtype(str(tensor.dtype).removeprefix("torch."))).reshape(tuple(tensor.shape))
+
+
 def _jax(name: str) -> Executor:
-    from moekit.testing.jax_batch import Jax
+    from moekit.testing.jax_executor import Jax
 
     return Jax(name)
 

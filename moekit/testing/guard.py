@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moekit.lang.dtypes import itemsize, numpy_dtype
-from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.case import AnyCall
+from moekit.testing.layouts import Layout
 
 POISONS = (0xFF, 0x42)  # NaN and -1; a number about 3 to 50 in every float format
 CANARY = 256  # bytes before and after each tensor, and the alignment of its base
@@ -23,7 +24,8 @@ CANARY = 256  # bytes before and after each tensor, and the alignment of its bas
 @dataclass(frozen=True)
 class Slot:
     """A tensor's place: shape, dtype, strides in elements, the element of the arena (in its dtype) it starts at, and the
-    bytes that are its own, gaps and the canary after it included. `values` is None for an output."""
+    bytes that are its own, gaps and the canaries before and after it included. `base` is the element at which the dense array
+    begins that it is a view of, and that array's extents (None where a stride is 0). `values` is None for an output."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class Slot:
     start: int
     first: int
     last: int
+    base: tuple[int, tuple[int, ...] | None]
     values: np.ndarray | None = None
 
     def view(self, image: np.ndarray) -> np.ndarray:
@@ -40,6 +43,13 @@ class Slot:
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         return np.ndarray(self.shape, dtype, image.data, self.start * size, tuple(s * size for s in self.strides))
+
+    def whole(self, image: np.ndarray) -> np.ndarray:
+        """The dense array that the tensor is a view of; a copy of the tensor where some stride is 0."""
+        start, extents = self.base
+        if extents is None:
+            return np.ascontiguousarray(self.view(image))
+        return np.ndarray(extents, numpy_dtype(self.dtype), image.data, start * itemsize(self.dtype))
 
     def places(self) -> np.ndarray:
         """The byte of the arena at which each element begins."""
@@ -59,15 +69,16 @@ class Arena:
     def add(self, name: str, shape: tuple[int, ...], dtype: str, layout: Layout, values: np.ndarray | None = None) -> Slot:
         """Reserve memory for a tensor."""
         size = itemsize(dtype)
-        first = self.end
+        first, extents = self.end, layout.base(shape)
         start = first // size + layout.offset(shape)
+        base = first // size + layout.shift, None if layout.zero else tuple(extents[d] for d in layout.order)
         last = -(-(first + layout.span(shape) * size + CANARY) // CANARY) * CANARY
-        slot = Slot(name, shape, dtype, layout.strides(shape), start, first - CANARY, last, values)
+        slot = Slot(name, shape, dtype, layout.strides(shape), start, first - CANARY, last, base, values)
         self.slots.append(slot)
         self.end = last
         return slot
 
-    def turns(self, names: Iterable[str], case: FuzzCase, values: dict[str, np.ndarray]) -> dict[str, Slot]:
+    def turns(self, names: Iterable[str], case: AnyCall, values: dict[str, np.ndarray]) -> dict[str, Slot]:
         """Reserve one array for tensors of one shape and dtype that take turns in it."""
         names = list(names)
         shape, dtype, count = case.shape(names[0]), case.dtype(names[0]), len(names)
@@ -111,7 +122,7 @@ def _aligned(size: int) -> np.ndarray:
 class Placed:
     """A case in an arena: its slots by name."""
 
-    case: FuzzCase
+    case: AnyCall
     slots: dict[str, Slot]
 
     @functools.cached_property
@@ -124,7 +135,7 @@ class Placed:
         return {n: self.slots[t].view(image) for n, t in self.case.targets.items()}
 
 
-def place(arena: Arena, case: FuzzCase, values: dict[str, np.ndarray]) -> Placed:
+def place(arena: Arena, case: AnyCall, values: dict[str, np.ndarray]) -> Placed:
     """Reserve memory for every tensor of a case."""
     slots: dict[str, Slot] = {}
     weave = case.weave() if case.woven else {}
@@ -145,7 +156,8 @@ def differing(placed: Placed, first: np.ndarray, second: np.ndarray) -> list[str
             bits = np.dtype(f"u{a.dtype.itemsize}")
             unequal = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
             at = tuple(int(i) for i in np.argwhere(unequal)[0])
-            found.append(f"{placed.case.fusion}: {name}{list(at)} is {a[at]} or {b[at]}, by what lies around the tensors; "
+            where = f"{placed.case.declaration.name}: {name}{list(at)}"
+            found.append(f"{where} is {a[at]} or {b[at]}, by what lies around the tensors; "
                          f"{int(unequal.sum())} of {a.size} elements depend on memory that is not theirs")  # fmt: skip
     return found
 

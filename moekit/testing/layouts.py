@@ -1,193 +1,170 @@
-"""Tensors of any strides inside a guarded arena: what lies outside their elements must stay as it was."""
+"""Where a tensor's elements lie, said so that both faces can build it: PyTorch as strides and an offset, JAX as a `View` of a
+dense base array; and the kinds of layouts there are, written once against a `Source` of choices.
+
+Every list of choices starts with what is simplest, and every integer is simplest when small.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from moekit.compile.tile import Strided
-from moekit.compile.tile.interpret import poison
+T = TypeVar("T")
 
-MARGIN = 64  # elements of canary before and after; a multiple of 16 bytes for every dtype
-CANARY = 0xA5
+VIEWS = ("dense", "padded", "padded 16", "strided", "transposed", "apart", "transposed padded", "arbitrary")
+READ_ONLY = ("row 0", "column 0")  # several elements are one: nothing may be written there
+KINDS = (*VIEWS[:5], "shifted", *VIEWS[5:], *READ_ONLY, "far")
+BEYOND = 2**31
+
+
+class Source(Protocol):
+    """Where choices come from."""
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer from low to high, both included; simplest when small."""
+        ...
+
+    def choose(self, options: Sequence[T]) -> T:
+        """One of the options; simplest when early."""
+        ...
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An array of some strides inside `arena`, a one-dimensional array that is canary everywhere else.
+class NumpySource:
+    """Choices from a numpy generator, each as likely as any other."""
 
-    `strides` and `offset` count elements, as torch.as_strided has them. `array` is the tensor, a view of the
-    arena.
+    rng: np.random.Generator
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform."""
+        return int(self.rng.integers(low, high + 1))
+
+    def choose(self, options: Sequence[T]) -> T:
+        """Uniform."""
+        return options[int(self.rng.integers(len(options)))]
+
+
+def numpy_source(*seed: int) -> NumpySource:
+    """Choices that follow from a seed."""
+    return NumpySource(np.random.default_rng(seed))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the elements of a tensor of rank `len(order)` lie. `order`: dimensions as stored, outermost first.
+
+    Along dimension d the base has `starts[d] + steps[d]·(n-1) + 1 + pads[d]` elements. Dimensions in `zero` have stride 0;
+    `shift` moves the whole tensor by that many elements. `kind` is what coverage counts it as.
     """
 
-    array: np.ndarray
-    arena: np.ndarray
-    strides: tuple[int, ...]
-    offset: int
-    before: np.ndarray = field(repr=False)
+    kind: str
+    order: tuple[int, ...]
+    starts: tuple[int, ...]
+    steps: tuple[int, ...]
+    pads: tuple[int, ...]
+    zero: tuple[int, ...] = ()
+    shift: int = 0
 
-    def mask(self) -> np.ndarray:
-        """Which elements of the arena belong to the tensor."""
-        inside = np.zeros(self.arena.size, bool)
-        _strided(inside, self.array.shape, self.strides, self.offset)[...] = True
-        return inside
+    @classmethod
+    def dense(cls, rank: int) -> Layout:
+        """Row-major and contiguous."""
+        return cls("dense", tuple(range(rank)), (0,) * rank, (1,) * rank, (0,) * rank)
 
-    def touched(self) -> int:
-        """How many bytes outside the tensor are not what they were."""
-        outside = np.repeat(~self.mask(), self.arena.itemsize)
-        return int(np.count_nonzero(_bytes(self.arena)[outside] != _bytes(self.before)[outside]))
+    def base(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The base's extent along each dimension of the tensor (1 where the stride is 0)."""
+        return tuple(
+            1 if d in self.zero else self.starts[d] + (self.steps[d] * (n - 1) + 1 + self.pads[d] if n else 0)
+            for d, n in enumerate(shape)
+        )
 
-    def changed(self) -> bool:
-        """Whether any byte is not what it was: an input that was written."""
-        return not np.array_equal(_bytes(self.arena), _bytes(self.before))
+    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides in elements, as torch.as_strided has them."""
+        base, strides, step = self.base(shape), [0] * len(shape), 1
+        for d in reversed(self.order):
+            strides[d] = 0 if d in self.zero else step * self.steps[d]
+            step *= base[d]
+        return tuple(strides)
 
+    def offset(self, shape: tuple[int, ...]) -> int:
+        """The first element's place in the base, the shift included."""
+        base, offset, step = self.base(shape), self.shift, 1
+        for d in reversed(self.order):
+            offset += 0 if d in self.zero else self.starts[d] * step
+            step *= base[d]
+        return offset
 
-def _bytes(arena: np.ndarray) -> np.ndarray:
-    return arena.view(np.uint8)
+    def span(self, shape: tuple[int, ...]) -> int:
+        """Elements from the beginning of the base to its end."""
+        return self.shift + int(np.prod(self.base(shape), dtype=np.int64))
 
+    def elements(self, base: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor in its base, an array with its axes in the order of storage."""
+        ends = [start + (step * (n - 1) + 1 if n else 0) for start, step, n in zip(self.starts, self.steps, shape, strict=True)]
+        index = tuple(slice(self.starts[d], ends[d], self.steps[d]) for d in self.order)
+        return np.transpose(base[index], [self.order.index(d) for d in range(len(shape))])
 
-def _strided(arena: np.ndarray, shape: Sequence[int], strides: Sequence[int], offset: int) -> np.ndarray:
-    steps = tuple(s * arena.itemsize for s in strides)
-    return np.lib.stride_tricks.as_strided(arena[offset:], tuple(shape), steps)
+    def to_json(self) -> dict:
+        """Only what differs from a contiguous tensor."""
+        plain, mine = vars(Layout.dense(len(self.order))), vars(self)
+        return {"kind": self.kind, "rank": len(self.order)} | {
+            n: list(v) if isinstance(v, tuple) else v for n, v in mine.items() if v != plain[n]
+        }
 
-
-def dense(shape: Sequence[int], order: Sequence[int] | None = None, inner: int = 1, pad: int = 0) -> tuple[int, ...]:
-    """Strides of an array stored in `order` (outermost first), `inner` apart, with `pad` spare elements per
-    row.
-    """
-    strides, step = [0] * len(shape), inner
-    for place, axis in enumerate(reversed(order or range(len(shape)))):
-        strides[axis] = step
-        step = step * max(1, shape[axis]) + (pad if place == 0 else 0)
-    return tuple(strides)
-
-
-def _backwards(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(reversed(range(len(shape))))
-
-
-def _row_broadcast(shape: Sequence[int]) -> tuple[int, ...]:
-    return (0, *dense(shape[1:])) if len(shape) > 1 else dense(shape)
-
-
-def _column_broadcast(shape: Sequence[int]) -> tuple[int, ...]:
-    return (*dense(shape[:-1]), 0)
-
-
-# name -> (strides for a shape, storage offset beyond the margin); all in elements
-LAYOUTS: dict[str, tuple[Callable[[Sequence[int]], tuple[int, ...]], int]] = {
-    "contiguous": (dense, 0),
-    "offset": (dense, 3),
-    "row_padded": (lambda shape: dense(shape, pad=5), 0),
-    "row_aligned": (lambda shape: dense(shape, pad=-shape[-1] % 16 + 16), 0),
-    "every_second": (lambda shape: dense(shape, inner=2), 1),
-    "every_third": (lambda shape: dense(shape, inner=3), 2),
-    "transposed": (lambda shape: dense(shape, _backwards(shape)), 0),
-    "transposed_padded": (lambda shape: dense(shape, _backwards(shape), pad=3), 1),
-    "rows_apart": (lambda shape: tuple(s * 7 if i == 0 else s for i, s in enumerate(dense(shape))), 0),
-    "same_row": (_row_broadcast, 0),
-    "same_column": (_column_broadcast, 0),
-}
-INPUT_ONLY = frozenset({"same_row", "same_column"})  # several elements are one: nothing may be written there
-WRITABLE = tuple(name for name in LAYOUTS if name not in INPUT_ONLY)
+    @classmethod
+    def from_json(cls, data: Mapping) -> Layout:
+        """The layout that `to_json` wrote."""
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n != "rank"}
+        return replace(cls.dense(data["rank"]), **given)
 
 
-def place(values: np.ndarray, layout: str = "contiguous") -> Placed:
-    """`values` in a guarded arena, laid out as `LAYOUTS[layout]` says; stride 0 keeps one of the values."""
-    strides, extra = LAYOUTS[layout][0](values.shape) if values.ndim else (), LAYOUTS[layout][1]
-    return place_strided(values, strides, MARGIN + extra)
+def draw_layout(kind: str, shape: tuple[int, ...], itemsize: int, source: Source) -> Layout:
+    """A layout of one kind for a shape; "far" needs two elements along some dimension."""
+    rank = len(shape)
+    if kind == "dense" or rank == 0:
+        return Layout.dense(rank)
+    odd, numbers = lambda: 2 * source.integer(0, 7) + 1, lambda low, high: tuple(source.integer(low, high) for _ in shape)
+    first = lambda value, other=0: (value, *(other,) * (rank - 1))  # noqa: E731
+    last = lambda value, other=0: (*(other,) * (rank - 1), value)  # noqa: E731
+    backwards, lane = tuple(reversed(range(rank))), 16 // itemsize
+    made = {
+        "padded": lambda: {"pads": last(odd())},
+        "padded 16": lambda: {"pads": last(-shape[-1] % lane + lane * source.integer(1, 4))},
+        "strided": lambda: {"steps": last(source.integer(2, 5), 1), "starts": last(source.integer(0, 2))},
+        "transposed": lambda: {"order": backwards},
+        "shifted": lambda: {"shift": odd()},
+        "apart": lambda: {"steps": first(source.integer(2, 7), 1), "starts": first(source.integer(0, 2))},
+        "transposed padded": lambda: {"order": backwards, "pads": first(odd())},
+        "arbitrary": lambda: {"order": _shuffled(rank, source), "starts": numbers(0, 3), "steps": numbers(1, 3),
+                              "pads": numbers(0, 3)},
+        "row 0": lambda: {"zero": (0,)},
+        "column 0": lambda: {"zero": (rank - 1,)},
+        "far": lambda: _far(shape, source),
+    }[kind]()  # fmt: skip
+    return replace(Layout.dense(rank), kind=kind if made else "dense", **made)
 
 
-def place_strided(values: np.ndarray, strides: tuple[int, ...], offset: int = MARGIN) -> Placed:
-    """`values` in a guarded arena at the given strides and offset, in elements."""
-    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) if values.size else 0
-    arena = np.empty(offset + span + MARGIN, values.dtype)
-    _bytes(arena)[...] = CANARY
-    array = _strided(arena, values.shape, strides, offset)
-    if values.size:
-        array[...] = values
-    return Placed(array, arena, strides, offset, arena.copy())
+def _shuffled(rank: int, source: Source) -> tuple[int, ...]:
+    order = list(range(rank))
+    for d in range(rank - 1):
+        other = source.integer(d, rank - 1)
+        order[d], order[other] = order[other], order[d]
+    return tuple(order)
 
 
-def place_empty(shape: tuple[int, ...], dtype: str, layout: str = "contiguous") -> Placed:
-    """A tensor to be written: NaN, or the most negative integers, where nothing has been stored yet."""
-    return place(poison(shape, dtype), layout)
+def _far(shape: tuple[int, ...], source: Source) -> dict:
+    """The outermost dimension of more than one element so wide apart that offsets pass 2³¹ elements."""
+    place = next((d for d, n in enumerate(shape) if n > 1), None)
+    if place is None:
+        return {}
+    inner = int(np.prod(shape[place + 1 :], dtype=np.int64))
+    step = -(-(BEYOND + source.integer(0, 1000)) // ((shape[place] - 1) * max(1, inner)))
+    return {"steps": tuple(step if d == place else 1 for d in range(len(shape)))}
 
 
-def tile_layout(placed: Placed) -> Strided:
-    """What the compiler is told of such a tensor: a class for each stride, and whether offsets may pass 2³¹ -
-    1.
-    """
-    size = placed.array.itemsize
-
-    def kind(stride: int) -> str:
-        return "unit" if stride == 1 else "aligned" if stride * size % 16 == 0 else "any"
-
-    reach = sum((n - 1) * s for n, s in zip(placed.array.shape, placed.strides, strict=True) if n)
-    return Strided(tuple(kind(s) for s in placed.strides), wide=reach > 2**31 - 1)
-
-
-def as_torch(placed: Placed, device: str = "cpu"):
-    """A torch tensor with exactly these strides and offset, over the same memory (a copy of the arena on a
-    GPU).
-
-    bfloat16 goes through an int16 view, as torch.from_numpy does not know it.
-    """
-    import torch
-
-    narrow = placed.arena.dtype.name == "bfloat16"
-    arena = torch.from_numpy(placed.arena.view(np.int16) if narrow else placed.arena)
-    arena = arena.view(torch.bfloat16) if narrow else arena
-    return torch.as_strided(arena.to(device), placed.array.shape, placed.strides, placed.offset)
-
-
-def fetch(placed: Placed, tensor) -> None:
-    """Bring the storage of a tensor that `as_torch` made back into the arena, gaps and canaries included."""
-    import torch
-
-    whole = torch.as_strided(tensor.detach(), (placed.arena.size,), (1,), 0).cpu()
-    narrow = placed.arena.dtype.name == "bfloat16"
-    _bytes(placed.arena)[...] = _bytes((whole.view(torch.int16) if narrow else whole).numpy())
-
-
-def to_numpy(tensor) -> np.ndarray:
-    """A torch tensor's values as a numpy array of the same dtype, strides kept where it is on the CPU."""
-    import ml_dtypes
-    import torch
-
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def as_view(values: np.ndarray, layout: str = "contiguous"):
-    """`values` as a `moekit.jax.View` of a canary-filled base, laid out as far as a View can say it.
-
-    Stride 0 has no View: such an operand is the whole of an array. So is a single element without axes.
-    """
-    import jax.numpy as jnp
-
-    from moekit.jax import view
-
-    shape = values.shape
-    if not shape:
-        return view(jnp.asarray(values))
-    whole = tuple(slice(0, n) for n in shape)
-    base_shape, index, flip = {
-        "offset": ((*shape[:-1], shape[-1] + 3), (*whole[:-1], slice(3, None)), False),
-        "row_padded": ((*shape[:-1], shape[-1] + 5), whole, False),
-        "row_aligned": ((*shape[:-1], shape[-1] + -shape[-1] % 16 + 16), whole, False),
-        "every_second": ((*shape[:-1], 2 * shape[-1] + 1), (*whole[:-1], slice(1, None, 2)), False),
-        "every_third": ((*shape[:-1], 3 * shape[-1] + 2), (*whole[:-1], slice(2, None, 3)), False),
-        "transposed": (shape[::-1], whole[::-1], True),
-        "transposed_padded": ((*shape[:0:-1], shape[0] + 4), (*whole[:0:-1], slice(1, 1 + shape[0])), True),
-        "rows_apart": ((7 * shape[0] + 1, *shape[1:]), (slice(0, 7 * shape[0], 7), *whole[1:]), False),
-    }.get(layout, (shape, whole, False))
-    base = np.empty(base_shape, values.dtype)
-    base.view(np.uint8)[...] = CANARY
-    base[index] = values.transpose() if flip else values
-    found = view(jnp.asarray(base))[index]
-    return found.T if flip else found
+def lay(kind: str, shape: tuple[int, ...], itemsize: int) -> Layout:
+    """One layout of a kind, always the same."""
+    return draw_layout(kind, shape, itemsize, numpy_source(zlib.crc32(kind.encode())))

@@ -1,24 +1,113 @@
-"""The oracle of one set of operand values: what every implementation's outputs are held to, computed once."""
+"""The oracle of one set of operand values: the fusion's float64 reference and its error bound, to which outputs are held.
+
+Integers are equal. NaN matches NaN. A float lies between the reference's value less its error and more its error, both ends
+rounded to the output's dtype, so that overflow to infinity counts where rounding may bring it; where IEEE arithmetic leaves
+one result only (a rounded residual), it is that one: numpy's float32 operation, then the cast, which differs from rounding the
+float64 value once by at most an ulp. What is smaller than the smallest normal number may read as zero.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 
-from moekit.lang.dtypes import is_float, round_to
+from moekit.errors import MoekitError
+from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import COMPARE, Graph
 from moekit.testing.bounds import graph_bounds
-from moekit.testing.case import FuzzCase
-from moekit.testing.compare import Judgement, reference_of
+from moekit.testing.case import AnyCall, Call
 from moekit.testing.constants import DEFAULT, constant
-from moekit.testing.propagate import TINY
+from moekit.testing.propagate import TINY, Bound
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
 EXACT_SUM = 2.0**24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison: one sentence per problem (none: all is well), and the worst ratio per output.
+
+    A ratio is the error beyond rounding, in units of the estimated noise: what the constant must be at least.
+    """
+
+    problems: tuple[str, ...]
+    ratios: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio of any output."""
+        return max(self.ratios.values(), default=0.0)
+
+    def check(self) -> None:
+        """Raise AssertionError with every problem, if there is one."""
+        if self.problems:
+            raise AssertionError("\n".join(self.problems))
+
+
+def reference_of(fusion: Fusion) -> Callable:
+    """The reference of a declaration; raises MoekitError where it has none."""
+    if fusion.reference is None:
+        raise MoekitError(f"{fusion.name} has no reference to be compared with; give @fusion one")
+    return fusion.reference
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a float output may be: computed once from the reference and its bound, and then held to any number of outputs."""
+
+    want: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    flushable: np.ndarray
+    allowance: np.ndarray
+    noise: np.ndarray
+    exact: np.ndarray | None
+    excused: np.ndarray
+    zeroable: np.ndarray
+    unknown: np.ndarray
+
+    @classmethod
+    def of(cls, want: np.ndarray, limit: Bound, factor: float, dtype: str) -> Judgement:
+        """The judgement of an output of `dtype` for which the reference says `want`."""
+        tiny, want = float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal), want.astype(np.float64)
+        reach, unknown = limit.error(factor), np.isinf(limit.noise)
+        turned = np.where(want == round_to(want, dtype), _flip(limit.value, reach, dtype), 0.0)  # a tie that noise may turn
+        allowance = np.maximum(np.maximum(0.5 * ulp(want, dtype), turned), _flip(limit.value, limit.flips, dtype)) + limit.flips
+        reach = np.maximum(reach, turned)
+        zeroable = np.zeros(()) > 0 if limit.exact is None else (np.abs(limit.exact) < tiny) | (np.abs(limit.value) < TINY)
+        return cls(want, round_to(want - reach, dtype), round_to(want + reach, dtype), np.abs(want) - reach < tiny,
+                   allowance, np.where(unknown, 0.0, limit.noise), limit.exact, limit.flips > 0, zeroable, unknown)  # fmt: skip
+
+    def __call__(self, got: np.ndarray) -> tuple[float, np.ndarray]:
+        """The ratio of an output, and where it is out of bounds."""
+        value = got.astype(np.float64)
+        flushed = (value == 0) & self.flushable
+        fine = ((value >= self.low) & (value <= self.high)) | flushed | (np.isnan(self.want) & np.isnan(value))
+        if self.exact is not None:
+            same = (value == self.exact) | (np.isnan(value) & np.isnan(self.exact))
+            fine &= same | self.excused | ((value == 0) & self.zeroable)
+        beyond = np.where(flushed, 0.0, np.abs(value - self.want) - self.allowance)
+        known = (self.noise > 0) & np.isfinite(beyond)
+        ratio = np.where(known, beyond / np.where(known, self.noise, 1.0), 0.0)
+        return max(0.0, float(ratio.max(initial=0.0))), ~(fine | self.unknown)
+
+
+def _flip(value: np.ndarray, reach: np.ndarray, dtype: str) -> np.ndarray:
+    """How far rounding can move when `value` is off by `reach`: nothing, away from a tie."""
+    middle = round_to(value, dtype)
+    ends = [round_to(value + side * reach, dtype) for side in (-1, 1)]
+    return np.maximum(*(np.where(end == middle, 0.0, np.abs(end - middle)) for end in ends))
+
+
+def ulp(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance between neighbouring numbers of `dtype` at the float64 magnitude |x|."""
+    exponent = np.where(x == 0, MIN_EXPONENT[dtype], np.frexp(np.abs(x))[1])
+    return np.ldexp(1.0, np.maximum(exponent - 1, MIN_EXPONENT[dtype]) - MANTISSA[dtype])
 
 
 @dataclass(frozen=True)
@@ -37,7 +126,7 @@ class Standard:
 class Oracle:
     """The reference's outputs for a case's values, and how far each implementation may be from them."""
 
-    case: FuzzCase
+    case: AnyCall
     values: Mapping[str, np.ndarray]
     want: Mapping[str, np.ndarray]
     factor: float
@@ -48,7 +137,7 @@ class Oracle:
 
     @classmethod
     def of(
-        cls, case: FuzzCase, implementation: str | None = None, standard: Standard | None = None,
+        cls, case: AnyCall, implementation: str | None = None, standard: Standard | None = None,
         values: Mapping[str, np.ndarray] | None = None,
     ) -> Oracle:  # fmt: skip
         """The oracle of a case: by the fusion's own declaration, or by the standard that a peer is held to.
@@ -67,28 +156,46 @@ class Oracle:
         return cls(case, values, want, factor, judgements, exact, standard.wrong if standard else {},
                    _chosen(fusion, graph, values, params))  # fmt: skip
 
-    def problems(self, outputs: Mapping[str, np.ndarray]) -> tuple[list[str], float]:
-        """One sentence per output that is out of bounds, and the worst ratio of any."""
-        found, worst, name = [], 0.0, self.case.fusion
-        for n, want in self.want.items():
-            got, dtype = outputs[n], self.case.graph.tensors[n].dtype
-            if (got.shape, got.dtype.name) != (np.shape(want), dtype):
-                found.append(f"{name}: {n} is {got.dtype.name}{list(got.shape)}; it must be {dtype}{list(np.shape(want))}")
+    def compare(self, outputs: Mapping[str, np.ndarray]) -> Comparison:
+        """Hold outputs to the reference."""
+        found, ratios, name = [], {}, self.case.declaration.name
+        if set(self.want) != set(outputs):
+            found.append(f"{name}: the outputs are {sorted(outputs)}, the reference has {sorted(self.want)}")
+        for n, want in ((n, np.asarray(want)) for n, want in self.want.items() if n in outputs):
+            got, dtype = np.asarray(outputs[n]), self.case.graph.tensors[n].dtype
+            if (got.shape, got.dtype.name) != (want.shape, dtype):
+                found.append(f"{name}: {n} is {got.dtype.name}{list(got.shape)}; it must be {dtype}{list(want.shape)}")
                 continue
             with np.errstate(all="ignore"):
-                ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
-                if n in self.wrong:
-                    bad = self.wrong[n](self.values, want, got)
-                if n in self.chosen:
-                    bad = bad & (got != self.chosen[n])
-                if n in self.exact:
-                    bad = bad | (got.astype(np.float64) != self.exact[n])
-            worst = max(worst, ratio)
+                ratios[n], bad = self._bad(n, want, got)
             if bad.any():
                 at = tuple(int(i) for i in np.argwhere(bad)[0])
                 found.append(f"{name}: {n}{list(at)} is {got[at]}, the reference says {want[at]}; "
                              f"{int(bad.sum())} of {bad.size} elements are out of bounds")  # fmt: skip
-        return found, worst
+        return Comparison(tuple(found), ratios)
+
+    def _bad(self, n: str, want: np.ndarray, got: np.ndarray) -> tuple[float, np.ndarray]:
+        """The ratio of an output, and where it is wrong."""
+        ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
+        if n in self.wrong:
+            bad = self.wrong[n](self.values, want, got)
+        if n in self.chosen:
+            bad = bad & (got != self.chosen[n])
+        if n in self.exact:
+            bad = bad | (got.astype(np.float64) != self.exact[n])
+        return ratio, bad
+
+
+def compare(
+    fusion: Fusion,
+    outputs: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    params: Mapping[str, object] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Comparison:
+    """Hold `outputs` to the reference of `fusion` on `inputs` (their values before any update in place)."""
+    return Oracle.of(Call(fusion, inputs, params or {}), implementation).compare(outputs)
 
 
 def _exact(graph: Graph, want: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,8 +18,8 @@ from moekit.errors import UnavailableError
 from moekit.lang.dtypes import FLOATS, is_float, itemsize
 from moekit.testing import others, standards
 from moekit.testing.case import FuzzCase
-from moekit.testing.draw import KINDS
 from moekit.testing.executors import Executor, Torch, launches
+from moekit.testing.layouts import KINDS
 from moekit.testing.oracle import Standard
 
 HALVES = ("bfloat16", "float16")
@@ -201,7 +201,7 @@ class PeerExecutor(Torch):
         from moekit.cli.platform import gpu_count
 
         super().__init__(name, "peer", "cuda" if gpu_count() else "cpu")
-        self.peer, self.standard, self.compiled = peer, peer.standard, False
+        self.peer, self.standard = peer, peer.standard
 
     def supports(self, case: FuzzCase) -> bool:
         """Whether the case is one the peer's documentation allows."""

@@ -15,30 +15,35 @@ from moekit.compile.schedule.facts import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Along, Graph
-from moekit.testing.batch import run_case
-from moekit.testing.case import FuzzCase, Layout, read_ids, unique_ids
-from moekit.testing.executors import Executor, Torch
-from moekit.testing.guard import POISONS, Arena, place
-from moekit.testing.layouts import to_numpy
+from moekit.testing.batch import run_alone, run_case
+from moekit.testing.case import FuzzCase, read_ids, unique_ids
+from moekit.testing.executors import JAX, Executor, Torch, to_numpy
+from moekit.testing.executors import executor as make_executor
+from moekit.testing.guard import POISONS, Arena, Placed, place
 from moekit.testing.oracle import Oracle
-from moekit.testing.tasks import JAX
 
 SCALE = 4.0
 
 
 def outputs(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """The outputs of one run; raises what the implementation raises."""
-    arena = Arena()
-    placed = place(arena, case, dict(values if values is not None else case.values()))
-    _, after, raised = executor.run(arena, [placed], POISONS[0])
-    if raised[0]:
-        raise RuntimeError(raised[0])
-    return {n: x.copy() for n, x in placed.outputs(after).items()}
+    return run_alone(executor, case, values)[0]
+
+
+def _wrong(executor: Executor, case: FuzzCase, got: Mapping[str, np.ndarray]) -> list[str]:
+    return [*Oracle.of(case, executor.name, executor.standard).compare(got).problems]
+
+
+def _laid_out(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray]) -> tuple[Placed, Any, dict[str, Any]]:
+    """A case in memory: where its tensors are, the memory, and the tensors by name."""
+    placed = place(arena := Arena(), case, dict(values))
+    memory = executor.upload(arena.image(POISONS[0]))
+    return placed, memory, {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
 
 
 def agreement(executor: Executor, case: FuzzCase) -> list[str]:
     """The outputs lie within the bound of the reference."""
-    return Oracle.of(case, executor.name, executor.standard).problems(outputs(executor, case))[0]
+    return _wrong(executor, case, outputs(executor, case))
 
 
 def repeatable(executor: Executor, case: FuzzCase) -> list[str]:
@@ -48,12 +53,12 @@ def repeatable(executor: Executor, case: FuzzCase) -> list[str]:
 
 def layouts_do_not_matter(executor: Executor, case: FuzzCase) -> list[str]:
     """Outputs that no float reduction reaches have the same bits for contiguous tensors; the others stay within the bound."""
-    plain = replace(case, layouts={n: Layout.dense(len(v.order)) for n, v in case.layouts.items()}, mode="out")
+    plain = replace(case, layouts={}, mode="out")
     values = case.values()
     here, there = outputs(executor, case, values), outputs(executor, plain, values)
     exact = {n for n in case.names if not _reduced(case.graph, n)}
     found = _unequal({n: here[n] for n in exact}, {n: there[n] for n in exact}, "with contiguous tensors")
-    return found + Oracle.of(case, executor.name, executor.standard).problems(there)[0]
+    return found + _wrong(executor, case, there)
 
 
 def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
@@ -111,10 +116,6 @@ def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
     """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace."""
     mode = "in place" if any(n in case.shapes for n in case.names) else "out"
     case = replace(case, layouts={}, mode=mode, woven=True)
-    if executor.name in JAX:
-        from moekit.testing.jax_batch import run_values
-
-        return run_values(executor.name, [(case, Oracle.of(case))])[0].problems
     return run_case(executor, case).problems
 
 
@@ -124,16 +125,15 @@ def rows_between_rows(executor: Executor, case: FuzzCase) -> list[str]:
     if not isinstance(executor, Torch):
         return found
     case = replace(case, layouts={}, mode="out")
-    placed = place(arena := Arena(), case, case.values())
-    memory = executor.upload(arena.image(POISONS[0]))
-    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    _, _, tensors = _laid_out(executor, case, case.values())
+    fresh = {}
     for target in case.targets.values():
         if len(shape := case.shape(target)) == 2 and shape[0] > 1 and shape[1] > 2:
             empty = tensors[target].new_zeros(shape[0] * 2 * shape[1])
-            tensors[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
-    executor.call(case, tensors)
-    got = {n: to_numpy(tensors[t]).copy() for n, t in case.targets.items()}
-    return Oracle.of(case, executor.name, executor.standard).problems(got)[0]
+            fresh[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
+    executor.call(case, tensors | fresh)
+    got = {n: to_numpy((tensors | fresh)[t]) for n, t in case.targets.items()}
+    return _wrong(executor, case, got)
 
 
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
@@ -147,10 +147,7 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
     case = replace(case, layouts={}, mode="out")
-    arena = Arena()
-    placed = place(arena, case, case.values())
-    memory = executor.upload(arena.image(POISONS[0]))
-    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+    placed, memory, tensors = _laid_out(executor, case, case.values())
     found = []
     for output, target in case.targets.items():
         shape, strides, dtype = tensors[target].shape, tensors[target].stride(), tensors[target].dtype
@@ -228,21 +225,16 @@ def operands_may_be_one(executor: Executor, case: FuzzCase) -> list[str]:
             *(arrays[one if n == two else n] for n in arrays), **case.params, implementation=executor.name
         )
         outs = {n: np.asarray(x) for n, x in zip(case.names, got if isinstance(got, tuple) else (got,), strict=True)}
-        return oracle.problems(outs)[0]
-    placed = place(arena := Arena(), case, values)
-    memory = executor.upload(arena.image(POISONS[0]))
-    tensors = {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
+        return [*oracle.compare(outs).problems]
+    placed, memory, tensors = _laid_out(executor, case, values)
     executor.call(case, {**tensors, two: tensors[one]})
-    return oracle.problems(placed.outputs(executor.download(memory)))[0]
+    return [*oracle.compare(placed.outputs(executor.download(memory))).problems]
 
 
 def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: str = "xla") -> list[str]:
     """PyTorch's outputs and JAX's, on the same bytes, both lie within the bound: each is held to the one reference."""
-    from moekit.testing.jax_batch import run_values
-
-    oracle = Oracle.of(case, executor.name, executor.standard)
-    mine = oracle.problems(outputs(executor, case))[0]
-    return mine + run_values(implementation, [(replace(case, schedule="heuristic"), oracle)])[0].problems
+    other = make_executor(implementation)
+    return agreement(executor, case) + agreement(other, replace(case, schedule="heuristic"))
 
 
 def token_axis(case: FuzzCase) -> str | None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.files import read_json, write_text
 from moekit.testing.case import FuzzCase
+
+TEST = """from moekit.testing import FuzzCase, replay
+
+
+def test_{0}():
+    case = FuzzCase.from_json({{
+{1}    }})
+    assert not replay(case, {2!r})"""
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,4 @@ def append(directory: Path, regression: Regression) -> Path:
 def pasteable(case: FuzzCase, implementation: str) -> str:
     """A test that runs a case, ready to paste."""
     name = "".join(c if c.isalnum() else "_" for c in f"{case.fusion}_{implementation}")
-    return "\n".join(_lines(name, case, implementation))
-
-
-def _lines(name: str, case: FuzzCase, implementation: str) -> Iterator[str]:
-    yield "from moekit.testing.campaign import replay"
-    yield "from moekit.testing.case import FuzzCase"
-    yield ""
-    yield ""
-    yield f"def test_{name}():"
-    yield "    case = FuzzCase.from_json({"
-    for key, value in case.to_json().items():
-        yield f"        {key!r}: {value!r},"
-    yield "    })"
-    yield f"    assert not replay(case, {implementation!r})"
+    return TEST.format(name, "".join(f"        {k!r}: {v!r},\n" for k, v in case.to_json().items()), implementation)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,38 +17,36 @@ SHARE = 0.75  # of a device's memory; the rest is for contexts, caches and what 
 VARIABLE = "MOEKIT_FUZZ_ROOM"  # a folder, and how many places it has
 
 
-def open_room(folder: Path) -> None:
-    """Say, to processes started from now on, how many far arenas the first GPU has room for at once."""
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """Meanwhile processes that are started know how many far arenas the first GPU has room for at once."""
     from moekit.cli.platform import gpus
 
     found = gpus()
     places = int(found[0].gigabytes * 2**30 * SHARE // FAR_BYTES) if found else 0
-    os.environ[VARIABLE] = f"{folder}:{max(1, places)}"
-
-
-def close_room() -> None:
-    """Take back what `open_room` said."""
-    os.environ.pop(VARIABLE, None)
+    with tempfile.TemporaryDirectory(prefix="moekit-fuzz-") as folder:
+        os.environ[VARIABLE] = f"{folder}:{max(1, places)}"
+        try:
+            yield
+        finally:
+            os.environ.pop(VARIABLE, None)
 
 
 @contextlib.contextmanager
 def place(patience: float = 60.0) -> Iterator[None]:
     """Hold one of the places, waiting for it; after `patience` seconds go on without (an allocation may then fail)."""
-    if VARIABLE not in os.environ:
-        yield
-        return
-    import fcntl
-
-    folder, _, places = os.environ[VARIABLE].rpartition(":")
+    folder, _, places = os.environ.get(VARIABLE, ":0").rpartition(":")
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(Path(folder) / f"place-{i}", "w")) for i in range(int(places))]
         until = time.monotonic() + patience
-        while not any(_locked(f, fcntl) for f in files) and time.monotonic() < until:
+        while files and not any(map(_locked, files)) and time.monotonic() < until:
             time.sleep(0.05)
         yield
 
 
-def _locked(file, fcntl) -> bool:
+def _locked(file) -> bool:
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from moekit.errors import MoekitError
-from moekit.testing.case import FuzzCase, Layout
+from moekit.lang.dtypes import itemsize
+from moekit.testing.case import FuzzCase
+from moekit.testing.layouts import KINDS, lay
 
 RECIPES = ("integers", "normal", "ties", "mixed")
 
@@ -38,39 +40,19 @@ def simpler(case: FuzzCase) -> Iterator[FuzzCase]:
         elif isinstance(given := case.params.get(name), int) and given > 1:
             yield replace(case, params={**case.params, name: 1})
     for name, layout in case.layouts.items():
-        for field in ("starts", "pads"):
-            if any(getattr(layout, field)):
-                yield _with(case, name, replace(layout, **{field: (0,) * len(layout.order)}))
-        if any(s > 2 for s in layout.steps) and layout.kind != "far":
-            yield _with(case, name, replace(layout, steps=tuple(min(s, 2) for s in layout.steps)))
-        if layout.order != tuple(range(len(layout.order))):
-            yield _with(case, name, replace(layout, order=tuple(range(len(layout.order)))))
-        if layout.shift > 1:
-            yield _with(case, name, replace(layout, shift=1))
+        shape, size = case.shape(name), itemsize(case.dtype(name))
+        for kind in KINDS[1 : KINDS.index(layout.kind) + 1]:
+            if (plainer := lay(kind, shape, size)) != layout:
+                yield replace(case, layouts={**case.layouts, name: plainer})
     if case.seed:
         yield replace(case, seed=0)
-
-
-def _with(case: FuzzCase, name: str, layout: Layout) -> FuzzCase:
-    return replace(case, layouts={**case.layouts, name: layout})
 
 
 def _resized(case: FuzzCase, sizes: dict[str, int]) -> FuzzCase:
     """The case at other sizes; a far layout is laid out anew, so that it stays far."""
     found = replace(case, sizes=sizes)
-    layouts = {}
-    for name, layout in case.layouts.items():
-        if layout.kind == "far":
-            if found.problem():
-                return found
-            place = next((d for d, s in enumerate(layout.steps) if s > 1), 0)
-            shape = found.shape(name)
-            inner = max(1, layout.strides(shape)[place] // layout.steps[place])
-            if shape[place] > 1:
-                step = -(-(2**31 + 1) // ((shape[place] - 1) * inner))
-                layout = replace(layout, steps=tuple(step if d == place else s for d, s in enumerate(layout.steps)))
-        layouts[name] = layout
-    return replace(found, layouts=layouts)
+    far = [n for n, v in case.layouts.items() if v.kind == "far"] if found.problem() is None else []
+    return replace(found, layouts={**case.layouts, **{n: lay("far", found.shape(n), itemsize(found.dtype(n))) for n in far}})
 
 
 def sort_of(problems: Sequence[str]) -> str:

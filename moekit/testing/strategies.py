@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 
 from moekit.lang.fusion import Fusion
-from moekit.testing.case import FuzzCase, Layout
-from moekit.testing.draw import KINDS, Limits, draw_case, draw_layout
+from moekit.testing.case import FuzzCase
+from moekit.testing.draw import Limits, draw_case
+from moekit.testing.layouts import KINDS, Layout, draw_layout
 from moekit.testing.values import RECIPES
 
 T = TypeVar("T")

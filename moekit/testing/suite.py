@@ -1,65 +1,55 @@
-"""One suite that every fusion's tests inherit: each implementation, dtype, size, layout and schedule against
-the reference.
+"""One suite that every fusion's tests inherit: each implementation, dtype, size, layout and schedule against the reference.
 
     class TestSiluAndMul(FusionSuite):
         fusion = silu_and_mul
         sizes = ({"T": 7, "I": 37}, {"T": 1, "I": 1})
 
-What it runs is `cases(fusion, …)`; a case names everything that is needed to run it again.
+What it runs is `cases(fusion, …)`: fuzz cases that are the same every time.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from moekit.lang.dtypes import FLOATS
+from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.lang.fusion import Fusion
-from moekit.testing.compare import Comparison, compare
-from moekit.testing.layouts import LAYOUTS, WRITABLE
-from moekit.testing.runners import NEEDS_GPU, RUNNERS, Call
-from moekit.testing.schedules import variants
-from moekit.testing.values import operands
+from moekit.testing.batch import check
+from moekit.testing.case import FuzzCase, name_of
+from moekit.testing.layouts import KINDS, READ_ONLY, lay
 
+IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton", "triton in place")
 SLOW = frozenset({"pallas", "xla"})  # a compilation per case: they run the cases marked `core`
-
 LARGEST_WITH = {"small": 2500, "looped": 40000}  # elements of work, as every block costs the interpreter the same
 COMPILED = frozenset({"interpret", "pallas", "triton"})  # what a schedule means something to
+LAYOUTS = tuple(k for k in KINDS if k != "far")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One case: sizes of the plain axes, dtype of the float operands, parameters, layouts and a recipe for
-    values.
-    """
+class Picked:
+    """A case with a label; `core` ones run where each is compiled."""
 
-    sizes: Mapping[str, int]
-    dtype: str = "float32"
-    params: Mapping[str, object] = field(default_factory=dict)
-    layout: str = "contiguous"
-    recipe: str = "normal"
-    schedule: str = "heuristic"
-    core: bool = False
-
-    def __str__(self) -> str:
-        sizes = ",".join(f"{a}={n}" for a, n in self.sizes.items())
-        params = ",".join(f"{n}={v}" for n, v in self.params.items())
-        parts = (sizes, params, self.dtype, self.layout, self.recipe, self.schedule)
-        plain = ("contiguous", "normal", "heuristic", "")
-        return " ".join(p for p in parts if p not in plain)
+    label: str
+    case: FuzzCase
+    core: bool
 
 
-def layouts_of(fusion: Fusion, layout: str, names: Sequence[str]) -> dict[str, str]:
-    """A layout for each of `names`: `layout` itself, or with "mixed:N" another one for each, turned by N."""
-    if layout == "contiguous":
-        return {}
-    if not layout.startswith("mixed:"):
-        return dict.fromkeys(names, layout)
-    turn, every = int(layout.removeprefix("mixed:")), list(LAYOUTS)
-    return {n: every[(turn + 3 * i) % len(every)] for i, n in enumerate(names)}
+def pick(fusion: Fusion, sizes: Mapping[str, int], dtype: str, params: Mapping[str, object], layout: str = "dense",
+         recipe: str = "normal", schedule: str = "heuristic", core: bool = False) -> Picked:  # fmt: skip
+    """A case of `fusion` with one kind of layout for all tensors, or with "mixed:N" another for each, turned by N."""
+    given = (",".join(f"{n}={v}" for n, v in named.items()) for named in (sizes, params))
+    parts = (*given, dtype, layout, recipe, schedule)
+    label = " ".join(p for p in parts if p not in ("dense", "normal", "heuristic", ""))
+    dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+    case = FuzzCase(name_of(fusion), sizes, dtypes, params, recipe=recipe, schedule=schedule, seed=zlib.crc32(label.encode()))
+    turn, kinds = layout.removeprefix("mixed:"), {}
+    for i, name in enumerate(dict.fromkeys([*case.memory(), *case.names]) if layout != "dense" else ()):
+        kind = layout if turn == layout else LAYOUTS[(int(turn) + 3 * i) % len(LAYOUTS)]
+        read_only = name in case.shapes and name not in case.names
+        kinds[name] = lay(kind if read_only or kind not in READ_ONLY else "dense", case.shape(name), itemsize(case.dtype(name)))
+    return Picked(label, replace(case, layouts=kinds), core)
 
 
 def cases(
@@ -68,30 +58,28 @@ def cases(
     params: Sequence[Mapping[str, object]] = ({},),
     recipes: Sequence[str] = ("integers", "tiny", "huge", "special"),
     schedules: Sequence[str] = ("looped", "dots", "rows", "small", "whole", "split"),
-) -> Iterator[Case]:
-    """Cases for `fusion`: every size, dtype and parameter set; every layout, recipe and schedule on the first
-    size.
+) -> Iterator[Picked]:
+    """Cases for `fusion`: every size, dtype and parameter set; every layout, recipe and schedule on the first size.
 
-    `schedules` are names of `moekit.testing.schedules.variants`; one that is not legal for a fusion is the
-    heuristic's.
+    `schedules` are names of `moekit.testing.schedules.variants`; one that is not legal for a fusion is the heuristic's.
     """
     for i, size in enumerate(sizes):
         for j, given in enumerate(params):
             for k, dtype in enumerate(FLOATS):
-                yield Case(size, dtype, given, core=j == i % len(params) and (i == 0 or k == i % 3))
+                yield pick(fusion, size, dtype, given, core=j == i % len(params) and (i == 0 or k == i % 3))
     first, given = sizes[0], params[0]
-    for i, layout in enumerate((*list(LAYOUTS)[1:], *(f"mixed:{n}" for n in range(4)))):
-        yield Case(first, FLOATS[i % 3], given, layout, core=layout in WRITABLE and i % 2 == 0)
+    for i, layout in enumerate((*LAYOUTS[1:], *(f"mixed:{n}" for n in range(4)))):
+        core = layout in LAYOUTS and layout not in READ_ONLY and i % 2 == 0
+        yield pick(fusion, first, FLOATS[i % 3], given, layout, core=core)
     for i, recipe in enumerate(recipes):
         for dtype in FLOATS:
-            yield Case(first, dtype, given, recipe=recipe, core=dtype == FLOATS[i % 3])
+            yield pick(fusion, first, dtype, given, recipe=recipe, core=dtype == FLOATS[i % 3])
     for schedule in schedules:
         for i, size in enumerate(sizes):
             if math.prod(size.values()) > LARGEST_WITH.get(schedule, 10**9):
                 continue
-            dtype = FLOATS[(i + len(schedule)) % 3]
-            yield Case(size, dtype, given, schedule=schedule, core=i == 0)
-            yield Case(size, "float32", given, f"mixed:{i}", schedule=schedule)
+            yield pick(fusion, size, FLOATS[(i + len(schedule)) % 3], given, schedule=schedule, core=i == 0)
+            yield pick(fusion, size, "float32", given, f"mixed:{i}", schedule=schedule)
 
 
 class FusionSuite:
@@ -101,70 +89,41 @@ class FusionSuite:
     sizes: Sequence[Mapping[str, int]]
     params: Sequence[Mapping[str, object]] = ({},)
     recipes: Sequence[str] = ("integers", "tiny", "huge", "special")
-    implementations: Sequence[str] = tuple(RUNNERS)
+    implementations: Sequence[str] = IMPLEMENTATIONS
 
     @classmethod
-    def every_case(cls) -> list[Case]:
+    def every_case(cls) -> list[Picked]:
         """The cases of this fusion, without repetitions."""
-        unique = {str(c): c for c in cases(cls.fusion, cls.sizes, cls.params, cls.recipes)}
-        return list(unique.values())
+        return list({c.label: c for c in cases(cls.fusion, cls.sizes, cls.params, cls.recipes)}.values())
 
     @classmethod
-    def serves(cls, implementation: str, case: Case) -> bool:
+    def serves(cls, implementation: str, picked: Picked) -> bool:
         """Whether a case is worth running: schedules matter to compiled programs only, "in place" to InOut operands."""
         if implementation.endswith("in place") and all(s.role != "InOut" for s in cls.fusion.tensors.values()):
             return False
-        if case.schedule != "heuristic" and implementation not in COMPILED:
+        if picked.case.schedule != "heuristic" and implementation not in COMPILED:
             return False
-        return case.core or implementation not in SLOW
-
-    @classmethod
-    def operands(cls, case: Case) -> dict:
-        """The operands of a case; override it where values must meet a precondition."""
-        return operands(cls.fusion, case.sizes, case.dtype, case.recipe, zlib.crc32(str(case).encode()))
+        return picked.core or implementation not in SLOW
 
     @classmethod
     def pytest_generate_tests(cls, metafunc) -> None:
         """One test per implementation and case."""
-        if "case" not in metafunc.fixturenames:
-            return
-        import pytest
+        if "case" in metafunc.fixturenames:
+            every = [(n, c) for n in cls.implementations for c in cls.every_case() if cls.serves(n, c)]
+            metafunc.parametrize(("implementation", "case"), [_param(n, c.case, id=f"{n}-{c.label}") for n, c in every])
 
-        pairs = [(name, case) for name in cls.implementations for case in cls.every_case() if cls.serves(name, case)]
-        gpu = [[pytest.mark.gpu] if name in NEEDS_GPU else [] for name, _ in pairs]
-        marked = [pytest.param(n, c, id=f"{n}-{c}", marks=m) for (n, c), m in zip(pairs, gpu, strict=True)]
-        metafunc.parametrize(("implementation", "case"), marked)
-
-    def test_against_reference(self, implementation: str, case: Case) -> None:
+    def test_against_reference(self, implementation: str, case: FuzzCase) -> None:
         """The outputs lie within the bound of the reference, and no other memory is touched."""
-        check(implementation, call_of(self.fusion, case, self.operands(case)))
+        check(implementation, case)
 
 
-def implementations() -> list:
-    """The names of all implementations as pytest parameters, those that need a GPU marked so."""
+def implementations(names: Sequence[str] = IMPLEMENTATIONS) -> list:
+    """Implementations as pytest parameters, those that need a GPU marked so."""
+    return [_param(n) for n in names]
+
+
+def _param(implementation: str, *more, **how):
     import pytest
 
-    return [pytest.param(n, marks=[pytest.mark.gpu] if n in NEEDS_GPU else []) for n in RUNNERS]
+    return pytest.param(implementation, *more, marks=[pytest.mark.gpu] if implementation.startswith("triton") else [], **how)
 
-
-def call_of(fusion: Fusion, case: Case, values: Mapping) -> Call:
-    """The call that a case stands for."""
-    bare = Call(fusion, values, case.params)
-    schedule = _schedules(bare.fusion, bare.binding).get(case.schedule)
-    names = list(dict.fromkeys([*values, *bare.names]))
-    return Call(fusion, values, case.params, layouts_of(fusion, case.layout, names), schedule).placed()
-
-
-@functools.lru_cache(maxsize=256)
-def _schedules(fusion: Fusion, binding) -> dict:
-    return variants(fusion.trace(binding))
-
-
-def check(implementation: str, call: Call) -> Comparison:
-    """Run a call and raise AssertionError with everything that is wrong with what came back."""
-    outcome = RUNNERS[implementation](call)
-    result = compare(call.fusion, outcome.outputs, call.operands, call.params, implementation=implementation)
-    problems = (*outcome.problems, *result.problems)
-    if problems:
-        raise AssertionError("\n".join(f"{implementation}: {p}" for p in problems))
-    return result

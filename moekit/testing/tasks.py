@@ -8,27 +8,23 @@ from dataclasses import dataclass, field, replace
 
 from moekit.lang.dtypes import itemsize
 from moekit.testing.batch import Verdict, run_cases
-from moekit.testing.case import FuzzCase, Layout, find_fusion
+from moekit.testing.case import FuzzCase, find_fusion
 from moekit.testing.coverage import Cell, Coverage, blocks, cell
 from moekit.testing.draw import (
-    KINDS,
     Limits,
-    Source,
     draw_call,
     draw_kinds,
     draw_layouts,
     draw_mode,
     draw_schedule,
-    numpy_source,
     redraw_dynamic,
 )
-from moekit.testing.executors import Executor, executor, schedule_of
+from moekit.testing.executors import JAX, Executor, executor, schedule_of
+from moekit.testing.layouts import KINDS, VIEWS, Layout, Source, numpy_source
 from moekit.testing.oracle import Oracle
 from moekit.testing.peers import PEERS
 from moekit.testing.values import RECIPES
 
-JAX = ("pallas", "xla")
-VIEWS = ("dense", "padded", "padded 16", "strided", "transposed", "apart", "transposed padded", "arbitrary")
 ON_CPU = frozenset({"interpret", "numpy", "eager", "triton-interpreter", "pallas", "xla"})
 SLOW_BLOCKS = 160  # blocks of work beyond which the interpreters are too slow for a campaign
 EDGE_TURN = 25  # every so manieth turn of a call may have fewer elements than count
@@ -41,7 +37,7 @@ class Task:
 
     A batch has `groups` sets of sizes and values, each run with `layouts` sets of strides; where strides come out as before,
     the values are new, so that no case is another's twin. `accelerated`: on a GPU. `wanted`: sizes and strides are drawn to
-    fall into that cell. `trial`: which search for a deadly case it belongs to (0: none).
+    fall into that cell.
     """
 
     fusion: str
@@ -55,7 +51,6 @@ class Task:
     start: int = 0
     stop: int = 1_000_000
     wanted: Cell | None = None
-    trial: int = 0
 
     @property
     def size(self) -> int:
@@ -78,7 +73,6 @@ class Report:
     task: Task
     coverage: Coverage = field(default_factory=Coverage)
     failures: list[tuple[FuzzCase, list[str]]] = field(default_factory=list)
-    launches: int = 0
 
 
 def limits_of(task: Task) -> Limits:
@@ -131,7 +125,7 @@ def _affordable(case: FuzzCase, task: Task) -> FuzzCase:
 
 def cases(task: Task) -> list[list[FuzzCase]]:
     """All cases of a task's batch, in groups that share their sizes."""
-    base, kinds = template(replace(task, turn=0, start=0, stop=1, wanted=None, trial=0))
+    base, kinds = template(replace(task, turn=0, start=0, stop=1, wanted=None))
     source = numpy_source(task.seed, zlib.crc32(task.fusion.encode()), task.combo, task.turn + 1)
     odd = {**base.sizes, **{a: 7 for a in base.sizes if a in base.declaration.dynamic}}
     first = replace(base, sizes=odd)
@@ -198,44 +192,29 @@ def run_task(task: Task) -> Report:
     """Run a task in this process."""
     report = Report(task)
     made = _executor(task.implementation)
-    standard, served = (None, lambda case: True) if task.implementation in JAX else (made.standard, made.supports)
     number, pairs = 0, []
     for group in cases(task):
         oracles: dict[int, Oracle] = {}
         for case in group:
-            if task.start <= number < task.stop and served(case):
+            if task.start <= number < task.stop and made.supports(case):
                 if case.seed not in oracles:
-                    oracles[case.seed] = Oracle.of(case, task.implementation, standard)
+                    oracles[case.seed] = Oracle.of(case, task.implementation, made.standard)
                 pairs.append((case, oracles[case.seed]))
             number += 1
-    for verdict in _run(task, pairs):
-        _note(report, verdict)
+    for (case, _), verdict in zip(pairs, run_cases(made, pairs), strict=True):
+        _note(report, case, verdict)
     return report
 
 
-def _run(task: Task, pairs: list[tuple[FuzzCase, Oracle]]) -> list[Verdict]:
-    if not pairs:
-        return []
-    if task.implementation in JAX:
-        from moekit.testing.jax_batch import run_values
-
-        return run_values(task.implementation, pairs)
-    return run_cases(_executor(task.implementation), pairs)
-
-
-def _note(report: Report, verdict: Verdict) -> None:
-    case, coverage = verdict.case, report.coverage
+def _note(report: Report, case: FuzzCase, verdict: Verdict) -> None:
+    coverage = report.coverage
     if verdict.problems:
         report.failures.append((case, verdict.problems))
         coverage.ran += 1
         return
     coverage.note(case, verdict.launched, verdict.ratio)
-    if report.task.implementation in JAX:
-        from moekit.testing.jax_batch import key
-
-        coverage.compiled.add(f"{case.fusion} {zlib.crc32(key(case).encode()):08x}")
-    else:
-        signature = ", ".join(f"{n} {case.layout(n).kind}" for n in case.memory())
-        statics = [(a, n) for a, n in case.extents.items() if a not in case.declaration.dynamic]
-        text = repr((statics, case.dtypes, case.params, case.mode, schedule_of(case), signature))
-        coverage.compiled.add(f"{case.fusion} {zlib.crc32(text.encode()):08x}")
+    every = report.task.implementation in JAX  # where any shape and layout is a compilation of its own
+    sizes = [(a, n) for a, n in case.extents.items() if every or a not in case.declaration.dynamic]
+    layouts = [(n, case.layout(n) if every else case.layout(n).kind) for n in case.memory()]
+    text = repr((sizes, case.dtypes, case.params, case.mode, schedule_of(case), layouts))
+    coverage.compiled.add(f"{case.fusion} {zlib.crc32(text.encode()):08x}")

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.random import Generator
 
 from moekit.lang.dtypes import is_float, numpy_dtype
 from moekit.lang.fusion import Fusion
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return rng.standard_normal(shape)
-
-
-def _integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Small integers: many ties, and sums that every order of addition gives exactly."""
-    return rng.integers(-3, 4, shape).astype(np.float64)
-
-
-def _tiny(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Around the smallest normal number, subnormals among them."""
-    return rng.standard_normal(shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal) * 4
-
-
-def _huge(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Up to a quarter of the largest number: sums stay finite, products may not."""
-    return rng.uniform(-0.25, 0.25, shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
-
-
-def _special(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _special(rng: Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Normal numbers with infinities, NaN and zeros of both signs here and there: some rows have none."""
     x = rng.standard_normal(shape)
     chosen = rng.random(shape) < 0.04
@@ -38,17 +21,7 @@ def _special(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np
     return x
 
 
-def _ties(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Three values only, so that most elements have an equal."""
-    return rng.choice([-1.5, 0.0, 2.25], shape)
-
-
-def _equal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """One value along each row."""
-    return np.broadcast_to(rng.standard_normal((*shape[:-1], 1)) if shape else rng.standard_normal(()), shape)
-
-
-def _lowest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _lowest(rng: Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Rows of -inf; in every second row one finite element."""
     x = np.full(shape, -np.inf)
     if x.size and x.ndim:
@@ -57,48 +30,57 @@ def _lowest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.
     return x
 
 
-def _nans(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _nans(rng: Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Rows of NaN alone, as a CUDA graph's padding may hold; in every second row some numbers among them."""
     x = np.full(shape, np.nan)
     if x.size and x.ndim:
-        rows = x.reshape(-1, shape[-1])
         few = max(1, shape[-1] // 8)
-        for row in rows[1::2]:
+        for row in x.reshape(-1, shape[-1])[1::2]:
             row[rng.choice(shape[-1], few, replace=False)] = rng.standard_normal(few)
     return x
 
 
-def _zeros(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Zeros of both signs and here and there a one: what divides by a sum or a norm meets eps alone."""
-    return rng.choice([0.0, -0.0, 0.0, -0.0, 1.0], shape)
-
-
-def _mixed(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Magnitudes from 2^-12 to 2^6, so that sums cancel and small terms meet large ones."""
-    return rng.standard_normal(shape) * np.exp2(rng.integers(-12, 7, shape))
-
-
-RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...], str], np.ndarray]] = {
-    "normal": _normal,
-    "integers": _integers,
-    "tiny": _tiny,
-    "huge": _huge,
+RECIPES: dict[str, Callable[[Generator, tuple[int, ...], str], np.ndarray]] = {
+    "normal": lambda rng, shape, dtype: rng.standard_normal(shape),
+    # Many ties, and sums that every order of addition gives exactly.
+    "integers": lambda rng, shape, dtype: rng.integers(-3, 4, shape).astype(np.float64),
+    # Around the smallest normal number, subnormals among them.
+    "tiny": lambda rng, shape, dtype: rng.standard_normal(shape) * float(_limits(dtype).smallest_normal) * 4,
+    # Up to a quarter of the largest number: sums stay finite, products may not.
+    "huge": lambda rng, shape, dtype: rng.uniform(-0.25, 0.25, shape) * float(_limits(dtype).max),
     "special": _special,
-    "ties": _ties,
-    "equal": _equal,
+    # Three values only, so that most elements have an equal.
+    "ties": lambda rng, shape, dtype: rng.choice([-1.5, 0.0, 2.25], shape),
+    # One value along each row.
+    "equal": lambda rng, shape, dtype: np.broadcast_to(rng.standard_normal((*shape[:-1], 1) if shape else ()), shape),
     "lowest": _lowest,
     "nans": _nans,
-    "zeros": _zeros,
-    "mixed": _mixed,
+    # Here and there a one: what divides by a sum or a norm meets eps alone.
+    "zeros": lambda rng, shape, dtype: rng.choice([0.0, -0.0, 0.0, -0.0, 1.0], shape),
+    # Magnitudes from 2^-12 to 2^6, so that sums cancel and small terms meet large ones.
+    "mixed": lambda rng, shape, dtype: rng.standard_normal(shape) * np.exp2(rng.integers(-12, 7, shape)),
 }
 
 
-def make(recipe: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> np.ndarray:
+def _limits(dtype: str) -> Any:
+    return ml_dtypes.finfo(numpy_dtype(dtype))
+
+
+def make(recipe: str, shape: tuple[int, ...], dtype: str, rng: Generator) -> np.ndarray:
     """An array of `dtype` by recipe; integer dtypes get 0 to 3, whatever the recipe."""
     if not is_float(dtype):
         return rng.integers(0, 2 if dtype == "bool" else 4, shape).astype(numpy_dtype(dtype))
     with np.errstate(over="ignore"):
         return RECIPES[recipe](rng, shape, dtype).astype(numpy_dtype(dtype))
+
+
+def shapes_of(fusion: Fusion, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of operands for the sizes of the plain axes; a dimension with `?` has size 1 where `sizes["NAME?"]` is 1."""
+    plain = dict(sizes)
+    return {
+        n: tuple(plain[f"{d.text}?"] if d.optional and f"{d.text}?" in plain else d.size(plain) for d in s.dims)
+        for n, s in fusion.tensors.items()
+    }
 
 
 def operands(
@@ -111,13 +93,12 @@ def operands(
     """Operands of `fusion` for the sizes of its plain axes.
 
     `dtypes` is one dtype, for every operand that may have it (the others take the first they may have), or
-    one by name. A dimension with `?` has size 1 if `sizes` has an entry `"NAME?"` of 1.
+    one by name. `sizes` are as in `shapes_of`.
     """
-    rng = np.random.default_rng([seed, sum(sizes.values())])
+    rng, shapes = np.random.default_rng([seed, sum(sizes.values())]), shapes_of(fusion, sizes)
     arrays = {}
     for name, spec in fusion.tensors.items():
         wanted = dtypes if isinstance(dtypes, str) else dtypes.get(name, spec.dtypes[0])
         dtype = wanted if wanted in spec.dtypes else spec.dtypes[0]
-        shape = tuple(sizes[f"{d.text}?"] if d.optional and f"{d.text}?" in sizes else d.size(dict(sizes)) for d in spec.dims)
-        arrays[name] = make(recipe, shape, dtype, rng)
+        arrays[name] = make(recipe, shapes[name], dtype, rng)
     return arrays

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.files import read_json, write_text
-from moekit.testing.agenda import Plan
+from moekit.testing.campaign import Plan
 from moekit.testing.coverage import Coverage
 
 FILE = Path(__file__).parent / "worst.json"

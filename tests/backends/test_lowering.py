@@ -19,7 +19,7 @@ for implementation, case in cases():
 def test_every_schedule_lowers_for_a_gpu(name):
     """What interpret mode takes, JAX's Triton lowering need not: it once gave a choice of two literals the condition's type."""
     for schedule, one in CASES[name].items():
-        call, arguments = pallas_call(one)
+        call, arrays = pallas_call(one)
         with jax.sharding.use_abstract_mesh(H200):
-            text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+            text = call.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
         assert "__gpu$xla.gpu.triton" in text, schedule

@@ -93,7 +93,10 @@ def test_without_a_fault_they_are_close(narrow, monkeypatch):
 @pytest.mark.parametrize("fusion", FAULTS)
 def test_a_planted_fault_is_found_in_bfloat16(narrow, monkeypatch, fusion):
     placed(monkeypatch, fusion, FAULTS[fusion])
-    assert not agreement.closeness(*narrow).within
+    model, prompts, tokens = narrow
+    if fusion in ("add_rms_norm", "down_combine"):
+        tokens = [[3], [4]]  # these show in the logits of the prompt: no step is compiled
+    assert not agreement.closeness(model, prompts, tokens).within
 
 
 def test_runs_of_which_one_ended_differ():

@@ -128,7 +128,7 @@ def test_no_width_is_the_usual_width(moekit, monkeypatch):
     assert "silu_and_mul" in moekit("list").stdout
 
 
-@pytest.mark.parametrize("imported", ["click.core", "rich.console", "moekit.testing.case", "moekit.testing.workers"])
+@pytest.mark.parametrize("imported", ["click.core", "rich.console", "moekit.testing.case", "moekit.testing.processes"])
 def test_ctrl_c_while_fuzz_is_imported_ends_with_the_summary_too(imported):
     campaign = ["fuzz", "silu_and_mul", "--impl", "numpy", "--time", "300", "--workers", "1"]
     whole = ["-X", "importtime", "-m", "moekit.cli", *campaign]

@@ -13,7 +13,7 @@ from moekit.compile.schedule.cuts import cut, stageable
 from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, f32, fusion, gather, halves, silu, sum
-from moekit.testing import RUNNERS, Call, check, operands
+from moekit.testing import Call, check, operands, run
 
 
 def _layer(x, gate_up, down, ids, weights):
@@ -89,7 +89,7 @@ def test_staging_changes_no_bit():
         d for d in launch.sections[0].directives if getattr(d, "axis", "") != "D"
     )),))  # fmt: skip
     both = Schedule((launch,)), Schedule((first, rest))
-    outs = [RUNNERS["interpret"](replace(call, schedule=s)).outputs["out"] for s in both]
+    outs = [run("interpret", replace(call, schedule=s)).outputs["out"] for s in both]
     np.testing.assert_array_equal(*outs)
 
 

@@ -8,6 +8,7 @@ import programs as good
 import pytest
 
 from moekit.compile import tile as t
+from moekit.compile.dense import contiguous, strided
 from moekit.compile.plan import plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Loop, Schedule, Split, Tile, Whole
@@ -15,8 +16,7 @@ from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, exp, f32, fusion, max, sum
 from moekit.lang.dtypes import FLOATS, INTS, numpy_dtype
-from moekit.testing import RUNNERS, Call, check, operands, place, variants
-from moekit.testing.layouts import Placed, tile_layout
+from moekit.testing import Call, check, operands, run, variants
 
 SCHEDULES = {
     "silu_and_mul": ("tile:T:4 tile:I:16", "tile:T:1 tile:I:64"),
@@ -35,7 +35,7 @@ CUTS = [(name, text) for name, texts in SCHEDULES.items() for text in texts]
 
 def _run(name: str, values: dict, schedule: str) -> dict[str, np.ndarray]:
     params = {"k": 7} if name == "topk_softmax" else {}
-    return RUNNERS["interpret"](Call(FUSIONS[name], values, params, schedule=Schedule.parse(schedule))).outputs
+    return run("interpret", Call(FUSIONS[name], values, params, schedule=Schedule.parse(schedule))).outputs
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTS, "bool"])
@@ -61,7 +61,7 @@ def test_narrow_offsets_that_wrap_are_an_error():
     graph = good.graph_of(good.norm, {"x": (3, 4), "weight": (4,)})
     values = np.ones((3, 4), np.float32)
     apart = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (3, 4), (4, 2**31 * 4))
-    planned = plan(graph, None, {n: tile_layout(place(values)) for n in graph.tensors})
+    planned = plan(graph, None, contiguous(graph, {"T": 3}))
     memory = {"x": apart, "weight": np.ones(4, np.float32), "out": values.copy()}
     with pytest.raises(IndexError, match="norm: Load of x has an offset that passes 32 bits"):
         interpret.run(planned, memory, {"T": 3, "H": 4})
@@ -100,9 +100,9 @@ def test_strides_do_not_change_bits(name, schedule):
     fusion, params = FUSIONS[name], {"k": 7} if name == "topk_softmax" else {}
     values = operands(fusion, SHAPES[name] | {"T": 5}, "float16")
     plain = _run(name, values, schedule)
-    for layout in ("transposed_padded", "every_third", "offset"):
+    for layout in ("transposed padded", "strided", "shifted"):
         layouts = dict.fromkeys([*values, *plain], layout)
-        outcome = RUNNERS["interpret"](Call(fusion, values, params, layouts, Schedule.parse(schedule)))
+        outcome = run("interpret", Call(fusion, values, params, layouts, Schedule.parse(schedule)))
         assert not outcome.problems
         for out, array in plain.items():
             np.testing.assert_array_equal(outcome.outputs[out], array)
@@ -189,13 +189,13 @@ def test_offsets_past_two_to_the_31(tmp_path, wide, monkeypatch):
     memory["x"][...] = values["x"]
     memory["out"] = interpret.poison((2, 8), "float32")
     graph = good.graph_of(good.norm, {"x": (2, 8), "weight": (8,)})
-    layouts = {n: tile_layout(Placed(a, a, _steps(a), 0, a)) for n, a in memory.items()}
+    layouts = {n: strided(a.shape, _steps(a), (None,) * a.ndim, (), a.itemsize) for n, a in memory.items()}
     assert layouts["x"].wide
     layouts["x"] = replace(layouts["x"], wide=wide)
     planned = plan(graph, None, layouts)
     assert all(op.at.wide == (True, wide) for op in good.operations(planned.programs[0], t.Load) if op.at.tensor == "x")
     interpret.run(planned, memory, {"T": 2, "H": 8})
-    expected = RUNNERS["interpret"](Call(good.norm, values)).outputs["out"]
+    expected = run("interpret", Call(good.norm, values)).outputs["out"]
     np.testing.assert_array_equal(memory["out"], expected)
 
 
@@ -209,7 +209,7 @@ def test_split_gives_the_same_bits_every_time(parts):
     values = operands(FUSIONS["gate_gemm"], {"T": 5, "P": 20, "D": 70})
     call = Call(FUSIONS["gate_gemm"], values)
     call = replace(call, schedule=spread(call.graph, f"tile:T:4 loop:D:8 tile:P:8 split:D:{parts}"))
-    first, second = (RUNNERS["interpret"](call).outputs["out"] for _ in range(2))
+    first, second = (run("interpret", call).outputs["out"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 

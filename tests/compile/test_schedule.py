@@ -34,7 +34,7 @@ from moekit.compile.schedule.legal import legal
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean
-from moekit.testing import RUNNERS, Call, check, operands, variants
+from moekit.testing import Call, check, operands, run, variants
 from moekit.testing.probes import PROBES
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
@@ -237,8 +237,8 @@ def test_rows_have_the_same_bits_in_both_classes(fusion):
     call = Call(fusion, operands(fusion, {"T": 37, "I": 60, "H": 60}, "bfloat16"))
     few, many = (Call(fusion, call.operands, schedule=heuristic(call.graph, rows)) for rows in (None, 17477))
     assert few.schedule != many.schedule
-    for name, out in RUNNERS["interpret"](few).outputs.items():
-        np.testing.assert_array_equal(out, RUNNERS["interpret"](many).outputs[name])
+    for name, out in run("interpret", few).outputs.items():
+        np.testing.assert_array_equal(out, run("interpret", many).outputs[name])
 
 
 def test_split_plan_has_two_launches_and_scratch_between():

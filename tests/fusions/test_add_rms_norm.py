@@ -6,7 +6,7 @@ import pytest
 
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["add_rms_norm"]
 
@@ -55,7 +55,7 @@ def test_residual_is_rounded_like_float32(implementation):
     x = np.array([[1.0, 1.0, 1.0, 256.0, 1.0, -1.0]], ml_dtypes.bfloat16)
     step = np.array([[2.0**-8, 3 * 2.0**-8, 2.0**-8 + 2.0**-15, 1.0, 2.0**-30, -(2.0**-8)]], ml_dtypes.bfloat16)
     values = {"x": x, "residual": step, "weight": np.ones(6, ml_dtypes.bfloat16)}
-    outcome = RUNNERS[implementation](Call(FUSION, values))
+    outcome = run(implementation, Call(FUSION, values))
     expected = (x.astype(np.float32) + step.astype(np.float32)).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(outcome.outputs["residual"], expected)
     check(implementation, Call(FUSION, values))

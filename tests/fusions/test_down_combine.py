@@ -9,7 +9,7 @@ import pytest
 from moekit.compile.rules import spread
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["down_combine"]
 SIZES = {"T": 5, "H": 50, "I": 40, "H?": 1}
@@ -40,7 +40,7 @@ class TestDownCombine(FusionSuite):
 def test_against_float64(implementation, share):
     """The suite's own reference is not the only word on what the output is."""
     values = operands(FUSION, SIZES | {"H?": share}, "float32", seed=3)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["hidden"]
+    got = run(implementation, Call(FUSION, values)).outputs["hidden"]
     np.testing.assert_allclose(got, expected(values), rtol=2e-5, atol=2e-5)
 
 
@@ -50,7 +50,7 @@ def test_rounded_once(implementation):
     values = operands(FUSION, SIZES | {"I": 300}, "bfloat16", "integers")
     values["share"] = np.array([[0.5], [1], [0.25], [0], [0.5]], ml_dtypes.bfloat16)
     values["hidden"] = (values["hidden"].astype(np.float32) * 37).astype(ml_dtypes.bfloat16)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["hidden"]
+    got = run(implementation, Call(FUSION, values)).outputs["hidden"]
     np.testing.assert_array_equal(got, expected(values).astype(ml_dtypes.bfloat16))
 
 
@@ -68,10 +68,9 @@ def test_as_two_fusions(implementation):
     gate = values["share"]
     values["share"] = (1 / (1 + np.exp(-gate.astype(np.float64)))).astype(np.float32)
     shared = values["activated"] @ values["down"].T
-    two = RUNNERS[implementation](
-        Call(FUSIONS["shared_expert_combine"], {"hidden": values["hidden"], "shared": shared, "gate": gate})
-    ).outputs
-    one = RUNNERS[implementation](Call(FUSION, values)).outputs["hidden"]
+    combined = {"hidden": values["hidden"], "shared": shared, "gate": gate}
+    two = run(implementation, Call(FUSIONS["shared_expert_combine"], combined)).outputs
+    one = run(implementation, Call(FUSION, values)).outputs["hidden"]
     np.testing.assert_allclose(one, next(iter(two.values())), rtol=2e-5, atol=2e-5)
 
 
@@ -79,11 +78,11 @@ def test_as_two_fusions(implementation):
 def test_rows_of_nan_stay_alone(implementation):
     """A row of NaN in any of the operands gives NaN there; other rows are what they are without it, bit for bit."""
     values = operands(FUSION, SIZES, "bfloat16")
-    clean = RUNNERS[implementation](Call(FUSION, values)).outputs["hidden"]
+    clean = run(implementation, Call(FUSION, values)).outputs["hidden"]
     values = {n: v.copy() for n, v in values.items()}
     for row, name in enumerate(("hidden", "activated", "share")):
         values[name][row] = np.nan
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["hidden"]
+    got = run(implementation, Call(FUSION, values)).outputs["hidden"]
     assert np.isnan(got[:3].astype(np.float32)).all()
     np.testing.assert_array_equal(got[3:], clean[3:])
 

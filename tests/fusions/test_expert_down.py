@@ -7,7 +7,7 @@ import pytest
 from moekit.compile.rules import heuristic
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
-from moekit.testing import RUNNERS, Call, FusionSuite, implementations, operands
+from moekit.testing import Call, FusionSuite, implementations, operands, run
 
 FUSION = FUSIONS["expert_down"]
 SIZES = {"T": 5, "H": 50, "I": 24, "E": 9, "K": 3}
@@ -38,7 +38,7 @@ def test_against_float64(implementation):
     values = operands(FUSION, SIZES, "float32", seed=3) | {"ids": chosen(5, 9, 3)}
     activated, down, weights = (values[n].astype(np.float64) for n in ("activated", "down", "weights"))
     expected = np.einsum("tk,tki,tkih->th", weights, activated, down[values["ids"]])
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["out"]
+    got = run(implementation, Call(FUSION, values)).outputs["out"]
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -54,7 +54,7 @@ def test_each_pair_is_rounded_before_the_sum(implementation):
         "ids": np.arange(4, dtype=np.int32)[None],
         "weights": np.array([[1, 1, 1, 5]], np.float32) * np.float32(8),
     }
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["out"]
+    got = run(implementation, Call(FUSION, values)).outputs["out"]
     np.testing.assert_array_equal(got.astype(np.float32), np.full((1, 3), 64, np.float32))
 
 
@@ -63,7 +63,7 @@ def test_an_expert_that_does_not_exist_adds_nothing(implementation):
     values = operands(FUSION, SIZES, "float32", seed=4) | {"ids": chosen(5, 9, 3)}
     alone = {**values, "weights": values["weights"] * np.array([1, 0, 1], np.float32)}
     missing = {**values, "ids": np.where(np.arange(3) == 1, -1, values["ids"]).astype(np.int32)}
-    results = [RUNNERS[implementation](Call(FUSION, v)).outputs["out"] for v in (alone, missing)]
+    results = [run(implementation, Call(FUSION, v)).outputs["out"] for v in (alone, missing)]
     np.testing.assert_allclose(*results, rtol=1e-6, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["expert_gate_up"]
 SIZES = {"T": 5, "D": 50, "I": 24, "E": 9, "K": 3}
@@ -34,7 +34,7 @@ def test_against_float64(implementation, ids):
     x, weight = (values[n].astype(np.float64) for n in ("x", "gate_up"))
     both = np.einsum("td,tknd->tkn", x, weight[values["ids"]])
     gate, up = both[..., :24], both[..., 24:]
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["activated"]
+    got = run(implementation, Call(FUSION, values)).outputs["activated"]
     np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=2e-5, atol=2e-5)
 
 
@@ -43,7 +43,7 @@ def test_an_expert_that_does_not_exist(implementation):
     """As padding has it: -1, or one past the last."""
     values = operands(FUSION, SIZES, "bfloat16", seed=4)
     values["ids"] = np.array([[0, -1, 8]] * 4 + [[9, 3, 2**31 - 1]], np.int32)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs["activated"]
+    got = run(implementation, Call(FUSION, values)).outputs["activated"]
     for at in ((0, 1), (4, 0), (4, 2)):
         np.testing.assert_array_equal(got[at], np.zeros(24, ml_dtypes.bfloat16))
     assert np.all(got[4, 1] != 0)

@@ -8,7 +8,7 @@ import pytest
 
 from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["gate_block"]
 SIZES = {"T": 5, "I": 12, "E": 21, "G": 1, "D": 72}
@@ -54,7 +54,7 @@ class TestGateBlock(FusionSuite):
 def test_against_float64(implementation):
     """The suite's own reference is not the only word: scaling rows after the products is the norm before them."""
     values = operands(FUSION, SIZES, "float32", seed=3)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs
+    got = run(implementation, Call(FUSION, values)).outputs
     for name, wanted in expected(values).items():
         np.testing.assert_allclose(got[name], wanted, rtol=5e-5, atol=2e-4, err_msg=name)
 
@@ -64,7 +64,7 @@ def test_against_float64(implementation):
 def test_narrow_dtypes_stay_near_float64(implementation, dtype):
     """Within the roundings of the operand and of the outputs; the residual is the float32 sum, rounded."""
     values = operands(FUSION, SIZES, dtype, seed=4)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs
+    got = run(implementation, Call(FUSION, values)).outputs
     wide = {n: v.astype(np.float32) for n, v in values.items()}
     total = wide["x"] + wide["residual"]
     np.testing.assert_array_equal(got["residual"], total.astype(got["residual"].dtype))
@@ -82,7 +82,7 @@ def test_equal_experts_have_equal_logits(implementation):
     values["weight"] = np.zeros_like(values["weight"])
     values["router"] = values["router"].copy()
     values["router"][11:21] = values["router"][10:0:-1]
-    logits = RUNNERS[implementation](Call(FUSION, values)).outputs["logits"]
+    logits = run(implementation, Call(FUSION, values)).outputs["logits"]
     np.testing.assert_array_equal(logits[:, 11:21], logits[:, 10:0:-1])
     total = (values["x"].astype(np.float64) + values["residual"].astype(np.float64)).astype(ml_dtypes.bfloat16)
     scale = 1 / np.sqrt((total.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
@@ -94,10 +94,10 @@ def test_equal_experts_have_equal_logits(implementation):
 def test_rows_of_nan_stay_alone(implementation):
     """A row of NaN gives NaN; every other row is what it is without it, bit for bit."""
     values = operands(FUSION, SIZES, "bfloat16")
-    clean = RUNNERS[implementation](Call(FUSION, values)).outputs
+    clean = run(implementation, Call(FUSION, values)).outputs
     values["x"] = values["x"].copy()
     values["x"][[1, 3]] = np.nan
-    for name, got in RUNNERS[implementation](Call(FUSION, values)).outputs.items():
+    for name, got in run(implementation, Call(FUSION, values)).outputs.items():
         np.testing.assert_array_equal(got[[0, 2, 4]], clean[name][[0, 2, 4]], err_msg=name)
         assert np.isnan(got[[1, 3]].astype(np.float32)).all(), name
 

@@ -7,7 +7,7 @@ import pytest
 
 from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["gate_gemm"]
 
@@ -46,6 +46,6 @@ def test_float32_is_not_rounded_to_tf32(implementation):
 def test_small_integers_are_exact(implementation):
     """Every order of addition gives the same sum of small integers."""
     values = operands(FUSION, {"T": 9, "P": 40, "D": 300}, "bfloat16", "integers")
-    outcome = RUNNERS[implementation](Call(FUSION, values))
+    outcome = run(implementation, Call(FUSION, values))
     wanted = values["x"].astype(np.float32) @ values["packed"].astype(np.float32).T
     np.testing.assert_array_equal(outcome.outputs["out"], wanted.astype(values["x"].dtype))

@@ -8,7 +8,7 @@ import pytest
 
 from moekit.compile.rules import spread
 from moekit.fusions import FUSIONS
-from moekit.testing import RUNNERS, Call, FusionSuite, check, compare, implementations, operands
+from moekit.testing import Call, FusionSuite, check, compare, implementations, operands, run
 
 FUSION = FUSIONS["gate_projections"]
 SIZES = {"T": 5, "I": 12, "E": 21, "G": 1, "D": 72}
@@ -48,7 +48,7 @@ class TestGateProjections(FusionSuite):
 def test_against_float64(implementation):
     """The suite's own reference is not the only word on what the outputs are."""
     values = operands(FUSION, SIZES, "float32", seed=3)
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs
+    got = run(implementation, Call(FUSION, values)).outputs
     for name, wanted in expected(values).items():
         np.testing.assert_allclose(got[name], wanted, rtol=2e-5, atol=2e-4, err_msg=name)
 
@@ -57,7 +57,7 @@ def test_against_float64(implementation):
 def test_small_integers_are_exact(implementation):
     """Products are added up in float32 and rounded once; every order gives the same sums of small integers."""
     values = operands(FUSION, SIZES | {"D": 300}, "bfloat16", "integers")
-    got = RUNNERS[implementation](Call(FUSION, values)).outputs
+    got = run(implementation, Call(FUSION, values)).outputs
     np.testing.assert_array_equal(got["logits"], expected(values)["logits"].astype(ml_dtypes.bfloat16))
     assert got["share"].dtype == np.float32
 
@@ -91,10 +91,10 @@ def test_far_from_zero(implementation):
 def test_rows_of_nan_stay_alone(implementation):
     """A row of NaN gives NaN, and every other row what it gives without it, bit for bit."""
     values = operands(FUSION, SIZES, "bfloat16")
-    clean = RUNNERS[implementation](Call(FUSION, values)).outputs
+    clean = run(implementation, Call(FUSION, values)).outputs
     values["x"] = values["x"].copy()
     values["x"][[1, 3]] = np.nan
-    for name, got in RUNNERS[implementation](Call(FUSION, values)).outputs.items():
+    for name, got in run(implementation, Call(FUSION, values)).outputs.items():
         assert np.isnan(got[[1, 3]].astype(np.float32)).all(), name
         np.testing.assert_array_equal(got[[0, 2, 4]], clean[name][[0, 2, 4]], err_msg=name)
 

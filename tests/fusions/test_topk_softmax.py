@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS, numpy_dtype
-from moekit.testing import RUNNERS, Call, FusionSuite, check, implementations, operands
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 
 FUSION = FUSIONS["topk_softmax"]
 NAN, INF = np.nan, np.inf
@@ -47,7 +47,7 @@ def test_odd_rows(implementation, params, dtype):
     logits = np.array(list(ROWS.values())).astype(numpy_dtype(dtype))
     call = Call(FUSION, {"logits": logits}, {"k": 5, **params})
     check(implementation, call)
-    outputs = RUNNERS[implementation](call).outputs
+    outputs = run(implementation, call).outputs
     for row, name in zip(outputs["ids"], ROWS, strict=True):
         assert len(set(row.tolist())) == 5, name
         assert row.min() >= 0, name
@@ -61,7 +61,7 @@ def test_odd_rows(implementation, params, dtype):
 def test_every_expert_chosen(implementation, dtype):
     """k = E, from +inf to -inf and on through NaN: the whole row in the order of a stable sort, no key found twice."""
     logits = np.array(list(ROWS.values())).astype(numpy_dtype(dtype))
-    ids = RUNNERS[implementation](Call(FUSION, {"logits": logits}, {"k": 9})).outputs["ids"]
+    ids = run(implementation, Call(FUSION, {"logits": logits}, {"k": 9})).outputs["ids"]
     np.testing.assert_array_equal(ids, FUSION.reference(logits, k=9, renormalize=True, nan_to_zero=False)["ids"])
 
 
@@ -91,7 +91,7 @@ def test_k_of_another_type(k):
 @given(st.permutations([-2.0, -1.0, 0.0, 1.0, NAN, -INF, INF]), st.integers(1, 7))
 def test_order_of_anything(row, k):
     """Distinct values in any order come out best first, numbers before NaN."""
-    outcome = RUNNERS["interpret"](Call(FUSION, {"logits": np.array([row], np.float32)}, {"k": k}))
+    outcome = run("interpret", Call(FUSION, {"logits": np.array([row], np.float32)}, {"k": k}))
     order = [INF, 2.0, 1.0, 0.0, -1.0, -2.0, -INF]
     wanted = [row.index(v) for v in order if v in row] + [i for i, v in enumerate(row) if v != v]
     assert outcome.outputs["ids"].tolist() == [wanted[:k]]

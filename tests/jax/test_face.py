@@ -120,13 +120,13 @@ def test_longer_than_a_kernel_counts():
 
 def test_a_campaign_counts_kernels_of_a_signature_seen_before():
     """Each compiled function of a campaign traces its kernels itself, so that its cases count."""
+    from moekit.testing.batch import run_case
     from moekit.testing.case import FuzzCase
-    from moekit.testing.jax_batch import run_values
-    from moekit.testing.oracle import Oracle
+    from moekit.testing.executors import executor
 
     case = FuzzCase("silu_and_mul", {"T": 3, "I": 24}, {"gate_up": "float32"})
     for _ in range(2):
-        (verdict,) = run_values("pallas", [(case, Oracle.of(case, "pallas"))])
+        verdict = run_case(executor("pallas"), case)
         assert verdict.launched
         assert not verdict.problems
 

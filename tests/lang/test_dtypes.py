@@ -10,7 +10,7 @@ from moekit import lang as ml
 from moekit.lang import In, Out, fusion
 from moekit.lang.dtypes import ALL, FLOATS, INTS, int_of_width, itemsize, numpy_dtype, promote, widened
 from moekit.lang.ops import from_ordered_bits, ordered_bits
-from moekit.testing import RUNNERS, Call
+from moekit.testing import Call, run
 
 NARROW = ("float16", "bfloat16")
 
@@ -111,7 +111,7 @@ def order_of(x):
 def test_ordered_bits_sort_as_floats_do(implementation, dtype):
     """Over all numbers of the format: order kept, -0 with +0, NaN below all, one integer free for padding."""
     x = every(dtype)
-    outputs = RUNNERS[implementation](Call(order_of, {"x": x.reshape(256, 256)})).outputs
+    outputs = run(implementation, Call(order_of, {"x": x.reshape(256, 256)})).outputs
     keys, values = outputs["order"].ravel().astype(np.int64), wide(x)
     numbers = ~np.isnan(values)
     order = np.argsort(values[numbers], kind="stable")
@@ -135,7 +135,7 @@ def test_ordered_bits_of_float32(row):
     def keys_of(x):
         return ordered_bits(x)[0]
 
-    keys = RUNNERS["numpy"](Call(keys_of, {"x": x})).outputs["out"][0].astype(np.int64)
+    keys = run("numpy", Call(keys_of, {"x": x})).outputs["out"][0].astype(np.int64)
     for a, i in zip(x[0], keys, strict=True):
         for b, j in zip(x[0], keys, strict=True):
             if np.isnan(a) or np.isnan(b):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,15 +19,16 @@ from click.testing import CliRunner
 from moekit.cli.app import cli
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
-from moekit.testing import agenda, campaign
-from moekit.testing.agenda import EXTRA, Agenda
-from moekit.testing.case import FuzzCase, Layout
+from moekit.testing import campaign
+from moekit.testing.campaign import EXTRA, Campaign
+from moekit.testing.case import FuzzCase
 from moekit.testing.coverage import Coverage, cell, tail
 from moekit.testing.executors import executor
+from moekit.testing.layouts import Layout
+from moekit.testing.processes import Trouble
 from moekit.testing.regressions import Regression, append, load, pasteable
 from moekit.testing.shrink import shrink
-from moekit.testing.tasks import Task, cases, run_task
-from moekit.testing.workers import Trouble
+from moekit.testing.tasks import Report, Task, cases, run_task
 
 CASE = FuzzCase("silu_and_mul", {"T": 9, "I": 40}, {"gate_up": "float16"}, recipe="special", seed=5,
                 layouts={"gate_up": Layout("padded", (0, 1), (0, 0), (1, 1), (0, 3))})  # fmt: skip
@@ -53,8 +55,7 @@ def test_a_task_runs_and_counts():
     report = run_task(Task("silu_and_mul", "numpy", 0, 0, 0, 3, 4))
     assert report.coverage.ran == 12
     assert not report.failures
-    assert sum(report.coverage.cells.values()) == report.coverage.full
-    assert sum(report.coverage.edge_cells.values()) == report.coverage.edges
+    assert report.coverage.cells.total() + report.coverage.edge_cells.total() == 12
 
 
 def test_no_case_is_anothers_twin():
@@ -86,12 +87,12 @@ def test_cells_name_dtype_layouts_and_tail():
 
 
 def test_edges_count_up_to_their_quota():
-    coverage = Coverage(full=100, edges=50)
+    coverage = Coverage(cells=Counter({cell(CASE): 100}), edge_cells=Counter({cell(CASE): 50}))
     assert coverage.counted == 105
 
 
 def test_a_campaign_survives_a_worker_that_dies(monkeypatch):
-    monkeypatch.setattr(agenda, "MOST_FAILURES", 12)
+    monkeypatch.setattr(campaign, "MOST_FAILURES", 12)
     name = f"{__name__}:broken" if "." not in __name__ else "tests.testing.test_campaign:broken"
     plan = campaign.Plan(["silu_and_mul"], [name], seed=1, examples=400, workers=1, combos=1, groups=4, layouts=1)
     result = campaign.run(plan)
@@ -101,9 +102,18 @@ def test_a_campaign_survives_a_worker_that_dies(monkeypatch):
     assert all(f.case.sizes["T"] == 16 for f in result.failures if "died" in f.problems[0])
 
 
-def agenda_of(**how) -> Agenda:
-    plan = campaign.Plan(["silu_and_mul"], ["numpy"], groups=2, layouts=2, **how)
-    return Agenda(plan, campaign.Result({"numpy": Coverage()}), time.monotonic())
+def campaign_of(**how) -> Campaign:
+    return Campaign(campaign.Plan(["silu_and_mul"], ["numpy"], groups=2, layouts=2, **how))
+
+
+class Scripted:
+    """In place of a process: what becomes of a task is a function of it."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def ask(self, work, task, patience):
+        return self.answer(task) or Report(task, Coverage())
 
 
 @pytest.mark.parametrize(("examples", "fusions", "least"), [(300, 1, 16), (2000, 10, 12), (100_000, 1, 64)])
@@ -116,45 +126,61 @@ def test_a_small_budget_reaches_many_calls(examples, fusions, least):
 
 
 def test_an_implementation_that_can_serve_no_call_ends_its_part():
-    agenda = agenda_of(examples=4, combos=3)
+    made = campaign_of(examples=4, combos=3)
     for _ in range(3):
-        agenda.done(agenda.next([]), Coverage(), [])
-    assert agenda.next([]) is None
-    agenda.end([])
-    assert agenda.result.left == ["numpy: it can be asked for none of these calls"]
+        made.run(Scripted(lambda task: None), made.next())
+    assert made.next() is None
+    made.close()
+    assert made.result.left == ["numpy: it can be asked for none of these calls"]
+
+
+def test_a_death_is_narrowed_down_to_one_case():
+    made = campaign_of(examples=4)
+    task = made.next()
+    made.run(Scripted(lambda t: Trouble("ended", "it died") if t.start <= 2 < t.start + t.size else None), task)
+    (failure,) = made.result.failures
+    assert failure.problems == ("it died",)
+    assert failure.fatal
+    assert failure.case == [c for group in cases(task) for c in group][2]
 
 
 def test_a_death_that_does_not_happen_again_is_a_failure_all_the_same():
-    agenda = agenda_of(examples=4)
-    task = agenda.next([])
-    agenda.lost(task, "it died")
-    while half := agenda.again.popleft() if agenda.again else None:
-        agenda.done(half, Coverage(), [])
-    assert [f.problems for f in agenda.result.failures] == [
+    made = campaign_of(examples=4)
+    deaths = iter([Trouble("ended", "it died")])
+    made.run(Scripted(lambda task: next(deaths, None)), made.next())
+    assert [f.problems for f in made.result.failures] == [
         ("it died; it did not happen again to any of the 4 cases from this one on",)
     ]
 
 
 def test_a_death_that_is_not_narrowed_down_in_time_is_a_failure_all_the_same():
-    agenda = agenda_of(examples=4)
-    agenda.lost(agenda.next([]), "it died")
-    agenda.end([])
-    (failure,) = agenda.result.failures
+    made = campaign_of(examples=4)
+
+    def late(task):
+        made.over = task.size < 4
+        return Trouble("ended", "it died")
+
+    made.run(Scripted(late), made.next())
+    (failure,) = made.result.failures
     assert failure.problems[0].startswith("it died; the time did not suffice")
+    made.close()
+    assert made.result.left[0] == "2 cases of 1 tasks were cut off when the time was over"
 
 
 def test_too_little_memory_is_no_failure_and_tried_once_more_alone():
-    agenda = agenda_of(examples=4)
-    task = agenda.next([])
-    agenda.starved(task, "CUDA out of memory")
-    agenda.result.coverage["numpy"].full = 4  # all that was asked for has run
-    assert agenda.next([replace(task, turn=1)]) is None
-    assert agenda.next([]) is task
-    assert agenda.next([]) is None
-    agenda.starved(task, "CUDA out of memory")
-    agenda.end([])
-    assert not agenda.result.failures
-    assert agenda.result.left == ["4 cases of silu_and_mul (numpy) were not run: CUDA out of memory"]
+    made = campaign_of(examples=4)
+    task, full = made.next(), Scripted(lambda task: Trouble("memory", "CUDA out of memory"))
+    made.run(full, task)
+    made.result.coverage["numpy"].cells[cell(CASE)] = 4  # all that was asked for has run
+    made.running.append(replace(task, turn=1))
+    assert made.next() is None
+    made.running.clear()
+    assert made.next() is task
+    assert made.next() is None
+    made.run(full, task)
+    made.close()
+    assert not made.result.failures
+    assert made.result.left == ["4 cases of silu_and_mul (numpy) were not run: CUDA out of memory"]
 
 
 @pytest.mark.parametrize(("text", "kind"), [

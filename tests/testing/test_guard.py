@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from moekit.testing.batch import run_case, run_cases
-from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, executor
 from moekit.testing.guard import POISONS, Arena, FarArena, differing, place
+from moekit.testing.layouts import Layout
 from moekit.testing.oracle import Oracle
 
 STRIDED = Layout("strided", (0, 1), (0, 1), (1, 2), (0, 0))

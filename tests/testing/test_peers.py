@@ -14,14 +14,15 @@ from moekit.cli.app import cli
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.testing import others
-from moekit.testing.case import FuzzCase, Layout
-from moekit.testing.draw import Limits, draw_call, numpy_source
+from moekit.testing.batch import replay
+from moekit.testing.case import FuzzCase
+from moekit.testing.draw import Limits, draw_call
 from moekit.testing.executors import executor
+from moekit.testing.layouts import Layout, numpy_source
 from moekit.testing.oracle import Oracle
 from moekit.testing.peers import PEERS, _in_place_norm, _returning, _topk, _writing, may_ask, vectors
 from moekit.testing.standards import wrong_ids
 from moekit.testing.tasks import Task, run_task
-from moekit.testing.workers import replay
 
 COUNT = itertools.count()
 
@@ -249,7 +250,7 @@ def test_standards_compute_what_their_references_say():
             case = replace(case, recipe=("normal", "mixed", "ties")[seed % 3], seed=seed)
             graph = peer.standard.declaration.trace(case.binding)
             outputs = evaluate(graph, case.values(), case.extents, "numpy")
-            assert Oracle.of(case, name, peer.standard).problems(outputs)[0] == [], (name, case)
+            assert not Oracle.of(case, name, peer.standard).compare(outputs).problems, (name, case)
 
 
 def test_a_peer_is_not_asked_for_what_it_refuses():

@@ -16,8 +16,8 @@ from moekit.fusions import FUSIONS
 from moekit.testing import properties
 from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase
-from moekit.testing.draw import KINDS
 from moekit.testing.executors import Evaluate, executor
+from moekit.testing.layouts import KINDS
 from moekit.testing.probes import PROBES
 from moekit.testing.strategies import cases
 from moekit.testing.tasks import work

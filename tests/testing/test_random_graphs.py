@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
 from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, find_fusion
-from moekit.testing.draw import KINDS
 from moekit.testing.executors import executor
-from moekit.testing.layouts import place, tile_layout
+from moekit.testing.layouts import KINDS
 from moekit.testing.schedules import variants
 from moekit.testing.strategies import cases
 from moekit.testing.tasks import work
@@ -42,8 +41,7 @@ def test_legal_schedules_can_be_planned(case):
 
 def every_variant_can_be_planned(case: FuzzCase) -> None:
     """Lower and verify a case under each schedule that `legal` allows."""
-    tensors = case.values() | {n: np.zeros(case.shape(n), "float32") for n in case.names}
-    layouts = {n: tile_layout(place(x)) for n, x in tensors.items()}
+    layouts = contiguous(case.graph, case.extents)
     for schedule in variants(case.graph).values():
         assert plan(case.graph, schedule, layouts).programs
 

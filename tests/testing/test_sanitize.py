@@ -12,7 +12,8 @@ from moekit.cli import platform
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 from moekit.testing import sanitize
-from moekit.testing.gpu_pass import KINDS, Doors, cases, cell, run_pallas
+from moekit.testing.executors import FRONT, SHORT, executor
+from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, run_pallas
 from moekit.testing.oracle import Oracle
 from moekit.testing.schedules import variants
 
@@ -72,18 +73,22 @@ def test_it_covers_every_fusion_dtype_layout_and_schedule():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_views_lie_as_the_layout_says(kind):
     mine = [c for i, c in EVERY if (i, c.fusion) == ("pallas", "silu_and_mul") and c.layout("gate_up").kind == kind]
-    assert not Oracle.of(mine[0], "pallas").problems(run_pallas(mine[0])[0])[0]
+    outputs, launched = run_pallas(executor("pallas"), mine[0])
+    assert not Oracle.of(mine[0], "pallas").compare(outputs).problems
+    assert launched[COMPILED] > 0
 
 
 def test_both_doors_are_counted(monkeypatch):
+    from moekit.testing import executors
     from moekit.torch import fast, launch
 
     monkeypatch.setattr(launch, "_start", lambda one, tensors: "kernel")
     monkeypatch.setattr(fast, "_launch", lambda entry, pointers: None)
-    doors = Doors()
+    monkeypatch.setattr(executors, "launches", Counter())
+    executors.Torch("triton", "triton", "cpu")
     assert launch._start(None, {}) == "kernel"
     fast._launch(type("Entry", (), {"ready": (1, 2)}), [])
-    assert doors.counts == {"front": 1, "short": 2}
+    assert executors.launches == {FRONT: 1, SHORT: 2, "triton": 3}
 
 
 def test_clean(fake, tmp_path, capsys):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moekit.testing.case import FuzzCase
+from moekit.testing.processes import Process
 from moekit.testing.shrink import shrink, sort_of
-from moekit.testing.workers import Prober
 
 WRONG = FuzzCase("silu_and_mul", {"T": 6, "I": 16}, {"gate_up": "bfloat16"}, {}, recipe="normal", seed=4)
 
@@ -35,14 +35,14 @@ def test_failures_are_told_apart(problems, sort):
 
 def test_a_refusal_is_not_the_failure_that_was_found():
     """float32 would be simpler, and is refused: the case stays in bfloat16, with the row that is wrong."""
-    prober = Prober(f"{__name__}:refuses_float32")
+    process, name = Process(), f"{__name__}:refuses_float32"
     try:
-        found = prober.problems(WRONG)
+        found = process.problems(WRONG, name)
         assert sort_of(found) == "silu_and_mul"
-        small = shrink(WRONG, lambda case: prober.fails(case, found))
+        small = shrink(WRONG, lambda case: process.fails(case, name, found))
         assert small.dtypes == {"gate_up": "bfloat16"}
         assert small.sizes == {"T": 4, "I": 1}
-        assert sort_of(prober.problems(small)) == "silu_and_mul"
-        assert not prober.fails(FuzzCase("silu_and_mul", {"T": 4, "I": 1}, {"gate_up": "float32"}, {}), found)
+        assert sort_of(process.problems(small, name)) == "silu_and_mul"
+        assert not process.fails(FuzzCase("silu_and_mul", {"T": 4, "I": 1}, {"gate_up": "float32"}, {}), name, found)
     finally:
-        prober.close()
+        process.end()

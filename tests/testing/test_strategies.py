@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
-from moekit.testing.case import FuzzCase, Layout, find_fusion
-from moekit.testing.draw import KINDS, Limits, draw_layout, numpy_source
+from moekit.testing.case import FuzzCase, find_fusion
+from moekit.testing.draw import Limits
 from moekit.testing.guard import Arena
+from moekit.testing.layouts import KINDS, Layout, draw_layout, numpy_source
 from moekit.testing.probes import PROBES
 from moekit.testing.strategies import cases, layouts
 

@@ -123,11 +123,11 @@ PARAMS = {"topk_softmax": {"k": 4}}
 def tensors():
     """`tensors(name, dtype, layout, device, seed)`: operands of a fusion, in declared order, in the layout."""
     from moekit.fusions import FUSIONS
-    from moekit.testing import as_torch, operands, place
+    from moekit.testing import as_torch, operands
 
-    def make(name, dtype="float32", layout="contiguous", device="cpu", seed=0, sizes=None):
+    def make(name, dtype="float32", layout="dense", device="cpu", seed=0, sizes=None):
         values = operands(FUSIONS[name], sizes or SIZES[name], dtype, seed=seed)
-        return tuple(as_torch(place(x, layout), device) for x in values.values())
+        return tuple(as_torch(x, layout, device) for x in values.values())
 
     return make
 

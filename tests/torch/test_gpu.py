@@ -16,7 +16,7 @@ from moekit.torch.call import Call
 
 pytestmark = pytest.mark.gpu
 CLOSE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-LAYOUTS = ("contiguous", "row_padded", "every_second", "transposed", "transposed_padded")
+LAYOUTS = ("dense", "padded", "strided", "transposed", "transposed padded")
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,7 +50,7 @@ def test_short_way_is_taken(tensors, monkeypatch):
     torch.ops.moekit.add_rms_norm(*operands)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "row_padded", "transposed"])
+@pytest.mark.parametrize("layout", ["dense", "padded", "transposed"])
 def test_opcheck(fused, params, tensors, layout):
     known = ops.registered(FUSIONS[fused])
     for overload in filter(None, (known.plain, known.in_place)):

@@ -11,7 +11,7 @@ import torch
 import moekit.torch as mt
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.testing import as_torch, operands, place
+from moekit.testing import as_torch, operands
 
 SIZES = {
     "gate_gemm": {"T": 5, "D": 24, "P": 17}, "silu_and_mul": {"T": 5, "I": 9}, "topk_softmax": {"T": 5, "E": 20},
@@ -24,9 +24,9 @@ SIZES = {
 for name, sizes in SIZES.items():
     params = {"k": 3} if "k" in FUSIONS[name].params else {}
     for dtype, tolerance in (("float32", 2e-5), ("float16", 4e-3)):
-        for layout in ("contiguous", "row_padded", "transposed"):
+        for layout in ("dense", "padded", "transposed"):
             for in_place in (False, True):
-                make = lambda: [as_torch(place(x, layout)) for x in operands(FUSIONS[name], sizes, dtype).values()]
+                make = lambda: [as_torch(x, layout) for x in operands(FUSIONS[name], sizes, dtype).values()]
                 face = mt.op(FUSIONS[name], in_place=in_place)
                 got = face(*make(), **params, implementation="triton")
                 wanted = face(*make(), **params, implementation="eager")

@@ -161,7 +161,7 @@ def transposed(shape, dtype):
 @pytest.mark.parametrize("fusion", ["add_rms_norm", "silu_and_mul", "topk_softmax", "gate_gemm", "shared_expert_combine"])
 def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
     """T = 1 … 300, row-major and transposed: as many kernels as stride classes, for a GEMM times its classes of rows."""
-    monkeypatch.setattr("moekit.compile.interpret.execute", lambda *args: None)
+    monkeypatch.setattr("moekit.compile.tile.interpret.execute", lambda *args: None)
     face, dtype = getattr(mt, fusion), torch.bfloat16
     shapes = {
         "add_rms_norm": lambda t: ((t, 64), (t, 64), (64,)),

@@ -9,7 +9,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, InOut, cast, f32, fusion
 from moekit.torch import ops
 
-LAYOUTS = ("contiguous", "row_padded", "transposed")
+LAYOUTS = ("dense", "padded", "transposed")
 
 
 def as_tuple(x) -> tuple:

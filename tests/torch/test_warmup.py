@@ -49,7 +49,7 @@ def test_every_class_of_rows_is_there_afterwards(fusion, tensors, emulated, monk
     """A GEMM has kernels by its number of rows: calls of any T compile nothing after a warm-up without one."""
     served = lambda f, in_place: partial(op(f, in_place), implementation="triton")  # noqa: E731
     monkeypatch.setattr(warm, "op", served)
-    monkeypatch.setattr("moekit.compile.interpret.execute", lambda *args: None)
+    monkeypatch.setattr("moekit.compile.tile.interpret.execute", lambda *args: None)
     sizes = {"H": 24, "D": 64, "P": 24, "I": 16, "E": 16, "G": 1, "H?": 1}
     mt.warmup([fusion], sizes, device="cpu")
     compiled = set(emulated.compiled)

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from moekit.testing.case import FuzzCase, Layout
+from moekit.testing.case import FuzzCase
 from moekit.testing.draw import overwriting
+from moekit.testing.layouts import Layout
 from moekit.testing.schedules import variants
 from moekit.testing.tasks import Task, cases
 
@@ -42,7 +43,7 @@ def directed(stage: str) -> Iterator[Attempt]:
 
 def _replay(case: FuzzCase) -> Attempt:
     def attempt(stage: str) -> list[str]:
-        from moekit.testing.campaign import replay
+        from moekit.testing.batch import replay
 
         return replay(case, stage)
 

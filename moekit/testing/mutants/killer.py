@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from moekit.testing.executors import JAX
 from moekit.testing.mutants.directed import VIEWED, directed
 from moekit.testing.random_graphs import WIDER
-from moekit.testing.tasks import JAX, Task
+from moekit.testing.tasks import Task
 
 STAGES = ("interpret", "triton-interpreter", "pallas")
 ARRAYS = ("numpy", "eager", "xla")  # array evaluation: what no tile program goes through

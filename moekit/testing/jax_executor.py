@@ -1,0 +1,134 @@
+"""JAX's implementations: every tensor of a case is a View of the dense array in guarded memory that its layout says it lies in.
+
+One function is compiled for all cases that differ in values alone; outputs come back as whole arrays, gaps included.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moekit.jax import View, launch, op, program, view
+from moekit.testing.case import AnyCall
+from moekit.testing.executors import Executor, keep, launches, schedule_of
+from moekit.testing.guard import Slot
+from moekit.testing.layouts import Layout
+
+
+def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
+    """The tensor of `shape` that `layout` places in `base` (whose axes are in the order of storage).
+
+    It is sliced twice: to every so manieth element first, and of those to the ones that are wanted.
+    """
+    every, wanted = [], []
+    for d in layout.order:
+        first, step = divmod(layout.starts[d], layout.steps[d])
+        every.append(slice(step, None, layout.steps[d]))
+        wanted.append(slice(first, first + shape[d]))
+    return view(base)[tuple(every)][tuple(wanted)].transpose(*(layout.order.index(d) for d in range(len(shape))))
+
+
+def _view(case: AnyCall, name: str, bases: Mapping[str, Any]) -> View:
+    """A tensor of a case, in the arrays of the case; stride 0 has no View, and is the whole of an array."""
+    layout, shape = case.layout(name), case.shape(name)
+    if not case.woven:
+        return view_of(bases[name], Layout.dense(len(shape)) if layout.zero else layout, shape)
+    array, turn, _ = case.weave()[name]
+    return view(bases[array])[..., turn % 2 :: 2][..., turn // 2]
+
+
+def _elements(case: AnyCall, name: str, base: np.ndarray) -> np.ndarray:
+    """The elements of a tensor that may be written, in its array."""
+    return base[..., case.weave()[name][1]] if case.woven else case.layout(name).elements(base, case.shape(name))
+
+
+def key(case: AnyCall) -> str:
+    """What a compiled program of the case depends on."""
+    parts = (case.declaration.name, sorted(case.extents.items()), sorted(case.dtypes.items()),
+             sorted(case.params.items()), case.mode, case.schedule, case.woven,
+             [(n, case.shape(n), case.layout(n)) for n in case.memory()])  # fmt: skip
+    return repr(parts)
+
+
+class Jax(Executor):
+    """A JAX implementation. Of four cases one is run on other poison too: what costs is the compilation, then the transfers."""
+
+    every = 4
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.kernels = _counting()
+        self.functions: dict[tuple, tuple[Callable, int]] = {}
+
+    def supports(self, case: AnyCall) -> bool:
+        """An output over another operand is not to be had without strides, nor are strides past 2³¹."""
+        return not case.mode.startswith("over:") and all(case.layout(n).kind != "far" for n in case.memory())
+
+    def tensor(self, memory: np.ndarray, slot: Slot) -> np.ndarray:
+        """The array that the tensor lies in."""
+        return slot.whole(memory)
+
+    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
+        """Run the case through a function compiled for it."""
+        bases = arrays(case, tensors)
+        text, count = (case.declaration, key(case)), self.kernels.count
+        function, kernels = self.functions.get(text) or (compiled(self.name, case), None)
+        got = function(bases)
+        if kernels is None:
+            kernels = self.kernels.count - count
+            self.functions = {**(self.functions if len(self.functions) < 64 else {}), text: (function, kernels)}
+        for (name, target), x in zip(case.targets.items(), got, strict=True):
+            after, mine = np.asarray(x), tensors[target]
+            elements = _elements(case, target, mine)
+            if case.mode == "plain":
+                keep(elements, after, name)[...] = after
+            else:
+                mine[...] = np.where((mine != mine) & (after != after), mine, after)  # XLA may give a NaN other bits
+                elements[...] = _elements(case, target, after)
+        launches[self.name] += kernels if self.name == "pallas" else 1
+
+
+def arrays(case: AnyCall, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The arrays that a call takes, each with a name: woven tensors share one."""
+    names = [n for n in case.memory() if n in case.shapes or case.mode != "plain"]
+    return {case.weave()[n][0] if case.woven else n: jnp.asarray(tensors[n]) for n in names}
+
+
+def compiled(implementation: str, case: AnyCall) -> Callable[[Mapping[str, Any]], tuple]:
+    """A jitted function of the arrays of the case's memory, by name; it returns those of the outputs.
+
+    Its kernels are traced anew, so that they are counted, whatever was traced before.
+    """
+    program.launched.cache_clear()
+    face, options = op(case.declaration), {"implementation": implementation, "schedule": schedule_of(case)}
+
+    @jax.jit
+    def run(bases: Mapping[str, Any]) -> tuple:
+        given = None if case.mode == "plain" else tuple(_view(case, t, bases) for t in case.targets.values())
+        got = face(*(_view(case, n, bases) for n in case.shapes), **case.params, **options, out=given)
+        return got if isinstance(got, tuple) else (got,)
+
+    return run
+
+
+class _Count:
+    """How many kernels were built into programs in this process."""
+
+    count = 0
+
+
+@functools.lru_cache(maxsize=1)
+def _counting() -> _Count:
+    counter, original = _Count(), launch.kernel
+
+    def counted(program):
+        counter.count += 1
+        return original(program)
+
+    launch.kernel = counted
+    return counter
