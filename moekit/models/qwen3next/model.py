@@ -59,7 +59,7 @@ def load(
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. progress(done, total) is called after each array.
+    dtype: of the weights, the checkpoint's where None. progress(done, total), in bytes, is called after each share.
     Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
     before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
     truncated, or holds NaN or an infinity in `dtype`.
