@@ -1,6 +1,6 @@
 """How fast a checkpoint is read: one layer of Qwen3-Next-80B's sizes, over as many ranks, from the page cache.
 
-    python -m bench.load --tp 8 --experts 128
+    python bench/load.py --tp 8 --experts 128
 
 It writes the layer to a temporary folder (2 GB for 512 experts and more: `--experts` makes it smaller), reads it once to warm
 the cache, and prints the seconds and GB/s of a second reading, in bytes of the files.

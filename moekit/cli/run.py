@@ -24,12 +24,13 @@ from moekit.models.qwen3next import (
     Generation,
     Model,
     Progress,
+    Room,
     greedy_step,
     prefill,
     write_random_checkpoint,
 )
 from moekit.models.qwen3next.config import check_tensor_parallel
-from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate
+from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate, padded
 from moekit.models.qwen3next.kernels import FUSIONS
 
 
@@ -89,6 +90,12 @@ def devices() -> list[Any]:
 def mesh_of(tp: int) -> Mesh:
     """The first `tp` devices as the axis that the model is cut over."""
     return Mesh(np.array(devices()[:tp]), ("tp",))
+
+
+def room(prompts: Sequence[Sequence[int]], new_tokens: int) -> Room:
+    """The cache that `generate` makes for prompts and as many new tokens."""
+    tokens, _, length = padded(prompts, new_tokens)
+    return Room(len(prompts), length, tokens.shape[1])
 
 
 def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:

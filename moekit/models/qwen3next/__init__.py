@@ -4,6 +4,7 @@ from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
+from moekit.models.qwen3next.memory import FitError, Room
 from moekit.models.qwen3next.model import (
     Model,
     abstract_model,
@@ -21,9 +22,11 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "FitError",
     "Generation",
     "Model",
     "Progress",
+    "Room",
     "abstract_model",
     "cache_shapes",
     "decode_step",

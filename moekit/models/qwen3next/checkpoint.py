@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.forms import FUSED, Form, Piece
+from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import AXIS, FLOAT32, REPLICATED, Parameter, Slab, Weight, parameters
 
@@ -84,16 +85,20 @@ def load_parameters(
     mesh: Mesh,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    room: Room = NO_ROOM,
 ) -> dict[str, Any]:
     """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share.
 
     dtype: that of the weights (A_log and dt_bias stay float32, and what a narrow checkpoint keeps in float32 does where
     the model has it so); None takes what config.json names, and the files' where it names none. progress(done, total),
-    in bytes of this process's devices, is called after each share. All files are checked before the first array is placed.
+    in bytes of this process's devices, is called after each share. Before the first array is placed all files are checked,
+    and that weights and a cache as `room` says it fit (FitError).
     """
     with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        kind = np.dtype(weights_dtype(checkpoint, dtype))
+        check_fits(checkpoint.config, mesh, kind, room)
         leaves, structure = jax.tree.flatten(parameters(checkpoint.config, mesh.shape[AXIS]))
-        reader = _Reader(checkpoint, mesh, np.dtype(weights_dtype(checkpoint, dtype)), pool)
+        reader = _Reader(checkpoint, mesh, kind, pool)
         total, done, arrays = sum(map(reader.size, leaves)), 0, []
         for parameter in leaves:
             shares = []

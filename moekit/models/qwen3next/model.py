@@ -25,6 +25,7 @@ from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.memory import NO_ROOM, Room
 from moekit.models.qwen3next.moe import moe
 from moekit.models.qwen3next.numerics import linear
 from moekit.models.qwen3next.sharding import AXIS, parameters, specs, vocabulary_spec
@@ -55,21 +56,23 @@ def load(
     mesh: Mesh,
     dtype: str | None = None,
     *,
+    room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. progress(done, total), in bytes, is called after each share.
+    dtype: of the weights, the checkpoint's where None. room: the cache that must fit beside them. progress(done, total),
+    in bytes, is called after each share.
     Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
     before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
-    truncated, or holds NaN or an infinity in `dtype`.
+    truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
     dtype = checks.weight_dtype(dtype)
     config = Config.from_json(checkpoint_dir)
     check_tensor_parallel(config, mesh.shape[AXIS])
-    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress)
+    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress, room)
     return Model(params, config, mesh)
 
 
