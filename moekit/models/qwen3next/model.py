@@ -126,15 +126,15 @@ def prefill(
             memories.first(kind, memory)
             return out.reshape(batch * length, -1)
 
-        hidden = _layers(params, tokens.reshape(-1), mix, config, kernels)
+        hidden = through_layers(params, tokens.reshape(-1), mix, config, kernels)
         hidden = hidden.reshape(batch, length, -1)
         if not every_logit:
             hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
     leading = P(None, None) if every_logit else P(None)
-    places = (_logit_spec(model, leading), cache_specs(config, kernels.fused))
-    return _sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
+    places = (logit_spec(model, leading), cache_specs(config, kernels.fused))
+    return sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
 
 
 @checks.checked(checks.check_step)
@@ -150,7 +150,7 @@ def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
     specs = cache_specs(model.config, cache.stacked)
-    return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(model.params, tokens, cache)
+    return sharded(model, step, (P(), specs), (logit_spec(model, P(None)), specs))(model.params, tokens, cache)
 
 
 @checks.checked(checks.check_step)
@@ -168,7 +168,7 @@ def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
         return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache
 
     specs = cache_specs(model.config, cache.stacked)
-    return _sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
+    return sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
 
 
 @jax.jit
@@ -179,7 +179,7 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
     """
     cut = vocabulary_spec(model.config, model.tp) != P()
     local = partial(_most_likely, cut=cut and model.tp > 1, gather=partial(lax.all_gather, axis_name=AXIS))
-    return jax.shard_map(local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
+    return jax.shard_map(local, mesh=model.mesh, in_specs=logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
 
 
 def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
@@ -194,11 +194,11 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
         return out
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
-    hidden = _layers(params, tokens, mix, config, kernels)
+    hidden = through_layers(params, tokens, mix, config, kernels)
     return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
 
-def _layers(
+def through_layers(
     params: Any,
     tokens: jax.Array,
     mix: Callable[[str, jax.Array, Layer], jax.Array],
@@ -230,10 +230,10 @@ def _most_likely(logits: jax.Array, cut: bool, gather: Callable[..., Any]) -> ja
     return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
 
 
-def _sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+def sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
     own = specs(model.params, model.config, model.tp)
     return jax.shard_map(local, mesh=model.mesh, in_specs=(own, *inputs), out_specs=outputs, check_vma=False)
 
 
-def _logit_spec(model: Model, leading: P) -> P:
+def logit_spec(model: Model, leading: P) -> P:
     return P(*leading, *vocabulary_spec(model.config, model.tp))
