@@ -88,7 +88,7 @@ def decode(
 
     directory = checkpoint or run.tiny_checkpoint()
     config = Config.from_json(directory)
-    tp = _checked_tp(config, tp)
+    tp = checked_tp(config, tp)
     prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
     _check_prompts(config, prompts)
     ends = _ends(directory, config)
@@ -123,7 +123,7 @@ def decode(
         raise click.exceptions.Exit(1)
 
 
-def _checked_tp(config: Config, tp: int | None) -> int:
+def checked_tp(config: Config, tp: int | None) -> int:
     """The ranks asked for, if this machine and this model allow them; where None, the most they allow."""
     from moekit.cli import run
     from moekit.models.qwen3next import ConfigError

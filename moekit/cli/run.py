@@ -57,6 +57,19 @@ def tiny_checkpoint() -> Path:
     return directory
 
 
+def keep_programs() -> None:
+    """Keep compiled programs in the user's cache directory, where the next command finds them; jax only warns if it cannot."""
+    if jax.config.jax_compilation_cache_dir is None:
+        import platformdirs
+
+        jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("moekit")) / "programs"))
+
+
+def rounded(length: int) -> int:
+    """A cache's length with room for so many tokens, of a few sizes so that compiled programs are found again."""
+    return -(-length // CACHE_BUCKET) * CACHE_BUCKET
+
+
 def _write_tiny(cache: Path, directory: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
