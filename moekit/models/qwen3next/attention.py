@@ -64,9 +64,7 @@ def extend(
     q, gate, k, v = _project(x, weights, positions, config)
     kept = jnp.where(steps < lengths[:, None], positions, memory.keys.shape[2])  # out of range: dropped
     rows = jnp.arange(batch)[:, None]
-    keys, values = (
-        held.at[rows, :, kept].set(new, mode="drop") for held, new in ((memory.keys, k), (memory.values, v))
-    )
+    keys, values = (held.at[rows, :, kept].set(new, mode="drop") for held, new in ((memory.keys, k), (memory.values, v)))
     visible = jnp.arange(keys.shape[2])[None, None] <= positions[..., None]
     return _output(_attend(q, keys, values, visible), gate, weights), KeyValues(keys, values)
 

@@ -144,9 +144,7 @@ def _chunks(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, CHUNK, dim)
 
 
-def _convolve(
-    mixed: jax.Array, weight: jax.Array, lengths: jax.Array, before: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Depthwise causal convolution, silu, of [B, S, C] after `before` [B, width - 1, C]; and each sequence's last inputs."""
     width, length = weight.shape[1], mixed.shape[1]
     if before is None:
