@@ -10,6 +10,8 @@ from moekit.cli.doctor import doctor
 from moekit.cli.export import export
 from moekit.cli.fusions import list_fusions
 from moekit.cli.fuzz import fuzz
+from moekit.cli.generate import generate
+from moekit.cli.inspect import inspect
 from moekit.cli.mutants import mutants
 from moekit.cli.show import show
 from moekit.cli.tune import tune
@@ -55,5 +57,5 @@ def cli(ctx: click.Context) -> None:
         raise KeyboardInterrupt
 
 
-for _command in (decode, list_fusions, show, export, doctor, tune, fuzz, mutants):
+for _command in (decode, generate, inspect, list_fusions, show, export, doctor, tune, fuzz, mutants):
     cli.add_command(_command)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
+from moekit.cli.progress import bar, loading
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -90,21 +88,21 @@ def decode(
 
     directory = checkpoint or run.tiny_checkpoint()
     config = Config.from_json(directory)
-    tp = _checked_tp(config, tp)
+    tp = checked_tp(config, tp)
     prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
     _check_prompts(config, prompts)
     ends = _ends(directory, config)
 
-    with _bar(f"loading {directory.name}") as advance:
-        model = load(directory, run.mesh_of(tp), dtype, progress=advance)
+    with loading(f"loading {directory.name}") as advance:
+        model = load(directory, run.mesh_of(tp), dtype, room=run.room(prompts, new_tokens), progress=advance)
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
-        with _bar(f"decoding with {which}") as advance:
+        with bar(f"decoding with {which}") as advance:
             runs[which] = run.run(model, prompts, new_tokens, ends, which, lambda p, advance=advance: advance(p.step, p.total))
     found = agreement.difference(runs["pallas"], runs["xla"])
     close = None
     if str(model.dtype) != "float32":
-        with _bar("comparing logits") as advance:
+        with bar("comparing logits") as advance:
             close = agreement.closeness(model, prompts, runs[kernels].tokens, advance)
     agree = found is None if close is None else close.within
     report = {
@@ -125,7 +123,7 @@ def decode(
         raise click.exceptions.Exit(1)
 
 
-def _checked_tp(config: Config, tp: int | None) -> int:
+def checked_tp(config: Config, tp: int | None) -> int:
     """The ranks asked for, if this machine and this model allow them; where None, the most they allow."""
     from moekit.cli import run
     from moekit.models.qwen3next import ConfigError
@@ -163,15 +161,6 @@ def _ends(directory: Path, config: Config) -> tuple[int, ...]:
             said = f"the end token {token} is outside the vocabulary of {config.vocab_size} and ends nothing"
             notes().print(said, soft_wrap=True)
     return tuple(token for token in named if token < config.vocab_size)
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; what it yields is called with how much is done and of how much."""
-    columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=notes()) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from moekit.models.qwen3next import (
     Generation,
     Model,
     Progress,
+    Room,
     greedy_step,
     prefill,
     write_random_checkpoint,
 )
 from moekit.models.qwen3next.config import check_tensor_parallel
-from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate
+from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate, padded
 from moekit.models.qwen3next.kernels import FUSIONS
 
 
@@ -54,6 +55,19 @@ def tiny_checkpoint() -> Path:
             "give --checkpoint"
         ) from None
     return directory
+
+
+def keep_programs() -> None:
+    """Keep compiled programs in the user's cache directory, where the next command finds them; jax only warns if it cannot."""
+    if jax.config.jax_compilation_cache_dir is None:
+        import platformdirs
+
+        jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("moekit")) / "programs"))
+
+
+def rounded(length: int) -> int:
+    """A cache's length with room for so many tokens, of a few sizes so that compiled programs are found again."""
+    return -(-length // CACHE_BUCKET) * CACHE_BUCKET
 
 
 def _write_tiny(cache: Path, directory: Path) -> None:
@@ -89,6 +103,12 @@ def devices() -> list[Any]:
 def mesh_of(tp: int) -> Mesh:
     """The first `tp` devices as the axis that the model is cut over."""
     return Mesh(np.array(devices()[:tp]), ("tp",))
+
+
+def room(prompts: Sequence[Sequence[int]], new_tokens: int) -> Room:
+    """The cache that `generate` makes for prompts and as many new tokens."""
+    tokens, _, length = padded(prompts, new_tokens)
+    return Room(len(prompts), length, tokens.shape[1])
 
 
 def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:

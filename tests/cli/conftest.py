@@ -10,8 +10,8 @@ from moekit.cli.app import cli
 def moekit():
     """Run `moekit …` and return click's Result; an unexpected exception is raised, never swallowed."""
 
-    def call(*arguments: str) -> Result:
-        result = CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
+    def call(*arguments: str, **options) -> Result:
+        result = CliRunner().invoke(cli, list(arguments), catch_exceptions=False, **options)
         assert "Traceback" not in result.output
         return result
 

@@ -163,17 +163,17 @@ def padded(prompts):
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def teacher_forced(model, prompts, tokens, fill="pallas"):
+def teacher_forced(model, prompts, tokens, fill="pallas", step="pallas"):
     """The logits of every prompt position, and those after each prompt and each of tokens [B, N]: [B, N + 1, V].
 
-    fill: the kernels that read the prompts; the steps take Pallas's.
+    fill, step: the kernels that read the prompts, and those of the steps.
     """
     ids, lengths = padded(prompts)
     every, cache = prefill(model, ids, lengths, cache_length=128, every_logit=True, kernels=fill)
     every = np.asarray(every)
     steps = [every[np.arange(len(prompts)), np.asarray(lengths) - 1]]
     for token in np.asarray(tokens, np.int32).T:
-        logits, cache = decode_step(model, jnp.asarray(token), cache)
+        logits, cache = decode_step(model, jnp.asarray(token), cache, kernels=step)
         steps.append(np.asarray(logits))
     return [row[: len(p)] for row, p in zip(every, prompts, strict=True)], np.stack(steps, axis=1)
 

@@ -18,6 +18,7 @@ from tests.models.micro import MICRO, check_same, check_sentence, theirs
 EXAMPLES = settings(max_examples=max(300, settings.default.max_examples))
 SMALL = {"model_type": "qwen3_next", "num_hidden_layers": 4, "head_dim": 32}
 
+
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
     before = transformers.logging.get_verbosity()

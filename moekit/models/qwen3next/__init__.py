@@ -1,9 +1,12 @@
-"""Qwen3-Next in functional JAX: load, prefill, decode_step, generate."""
+"""Qwen3-Next and Qwen3.5 MoE in functional JAX: load, prefill, extend, decode_step, generate; an Engine of many sequences."""
 
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.config import Config, ConfigError
+from moekit.models.qwen3next.engine import Engine, FullError, Token
+from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
+from moekit.models.qwen3next.memory import FitError, Room
 from moekit.models.qwen3next.model import (
     Model,
     abstract_model,
@@ -13,6 +16,7 @@ from moekit.models.qwen3next.model import (
     most_likely,
     prefill,
 )
+from moekit.models.qwen3next.sampling import Sampling
 from moekit.models.qwen3next.tiny import TINY, write_random_checkpoint
 
 __all__ = [
@@ -21,13 +25,21 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "Engine",
+    "FitError",
+    "FullError",
     "Generation",
     "Model",
     "Progress",
+    "Room",
+    "Sampling",
+    "Token",
     "abstract_model",
     "cache_shapes",
     "decode_step",
+    "empty_cache",
     "end_tokens",
+    "extend",
     "generate",
     "greedy_step",
     "load",

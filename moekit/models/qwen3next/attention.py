@@ -50,6 +50,25 @@ def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> 
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
 
+@partial(jax.jit, static_argnames=("config",))
+def extend(
+    x: jax.Array, weights: Layer, memory: KeyValues, starts: jax.Array, lengths: jax.Array, config: Config
+) -> tuple[jax.Array, KeyValues]:
+    """More tokens of each sequence: x [B, S, H], the first lengths [B] real, at positions from starts [B] on.
+
+    -> partial output [B, S, H], new memory. Each token sees what the memory held before it; padding is not remembered.
+    """
+    batch, length, _ = x.shape
+    steps = jnp.arange(length)[None]
+    positions = starts[:, None] + steps
+    q, gate, k, v = _project(x, weights, positions, config)
+    kept = jnp.where(steps < lengths[:, None], positions, memory.keys.shape[2])  # out of range: dropped
+    rows = jnp.arange(batch)[:, None]
+    keys, values = (held.at[rows, :, kept].set(new, mode="drop") for held, new in ((memory.keys, k), (memory.values, v)))
+    visible = jnp.arange(keys.shape[2])[None, None] <= positions[..., None]
+    return _output(_attend(q, keys, values, visible), gate, weights), KeyValues(keys, values)
+
+
 def _project(
     x: jax.Array, weights: Layer, positions: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

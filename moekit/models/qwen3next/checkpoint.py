@@ -1,10 +1,16 @@
-"""Hugging Face safetensors checkpoints, read slice by slice: a device's share and nothing else."""
+"""Hugging Face safetensors checkpoints, read slice by slice: a device's share and nothing else.
+
+Files are mapped, so that a block costs the pages it lies in. One share of one array is on the host at a time, and the one
+before it on its way to a device; threads fill it, weight by weight and expert by expert.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, said, shown
+from moekit.models.qwen3next.forms import FUSED, Form, Piece
+from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
-from moekit.models.qwen3next.sharding import AXIS, FLOAT32, Parameter, Slab, Weight, checkpoint_shapes, parameters
+from moekit.models.qwen3next.sharding import AXIS, FLOAT32, REPLICATED, Parameter, Slab, Weight, parameters
 
 HEAD = "lm_head.weight"
 MANY = 100_000
-IGNORED = ("mtp.",)  # the multi-token-prediction layer
 MAY_BE_F32 = ("A_log", "dt_bias", "norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+THREADS = 16  # at most: more than fill the memory's bandwidth
 
 
 class Checkpoint:
@@ -30,7 +38,8 @@ class Checkpoint:
 
     The constructor reads headers only and raises CheckpointError on a file that is no safetensors, and on a missing,
     extra, mis-shaped, mistyped or truncated tensor. config: as given, but not tied where the files hold a head of
-    their own. dtype: the files' name of it. A context manager: leaving it closes the files.
+    their own. dtype: the files' name of it. skipped: the tensors that are no part of the text model, by how their names
+    begin. A context manager: leaving it forgets the files.
     """
 
     def __init__(self, directory: str | Path, config: Config):
@@ -38,32 +47,36 @@ class Checkpoint:
         self.tensors = read_tensors(self.directory)
         if HEAD in self.tensors:
             config = replace(config, tie_word_embeddings=False)
-        self.config = config
-        self.dtype = _check(self.directory, self.tensors, config)
-        self._stack, self._files = ExitStack(), {}
-        with ExitStack() as stack:
-            for file, name in {(tensor.file, tensor.name): None for tensor in self.tensors.values()}:
-                self._files[file] = stack.enter_context(_opened(file, name))
-            self._stack = stack.pop_all()
+        self.config, self.form = config, Form.of(config, self.tensors)
+        self.dtype = _check(self.directory, self.tensors, self.form)
+        self.skipped = {
+            start: [tensor for name, tensor in self.tensors.items() if name.startswith(start)] for start in self.form.skipped
+        }
+        files = {tensor.file: tensor.name for tensor in self.tensors.values()}
+        self._maps = {file: _mapped(file, name) for file, name in files.items()}
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-        self._files.clear()
+        self._maps.clear()
 
     def read(self, slab: Slab) -> np.ndarray:
-        """One slab, in the file's dtype; only its own rows and columns are touched."""
-        tensor = self.tensors[slab.key]
-        try:
-            part = self._files[tensor.file].get_slice(slab.key)
-            if not tensor.shape:
-                return part[:]
-            rows = slice(*slab.rows) if slab.rows else slice(None)
-            return part[rows] if slab.columns is None else part[rows, slice(*slab.columns)]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{tensor.file.name}: tensor {slab.key} cannot be read: {error}") from None
+        """One slab, in the file's dtype, rows first: mapped where it is one piece of a tensor, else joined."""
+        pieces = [self._piece(piece) for piece in self.form.pieces(slab)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def kept(self, slab: Slab) -> bool:
+        """Whether a tensor is in float32 though the checkpoint is not."""
+        return self.tensors[self.form.pieces(slab)[0].key].dtype == "F32" != self.dtype
+
+    def _piece(self, piece: Piece) -> np.ndarray:
+        tensor = self.tensors[piece.key]
+        whole = np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._maps[tensor.file], tensor.start)
+        part = whole if piece.expert is None else whole[piece.expert]
+        if piece.rows:
+            part = part[slice(*piece.rows)]
+        return part[:, slice(*piece.columns)] if piece.columns else part
 
 
 def load_parameters(
@@ -72,87 +85,162 @@ def load_parameters(
     mesh: Mesh,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    room: Room = NO_ROOM,
 ) -> dict[str, Any]:
     """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share.
 
-    dtype: that of the weights (A_log and dt_bias stay float32); None takes what config.json names, and the files'
-    where it names none. progress(done, total) is called after each array. All files are checked before the first
-    array is placed.
+    dtype: that of the weights (A_log and dt_bias stay float32, and what a narrow checkpoint keeps in float32 does where
+    the model has it so); None takes what config.json names, and the files' where it names none. progress(done, total),
+    in bytes of this process's devices, is called after each share. Before the first array is placed all files are checked,
+    and that weights and a cache as `room` says it fit (FitError).
     """
-    with Checkpoint(directory, config) as checkpoint:
-        tree = parameters(checkpoint.config, mesh.shape[AXIS])
-        leaves, structure = jax.tree.flatten(tree)
-        dtype = dtype or config.dtype
-        wanted = DTYPES[checkpoint.dtype] if dtype is None else np.dtype(dtype)
-        arrays = []
-        for done, parameter in enumerate(leaves, start=1):
-            arrays.append(_array(checkpoint, parameter, mesh, wanted))
-            if progress is not None:
-                progress(done, len(leaves))
+    with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        kind = np.dtype(weights_dtype(checkpoint, dtype))
+        check_fits(checkpoint.config, mesh, kind, room)
+        leaves, structure = jax.tree.flatten(parameters(checkpoint.config, mesh.shape[AXIS]))
+        reader = _Reader(checkpoint, mesh, kind, pool)
+        total, done, arrays = sum(map(reader.size, leaves)), 0, []
+        for parameter in leaves:
+            shares = []
+            for share in reader.shares(parameter):
+                shares.append(share)
+                done += share.nbytes
+                if progress is not None:
+                    progress(done, total)
+            sharding = NamedSharding(mesh, parameter.spec)
+            arrays.append(jax.make_array_from_single_device_arrays(parameter.shape, sharding, shares))
     return jax.tree.unflatten(structure, arrays)
 
 
-def _array(checkpoint: Checkpoint, parameter: Parameter, mesh: Mesh, dtype: np.dtype) -> jax.Array:
-    local = parameter.local_shape(mesh.shape[AXIS])
+def weights_dtype(checkpoint: Checkpoint, dtype: str | None) -> str:
+    """The dtype that weights get: the one asked for, else what config.json names, else the files'."""
+    return dtype or checkpoint.config.dtype or DTYPES[checkpoint.dtype].name
 
-    def share(index: tuple[slice, ...] | None) -> np.ndarray:
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads this process's shares of parameters, in `dtype` where those are narrow."""
+
+    checkpoint: Checkpoint
+    mesh: Mesh
+    dtype: np.dtype
+    pool: ThreadPoolExecutor
+
+    def ranks(self) -> list[tuple[Any, int]]:
+        """This process's devices of the mesh, and the rank of each."""
+        axis = self.mesh.axis_names.index(AXIS)
+        return [(d, at[axis]) for at, d in np.ndenumerate(self.mesh.devices) if d.process_index == jax.process_index()]
+
+    def size(self, parameter: Parameter) -> int:
+        """The bytes that all shares of a parameter take on these devices."""
+        kind = self.dtype if parameter.narrow else np.dtype(np.float32)
+        return len(self.ranks()) * prod(parameter.local_shape(self.mesh.shape[AXIS])) * kind.itemsize
+
+    def shares(self, parameter: Parameter) -> Iterator[jax.Array]:
+        """A parameter's part of each device, in order; what every rank has is read once."""
+        before, held = None, None
+        for device, rank in self.ranks():
+            if held is None or parameter.spec != REPLICATED:
+                held = self._share(parameter, rank)
+            share = jax.device_put(held, device)
+            if before is not None:
+                before.block_until_ready()  # two shares are on the host at most
+            yield share
+            before = share
+
+    def _share(self, parameter: Parameter, rank: int) -> np.ndarray:
         """What one rank holds: its share of every weight where that stands, zeros elsewhere."""
-        rank = 0 if index is None else (index[0].start or 0) // local[0]
-        held = np.zeros(local, dtype if parameter.narrow else np.float32)
-        for weight, start in parameter.weights:
-            place = held.reshape(-1)[start : start + prod(weight.shape)].reshape(weight.shape)
-            _fill(place, checkpoint, weight, rank, np.dtype(np.float32) if weight.name in FLOAT32 else dtype)
+        local = parameter.local_shape(self.mesh.shape[AXIS])
+        held = _aligned(local, self.dtype if parameter.narrow else np.dtype(np.float32))
+        flat, jobs, end = held.reshape(-1), [], 0
+        for weight, start in sorted(parameter.weights, key=lambda held: held[1]):
+            flat[end:start] = 0
+            end = start + prod(weight.shape)
+            place = flat[start:end].reshape(weight.shape)
+            groups = weight.slabs(rank) if weight.stacked else [weight.slabs(rank)]
+            jobs += [(own, weight, slabs) for own, slabs in zip(place if weight.stacked else [place], groups, strict=True)]
+        flat[end:] = 0
+        for _ in self.pool.map(lambda job: self._fill(*job), jobs):
+            pass  # the first problem is raised
         return held
 
-    return jax.make_array_from_callback(parameter.shape, NamedSharding(mesh, parameter.spec), share)
+    def _fill(self, place: np.ndarray, weight: Weight, slabs: Sequence[Slab]) -> None:
+        """One rank's share of a weight, or of one expert's: its slabs joined by rows, rounded once."""
+        wide = weight.name in FLOAT32 or (place.dtype == np.float32 and all(map(self.checkpoint.kept, slabs)))
+        matrix = place.reshape(len(place), -1)
+        matrix, at = matrix.T if weight.transposed else matrix, 0
+        with np.errstate(over="ignore"):
+            for slab in slabs:
+                block = self.checkpoint.read(slab)
+                rows = matrix[at : at + len(block)]
+                at += len(block)
+                block = block.reshape(rows.shape) if block.ndim != 2 else block
+                _copy(rows, block, rows.dtype if wide else self.dtype, weight.transposed)
+            if not finite(place):
+                self._refuse(slabs, place.dtype if wide else self.dtype)
+
+    def _refuse(self, slabs: Sequence[Slab], dtype: np.dtype) -> None:
+        """Say which tensor a value came from that is not finite."""
+        blocks = [(slab, self.checkpoint.read(slab)) for slab in slabs]
+        slab, block = next((s, b) for s, b in blocks if not finite(b.astype(dtype)))
+        why = f"leaves the range of {dtype}; choose a wider dtype" if finite(block) else "holds NaN or an infinity"
+        key = self.checkpoint.form.pieces(slab)[0].key
+        raise CheckpointError(f"{self.checkpoint.directory}: tensor {key} {why}")
 
 
-def _fill(place: np.ndarray, checkpoint: Checkpoint, weight: Weight, rank: int, dtype: np.dtype) -> None:
-    """One rank's share of a weight, rounded to `dtype`: its slabs joined by rows, or one such block per expert."""
-    groups = weight.slabs(rank) if weight.stacked else [weight.slabs(rank)]
-    for own, slabs in zip(place if weight.stacked else [place], groups, strict=True):
-        block = _joined(checkpoint, slabs, dtype)
-        own[...] = (block.T if weight.transposed else block).reshape(own.shape)
+def _copy(to: np.ndarray, block: np.ndarray, dtype: np.dtype, transposed: bool) -> None:
+    """Put a block in its place by way of `dtype`. Equal dtypes are copied as integers, which numpy does without its lock."""
+    if not to.dtype == block.dtype == dtype:
+        to[...] = block.astype(dtype)
+        return
+    bits, words = np.dtype(f"u{to.itemsize}"), 8 // to.itemsize
+    to, block = to.view(bits), block.view(bits)
+    if transposed and block.shape[1] % words == 0 and block.strides[1] == to.itemsize:
+        # eight bytes at a time, then apart: element by element numpy takes twice as long
+        turned = np.ascontiguousarray(block.view(np.uint64).T).view(bits).reshape(-1, len(block), words)
+        to.T.reshape(-1, words, len(block))[...] = turned.transpose(0, 2, 1)
+    else:
+        to[...] = block
 
 
-def _joined(checkpoint: Checkpoint, slabs: Sequence[Slab], dtype: np.dtype) -> np.ndarray:
-    blocks = [checkpoint.read(slab) for slab in slabs]
-    block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    with np.errstate(over="ignore"):
-        block = block.astype(dtype, copy=False)
-        if not finite(block):
-            wrong, part = next((s, b) for s, b in zip(slabs, blocks, strict=True) if not finite(b.astype(dtype)))
-            why = f"leaves the range of {dtype}; choose a wider dtype" if finite(part) else "holds NaN or an infinity"
-            raise CheckpointError(f"{checkpoint.directory}: tensor {wrong.key} {why}")
-    return block
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, unwritten, that begins where a CPU device takes it as it is."""
+    room = np.empty(prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : len(room) - 64 + start].view(dtype).reshape(shape)
 
 
-def _opened(file: Path, name: str) -> Any:
-    """The library's reader of a file; opening it, the library checks the header once more."""
+def _mapped(file: Path, name: str) -> mmap.mmap:
+    """A file's bytes, once the library has checked its header too."""
     try:
-        return safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shown(name)} is no valid safetensors file: {said(error)}") from None
 
 
-def _check(directory: Path, tensors: Mapping[str, Tensor], config: Config) -> str:
+def _check(directory: Path, tensors: Mapping[str, Tensor], form: Form) -> str:
     """Compare the headers with what the config promises; return the checkpoint's dtype."""
+    config = form.config
     experts = 3 * config.num_layers * config.num_experts
-    if experts > len(tensors) + MANY:  # too many to make a name for each and say which is missing
+    if form.fused:
+        key = next(key for key in tensors if key.endswith(FUSED))
+        _check_shape(tensors[key], key, (config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size))
+    elif experts > len(tensors) + MANY:  # too many to make a name for each and say which is missing
         sizes = f"num_hidden_layers = {config.num_layers} and num_experts = {config.num_experts}"
         raise CheckpointError(f"{shown(directory)} holds {len(tensors)} tensors where {sizes} need {experts} for experts alone")
-    wanted = checkpoint_shapes(config)
+    wanted = form.shapes
     for key, shape in wanted.items():
         if key not in tensors:
             raise CheckpointError(f"{shown(directory)}: tensor {key} of shape {list(shape)} is missing from every file")
-        if tensors[key].shape != shape:
-            got = f"shape {list(tensors[key].shape)} where {list(shape)} is needed"
-            raise CheckpointError(f"{shown(tensors[key].name)}: tensor {key} has {got}")
+        _check_shape(tensors[key], key, shape)
     for key, tensor in tensors.items():
-        if key not in wanted and not key.startswith(IGNORED):
+        if key not in wanted and not key.startswith(form.skipped):
             got = f"tensor {shown(key)} is not part of the model that config.json describes"
             raise CheckpointError(f"{shown(tensor.name)}: {got}")
-    dtype = tensors["model.embed_tokens.weight"].dtype
+    dtype = tensors[f"{form.prefix}embed_tokens.weight"].dtype
     for key in wanted:
         allowed = {dtype, "F32"} if key.endswith(MAY_BE_F32) else {dtype}
         if not (tensors[key].dtype in allowed and tensors[key].dtype in DTYPES):
@@ -160,3 +248,9 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], config: Config) -> st
             got = f"dtype {shown(tensors[key].dtype)} where {needed} is needed"
             raise CheckpointError(f"{shown(tensors[key].name)}: tensor {key} has {got}")
     return dtype
+
+
+def _check_shape(tensor: Tensor, key: str, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        got = f"shape {list(tensor.shape)} where {list(shape)} is needed"
+        raise CheckpointError(f"{shown(tensor.name)}: tensor {shown(key)} has {got}")

@@ -70,6 +70,17 @@ def check_prefill(model: Any, tokens: Any, lengths: Any, *, cache_length: Any, *
 
 def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
     """Refuse what a step cannot take. Only tokens in the host's memory are looked at: a step never waits for a device."""
+    check_cache(model, cache)
+    _integers("decode step", "tokens", tokens, 1, "[B]")
+    if tokens.shape != cache.lengths.shape:
+        batch = cache.lengths.shape[0]
+        raise ShapeError(f"decode step: tokens has shape {tokens.shape} and the cache {batch} rows; one token a row is needed")
+    if isinstance(tokens, np.ndarray):
+        _in_vocabulary("decode step", model, tokens, np.True_)
+
+
+def check_cache(model: Any, cache: Any) -> None:
+    """Refuse what is no cache of this model."""
     if not isinstance(cache, Cache):
         raise ArgumentError(f"decode step: cache is a {type(cache).__name__}; what prefill or a step returned is needed")
     nets = model.config.layer_types.count(GDN)
@@ -79,12 +90,6 @@ def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
             f"decode step: cache is of {held} delta nets and {len(cache.attentions)} attentions, the model has {nets} and "
             f"{model.config.num_layers - nets}; give the cache of this model"
         )
-    _integers("decode step", "tokens", tokens, 1, "[B]")
-    if tokens.shape != cache.lengths.shape:
-        batch = cache.lengths.shape[0]
-        raise ShapeError(f"decode step: tokens has shape {tokens.shape} and the cache {batch} rows; one token a row is needed")
-    if isinstance(tokens, np.ndarray):
-        _in_vocabulary("decode step", model, tokens, np.True_)
 
 
 def spoiled_prompts(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> tuple[jax.Array, jax.Array]:

@@ -1,13 +1,14 @@
-"""What a Qwen3-Next checkpoint says about itself in `config.json`, read as transformers reads it or refused.
+"""What a checkpoint says about itself in `config.json`, read as transformers reads it or refused.
 
-A field is in one of the tables here if its value changes what the model computes; no other is looked at.
+Qwen3-Next, and the text model of Qwen3.5 and 3.6 MoE, which computes the same from weights under other names. A field is in
+one of the tables here if its value changes what the model computes; no other is looked at.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -19,6 +20,8 @@ from moekit.models.qwen3next.files import brief, read_json, shown
 GDN = "linear_attention"
 ATTENTION = "full_attention"
 DTYPES = ("float32", "float16", "bfloat16")
+QWEN3_NEXT = "qwen3_next"
+COMPOSITE, TEXT = "qwen3_5_moe", "qwen3_5_moe_text"  # Qwen3.5 and 3.6, with a vision tower or without
 LARGEST, MOST_LAYERS = 2**31 - 1, 2**16
 
 # positive integers, and what transformers takes where config.json has none
@@ -38,6 +41,9 @@ SIZES = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
+NEXT_LAYERS, TEXT_LAYERS = 48, 40
+TEXT_SIZES = {**SIZES, "vocab_size": 248320, "num_experts": 256, "num_experts_per_tok": 8}
+ABOVE = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # said beside a text_config that does not say them
 
 # what is served in one way only: the values that mean it (the first is the one to give), and why others are refused
 SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -67,7 +73,10 @@ class ConfigError(MoekitError, ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and constants of one Qwen3-Next model; hashable, so a compiled function may depend on it."""
+    """Sizes and constants of one model; hashable, so a compiled function may depend on it.
+
+    model_type: 'qwen3_next' or 'qwen3_5_moe_text', which have their weights under other names in files and compute the same.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -91,6 +100,7 @@ class Config:
     tie_word_embeddings: bool = False
     dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
+    model_type: str = field(default=QWEN3_NEXT, compare=False)
 
     @property
     def num_layers(self) -> int:
@@ -109,9 +119,10 @@ class Config:
         Raises ConfigError where the file describes a model that is not built here.
         """
         raw, where = (source, "config") if isinstance(source, Mapping) else _read(Path(source))
-        fields = _Fields(raw, where)
+        fields = _Fields(raw, where).text()
         fields.refuse_what_is_not_served()
-        sizes = {name: fields.integer(name, default) for name, default in SIZES.items()}
+        defaults = TEXT_SIZES if fields.kind == TEXT else SIZES
+        sizes = {name: fields.integer(name, default) for name, default in defaults.items()}
         theta, rotary_dim = fields.rope(sizes["head_dim"])
         config = cls(
             conv_width=sizes.pop("linear_conv_kernel_dim"),
@@ -119,11 +130,12 @@ class Config:
             layer_types=fields.layer_types(),
             rotary_dim=rotary_dim,
             rope_theta=theta,
-            norm_topk_prob=fields.boolean("norm_topk_prob", True),
+            norm_topk_prob=fields.kind == TEXT or fields.boolean("norm_topk_prob", True),  # Qwen3.5 has no such field
             rms_norm_eps=fields.epsilon(),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             dtype=fields.dtype(),
             eos_token_ids=fields.eos(),
+            model_type=fields.kind,
         )
         _check_sizes(config, where)
         return config
@@ -131,8 +143,8 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model, as a mapping that `json.dump` takes."""
         return {
-            "architectures": ["Qwen3NextForCausalLM"],
-            "model_type": "qwen3_next",
+            "architectures": ["Qwen3NextForCausalLM" if self.model_type == QWEN3_NEXT else "Qwen3_5MoeForCausalLM"],
+            "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.shared_expert_intermediate_size,
@@ -197,10 +209,30 @@ class _Fields:
     def wrong(self, name: str, value: object, needed: str) -> NoReturn:
         self.refuse(f"{name} is {brief(value)} where {needed} is needed")
 
+    @property
+    def kind(self) -> str:
+        """The model_type, once `text` has checked it."""
+        return self.raw["model_type"]
+
+    def text(self) -> _Fields:
+        """The fields of the text model, which stand by themselves or beside a vision tower's."""
+        kind = self.raw.get("model_type")
+        if kind in (QWEN3_NEXT, TEXT):
+            return self
+        if kind != COMPOSITE:
+            self.wrong("model_type", kind, f"{QWEN3_NEXT!r}, {COMPOSITE!r} or {TEXT!r}")
+        inner = self.raw.get("text_config")
+        if not isinstance(inner, Mapping):
+            self.wrong("text_config", inner, "a JSON object")
+        if inner.get("model_type", TEXT) != TEXT:
+            self.wrong("model_type of text_config", inner["model_type"], repr(TEXT))
+        beside = {name: value for name, value in self.raw.items() if name != "text_config"}
+        _Fields(beside, self.where).refuse_what_is_not_served()
+        above = {name: value for name, value in beside.items() if name in ABOVE}
+        return _Fields({**above, **inner, "model_type": TEXT}, self.where)
+
     def refuse_what_is_not_served(self) -> None:
         raw = self.raw
-        if raw.get("model_type") != "qwen3_next":
-            self.wrong("model_type", raw.get("model_type"), "'qwen3_next'")
         for name, (served, why) in SERVED.items():
             if name in raw and not any(type(raw[name]) is type(value) and raw[name] == value for value in served):
                 needed = f"{brief(served[0])} is needed" if served and served[0] is not None else "the field must not be there"
@@ -227,7 +259,7 @@ class _Fields:
         return value
 
     def layer_types(self) -> tuple[str, ...]:
-        count = self.integer("num_hidden_layers", 48, MOST_LAYERS)
+        count = self.integer("num_hidden_layers", TEXT_LAYERS if self.kind == TEXT else NEXT_LAYERS, MOST_LAYERS)
         kinds = self.raw.get("layer_types")
         if kinds is None:
             interval = self.integer("full_attention_interval", 4)

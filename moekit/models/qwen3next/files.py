@@ -48,12 +48,14 @@ class CheckpointError(MoekitError, ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor. name: the file's, in the folder."""
+    """What a file's header says of one tensor. name: the file's, in the folder. start, stop: its bytes there."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 def brief(value: object) -> str:
@@ -179,7 +181,11 @@ def read_header(file: Path, name: str) -> dict[str, Tensor]:
     raw.pop("__metadata__", None)
     entries = {key: _entry(where, key, entry) for key, entry in raw.items()}
     _check_cover(where, entries, 8 + length, size)
-    return {key: Tensor(file, name, dtype, shape) for key, (dtype, shape, _) in entries.items()}
+    first = 8 + length
+    return {
+        key: Tensor(file, name, dtype, shape, first + start, first + stop)
+        for key, (dtype, shape, (start, stop)) in entries.items()
+    }
 
 
 def _entry(where: str, key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:

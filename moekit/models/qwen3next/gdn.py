@@ -61,10 +61,12 @@ def decode(
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
-def prefill(x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, kernels: Kernels) -> tuple[jax.Array, DeltaState]:
-    """Whole prompts: x [B, S, H], the first lengths [B] of each real -> partial output, state after them.
+def prefill(
+    x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, kernels: Kernels, before: DeltaState | None = None
+) -> tuple[jax.Array, DeltaState]:
+    """Many tokens of each sequence: x [B, S, H], the first lengths [B] of each real -> partial output, state after them.
 
-    Padding stands at the end; it neither decays nor updates the state.
+    Padding stands at the end; it neither decays nor updates the state. before: the state they begin with, zeros where None.
     """
     batch, length, _ = x.shape
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
@@ -72,7 +74,7 @@ def prefill(x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, ke
     keys = (channels - value_heads * value_dim) // 2
     mixed, first = _projected(x, weights, value_dim)
     gates = mixed[..., first : first + 2 * value_heads].astype(jnp.float32)
-    convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths)
+    convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths, None if before is None else before.conv)
     q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :value_heads]), 0.0)
@@ -83,6 +85,7 @@ def prefill(x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, ke
         v.reshape(batch, length, value_heads, value_dim),
         jnp.where(real, decay, 0.0),
         beta,
+        None if before is None else before.recurrent,
     )
     tokens = batch * length
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
@@ -93,9 +96,9 @@ def prefill(x: jax.Array, weights: Layer, lengths: jax.Array, config: Config, ke
 
 
 def chunked_delta_rule(
-    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array, state: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a zero state, in float32.
+    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a state, zero where None, in float32.
 
     q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
     -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
@@ -127,8 +130,9 @@ def chunked_delta_rule(
         read = einsum("bhtk,bhkv->bhtv", q, state) + einsum("bhts,bhsv->bhtv", attend, update)
         return state * fade + einsum("bhtk,bhtv->bhkv", k, update), read
 
-    start = jnp.zeros((batch, value_heads, q.shape[-1], value_dim), jnp.float32)
-    state, read = lax.scan(step, start, tuple(jnp.moveaxis(a, 2, 0) for a in steps))
+    if state is None:
+        state = jnp.zeros((batch, value_heads, q.shape[-1], value_dim), jnp.float32)
+    state, read = lax.scan(step, state, tuple(jnp.moveaxis(a, 2, 0) for a in steps))
     read = jnp.moveaxis(read, 0, 2).reshape(batch, value_heads, -1, value_dim)[:, :, :length]
     return jnp.swapaxes(read, 1, 2), state
 
@@ -140,10 +144,13 @@ def _chunks(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, CHUNK, dim)
 
 
-def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution, silu, of [B, S, C]; and each sequence's last inputs [B, width - 1, C]."""
+def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution, silu, of [B, S, C] after `before` [B, width - 1, C]; and each sequence's last inputs."""
     width, length = weight.shape[1], mixed.shape[1]
-    padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
+    if before is None:
+        padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
+    else:
+        padded = jnp.concatenate([before, mixed], axis=1)
     convolved = _convolved([padded[:, i : i + length] for i in range(width)], weight, mixed.dtype)
     positions = lengths[:, None] + jnp.arange(width - 1)[None]
     last = jnp.take_along_axis(padded, positions[..., None], axis=1)

@@ -25,6 +25,7 @@ from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.memory import NO_ROOM, Room
 from moekit.models.qwen3next.moe import moe
 from moekit.models.qwen3next.numerics import linear
 from moekit.models.qwen3next.sharding import AXIS, parameters, specs, vocabulary_spec
@@ -55,21 +56,23 @@ def load(
     mesh: Mesh,
     dtype: str | None = None,
     *,
+    room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. progress(done, total) is called after each array.
+    dtype: of the weights, the checkpoint's where None. room: the cache that must fit beside them. progress(done, total),
+    in bytes, is called after each share.
     Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
     before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
-    truncated, or holds NaN or an infinity in `dtype`.
+    truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
     dtype = checks.weight_dtype(dtype)
     config = Config.from_json(checkpoint_dir)
     check_tensor_parallel(config, mesh.shape[AXIS])
-    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress)
+    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress, room)
     return Model(params, config, mesh)
 
 
@@ -123,15 +126,15 @@ def prefill(
             memories.first(kind, memory)
             return out.reshape(batch * length, -1)
 
-        hidden = _layers(params, tokens.reshape(-1), mix, config, kernels)
+        hidden = through_layers(params, tokens.reshape(-1), mix, config, kernels)
         hidden = hidden.reshape(batch, length, -1)
         if not every_logit:
             hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
     leading = P(None, None) if every_logit else P(None)
-    places = (_logit_spec(model, leading), cache_specs(config, kernels.fused))
-    return _sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
+    places = (logit_spec(model, leading), cache_specs(config, kernels.fused))
+    return sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
 
 
 @checks.checked(checks.check_step)
@@ -147,7 +150,7 @@ def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
     specs = cache_specs(model.config, cache.stacked)
-    return _sharded(model, step, (P(), specs), (_logit_spec(model, P(None)), specs))(model.params, tokens, cache)
+    return sharded(model, step, (P(), specs), (logit_spec(model, P(None)), specs))(model.params, tokens, cache)
 
 
 @checks.checked(checks.check_step)
@@ -165,7 +168,7 @@ def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str |
         return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache
 
     specs = cache_specs(model.config, cache.stacked)
-    return _sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
+    return sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
 
 
 @jax.jit
@@ -176,7 +179,7 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
     """
     cut = vocabulary_spec(model.config, model.tp) != P()
     local = partial(_most_likely, cut=cut and model.tp > 1, gather=partial(lax.all_gather, axis_name=AXIS))
-    return jax.shard_map(local, mesh=model.mesh, in_specs=_logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
+    return jax.shard_map(local, mesh=model.mesh, in_specs=logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
 
 
 def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
@@ -191,11 +194,11 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
         return out
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
-    hidden = _layers(params, tokens, mix, config, kernels)
+    hidden = through_layers(params, tokens, mix, config, kernels)
     return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
 
-def _layers(
+def through_layers(
     params: Any,
     tokens: jax.Array,
     mix: Callable[[str, jax.Array, Layer], jax.Array],
@@ -227,10 +230,10 @@ def _most_likely(logits: jax.Array, cut: bool, gather: Callable[..., Any]) -> ja
     return jnp.take_along_axis(token, jnp.argmax(best, axis=0)[None], axis=0)[0].astype(jnp.int32)
 
 
-def _sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+def sharded(model: Model, local: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
     own = specs(model.params, model.config, model.tp)
     return jax.shard_map(local, mesh=model.mesh, in_specs=(own, *inputs), out_specs=outputs, check_vma=False)
 
 
-def _logit_spec(model: Model, leading: P) -> P:
+def logit_spec(model: Model, leading: P) -> P:
     return P(*leading, *vocabulary_spec(model.config, model.tp))

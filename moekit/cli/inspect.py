@@ -1,0 +1,136 @@
+"""`moekit inspect`: what a checkpoint holds and what it needs, from its headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moekit.cli.output import console, print_json, table
+from moekit.cli.platform import gpus, installed, prepare_jax
+from moekit.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from moekit.models.qwen3next.checkpoint import Checkpoint
+
+PROMPT = 1024  # tokens of a prompt that are read at once
+
+
+@click.command(short_help="What a checkpoint holds, and what it needs of each device.")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Devices to share the model.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--length", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of each.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of a device (default: of the GPUs here, if any).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(directory: Path, tp: int, batch: int, length: int, dtype: str | None, memory: float | None, as_json: bool) -> None:
+    """Read a checkpoint's config and headers: its sizes, what is skipped, bytes of each rank, and what fits.
+
+    No tensor is read and no device is used. Exit code 1 if the checkpoint is broken.
+    """
+    for needed in ("jax", "safetensors"):
+        if not installed(needed):
+            raise UnavailableError(f"inspect needs {needed}; install moekit[jax]")
+    prepare_jax()
+    from moekit.models.qwen3next import Config, ConfigError, Room
+    from moekit.models.qwen3next.checkpoint import Checkpoint, weights_dtype
+    from moekit.models.qwen3next.config import check_tensor_parallel
+    from moekit.models.qwen3next.memory import needed as need_of
+
+    config = Config.from_json(directory)
+    try:
+        check_tensor_parallel(config, tp)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), param_hint="--tp") from None
+    with Checkpoint(directory, config) as checkpoint:
+        kind = weights_dtype(checkpoint, dtype)
+        room = Room(batch, length, min(length, PROMPT))
+        need = need_of(checkpoint.config, tp, kind, room)
+        each = need_of(checkpoint.config, tp, kind, Room(1, length)).cache
+        free = memory * 1e9 if memory else min((gpu.gigabytes * 2**30 for gpu in gpus()), default=None)
+        report = {
+            **_held(checkpoint),
+            "tp": tp,
+            "weights_dtype": kind,
+            "batch": batch,
+            "length": length,
+            "rank": {
+                "weights": need.weights,
+                "copied": need.copied,
+                "cache": need.cache,
+                "temporaries": need.temporaries,
+                "total": need.total,
+                "one_sequence": each,
+            },
+            "memory": None if free is None else int(free),
+            "fits": None if free is None else need.total <= free,
+            "sequences": None if free is None else max(0, int(free - need.weights - need.temporaries) // each),
+        }
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+
+
+def _held(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files hold."""
+    from math import prod
+
+    from moekit.models.qwen3next.config import GDN
+
+    config, form = checkpoint.config, checkpoint.form
+    part = {name: prod(shape) for name, shape in form.shapes.items()}
+    experts = sum(size for name, size in part.items() if ".mlp.experts." in name)
+    total = sum(part.values())
+    fields = config.to_json()
+    return {
+        "checkpoint": str(checkpoint.directory),
+        "model_type": config.model_type,
+        "config": {name: value for name, value in fields.items() if name not in ("architectures", "model_type", "layer_types")},
+        "layers": {"linear_attention": config.layer_types.count(GDN), "all": config.num_layers},
+        "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
+        "tensors": len(checkpoint.tensors),
+        "experts": "fused" if form.fused else "apart",
+        "prefix": form.prefix,
+        "dtype": checkpoint.dtype,
+        "parameters": total,
+        "active": total - experts + experts * config.num_experts_per_tok // config.num_experts,
+        "bytes": sum(tensor.stop - tensor.start for name, tensor in checkpoint.tensors.items() if name in part),
+        "skipped": {
+            start: {"tensors": len(found), "bytes": sum(tensor.stop - tensor.start for tensor in found)}
+            for start, found in checkpoint.skipped.items()
+            if found
+        },
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    out, config, rank = console(), report["config"], report["rank"]
+    attention = report["layers"]["all"] - report["layers"]["linear_attention"]
+    billions = [f"{report[name] / 1e9:.2f} billion" for name in ("parameters", "active")]
+    chosen = f"{config['num_experts_per_tok']} of them for a token"
+    made = table("", "")
+    made.add_row("model", f"{report['model_type']}, {report['layers']['linear_attention']} delta nets, {attention} attentions")
+    made.add_row("parameters", f"{billions[0]}, {billions[1]} of them for a token")
+    made.add_row("experts", f"{config['num_experts']}, {chosen}, {report['experts']}")
+    made.add_row("files", f"{report['files']}, {report['tensors']} tensors, {_gb(report['bytes'])} of {report['dtype']}")
+    for start, found in report["skipped"].items():
+        made.add_row("skipped", f"{start}*: {found['tensors']} tensors, {_gb(found['bytes'])}")
+    out.print(made)
+    out.print()
+    title = f"each of {report['tp']} ranks, {report['weights_dtype']}, {report['batch']} × {report['length']} tokens"
+    need = table("", "", title=title)
+    need.add_row("weights", f"{_gb(rank['weights'])}, of which {_gb(rank['copied'])} on every rank")
+    need.add_row("cache", f"{_gb(rank['cache'])}, {_gb(rank['one_sequence'])} a sequence")
+    need.add_row("temporaries", f"about {_gb(rank['temporaries'])}")
+    need.add_row("in all", _gb(rank["total"]))
+    if report["memory"] is not None:
+        fits = "[green]fits[/green]" if report["fits"] else "[red]does not fit[/red]"
+        need.add_row("", f"{fits} in {_gb(report['memory'])}, where {report['sequences']} sequences would")
+    out.print(need)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

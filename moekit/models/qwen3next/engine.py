@@ -1,0 +1,279 @@
+"""Many sequences at once: they join and leave between steps.
+
+A sequence has one row, a slot, of a cache of fixed size. Pages would save memory where few sequences are long; but only a
+quarter of the layers keep something of every token, the others' states are of one size, and a step reads rows in place. A
+prompt is read piece by piece into a row of its own, one piece between two steps, and copied into its slot when it is whole, so
+that nothing half read is ever among what a step writes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moekit.errors import ArgumentError, MoekitError, ShapeError
+from moekit.models.qwen3next.cache import Cache, cache_shapes
+from moekit.models.qwen3next.checks import LOST, positive, token_ids
+from moekit.models.qwen3next.extend import empty_cache, extend
+from moekit.models.qwen3next.kernels import Kernels, resolve
+from moekit.models.qwen3next.model import Model, decode_step, greedy_step, most_likely
+from moekit.models.qwen3next.sampling import GREEDY, Draws, Sampling, draw
+
+SMALLEST_PIECE = 16
+
+
+class FullError(MoekitError, RuntimeError):
+    """An engine that has as many sequences, waiting ones included, as it takes."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token of a sequence. end: None, or why it was the last: 'stop', 'length', or 'failed' (then it is -1).
+
+    A sequence fails where its logits are NaN or infinite; the others go on.
+    """
+
+    sequence: int
+    token: int
+    end: str | None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    number: int
+    prompt: np.ndarray
+    most: int
+    stops: frozenset[int]
+    sampling: Sampling
+    read: int = 0
+    dispatched: int = 0  # tokens asked of the devices
+    tokens: list[int] = field(default_factory=list)
+    end: str | None = None
+
+
+class Engine:
+    """Decodes up to `slots` sequences at once, each of at most `length` tokens with its prompt.
+
+    piece: the most tokens of a prompt read between two steps; shorter ones are padded to one of three sizes, so that few
+    programs are compiled. ahead: steps dispatched before the first is waited for. waiting: the sequences that may wait for
+    a slot. Each sequence gets the tokens that it would get alone.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 16,
+        length: int = 4096,
+        piece: int = 256,
+        ahead: int = 2,
+        waiting: int = 1024,
+        kernels: str | Kernels = "pallas",
+    ):
+        self.model, self.kernels = model, resolve(kernels)
+        self.length, self.ahead, self.waiting = positive("length", length), positive("ahead", ahead), waiting
+        self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
+        self._rows = _Rows.empty(model, positive("slots", slots), length, self.kernels)
+        self._slots: list[_Sequence | None] = [None] * slots
+        self._queue: deque[_Sequence] = deque()
+        self._reading: tuple[_Sequence, Cache] | None = None
+        self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
+        self._done: dict[int, tuple[int, ...]] = {}
+        self._count = 0
+
+    def add(self, prompt: Any, *, max_new_tokens: int, eos: Any = None, sampling: Sampling = GREEDY) -> int:
+        """Queue a prompt (token ids) and return the number of its sequence. eos: the tokens that end it.
+
+        Raises as `generate` does; ArgumentError where prompt and new tokens are more than `length`; FullError where as
+        many sequences wait as may.
+        """
+        vocabulary = self.model.config.vocab_size
+        ids, most = token_ids("prompt", prompt, vocabulary), positive("max_new_tokens", max_new_tokens)
+        if not ids:
+            raise ShapeError("prompt is empty; it needs at least one token")
+        if len(ids) + most > self.length:
+            raise ArgumentError(
+                f"a prompt of {len(ids)} tokens and {most} new ones are more than the engine's length of {self.length}; "
+                "shorten one of them or make an engine of greater length"
+            )
+        if len(self._queue) >= self.waiting + self._slots.count(None):
+            raise FullError(f"{len(self._queue)} sequences wait already; add this one when some have ended")
+        stops = frozenset(() if eos is None else token_ids("eos", eos, vocabulary))
+        self._count += 1
+        self._queue.append(_Sequence(self._count, np.array(ids, np.int32), most, stops, sampling))
+        return self._count
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence waits, is read, or has tokens to come."""
+        return bool(self._queue or self._reading or self._flights or any(self._slots))
+
+    def step(self) -> list[Token]:
+        """Dispatch one piece of a prompt and one step of all slots; return the tokens that are known by then, in order.
+
+        Empty while the first steps are on their way, and where there is nothing to do.
+        """
+        self._read_a_piece()
+        self._dispatch()
+        found: list[Token] = []
+        while self._flights and (len(self._flights) > self.ahead or not self._has_work()):
+            found += self._take()
+        return found
+
+    def results(self) -> dict[int, tuple[int, ...]]:
+        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number."""
+        while self.busy:
+            self.step()
+        done, self._done = self._done, {}
+        return done
+
+    def warmup(self) -> None:
+        """Compile every program that a step may need; raises ArgumentError where sequences are at work."""
+        if self.busy:
+            raise ArgumentError("warmup: sequences are at work; warm an engine up before the first is added")
+        for sampling in (GREEDY, Sampling(temperature=1.0)):
+            for size in self.pieces:
+                row = empty_cache(self.model, 1, self.length, self.kernels)
+                logits, row = self._extend(row, np.zeros(size, np.int32), size if size <= self.length else 1)
+            self._join(logits, row, 0, sampling)
+            self._advance(np.zeros(len(self._slots), bool), sampling.temperature > 0)
+        jax.block_until_ready(self._rows)
+
+    def _has_work(self) -> bool:
+        """Whether something more can be dispatched now."""
+        readable = self._reading or (self._queue and None in self._slots)
+        return bool(readable) or any(s is not None and s.dispatched < s.most for s in self._slots)
+
+    def _read_a_piece(self) -> None:
+        """Read on in the prompt that is being read, or begin the next; one that is whole joins."""
+        if self._reading is None:
+            if not self._queue or None not in self._slots:
+                return
+            self._reading = self._queue.popleft(), empty_cache(self.model, 1, self.length, self.kernels)
+        sequence, row = self._reading
+        left = sequence.prompt[sequence.read :]
+        size = next((size for size in self.pieces if size >= len(left)), self.pieces[-1])
+        count = min(size, len(left))
+        logits, row = self._extend(row, np.pad(left[:count], (0, size - count)), count)
+        sequence.read += count
+        self._reading = sequence, row
+        if sequence.read == len(sequence.prompt):
+            self._reading, slot = None, self._slots.index(None)
+            self._slots[slot] = sequence
+            first = self._join(logits, row, slot, sequence.sampling)
+            self._sent(first, [(0, sequence)])
+
+    def _dispatch(self) -> None:
+        """One step of the slots that want a token."""
+        live = [(slot, s) for slot, s in enumerate(self._slots) if s is not None and s.dispatched < s.most]
+        if live:
+            mask = np.zeros(len(self._slots), bool)
+            mask[[slot for slot, _ in live]] = True
+            self._sent(self._advance(mask, any(s.sampling.temperature > 0 for _, s in live)), live)
+
+    def _sent(self, tokens: jax.Array, sequences: list[tuple[int, _Sequence]]) -> None:
+        for _, sequence in sequences:
+            sequence.dispatched += 1
+        self._flights.append((tokens, sequences))
+
+    def _take(self) -> list[Token]:
+        """Wait for the earliest tokens under way. Those of a sequence that had ended by then are nobody's."""
+        tokens, sequences = self._flights.popleft()
+        made, found = np.asarray(tokens), []
+        for at, sequence in sequences:
+            if sequence.end is None:
+                token = int(made[at])
+                found.append(Token(sequence.number, token, self._note(sequence, token)))
+        return found
+
+    def _note(self, sequence: _Sequence, token: int) -> str | None:
+        """Keep a token; where it was the last, free the slot. Returns why, if so."""
+        if token == LOST:
+            sequence.end = "failed"
+        else:
+            sequence.tokens.append(token)
+            full = len(sequence.tokens) == sequence.most
+            sequence.end = "stop" if token in sequence.stops else "length" if full else None
+        if sequence.end:
+            self._slots[self._slots.index(sequence)] = None
+            self._done[sequence.number] = tuple(sequence.tokens)
+        return sequence.end
+
+    def _extend(self, row: Cache, tokens: np.ndarray, count: int) -> tuple[jax.Array, Cache]:
+        return extend(self.model, tokens[None], np.array([count], np.int32), row, kernels=self.kernels)
+
+    def _join(self, logits: jax.Array, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
+        drawn, how = sampling.temperature > 0, Draws.of([sampling])
+        first, self._rows = _join(self.model, self._rows, logits, row, np.int32(slot), how, drawn=drawn, stacked=row.stacked)
+        return first
+
+    def _advance(self, live: np.ndarray, drawn: bool) -> jax.Array:
+        tokens, self._rows = _advance(self.model, self._rows, live, kernels=self.kernels, drawn=drawn)
+        return tokens
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("cache", "tokens", "draws"), meta_fields=())
+@dataclass(frozen=True)
+class _Rows:
+    """What the slots have on the devices: memories, the last token of each [B] int32, and how the next are drawn."""
+
+    cache: Cache
+    tokens: Any
+    draws: Draws
+
+    @classmethod
+    def empty(cls, model: Model, slots: int, length: int, kernels: Kernels) -> _Rows:
+        rest = np.zeros(slots, np.int32), Draws.of([GREEDY] * slots)
+        return cls(empty_cache(model, slots, length, kernels), *jax.device_put(rest, NamedSharding(model.mesh, P())))
+
+
+@partial(jax.jit, static_argnames=("drawn", "stacked"), donate_argnames=("rows",))
+def _join(
+    model: Model, rows: _Rows, logits: jax.Array, row: Cache, slot: Any, how: Draws, *, drawn: bool, stacked: bool
+) -> tuple[jax.Array, _Rows]:
+    """The first token of a prompt that was read into `row`, [1] int32, and the slots with that row among them."""
+    first = draw(_everywhere(model, logits), how) if drawn else most_likely(model, logits)
+    cache = jax.tree.map(
+        lambda held, own, axis: lax.dynamic_update_slice_in_dim(held, own, slot, axis),
+        rows.cache,
+        row,
+        _batch_axes(model, stacked),
+    )
+    tokens, draws = jax.tree.map(lambda held, own: held.at[slot].set(own[0]), (rows.tokens, rows.draws), (first, how.after()))
+    return first, _Rows(cache, tokens, draws)
+
+
+@partial(jax.jit, static_argnames=("kernels", "drawn"), donate_argnames=("rows",))
+def _advance(model: Model, rows: _Rows, live: Any, *, kernels: Kernels, drawn: bool) -> tuple[jax.Array, _Rows]:
+    """The next token of each live slot, [B] int32; the others compute with token 0 at place 0, which nobody reads.
+
+    drawn: False where all take the likeliest.
+    """
+    held = rows.cache
+    cache = Cache(held.deltas, held.attentions, jnp.where(live, held.lengths, 0))
+    tokens = jnp.where(live, rows.tokens, 0)
+    if drawn:
+        logits, cache = decode_step(model, tokens, cache, kernels=kernels)
+        tokens = draw(_everywhere(model, logits), rows.draws)
+    else:
+        tokens, cache = greedy_step(model, tokens, cache, kernels=kernels)
+    return tokens, _Rows(cache, tokens, rows.draws.after())
+
+
+def _everywhere(model: Model, logits: jax.Array) -> jax.Array:
+    return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, P()))
+
+
+def _batch_axes(model: Model, stacked: bool) -> Cache:
+    """In a cache's place, the axis of each array along which its sequences lie."""
+    one, two = (cache_shapes(model.config, model.mesh, batch, 8, model.dtype, stacked) for batch in (1, 2))
+    return jax.tree.map(lambda a, b: next(i for i in range(a.ndim) if a.shape[i] != b.shape[i]), one, two)

@@ -1,0 +1,124 @@
+"""What a model takes of each device's memory, known before anything is placed there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from moekit.errors import MoekitError
+from moekit.models.qwen3next.attention import BLOCK
+from moekit.models.qwen3next.cache import cache_shapes
+from moekit.models.qwen3next.config import ATTENTION, GDN, Config
+from moekit.models.qwen3next.gdn import CHUNK
+from moekit.models.qwen3next.moe import CHUNK_ELEMENTS
+from moekit.models.qwen3next.sharding import AXIS, Parameter, parameters
+
+MEMINFO = Path("/proc/meminfo")
+
+
+class FitError(MoekitError, MemoryError):
+    """A model, its cache and its temporaries that a device has no room for."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A cache to make room for: of `batch` sequences of up to `length` tokens, prompts of `prompt` of them read at once."""
+
+    batch: int = 1
+    length: int = 0
+    prompt: int = 0
+
+
+NO_ROOM = Room()
+SLACK = 2  # XLA's temporaries were 1.1 to 1.6 times the arrays counted here
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank. copied: those of the weights that every rank holds whole."""
+
+    weights: int
+    copied: int
+    cache: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.cache + self.temporaries
+
+
+def needed(config: Config, tp: int, dtype: Any, room: Room = NO_ROOM) -> Need:
+    """What one of `tp` ranks needs, with room for a cache. dtype: of the weights.
+
+    Temporaries are an estimate from the largest arrays that are alive together; the others are exact.
+    """
+    kind = np.dtype(dtype)
+    leaves: list[Parameter] = jax.tree.leaves(parameters(config, tp))
+    wide = np.dtype(np.float32).itemsize
+    sizes = [kind.itemsize if p.narrow else wide for p in leaves]
+    weights = sum(prod(p.local_shape(tp)) * size for p, size in zip(leaves, sizes, strict=True))
+    copied = sum(
+        prod(weight.shape) * size for p, size in zip(leaves, sizes, strict=True) for weight, _ in p.weights if weight.copied
+    )
+    return Need(weights, copied, cache_bytes(config, tp, kind, room), temporaries(config, tp, kind, room))
+
+
+def cache_bytes(config: Config, tp: int, dtype: Any, room: Room) -> int:
+    """What one rank's part of a cache takes."""
+    mesh: Any = AbstractMesh((tp,), (AXIS,))
+    shapes = cache_shapes(config, mesh, room.batch, room.length, np.dtype(dtype))
+    return sum(prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+
+def temporaries(config: Config, tp: int, dtype: Any, room: Room) -> int:
+    """About what a prefill holds besides weights and cache; what a step does, where prompts are of 0 tokens."""
+    batch, prompt = room.batch, room.prompt
+    size, wide, tokens = np.dtype(dtype).itemsize, 4, batch * max(prompt, 1)
+    heads, keys, values = config.linear_num_value_heads // tp, config.linear_key_head_dim, config.linear_value_head_dim
+    delta = tokens * heads * wide * (6 * keys + 5 * values + 4 * CHUNK) if prompt else 0
+    queries = config.num_attention_heads // tp
+    scores = 2 * wide * batch * queries * min(max(prompt, 1), BLOCK) * max(prompt, 1)
+    width = config.num_experts * 2 * config.moe_intermediate_size // tp
+    experts = min(tokens, max(16, CHUNK_ELEMENTS // width)) * width * (size + wide)
+    kinds = [experts] + [delta] * (GDN in config.layer_types) + [scores] * (ATTENTION in config.layer_types)
+    logits = 2 * wide * batch * config.vocab_size // tp
+    return SLACK * (max(kinds) + logits + 6 * tokens * config.hidden_size * size)
+
+
+def free_bytes(devices: Iterable[Any]) -> int | None:
+    """The least memory that is free on one of these devices; None where nobody says."""
+    found, devices = [], list(devices)
+    for device in devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            found.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    if not found and all(device.platform == "cpu" for device in devices) and MEMINFO.exists():
+        (available,) = re.findall(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        found.append(int(available) * 1024 // max(1, len(devices)))  # they share the host's
+    return min(found, default=None)
+
+
+def check_fits(config: Config, mesh: Mesh, dtype: Any, room: Room = NO_ROOM) -> None:
+    """Raise FitError where the devices of a mesh have no room for the model with such a cache."""
+    tp, here = mesh.shape[AXIS], [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    need, free = needed(config, tp, dtype, room), free_bytes(here)
+    if free is not None and need.total > free:
+        parts = f"{gb(need.weights)} of weights, {gb(need.cache)} of cache and about {gb(need.temporaries)} of temporaries"
+        raise FitError(
+            f"load: each of {tp} ranks needs {parts}, and {gb(free)} are free on a device; give more devices (tp), a narrower "
+            "dtype, or fewer and shorter sequences"
+        )
+
+
+def gb(count: float) -> str:
+    """A number of bytes in a sentence."""
+    return f"{count / 1e9:.2f} GB"

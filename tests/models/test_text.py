@@ -1,0 +1,128 @@
+"""A checkpoint's words: encoding, chat templates as transformers renders them, settings, and whole characters."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from moekit.models.qwen3next import TINY, ConfigError, Sampling
+from moekit.models.qwen3next.sampling import GREEDY
+from moekit.models.qwen3next.text import Stream, Text, sampling_of
+from tests.models.words import TEMPLATE, write_words
+
+WORDS = ["naïve café – 東京 🍜👩‍👩‍👧 ok", "plain", "", "\ufffd", "né"]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Hi <there> & "you" é'},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_text_comes_in_whole_characters_and_is_all_there(folder, words):
+    text = Text(folder)
+    ids, stream = text.encode(words), Stream(text)
+    assert len(ids) == len(words.encode())  # a token is a byte here
+    pieces = [stream.add(token) for token in ids]
+    rest = stream.end()
+    assert "".join(pieces) + rest == words
+    if "\ufffd" not in words:
+        assert rest == ""
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert [piece for piece in pieces if piece] == list(words)
+
+
+def test_bytes_that_never_become_a_character_are_given_at_the_end(folder):
+    text = Text(folder)
+    cut = text.encode("a東")[:-1]
+    stream = Stream(text)
+    assert [stream.add(token) for token in cut] == ["a", "", ""]
+    assert stream.end() == "\ufffd"
+
+
+def test_special_tokens_are_not_text(folder):
+    text = Text(folder)
+    ids = text.encode("a<|im_end|>b")
+    assert len(ids) == 3
+    assert text.decode(ids) == "ab"
+
+
+@pytest.mark.parametrize("place", ["settings", "file", "named"])
+def test_a_conversation_is_written_as_transformers_writes_it(tmp_path, place):
+    directory = write_words(tmp_path, template=place)
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory)
+    mine = Text(directory)
+    wanted = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert "Be brief." in wanted
+    assert mine.chat(TALK) == wanted
+    ids = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert mine.encode_chat(TALK) == ids
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template fails: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "the chat template fails: access to attribute 'append'"),
+        ("{{ raise_exception('no tools here') }}", "the chat template fails: no tools here"),
+        ("{% if %}", "the chat template fails: Expected an expression"),
+        ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
+    ],
+)
+def test_a_strangers_template_runs_in_a_sandbox(tmp_path, template, words):
+    directory = write_words(tmp_path, template=None)
+    (directory / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=words):
+        Text(directory).chat(TALK)
+
+
+def test_no_template_and_no_tokenizer(tmp_path):
+    directory = write_words(tmp_path, template=None)
+    with pytest.raises(ConfigError, match="has no chat template; give plain prompts"):
+        Text(directory).chat(TALK)
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer: "):
+        Text(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer.json does not exist"):
+        Text(directory)
+
+
+def test_ends_are_the_configs_or_else_the_tokenizers(folder, tmp_path):
+    text = Text(folder)
+    assert text.ends(TINY) == (text.encode("<|im_end|>")[0],)
+    directory = write_words(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9, 10**6]}))
+    assert Text(directory).ends(TINY) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("raw", "wanted"),
+    [
+        (None, GREEDY),
+        ({"temperature": 0.6}, GREEDY),
+        ({"do_sample": True}, Sampling(1.0)),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "eos_token_id": 3}, Sampling(0.7, 20, 0.8)),
+    ],
+)
+def test_how_tokens_are_drawn(tmp_path, raw, wanted):
+    if raw is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(raw))
+    assert sampling_of(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"top_k": 1.5}, {"top_p": 0}, {"top_k": True}])
+def test_settings_that_no_sampling_can_have(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **wrong}))
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .*, which no sampling can have"):
+        sampling_of(tmp_path)
+
+
+def test_the_template_of_these_tests_uses_what_real_ones_use():
+    assert all(word in TEMPLATE for word in ("tojson", "loop", "add_generation_prompt", "bos_token", "break"))
