@@ -225,6 +225,14 @@ def prefill(result: dict) -> str:
     return _calls(result, "prompts", "prompts", floors, floor, tuple(names.values()))
 
 
+def engine(result: dict) -> str:
+    """An engine by its slots, beside the bare step of as many rows."""
+    head = ["slots", "kernels of", "sequences", "tokens/s, prompts read between", "tokens/s of its steps", "of the bare step"]
+    rates = ("tokens/s", "steps alone tokens/s", "bare tokens/s")
+    rows = [(r, [_number(r[name]) for name in rates]) for r in result["rows"]]
+    return markdown(head, [[str(r["slots"]), r["side"], str(r["sequences"]), *found] for r, found in rows])
+
+
 def _calls(
     result: dict,
     key: str,
@@ -274,6 +282,7 @@ def _gib(row: dict) -> str:
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
     "patched": patched, "accuracy": accuracy, "beside": beside, "ratios": ratios, "step": step, "prefill": prefill,
+    "engine": engine,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
