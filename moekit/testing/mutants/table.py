@@ -215,16 +215,16 @@ LOWERING = (
 )  # fmt: skip
 
 PRINTER = (
-    _one("program-id-undecoded", "backends/printer.py", '(rem.format(text, count(several[at][1])) if at > 0 else text)', 'text', "an inner grid axis is not taken modulo its blocks"),
+    _one("program-id-undecoded", "backends/printer.py", '(self.rem.format(text, count_of(several[at][1])) if at > 0 else text)', 'text', "an inner grid axis is not taken modulo its blocks"),
     _one("store-axes-turned", "compile/tile/program.py",
          'return tuple(a.name for a in self.axes if a.name in axes)',
          'return tuple(a.name for a in reversed(self.axes) if a.name in axes)', "a store takes its axes in another order than its value has"),
 )  # fmt: skip
 
 TRITON = (
-    _one("triton-section-offset", "backends/triton.py", 'at + (f" - {begin}" if begin != "0" else "")', 'at + (f" - {begin}" if begin != "0" and abreast else "")', "a later section's programs are numbered from the launch's first"),
+    _one("triton-section-offset", "backends/printer.py", 'at + (f" - {begin}" if begin != "0" else "")', 'at + (f" - {begin}" if begin != "0" and abreast else "")', "a later section's programs are numbered from the launch's first"),
     _one("triton-mask-le", "backends/printer.py", 'return f"{value} < {self.extent(op.axis)}", COMPARED', 'return f"{value} <= {self.extent(op.axis)}", COMPARED', "one element past the end"),
-    _one("triton-abreast-offset", "backends/triton.py", 'at + (f" - {begin}" if begin != "0" else "")', 'at + (f" - {begin}" if begin != "0" and not abreast else "")', "programs that take turns are numbered from another section's first"),
+    _one("triton-abreast-offset", "backends/printer.py", 'at + (f" - {begin}" if begin != "0" else "")', 'at + (f" - {begin}" if begin != "0" and not abreast else "")', "programs that take turns are numbered from another section's first"),
     _one("triton-flat-keeps", "compile/passes/flatten.py", '(*t.substitute(op.yields, last), *loop.inits)', '(*t.substitute(op.yields, last), *loop.yields)', "a loop printed as one with the one in it does not begin its sum anew in each part"),
     _one("triton-flat-early", "backends/triton.py", 'if turn % {count} == {count - 1}:', 'if turn % {count} == {count - 2}:', "a loop printed as one with the one in it ends each part a turn early"),
     _one("triton-half-turned", "backends/triton.py", '{(*places, at)}))"', '{(*places, at)}))[::-1]"', "of two products made as one each gets the other's half"),
@@ -240,14 +240,14 @@ TRITON = (
          "narrowing casts are not printed"),
     _one("triton-bitcast-converts", "backends/triton.py", ", bitcast=True)", ")", "bits are converted instead of read"),
     _one("triton-loop-short", "backends/triton.py", 'f"0, {end}, {axis.block}"', 'f"0, {end} - {axis.block} + 1, {axis.block}"', "a loop leaves out its ragged last block"),
-    _one("triton-grid-mixed", "backends/triton.py", '"{} // {}", "{} % {}"', '"{} % {}", "{} // {}"', "division for remainder in the program id"),
+    _one("triton-grid-mixed", "backends/printer.py", '"{} // {}", "{} % {}"', '"{} % {}", "{} // {}"', "division for remainder in the program id"),
     _one("triton-reduce-other", "backends/triton.py", '    return f"tl.{op.op}({p.text(op.value)}, axis={axis})"', '    return f"tl.max({p.text(op.value)}, axis={axis})"', "every reduction is a maximum"),
     _one("triton-scan-reversed", "backends/triton.py", "axis={op.value.axes.index(op.axis)})\"", "axis={op.value.axes.index(op.axis)}, reverse=True)\"", "running sums from the other end"),
     _one("triton-bfloat16-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "bfloat16" else f"', "casts to bfloat16 are not printed"),
     _one("triton-tf32", "backends/triton.py", ', input_precision="ieee")', ")", "float32 operands of a product are rounded to TF32"),
     _one("triton-nan-dropped", "backends/triton.py", "return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(a, b)", "the maximum of a row with NaN is a number"),
     _one("triton-part-dropped", "backends/triton.py", 'tl.static_range({counts[0]})', 'tl.static_range({counts[0]} - 1)', "a loop that is written out leaves out the last part"),
-    _one("triton-section-starts-late", "backends/triton.py", '({at} >= {begin}) & ({at} < {end})', '({at} > {begin}) & ({at} < {end})', "the first program of a later section does nothing"),
+    _one("triton-section-starts-late", "backends/printer.py", '({at} >= {begin}) & ({at} < {end})', '({at} > {begin}) & ({at} < {end})', "the first program of a later section does nothing"),
     _one('triton-lt-le', "backends/printer.py", '"lt": ("<", COMPARED)', '"lt": ("<=", COMPARED)', 'less than is at most'),
     _one('triton-le-lt', "backends/printer.py", '"le": ("<=", COMPARED)', '"le": ("<", COMPARED)', 'at most is less than'),
     _one('triton-remainder-floors', "backends/triton.py",
@@ -260,12 +260,12 @@ TRITON = (
     Mutant('triton-half-interleaved', 'backends/triton.py', (
         ('shape += [2, n // 2] if a == op.axis else [n]', 'shape += [n // 2, 2] if a == op.axis else [n]'),
         ('at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of', 'at, of = op.value.axes.index(op.axis) + 1, p.program.axis(op.axis).of')), 'of two products made as one every second column is one'),
-    _one('triton-twice-divided', "backends/triton.py", 'f" % {axis.block // 2}" if axis.of', 'f" // {axis.block // 2}" if axis.of', 'of two products made as one the columns are counted by division'),
+    _one('triton-twice-divided', "backends/printer.py", 'self.rem.format(lanes, axis', 'self.div.format(lanes, axis', 'of two products made as one the columns are counted by division'),
     Mutant('triton-wide-late', "backends/triton.py", (
         ('text, level = self.index(at.tensor, index, axes, wide)', 'text, level = self.index(at.tensor, index, axes, False)'),
         ('terms.append(f"{text} * {factor}" if factor else text)', 'terms.append(f"tl.cast({text} * {factor}, tl.int64)" if factor else text)')),
         'an offset is widened after it is computed'),
-    _one('triton-blocks-floor', "backends/triton.py", 'f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})"', 'f"({extent_name(blocks.name)} // {blocks.block})"', 'the blocks of an axis are counted without the last ragged one'),
+    _one('triton-blocks-floor', "backends/printer.py", 'f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})"', 'f"({extent_name(blocks.name)} // {blocks.block})"', 'the blocks of an axis are counted without the last ragged one'),
     _one('triton-negative-zero-lost', "compile/passes/legalise.py", '"triton": (_narrowing, _negation, _negative_zero)', '"triton": (_narrowing, _negation)', 'a literal -0.0 is 0.0'),
 )  # fmt: skip
 
@@ -278,14 +278,14 @@ TORCH = (
 )  # fmt: skip
 
 PALLAS = (
-    _one("pallas-section-offset", "backends/pallas.py", 'passed = [turn + (f"{at} - {low}" if low else at)', 'passed = [turn + (f"{at} - {low}" if low and turn else at)', "a later section's programs are numbered from the launch's first"),
+    _one("pallas-section-offset", "backends/pallas.py", 'passed = [call.own, ', 'passed = ["pid", ', "a later section's programs are numbered from the launch's first"),
     _one("pallas-mask-le", "backends/printer.py", '({value} < {self.extent(op.axis)})", AND', '({value} <= {self.extent(op.axis)})", AND', "one element past the end"),
     _one("pallas-start-lost", "backends/pallas.py", 'first = str(index.start * step + start)', 'first = str(index.start * step)', "a View's start is ignored"),
     _one("pallas-step-lost", "backends/pallas.py", 'text, factor = self.at(index.value, axes), index.step * step', 'text, factor = self.at(index.value, axes), index.step', "a View's step is ignored"),
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", '{value}{self.masked(op.at, axes)})"', '{value})"', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "f', other={fill}' if mask", "', other=1' if mask", "masked lanes read as one"),
-    _one("pallas-abreast-offset", "backends/pallas.py", 'passed = [turn + (f"{at} - {low}" if low else at)', 'passed = [turn + (f"{at} - {low}" if low and not turn else at)', "programs that take turns are numbered from another section's first"),
+    _one("pallas-abreast-offset", "backends/pallas.py", 'passed = [call.own, ', 'passed = [call.own.replace("turn", "0"), ', "programs that take turns all do the first block"),
     _one("pallas-loop-short", "backends/pallas.py",
          'return str(prod(map(self.program.turns, op.over)))',
          'return str(prod((self.program.axis(a).length or 0) // self.program.axis(a).block if isinstance(a, str) else a for a in op.over))', "a loop leaves out its ragged last block"),
@@ -310,7 +310,7 @@ PALLAS = (
          '        return p.operator(op)\n', 'at most is less than'),
     _one('pallas-remainder-floors', 'backends/pallas.py', 'return lax.rem(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))', 'return jnp.remainder(a, b)', 'remainders of negative numbers are positive'),
     _one('pallas-half-untransposed', "backends/pallas.py", 'return halves if order == tuple(range(len(order))) else f"', 'return halves if True else f"', 'of two products made as one the halves keep rows for columns'),
-    _one('pallas-twice-counted-on', "backends/pallas.py", 'lanes = REM.format(lanes, block // 2) if p.program.axis(op.axis).of else lanes', 'lanes = lanes', "of two products made as one the second one's columns go on where the first one's end"),
+    _one('pallas-twice-counted-on', "backends/printer.py", 'lanes = self.rem.format(lanes, axis.block // 2) if axis.of else lanes', 'lanes = lanes', "of two products made as one the second one's columns go on where the first one's end"),
     _one('pallas-scan-reversed', 'backends/pallas.py', 'axis={op.value.axes.index(op.axis)})",\n    t.Dot', 'axis={op.value.axes.index(op.axis)}, reverse=True)",\n    t.Dot', 'running sums from the other end'),
     _one('jax-not-aliased', 'jax/launch.py', 'input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read}', 'input_output_aliases={}', 'what lies around a View that is written to is lost'),
     _one('view-order-inverted', 'jax/view.py', 'order = [sorted(self.axes).index(a) for a in self.axes]', 'order = [self.axes.index(a) for a in sorted(self.axes)]', 'of a View of three axes in turn the array has the inverse order'),
