@@ -191,8 +191,8 @@ FORMS: dict[str, Callable[..., str]] = {
 
 def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
     """The programs for contiguous tensors with run-time strides, as PyTorch launches them."""
-    from moekit.compile.dense import contiguous
     from moekit.compile.plan import plan
+    from moekit.compile.tile.layouts import contiguous
 
     graph = fusion.trace(binding)
     return plan(graph, schedule, contiguous(graph, _sizes(graph, binding)))

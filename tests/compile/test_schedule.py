@@ -10,7 +10,7 @@ import unseen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moekit.compile.alias import over_operand
+from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, row_classes, spread, tokens_class
 from moekit.compile.schedule import (
     Abreast,

@@ -36,8 +36,8 @@ from moekit.compile.schedule.facts import (
     shares,
     twins,
 )
+from moekit.compile.schedule.stores import in_order
 from moekit.compile.schedule.targets import MEASURED, Target
-from moekit.compile.stores import in_order
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, Graph

@@ -149,14 +149,14 @@ LOWERING = (
          '            return self.value(n.args[0], home)\n'
          '        if n.op in ELEMENTWISE:\n', "a declared rounding inside the declaration is left out"),
     _one("parts-added", "compile/schedule/cuts.py", 'kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
-    _one("written-over", "compile/alias.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
+    _one("written-over", "compile/passes/form.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
     _one("parts-forgotten", "compile/passes/reductions.py",
          'return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]',
          'return [value for u, total, value in done]', "of the parts done in a row only the last counts"),
     _one("section-unsplit", "compile/schedule/facts.py", "return {a.removesuffix(PART): use.extent or 1 for", "return {a.removesuffix(PART): 1 for", "every part of a split adds up all of the axis"),
     _one("grid-rounds-down", "compile/tile/program.py", 'else -(-sizes[n.name] // n.block) for n in self.counts', 'else max(1, sizes[n.name] // n.block) for n in self.counts', "the last tokens have no program"),
     _one("range-key-lost", "compile/passes/tidy.py", 'for n in op.__dataclass_fields__ if n != "out"', 'for n in op.__dataclass_fields__ if n not in ("out", "axis")', "ids are checked once for two tables of other sizes"),
-    _one("updated-first", "compile/stores.py", "free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)", "free = next(reversed(left), None)", "what overwrites an operand is stored before what loads it again"),
+    _one("updated-first", "compile/schedule/stores.py", "free = next((s for s in left if not any(o.loads & set(s.tensors) for o in left if o is not s)), None)", "free = next(reversed(left), None)", "what overwrites an operand is stored before what loads it again"),
     _one("values-when-stored", "compile/passes/nest.py",
          '            for node in (w.value, *w.ids):\n'
          '                self._made_before_loops(node, seen)\n',
@@ -172,9 +172,9 @@ LOWERING = (
     _one("twins-alike", "compile/passes/pairs.py", 'pair.second.start - pair.first.start', '0', "of two products made as one both have the first one's columns"),
     _one("twins-unmasked", "compile/tile/program.py", 'return self.axis(self.axis(axis).of or axis)', 'return self.axis(axis)', "of two products made as one the last block of columns has no mask"),
     _one("scratch-bfloat16", "compile/schedule/cuts.py", 'scratch[i] = Scratch(name, node.dtype,', 'scratch[i] = Scratch(name, "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
-    _one("overlap-in-the-last-row", "compile/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
-    _one("overlap-of-halves", "compile/overlap.py", "    ranges[1][0] -= b[2] - 1\n    ranges[1][1] += a[2] - 1\n", "    ranges[1][0] -= 0\n", "an output may lie in the halves of an operand's elements"),
-    _one("overlap-by-range", "compile/overlap.py", "    return _shared(a.start", "    return True or _shared(a.start", "tensors that take turns in one array are refused"),
+    _one("overlap-in-the-last-row", "torch/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
+    _one("overlap-of-halves", "torch/overlap.py", "    ranges[1][0] -= b[2] - 1\n    ranges[1][1] += a[2] - 1\n", "    ranges[1][0] -= 0\n", "an output may lie in the halves of an operand's elements"),
+    _one("overlap-by-range", "torch/overlap.py", "    return _shared(a.start", "    return True or _shared(a.start", "tensors that take turns in one array are refused"),
     _one('zero-after-any-function', "compile/tile/facts.py", 'isinstance(op, Cast | Bitcast):', 'isinstance(op, Cast | Bitcast | Unary):', 'where nothing was loaded every function of it is taken for zero'),
     _one('series-coefficient', "compile/passes/decompose.py", '(15, 13, 11, 9, 7, 5, 3, 1)', '(15, 13, 11, 8, 7, 5, 3, 1)', "one coefficient of softplus's series is wrong"),
     Mutant('ties-of-32-bits-to-the-higher', "compile/passes/decompose.py", (
@@ -200,7 +200,7 @@ LOWERING = (
     _one('loops-shared-across', "compile/passes/reductions.py", '    return low.looped & set(a.axes) == low.looped & set(b.axes)', '    return True', 'reductions in other loops share one'),
     _one('scratch-confused', 'compile/schedule/cuts.py', 's = scratch[i]', 's = next(iter(scratch.values()))', "every sum of parts reads the first one's parts"),
     _one('parallel-if-any', 'compile/schedule/facts.py', 'everywhere = set.intersection(*spreads)', 'everywhere = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
-    _one('over-what-others-read', 'compile/alias.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
+    _one('over-what-others-read', 'compile/passes/form.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
     _one('twins-step-lost', "compile/passes/pairs.py",
          'columns = t.At(low.root.bound[twice], start, pair.first.step, side)',
          'columns = t.At(low.root.bound[twice], start, 1, side)', 'of two products made as one every column is taken for every second'),
@@ -210,7 +210,7 @@ LOWERING = (
     _one('tile-decides-a-sum', 'compile/rules/gemm.py', '    every = [*sections(graph), *(g for', '    return False\n    every = [*sections(graph), *(g for', "a sum beside a product goes by its tile: a row's bits depend on T"),
     _one('max-int64-from-zero', "compile/tile/facts.py", '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
     _one('min-int64-narrow', "compile/tile/facts.py", '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
-    _one('overlap-of-equal-strides', 'compile/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),
+    _one('overlap-of-equal-strides', 'torch/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),
     _one('neg-from-zero', "compile/passes/legalise.py", 'if not isinstance(op, t.Unary) or op.op != "neg" or not is_float(op.out.dtype):', 'if True:', '-x is 0 - x in Triton, which loses the sign of zero'),
 )  # fmt: skip
 
@@ -270,8 +270,8 @@ TRITON = (
 )  # fmt: skip
 
 TORCH = (
-    _one('aligned-to-8', 'compile/dense.py', 'stride * size % 16 == 0 and', 'stride * size % 8 == 0 and', 'strides of a multiple of 8 bytes are counted in units of 16'),
-    _one('reach-of-2-31', 'compile/dense.py', 'wide=reach >= 2**31', 'wide=reach > 2**31', 'an offset of exactly 2^31 is computed in 32 bits'),
+    _one('aligned-to-8', 'compile/tile/layouts.py', 'stride * size % 16 == 0 and', 'stride * size % 8 == 0 and', 'strides of a multiple of 8 bytes are counted in units of 16'),
+    _one('reach-of-2-31', 'compile/tile/layouts.py', 'wide=reach >= 2**31', 'wide=reach > 2**31', 'an offset of exactly 2^31 is computed in 32 bits'),
     _one('written-one-by-one', 'torch/call.py', 'ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}', 'ready = {n: values[n] if n in self.outs else values[n].contiguous() for n in self.names}', 'an output goes over the operand that another output is, before that is copied'),
     _one('outputs-overlap', 'torch/call.py', '                if m != n and overlap(r, s):\n', '                if m != n and r == s:\n', 'two outputs may overlap each other'),
     _one('own-operand-overlaps', 'torch/call.py', 'not (m == n and r == s)', 'not m == n', 'an update may overlap its own operand, shifted'),
