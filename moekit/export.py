@@ -18,11 +18,11 @@ from typing import Any
 from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.rules.alike import alike
 from moekit.compile.schedule import Schedule
+from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
 from moekit.lang.arguments import example
 from moekit.lang.fusion import Binding, Fusion

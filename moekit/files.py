@@ -39,6 +39,14 @@ def write_text(path: str | Path, text: str) -> None:
         raise _said(path, error, "written") from None
 
 
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those around it; raises FileError where that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _said(path, error, "made") from None
+
+
 def check_writable(path: str | Path) -> None:
     """Raise FileError now where `write_text` would later: before hours of work, say. Nothing is left behind."""
     try:

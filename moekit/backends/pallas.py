@@ -14,13 +14,15 @@ from typing import Any
 from moekit import __version__
 from moekit.backends.printer import (
     ATOM,
+    COMMON,
     LOOSEST,
-    NEGATED,
     PLUS,
     Printer,
     Text,
+    calls,
     header,
     is_extreme,
+    kernel_name,
     literal_level,
     number,
     wrapped,
@@ -37,7 +39,6 @@ UNARY = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
     "sigmoid": "lax.logistic({})",
 }  # fmt: skip
-SIGNS = {"neg": "-", "not": "~"}
 DIV, REM = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
@@ -84,13 +85,11 @@ def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(read)), list(dict.fromkeys(written))
 
 
-def kernel_name(program: t.Kernel) -> str:
-    """The name of the emitted function."""
-    return f"{program.name}_kernel"
-
-
 class PallasPrinter(Printer):
     """Loops, stores and helpers in Pallas."""
+
+    functions, lanes, halves = UNARY, "jnp.arange({}, dtype=jnp.int32)", "jnp.where({}, jnp.int32(0), jnp.int32({}))"
+    div, rem, rem_level = DIV, REM, ATOM
 
     def helper(self, name: str) -> str:
         """Note that a helper is needed."""
@@ -110,17 +109,6 @@ class PallasPrinter(Printer):
             begin = [f"{pad}carry = {inits}", f"{pad}for turn in range({self.program.turns(op.over[0])}):"]
             return [*lines, *begin, f"{pad}    carry = {name}({self.pid} * 0 + turn, carry)", f"{pad}{outs}carry"]
         return [*lines, *wrapped(f"{pad}{outs}lax.fori_loop(0, {self.turns(op)}, {name}, {inits})")]
-
-    def turn(self, op: t.Loop, depth: int) -> list[str]:
-        """Where a turn begins along each axis."""
-        lines = []
-        for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
-            inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
-            text = DIV.format("turn", inner) if inner > 1 else "turn"
-            text = REM.format(text, self.program.turns(over)) if i else text
-            step = self.program.axis(over).block if isinstance(over, str) else 1
-            lines.append("    " * depth + f"{self.names[var]} = {text}" + (f" * {step}" if step > 1 else ""))
-        return lines
 
     def turns(self, op: t.Loop) -> str:
         """How many turns a loop has."""
@@ -200,10 +188,7 @@ class PallasPrinter(Printer):
         text = f"{text} * {factor}" if factor != 1 else text
         text = f"{text} + {first}" if first != "0" else text
         if index.side:
-            (axis,) = index.value.axes
-            block, side = self.program.axis(axis).block, index.side * step
-            lanes = f"jnp.where(jnp.arange({block}, dtype=jnp.int32) < {block // 2}, jnp.int32(0), jnp.int32({side}))"
-            text += " + " + (lanes if len(axes) == 1 else f"{lanes}[{', '.join(':' if a == axis else 'None' for a in axes)}]")
+            text += " + " + self.side(index.value, index.side * step, axes)
         return text
 
     def fixed(self, at: str, axes: tuple[str, ...]) -> str:
@@ -216,12 +201,6 @@ def _load(p: PallasPrinter, op: t.Load) -> str:
     ref = f"{p.program.param(op.at.tensor).viewed.buffer}_ref"
     fill = number(bool(op.fill) if op.out.dtype == "bool" else op.fill)
     return f"plt.load({ref}.at[{p.index(op.at, axes)}]{mask}{f', other={fill}' if mask else ''})"
-
-
-def _unary(p: PallasPrinter, op: t.Unary) -> str | Text:
-    if sign := SIGNS.get(op.op):
-        return f"{sign}{p.typed(op.value)}", NEGATED
-    return UNARY[op.op].format(p.typed(op.value, LOOSEST))
 
 
 def _binary(p: PallasPrinter, op: t.Binary) -> str | Text:
@@ -248,16 +227,6 @@ def _dot(p: PallasPrinter, op: t.Dot) -> str | Text:
     right = p.text(op.right, ATOM) + (".T" if op.right.axes != (op.axis, n) else "")
     product = f'jnp.dot({left}, {right}, precision="highest", preferred_element_type=jnp.float32)'
     return product if op.acc is None else (f"{p.text(op.acc, PLUS)} + {product}", PLUS)
-
-
-def _elements(p: PallasPrinter, op: t.Elements) -> str | Text:
-    first, level = p.first(op, DIV, REM, str)
-    block = p.program.axis(op.axis).block
-    if not op.out.axes:
-        return first, level
-    lanes = f"jnp.arange({block}, dtype=jnp.int32)"
-    lanes = REM.format(lanes, block // 2) if p.program.axis(op.axis).of else lanes
-    return lanes if first == "0" else (f"{first} + {lanes}", PLUS)
 
 
 def _halves(p: PallasPrinter, op: t.Halves) -> str:
@@ -287,15 +256,12 @@ def _const(p: PallasPrinter, op: t.Const) -> str | Text:
 
 
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
+    **COMMON,
     t.Const: _const,
-    t.Extent: lambda p, op: p.extent(op.axis),
-    t.Elements: _elements,
     t.Halves: _halves,
-    t.InBounds: lambda p, op: p.in_bounds(op),
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.astype({DTYPES[op.out.dtype]})",
     t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({p.typed(op.value, LOOSEST)}, {DTYPES[op.out.dtype]})",
-    t.Unary: _unary,
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,
@@ -343,23 +309,10 @@ def _refs(kernel: t.Kernel) -> list[str]:
 
 
 def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
-    """Which programs of a launch belong to which section; all sizes are static.
-
-    Sections abreast have for each block of the outermost axis the programs of every one, `each` of them; else one follows the
-    other.
-    """
-    calls = {section.name: (h.section.name, starts) for h in shared for section, starts in h.calls}
-    counts, at, lines, low = [s.programs({}) for s in kernel.sections], "pid", [], 0
-    if isinstance(kernel, t.Joined) and kernel.abreast:
-        turns = max(1, kernel.sections[0].axis(kernel.sections[0].grid[0]).blocks)
-        counts, at = [n // turns for n in counts], "at"
-        lines = [f"    at, turn = {REM.format('pid', sum(counts))}, {DIV.format('pid', sum(counts))}"]
-    for section, count in zip(kernel.sections, counts, strict=True):
-        name, starts = calls[section.name]
-        turn = "" if at == "pid" else f"turn * {count} + " if count > 1 else "turn + "
-        passed = [turn + (f"{at} - {low}" if low else at), *_refs(section), *map(str, starts)]
-        inside = f"({at} >= {low}) & ({at} < {low + count})" if low else f"{at} < {count}"
-        lines += ["", f"    @pl.when({inside})", "    def _():"]
-        lines.append(f"        {name}({', '.join(passed)})")
-        low += count
+    """Which programs of a launch belong to which section; all sizes are static."""
+    lines = []
+    for call in calls(kernel, shared, PallasPrinter):
+        passed = [call.own, *_refs(call.section), *map(str, call.starts)]
+        lines += [*call.before, "", f"    @pl.when({call.inside})", "    def _():"]
+        lines.append(f"        {call.helper}({', '.join(passed)})")
     return lines

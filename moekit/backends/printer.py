@@ -7,10 +7,13 @@ A printer is a table from operation to text. Which values get a line of their ow
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from moekit.compile import tile as t
+from moekit.compile.passes.helpers import Helper
 from moekit.compile.passes.names import extent_name, names
 from moekit.lang.dtypes import is_float
 
@@ -22,6 +25,7 @@ OPERATORS = {
     "eq": ("==", COMPARED), "ne": ("!=", COMPARED), "lt": ("<", COMPARED), "le": ("<=", COMPARED), "gt": (">", COMPARED),
     "ge": (">=", COMPARED),
 }  # fmt: skip
+SIGNS = {"neg": "-", "not": "~"}
 SILENT = (t.Load, t.Elements, t.InBounds, t.Const, t.Extent)  # what they are for is said where they are used
 LONGEST = 120  # characters of a line
 Text = tuple[str, int]  # and how tightly it binds
@@ -31,6 +35,12 @@ Starts = Mapping[tuple[str, t.At], str]
 class Printer(ABC):
     """Prints one program with a table of expressions. `pid` is its number in the launch, as text; `starts` name the beginning
     of indices that it is told (`compile/passes/helpers.py`)."""
+
+    functions: Mapping[str, str]  # of one block, as text around it
+    lanes: str  # the numbers from 0 on
+    halves: str  # 0 where something holds, else another number
+    div, rem, rem_level = "{} // {}", "{} % {}", TIMES
+    constant = ""  # what marks the name of a number
 
     def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable], pid: str, starts: Starts):
         self.program, self.expressions, self.pid, self.names = program, expressions, pid, names(program)
@@ -80,8 +90,6 @@ class Printer(ABC):
         left = ", ".join(self.names[v] for v in (out, *others))
         return f"{left}{self.constant if isinstance(op, t.Const) else ''} = {text}"
 
-    constant = ""  # what marks the name of a number
-
     def text(self, value: t.Value, level: int = LOOSEST) -> str:
         """A value where it is read, in parentheses if it binds less tightly than `level`."""
         text, own = self.inline[value] if value in self.inline else (self.names[value], ATOM)
@@ -99,7 +107,7 @@ class Printer(ABC):
         """A value with dimensions of size 1 put in so that it lines up with `axes`."""
         if not value.axes or value.axes == axes:
             return self.text(value, level)
-        return f"{self.text(value, ATOM)}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
+        return self.text(value, ATOM) + dimensions(value, axes)
 
     def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """Where an access may touch memory, lined up with `axes`; "" for everywhere."""
@@ -119,7 +127,13 @@ class Printer(ABC):
             left = self.typed(op.left)
         return f"{left} {sign} {right}", level
 
-    def program_id(self, axis: str, div: str, rem: str, count: Callable[[int | t.AxisBlock], str]) -> Text:
+    def unary(self, op: t.Unary) -> Text:
+        """A sign or a function of a block."""
+        if sign := SIGNS.get(op.op):
+            return f"{sign}{self.typed(op.value)}", NEGATED
+        return self.functions[op.op].format(self.typed(op.value, LOOSEST)), ATOM
+
+    def program_id(self, axis: str) -> Text:
         """The block number along a grid axis, decoded from the one launch dimension; "0" for an axis of one block."""
         several = [(a, n) for a, n in zip(self.program.grid, self.program.counts, strict=True) if n != 1]
         at = next((i for i, (a, _) in enumerate(several) if a == axis), None)
@@ -127,21 +141,37 @@ class Printer(ABC):
             return "0", ATOM
         below = [n for _, n in several[at + 1 :]]
         known = prod(n for n in below if isinstance(n, int))
-        inner = " * ".join([*(count(n) for n in below if not isinstance(n, int)), *([str(known)] if known > 1 else [])])
-        text = div.format(self.pid, f"({inner})" if " * " in inner and "//" in div else inner) if inner else self.pid
-        return (rem.format(text, count(several[at][1])) if at > 0 else text), TIMES if inner or at > 0 else ATOM
+        inner = " * ".join([*(count_of(n) for n in below if not isinstance(n, int)), *([str(known)] if known > 1 else [])])
+        inner = f"({inner})" if " * " in inner and "//" in self.div else inner
+        text = self.div.format(self.pid, inner) if inner else self.pid
+        return (self.rem.format(text, count_of(several[at][1])) if at > 0 else text), TIMES if inner or at > 0 else ATOM
 
-    def first(self, op: t.Elements, div: str, rem: str, count: Callable[[int | t.AxisBlock], str]) -> Text:
+    def first(self, op: t.Elements) -> Text:
         """The element at which a block of an axis begins."""
         owner = self.program.bounded(op.axis)
         if owner.mode == "grid":
-            text, level = self.program_id(owner.name, div, rem, count)
+            text, level = self.program_id(owner.name)
             if owner.block == 1 or text == "0":
                 return text, level
             return f"{text if level >= TIMES else f'({text})'} * {owner.block}", TIMES
         part = self.text(op.part, TIMES) + (f" * {owner.share}" if owner.share > 1 else "") if op.part else ""
         turn = self.text(op.turn) if op.turn else ""
         return " + ".join(filter(None, (part, turn))) or "0", PLUS if part and turn else TIMES if part else ATOM
+
+    def elements(self, op: t.Elements) -> Text:
+        """The elements of an axis that a block holds."""
+        (first, level), axis = self.first(op), self.program.axis(op.axis)
+        if not op.out.axes:
+            return first, level
+        lanes = self.lanes.format(axis.block)
+        lanes = self.rem.format(lanes, axis.block // 2) if axis.of else lanes
+        return (lanes, self.rem_level if axis.of else ATOM) if first == "0" else (f"{first} + {lanes}", PLUS)
+
+    def side(self, value: t.Value, more: int, axes: tuple[str, ...]) -> str:
+        """Nothing in the first half of an axis that is another one twice, `more` in the second, lined up with `axes`."""
+        block = self.program.block(value.axes)[0]
+        text = self.halves.format(f"{self.lanes.format(block)} < {block // 2}", more)
+        return text if len(axes) == 1 else text + dimensions(value, axes)
 
     def extent(self, axis: str) -> str:
         """An axis's extent: a number, or the kernel argument that carries it."""
@@ -155,6 +185,17 @@ class Printer(ABC):
             return f"{value} < {self.extent(op.axis)}", COMPARED
         return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND
 
+    def turn(self, op: t.Loop, depth: int) -> list[str]:
+        """Where a turn begins along each axis."""
+        lines = []
+        for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
+            inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
+            text = self.div.format("turn", inner) if inner > 1 else "turn"
+            text = self.rem.format(text, self.program.turns(over)) if i else text
+            step = self.program.axis(over).block if isinstance(over, str) else 1
+            lines.append("    " * depth + f"{self.names[var]} = {text}" + (f" * {step}" if step > 1 else ""))
+        return lines
+
     @abstractmethod
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         """The lines of a loop."""
@@ -166,6 +207,71 @@ class Printer(ABC):
     @abstractmethod
     def store(self, op: t.Store) -> str:
         """The line of a store."""
+
+
+#: What every printer writes in the same way.
+COMMON: dict[type, Callable[[Any, Any], str | Text]] = {
+    t.Elements: lambda p, op: p.elements(op),
+    t.Extent: lambda p, op: p.extent(op.axis),
+    t.InBounds: lambda p, op: p.in_bounds(op),
+    t.Unary: lambda p, op: p.unary(op),
+}
+
+
+def dimensions(value: t.Value, axes: tuple[str, ...]) -> str:
+    """The index that puts in dimensions of size 1, so that a value lines up with `axes`."""
+    return f"[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
+
+
+def count_of(blocks: int | t.AxisBlock) -> str:
+    """How many blocks an axis has, as text; of a dynamic one in Triton, where alone a program has such an axis."""
+    if isinstance(blocks, int):
+        return str(blocks)
+    return f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})" if blocks.block > 1 else extent_name(blocks.name)
+
+
+def kernel_name(kernel: t.Kernel) -> str:
+    """The name of the emitted function."""
+    return f"{kernel.name}_kernel"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One section of a launch: the lines before it, which programs are its own, the number that each then has, and the helper
+
+    called with the numbers it is told.
+    """
+
+    section: t.TileProgram
+    before: list[str]
+    inside: str
+    own: str
+    helper: str
+    starts: tuple[int, ...]
+
+
+def calls(kernel: t.Kernel, shared: Iterable[Helper], printer: type[Printer]) -> Iterator[Call]:
+    """The sections of a launch: the programs of one after those of another, or for each block of the outermost axis those of
+
+    every section.
+    """
+    abreast = isinstance(kernel, t.Joined) and kernel.abreast
+    counts = [s.counts[1:] if abreast else s.counts for s in kernel.sections]
+    known = [prod(n for n in each if isinstance(n, int)) if all(isinstance(n, int) for n in each) else None for each in counts]
+    helper = {section.name: (h.section.name, starts) for h in shared for section, starts in h.calls}
+    before, begin, at, total = [], "0", "at" if abreast else "pid", sum(n for n in known if n)
+    if abreast:
+        before = [f"    at, turn = {printer.rem.format('pid', total)}, {printer.div.format('pid', total)}"]
+    for i, (section, n) in enumerate(zip(kernel.sections, known, strict=True)):
+        if n is not None and begin.isdecimal():
+            end = str(int(begin) + n)
+        else:
+            end, programs = f"end_{i}", " * ".join(count_of(n) for n in counts[i] if n != 1) or "1"
+            before.append(f"    {end} = {begin} + {programs}" if begin != "0" else f"    {end} = {programs}")
+        inside = f"{at} < {end}" if begin == "0" else f"({at} >= {begin}) & ({at} < {end})"
+        own = (f"turn * {n} + " if n != 1 else "turn + ") * abreast + at + (f" - {begin}" if begin != "0" else "")
+        yield Call(section, before, inside, own, *helper[section.name])
+        before, begin = [], end
 
 
 def wrapped(line: str) -> list[str]:

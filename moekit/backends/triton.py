@@ -10,15 +10,17 @@ from typing import Any
 from moekit import __version__
 from moekit.backends.printer import (
     ATOM,
+    COMMON,
     LONGEST,
     LOOSEST,
-    NEGATED,
     PLUS,
     TIMES,
     Printer,
     Text,
+    calls,
     header,
     is_extreme,
+    kernel_name,
     literal_level,
     number,
 )
@@ -36,7 +38,6 @@ UNARY = {
     "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
     "sigmoid": "tl.sigmoid({})",
 }  # fmt: skip
-SIGNS = {"neg": "-", "not": "~"}
 
 HELPERS = {
     "nan_max": """@triton.jit
@@ -91,14 +92,10 @@ def arguments(program: t.Kernel) -> tuple[Argument, ...]:
     return tuple(args)
 
 
-def kernel_name(program: t.Kernel) -> str:
-    """The name of the emitted function."""
-    return f"{program.name}_kernel"
-
-
 class TritonPrinter(Printer):
     """Loops and stores in Triton."""
 
+    functions, lanes, halves = UNARY, "tl.arange(0, {})", "tl.where({}, 0, {})"
     constant = ": tl.constexpr"
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
@@ -109,7 +106,8 @@ class TritonPrinter(Printer):
             if i in self.inline or self.names[i] != self.names[c]
         ]
         if len(op.over) > 1:
-            lines += self.turn_of_several(op, pad)
+            lines.append(f"{pad}for turn in range({prod(map(self.program.turns, op.over))}):")
+            lines += self.turn(op, depth + 1)
         elif op.unroll:
             lines.append(f"{pad}for turn in tl.static_range({counts[0]}):")
             lines.append(f"{pad}    {self.names[op.vars[0]]} = tl.cast(turn, tl.int32)")
@@ -125,17 +123,6 @@ class TritonPrinter(Printer):
         axis = self.program.axis(over)
         end = self.extent(over) if axis.length is None else str(axis.length)
         return end if axis.block == 1 else f"0, {end}, {axis.block}"
-
-    def turn_of_several(self, op: t.Loop, pad: str) -> list[str]:
-        """The head of a loop over several axes, and where each of them begins."""
-        counts = [self.program.turns(a) for a in op.over]
-        lines = [f"{pad}for turn in range({prod(counts)}):"]
-        for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
-            inner, block = prod(counts[i + 1 :]), self.program.axis(str(over)).block
-            text = f"turn // {inner}" if inner > 1 else "turn"
-            text = f"{text} % {counts[i]}" if i else text
-            lines.append(f"{pad}    {self.names[var]} = {text}" + (f" * {block}" if block > 1 else ""))
-        return lines
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
         count = self.program.turns(op.axis)
@@ -209,11 +196,7 @@ class TritonPrinter(Printer):
         if start != "0":
             text, level = f"{text} + {start}", PLUS
         if index.side:
-            (axis,) = index.value.axes
-            block = self.program.axis(axis).block
-            side = f"tl.where(tl.arange(0, {block}) < {block // 2}, 0, {index.side})"
-            side = side if len(axes) == 1 else f"{side}[{', '.join(':' if a == axis else 'None' for a in axes)}]"
-            text, level = f"{text} + {side}", PLUS
+            text, level = f"{text} + {self.side(index.value, index.side, axes)}", PLUS
         return text, level
 
 
@@ -221,12 +204,6 @@ def _load(p: TritonPrinter, op: t.Load) -> str:
     axes = op.out.axes
     mask = p.mask(op.at, axes)
     return f"tl.load({p.pointer(op.at, axes)}{f', mask={mask}, other={number(op.fill)}' if mask else ''})"
-
-
-def _unary(p: TritonPrinter, op: t.Unary) -> str | Text:
-    if sign := SIGNS.get(op.op):
-        return f"{sign}{p.typed(op.value)}", NEGATED
-    return UNARY[op.op].format(p.typed(op.value, LOOSEST))
 
 
 def _binary(p: TritonPrinter, op: t.Binary) -> str | Text:
@@ -253,15 +230,6 @@ def _dot(p: TritonPrinter, op: t.Dot) -> str:
     return f'tl.dot({left}, {right}{acc}, input_precision="ieee")'
 
 
-def _elements(p: TritonPrinter, op: t.Elements) -> str | Text:
-    first, level = p.first(op, "{} // {}", "{} % {}", count)
-    axis = p.program.axis(op.axis)
-    if not op.out.axes:
-        return first, level
-    lanes = f"tl.arange(0, {axis.block})" + (f" % {axis.block // 2}" if axis.of else "")
-    return (lanes, TIMES if axis.of else ATOM) if first == "0" else (f"{first} + {lanes}", PLUS)
-
-
 def _halves(p: TritonPrinter, op: t.Halves) -> str:
     """Both halves lie in the same lanes, so that taking them apart moves nothing."""
     shape: list[int] = []
@@ -271,13 +239,6 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     named = [of if a == op.axis else a for a in op.value.axes]
     places = [i + (i >= at) for i in map(named.index, op.outs[0].axes)]
     return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
-
-
-def count(blocks: int | t.AxisBlock) -> str:
-    """How many blocks an axis has, as text."""
-    if isinstance(blocks, int):
-        return str(blocks)
-    return f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})" if blocks.block > 1 else extent_name(blocks.name)
 
 
 def _where(p: TritonPrinter, op: t.Where) -> str:
@@ -295,15 +256,12 @@ def _const(p: TritonPrinter, op: t.Const) -> str | Text:
 
 
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
+    **COMMON,
     t.Const: _const,
-    t.Extent: lambda p, op: p.extent(op.axis),
-    t.Elements: _elements,
     t.Halves: _halves,
-    t.InBounds: lambda p, op: p.in_bounds(op),
     t.Load: _load,
     t.Cast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]})",
     t.Bitcast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
-    t.Unary: _unary,
     t.Binary: _binary,
     t.Where: _where,
     t.Reduce: _reduce,
@@ -366,29 +324,11 @@ IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
-    """Which programs of a launch belong to which section: those of one after those of another, or for each block of the
-    outermost axis those of every section."""
-    abreast = isinstance(kernel, t.Joined) and kernel.abreast
-    counts = [s.counts[1:] if abreast else s.counts for s in kernel.sections]
-    programs = [" * ".join(count(n) for n in each if n != 1) or "1" for each in counts]
-    known = [prod(n for n in each if isinstance(n, int)) if all(isinstance(n, int) for n in each) else None for each in counts]
-    calls = {section.name: (h.section, starts) for h in shared for section, starts in h.calls}
-    lines, begin, at = [], "0", "at" if abreast else "pid"
-    if abreast:
-        total = sum(n for n in known if n)
-        lines = [f"    at, turn = pid % {total}, pid // {total}"]
-    for i, section in enumerate(kernel.sections):
-        if known[i] is not None and begin.isdecimal():
-            end = str(int(begin) + (known[i] or 0))
-        else:
-            end = f"end_{i}"
-            lines.append(f"    {end} = {begin} + {programs[i]}" if begin != "0" else f"    {end} = {programs[i]}")
-        inside = f"{at} < {end}" if begin == "0" else f"({at} >= {begin}) & ({at} < {end})"
-        own = (f"turn * {known[i]} + " if known[i] != 1 else "turn + ") * abreast + at + (f" - {begin}" if begin != "0" else "")
-        called, starts = calls[section.name]
-        told = [*map(str, starts), *(["PDL"] if _asks_ahead(kernel) else [])]
-        lines += [f"    if {inside}:", *_call(called.name, [own, *(a.name for a in arguments(section)), *told])]
-        begin = end
+    """Which programs of a launch belong to which section."""
+    lines, last = [], ["PDL"] if _asks_ahead(kernel) else []
+    for call in calls(kernel, shared, TritonPrinter):
+        passed = [call.own, *(a.name for a in arguments(call.section)), *map(str, call.starts), *last]
+        lines += [*call.before, f"    if {call.inside}:", *_call(call.helper, passed)]
     return lines
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moekit.cli.output import OutputFile, notes, print_source
-from moekit.cli.show import parse_parameters, parse_sizes, refuse_empty_axes
+from moekit.cli.show import all_parameters, parse_parameters, parse_sizes, refuse_empty_axes
 from moekit.files import write_text
 from moekit.fusions import FUSIONS
 
@@ -35,7 +35,7 @@ def export(
 
     refuse_empty_axes(FUSIONS[fusion], sizes)
     given = Schedule.parse(schedule) if schedule else None
-    text = written(FUSIONS[fusion], dtype, sizes, params, given)
+    text = written(FUSIONS[fusion], dtype, sizes, all_parameters(FUSIONS[fusion], params), given)
     if output is None:
         print_source(text, "python")
         return

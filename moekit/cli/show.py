@@ -119,7 +119,7 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
     shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
     own = {name: next(iter(s.dtypes)) for name, s in fusion.tensors.items() if dtype not in s.dtypes and s.dtypes != FLOATS}
     dtypes = dict.fromkeys(fusion.tensors, dtype) | own
-    return fusion.bind(shapes, dtypes, _parameters(fusion, params))
+    return fusion.bind(shapes, dtypes, all_parameters(fusion, params))
 
 
 def refuse_empty_axes(fusion: Fusion, sizes: dict[str, int]) -> None:
@@ -129,7 +129,8 @@ def refuse_empty_axes(fusion: Fusion, sizes: dict[str, int]) -> None:
         raise click.BadParameter(f"axis {empty[0]} must have an element{may}", param_hint="--sizes")
 
 
-def _parameters(fusion: Fusion, given: dict[str, Any]) -> dict[str, Any]:
+def all_parameters(fusion: Fusion, given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that are given, and the others' defaults."""
     missing = {name for name, p in fusion.params.items() if p.default is p.empty}
     defaults = {name: value for name, value in PARAMETERS.items() if name in missing}
     try:
@@ -190,8 +191,8 @@ FORMS: dict[str, Callable[..., str]] = {
 
 def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
     """The programs for contiguous tensors with run-time strides, as PyTorch launches them."""
-    from moekit.compile.dense import contiguous
     from moekit.compile.plan import plan
+    from moekit.compile.tile.layouts import contiguous
 
     graph = fusion.trace(binding)
     return plan(graph, schedule, contiguous(graph, _sizes(graph, binding)))

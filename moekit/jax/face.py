@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.compile import tile as t
-from moekit.compile.alias import out_of_place, written_name
+from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.rules.alike import alike
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal

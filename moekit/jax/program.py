@@ -17,7 +17,7 @@ from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
-from moekit.compile.alias import out_of_place, written_name
+from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.jax import launch

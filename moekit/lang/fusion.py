@@ -158,7 +158,8 @@ class Fusion:
                 raise TypeError(f"{self.name}: {name} must be a Python number, bool or str, got {type(value).__name__}")
             bound[name] = self._typed(name, p.annotation, value)
         if unknown := set(values) - set(self.params):
-            raise TypeError(f"{self.name}: there is no parameter {sorted(unknown)[0]!r}; it has {', '.join(self.params)}")
+            known = ", ".join(self.params) or "none"
+            raise TypeError(f"{self.name}: there is no parameter {sorted(unknown)[0]!r}; it has {known}")
         return bound
 
     def _typed(self, name: str, annotation, value):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile.alias import written_name
+from moekit.compile.passes.form import written_name
 from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError, UnavailableError
 from moekit.lang.dtypes import itemsize
@@ -157,6 +157,7 @@ class AnyCall:
         for n in self.memory():
             groups.setdefault((self.shape(n), self.dtype(n)), []).append(n)
         return {n: (f"{names[0]}_and_others", i, len(names)) for names in groups.values() for i, n in enumerate(names)}
+
 
 @dataclass(frozen=True)
 class Call(AnyCall):

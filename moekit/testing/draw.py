@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moekit.compile.alias import may_overwrite
+from moekit.compile.passes.form import may_overwrite
 from moekit.errors import MoekitError
 from moekit.lang.arguments import parameter_type
 from moekit.lang.dtypes import FLOATS, INTS, itemsize

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moekit.compile.alias import out_of_place, over_operand, written_name
-from moekit.compile.dense import strided
+from moekit.compile.passes.form import out_of_place, over_operand, written_name
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.compile.tile import Strided, interpret
+from moekit.compile.tile.layouts import strided
 from moekit.errors import UnavailableError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.fusion import Binding, Fusion

@@ -10,8 +10,7 @@ import torch
 
 from moekit.backends.array import evaluate
 from moekit.compile import tile as t
-from moekit.compile.alias import may_overwrite, out_of_place, over_operand, written_name
-from moekit.compile.overlap import Region, overlap, overlaps_itself
+from moekit.compile.passes.form import may_overwrite, out_of_place, over_operand, written_name
 from moekit.compile.plan import Plan, plan
 from moekit.compile.rules.alike import alike
 from moekit.compile.schedule import Schedule
@@ -23,6 +22,7 @@ from moekit.lang.graph import Graph
 from moekit.torch import launch
 from moekit.torch.autograd import carries_tangent
 from moekit.torch.binding import DTYPES, bind, checked
+from moekit.torch.overlap import Region, overlap, overlaps_itself
 from moekit.tune.table import scheduled, serves, untuned
 
 Outputs = tuple[torch.Tensor, ...]

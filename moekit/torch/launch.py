@@ -14,8 +14,8 @@ import torch
 
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
-from moekit.compile.dense import strided
 from moekit.compile.plan import Plan
+from moekit.compile.tile.layouts import strided
 from moekit.errors import ShapeError, UnavailableError
 
 LARGEST_GRID = 2**31 - 1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from moekit.backends.triton import MANY_PROGRAMS, dependent
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
+from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example

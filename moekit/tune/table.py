@@ -18,12 +18,12 @@ from importlib import metadata, resources
 from math import isqrt
 
 from moekit.backends import triton as emitter
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import heuristic, row_classes, tokens_class
 from moekit.compile.rules.order import Order, order
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
+from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
 from moekit.lang.graph import Graph
 

@@ -5,12 +5,12 @@ import re
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.rules.alike import alike
 from moekit.compile.rules.order import order
 from moekit.compile.schedule import Schedule
+from moekit.compile.tile.layouts import contiguous
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 

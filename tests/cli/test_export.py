@@ -32,6 +32,7 @@ def test_export_asked_wrongly(moekit):
         ("rope",),
         ("silu_and_mul", "--dtype", "int8"),
         ("silu_and_mul", "--schedule", "tile:T:1"),
+        ("gate_gemm", "--params", "k=1"),
         ("add_rms_norm", "--sizes", "H=0"),
         ("add_rms_norm", "--sizes", "H=99999999999"),
     )

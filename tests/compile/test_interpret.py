@@ -8,11 +8,11 @@ import programs as good
 import pytest
 
 from moekit.compile import tile as t
-from moekit.compile.dense import contiguous, strided
 from moekit.compile.plan import plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Loop, Schedule, Split, Tile, Whole
 from moekit.compile.tile import interpret
+from moekit.compile.tile.layouts import contiguous, strided
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, exp, f32, fusion, max, sum
 from moekit.lang.dtypes import FLOATS, INTS, numpy_dtype

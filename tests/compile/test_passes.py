@@ -13,6 +13,7 @@ from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile import interpret
 from moekit.compile.tile.verify import verify
+from moekit.errors import FileError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, f32, fusion
 from moekit.lang.fusion import Fusion
@@ -64,13 +65,13 @@ def test_every_pass_keeps_the_rules(f, schedule):
 def test_no_pass_after_the_masks_changes_a_bit(f, schedule):
     """The interpreter's results are those of the program after the pass before."""
     call, seen = after_passes(f, schedule)
-    shapes = {n: tuple(call.sizes[d.text] for d in x.dims) for n, x in call.graph.tensors.items() if n not in call.operands}
+    shapes = {n: tuple(call.extents[d.text] for d in x.dims) for n, x in call.graph.tensors.items() if n not in call.operands}
     results = []
     for name, program in seen[: len(ORDER)]:
         if ORDER.index(name) >= MASKED:
             memory = {n: np.array(x) for n, x in call.operands.items()}
             memory |= {n: interpret.poison(shape, call.graph.tensors[n].dtype) for n, shape in shapes.items()}
-            interpret.execute(program, memory, call.sizes)
+            interpret.execute(program, memory, call.extents)
             results.append(memory)
     for later in results[1:]:
         for n, array in results[0].items():
@@ -100,6 +101,14 @@ def test_a_trace_has_a_file_for_every_pass(tmp_path, monkeypatch):
     assert folder.name == f"norm.{program.digest}"
     assert sorted(p.name for p in folder.iterdir()) == [f"{i}.{name}.txt" for i, name in enumerate(ORDER)]
     assert (folder / f"{len(ORDER) - 1}.tidy.txt").read_text() == f"{program}\n"
+
+
+def test_a_trace_that_cannot_be_written_says_so(tmp_path, monkeypatch):
+    """One sentence with the folder's name."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEKIT_TRACE", str(tmp_path / "file"))
+    with pytest.raises(FileError, match=r"file/norm\..* cannot be made: Not a directory"):
+        good.norm_program()
 
 
 def test_sections_that_begin_elsewhere_are_one_helper():

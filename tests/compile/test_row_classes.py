@@ -2,12 +2,12 @@
 
 import pytest
 
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
 from moekit.compile.rules import class_axis, heuristic, row_classes, tokens_class
 from moekit.compile.rules.order import order
 from moekit.compile.schedule.facts import gemms
 from moekit.compile.schedule.legal import legal
+from moekit.compile.tile.layouts import contiguous
 from moekit.lang import In, InOut, cast, contract, exp, f32, fusion, halves, mean, put, rsqrt, silu, sum
 from moekit.lang.arguments import example
 from moekit.testing.probes import PROBES

@@ -10,7 +10,7 @@ import unseen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moekit.compile.alias import over_operand
+from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, row_classes, spread, tokens_class
 from moekit.compile.schedule import (
     Abreast,
@@ -33,7 +33,7 @@ from moekit.compile.schedule.cuts import cut
 from moekit.compile.schedule.legal import legal
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
-from moekit.lang import In, argmax, f32, fusion, iota, mean
+from moekit.lang import In, argmax, f32, fusion, iota, mean, sum
 from moekit.testing import Call, check, operands, run, variants
 from moekit.testing.probes import PROBES
 
@@ -46,6 +46,7 @@ GATES = good.graph_of(
     FUSIONS["gate_projections"], {"x": (5, 70), "gate_up": (50, 70), "router": (33, 70), "shared_gate": (1, 70)}, "bfloat16"
 )
 THEN = "then loop:D.part:1 tile:T:1 tile:P:64"
+ABREAST = "activated(tile:T:16 loop:D:16 tile:I:16) logits(tile:T:{} loop:D:16 tile:E:16) share(tile:T:16 loop:D:16 tile:G:16)"
 SLOTS = good.graph_of(good.accumulate, {"x": (3, 20), "slots": (3,), "state": (9, 20)})
 
 REFUSED = [
@@ -63,7 +64,7 @@ REFUSED = [
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:P:2 {THEN}", "axis P cannot be split in 2: only a reduced axis"),
     (GEMM, f"tile:D.part:1 tile:T:16 whole:D:128 tile:P:16 split:D:2 {THEN}", "D cannot be split in 2: a split axis is looped"),
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:1 {THEN}", "axis D cannot be split in 1: the parts are 2 to 64"),
-    (GEMM, f"tile:D.part:2 tile:T:16 loop:D:16 tile:P:16 split:D:2 {THEN}", "so the block of D.part must be 1, not 2"),
+    (GEMM, f"tile:D.part:2 tile:T:16 loop:D:16 tile:P:16 split:D:2 {THEN}", "must be tile:D.part:1, not tile:D.part:2"),
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:65 {THEN}", "axis D cannot be split in 65: the parts are 2 to 64"),
     (NORM, "tile:T:4 loop:H:16 parts:H:2", "axis H cannot be split in 2: an output runs along it"),
     (GEMM, f"tile:D.part:1 tile:T:16 loop:D:16 tile:P:16 parts:D:2 split:D:2 {THEN}", "only one axis can be split or done in"),
@@ -78,6 +79,13 @@ REFUSED = [
     (SLOTS, "tile:T:2 whole:H:32", "an output is put at ids along T, so its block must be 1, not 2"),
     (BOTH, "tile:T:1 loop:H:8 loop:P:8", "b and a are stored in loops that load what the others overwrite; loop over one"),
     (OVER, "tile:T:1 loop:A:4 loop:B:4", "x is overwritten in a loop that reads other elements of it later; loop over one"),
+    (GEMM, f"loop:D.part:1 tile:T:16 loop:D:16 tile:P:16 split:D:2 {THEN}", "must be tile:D.part:1, not loop:D.part:1"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 warps:4 warps:8", "warps:4 and warps:8 cannot both be said; say one"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 parts:D:2 parts:D:4", "parts:D:2 and parts:D:4 cannot both be said; say one"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:2 stage:v2 {THEN}", "split:D:2 and stage:v2 cannot both be said; say one"),
+    (GEMM, "tile:T:16 loop:D:16 tile:P:16 pair:packed pair:packed", "pair:packed and pair:packed cannot both be said; say one"),
+    (GATES, f"{ABREAST.format(32)} abreast:T", "sections cannot be abreast along T: they need the same blocks"),
+    (GATES, f"{ABREAST.format(16)} abreast:E", "sections cannot be abreast along E: they need the same blocks"),
     (NORM, "tile:T:4096 whole:H:64", "a block of 262144 elements is over the limit of 131072; use smaller blocks or loop"),
 ]  # fmt: skip
 
@@ -253,6 +261,40 @@ def test_split_plan_has_two_launches_and_scratch_between():
     assert (second.axis("D.part").mode, second.axis("D.part").block) == ("loop", 1)
     assert first.axis("D").parts == 3
     assert str(plan).count("program ") == 2
+
+
+@fusion(lambda x, w, v: {"out": (x.astype(np.float64) @ w.T @ v.T).sum(-1)}, x=In("T D"), w=In("H D"), v=In("P H"))
+def chain(x, w, v):
+    """Two products in a row, and their sum."""
+    return sum(sum(sum(f32(x) * f32(w), over="D") * f32(v), over="H"), over="P")
+
+
+def _summed(x, partial_0):
+    return {"out": np.sum(x, axis=1, dtype=np.float64)[:, None] * partial_0}
+
+
+@fusion(_summed, x=In("T D"), partial_0=In("T H"))
+def named_like_scratch(x, partial_0):
+    """An operand called what scratch is called."""
+    return sum(f32(x), over="D") * f32(partial_0)
+
+
+SUMMED = "tile:T:2 tile:D.part:1 loop:D:8 tile:H:8 split:D:2 then loop:D.part:1 tile:T:2 loop:H:8 tile:P:4"
+CUT_TWICE = [
+    (chain, f"{SUMMED} tile:H.part:1 split:H:3 then loop:H.part:1 tile:T:1 loop:P:4"),
+    (chain, "tile:T:2 loop:D:8 tile:H:8 stage:v4 then tile:T:2 loop:H:8 tile:P:4 stage:v6 then tile:T:2 loop:P:8"),
+    (named_like_scratch, "tile:T:1 tile:D.part:1 loop:D:8 split:D:2 then loop:D.part:1 tile:T:1 tile:H:8"),
+]
+
+
+@pytest.mark.parametrize(("cut_up", "text"), CUT_TWICE, ids=[f"{f.name}-{text.count('then')}" for f, text in CUT_TWICE])
+def test_no_scratch_or_kernel_takes_the_name_of_another(cut_up, text):
+    """Whatever an earlier cut, or the declaration, calls its tensors."""
+    call = Call(cut_up, operands(cut_up, {"T": 3, "D": 40, "H": 24, "P": 20}, "float32"), schedule=Schedule.parse(text))
+    check("interpret", call)
+    plan = good.planned(call.graph, text)
+    assert len({p.name for p in plan.programs}) == len(plan.programs)
+    assert len({s.name for s in plan.scratch} | set(call.graph.tensors)) == len(plan.scratch) + len(call.graph.tensors)
 
 
 def test_split_of_an_update_reads_the_old_value_once():

@@ -122,9 +122,9 @@ def test_parts_in_a_row_give_the_bits_of_a_split():
     for how in ("split:D:3", "parts:D:3"):
         made = call("gate_projections", FIRST + f" {how} warps:4 stages:2")
         memory = {n: np.array(x) for n, x in made.operands.items()}
-        shape = {n: tuple(made.sizes[d.text] for d in x.dims) for n, x in made.graph.tensors.items()}
+        shape = {n: tuple(made.extents[d.text] for d in x.dims) for n, x in made.graph.tensors.items()}
         memory |= {x.name: interpret.poison(shape[x.name], x.dtype) for x in made.graph.outputs()}
-        interpret.run(planned(made), memory, made.sizes)
+        interpret.run(planned(made), memory, made.extents)
         results.append(memory)
     for x in made.graph.outputs():
         np.testing.assert_array_equal(results[0][x.name], results[1][x.name])

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 from moekit.backends import triton
-from moekit.compile.dense import contiguous
 from moekit.compile.passes import PASSES, watching
 from moekit.compile.plan import plan
+from moekit.compile.tile.layouts import contiguous
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 

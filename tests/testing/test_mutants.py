@@ -98,7 +98,7 @@ def test_stages_follow_from_the_files():
     assert stages_of(["backends/pallas.py", "compile/passes/nest.py"])[0] == "interpret"
     assert stages_of(["backends/array.py"]) == stages_of(["backends/libraries.py"]) == ("numpy", "eager", "xla")
     assert stages_of(["torch/call.py", "backends/triton.py"]) == ("triton-interpreter", "eager")
-    assert stages_of(["compile/overlap.py"]) == ("eager", "triton-interpreter")
+    assert stages_of(["torch/overlap.py"]) == ("eager", "triton-interpreter")
     assert stages_of(["jax/view.py"]) == ("pallas", "xla")
     assert stages_of(["backends/printer.py"]) == ("triton-interpreter", "pallas")
     assert set(stages_of(["compile/passes/nest.py", "backends/array.py"])) == {*STAGES, *ARRAYS}

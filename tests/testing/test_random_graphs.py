@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.compile.dense import contiguous
 from moekit.compile.plan import plan
+from moekit.compile.tile.layouts import contiguous
 from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, find_fusion
 from moekit.testing.executors import executor

@@ -8,10 +8,10 @@ import torch
 import moekit.torch as mt
 from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
-from moekit.compile.dense import contiguous
 from moekit.compile.rules import row_classes
 from moekit.compile.rules.gemm import GEMM_TILES
 from moekit.compile.rules.order import order
+from moekit.compile.tile.layouts import contiguous
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, contract, f32, fusion

@@ -23,7 +23,7 @@ from moekit.compile.passes.nest import nest
 from moekit.compile.passes.prefetch import prefetch
 from moekit.compile.passes.tidy import tidy
 from moekit.compile.schedule.directives import Prefetch, Section
-from moekit.files import write_text
+from moekit.files import make_folder, write_text
 from moekit.lang.graph import Graph
 
 Layouts = Mapping[str, t.Strided | t.Viewed]
@@ -93,7 +93,7 @@ def _tracer(folder: str | None) -> Watch | None:
 
     def write(name: str, program: t.TileProgram) -> None:
         path = Path(folder) / f"{program.name}.{program.digest}" / f"{names.index(name)}.{name}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_text(path, f"{program}\n")
 
     return write

@@ -13,7 +13,7 @@ from moekit.compile import tile as t
 from moekit.compile.passes.reductions import reduction
 from moekit.compile.passes.scope import Scope, Writer
 from moekit.compile.schedule.directives import Section
-from moekit.compile.stores import in_order
+from moekit.compile.schedule.stores import in_order
 from moekit.lang.graph import BINARY, UNARY, Along, Graph, Index, Node, Write
 
 ELEMENTWISE: dict[str, tuple[Callable[..., t.Op], tuple[str, ...]]] = {

@@ -102,11 +102,8 @@ def _turn(low: Writer, unit: Unit, axis: str, scope: Scope, carry: t.Value) -> t
     """One turn of a reduction."""
     n = _node(low, unit)
     low.line = low.graph.lines.get(_first(unit), "")
-    if isinstance(unit, Twins):
-        left, right = operands(low, unit, scope)
-        return _dot(low, scope, axis, left, right, carry, carry.name)
-    if low.is_dot(unit):
-        left, right = (low.value(a, scope) for a in n.args)
+    if isinstance(unit, Twins) or low.is_dot(unit):
+        left, right = operands(low, unit, scope) if isinstance(unit, Twins) else (low.value(a, scope) for a in n.args)
         return _dot(low, scope, axis, left, right, carry, carry.name)
     value = _operand(low, n, scope)
     return low.emit(scope, t.Accumulate, n.dtype, carry.axes, carry.name, op=_kind(n), acc=carry, value=value, axis=axis)

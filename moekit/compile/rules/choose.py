@@ -37,7 +37,7 @@ from moekit.compile.schedule.directives import (
     pow2,
 )
 from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, has_gemm, once, shares
-from moekit.compile.schedule.legal import legal
+from moekit.compile.schedule.legal import legal, taking_turns
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
@@ -194,10 +194,8 @@ def _abreast(graph: Graph, launch: Launch) -> Launch:
     parts = sections(graph)
     if len(launch.sections) < 2 or shares(graph) or not all(map(has_gemm, parts)):
         return launch
-    grids = [sorted(s.all(Tile), key=lambda d: graph.axes[d.axis] is not None) for s in launch.sections]
-    outer = {grid[0] if grid else None for grid in grids}
-    same = len(outer) == 1 and None not in outer and all(graph.axes[d.axis] for grid in grids for d in grid[1:])
-    return launch.but(Abreast(grids[0][0].axis)) if same else launch
+    axis = taking_turns(graph, launch)
+    return launch.but(Abreast(axis)) if axis else launch
 
 
 def joined_warps(parts: Sequence[Graph], pieces: Sequence[Launch]) -> int:

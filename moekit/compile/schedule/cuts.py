@@ -76,13 +76,18 @@ def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, 
     A `Split` cuts at all reductions over its axis: partial results, then their sums. A `Stage` cuts at one value.
     """
     if isinstance(how, Stage):
-        found = stageable(graph)[how.value]
-        return _cut(graph, {found: f"{STAGED}_{how.value}"}, STAGED, None)
+        name = _unused(graph, f"{STAGED}_{how.value}")
+        return _cut(graph, {stageable(graph)[how.value]: name}, name, None)
     targets = [
         i for i in graph.live() if graph.nodes[i].op in ("reduce", "contract") and graph.nodes[i].attr("axis") == how.axis
     ]
-    names = {i: f"{PARTIAL}_{n}" for n, i in enumerate(targets)}
+    names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
     return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count))
+
+
+def _unused(graph: Graph, name: str) -> str:
+    """`name`, or with a number behind it where a tensor has it: an earlier cut's scratch, or the declaration's own."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(graph.tensors) + 3))) if n not in graph.tensors)
 
 
 def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None):

@@ -155,10 +155,12 @@ def directive_of(text: str) -> OfSection | OfLaunch:
     return kind(*typed)
 
 
-def _subject(directive: OfSection | OfLaunch) -> tuple:
-    """What only one directive can be about: an axis's place, a tensor's pairing, a launch's warps."""
+def subject(directive: OfSection | OfLaunch) -> tuple:
+    """What only one directive can be about: an axis's place, a tensor's pairing, a launch's warps or its end."""
     if isinstance(directive, Axis):
         return "axis", directive.axis
+    if isinstance(directive, Split | Stage):
+        return ("cut",)
     return (type(directive), directive.tensor) if isinstance(directive, Pair | Prefetch) else (type(directive),)
 
 
@@ -168,8 +170,8 @@ class _Directed:
 
     def but(self, *changed: OfSection | OfLaunch) -> Self:
         """The same with some directives changed, or added."""
-        new = {_subject(d): d for d in changed}
-        kept = [new.pop(_subject(d), d) for d in self.directives]
+        new = {subject(d): d for d in changed}
+        kept = [new.pop(subject(d), d) for d in self.directives]
         return replace(self, directives=(*kept, *new.values()))
 
     def without(self, *kinds: type) -> Self:

@@ -8,7 +8,22 @@ from math import prod
 
 from moekit.compile.schedule.cost import runaway
 from moekit.compile.schedule.cuts import cut, part, stageable
-from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Prefetch, Schedule, Section, Split, Stage, Tile, Whole
+from moekit.compile.schedule.directives import (
+    Abreast,
+    Axis,
+    Launch,
+    Loop,
+    Pair,
+    Prefetch,
+    Schedule,
+    Section,
+    Split,
+    Stage,
+    Tile,
+    Whole,
+    subject,
+    text_of,
+)
 from moekit.compile.schedule.facts import (
     AxisUse,
     axis_uses,
@@ -21,8 +36,8 @@ from moekit.compile.schedule.facts import (
     shares,
     twins,
 )
+from moekit.compile.schedule.stores import in_order
 from moekit.compile.schedule.targets import MEASURED, Target
-from moekit.compile.stores import in_order
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, Graph
@@ -55,15 +70,46 @@ def _launch_problems(graph: Graph, launch: Launch, target: Target) -> Iterator[s
     if launch.warps not in target.warps or not 1 <= launch.stages <= target.most_stages:
         most = target.most_stages
         yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {target.warps}, stages 1 to {most}"
-    if why := _outputs_problem(graph, launch):
+    if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
         return
     before = None
     for section in launch.sections:
         for before in _section_problems(part(graph, section.outputs), section, launch, target):
             yield before
-    if before is None and (why := runaway(graph, launch)):
+    if before is not None:
+        return
+    if (why := runaway(graph, launch)) is not None:
         yield why
+    for d in launch.all(Abreast):
+        if d.axis != taking_turns(graph, launch):
+            need = "they need the same blocks of it, outermost, and no other axis of dynamic size"
+            yield f"sections cannot be abreast along {d.axis}: {need}"
+
+
+def taking_turns(graph: Graph, launch: Launch) -> str | None:
+    """The axis by whose blocks the sections of a launch can take turns: outermost and in the same blocks in all, the only one
+
+    of dynamic size; None if there is none.
+    """
+    grids = []
+    for section in launch.sections:
+        held = map(section.axis, axis_uses(part(graph, section.outputs)))
+        grids.append(sorted((d for d in held if isinstance(d, Tile)), key=lambda d: graph.axes[d.axis] is not None))
+    outer = {grid[0] if grid else None for grid in grids}
+    if len(outer) != 1 or None in outer or any(graph.axes[d.axis] is None for grid in grids for d in grid[1:]):
+        return None
+    return grids[0][0].axis
+
+
+def _said_twice(of: Launch | Section) -> str | None:
+    """Only one directive can be about an axis's place, a tensor's pairing, a launch's warps."""
+    said: dict[tuple, str] = {}
+    for d in of.directives:
+        if subject(d) in said:
+            return f"{said[subject(d)]} and {text_of(d)} cannot both be said; say one"
+        said[subject(d)] = text_of(d)
+    return None
 
 
 def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
@@ -95,13 +141,16 @@ def _section_problems(graph: Graph, section: Section, launch: Launch, target: Ta
         if why := _axis_problem(uses[d.axis], d):
             yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
             return
+    if why := _said_twice(section):
+        yield why
+        return
     yield from _parts_problems(graph, section, launch)
     for axis in scattered(graph):
         if axis in uses and section.block(axis) != 1:
             yield f"an output is put at ids along {axis}, so its block must be 1, not {section.block(axis)}"
     for axis in map(part_axis, shares(graph)):
-        if section.block(axis) != 1:
-            yield f"a program does one part of a split axis, so the block of {axis} must be 1, not {section.block(axis)}"
+        if section.axis(axis) != Tile(axis, 1):
+            yield f"a program does one part of a split axis, so {axis} must be tile:{axis}:1, not {text_of(section.axis(axis))}"
     if (tile := largest_tile(graph, section, target)) > target.largest_tile:
         yield f"a block of {tile} elements is over the limit of {target.largest_tile}; use smaller blocks or loop"
     for pair in section.all(Pair):
@@ -131,7 +180,7 @@ def _axis_problem(use: AxisUse, d: Axis) -> str | None:
 
 
 def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
-    if section.parts and (launch.cut is not None or len(section.parts) > 1):
+    if section.parts and launch.cut is not None:
         yield f"only one axis can be split or done in parts, the schedule says {launch}"
     for axis, count in section.parts.items():
         why = _divisible(graph, axis, count)

@@ -28,7 +28,7 @@ SEEN = (  # the file (or several), the folder (none: ""), and the stages in whic
     ("backends/pallas.py", "", ("pallas",)),
     ("backends/printer.py", "", STAGES[1:]),
     (ARRAY_FILES, "", ARRAYS),
-    ("compile/overlap.py", "", ("eager", "triton-interpreter")),
+    ("torch/overlap.py", "", ("eager", "triton-interpreter")),
     ("backends/triton.py", "torch/", ("triton-interpreter", "eager")),
     ("backends/pallas.py", "jax/", ("pallas", "xla")),
 )
