@@ -192,7 +192,16 @@ def test_greedy_rows_beside_drawn_ones_and_rows_of_nan():
     assert tokens[2] == -1
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": 2**32}])
+@pytest.mark.parametrize("how", [Sampling(1.5e-38), Sampling(1e-300), Sampling(1.0, top_p=1e-44), Sampling(1.0, top_p=1e-300)])
+def test_what_is_next_to_nothing_takes_the_likeliest(how):
+    assert draw(np.array([[7.0, 1.0, 9.0, 8.0]], np.float32), Draws.of([how])).tolist() == [2]
+
+
+WRONG = [{"temperature": value} for value in (-1.0, np.nan, np.inf, 1e39, 10**400, "hot", None, True)]
+WRONG += [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 1.5}, {"seed": 2**32}, {"seed": 1.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_sampling_refuses(wrong):
     with pytest.raises(ArgumentError, match=f"sampling: {next(iter(wrong))} is "):
         Sampling(**wrong)
