@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import chisquare
 
 from moekit.errors import ArgumentError, ShapeError
-from moekit.models.qwen3next import Engine, FullError, Sampling, empty_cache, extend, generate, prefill
+from moekit.models.qwen3next import Engine, FitError, FullError, Sampling, empty_cache, extend, generate, prefill
 from moekit.models.qwen3next import engine as module
 from moekit.models.qwen3next.engine import _advance, _join
 from moekit.models.qwen3next.sampling import GREEDY, Draws, draw
@@ -83,6 +83,12 @@ def test_what_an_engine_refuses(engine):
         made.add([1], max_new_tokens=1, sampling=0.7)
     with pytest.raises(ArgumentError, match="sequences are at work"):
         made.warmup()
+
+
+def test_rows_that_do_not_fit_are_refused_before_one_is_placed(engine, monkeypatch):
+    monkeypatch.setattr(module, "empty_cache", None)
+    with pytest.raises(FitError, match=r"engine: 1000000000 \+ 1 rows of 256 tokens take .* GB on each rank"):
+        engine(slots=10**9)
 
 
 def test_one_that_is_read_has_its_slot(engine):

@@ -25,6 +25,7 @@ from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.kernels import Kernels, resolve
+from moekit.models.qwen3next.memory import check_rows_fit
 from moekit.models.qwen3next.model import Model, decode_step, greedy_step, most_likely
 from moekit.models.qwen3next.sampling import GREEDY, Draws, Sampling, draw
 
@@ -65,7 +66,8 @@ class Engine:
 
     piece: the most tokens of a prompt read between two steps; shorter ones are padded to one of three sizes, so that few
     programs are compiled. ahead: steps dispatched before the first is waited for. waiting: the sequences that may wait for
-    a slot. Each sequence gets the tokens that it would get alone.
+    a slot. Each sequence gets the tokens that it would get alone. Raises FitError, before anything is placed, where the devices
+    have no room for the rows.
     """
 
     def __init__(
@@ -82,7 +84,8 @@ class Engine:
         self.model, self.kernels = model, resolve(kernels)
         self.length, self.ahead, self.waiting = positive("length", length), positive("ahead", ahead), waiting
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
-        self._rows = _Rows.empty(model, positive("slots", slots), length, self.kernels)
+        check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length)
+        self._rows = _Rows.empty(model, slots, length, self.kernels)
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
