@@ -134,6 +134,12 @@ def test_what_cannot_be_encoded(tmp_path, folder, capfd):
         panics.encode("a")
 
 
+def test_a_list_of_no_ends_names_none(tmp_path):
+    directory = write_words(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    assert Text(directory).ends(replace(TINY, eos_token_ids=(7,))) == (7,)
+
+
 def test_an_end_that_is_no_token_ends_nothing(folder):
     assert Text(folder).ends(replace(TINY, eos_token_ids=(-1, 7, 512))) == (7,)
 
