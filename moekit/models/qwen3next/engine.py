@@ -137,7 +137,10 @@ class Engine:
         return found
 
     def results(self) -> dict[int, tuple[int, ...]]:
-        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number."""
+        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number.
+
+        Of one that failed, those before it did: only `step` says why a sequence ended.
+        """
         while self.busy:
             self.step()
         done, self._done = self._done, {}
