@@ -41,8 +41,8 @@ class Sampling:
             ("seed", Integral, 0, 2**32 - 1, "an integer of 32 bits"),
         ):
             value = getattr(self, name)
-            good = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-            if not good or (name == "top_p" and value == 0):
+            numeric = isinstance(value, kind) and not isinstance(value, bool)
+            if not (numeric and least <= getattr(self, name) <= most) or (name == "top_p" and value == 0):
                 raise ArgumentError(f"sampling: {name} is {brief(value)}; it must be {needed}")
 
 
