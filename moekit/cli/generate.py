@@ -14,10 +14,10 @@ import click
 from moekit.cli.output import notes, print_json
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.progress import loading
-from moekit.errors import ArgumentError, UnavailableError
+from moekit.errors import ArgumentError, NonFiniteError, ShapeError, UnavailableError
 
 if TYPE_CHECKING:
-    from moekit.models.qwen3next import Engine, Sampling
+    from moekit.models.qwen3next import Config, Engine, Sampling
     from moekit.models.qwen3next.text import Text
 
 NEW_TOKENS, SLOTS, SEEDS = 256, 16, 2**32
@@ -66,26 +66,31 @@ def generate(
     The checkpoint's tokenizer.json, chat template and generation_config.json are used; a sequence stops at any of its end
     tokens. Prompts share the model and are decoded together; a prompt's tokens follow from its own seed, whatever the others.
     """
-    given = [*prompts, *(line.rstrip("\r\n") for line in prompts_file or ())]
+    given = [*prompts, *_lines(prompts_file)]
     converse = chat and not given and prompts_file is None
     if not given and not converse:
         raise click.UsageError("there is nothing to continue: give --prompt, --prompts-file or --chat")
     if as_json and (stream or converse):
         raise click.UsageError("--json prints all at the end; leave --stream out, and give --chat prompts")
+    if converse and max_new_tokens >= length:
+        raise click.UsageError(f"--max-new-tokens {max_new_tokens} leaves no room for a message in --length {length}")
     for needed, extra in (("jax", "jax"), ("safetensors", "jax"), ("tokenizers", "text"), ("jinja2", "text")):
         if not installed(needed):
             raise UnavailableError(f"generate needs {needed}; install moekit[{extra}]")
     on_gpu = prepare_jax()
+    from moekit.models.qwen3next import Config
     from moekit.models.qwen3next.text import Text, sampling_of
 
-    text = Text(checkpoint)
+    config, text = Config.from_json(checkpoint), Text(checkpoint)
     given_sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(sampling_of(checkpoint), **{k: v for k, v in given_sampling.items() if v is not None}, seed=seed)
     encode = (lambda prompt: text.encode_chat([{"role": "user", "content": prompt}])) if chat else text.encode
     ids = [encode(prompt) for prompt in given]
+    _check(config, ids or [encode("x")])  # of a conversation, that there is a template and what it adds
+    slots = min(slots, max(1, len(given)))
     need = length if converse else max(map(len, ids)) + max_new_tokens
     which = kernels or ("pallas" if on_gpu else "xla")
-    session = _loaded(checkpoint, text, tp, dtype, which, min(slots, max(1, len(given))), need, max_new_tokens, sampling)
+    session = _loaded(checkpoint, config, text, tp, dtype, which, slots, need, max_new_tokens, sampling)
     if converse:
         _converse(session)
         return
@@ -125,8 +130,25 @@ class _Answer:
     end: str = ""
 
 
+def _lines(prompts_file: Any) -> list[str]:
+    try:
+        return [line.rstrip("\r\n") for line in prompts_file or ()]
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{prompts_file.name} is no UTF-8: {error}", param_hint="--prompts-file") from None
+
+
+def _check(config: Config, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse, before anything is loaded, prompts that the model cannot read."""
+    from moekit.models.qwen3next.checks import token_ids
+
+    for i, prompt in enumerate(prompts):
+        if not token_ids(f"prompt {i}", prompt, config.vocab_size):
+            raise ShapeError(f"prompt {i} is empty; it needs at least one token")
+
+
 def _loaded(
     checkpoint: Path,
+    config: Config,
     text: Text,
     tp: int | None,
     dtype: str | None,
@@ -138,10 +160,9 @@ def _loaded(
 ) -> _Session:
     from moekit.cli import run
     from moekit.cli.decode import checked_tp
-    from moekit.models.qwen3next import Config, Engine, Room, load
+    from moekit.models.qwen3next import Engine, Room, load
 
     run.keep_programs()
-    config = Config.from_json(checkpoint)
     length = run.rounded(length)
     with loading(f"loading {checkpoint.name}") as advance:
         mesh = run.mesh_of(checked_tp(config, tp))
@@ -179,7 +200,10 @@ def _answers(session: _Session, prompts: Sequence[Sequence[int]], emit: Emit | N
             del waiting[first]
     for number, answer in answers.items():
         if answer.end == "failed":
-            raise ArgumentError(f"generate: the logits of prompt {numbers.index(number)} hold NaN or an infinity; try float32")
+            raise NonFiniteError(
+                f"generate: the logits of prompt {numbers.index(number)} hold NaN or an infinity after {len(answer.tokens)} "
+                "new tokens; its activations leave the range of the model's dtype, or a kernel is at fault"
+            )
     return [answers[number] for number in numbers]
 
 
@@ -188,7 +212,10 @@ def _converse(session: _Session) -> None:
     messages: list[dict[str, str]] = []
     for line in _turns():
         messages.append({"role": "user", "content": line})
-        (answer,) = _answers(session, [session.text.encode_chat(messages)], _printed)
+        ids, most = session.text.encode_chat(messages), session.engine.length - session.new
+        if len(ids) > most:
+            raise ArgumentError(f"the conversation comes to {len(ids)} tokens where --length leaves room for {most}; give more")
+        (answer,) = _answers(session, [ids], _printed)
         messages.append({"role": "assistant", "content": answer.text})
 
 
@@ -196,7 +223,10 @@ def _turns() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             notes().print("> ", end="")
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"what stdin holds is no text of its encoding: {error}") from None
         if not line:
             return
         yield line

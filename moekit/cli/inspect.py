@@ -14,6 +14,7 @@ from moekit.errors import UnavailableError
 if TYPE_CHECKING:
     from moekit.models.qwen3next.checkpoint import Checkpoint
 
+MOST_MEMORY = 1e12  # GB
 PROMPT = 1024  # tokens of a prompt that are read at once
 
 
@@ -39,6 +40,8 @@ def inspect(directory: Path, tp: int, batch: int, length: int, dtype: str | None
     from moekit.models.qwen3next.config import check_tensor_parallel
     from moekit.models.qwen3next.memory import needed as need_of
 
+    if memory is not None and not memory < MOST_MEMORY:
+        raise click.BadParameter(f"{memory} is no number of GB", param_hint="--memory")
     config = Config.from_json(directory)
     try:
         check_tensor_parallel(config, tp)

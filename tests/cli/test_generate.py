@@ -1,13 +1,17 @@
 """`moekit generate`: text in, text out, against the library's own greedy tokens."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moekit.cli import generate as command
 from moekit.cli import run
+from moekit.models import qwen3next
 from moekit.models.qwen3next import TINY, Engine, generate, load, write_random_checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.text import Text
@@ -108,13 +112,55 @@ def test_chat_prompts_go_through_the_template(asked, small):
         (["--chat", "--json"], "--json prints all at the end"),
         (["--prompt", "x", "--top-p", "0"], "0.0 is not in the range"),
         (["--prompt", "x", "--tp", "3"], "tp = 3 does not divide"),
-        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "x", "--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
+        (["--prompt", "a\udce9"], "is no Unicode"),
+        (["--chat", "--length", "256"], "--max-new-tokens 256 leaves no room for a message in --length 256"),
+        (["--prompts-file", "prompts"], "prompts is no UTF-8"),
     ],
 )
-def test_what_is_asked_wrongly(moekit, small, arguments, words):
+def test_what_is_asked_wrongly(moekit, small, arguments, words, monkeypatch, tmp_path):
+    """It is refused before anything is loaded."""
+    monkeypatch.setattr(qwen3next, "load", None)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts").write_bytes(b"a\xff\n")
     result = moekit("generate", "--checkpoint", str(small), *arguments)
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def test_what_the_tokenizers_files_lack_is_known_before_anything_is_loaded(moekit, copy, monkeypatch):
+    monkeypatch.setattr(qwen3next, "load", None)
+    (copy / "tokenizer_config.json").unlink()
+    result = moekit("generate", "--checkpoint", str(copy), "--chat", input="Hi\n")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {copy} has no chat template; give plain prompts\n")
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 258, "content": "more"})
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    result = moekit("generate", "--checkpoint", str(copy), "--prompt", "more")
+    assert (result.exit_code, result.stderr) == (2, "Error: prompt 0 holds token 258, outside the vocabulary of 258\n")
+
+
+def test_logits_that_are_not_finite_are_a_failure(moekit, copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][:] = 3e38
+    save_file(tensors, copy / "model.safetensors")
+    result = moekit("generate", "--checkpoint", str(copy), "--prompt", "x", "--max-new-tokens", "4", "--tp", "1")
+    assert result.exit_code == 1
+    assert "the logits of prompt 0 hold NaN or an infinity after 0 new tokens" in result.stderr
+
+
+def test_a_conversation_that_grows_too_long(moekit, small):
+    always = ("--checkpoint", str(small), "--tp", "1", "--chat", "--max-new-tokens", "4", "--length", "128")
+    result = moekit("generate", *always, input="Hi\n" + "x" * 64 + "\n")
+    assert result.exit_code == 2
+    assert "where --length leaves room for 124; give more" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_without_tokenizers_the_exit_code_is_3(moekit, small, monkeypatch):

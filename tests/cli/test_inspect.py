@@ -52,7 +52,12 @@ def test_in_words(moekit, folder):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(["--tp", "3"], 2, "tp = 3 does not divide"), (["--batch", "0"], 2, "0 is not in the range")],
+    [
+        (["--tp", "3"], 2, "tp = 3 does not divide"),
+        (["--batch", "0"], 2, "0 is not in the range"),
+        (["--memory", "nan"], 2, "nan is no number of GB"),
+        (["--memory", "inf"], 2, "inf is no number of GB"),
+    ],
 )
 def test_what_is_asked_wrongly(moekit, folder, arguments, code, words):
     result = moekit("inspect", str(folder), *arguments)

@@ -1,5 +1,7 @@
 """The engine: each sequence gets the tokens it gets alone, whoever joins and leaves meanwhile."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from scipy.stats import chisquare
 
 from moekit.errors import ArgumentError, ShapeError
-from moekit.models.qwen3next import Engine, FullError, Sampling, empty_cache, extend, generate, prefill
+from moekit.models.qwen3next import Engine, FitError, FullError, Sampling, empty_cache, extend, generate, prefill
+from moekit.models.qwen3next import engine as module
 from moekit.models.qwen3next.engine import _advance, _join
 from moekit.models.qwen3next.sampling import GREEDY, Draws, draw
 
@@ -76,8 +79,51 @@ def test_what_an_engine_refuses(engine):
         made.add([1], max_new_tokens=1)
     with pytest.raises(FullError, match="2 sequences wait already"):
         made.add([1], max_new_tokens=1)
+    with pytest.raises(ArgumentError, match="sampling is a float; a Sampling is needed"):
+        made.add([1], max_new_tokens=1, sampling=0.7)
     with pytest.raises(ArgumentError, match="sequences are at work"):
         made.warmup()
+
+
+def test_rows_that_do_not_fit_are_refused_before_one_is_placed(engine, monkeypatch):
+    monkeypatch.setattr(module, "empty_cache", None)
+    with pytest.raises(FitError, match=r"engine: 1000000000 \+ 1 rows of 256 tokens take .* GB on each rank"):
+        engine(slots=10**9)
+
+
+def test_one_that_is_read_has_its_slot(engine):
+    """It takes no more from those that may wait than one that has been read."""
+    made = engine(slots=1, waiting=1)
+    made.add([1] * 100, max_new_tokens=1)
+    made.step()
+    assert made._reading
+    made.add([1], max_new_tokens=1)
+    with pytest.raises(FullError, match="1 sequences wait already"):
+        made.add([1], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("where", ["empty_cache", "extend", "_join", "_advance", "np"])
+def test_an_interrupt_leaves_nothing_half_done(engine, prompts, alone, monkeypatch, where):
+    """It comes at the second call of a function, and once more at the fifth."""
+    calls, real = [], getattr(module, where)
+
+    def interrupted(*arguments, **options):
+        calls.append(where)
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        return (np.asarray if where == "np" else real)(*arguments, **options)
+
+    stand_in = SimpleNamespace(**{**vars(np), "asarray": interrupted}) if where == "np" else interrupted
+    monkeypatch.setattr(module, where, stand_in)
+    made, results = engine(), {}
+    numbers = [made.add(prompt, max_new_tokens=MOST) for prompt in prompts]
+    while made.busy:
+        try:
+            results |= made.results()
+        except KeyboardInterrupt:
+            assert len(calls) in (2, 5)
+    assert len(calls) > 5
+    assert [results[number] for number in numbers] == list(alone)
 
 
 def test_nothing_is_compiled_after_warmup(engine, prompts):
@@ -192,7 +238,16 @@ def test_greedy_rows_beside_drawn_ones_and_rows_of_nan():
     assert tokens[2] == -1
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": 2**32}])
+@pytest.mark.parametrize("how", [Sampling(1.5e-38), Sampling(1e-300), Sampling(1.0, top_p=1e-44), Sampling(1.0, top_p=1e-300)])
+def test_what_is_next_to_nothing_takes_the_likeliest(how):
+    assert draw(np.array([[7.0, 1.0, 9.0, 8.0]], np.float32), Draws.of([how])).tolist() == [2]
+
+
+WRONG = [{"temperature": value} for value in (-1.0, np.nan, np.inf, 1e39, 10**400, "hot", None, True)]
+WRONG += [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 1.5}, {"seed": 2**32}, {"seed": 1.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_sampling_refuses(wrong):
     with pytest.raises(ArgumentError, match=f"sampling: {next(iter(wrong))} is "):
         Sampling(**wrong)

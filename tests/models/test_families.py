@@ -19,9 +19,12 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from moekit.models.qwen3next import CheckpointError, Config, ConfigError, load
+from moekit.models.qwen3next import CheckpointError, Config, ConfigError, load, write_random_checkpoint
+from moekit.models.qwen3next.checkpoint import Checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.files import read_tensors
+from moekit.models.qwen3next.forms import Form
+from tests.models.conftest import CASES
 
 SIZES = {
     "vocab_size": 96,
@@ -193,3 +196,18 @@ def test_what_a_config_with_a_tower_may_not_say(change, words):
     assert (plain.num_layers, plain.num_experts, plain.num_experts_per_tok, plain.vocab_size) == (40, 256, 8, 248320)
     with pytest.raises(ConfigError, match=words):
         Config.from_json({**raw, **change})
+
+
+@pytest.mark.parametrize("form", ["apart", "fused"])
+def test_what_is_skipped_says_nothing_of_the_form(tmp_path, form):
+    """A multi-token-prediction layer may have its experts in another form, and in other sizes."""
+    config = CASES["two-layers"]
+    file = write_random_checkpoint(tmp_path, config) / "model.safetensors"
+    tensors = load_file(file)
+    if form == "fused":
+        sizes = Form(config, "model.", fused=True).shapes
+        tensors = {name: tensors.get(name, np.zeros(shape, np.float32)) for name, shape in sizes.items()}
+    save_file({"mtp.layers.0.mlp.experts.gate_up_proj": np.zeros((2, 3, 5), np.float32), **tensors}, file)
+    with Checkpoint(tmp_path, config) as checkpoint:
+        assert checkpoint.form.fused == (form == "fused")
+        assert len(checkpoint.skipped["mtp."]) == 1

@@ -1,10 +1,12 @@
 """A checkpoint's words: encoding, chat templates as transformers renders them, settings, and whole characters."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from moekit.errors import ArgumentError
 from moekit.models.qwen3next import TINY, ConfigError, Sampling
 from moekit.models.qwen3next.sampling import GREEDY
 from moekit.models.qwen3next.text import Stream, Text, sampling_of
@@ -73,6 +75,8 @@ def test_a_conversation_is_written_as_transformers_writes_it(tmp_path, place):
         ("{{ raise_exception('no tools here') }}", "the chat template fails: no tools here"),
         ("{% if %}", "the chat template fails: Expected an expression"),
         ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails: maximum recursion depth"),
+        ("{{ 'a' * 10**14 }}", "the chat template fails: MemoryError"),
     ],
 )
 def test_a_strangers_template_runs_in_a_sandbox(tmp_path, template, words):
@@ -92,6 +96,52 @@ def test_no_template_and_no_tokenizer(tmp_path):
     (directory / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer.json does not exist"):
         Text(directory)
+
+
+def test_a_templates_json_is_as_it_asks(tmp_path):
+    directory = write_words(tmp_path, template=None)
+    (directory / "chat_template.jinja").write_text("{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}")
+    assert Text(directory).chat([{"role": "user", "content": "x"}]) == '[{"content":"x","role":"user"}]'
+
+
+def rewritten(directory, **parts):
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+    return Text(directory)
+
+
+def test_a_prompt_is_neither_cut_nor_padded(tmp_path, folder):
+    """As transformers reads the same file."""
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0}
+    mine = rewritten(write_words(tmp_path), truncation=cut, padding={**pad, "pad_token": "x"})
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("Once upon")
+    assert mine.encode("Once upon") == Text(folder).encode("Once upon") == theirs
+    assert mine.encode_chat(TALK) == Text(folder).encode_chat(TALK)
+
+
+def test_what_cannot_be_encoded(tmp_path, folder, capfd):
+    with pytest.raises(ArgumentError, match=r"the text 'a\\udce9' is no Unicode: surrogates not allowed at 1"):
+        Text(folder).encode("a\udce9")
+    directory = write_words(tmp_path)
+    unknown = rewritten(directory, model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, added_tokens=[])
+    with pytest.raises(ConfigError, match=r"tokenizer.json cannot encode 'b': WordLevel error"):
+        unknown.encode("b")
+    single = [{"SpecialToken": {"id": "zz", "type_id": 0}}]
+    adds = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    panics = rewritten(directory, post_processor=adds)
+    with pytest.raises(ConfigError, match=r"tokenizer.json cannot encode 'a': no entry found for key"):
+        panics.encode("a")
+
+
+def test_a_list_of_no_ends_names_none(tmp_path):
+    directory = write_words(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    assert Text(directory).ends(replace(TINY, eos_token_ids=(7,))) == (7,)
+
+
+def test_an_end_that_is_no_token_ends_nothing(folder):
+    assert Text(folder).ends(replace(TINY, eos_token_ids=(-1, 7, 512))) == (7,)
 
 
 def test_ends_are_the_configs_or_else_the_tokenizers(folder, tmp_path):

@@ -226,7 +226,7 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], form: Form) -> str:
     config = form.config
     experts = 3 * config.num_layers * config.num_experts
     if form.fused:
-        key = next(key for key in tensors if key.endswith(FUSED))
+        key = next(key for key in tensors if key.endswith(FUSED) and not key.startswith(form.skipped))
         _check_shape(tensors[key], key, (config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size))
     elif experts > len(tensors) + MANY:  # too many to make a name for each and say which is missing
         sizes = f"num_hidden_layers = {config.num_layers} and num_experts = {config.num_experts}"

@@ -25,6 +25,7 @@ from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.kernels import Kernels, resolve
+from moekit.models.qwen3next.memory import check_rows_fit
 from moekit.models.qwen3next.model import Model, decode_step, greedy_step, most_likely
 from moekit.models.qwen3next.sampling import GREEDY, Draws, Sampling, draw
 
@@ -65,7 +66,8 @@ class Engine:
 
     piece: the most tokens of a prompt read between two steps; shorter ones are padded to one of three sizes, so that few
     programs are compiled. ahead: steps dispatched before the first is waited for. waiting: the sequences that may wait for
-    a slot. Each sequence gets the tokens that it would get alone.
+    a slot. Each sequence gets the tokens that it would get alone. Raises FitError, before anything is placed, where the devices
+    have no room for the rows.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class Engine:
         self.model, self.kernels = model, resolve(kernels)
         self.length, self.ahead, self.waiting = positive("length", length), positive("ahead", ahead), waiting
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
-        self._rows = _Rows.empty(model, positive("slots", slots), length, self.kernels)
+        check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length)
+        self._rows = _Rows.empty(model, slots, length, self.kernels)
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
-        self._reading: tuple[_Sequence, Cache] | None = None
+        self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
         self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
         self._done: dict[int, tuple[int, ...]] = {}
         self._count = 0
@@ -105,7 +108,10 @@ class Engine:
                 f"a prompt of {len(ids)} tokens and {most} new ones are more than the engine's length of {self.length}; "
                 "shorten one of them or make an engine of greater length"
             )
-        if len(self._queue) >= self.waiting + self._slots.count(None):
+        if not isinstance(sampling, Sampling):
+            raise ArgumentError(f"sampling is a {type(sampling).__name__}; a Sampling is needed")
+        free = self._slots.count(None) - (self._reading is not None)
+        if len(self._queue) >= self.waiting + free:
             raise FullError(f"{len(self._queue)} sequences wait already; add this one when some have ended")
         stops = frozenset(() if eos is None else token_ids("eos", eos, vocabulary))
         self._count += 1
@@ -120,7 +126,8 @@ class Engine:
     def step(self) -> list[Token]:
         """Dispatch one piece of a prompt and one step of all slots; return the tokens that are known by then, in order.
 
-        Empty while the first steps are on their way, and where there is nothing to do.
+        Empty while the first steps are on their way, and where there is nothing to do. Where it is interrupted (Ctrl-C) as it
+        compiles or waits, the next call goes on from there.
         """
         self._read_a_piece()
         self._dispatch()
@@ -130,7 +137,10 @@ class Engine:
         return found
 
     def results(self) -> dict[int, tuple[int, ...]]:
-        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number."""
+        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number.
+
+        Of one that failed, those before it did: only `step` says why a sequence ended.
+        """
         while self.busy:
             self.step()
         done, self._done = self._done, {}
@@ -158,18 +168,20 @@ class Engine:
         if self._reading is None:
             if not self._queue or None not in self._slots:
                 return
-            self._reading = self._queue.popleft(), empty_cache(self.model, 1, self.length, self.kernels)
-        sequence, row = self._reading
+            row = empty_cache(self.model, 1, self.length, self.kernels)
+            self._reading = self._queue.popleft(), row, None
+        sequence, row, logits = self._reading
         left = sequence.prompt[sequence.read :]
-        size = next((size for size in self.pieces if size >= len(left)), self.pieces[-1])
-        count = min(size, len(left))
-        logits, row = self._extend(row, np.pad(left[:count], (0, size - count)), count)
-        sequence.read += count
-        self._reading = sequence, row
+        if len(left):
+            size = next((size for size in self.pieces if size >= len(left)), self.pieces[-1])
+            count = min(size, len(left))
+            logits, row = self._extend(row, np.pad(left[:count], (0, size - count)), count)
+            sequence.read += count
+            self._reading = sequence, row, logits
         if sequence.read == len(sequence.prompt):
-            self._reading, slot = None, self._slots.index(None)
-            self._slots[slot] = sequence
+            slot = self._slots.index(None)
             first = self._join(logits, row, slot, sequence.sampling)
+            self._reading, self._slots[slot] = None, sequence
             self._sent(first, [(0, sequence)])
 
     def _dispatch(self) -> None:
@@ -187,8 +199,9 @@ class Engine:
 
     def _take(self) -> list[Token]:
         """Wait for the earliest tokens under way. Those of a sequence that had ended by then are nobody's."""
-        tokens, sequences = self._flights.popleft()
+        tokens, sequences = self._flights[0]
         made, found = np.asarray(tokens), []
+        self._flights.popleft()  # not before they are here: the wait may be interrupted
         for at, sequence in sequences:
             if sequence.end is None:
                 token = int(made[at])
@@ -211,7 +224,7 @@ class Engine:
     def _extend(self, row: Cache, tokens: np.ndarray, count: int) -> tuple[jax.Array, Cache]:
         return extend(self.model, tokens[None], np.array([count], np.int32), row, kernels=self.kernels)
 
-    def _join(self, logits: jax.Array, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
+    def _join(self, logits: jax.Array | None, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
         drawn, how = sampling.temperature > 0, Draws.of([sampling])
         first, self._rows = _join(self.model, self._rows, logits, row, np.int32(slot), how, drawn=drawn, stacked=row.stacked)
         return first

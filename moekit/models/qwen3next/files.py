@@ -72,7 +72,7 @@ def shown(name: object) -> str:
     return text if text.isprintable() and len(text) <= 200 else brief(text)
 
 
-def said(problem: Exception) -> str:
+def said(problem: BaseException) -> str:
     """What the system or a library says of an error, on one line, as much of it as a sentence holds."""
     text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
     return (text if text.isprintable() else ascii(text))[:400]

@@ -60,7 +60,7 @@ class Form:
     @classmethod
     def of(cls, config: Config, names: Iterable[str]) -> Form:
         """The form that the names of a checkpoint's tensors speak of."""
-        names = list(names)
+        names = [name for name in names if not name.startswith((MTP, VISION))]  # which may have a form of their own
         long = config.model_type != QWEN3_NEXT and any(name.startswith(LONG_PREFIX) for name in names)
         return cls(config, LONG_PREFIX if long else PREFIX, any(name.endswith(FUSED) for name in names))
 

@@ -120,7 +120,7 @@ def end_tokens(checkpoint_dir: str | Path, config: Config) -> tuple[int, ...]:
     if not isinstance(described, dict):
         raise ConfigError(f"{path} holds {type(described).__name__} where a JSON object is needed")
     named = described.get("eos_token_id")
-    if named is None:
+    if named is None or named == []:
         return config.eos_token_ids
     ids = named if isinstance(named, list) else [named]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):

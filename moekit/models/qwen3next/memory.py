@@ -119,6 +119,17 @@ def check_fits(config: Config, mesh: Mesh, dtype: Any, room: Room = NO_ROOM) -> 
         )
 
 
+def check_rows_fit(config: Config, mesh: Mesh, dtype: Any, slots: int, length: int) -> None:
+    """Raise FitError where devices that hold the weights have no room for an engine's rows and one to read prompts into."""
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    rows, free = cache_bytes(config, mesh.shape[AXIS], dtype, Room(slots + 1, length)), free_bytes(here)
+    if free is not None and rows > free:
+        raise FitError(
+            f"engine: {slots} + 1 rows of {length} tokens take {gb(rows)} on each rank, and {gb(free)} are free on a device; "
+            "give fewer slots, a shorter length or more devices (tp)"
+        )
+
+
 def gb(count: float) -> str:
     """A number of bytes in a sentence."""
     return f"{count / 1e9:.2f} GB"

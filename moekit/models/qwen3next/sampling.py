@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from moekit.errors import ArgumentError
 from moekit.models.qwen3next.checks import LOST
+from moekit.models.qwen3next.files import brief
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, needed in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a number of at least 0"),
-            ("top_k", 0 <= self.top_k < 2**31, "a number of at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**32, "an integer of 32 bits"),
+        for name, kind, least, most, needed in (
+            ("temperature", Real, 0, float(np.finfo(np.float32).max), "a float32 number of at least 0"),
+            ("top_k", Integral, 0, 2**31 - 1, "an integer from 0 to 2³¹ - 1"),
+            ("top_p", Real, 0, 1, "a number above 0 and at most 1"),
+            ("seed", Integral, 0, 2**32 - 1, "an integer of 32 bits"),
         ):
-            if not good:
-                raise ArgumentError(f"sampling: {name} is {getattr(self, name)}; it must be {needed}")
+            value = getattr(self, name)
+            numeric = isinstance(value, kind) and not isinstance(value, bool)
+            if not (numeric and least <= getattr(self, name) <= most) or (name == "top_p" and value == 0):
+                raise ArgumentError(f"sampling: {name} is {brief(value)}; it must be {needed}")
 
 
 GREEDY = Sampling()
@@ -77,12 +81,13 @@ def draw(logits: jax.Array, how: Draws) -> jax.Array:
 
     Of equal logits at the edge of `top_k` or `top_p` all are kept.
     """
-    scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
+    above = logits - logits.max(axis=1, keepdims=True)  # at most 0: no temperature makes an infinity of the likeliest
+    scaled = above / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
     ranked = -jnp.sort(-scaled, axis=1)
     count = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, logits.shape[1]), logits.shape[1])
     kept = jnp.arange(logits.shape[1])[None] < count[:, None]
     shares = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=1)
-    kept &= jnp.cumsum(shares, axis=1) - shares < how.top_p[:, None]  # what the likelier ones have before it
+    kept &= (jnp.cumsum(shares, axis=1) - shares < how.top_p[:, None]).at[:, 0].set(True)  # what likelier ones have before it
     least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=1, keepdims=True)
     drawn = jnp.argmax(jnp.where(scaled >= least, scaled + _noise(how, logits.shape[1]), -jnp.inf), axis=1)
     chosen = jnp.where(how.temperature > 0, drawn, jnp.argmax(logits, axis=1)).astype(jnp.int32)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moekit.errors import MissingExtraError
+from moekit.errors import ArgumentError, MissingExtraError
 from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.files import brief, read_json, said, shown
 from moekit.models.qwen3next.generate import end_tokens
@@ -42,16 +42,18 @@ class Text:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as problem:  # the library raises plain Exceptions
             raise ConfigError(f"{shown(path)} is no tokenizer: {said(problem)}") from None
+        self.tokenizer.no_truncation()  # what a file says of these is for batches of a training: transformers takes neither
+        self.tokenizer.no_padding()
         settings = self.directory / SETTINGS
         self.settings = read_json(settings, ConfigError) if settings.is_file() else {}
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
-        return self.tokenizer.encode(text).ids
+        """The token ids of a text. Raises ArgumentError where it is no Unicode, ConfigError where the tokenizer fails."""
+        return self._encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The token ids of a conversation, up to where the model's turn begins."""
-        return self.tokenizer.encode(self.chat(messages), add_special_tokens=False).ids
+        return self._encode(self.chat(messages), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -70,15 +72,28 @@ class Text:
         try:
             made = _sandbox().from_string(source)
             return made.render(messages=messages, add_generation_prompt=True, **self._special())
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as problem:
-            raise ConfigError(f"{where}: the chat template fails: {said(problem)}") from None
+        except Exception as problem:  # whatever a stranger's program comes to
+            raise ConfigError(f"{where}: the chat template fails: {said(problem) or type(problem).__name__}") from None
 
     def ends(self, config: Config) -> tuple[int, ...]:
         """The token ids that end a sequence: those that the configs name, else the tokenizer's own end token."""
         named = end_tokens(self.directory, config)
         if not named and (own := self._special().get("eos_token")) is not None:
             named = tuple(token for token in [self.tokenizer.token_to_id(own)] if token is not None)
-        return tuple(token for token in named if token < config.vocab_size)
+        return tuple(token for token in named if 0 <= token < config.vocab_size)
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            raise ArgumentError(f"the text {brief(text)} is no Unicode: {problem.reason} at {problem.start}") from None
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as problem:  # plain Exceptions, and panics, which are none
+            if isinstance(problem, (KeyboardInterrupt, SystemExit)):
+                raise
+            path = shown(self.directory / TOKENIZER)
+            raise ConfigError(f"{path} cannot encode {brief(text)}: {said(problem)}") from None
 
     def _special(self) -> dict[str, str]:
         """The special tokens that the settings name, as text."""
@@ -100,7 +115,8 @@ class Text:
                 raise ConfigError(f"{shown(path)} cannot be read: {said(problem)}") from None
         named = self.settings.get("chat_template")
         if isinstance(named, list):
-            named = {each.get("name"): each.get("template") for each in named if isinstance(each, Mapping)}.get("default")
+            templates = [each.get("template") for each in named if isinstance(each, Mapping) and each.get("name") == "default"]
+            named = templates[-1] if templates else None
         return named if isinstance(named, str) else None
 
 
@@ -164,6 +180,6 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
     """JSON as it is, where Jinja's own filter would spell it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
