@@ -126,4 +126,3 @@ def _param(implementation: str, *more, **how):
     import pytest
 
     return pytest.param(implementation, *more, marks=[pytest.mark.gpu] if implementation.startswith("triton") else [], **how)
-

@@ -83,6 +83,8 @@ def test_what_an_engine_refuses(engine):
         made.add([1], max_new_tokens=1, sampling=0.7)
     with pytest.raises(ArgumentError, match="sequences are at work"):
         made.warmup()
+    with pytest.raises(ArgumentError, match="waiting = -1 where at least 0 is needed"):
+        engine(waiting=-1)
 
 
 def test_rows_that_do_not_fit_are_refused_before_one_is_placed(engine, monkeypatch):

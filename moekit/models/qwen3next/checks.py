@@ -168,10 +168,10 @@ def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
     return found
 
 
-def positive(name: str, given: Any) -> int:
-    """A number of something as an int of at least 1."""
-    if (number := _index("", name, given)) < 1:
-        raise ArgumentError(f"{name} = {number} where at least 1 is needed")
+def positive(name: str, given: Any, least: int = 1) -> int:
+    """A number of something as an int of at least `least`."""
+    if (number := _index("", name, given)) < least:
+        raise ArgumentError(f"{name} = {number} where at least {least} is needed")
     return number
 
 

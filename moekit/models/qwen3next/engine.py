@@ -82,7 +82,8 @@ class Engine:
         kernels: str | Kernels = "pallas",
     ):
         self.model, self.kernels = model, resolve(kernels)
-        self.length, self.ahead, self.waiting = positive("length", length), positive("ahead", ahead), waiting
+        self.length, self.ahead = positive("length", length), positive("ahead", ahead)
+        self.waiting = positive("waiting", waiting, least=0)
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
         check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length)
         self._rows = _Rows.empty(model, slots, length, self.kernels)
