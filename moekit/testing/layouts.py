@@ -105,7 +105,7 @@ class Layout:
         """The tensor in its base, an array with its axes in the order of storage."""
         ends = [start + (step * (n - 1) + 1 if n else 0) for start, step, n in zip(self.starts, self.steps, shape, strict=True)]
         index = tuple(slice(self.starts[d], ends[d], self.steps[d]) for d in self.order)
-        return np.transpose(base[index], [self.order.index(d) for d in range(len(shape))])
+        return np.transpose(base[(*index, ...)], [self.order.index(d) for d in range(len(shape))])
 
     def to_json(self) -> dict:
         """Only what differs from a contiguous tensor."""

@@ -102,7 +102,7 @@ def free_bytes(devices: Iterable[Any]) -> int | None:
         if stats and "bytes_limit" in stats:
             found.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if not found and all(device.platform == "cpu" for device in devices) and MEMINFO.exists():
-        (available,) = re.findall(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        (available,) = re.findall(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(encoding="utf-8"), re.MULTILINE)
         found.append(int(available) * 1024 // max(1, len(devices)))  # they share the host's
     return min(found, default=None)
 
