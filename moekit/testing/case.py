@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +80,7 @@ def name_of(fusion: Fusion) -> str:
     return f"local:{fusion.name}"
 
 
-class AnyCall:
+class AnyCall(ABC):
     """What is known of any call of a declaration, made of what `Call` and `FuzzCase` say.
 
     `layouts`: of operands by name and of outputs (an InOut operand's output that does not go in place is `<name>_new`);
@@ -99,9 +100,9 @@ class AnyCall:
     recipe: str
     woven: bool
 
+    @abstractmethod
     def values(self) -> dict[str, np.ndarray]:
         """The operands' values; where a stride is 0, elements that are one are equal."""
-        raise NotImplementedError
 
     @functools.cached_property
     def binding(self) -> Binding:
