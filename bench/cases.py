@@ -194,6 +194,24 @@ def delta_case(k: int, v: int) -> Case:
     )  # fmt: skip
 
 
+def expert_case(fusion: str, i: int, h: int = 2048, experts: int = 512, k: int = 10) -> Case:
+    """One of the two products of the routed experts, with experts drawn evenly and independently for each token."""
+    up = fusion == "expert_gate_up"
+
+    def make(t: int, d: torch.dtype) -> Operands:
+        ids = torch.rand(t, experts, device=DEVICE).argsort(-1)[:, :k].int()
+        if up:
+            return {"x": rows(t, h, dtype=d), "gate_up": weight(experts * 2 * i, h, d).view(experts, 2 * i, h), "ids": ids}
+        down, shares = weight(experts * i, h, d).view(experts, i, h), rows(t, k, dtype=torch.float32).softmax(-1)
+        return {"activated": rows(t, k, i, dtype=d), "down": down, "ids": ids, "weights": shares}
+
+    def moved(t: int, size: int) -> int:
+        read = experts * (1 - (1 - k / experts) ** t) * i * h * (2 if up else 1)
+        return int((read + t * (h + k * i)) * size + t * k * (4 if up else 8))
+
+    return Case(fusion, f"{i}", make, moved, lambda t: 2 * t * k * i * h * (2 if up else 1))
+
+
 SHARES = (64, 512)  # of the shared expert's width: one of 8 tensor-parallel ranks', and all of it
 
 CASES: dict[str, Case] = {
@@ -208,6 +226,7 @@ CASES: dict[str, Case] = {
         *(block_case("gate", i) for i in SHARES),
         *(block_case("moe", i) for i in SHARES),
         *(down_case(i, 2048) for i in SHARES),
+        *(expert_case(name, 64) for name in ("expert_gate_up", "expert_down")),
         gated_norm_case(4),
         gated_norm_case(32),
         delta_case(2, 4),

@@ -36,7 +36,7 @@ class Child:
             theirs.close()
         try:
             self.pipe.send(args)
-            why = f"it did not end in {self.patience:.0f} seconds"
+            why = f"it did not end in {self.patience:g} seconds"
             if self.pipe.poll(self.patience):
                 why = self.pipe.recv()
                 if not isinstance(why, str):

@@ -290,11 +290,16 @@ def filled(text: str, results: Path) -> str:
     return SECTION.sub(section, text)
 
 
-def main() -> int:
-    """Write the pages and the plots, or check the pages."""
+def options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Write the pages and the plots, or check the pages."""
+    args = options().parse_args()
     before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after = {page: filled(text, RESULTS) for page, text in before.items()}
     if args.check:

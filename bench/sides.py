@@ -191,6 +191,8 @@ SIDES: dict[str, Callable[[Case], dict[str, Maker]]] = {
 def sides(case: Case, compiled: bool = True) -> dict[str, Maker]:
     """Every side of a case by name: moekit first, then peers, `eager`, and with `compiled` `torch.compile` of the same."""
     torch._dynamo.reset()
+    if case.fusion not in SIDES:
+        return {"moekit": _direct(getattr(mt, case.fusion))}
     found = SIDES[case.fusion](case)
     if not case.part:  # whose layers have both already
         plain = functools.partial(getattr(eager, case.fusion), **case.params)
