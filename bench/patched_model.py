@@ -24,8 +24,9 @@ from bench.cases import DEVICE
 from bench.device_torch import awaited, launches
 
 SMALL = {
-    "hidden_size": 256, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "vocab_size": 512, "hidden_size": 256, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 PROMPT = 16
@@ -41,8 +42,8 @@ def build(layers: int, small: bool):
     """`layers` layers of Qwen3-Next-80B-A3B's widths, or narrow ones, with random bfloat16 weights; the process keeps it."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    widths = SMALL if small else {}
-    config = Qwen3NextConfig(num_hidden_layers=layers, vocab_size=512 if small else 32768, **widths)
+    sizes = {"num_hidden_layers": layers, "vocab_size": 32768} | (SMALL if small else {})
+    config = Qwen3NextConfig(**sizes)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -30,7 +30,7 @@ Cell = Callable[[dict], str]
 
 
 def made(result: dict) -> str:
-    """Device, versions, ceilings, what the run says of itself, and command."""
+    """Device, versions, ceilings, what the run says of itself, and its command if the bench is still there."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
     lines = [result["device"] + (f", CUDA {result['cuda']}" if "cuda" in result else "") + f"; {versions}."]
     if "ceilings" in result:
@@ -40,7 +40,9 @@ def made(result: dict) -> str:
         lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
                      f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs{without}.")  # fmt: skip
     lines += [result["note"]] if "note" in result else []
-    return "\n".join([*lines, "", "    " + result["command"]])
+    script = re.match(r"python (\S+)", result["command"])
+    kept = script is None or (ROOT / script.group(1)).is_file()
+    return "\n".join([*lines, *(["", f"    {result['command']}"] if kept else [])])
 
 
 def judged(result: dict) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import decode_jax, model_jax
 from bench.decode_jax import begin, steps_of
-from bench.model_jax import Setting, mesh_of
+from bench.model_jax import mesh_of
 from moekit.models.qwen3next import TINY, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import named
@@ -39,13 +39,6 @@ def test_what_is_drawn_is_random_everywhere():
     for x, y in zip(*(jax.tree.leaves((c.deltas, c.attentions)) for c in caches), strict=True):
         assert (x != 0).mean() > 0.9
         np.testing.assert_array_equal(x, y)
-
-
-def test_weights_are_random_everywhere():
-    """Of the model that the smoke runs have, too."""
-    model = model_jax.model_of(Setting(1, 1, "512", "float32", True))
-    for array in jax.tree.leaves(model.params):
-        assert (array != 0).mean() > 0.9
 
 
 @pytest.mark.parametrize("tp", [1, 2])
