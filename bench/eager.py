@@ -1,7 +1,5 @@
 """The fusions in plain PyTorch, as Hugging Face writes them: the unfused side, and what torch.compile is given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -48,13 +46,6 @@ def gate_gemm(x, packed):
 def gate_projections(x, gate_up, router, shared_gate):
     """activation, router logits, sigmoid(shared gate): three products, as the model has them."""
     return silu_and_mul(linear(x, gate_up)), linear(x, router), sigmoid(linear(x, shared_gate))
-
-
-def gate_block(x, residual, weight, gate_up, router, shared_gate, k):
-    """hidden, residual, activation, router logits, sigmoid(shared gate), and the router's weights and ids."""
-    x, residual = add_rms_norm(x, residual, weight)
-    active, logits, share = gate_projections(x, gate_up, router, shared_gate)
-    return x, residual, active, logits, share, *topk_softmax(logits, k)
 
 
 def down_combine(hidden, activated, down, share):
