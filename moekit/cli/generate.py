@@ -42,7 +42,9 @@ Emit = Callable[[str], None]
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
 @click.option("--kernels", type=click.Choice(["pallas", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
 @click.option("--slots", type=click.IntRange(1), default=SLOTS, show_default=True, help="Sequences at once, at most.")
-@click.option("--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation, at most.")
+@click.option(
+    "--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation over stdin, at most."
+)
 def generate(
     checkpoint: Path,
     prompts: tuple[str, ...],

@@ -114,7 +114,7 @@ def test_two_hundred_requests_at_once_each_get_their_own_tokens(address, wanted)
         return text, chunks[-2].choices[0].finish_reason, chunks[-1].usage
 
     async def every():
-        async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=120) as client:
+        async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=300) as client:
             kinds = [(whole, streamed)[n % 2](client, n % len(PROMPTS)) for n in range(200)]
             return await asyncio.gather(*kinds)
 
