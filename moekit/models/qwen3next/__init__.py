@@ -2,7 +2,7 @@
 
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.engine import Engine, FullError, Token
+from moekit.models.qwen3next.engine import Engine, FullError, Result, Token
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
@@ -31,6 +31,7 @@ __all__ = [
     "Generation",
     "Model",
     "Progress",
+    "Result",
     "Room",
     "Sampling",
     "Token",
