@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
 
 from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
@@ -15,6 +17,7 @@ from moekit.errors import UnavailableError
 if TYPE_CHECKING:
     from moekit.cli.agreement import Closeness, Difference
     from moekit.models.qwen3next import Config, Generation
+    from moekit.models.qwen3next.questions import Question
 
 BATCH, PROMPT_LENGTH, NEW_TOKENS = 2, 8, 16
 OTHER = {"pallas": "xla", "xla": "pallas"}
@@ -37,7 +40,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face Qwen3-Next checkpoint (default: a tiny random one in the cache directory).",
+    help="A Hugging Face Qwen3-Next checkpoint (default: the tiny one that moekit ships).",
 )
 @click.option("--prompt-ids", multiple=True, callback=parse_ids, help='A prompt, "1,2,3"; may be repeated.')
 @click.option("--batch", type=click.IntRange(1), help=f"How many random prompts (default {BATCH}).")
@@ -47,7 +50,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the weights (default: as stored).",
+    help="Of the weights (default: as stored; of the shipped model, float32).",
 )
 @click.option(
     "--kernels",
@@ -72,7 +75,7 @@ def decode(
 
     Runs twice, with Pallas kernels and with XLA's, and compares them: exit code 1 if they disagree. In float32 the tokens must
     be equal; in a narrower dtype the logits of the same tokens must lie as near to a float32 run's. A sequence ends at the
-    checkpoint's end tokens.
+    checkpoint's end tokens. Without a checkpoint and prompts, the shipped model is asked four questions.
     Without a GPU, 8 virtual CPU devices share the model and the kernels run in interpret mode.
     """
     if prompt_ids and (batch or prompt_len):
@@ -84,12 +87,15 @@ def decode(
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
     prepare_jax()
     from moekit.cli import agreement, run
-    from moekit.models.qwen3next import Config, load
+    from moekit.models.qwen3next import SHIPPED, Config, load
+    from moekit.models.qwen3next.questions import TASKS, held_out
 
-    directory = checkpoint or run.tiny_checkpoint()
+    directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
     config = Config.from_json(directory)
     tp = checked_tp(config, tp)
-    prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
+    questions = [] if checkpoint or prompt_ids or batch or prompt_len else held_out(len(TASKS))
+    asked = prompt_ids or [question.tokens for question in questions]
+    prompts = asked or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
     _check_prompts(config, prompts)
     ends = _ends(directory, config)
 
@@ -108,6 +114,7 @@ def decode(
     report = {
         **_setting(directory, checkpoint is None, config, model),
         "kernels": kernels,
+        "questions": _answered(questions, runs[kernels]),
         "prompts": [list(p) for p in prompts],
         "tokens": [list(t) for t in runs[kernels].tokens],
         "timing": {which: _timing(generation) for which, generation in runs.items()},
@@ -163,7 +170,15 @@ def _ends(directory: Path, config: Config) -> tuple[int, ...]:
     return tuple(token for token in named if token < config.vocab_size)
 
 
-def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[str, Any]:
+def _answered(questions: Sequence[Question], run: Generation) -> list[dict[str, Any]]:
+    """What the shipped model was asked, what it should have said and what it said."""
+    from moekit.models.qwen3next.questions import said
+
+    given = zip(questions, run.tokens if questions else (), strict=True)
+    return [{"question": q.text, "answer": q.answer, "said": said(tokens)} for q, tokens in given]
+
+
+def _setting(directory: Path, shipped: bool, config: Config, model: Any) -> dict[str, Any]:
     import jax
 
     from moekit.cli import run
@@ -171,7 +186,7 @@ def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[st
     device = run.devices()[0]
     return {
         "checkpoint": str(directory),
-        "random": tiny,
+        "shipped": shipped,
         "layers": config.num_layers,
         "dtype": str(model.dtype),
         "platform": device.platform,
@@ -214,7 +229,7 @@ def _logits(close: Closeness | None) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
-    kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
+    kind = "the tiny model that moekit ships:" if report["shipped"] else "checkpoint"
     out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
     virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
     out.print(
@@ -224,12 +239,23 @@ def _show(report: dict[str, Any]) -> None:
         markup=False,
     )
     out.print()
-    for prompt, tokens in zip(report["prompts"], report["tokens"], strict=True):
-        out.print(f"[dim]{_ids(prompt)} →[/dim] [bold]{_ids(tokens)}[/bold]", soft_wrap=True)
+    if report["questions"]:
+        out.print(_question_table(report["questions"]))
+    else:
+        for prompt, tokens in zip(report["prompts"], report["tokens"], strict=True):
+            out.print(f"[dim]{_ids(prompt)} →[/dim] [bold]{_ids(tokens)}[/bold]", soft_wrap=True)
     out.print()
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
     _show_agreement(report["agreement"], report["tokens"], report["dtype"])
+
+
+def _question_table(questions: list[dict[str, str]]) -> Any:
+    made = table("question", "answer", "")
+    for asked in questions:
+        right = "[green]right[/green]" if asked["said"] == asked["answer"] else f"[red]wrong: {asked['answer']}[/red]"
+        made.add_row(asked["question"], f"[bold]{escape(asked['said'])}[/bold]", right)
+    return made
 
 
 def _ids(ids: list[int]) -> str:
