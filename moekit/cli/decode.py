@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
+from moekit.cli.processes import several_processes
 from moekit.cli.progress import bar, loading
 from moekit.errors import UnavailableError
 
@@ -47,6 +49,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option("--prompt-len", type=click.IntRange(1), help=f"Tokens of each (default {PROMPT_LENGTH}).")
 @click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode.")
 @click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
+@click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups of devices to deal the experts to.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -60,6 +63,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     help="Whose tokens and fusions to show; both are timed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@several_processes
 def decode(
     checkpoint: Path | None,
     prompt_ids: list[list[int]],
@@ -67,6 +71,7 @@ def decode(
     prompt_len: int | None,
     new_tokens: int,
     tp: int | None,
+    ep: int,
     dtype: str | None,
     kernels: str,
     as_json: bool,
@@ -91,7 +96,7 @@ def decode(
     from moekit.models.qwen3next.questions import TASKS, held_out
 
     directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
-    config = Config.from_json(directory)
+    config = replace(Config.from_json(directory), ep=ep)
     tp = checked_tp(config, tp)
     questions = [] if checkpoint or prompt_ids or batch or prompt_len else held_out(len(TASKS))
     asked = prompt_ids or [question.tokens for question in questions]
@@ -100,7 +105,7 @@ def decode(
     ends = _ends(directory, config)
 
     with loading(f"loading {directory.name}") as advance:
-        model = load(directory, run.mesh_of(tp), dtype, room=run.room(prompts, new_tokens), progress=advance)
+        model = load(directory, run.mesh_of(tp), dtype, ep=ep, room=run.room(prompts, new_tokens), progress=advance)
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with bar(f"decoding with {which}") as advance:
@@ -137,10 +142,13 @@ def checked_tp(config: Config, tp: int | None) -> int:
     from moekit.models.qwen3next.config import check_tensor_parallel
 
     devices = run.devices()
-    if tp is None:
-        return run.largest_tp(config, len(devices))
+    tp = run.largest_tp(config, len(devices)) if tp is None else tp
     if tp > len(devices):
         raise click.BadParameter(f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp")
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:tp]}
+    if idle:
+        wrong = f"{tp} leaves process {min(idle)} without a device; start fewer processes or give each fewer devices"
+        raise click.BadParameter(wrong, param_hint="--tp")
     try:
         check_tensor_parallel(config, tp)
     except ConfigError as error:
@@ -193,6 +201,7 @@ def _setting(directory: Path, shipped: bool, config: Config, model: Any) -> dict
         "device": device.device_kind,
         "devices": len(run.devices()),
         "tp": model.tp,
+        "ep": config.ep,
         "versions": {"jax": jax.__version__},
     }
 
@@ -232,12 +241,9 @@ def _show(report: dict[str, Any]) -> None:
     kind = "the tiny model that moekit ships:" if report["shipped"] else "checkpoint"
     out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
     virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
-    out.print(
-        f"{report['layers']} layers, {report['dtype']}, "
-        f"tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",
-        soft_wrap=True,
-        markup=False,
-    )
+    shared = f"tp {report['tp']}" if report["ep"] == 1 else f"tp {report['tp']}, ep {report['ep']},"
+    here = f"{shared} of {report['devices']} {report['device']} devices{virtual}"
+    out.print(f"{report['layers']} layers, {report['dtype']}, {here}", soft_wrap=True, markup=False)
     out.print()
     if report["questions"]:
         out.print(_question_table(report["questions"]))

@@ -40,8 +40,8 @@ def serves(config: Config, tp: int) -> bool:
 
 
 def largest_tp(config: Config, devices: int) -> int:
-    """The most ranks, of `devices`, that the model can be shared by."""
-    return max(tp for tp in range(1, devices + 1) if serves(config, tp))
+    """The most ranks, of `devices`, that the model can be shared by; 1 where its `ep` allows none."""
+    return max((tp for tp in range(1, devices + 1) if serves(config, tp)), default=1)
 
 
 def devices() -> list[Any]:

@@ -8,7 +8,7 @@ traces and lowers one layer of each kind and not every layer; XLA inlines them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,23 @@ def load(
     mesh: Mesh,
     dtype: str | None = None,
     *,
+    ep: int = 1,
     room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. room: the cache that must fit beside them. progress(done, total),
-    in bytes, is called after each share.
-    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
+    dtype: of the weights, the checkpoint's where None. ep: how many groups of ranks the experts are dealt to; with 1, every
+    rank has a part of every expert. room: the cache that must fit beside them. progress(done, total), in bytes, is called
+    after each share.
+    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp or ep that does not divide the model)
     before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
     truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
     dtype = checks.weight_dtype(dtype)
-    config = Config.from_json(checkpoint_dir)
+    config = replace(Config.from_json(checkpoint_dir), ep=ep)
     check_tensor_parallel(config, mesh.shape[AXIS])
     params = load_parameters(checkpoint_dir, config, mesh, dtype, progress, room)
     return Model(params, config, mesh)

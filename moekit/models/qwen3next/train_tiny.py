@@ -49,7 +49,8 @@ CONFIG = Config(
     eos_token_ids=(END,),
 )
 SPELT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own letter in a byte-level tokenizer
-STEPS, BATCH, PEAK, WARM, BETAS = 2000, 128, 2e-3, 100, (0.9, 0.98)
+STEPS, BATCH, PEAK, WARM, BETAS = 1500, 128, 2e-3, 100, (0.9, 0.98)
+GROWN, FALL = 600, 650  # steps after which words have their full length; the last ones, in which the rate falls
 MIX = ("copy", "flip", "sort", "add", "sort", "add", "sort", "add")  # of words of full length: what is harder, more often
 
 
@@ -92,8 +93,8 @@ def step(params: Any, moments: Any, count: jax.Array, rate: jax.Array, mesh: Mes
 
 def curriculum(done: int, steps: int) -> tuple[int, float]:
     """How long words are, and the rate, after `done` of so many steps."""
-    longest = min(LONGEST, 2 + int(LONGEST * 2.5 * done / steps))
-    rate = PEAK * min(1.0, (done + 1) / WARM, 2.0 * (1 - done / steps))
+    longest = min(LONGEST, 2 + (LONGEST - 2) * done // GROWN)
+    rate = PEAK * min(1.0, (done + 1) / WARM, (steps - done) / FALL)
     return longest, rate
 
 
