@@ -51,6 +51,7 @@ CONFIG = Config(
 SPELT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own letter in a byte-level tokenizer
 STEPS, BATCH, PEAK, WARM, BETAS = 1500, 128, 2e-3, 100, (0.9, 0.98)
 GROWN, FALL = 600, 650  # steps after which words have their full length; the last ones, in which the rate falls
+KEEP = 50  # steps after which the state is kept and the progress said
 MIX = ("copy", "flip", "sort", "add", "sort", "add", "sort", "add")  # of words of full length: what is harder, more often
 
 
@@ -99,7 +100,7 @@ def curriculum(done: int, steps: int) -> tuple[int, float]:
 
 
 def train(directory: Path, steps: int, keep: Path, progress: Callable[[str], None] = print) -> Model:
-    """Train from a seed, or from where `keep` left it, to the end; the state is kept there every 50 steps."""
+    """Train from a seed, or from where `keep` left it, to the end; the state is kept there every KEEP steps."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
     params = load_parameters(write_random_checkpoint(directory, CONFIG), CONFIG, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -116,8 +117,8 @@ def train(directory: Path, steps: int, keep: Path, progress: Callable[[str], Non
         given = batch(rng, longest)
         params, moments, cost, right = step(params, moments, np.float32(count + 1), np.float32(rate), mesh, *given)
         rights.append(np.asarray(right).reshape(-1, len(MIX))[:, : len(TASKS)].mean(axis=0))
-        if (count + 1) % 50 == 0:
-            shown = ", ".join(f"{task} {share:.0%}" for task, share in zip(TASKS, np.mean(rights[-50:], axis=0), strict=True))
+        if (count + 1) % KEEP == 0:
+            shown = ", ".join(f"{task} {share:.0%}" for task, share in zip(TASKS, np.mean(rights[-KEEP:], axis=0), strict=True))
             spent = time.process_time() - start
             progress(f"step {count + 1}: up to {longest} letters, loss {cost:.3f}; {shown}; {spent:.0f} s")
             arrays: dict[str, Any] = {f"a{i}": np.asarray(a) for i, a in enumerate(jax.tree.leaves((params, moments)))}
