@@ -49,10 +49,14 @@ def ask(task: str, words: str) -> Question:
 
 
 def draw(rng: np.random.Generator, task: str, longest: int = LONGEST, held_out: bool = False) -> Question:
-    """A random question, held out or not. longest: letters at most, of which there are one or more."""
+    """A random question, held out or not. longest: letters at most, of which there are one or more.
+
+    Every number is as likely where it is held out; a training meets those of one digit as often as all others.
+    """
     while True:
         if task == "add":
-            sizes = rng.integers(1, len(str(LARGEST)) + 1, 2)
+            most = len(str(LARGEST))
+            sizes = (most, most) if held_out else rng.integers(1, most + 1, 2)
             words = " ".join(str(rng.integers(0, 10**size)) for size in sizes)
         else:
             words = "".join(rng.choice(list(LETTERS), rng.integers(1, longest + 1)))

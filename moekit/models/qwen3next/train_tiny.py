@@ -1,7 +1,8 @@
 """Train the tiny model that moekit ships: `python -m moekit.models.qwen3next.train_tiny`.
 
 About a million parameters learn the four tasks of `questions`, through the gradients of the model's own `prefill` by array
-evaluation. Optimiser: Adam (Kingma and Ba, 2015) in float32 with clipped gradients; the rate rises, stays, and falls to zero.
+evaluation. Optimiser: Adam (Kingma and Ba, 2015) in float32 with clipped gradients; the rate rises, stays, falls to
+zero, and does so once more for sums, which take longest.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ CONFIG = Config(
     eos_token_ids=(END,),
 )
 SPELT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own letter in a byte-level tokenizer
-STEPS, BATCH, PEAK, WARM, BETAS = 1500, 128, 2e-3, 100, (0.9, 0.98)
-GROWN, FALL = 600, 650  # steps after which words have their full length; the last ones, in which the rate falls
+BATCH, PEAK, WARM, BETAS = 128, 2e-3, 100, (0.9, 0.98)
+GROWN, ALL, STEPS = 600, 1500, 1740  # steps after which words have their full length; after which most are sums; and of both
+FALL = 650  # steps in which the rate falls, before ALL
 KEEP = 50  # steps after which the state is kept and the progress said
-MIX = ("copy", "flip", "sort", "add", "sort", "add", "sort", "add")  # of words of full length: what is harder, more often
+MIX = (*TASKS, "sort", "add", "sort", "add")  # of words of full length: what is harder, more often
+SUMS = (*TASKS, "add", "add", "add", "add")
 
 
-def batch(rng: np.random.Generator, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def batch(rng: np.random.Generator, longest: int, mix: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens [B, S] int32, lengths [B] and which of the tokens [B, S] are of answers; S is one of two sizes."""
-    size, mix = (16 if longest <= 4 else 24), (TASKS if longest < LONGEST else MIX)
+    size = 16 if longest <= 4 else 24
     tokens, answers = np.zeros((BATCH, size), np.int32), np.zeros((BATCH, size), bool)
     lengths = np.zeros(BATCH, np.int32)
     for i in range(BATCH):
@@ -92,11 +95,12 @@ def step(params: Any, moments: Any, count: jax.Array, rate: jax.Array, mesh: Mes
     return params, (means, squares), cost, right
 
 
-def curriculum(done: int, steps: int) -> tuple[int, float]:
-    """How long words are, and the rate, after `done` of so many steps."""
-    longest = min(LONGEST, 2 + (LONGEST - 2) * done // GROWN)
-    rate = PEAK * min(1.0, (done + 1) / WARM, (steps - done) / FALL)
-    return longest, rate
+def curriculum(done: int) -> tuple[int, tuple[str, ...], float]:
+    """How long words are, which tasks in turn, and the rate, after so many steps."""
+    if done < ALL:
+        longest = min(LONGEST, 2 + (LONGEST - 2) * done // GROWN)
+        return longest, TASKS if longest < LONGEST else MIX, PEAK * min(1.0, (done + 1) / WARM, (ALL - done) / FALL)
+    return LONGEST, SUMS, PEAK / 2 * (STEPS - done) / (STEPS - ALL)
 
 
 def train(directory: Path, steps: int, keep: Path, progress: Callable[[str], None] = print) -> Model:
@@ -112,9 +116,8 @@ def train(directory: Path, steps: int, keep: Path, progress: Callable[[str], Non
     params, moments = jax.tree.unflatten(structure, state)
     rights, start = [], time.process_time()  # rights: of the first four questions of each eight, which are of all tasks
     for count in range(done, steps):
-        longest, rate = curriculum(count, steps)
-        rng = np.random.default_rng((1, count))
-        given = batch(rng, longest)
+        longest, mix, rate = curriculum(count)
+        given = batch(np.random.default_rng((1, count)), longest, mix)
         params, moments, cost, right = step(params, moments, np.float32(count + 1), np.float32(rate), mesh, *given)
         rights.append(np.asarray(right).reshape(-1, len(MIX))[:, : len(TASKS)].mean(axis=0))
         if (count + 1) % KEEP == 0:
