@@ -13,6 +13,7 @@ import click
 
 from moekit.cli.output import notes, print_json
 from moekit.cli.platform import installed, prepare_jax
+from moekit.cli.processes import process_count, several_processes
 from moekit.cli.progress import loading
 from moekit.errors import ArgumentError, NonFiniteError, ShapeError, UnavailableError
 
@@ -45,6 +46,7 @@ Emit = Callable[[str], None]
 @click.option(
     "--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation over stdin, at most."
 )
+@several_processes
 def generate(
     checkpoint: Path,
     prompts: tuple[str, ...],
@@ -80,6 +82,8 @@ def generate(
         if not installed(needed):
             raise UnavailableError(f"generate needs {needed}; install moekit[{extra}]")
     on_gpu = prepare_jax()
+    if converse and process_count() > 1:
+        raise click.UsageError("a conversation is with one process; give several --chat with --prompt")
     from moekit.cli import run
     from moekit.models.qwen3next import Config
     from moekit.models.qwen3next.text import Text, sampling_of
