@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.jax import View, launch, op, program, view
-from moekit.testing.case import AnyCall
+from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, keep, launches, schedule_of
 from moekit.testing.guard import Slot
 from moekit.testing.layouts import Layout
@@ -33,7 +33,7 @@ def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
     return view(base)[tuple(every)][tuple(wanted)].transpose(*(layout.order.index(d) for d in range(len(shape))))
 
 
-def _view(case: AnyCall, name: str, bases: Mapping[str, Any]) -> View:
+def _view(case: FuzzCase, name: str, bases: Mapping[str, Any]) -> View:
     """A tensor of a case, in the arrays of the case; stride 0 has no View, and is the whole of an array."""
     layout, shape = case.layout(name), case.shape(name)
     if not case.woven:
@@ -42,12 +42,12 @@ def _view(case: AnyCall, name: str, bases: Mapping[str, Any]) -> View:
     return view(bases[array])[..., turn % 2 :: 2][..., turn // 2]
 
 
-def _elements(case: AnyCall, name: str, base: np.ndarray) -> np.ndarray:
+def _elements(case: FuzzCase, name: str, base: np.ndarray) -> np.ndarray:
     """The elements of a tensor that may be written, in its array."""
     return base[..., case.weave()[name][1]] if case.woven else case.layout(name).elements(base, case.shape(name))
 
 
-def key(case: AnyCall) -> str:
+def key(case: FuzzCase) -> str:
     """What a compiled program of the case depends on."""
     parts = (case.declaration.name, sorted(case.extents.items()), sorted(case.dtypes.items()),
              sorted(case.params.items()), case.mode, case.schedule, case.woven,
@@ -65,7 +65,7 @@ class Jax(Executor):
         self.kernels = _counting()
         self.functions: dict[tuple, tuple[Callable, int]] = {}
 
-    def supports(self, case: AnyCall) -> bool:
+    def supports(self, case: FuzzCase) -> bool:
         """An output over another operand is not to be had without strides, nor are strides past 2³¹."""
         return not case.mode.startswith("over:") and all(case.layout(n).kind != "far" for n in case.memory())
 
@@ -73,7 +73,7 @@ class Jax(Executor):
         """The array that the tensor lies in."""
         return slot.whole(memory)
 
-    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the case through a function compiled for it."""
         bases = arrays(case, tensors)
         text, count = (case.declaration, key(case)), self.kernels.count
@@ -93,13 +93,13 @@ class Jax(Executor):
         launches[self.name] += kernels if self.name == "pallas" else 1
 
 
-def arrays(case: AnyCall, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def arrays(case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """The arrays that a call takes, each with a name: woven tensors share one."""
     names = [n for n in case.memory() if n in case.shapes or case.mode != "plain"]
     return {case.weave()[n][0] if case.woven else n: jnp.asarray(tensors[n]) for n in names}
 
 
-def compiled(implementation: str, case: AnyCall) -> Callable[[Mapping[str, Any]], tuple]:
+def compiled(implementation: str, case: FuzzCase) -> Callable[[Mapping[str, Any]], tuple]:
     """A jitted function of the arrays of the case's memory, by name; it returns those of the outputs.
 
     Its kernels are traced anew, so that they are counted, whatever was traced before.

@@ -10,13 +10,12 @@ from moekit.lang import In, fusion, round_to
 from moekit.lang.dtypes import FLOATS, numpy_dtype
 from moekit.testing import Call, bounds, compare, operands, run
 from moekit.testing.batch import run_case
-from moekit.testing.campaign import Plan
+from moekit.testing.campaign import Plan, record_worst, worst_seen
 from moekit.testing.case import FuzzCase
 from moekit.testing.constants import constant
-from moekit.testing.coverage import Coverage
 from moekit.testing.executors import executor
 from moekit.testing.oracle import Oracle, ulp
-from moekit.testing.worst import record_worst, worst_seen
+from moekit.testing.tasks import Coverage
 
 SIZES = {
     "gate_gemm": {"T": 5, "P": 9, "D": 70},

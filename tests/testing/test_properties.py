@@ -19,8 +19,8 @@ from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Evaluate, executor
 from moekit.testing.layouts import KINDS
 from moekit.testing.probes import PROBES
+from moekit.testing.schedules import work
 from moekit.testing.strategies import cases
-from moekit.testing.tasks import work
 
 SMALL = {"elements": 600, "smallest": 1, "kinds": tuple(k for k in KINDS if k != "far")}
 COMPILED = ("interpret", "pallas", "triton", "triton-interpreter")

@@ -13,7 +13,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 from moekit.testing import sanitize
 from moekit.testing.executors import FRONT, SHORT, executor
-from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, run_pallas
+from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, counted
 from moekit.testing.oracle import Oracle
 from moekit.testing.schedules import variants
 
@@ -73,8 +73,8 @@ def test_it_covers_every_fusion_dtype_layout_and_schedule():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_views_lie_as_the_layout_says(kind):
     mine = [c for i, c in EVERY if (i, c.fusion) == ("pallas", "silu_and_mul") and c.layout("gate_up").kind == kind]
-    outputs, launched = run_pallas(executor("pallas"), mine[0])
-    assert not Oracle.of(mine[0], "pallas").compare(outputs).problems
+    outcome, launched = counted(executor("pallas"), mine[0])
+    assert not Oracle.of(mine[0], "pallas").compare(outcome.outputs).problems
     assert launched[COMPILED] > 0
 
 

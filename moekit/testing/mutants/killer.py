@@ -11,12 +11,18 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from moekit.testing.executors import JAX
-from moekit.testing.mutants.directed import VIEWED, directed
+from moekit.cli.platform import prepare_jax
+from moekit.fusions import FUSIONS
+from moekit.testing.batch import run_case
+from moekit.testing.executors import JAX, executor
+from moekit.testing.mutants.directed import RUN, VIEWED, Attempt, directed
+from moekit.testing.probes import PROBES
+from moekit.testing.processes import disarm
+from moekit.testing.properties import PROPERTIES
 from moekit.testing.random_graphs import WIDER
-from moekit.testing.tasks import Task
+from moekit.testing.tasks import Task, run_task
 
 STAGES = ("interpret", "triton-interpreter", "pallas")
 ARRAYS = ("numpy", "eager", "xla")  # array evaluation: what no tile program goes through
@@ -25,18 +31,8 @@ RANDOM = {"interpret": 12, "triton-interpreter": 4, "pallas": 3, "numpy": 8, "ea
 SEED = 7
 
 
-def disarm() -> None:
-    """Switch off every check that is not numerical: the verifier's rules."""
-    from moekit.compile import plan
-
-    plan.verify = lambda program: None
-
-
-def tasks(stage: str) -> Iterator:
+def tasks(stage: str) -> Iterator[Task]:
     """Small batches: every fusion and probe in turn, then some random declarations, then all again with other sizes."""
-    from moekit.fusions import FUSIONS
-    from moekit.testing.probes import PROBES
-
     shape, some = (5, 1) if stage in JAX else (2, 2), RANDOM[stage]
     for combo in range(COMBOS[stage]):
         for name in (*PROBES, *FUSIONS):
@@ -45,26 +41,26 @@ def tasks(stage: str) -> Iterator:
             yield Task(f"random:{number if number % 3 == 0 else WIDER + number}", stage, SEED, 0, 0, *shape)
 
 
-def _ran(task: Task) -> tuple[list[str], int]:
-    """What is wrong with the first failure of a batch, and how many cases ran."""
-    from moekit.testing.tasks import run_task
-
-    report = run_task(task)
-    return report.failures[0][1] if report.failures else [], report.coverage.ran
-
-
-def attempts(stage: str) -> Iterator[Callable[[], tuple[list[str], int]]]:
+def attempts(stage: str) -> Iterator[Task | Attempt]:
     """Batches and directed cases in turn; where each directed case is compiled, one for every two batches."""
     batches, singles = tasks(stage), directed(stage)
     for turn in itertools.count():
-        single = next(singles, None) if turn % 2 == 0 or stage not in VIEWED else None
-        batch = next(batches, None)
-        if single is not None:
-            yield lambda single=single: (single(stage), 1)
-        if batch is not None:
-            yield lambda batch=batch: _ran(batch)
-        if turn % 2 == 0 and single is None and batch is None:
+        mine = [batches] if turn % 2 and stage in VIEWED else [singles, batches]
+        found = [attempt for source in mine if (attempt := next(source, None)) is not None]
+        yield from found
+        if not found and len(mine) == 2:
             return
+
+
+def problems(stage: str, attempt: Task | Attempt) -> tuple[list[str], int]:
+    """What is wrong with an attempt, and how many cases ran."""
+    if isinstance(attempt, Task):
+        report = run_task(attempt)
+        return report.failures[0][1] if report.failures else [], report.coverage.ran
+    (prop, case), made = attempt, executor(stage)
+    if prop == RUN:
+        return run_case(made, case).problems, 1
+    return PROPERTIES[prop](made, case) if made.supports(case) else [], 1
 
 
 def hunt(stage: str, seconds: float) -> dict:
@@ -72,25 +68,18 @@ def hunt(stage: str, seconds: float) -> dict:
     begin, ran = time.monotonic(), 0
     for attempt in attempts(stage):
         try:
-            problems, count = attempt()
+            found, count = problems(stage, attempt)
         except Exception as error:
-            problems, count = [f"{type(error).__name__}: {error}"], 1
+            found, count = [f"{type(error).__name__}: {error}"], 1
         ran += count
-        if problems:
-            return {"killed": True, "ran": ran, "by": problems[0][:200]}
+        if found:
+            return {"killed": True, "ran": ran, "by": found[0][:200]}
         if time.monotonic() - begin > seconds:
             break
     return {"killed": False, "ran": ran, "by": ""}
 
 
-def main() -> None:
-    """Run one stage and print what came of it."""
-    from moekit.cli.platform import prepare_jax
-
+if __name__ == "__main__":
     prepare_jax()
     disarm()
     print(json.dumps(hunt(sys.argv[1], float(sys.argv[2]))), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,30 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from moekit import lang as ml
-from moekit.lang import In, Out, fusion
-from moekit.testing.probes.exact import f64
+from moekit.lang import In, Out
+from moekit.testing.probes.exact import probe
 
 
 def _gated(x, w, bias):
-    x, w, bias = f64(x, w, bias)
     gate, up = np.split(x @ w.T + bias, 2, -1)
     return {"out": np.maximum(gate, 0) * up, "gate": gate}
 
 
-@fusion(_gated, x=In("T D"), w=In("2*I D"), bias=In("2*I"))
+@probe(_gated, x=In("T D"), w=In("2*I D"), bias=In("2*I"))
 def probe_gated(x, w, bias):
     """A product whose epilogue joins two halves of its columns."""
     gate, up = ml.halves(ml.contract(x, w, over="D") + ml.f32(bias), "I")
     return {"out": ml.cast(ml.maximum(gate, 0.0) * up, x.dtype), "gate": gate}
 
 
-def _columns(x, y):
-    x, y = f64(x, y)
-    with np.errstate(all="ignore"):
-        return {"total": x.sum(0), "largest": np.maximum(x, 0).max(0, initial=0.0), "product": x.T @ y}
-
-
-@fusion(_columns, x=In("T H"), y=In("T P"))
+@probe(
+    lambda x, y: {"total": x.sum(0), "largest": np.maximum(x, 0).max(0, initial=0.0), "product": x.T @ y},
+    x=In("T H"), y=In("T P"),
+)
 def probe_columns(x, y):
     """Reductions and a product over the dynamic axis."""
     x32 = ml.f32(x)
@@ -37,75 +33,47 @@ def probe_columns(x, y):
 
 
 def _grouped(x, w, ids):
-    x, w = f64(x, w)
     valid = (ids >= 0) & (ids < len(w))
     chosen = np.where(valid[..., None, None], w[np.where(valid, ids, 0)], 0)
-    with np.errstate(all="ignore"):
-        return {"out": np.einsum("td,tkpd->tpk", x, chosen)}
+    return {"out": np.einsum("td,tkpd->tpk", x, chosen)}
 
 
-@fusion(_grouped, x=In("T D"), w=In("E P D"), ids=In("T K", dtype="int32"))
+@probe(_grouped, x=In("T D"), w=In("E P D"), ids=In("T K", dtype="int32"))
 def probe_grouped(x, w, ids):
     """Each token times the weights of the experts chosen for it: a gather on the weight."""
     return ml.contract(x, ml.gather(w, ids, over="E"), over="D")
 
 
-def _product(bias, x, w):
-    bias, x, w = f64(bias, x, w)
-    with np.errstate(all="ignore"):
-        return {"out": (x + 1) @ (w + 2).T + bias}
-
-
-@fusion(_product, bias=In("T P"), x=In("T H"), w=In("P H"))
+@probe(lambda bias, x, w: {"out": (x + 1) @ (w + 2).T + bias}, bias=In("T P"), x=In("T H"), w=In("P H"))
 def probe_product(bias, x, w):
     """A product of two computed operands: past the end both are other than zero, and one is held with its columns outermost."""
     return ml.contract(ml.f32(x) + 1.0, ml.f32(w) + 2.0, over="H") + ml.f32(bias)
 
 
-def _turned(x, w):
-    x, w = f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": x.T @ w}
-
-
-@fusion(_turned, x=In("D T"), w=In("D P"))
+@probe(lambda x, w: {"out": x.T @ w}, x=In("D T"), w=In("D P"))
 def probe_turned(x, w):
     """A product of operands that both hold the contracted axis outermost."""
     return ml.contract(x, w, over="D")
 
 
-def _crossed(x, w):
-    x, w = f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": np.swapaxes(x @ w.T, 0, 1)}
-
-
-@fusion(_crossed, x=In("T D"), w=In("P D"), out=Out("P T"))
+@probe(lambda x, w: {"out": np.swapaxes(x @ w.T, 0, 1)}, x=In("T D"), w=In("P D"), out=Out("P T"))
 def probe_crossed(x, w):
     """A product whose rows come from its second operand, stored with its columns outermost."""
     return ml.contract(w, x, over="D")
 
 
-def _inverse(x, w):
-    x, w = f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": (1 / np.sqrt(np.abs(x))) @ (1 / np.sqrt(np.abs(w))).T}
-
-
-@fusion(_inverse, x=In("T D"), w=In("P D"))
+@probe(lambda x, w: {"out": (1 / np.sqrt(np.abs(x))) @ (1 / np.sqrt(np.abs(w))).T}, x=In("T D"), w=In("P D"))
 def probe_inverse(x, w):
     """A product of operands that both are infinite where nothing was loaded."""
     return ml.contract(ml.rsqrt(abs(ml.f32(x))), ml.rsqrt(abs(ml.f32(w))), over="D")
 
 
 def _braided(bias, w, v, x):
-    bias, w, v, x = f64(bias, w, v, x)
-    with np.errstate(all="ignore"):
-        even, odd, first, last = (x @ u.T for u in (w[0::2], w[1::2], w[: len(w) // 2], v[len(v) // 2 :]))
-        return {"out": even - 2 * odd + bias, "apart": first - 2 * last, "mass": (x * x).sum(-1)}
+    even, odd, first, last = (x @ u.T for u in (w[0::2], w[1::2], w[: len(w) // 2], v[len(v) // 2 :]))
+    return {"out": even - 2 * odd + bias, "apart": first - 2 * last, "mass": (x * x).sum(-1)}
 
 
-@fusion(_braided, bias=In("I"), w=In("2*I D"), v=In("2*I D"), x=In("T D"), out=Out("T I"),
+@probe(_braided, bias=In("I"), w=In("2*I D"), v=In("2*I D"), x=In("T D"), out=Out("T I"),
         apart=Out("T I"))  # fmt: skip
 def probe_braided(bias, w, v, x):
     """Products with every second column of one weight, and with the halves of two, held with their columns outermost; beside
@@ -119,13 +87,7 @@ def probe_braided(bias, w, v, x):
     return {"out": even - 2.0 * odd + ml.f32(bias), "apart": first - 2.0 * last, "mass": mass}
 
 
-def _scaled(x, w):
-    x, w = f64(x, w)
-    with np.errstate(all="ignore"):
-        return {"out": x @ w.T / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1)}
-
-
-@fusion(_scaled, x=In("T D"), w=In("P D"))
+@probe(lambda x, w: {"out": x @ w.T / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1)}, x=In("T D"), w=In("P D"))
 def probe_scaled(x, w):
     """A product and, beside it, the norm of the rows that go into it."""
     x32 = ml.f32(x)
