@@ -5,7 +5,6 @@ One function is compiled for all cases that differ in values alone; outputs come
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,8 @@ from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, keep, launches, schedule_of
 from moekit.testing.guard import Slot
 from moekit.testing.layouts import Layout
+
+PROGRAMS = 64  # how many are kept
 
 
 def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
@@ -62,7 +63,6 @@ class Jax(Executor):
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.kernels = _counting()
         self.functions: dict[tuple, tuple[Callable, int]] = {}
 
     def supports(self, case: FuzzCase) -> bool:
@@ -75,14 +75,13 @@ class Jax(Executor):
 
     def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the case through a function compiled for it."""
-        bases = arrays(case, tensors)
-        text, count = (case.declaration, key(case)), self.kernels.count
-        function, kernels = self.functions.get(text) or (compiled(self.name, case), None)
-        got = function(bases)
-        if kernels is None:
-            kernels = self.kernels.count - count
-            self.functions = {**(self.functions if len(self.functions) < 64 else {}), text: (function, kernels)}
-        for (name, target), x in zip(case.targets.items(), got, strict=True):
+        bases, text = arrays(case, tensors), (case.declaration, key(case))
+        if text not in self.functions:
+            if len(self.functions) == PROGRAMS:
+                self.functions.clear()
+            self.functions[text] = _built(self.name, case, bases)
+        function, kernels = self.functions[text]
+        for (name, target), x in zip(case.targets.items(), function(bases), strict=True):
             after, mine = np.asarray(x), tensors[target]
             elements = _elements(case, target, mine)
             if case.mode == "plain":
@@ -116,19 +115,16 @@ def compiled(implementation: str, case: FuzzCase) -> Callable[[Mapping[str, Any]
     return run
 
 
-class _Count:
-    """How many kernels were built into programs in this process."""
-
-    count = 0
-
-
-@functools.lru_cache(maxsize=1)
-def _counting() -> _Count:
-    counter, original = _Count(), launch.kernel
+def _built(implementation: str, case: FuzzCase, bases: Mapping[str, jax.Array]) -> tuple[Callable, int]:
+    """The compiled function of a case, and how many kernels were built into it."""
+    built, original = [], launch.kernel
 
     def counted(program):
-        counter.count += 1
+        built.append(program)
         return original(program)
 
     launch.kernel = counted
-    return counter
+    try:
+        return compiled(implementation, case).lower(bases).compile(), len(built)
+    finally:
+        launch.kernel = original
