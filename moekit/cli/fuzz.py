@@ -195,7 +195,7 @@ def _check(name: str, why: str | None) -> None:
 def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> list[dict]:
     """The failures: the first of each fusion and implementation made small, in `seconds` for all, and appended to `save`."""
     from moekit.testing.case import FuzzCase
-    from moekit.testing.failures import Regression, append
+    from moekit.testing.failures import Failure, append
 
     rows, seen, until = [], set(), time.monotonic() + seconds
     for failure in result.failures:
@@ -213,7 +213,7 @@ def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> l
             except KeyboardInterrupt:
                 result.stopped = "interrupted"
         if save is not None and save.is_dir():
-            append(save, Regression(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
+            append(save, Failure(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
         rows.append(made)
     return rows
 

@@ -23,8 +23,8 @@ from typing import Any
 from moekit.cli import platform
 from moekit.files import read_json, write_text
 from moekit.testing import far
-from moekit.testing.case import FuzzCase
 from moekit.testing.executors import JAX
+from moekit.testing.failures import Failure
 from moekit.testing.peers import PEERS
 from moekit.testing.processes import Process, Trouble
 from moekit.testing.tasks import Cell, Coverage, Report, Task, cases, run_task
@@ -40,16 +40,6 @@ SPREAD = 16  # calls of every fusion that a small budget reaches, where a call c
 COMPILED = (*JAX, "triton", "triton-interpreter")
 EXTRA = 1_000_000  # the turns of tasks for cells with too few cases begin here
 MOST_EXTRA = 6  # such tasks for one cell, beyond those it needs if each of their cases counts
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that one implementation gets wrong."""
-
-    case: FuzzCase
-    implementation: str
-    problems: tuple[str, ...]
-    fatal: bool = False
 
 
 @dataclass
@@ -302,12 +292,13 @@ class Campaign:
             if task.combo not in (combos := self.combos[task.implementation, c]):
                 combos.append(task.combo)
         self.result.coverage[task.implementation].add(report.coverage)
-        for case, problems in report.failures:
-            self.result.fail(Failure(case, task.implementation, tuple(problems)))
+        for failure in report.failures:
+            self.result.fail(failure)
 
     def _blame(self, task: Task, trouble: Trouble) -> None:
         with self.changed:
-            self.result.fail(Failure(cases(task)[0], task.implementation, (trouble.text,), trouble.kind == "ended"))
+            fatal = trouble.kind == "ended"
+            self.result.fail(Failure(cases(task)[0], task.implementation, (trouble.text,), fatal=fatal))
 
     def close(self) -> None:
         """Nothing is run any more: what is left goes into words."""

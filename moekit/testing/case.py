@@ -165,10 +165,11 @@ class FuzzCase:
 
     def layout(self, name: str) -> Layout:
         """The layout of a tensor; of layouts that are only named, stride 0 is for operands that are only read."""
-        output = self._written(name)
-        kind = self.layouts.get(name) or self.layouts.get(output, "dense")
-        if not isinstance(kind, str):
+        output, kind = self._written(name), self.layouts.get(name)
+        if isinstance(kind, Layout):
             return kind
+        if not isinstance(kind := kind or self.layouts.get(output), str):
+            return Layout.dense(len(self.shape(name)))
         writable = output != name or name in self.names
         return self.laid(name, "dense" if writable and kind in READ_ONLY else kind)
 

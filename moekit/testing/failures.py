@@ -105,13 +105,14 @@ def _valid(case: FuzzCase) -> bool:
 
 
 @dataclass(frozen=True)
-class Regression:
-    """A case, the implementation that got it wrong, and what was said then."""
+class Failure:
+    """A case, the implementation that got it wrong, and what was said then. `fatal`: its process did not live through it."""
 
     case: FuzzCase
     implementation: str
     problems: tuple[str, ...]
     note: str = ""
+    fatal: bool = False
 
     def to_json(self) -> dict:
         """As the file has it."""
@@ -119,7 +120,7 @@ class Regression:
                 "case": self.case.to_json()}  # fmt: skip
 
 
-def load(path: Path) -> list[Regression]:
+def load(path: Path) -> list[Failure]:
     """The cases of a file, or of every JSON file of a directory; raises ValueError or FileError for a file that holds none."""
     found = []
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
@@ -128,17 +129,17 @@ def load(path: Path) -> list[Regression]:
             for row in rows if isinstance(rows, list) else [rows]:
                 case = FuzzCase.from_json(row.get("case", row))
                 said = tuple(row.get("problems", ()))
-                found.append(Regression(case, row.get("implementation", "interpret"), said, row.get("note", "")))
+                found.append(Failure(case, row.get("implementation", "interpret"), said, row.get("note", "")))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{file} holds no fuzz case: {error}") from None
     return found
 
 
-def append(directory: Path, regression: Regression) -> Path:
+def append(directory: Path, failure: Failure) -> Path:
     """Add a case to its fusion's file, once; the file's path."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() or c == "_" else "_" for c in regression.case.fusion)
-    path, new = directory / f"{name}.json", regression.to_json()
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in failure.case.fusion)
+    path, new = directory / f"{name}.json", failure.to_json()
     rows = read_json(path) if path.exists() else []
     if all((r["case"], r["implementation"]) != (new["case"], new["implementation"]) for r in rows):
         write_text(path, "[\n" + ",\n".join(json.dumps(r) for r in [*rows, new]) + "\n]\n")

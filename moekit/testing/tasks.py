@@ -14,6 +14,7 @@ from moekit.testing.batch import run_cases
 from moekit.testing.case import FuzzCase
 from moekit.testing.draw import Limits, draw_call, draw_kinds, draw_layouts, draw_mode, draw_schedule, redraw_dynamic
 from moekit.testing.executors import JAX, Executor, executor
+from moekit.testing.failures import Failure
 from moekit.testing.layouts import VIEWS, Layout, Source, numpy_source
 from moekit.testing.oracle import Oracle
 from moekit.testing.peers import PEERS
@@ -136,7 +137,7 @@ class Report:
     """What a worker sends back for a task."""
 
     coverage: Coverage = field(default_factory=Coverage)
-    failures: list[tuple[FuzzCase, list[str]]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
 
 def limits_of(task: Task) -> Limits:
@@ -251,7 +252,7 @@ def run_task(task: Task) -> Report:
     for verdict in run_cases(made, pairs):
         case = verdict.case
         if verdict.problems:
-            report.failures.append((case, verdict.problems))
+            report.failures.append(Failure(case, task.implementation, tuple(verdict.problems)))
             report.coverage.ran += 1
         else:
             report.coverage.note(case, verdict.launched, verdict.ratio)

@@ -23,7 +23,7 @@ from moekit.testing import campaign, replay
 from moekit.testing.campaign import EXTRA, Campaign
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import executor
-from moekit.testing.failures import Regression, append, load, pasteable, shrink
+from moekit.testing.failures import Failure, append, load, pasteable, shrink
 from moekit.testing.layouts import Layout
 from moekit.testing.processes import Trouble
 from moekit.testing.schedules import tail
@@ -202,7 +202,7 @@ def test_shrinking_finds_the_first_wrong_token():
 
 
 def test_regressions_come_back(tmp_path):
-    regression = Regression(CASE, "interpret", ("wrong",), "a note")
+    regression = Failure(CASE, "interpret", ("wrong",), "a note")
     append(tmp_path, regression)
     path = append(tmp_path, regression)
     assert load(path) == load(tmp_path) == [regression]
@@ -243,7 +243,7 @@ def test_the_command_reports_failures(tmp_path):
 
 
 def test_replay(tmp_path):
-    append(tmp_path, Regression(CASE, "interpret", ()))
+    append(tmp_path, Failure(CASE, "interpret", ()))
     done = run("--replay", str(tmp_path), "--json")
     assert done.exit_code == 0, done.output
     (tmp_path / "bad.json").write_text('{"no": "case"}')

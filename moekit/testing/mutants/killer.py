@@ -79,7 +79,7 @@ def problems(stage: str, attempt: Task | Attempt) -> tuple[list[str], int]:
     """What is wrong with an attempt, and how many cases ran."""
     if isinstance(attempt, Task):
         report = run_task(attempt)
-        return report.failures[0][1] if report.failures else [], report.coverage.ran
+        return list(report.failures[0].problems) if report.failures else [], report.coverage.ran
     (prop, case), made = attempt, executor(stage)
     if prop == RUN:
         return run_case(made, case).problems, 1
