@@ -48,8 +48,8 @@ class Verdict:
     cases: int = 0
     kernels: int = 0
     seconds: float = 0.0
-    doors: Counter[str] = field(default_factory=Counter)
-    cells: Counter[str] = field(default_factory=Counter)
+    doors: dict[str, int] = field(default_factory=dict)
+    cells: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 
@@ -101,17 +101,19 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
 
     with ThreadPoolExecutor(workers) as threads:
         codes = list(threads.map(share, range(workers)))
+    doors, cells = Counter(), Counter()
     for i, code in enumerate(codes):
         log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
         verdict.findings += judge(tool, code, log, report, output)
         if report.exists():
             told = read_json(report)
             verdict.cases += told["cases"]
-            verdict.doors.update(told["doors"])
-            verdict.cells.update(told["cells"])
+            doors.update(told["doors"])
+            cells.update(told["cells"])
     wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
-    verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not verdict.cells[c]]
-    verdict.kernels, verdict.seconds = verdict.doors.total(), time.monotonic() - begin
+    verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
+    verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), doors.total()
+    verdict.seconds = time.monotonic() - begin
     return verdict
 
 

@@ -264,9 +264,9 @@ def test_a_planted_tail_mask_bug_is_found_by_the_same_command(tmp_path):
 
 def test_the_time_is_kept_and_what_was_left_is_said(tmp_path):
     begin = time.monotonic()
-    done = run("silu_and_mul", "--impl", "numpy", "--time", "8", "--workers", "1", "--combos", "4", "--least", "100000",
+    done = run("silu_and_mul", "--impl", "numpy", "--time", "4", "--workers", "1", "--combos", "4", "--least", "100000",
                "--save", str(tmp_path), "--json-file", str(tmp_path / "out.json"))  # fmt: skip
-    assert 8 <= time.monotonic() - begin < 20
+    assert 4 <= time.monotonic() - begin < 16
     assert done.exit_code == 0
     assert "cells have fewer than 100000" in json.loads((tmp_path / "out.json").read_text())["left"][0]
 
@@ -286,7 +286,7 @@ def test_ctrl_c_ends_with_the_summary():
     heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=heard)  # fmt: skip
-    time.sleep(8)
+    time.sleep(4)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -26,7 +26,7 @@ def test_implementations_agree(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas", pytest.param("triton", marks=pytest.mark.gpu)])
-@settings(max_examples=max(5, settings.default.max_examples // 2))
+@settings(max_examples=max(5, settings.default.max_examples // 4))
 @given(data=st.data())
 def test_implementations_that_compile_agree(implementation, data):
     made = executor(implementation)
