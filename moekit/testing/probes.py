@@ -30,7 +30,8 @@ def probe(reference: Callable, **how) -> Callable[[Callable], Fusion]:
 
 @probe(
     lambda x, mask: {"total": np.cumsum(x * mask, -1), "place": np.cumsum(mask, -1, dtype=np.int32) - mask},
-    x=In("T E"), mask=In("T E", dtype="int32"),
+    x=In("T E"),
+    mask=In("T E", dtype="int32"),
 )
 def probe_running(x, mask):
     """Running sums of floats and of counts."""
@@ -161,7 +162,8 @@ def probe_shuffled(x, ids):
 
 @probe(
     lambda x, state: {"state": state * 0.5 + x, "before": state.sum(-1), "peak": state.max((1, 2))},
-    x=In("T A H"), state=InOut("T A H", dtype="float32"),
+    x=In("T A H"),
+    state=InOut("T A H", dtype="float32"),
 )
 def probe_apart(x, state):
     """A state that is replaced while its old value goes into a sum and a maximum, over other axes each."""
@@ -170,7 +172,9 @@ def probe_apart(x, state):
 
 @probe(
     lambda x, state, total: {"state": state * 0.5 + x, "total": total + state.sum(-1), "peak": state.max((1, 2))},
-    x=In("T A H"), state=InOut("T A H", dtype="float32"), total=InOut("T A", dtype="float32"),
+    x=In("T A H"),
+    state=InOut("T A H", dtype="float32"),
+    total=InOut("T A", dtype="float32"),
 )
 def probe_states(x, state, total):
     """Two states that are replaced, the old value of one in the new one of the other."""
@@ -179,7 +183,8 @@ def probe_states(x, state, total):
 
 @probe(
     lambda left, right: {"left": left + right.sum(-1, keepdims=True), "right": right - left.max(-1, keepdims=True)},
-    left=InOut("T A", dtype="float32"), right=InOut("T H", dtype="float32"),
+    left=InOut("T A", dtype="float32"),
+    right=InOut("T H", dtype="float32"),
 )
 def probe_exchange(left, right):
     """Two states, each replaced by what the old value of the other says."""
@@ -261,7 +266,9 @@ def probe_signs(x):
 
 @probe(
     lambda x, y, state: {"out": x + y, "kept": x, "state": state + y, "was": state},
-    x=In("T H", dtype="float32"), y=In("T H"), state=InOut("T H", dtype="float32"),
+    x=In("T H", dtype="float32"),
+    y=In("T H"),
+    state=InOut("T H", dtype="float32"),
 )
 def probe_kept(x, y, state):
     """Operands that are outputs as they are, behind outputs that may be written over them."""
@@ -291,7 +298,8 @@ def probe_gated(x, w, bias):
 
 @probe(
     lambda x, y: {"total": x.sum(0), "largest": np.maximum(x, 0).max(0, initial=0.0), "product": x.T @ y},
-    x=In("T H"), y=In("T P"),
+    x=In("T H"),
+    y=In("T P"),
 )
 def probe_columns(x, y):
     """Reductions and a product over the dynamic axis."""
