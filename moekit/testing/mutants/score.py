@@ -22,7 +22,8 @@ from moekit.files import write_text
 from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
-SECONDS = 90.0  # for one stage of one mutant
+SECONDS = 90.0  # of the processor, for one stage of one mutant
+PATIENCE = 6  # times as many seconds until a stage is taken to hang
 ARRAY_FILES = ("backends/array.py", "backends/libraries.py", "backends/torch_product.py")
 SEEN = (  # the file (or several), the folder (none: ""), and the stages in which a change of them alone can be seen
     ("backends/triton.py", "", ("triton-interpreter",)),
@@ -158,7 +159,7 @@ def run_stage(stage: str, folder: Path, seconds: float) -> dict:
     command = [sys.executable, "-m", "moekit.testing.mutants.killer", stage, str(seconds)]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, timeout=seconds + 120, check=False, **UTF8
+            command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE * seconds + 120, check=False, **UTF8
         )
     except subprocess.TimeoutExpired:
         return {"killed": True, "ran": 0, "by": "it did not end"}
