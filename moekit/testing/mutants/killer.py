@@ -87,7 +87,7 @@ def problems(stage: str, attempt: Task | Attempt) -> tuple[list[str], int]:
 
 
 def hunt(stage: str, seconds: float) -> dict:
-    """The first failure of the stage and how many cases it took; `seconds` are the processor's: a busy machine tries as much."""
+    """The first failure of the stage and how many cases it took; `seconds` of the processor, whatever else a machine does."""
     begin, ran = time.process_time(), 0
     for attempt in attempts(stage):
         try:
