@@ -77,7 +77,6 @@ def fuzz(pressed_before: list[int] | None, /, fusions: tuple[str, ...], implemen
     with contextlib.ExitStack() as open_:
         with held() as pressed:
             from moekit.testing import campaign
-            from moekit.testing.worst import record_worst
 
             chosen = list(dict.fromkeys(implementations)) or ["interpret", "numpy", "eager"]
             names = _checked(fusions, chosen)
@@ -103,7 +102,7 @@ def fuzz(pressed_before: list[int] | None, /, fusions: tuple[str, ...], implemen
     if json_file:
         fuzz_report.write(json_file, summary, result)
     if record:
-        record_worst(record, result.coverage, plan)
+        campaign.record_worst(record, result.coverage, plan)
     if as_json:
         print_json(summary)
     else:
@@ -126,8 +125,8 @@ def _checked(fusions: tuple[str, ...], chosen: list[str]) -> list[str]:
 
 def _check_kept(save: Path | None, record: Path | None) -> None:
     """Refuse, before the campaign, what its failures and ratios could not be added to after it."""
-    from moekit.testing.regressions import load
-    from moekit.testing.worst import worst_seen
+    from moekit.testing.campaign import worst_seen
+    from moekit.testing.failures import load
 
     try:
         if save is not None and save.is_dir():
@@ -159,12 +158,13 @@ def _budgets(given: tuple[str, ...], chosen: list[str], seconds: float | None) -
 
 def _package(mutants: tuple[str, ...], patches: tuple[Path, ...]) -> contextlib.AbstractContextManager:
     """The package that the workers import: a copy with faults in it where some are to be planted."""
+    from moekit.testing.mutants.score import workers_have
     from moekit.testing.mutants.table import TABLE
-    from moekit.testing.planted import planted
 
     if unknown := set(mutants) - {m.name for m in TABLE}:
         raise click.UsageError(f"there is no mutant {sorted(unknown)[0]!r}; see `moekit mutants --list`")
-    return planted(mutants, patches) if mutants or patches else contextlib.nullcontext()
+    planted = [m for m in TABLE if m.name in mutants]
+    return workers_have(*planted, *patches) if mutants or patches else contextlib.nullcontext()
 
 
 def _fusions(given: tuple[str, ...]) -> list[str]:
@@ -195,7 +195,7 @@ def _check(name: str, why: str | None) -> None:
 def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> list[dict]:
     """The failures: the first of each fusion and implementation made small, in `seconds` for all, and appended to `save`."""
     from moekit.testing.case import FuzzCase
-    from moekit.testing.regressions import Regression, append
+    from moekit.testing.failures import Failure, append
 
     rows, seen, until = [], set(), time.monotonic() + seconds
     for failure in result.failures:
@@ -213,33 +213,32 @@ def _shrunk(result: Any, save: Path | None, seconds: float, disarmed: bool) -> l
             except KeyboardInterrupt:
                 result.stopped = "interrupted"
         if save is not None and save.is_dir():
-            append(save, Regression(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
+            append(save, Failure(FuzzCase.from_json(made["case"]), failure.implementation, tuple(made["problems"])))
         rows.append(made)
     return rows
 
 
 def _small(failure: Any, seconds: float, disarmed: bool) -> dict:
     """What changes in a failure's row when it is made small."""
+    from moekit.testing.failures import fails, pasteable, problems, shrink
     from moekit.testing.peers import may_ask
     from moekit.testing.processes import Process
-    from moekit.testing.regressions import pasteable
-    from moekit.testing.shrink import shrink
 
     process, name = Process(disarmed), failure.implementation
-    fails = lambda case: may_ask(name, case) and process.fails(case, name, failure.problems)  # noqa: E731
+    still = lambda case: may_ask(name, case) and fails(process, case, name, failure.problems)  # noqa: E731
     try:
-        case = shrink(failure.case, fails, FEW if failure.fatal else MANY, seconds)
-        problems = process.problems(case, name, max(SHORTEST, seconds / 4)) or list(failure.problems)
+        case = shrink(failure.case, still, FEW if failure.fatal else MANY, seconds)
+        said = problems(process, case, name, max(SHORTEST, seconds / 4)) or list(failure.problems)
     finally:
         process.end()
-    return {"case": case.to_json(), "problems": problems, "test": pasteable(case, name)}
+    return {"case": case.to_json(), "problems": said, "test": pasteable(case, name)}
 
 
 def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None:
     """Run recorded cases, in a process that may die of them."""
     from moekit.testing.executors import unavailable
+    from moekit.testing.failures import load, problems
     from moekit.testing.processes import Process
-    from moekit.testing.regressions import load
 
     try:
         recorded = load(path)
@@ -252,8 +251,8 @@ def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None
                 skipped += 1
                 notes().print(f"skipped {regression.case.fusion}: {name}: {why}")
                 continue
-            problems = process.problems(regression.case, name)
-            rows.append({"fusion": regression.case.fusion, "implementation": name, "problems": problems})
+            found = problems(process, regression.case, name)
+            rows.append({"fusion": regression.case.fusion, "implementation": name, "problems": found})
     process.end()
     if recorded and skipped and not rows:
         raise UnavailableError(f"{path}: none of its cases can be run here")

@@ -56,7 +56,7 @@ class _Keeper:
 
     def __call__(self, result: Any) -> None:
         """After every task."""
-        from moekit.testing.regressions import pasteable
+        from moekit.testing.failures import pasteable
 
         out = notes()
         for failure in result.failures[self.taken :]:
@@ -73,7 +73,7 @@ class _Keeper:
 
 def row(failure: Any) -> dict:
     """A failure as JSON has it before it is made small."""
-    from moekit.testing.regressions import pasteable
+    from moekit.testing.failures import pasteable
 
     case = failure.case.to_json()
     return {"fusion": failure.case.fusion, "implementation": failure.implementation, "problems": list(failure.problems),

@@ -25,7 +25,7 @@ WANTED = 0.98
               help="A unified diff as a mutant. Repeatable.")  # fmt: skip
 @click.option("--historical", is_flag=True, help="The bugs that happened to others only.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=90.0, show_default=True,
-              help="For one stage of one mutant.")  # fmt: skip
+              help="Of the processor, for one stage of one mutant.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Mutants at a time.  [default: half as many as there are cores]")
 @click.option("--list", "only_list", is_flag=True, help="List the mutants and end.")
 @click.option("--markdown", type=click.Path(exists=True, dir_okay=False, path_type=Path),

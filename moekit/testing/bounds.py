@@ -25,7 +25,7 @@ import numpy as np
 
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Along, Graph, Node, Write
-from moekit.testing.propagate import LARGEST, RULES, Bound
+from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation
 
 
 def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:
@@ -42,25 +42,20 @@ def graph_bounds(graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[
         return _Evaluation(graph, inputs, sizes).outputs()
 
 
-class _Evaluation:
-    """One evaluation. Every array has a dimension for each axis of the graph, of size 1 where it does not
-    vary.
-    """
-
-    def __init__(self, graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]):
-        self.graph, self.inputs = graph, inputs
-        self.sizes = {a: sizes[a] if s is None else s for a, s in graph.axes.items()}
-        self.order = {a: i for i, a in enumerate(self.sizes)}
-        self.nodes: dict[int, Bound] = {}
-        self.unrounded: dict[int, Bound] = {}
+class _Evaluation(Evaluation):
+    """An evaluation with the bounds of its nodes: before the rounding of a narrowing cast, and after it."""
 
     def outputs(self) -> dict[str, Bound]:
         """Every write's bound, before the rounding that the write's dtype makes."""
+        self.nodes: dict[int, Bound] = {}
+        self.unrounded: dict[int, Bound] = {}
         for i in self.graph.live():
             node = self.graph.nodes[i]
             args = [self.nodes[a] for a in node.args]
-            lost = self._lost(node, args)
-            made = RULES[node.op](self, node, [_finite(a) for a in args])
+            lost, known = self._lost(node, args), [_finite(a) for a in args]
+            if node.op in ALONG:
+                known = [self.whole(a, node.attr("axis")) for a in known]
+            made = RULES[node.op](self, node, known)
             pair = made if isinstance(made, tuple) else (made, made)
             self.unrounded[i], self.nodes[i] = (_settled(b, lost) for b in pair)
         return {w.tensor: self._written(w) for w in self.graph.writes}
@@ -70,7 +65,7 @@ class _Evaluation:
         lost = np.zeros((1,) * len(self.order), bool)
         for a in args[:1] if node.op == "pick" else args:
             lost = lost | np.isinf(a.noise)
-        if node.op in ("reduce", "contract", "cumsum", "top_k"):
+        if node.op in ALONG:
             lost = lost.any(axis=self.order[node.attr("axis")], keepdims=True)
         return lost
 
@@ -107,19 +102,6 @@ class _Evaluation:
         kept = [self.order[a] for a in names]
         x = np.transpose(x, [*kept, *(i for i in range(x.ndim) if i not in kept)])
         return np.broadcast_to(x.reshape(x.shape[: len(kept)]), shape)
-
-    def along(self, x: np.ndarray, axis: str | None) -> np.ndarray:
-        """The one-dimensional `x` as an array that varies along `axis`."""
-        shape = [1] * len(self.order)
-        if axis is not None:
-            shape[self.order[axis]] = x.size
-        return x.reshape(shape)
-
-    def broadcast(self, x: np.ndarray, axis: str) -> np.ndarray:
-        """`x` with axis `axis` at its full size."""
-        shape = list(x.shape)
-        shape[self.order[axis]] = self.sizes[axis]
-        return np.broadcast_to(x, shape)
 
 
 def _finite(b: Bound) -> Bound:

@@ -1,12 +1,14 @@
 """A fuzzing campaign: threads that each give tasks to a process of their own, and survive whatever happens to it.
 
-A process that dies (an illegal access on a GPU, a segmentation fault) or hangs loses its task: the task is halved until one
-case is left, that case is reported as a failure, and the campaign goes on with a fresh process.
+A process that dies (an illegal access on a GPU, a segmentation fault) or hangs loses its task: the cases of the task are then
+run one by one, those that do it again are reported as failures, and the campaign goes on with a fresh process.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -15,19 +17,21 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
 from math import isqrt
+from pathlib import Path
+from typing import Any
 
-from moekit.testing.batch import replay
-from moekit.testing.case import FuzzCase
-from moekit.testing.coverage import Cell, Coverage
+from moekit.cli import platform
+from moekit.files import read_json, write_text
+from moekit.testing import far
 from moekit.testing.executors import JAX
+from moekit.testing.failures import Failure
+from moekit.testing.peers import PEERS
 from moekit.testing.processes import Process, Trouble
-from moekit.testing.room import room
-from moekit.testing.tasks import Report, Task, cases, run_task
+from moekit.testing.tasks import Cell, Coverage, Report, Task, cases, run_task
 
-__all__ = ["Campaign", "Failure", "Plan", "Result", "accelerated", "replay", "run"]
-
+WORST = Path(__file__).parent / "worst.json"
 HANGS = 120.0  # seconds after which a task is taken to hang
-BRIEF = 60.0  # the same for one case, when a task that hung is halved
+BRIEF = 60.0  # the same for one case
 GRACE = 3.0  # seconds that processes have to end what they are at once the time is over
 MOST_FAILURES = 50
 MAIN = 0.75  # the share of the time after which cells with too few cases come first
@@ -36,16 +40,6 @@ SPREAD = 16  # calls of every fusion that a small budget reaches, where a call c
 COMPILED = (*JAX, "triton", "triton-interpreter")
 EXTRA = 1_000_000  # the turns of tasks for cells with too few cases begin here
 MOST_EXTRA = 6  # such tasks for one cell, beyond those it needs if each of their cases counts
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that one implementation gets wrong."""
-
-    case: FuzzCase
-    implementation: str
-    problems: tuple[str, ...]
-    fatal: bool = False
 
 
 @dataclass
@@ -126,18 +120,14 @@ class Plan:
         """How many cases an implementation is to count, None for as many as there is time for."""
         if implementation in self.own:
             return self.own[implementation]
-        shared = [i for i in self.implementations if i not in self.own]
-        return None if self.examples is None else -(-self.examples // len(shared))
+        return None if self.examples is None else -(-self.examples // (len(self.implementations) - len(self.own)))
 
 
 def accelerated(implementation: str) -> bool:
     """Whether an implementation runs on a GPU here."""
-    from moekit.cli.platform import gpu_count, jax_has_cuda
-    from moekit.testing.peers import PEERS
-
-    on_gpu = gpu_count() > 0
+    on_gpu = platform.gpu_count() > 0
     if implementation in JAX:
-        return on_gpu and jax_has_cuda() and os.environ.get("JAX_PLATFORMS", "cuda") != "cpu"
+        return on_gpu and platform.jax_has_cuda() and os.environ.get("JAX_PLATFORMS", "cuda") != "cpu"
     return implementation == "triton" or (on_gpu and (":" in implementation or implementation in PEERS))
 
 
@@ -147,7 +137,7 @@ def run(plan: Plan, watch: Callable[[Result], None] = lambda result: None) -> Re
         os.environ.setdefault(name, "1")  # the processes share the cores
     campaign = Campaign(plan)
     processes = [Process(plan.disarmed) for _ in range(plan.workers)]
-    with room(), ThreadPoolExecutor(plan.workers) as threads:
+    with far.room(), ThreadPoolExecutor(plan.workers) as threads:
         serving = [threads.submit(campaign.serve, process) for process in processes]
         try:
             while not all(s.done() for s in serving) and not campaign.overdue:
@@ -181,7 +171,7 @@ class Campaign:
         self.running: list[Task] = []
         self.cut: list[Task] = []
         self.starved: list[Task] = []
-        self.lonely: Task | None = None
+        self.alone: set[Task] = set()
 
     @property
     def elapsed(self) -> float:
@@ -220,12 +210,15 @@ class Campaign:
 
     def next(self) -> Task | None:
         """The next task; None if there is none while others are running. What found too little memory runs at last, alone."""
-        if self.over or self.lonely or self.elapsed > self.until or len(self.result.failures) >= MOST_FAILURES:
+        if self.over or self.elapsed > self.until or len(self.result.failures) >= MOST_FAILURES:
+            return None
+        if self.alone.intersection(self.running):
             return None
         pressed = self.plan.seconds is not None and self.elapsed > MAIN * self.plan.seconds
         task = (self._extra() if pressed else None) or self._main() or self._extra()
         if task is None and self.starved and not self.running:
-            task = self.lonely = self.starved.pop(0)
+            task = self.starved.pop(0)
+            self.alone.add(task)
         return task
 
     def _main(self) -> Task | None:
@@ -249,12 +242,10 @@ class Campaign:
     def _extra(self) -> Task | None:
         """A task for the cell that lacks most, those that run taken as done."""
         lacks: Counter[tuple[str, Cell]] = Counter()
-        for name in self.plan.implementations:
+        for name, coverage in self.result.coverage.items():
             least = self.plan.least.get(name, 0)
             most = MOST_EXTRA + least // (self.plan.groups * self.plan.layouts)
-            for c, missing in self.result.coverage[name].below(least).items():
-                if self.combos[name, c] and self.extra[name, c] < most:
-                    lacks[name, c] = missing
+            lacks.update({(name, c): n for c, n in coverage.below(least).items() if self.extra[name, c] < most})
         for t in self.running:
             if t.wanted is not None:
                 lacks[t.implementation, t.wanted] -= t.size
@@ -267,17 +258,21 @@ class Campaign:
 
     def run(self, process: Process, task: Task) -> None:
         """Run a task, and find out which of its cases it is if it takes the process with it, or raises."""
-        answer = self._ask(process, task)
-        if answer is None or self._halved(process, task, answer):
+        if (trouble := self._ask(process, task)) is None:
             return
-        many = f"{task.size} cases from this one on"
-        text = f"it did not happen again to any of the {many}"
-        text = f"the time did not suffice to say which of {many} it is" if self.over else text
-        self._blame(task, Trouble("ended", f"{answer.text}; {text}"))
+        if task.size == 1:
+            self._blame(task, trouble)
+            return
+        again = [(one, t) for one in task.singles() if not self.over and (t := self._ask(process, one))]
+        for one, its in again:
+            self._blame(one, its)
+        if not again:
+            how = "the time did not suffice to say which it is" if self.over else "it did not happen again to any"
+            self._blame(task, Trouble("ended", f"{trouble.text}; {how} of the {task.size} cases from this one on"))
 
     def _ask(self, process: Process, task: Task) -> Trouble | None:
         """Run a task and take in what came of it; the trouble, if a case of the task is to blame for it."""
-        answer = process.ask(run_task, task, HANGS if task.size > 1 else BRIEF)
+        answer = process.ask(run_task, task, patience=HANGS if task.size > 1 else BRIEF)
         with self.changed:
             if isinstance(answer, Report):
                 self._done(task, answer)
@@ -285,34 +280,25 @@ class Campaign:
                 self.cut.append(task)
             elif answer.kind != "memory":
                 return answer
-            elif self.lonely is not task:
+            elif task not in self.alone:
                 self.starved.append(task)
             else:
                 text = f"{task.size} cases of {task.fusion} ({task.implementation}) were not run: {answer.text}"
                 self.result.left.append(text)
-            self.lonely = None if self.lonely is task else self.lonely
         return None
-
-    def _halved(self, process: Process, task: Task, trouble: Trouble) -> bool:
-        """Whether a case was found to blame: of the one task left, or of its halves."""
-        if not (halves := task.halves()):
-            self._blame(task, trouble)
-            return True
-        found = [self._halved(process, half, t) for half in halves if not self.over and (t := self._ask(process, half))]
-        return any(found)
 
     def _done(self, task: Task, report: Report) -> None:
         for c in report.coverage.cells:
-            combos = self.combos[task.implementation, c]
-            combos += [] if task.combo in combos else [task.combo]
+            if task.combo not in (combos := self.combos[task.implementation, c]):
+                combos.append(task.combo)
         self.result.coverage[task.implementation].add(report.coverage)
-        for case, problems in report.failures:
-            self.result.fail(Failure(case, task.implementation, tuple(problems)))
+        for failure in report.failures:
+            self.result.fail(failure)
 
     def _blame(self, task: Task, trouble: Trouble) -> None:
-        case = [c for group in cases(task) for c in group][task.start]
         with self.changed:
-            self.result.fail(Failure(case, task.implementation, (trouble.text,), trouble.kind == "ended"))
+            fatal = trouble.kind == "ended"
+            self.result.fail(Failure(cases(task)[0], task.implementation, (trouble.text,), fatal=fatal))
 
     def close(self) -> None:
         """Nothing is run any more: what is left goes into words."""
@@ -327,3 +313,23 @@ class Campaign:
             least = self.plan.least.get(name, 0)
             if few := coverage.below(least):
                 left.append(f"{name}: {len(few)} of {len(coverage.cells)} cells have fewer than {least} cases")
+
+
+def worst_seen(path: Path = WORST) -> dict[str, dict[str, Any]]:
+    """For every fusion the worst error ratio that campaigns have seen, and the implementation, device and command of it.
+
+    The constants of the numerics contract are held to these.
+    """
+    return read_json(path) if path.exists() else {}
+
+
+def record_worst(path: Path, coverage: Mapping[str, Coverage], plan: Plan) -> None:
+    """Take the ratios of a campaign into the file where they are worse than what it has."""
+    kept, gpus = worst_seen(path), platform.gpus()
+    for implementation, seen in coverage.items():
+        device = gpus[0].name if gpus and implementation in plan.accelerated else "CPU"
+        for fusion, ratio in seen.worst.items():
+            if ratio > kept.get(fusion, {"ratio": 0.0})["ratio"]:
+                kept[fusion] = {"ratio": round(ratio, 4), "implementation": implementation, "device": device,
+                                "command": " ".join(["moekit", *sys.argv[1:]])}  # fmt: skip
+    write_text(path, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")

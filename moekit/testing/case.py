@@ -1,13 +1,11 @@
-"""Calls to be tested. `Call` has its operands with it; a `FuzzCase` is plain data from which they follow: it goes to JSON and
-back, and has everything that is needed to run the call again.
-"""
+"""Calls to be tested: plain data that goes to JSON and back, from which the operands follow. `Call` makes one of operands."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +17,21 @@ from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError, UnavailableError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph
+from moekit.lang.graph import By, Graph
 from moekit.testing.layouts import READ_ONLY, Layout, lay
 from moekit.testing.values import make, shapes_of
 
 RANDOM = "random:"
 PAST_32_BITS = 2**32
+_named: dict[str, Fusion] = {}
+
+
+def _declared() -> dict[str, Fusion]:
+    """Moekit's own declarations, and the probes."""
+    from moekit.fusions import FUSIONS
+    from moekit.testing.probes import PROBES
+
+    return {**PROBES, **FUSIONS}
 
 
 @functools.lru_cache(maxsize=512)
@@ -33,33 +40,28 @@ def find_fusion(name: str) -> Fusion:
 
     Raises UnavailableError for a name that is none of these.
     """
-    from moekit.fusions import FUSIONS
-    from moekit.testing.probes import PROBES
-
-    if name in FUSIONS:
-        return FUSIONS[name]
-    if name in PROBES:
-        return PROBES[name]
     if name.startswith(RANDOM):
         from moekit.testing.random_graphs import random_fusion
 
         return random_fusion(int(name.removeprefix(RANDOM)))
-    if name in _named:
-        return _named[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        known = ", ".join((*FUSIONS, *PROBES))
-        raise UnavailableError(f"there is no fusion {name!r}; name one of {known}, or module:attribute")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UnavailableError(f"{name}: {error}") from None
+    known = {**_named, **_declared()}
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise UnavailableError(f"there is no fusion {name!r}; name one of {', '.join(_declared())}, or module:attribute")
+    found = attribute_of(name)
     if not isinstance(found, Fusion):
         raise UnavailableError(f"{name} is {type(found).__name__}; it must be a declared fusion")
     return found
 
 
-_named: dict[str, Fusion] = {}
+def attribute_of(name: str) -> Any:
+    """What `module:attribute` names; raises UnavailableError where there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f"{name}: {error}") from None
 
 
 def name_of(fusion: Fusion) -> str:
@@ -67,10 +69,7 @@ def name_of(fusion: Fusion) -> str:
 
     One that no module holds is known by its name in this process only.
     """
-    from moekit.fusions import FUSIONS
-    from moekit.testing.probes import PROBES
-
-    if {**FUSIONS, **PROBES}.get(fusion.name) is fusion:
+    if _declared().get(fusion.name) is fusion:
         return fusion.name
     module = fusion.fn.__module__
     if getattr(sys.modules.get(module), fusion.name, None) is fusion:
@@ -80,29 +79,44 @@ def name_of(fusion: Fusion) -> str:
     return f"local:{fusion.name}"
 
 
-class AnyCall(ABC):
-    """What is known of any call of a declaration, made of what `Call` and `FuzzCase` say.
+@dataclass(frozen=True)
+class FuzzCase:
+    """One call of the fusion named `fusion`. `sizes` are those of the plain axes.
 
     `layouts`: of operands by name and of outputs (an InOut operand's output that does not go in place is `<name>_new`);
-    contiguous where not said.
+    contiguous where not said. One that is only named is the one that `lay` makes.
     `mode`: "plain" (the face allocates outputs), "out" (every output is given), "in place" (InOut operands are updated,
     other outputs are given), "over:OUT:OPERAND" (OUT is the operand's own memory, where the declaration allows it).
+    `schedule`: one of the names of `moekit.testing.schedules.variants`, or a schedule (None: the heuristic's).
     `woven`: tensors of one shape and dtype take turns in one array, element by element, whatever `layouts` says.
+    `operands`: what they hold; else that follows from `recipe` and `seed`. `own`: the fusion, where nothing finds it by name.
+    Neither goes to JSON.
     """
 
-    declaration: Fusion
-    shapes: Mapping[str, tuple[int, ...]]
+    fusion: str
+    sizes: Mapping[str, int]
     dtypes: Mapping[str, str]
-    params: Mapping[str, object]
-    layouts: Mapping[str, Layout]
-    mode: str
-    schedule: Schedule | str | None
-    recipe: str
-    woven: bool
+    params: Mapping[str, object] = field(default_factory=dict)
+    layouts: Mapping[str, Layout | str] = field(default_factory=dict)
+    mode: str = "out"
+    recipe: str = "normal"
+    seed: int = 0
+    schedule: Schedule | str | None = "heuristic"
+    woven: bool = False
+    operands: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
+    own: Fusion | None = None
 
-    @abstractmethod
-    def values(self) -> dict[str, np.ndarray]:
-        """The operands' values; where a stride is 0, elements that are one are equal."""
+    @functools.cached_property
+    def declaration(self) -> Fusion:
+        """The fusion itself."""
+        return self.own or find_fusion(self.fusion)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every operand."""
+        if self.operands is not None:
+            return {n: self.operands[n].shape for n in self.dtypes}
+        return shapes_of(self.declaration, self.sizes)
 
     @functools.cached_property
     def binding(self) -> Binding:
@@ -132,25 +146,36 @@ class AnyCall(ABC):
         in_place = self.mode == "in place"
         return {n: over.get(n, written_name(n) if n in self.shapes and not in_place else n) for n in self.names}
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an operand, an output or an output's memory."""
-        if name in self.shapes:
-            return self.shapes[name]
-        found = next((n for n, target in self.targets.items() if target == name), name)
-        return self.shapes.get(found) or tuple(self.extents[d.text] for d in self.graph.tensors[found].dims)
-
-    def dtype(self, name: str) -> str:
-        """The dtype of an operand, an output or an output's memory."""
-        found = next((n for n, target in self.targets.items() if target == name), name)
-        return self.graph.tensors[found if found in self.graph.tensors else name].dtype
-
     def memory(self) -> list[str]:
         """The names of all tensors of the call: operands, then outputs with memory of their own."""
         return list(dict.fromkeys([*self.shapes, *self.targets.values()]))
 
+    def _written(self, name: str) -> str:
+        """The output that is written to memory `name`; the name itself where none is."""
+        return next((n for n, target in self.targets.items() if target == name), name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an operand, an output or an output's memory."""
+        found = name if name in self.shapes else self._written(name)
+        return self.shapes.get(found) or tuple(self.extents[d.text] for d in self.graph.tensors[found].dims)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of an operand, an output or an output's memory."""
+        return self.graph.tensors[self._written(name)].dtype
+
     def layout(self, name: str) -> Layout:
-        """The layout of a tensor, contiguous where none is given."""
-        return self.layouts.get(name) or Layout.dense(len(self.shape(name)))
+        """The layout of a tensor; of layouts that are only named, stride 0 is for operands that are only read."""
+        output, kind = self._written(name), self.layouts.get(name)
+        if isinstance(kind, Layout):
+            return kind
+        if not isinstance(kind := kind or self.layouts.get(output), str):
+            return Layout.dense(len(self.shape(name)))
+        writable = output != name or name in self.names
+        return self.laid(name, "dense" if writable and kind in READ_ONLY else kind)
+
+    def laid(self, name: str, kind: str) -> Layout:
+        """The layout of a kind that a tensor always gets."""
+        return lay(kind, self.shape(name), itemsize(self.dtype(name)))
 
     def weave(self) -> dict[str, tuple[str, int, int]]:
         """For every tensor of a woven case: the array it lies in, its turn there, and how many take turns."""
@@ -159,104 +184,35 @@ class AnyCall(ABC):
             groups.setdefault((self.shape(n), self.dtype(n)), []).append(n)
         return {n: (f"{names[0]}_and_others", i, len(names)) for names in groups.values() for i, n in enumerate(names)}
 
-
-@dataclass(frozen=True)
-class Call(AnyCall):
-    """One call of `fusion` on operands that are given. `layouts` may name a kind of layout: the one that `lay` makes of it."""
-
-    fusion: Fusion
-    operands: Mapping[str, np.ndarray]
-    params: Mapping[str, object] = field(default_factory=dict)
-    layouts: Mapping[str, Layout | str] = field(default_factory=dict)
-    schedule: Schedule | None = None
-    mode: str = "out"
-    recipe = ""
-    woven = False
-
-    @property
-    def declaration(self) -> Fusion:
-        """The fusion itself."""
-        return self.fusion
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every operand."""
-        return {n: self.operands[n].shape for n in self.fusion.tensors if n in self.operands}
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """The dtype of every operand."""
-        return {n: self.operands[n].dtype.name for n in self.shapes}
-
-    def layout(self, name: str) -> Layout:
-        """The layout of a tensor; stride 0 is for operands that are only read."""
-        output = next((n for n, target in self.targets.items() if target == name), None)
-        kind = self.layouts.get(name) or self.layouts.get(output or name, "dense")
-        if not isinstance(kind, str):
-            return kind
-        written = output is not None or name in self.names
-        return lay("dense" if written and kind in READ_ONLY else kind, self.shape(name), itemsize(self.dtype(name)))
+    def elements(self, least: int = 0) -> int:
+        """Elements of the largest tensor, every axis counted as `least` at least: with 1, what its static sizes cost."""
+        return max(math.prod(max(least, s) for s in self.shape(n)) for n in self.memory())
 
     def values(self) -> dict[str, np.ndarray]:
-        """The operands; where a stride is 0, elements that are one are equal."""
-        return {n: spread(self.operands[n], self.layout(n)) for n in self.shapes}
+        """The operands' values; where a stride is 0, elements that are one are equal."""
+        given = self._drawn() if self.operands is None else self.operands
+        return {n: spread(given[n], self.layout(n)) for n in self.shapes}
 
-
-@dataclass(frozen=True)
-class FuzzCase(AnyCall):
-    """One call of the fusion named `fusion`, its operands drawn by `recipe` and `seed`. `sizes` are those of the plain axes;
-    `schedule` is one of the names of `moekit.testing.schedules.variants`."""
-
-    fusion: str
-    sizes: Mapping[str, int]
-    dtypes: Mapping[str, str]
-    params: Mapping[str, object] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-    mode: str = "out"
-    recipe: str = "normal"
-    seed: int = 0
-    schedule: str = "heuristic"
-    woven: bool = False
-
-    @property
-    def declaration(self) -> Fusion:
-        """The fusion itself."""
-        return find_fusion(self.fusion)
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every operand."""
-        return shapes_of(self.declaration, self.sizes)
-
-    def elements(self) -> int:
-        """Elements of the largest tensor."""
-        return max(int(np.prod(self.shape(n))) for n in self.memory())
-
-    def weight(self) -> int:
-        """Elements of the largest tensor, were no axis empty: what its static sizes cost."""
-        return max(int(np.prod([max(1, s) for s in self.shape(n)])) for n in self.memory())
-
-    def values(self) -> dict[str, np.ndarray]:
-        """The operands' values, by recipe and seed; where a stride is 0, elements that are one are equal."""
+    def _drawn(self) -> dict[str, np.ndarray]:
+        """The operands by recipe and seed."""
         rng = np.random.default_rng([self.seed, len(self.recipe)])
-        arrays, ids = {}, unique_ids(self.graph)
+        found, unique, read = {}, unique_ids(self.graph), read_ids(self.graph)
         for name, shape in self.shapes.items():
-            if name in ids:
-                largest = max(self.extents[ids[name]], int(np.prod(shape))) + 2
-                x = rng.permutation(largest)[: int(np.prod(shape))].reshape(shape) - 1
-                arrays[name] = (x + (x % 3 == 0) * PAST_32_BITS * (self.dtypes[name] == "int64")).astype(self.dtypes[name])
+            dtype, wide = self.dtypes[name], self.dtypes[name] == "int64"
+            if name in unique:
+                count = math.prod(shape)
+                x = rng.permutation(max(self.extents[unique[name]], count) + 2)[:count].reshape(shape) - 1
+                found[name] = (x + (x % 3 == 0) * PAST_32_BITS * wide).astype(dtype)
                 continue
-            x = make(self.recipe, shape, self.dtypes[name], rng)
-            if x.dtype.kind == "i" and name not in read_ids(self.graph):
-                x = rng.integers(-4, 5, shape).astype(x.dtype)
-                x = x * (PAST_32_BITS + 1) if x.dtype == np.int64 else x
-            arrays[name] = spread(x, self.layout(name))
-        return arrays
+            found[name] = make(self.recipe, shape, dtype, rng)
+            if found[name].dtype.kind == "i" and name not in read:
+                found[name] = rng.integers(-4, 5, shape).astype(dtype) * (PAST_32_BITS + 1 if wide else 1)
+        return found
 
     def to_json(self) -> dict:
         """The case as JSON has it."""
-        found = {n: getattr(self, n) for n in self.__dataclass_fields__}
-        found["layouts"] = {n: v.to_json() for n, v in self.layouts.items()}
+        found = {n: getattr(self, n) for n in self.__dataclass_fields__ if n not in ("operands", "own")}
+        found["layouts"] = {n: v.to_json() for n, v in self.layouts.items() if isinstance(v, Layout)}
         return {n: dict(v) if isinstance(v, Mapping) else v for n, v in found.items()}
 
     @classmethod
@@ -273,6 +229,19 @@ class FuzzCase(AnyCall):
             return str(error)
         empty = [n.attr("axis") for n in nodes if self.extents[n.attr("axis")] == 0]
         return f"{self.fusion}: {empty[0]} = 0, and nothing is the largest of nothing" if empty else None
+
+
+def Call(
+    fusion: Fusion,
+    operands: Mapping[str, np.ndarray],
+    params: Mapping[str, object] | None = None,
+    layouts: Mapping[str, Layout | str] | None = None,
+    schedule: Schedule | None = None,
+    mode: str = "out",
+) -> FuzzCase:
+    """The case of one call of `fusion` on operands that are given."""
+    dtypes = {n: operands[n].dtype.name for n in fusion.tensors if n in operands}
+    return FuzzCase(fusion.name, {}, dtypes, params or {}, layouts or {}, mode, "", 0, schedule, False, operands, fusion)
 
 
 def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
@@ -292,12 +261,10 @@ def unique_ids(graph: Graph) -> dict[str, str]:
     """Operands that hold the ids of a `put`, which must be unique, with the axis they count along."""
     found = {}
     for w in graph.writes:
-        for i in w.ids:
-            while graph.nodes[i].op == "cast":
-                i = graph.nodes[i].args[0]
-            if graph.nodes[i].op == "read":
-                axis = next(
-                    d.axis for d, e in zip(graph.tensors[w.tensor].dims, w.index, strict=True) if not hasattr(e, "axis")
-                )
-                found[graph.nodes[i].attr("tensor")] = axis
+        for node in (graph.nodes[i] for i in w.ids):
+            while node.op == "cast":
+                node = graph.nodes[node.args[0]]
+            if node.op == "read":
+                dims = zip(graph.tensors[w.tensor].dims, w.index, strict=True)
+                found[node.attr("tensor")] = next(d.axis for d, e in dims if isinstance(e, By))
     return found

@@ -6,6 +6,8 @@ which shrinks them: every list below starts with what is simplest, and every int
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile.passes.form import may_overwrite
@@ -13,7 +15,7 @@ from moekit.errors import MoekitError
 from moekit.lang.arguments import parameter_type
 from moekit.lang.dtypes import FLOATS, INTS, itemsize
 from moekit.lang.fusion import Fusion
-from moekit.testing.case import FuzzCase, unique_ids
+from moekit.testing.case import FuzzCase, find_fusion, unique_ids
 from moekit.testing.layouts import KINDS, READ_ONLY, Layout, Source, draw_layout
 from moekit.testing.schedules import variants
 from moekit.testing.values import RECIPES
@@ -42,24 +44,34 @@ def axes_of(fusion: Fusion) -> list[str]:
     return list(dict.fromkeys(a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms))
 
 
-def draw_call(fusion: Fusion, name: str, source: Source, limits: Limits) -> FuzzCase:
+def plain_case(name: str, sizes: Mapping[str, int], dtype: str = "float32", other: int = 6, **more) -> FuzzCase:
+    """A call of the fusion named `name`: axes that `sizes` does not name have `other` elements, operands that cannot be `dtype`
+    the first dtype they can be, and numbers that must be given are 3. `more` are fields of the case.
+    """
+    fusion = find_fusion(name)
+    params = {n: 3 for n, p in fusion.params.items() if p.default is p.empty}
+    dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+    used = {a: sizes.get(a, other) for a in axes_of(fusion)} | {a: n for a, n in sizes.items() if a.endswith("?")}
+    return FuzzCase(name, used, dtypes, **{"params": params, **more})
+
+
+def draw_call(name: str, source: Source, limits: Limits) -> FuzzCase:
     """Sizes, dtypes and parameters of a call that fits the declaration; layouts are contiguous yet."""
-    case = FuzzCase(name, {}, {}, {})
+    fusion = find_fusion(name)
     for _ in range(200):
-        case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits), {})
+        case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits))
         case = replace(case, params=_params(fusion, source, case))
-        if case.problem() is None and limits.smallest <= case.elements() and case.weight() <= limits.elements:
+        if case.problem() is None and _fits(case, limits):
             return case
-    return _smallest(fusion, case)
-
-
-def _smallest(fusion: Fusion, case: FuzzCase) -> FuzzCase:
-    """A call that fits, when chance gives none: every axis as small as one size for all can be."""
-    for size in (8, 4, 2, 1, 16, 64):
-        found = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
-        if found.problem() is None:
-            return found
+    for size in (8, 4, 2, 1, 16, 64):  # when chance gives none
+        case = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
+        if case.problem() is None:
+            return case
     raise MoekitError(f"{fusion.name}: no sizes found for which it can be traced; say them with FuzzCase(sizes=…)")
+
+
+def _fits(case: FuzzCase, limits: Limits) -> bool:
+    return limits.smallest <= case.elements() and case.elements(1) <= limits.elements
 
 
 def _sizes(fusion: Fusion, source: Source) -> dict[str, int]:
@@ -73,7 +85,7 @@ def redraw_dynamic(case: FuzzCase, source: Source, limits: Limits) -> FuzzCase:
     dynamic = [a for a in case.sizes if a in case.declaration.dynamic]
     for _ in range(20):
         found = replace(case, sizes={**case.sizes, **{a: source.choose(DYNAMIC) for a in dynamic}})
-        if limits.smallest <= found.elements() and found.weight() <= limits.elements:
+        if _fits(found, limits):
             return found
     return case
 
@@ -83,26 +95,23 @@ def _dtypes(fusion: Fusion, source: Source, limits: Limits) -> dict[str, str]:
     found = {}
     for name, spec in fusion.tensors.items():
         options = [d for d in spec.dtypes if d in (*limits.dtypes, *limits.integers)] or list(spec.dtypes)
-        wanted = source.choose(options) if mixed or uniform not in options else uniform
-        found[name] = wanted
+        found[name] = source.choose(options) if mixed or uniform not in options else uniform
     return found
 
 
 def _params(fusion: Fusion, source: Source, case: FuzzCase) -> dict[str, object]:
-    found = {}
+    found, largest = {}, max(case.sizes.values())
     for name, p in fusion.params.items():
         kind, default = parameter_type(p), None if p.default is p.empty else p.default
+        options = [] if default is None else [default]
         if kind is bool:
-            found[name] = source.choose((default or False, not default))
+            options = [default or False, not default]
         elif kind is int:
-            largest = max(case.sizes.values())
-            found[name] = source.choose(
-                [*([default] if default is not None else []), *(n for n in range(1, 17) if n <= largest)]
-            )
+            options += range(1, 1 + min(16, largest))
         elif kind is float:
-            found[name] = source.choose((default or 0.0, (default or 1.0) * 2))
-        elif default is not None:
-            found[name] = default
+            options = [default or 0.0, (default or 1.0) * 2]
+        if options:
+            found[name] = source.choose(options)
     return found
 
 
@@ -121,8 +130,9 @@ def draw_kinds(case: FuzzCase, source: Source, limits: Limits) -> dict[str, str]
 
 def overwriting(case: FuzzCase) -> list[str]:
     """The modes in which an output goes over an operand."""
-    return [f"over:{o}:{i}" for o in case.names if o not in case.shapes for i in case.shapes
-            if case.shape(o) == case.shape(i) and i not in case.names and may_overwrite(case.graph, o, i)]  # fmt: skip
+    outputs, operands = (n for n in case.names if n not in case.shapes), [n for n in case.shapes if n not in case.names]
+    pairs = ((o, i) for o, i in itertools.product(outputs, operands) if case.shape(o) == case.shape(i))
+    return [f"over:{o}:{i}" for o, i in pairs if may_overwrite(case.graph, o, i)]
 
 
 def draw_mode(case: FuzzCase, source: Source, limits: Limits) -> str:
@@ -143,9 +153,9 @@ def draw_layouts(case: FuzzCase, kinds: dict[str, str], source: Source) -> dict[
     return {n: v for n, v in found.items() if v.kind != "dense"}
 
 
-def draw_case(fusion: Fusion, name: str, source: Source, limits: Limits = Limits()) -> FuzzCase:
-    """A whole case."""
-    case = draw_call(fusion, name, source, limits)
+def draw_case(name: str, source: Source, limits: Limits) -> FuzzCase:
+    """A whole case of the fusion named `name`."""
+    case = draw_call(name, source, limits)
     case = replace(case, mode=draw_mode(case, source, limits), recipe=source.choose(list(RECIPES)))
     case = replace(case, schedule=draw_schedule(case, source, limits), seed=source.integer(0, 2**20))
     return replace(case, layouts=draw_layouts(case, draw_kinds(case, source, limits), source))

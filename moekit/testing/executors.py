@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,98 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from moekit.cli import platform
 from moekit.compile.passes.form import out_of_place, over_operand, written_name
 from moekit.compile.plan import Plan, plan
-from moekit.compile.schedule import Schedule
-from moekit.compile.schedule.legal import legal
 from moekit.compile.tile import Strided, interpret
 from moekit.compile.tile.layouts import strided
 from moekit.errors import UnavailableError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.fusion import Binding, Fusion
-from moekit.testing import interpreted
-from moekit.testing.case import AnyCall
+from moekit.testing import far, interpreted
+from moekit.testing.case import FuzzCase
 from moekit.testing.guard import POISONS, Arena, Placed, Slot
 from moekit.testing.layouts import lay
 from moekit.testing.oracle import Standard
-from moekit.testing.schedules import variants
+from moekit.testing.schedules import over, schedule_of, static
 
 JAX = ("pallas", "xla")
 FRONT, SHORT = "front door", "short door"  # the two ways in which moekit launches Triton kernels
 launches: Counter[str] = Counter()  # kernels, by implementation and by door: a case that launches none does not count
-
-
-def static(case: AnyCall) -> Binding:
-    """The case's binding with dynamic sizes blanked: what plans and schedules depend on."""
-    b, dynamic = case.binding, case.declaration.dynamic
-    return Binding(tuple((a, 1 if a in dynamic else s) for a, s in b.sizes), b.dtypes, b.params, b.ones)
-
-
-def schedule_of(case: AnyCall) -> Schedule | None:
-    """A call's schedule; of a name the heuristic's (None) where it is not legal, be it for what an output goes over."""
-    if not isinstance(case.schedule, str) or case.schedule == "heuristic":
-        return None if isinstance(case.schedule, str) else case.schedule
-    found = _schedules(case.declaration, static(case)).get(case.schedule)
-    over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
-    return found if found is None or not over or legal(over_operand(case.graph, over), found) is None else None
-
-
-@functools.lru_cache(maxsize=2048)
-def _schedules(fusion: Fusion, binding: Binding) -> dict[str, Schedule | None]:
-    return variants(fusion.trace(binding))
-
-
-class Executor(ABC):
-    """How one implementation runs a case on tensors by name, writing each output to its target."""
-
-    standard: Standard | None = None
-    every = 1  # of so many cases one is run again on memory with another poison
-
-    def __init__(self, name: str):
-        self.name = name
-        self.backwards = False
-
-    def supports(self, case: AnyCall) -> bool:
-        """Whether the implementation can be asked to serve the case at all."""
-        return True
-
-    def upload(self, image: np.ndarray) -> Any:
-        """The image where the implementation can reach it; it may be written."""
-        return image
-
-    def tensor(self, memory: Any, slot: Slot) -> Any:
-        """One tensor in that memory."""
-        return slot.view(memory)
-
-    @abstractmethod
-    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
-        """Run the case."""
-
-    def download(self, memory: Any) -> np.ndarray:
-        """The bytes of the memory after every call has ended."""
-        return memory
-
-    def forget(self) -> None:  # noqa: B027  (most hold on to nothing)
-        """Hold on to no memory."""
-
-    def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> Run:
-        """Run cases on one image of the arena; on the second image programs go in reverse order, where it can have them so."""
-        self.backwards = poison != POISONS[0]
-        before = arena.image(poison)
-        memory = self.upload(before.copy() if self.upload.__func__ is Executor.upload else before)
-        made = Run(before, before, [], [])
-        for p in placed:
-            count = launches[self.name]
-            try:
-                self.call(p.case, {n: self.tensor(memory, s) for n, s in p.slots.items()})
-                made.raised.append(None)
-            except Exception as error:
-                if fatal(error) or starved(error):
-                    raise
-                made.raised.append(error)
-            made.launched.append(launches[self.name] > count)
-        made.after = self.download(memory)
-        return made
 
 
 @dataclass
@@ -113,6 +41,57 @@ class Run:
     after: np.ndarray
     raised: list[Exception | None]
     launched: list[bool]
+
+
+class Executor(ABC):
+    """How one implementation runs a case on tensors by name, writing each output to its target."""
+
+    standard: Standard | None = None
+    every = 1  # of so many cases one is run again on memory with another poison
+    device = "cpu"
+    backwards = False  # whether programs go in reverse order, where it can have them so
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def supports(self, case: FuzzCase) -> bool:
+        """Whether the implementation can be asked to serve the case at all."""
+        return True
+
+    def upload(self, arena: Arena, image: np.ndarray) -> Any:
+        """Memory that holds an image, where the implementation can reach it; it may be written."""
+        return image.copy() if arena.index is None else far.scattered(self.device, arena.end, arena.index, image)
+
+    def tensor(self, memory: Any, slot: Slot) -> Any:
+        """One tensor in that memory."""
+        return slot.view(memory)
+
+    @abstractmethod
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
+        """Run the case."""
+
+    def download(self, arena: Arena, memory: Any) -> np.ndarray:
+        """The image after every call has ended."""
+        return memory if arena.index is None else far.gathered(self.device, arena.index)
+
+    def run(self, arena: Arena, placed: Sequence[Placed], poison: int) -> Run:
+        """Run cases on one image of the arena; on the second image programs go in reverse order."""
+        self.backwards = poison != POISONS[0]
+        before = arena.image(poison)
+        memory = self.upload(arena, before)
+        made = Run(before, before, [], [])
+        for p in placed:
+            count, error = launches[self.name], None
+            try:
+                self.call(p.case, {n: self.tensor(memory, s) for n, s in p.slots.items()})
+            except Exception as raised:
+                if fatal(raised) or starved(raised):
+                    raise
+                error = raised
+            made.raised.append(error)
+            made.launched.append(launches[self.name] > count)
+        made.after = self.download(arena, memory)
+        return made
 
 
 def keep(target: Any, result: Any, name: str) -> Any:
@@ -138,14 +117,13 @@ def starved(error: Exception) -> bool:
 class Interpret(Executor):
     """The tile program, executed by numpy."""
 
-    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Lower (cached by static sizes and strides' classes) and interpret."""
         dynamic = frozenset(case.declaration.dynamic)
         separate = frozenset(n for n in case.names if n in case.shapes and case.targets[n] != n)
-        over = tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
         layouts = tuple((n, _layout(x, _axes(case, n), dynamic)) for n, x in tensors.items())
         if any(x.size for x in (tensors[t] for t in case.targets.values())):
-            made = _planned(case.declaration, static(case), separate, over, layouts, schedule_of(case))
+            made = _planned(case.declaration, static(case), separate, over(case), layouts, schedule_of(case))
             for w in case.graph.writes:
                 if w.ids and case.targets[w.tensor] != w.tensor:
                     tensors[case.targets[w.tensor]][...] = tensors[w.tensor]
@@ -153,7 +131,7 @@ class Interpret(Executor):
             launches[self.name] += len(made.programs)
 
 
-def _axes(case: AnyCall, name: str) -> tuple[str | None, ...]:
+def _axes(case: FuzzCase, name: str) -> tuple[str | None, ...]:
     found = next((n for n in case.names if written_name(n) == name), name)
     return case.graph.tensors[found].axes
 
@@ -164,15 +142,15 @@ def _layout(x: np.ndarray, axes: Sequence[str | None], dynamic: frozenset[str]) 
 
 
 @functools.lru_cache(maxsize=4096)
-def _planned(fusion: Fusion, binding: Binding, separate, over, layouts, schedule) -> Plan:
-    graph = over_operand(out_of_place(fusion.trace(binding), separate), over)
+def _planned(fusion: Fusion, binding: Binding, separate, pairs, layouts, schedule) -> Plan:
+    graph = over_operand(out_of_place(fusion.trace(binding), separate), pairs)
     return plan(graph, schedule, dict(layouts))
 
 
 class Evaluate(Executor):
     """The graph, evaluated by numpy."""
 
-    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Evaluate, then copy to the targets: none before all are known, as one may be an operand that another goes over."""
         from moekit.backends.array import evaluate
 
@@ -191,33 +169,28 @@ class Torch(Executor):
 
         super().__init__(name)
         self.torch, self.implementation, self.device = torch, implementation, device
-        self.flat: dict[int, dict[str, Any]] = {}  # by address: views of the memory at hand, by dtype
         self.counted = implementation == "triton"
         if self.counted:
             _count_launches(name)
 
-    def upload(self, image: np.ndarray) -> Any:
-        """The image as a tensor of bytes on the device."""
-        return self.torch.from_numpy(image.copy() if self.device == "cpu" else image).to(self.device)
+    def upload(self, arena: Arena, image: np.ndarray) -> Any:
+        """The memory as a tensor of bytes on the device."""
+        if arena.index is None and self.device != "cpu":
+            return self.torch.from_numpy(image).to(self.device)
+        memory = super().upload(arena, image)
+        return self.torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory
 
     def tensor(self, memory: Any, slot: Slot) -> Any:
         """A view of exactly the slot's strides and offset."""
-        key = memory.data_ptr()
-        if key not in self.flat:
-            self.flat = {key: {}}
-        flat = self.flat[key]
-        if slot.dtype not in flat:
-            flat[slot.dtype] = memory.view(getattr(self.torch, slot.dtype))
-        return self.torch.as_strided(flat[slot.dtype], slot.shape, slot.strides, slot.start)
+        return self.torch.as_strided(memory.view(getattr(self.torch, slot.dtype)), slot.shape, slot.strides, slot.start)
 
-    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
         """Call the face as the case's mode says."""
-        in_place = case.mode == "in place"
         given = None
         if case.mode != "plain":
             given = tuple(None if t == n and n in case.shapes else tensors[t] for n, t in case.targets.items())
             given = None if all(x is None for x in given) else given
-        face = _face(case.declaration, in_place)
+        face = _face(case.declaration, case.mode == "in place")
         got = face(*(tensors[n] for n in case.shapes), **case.params, implementation=self.implementation,
                    schedule=schedule_of(case), out=given)  # fmt: skip
         if not self.counted:
@@ -228,14 +201,9 @@ class Torch(Executor):
             elif result.data_ptr() != tensors[target].data_ptr() and result.numel():
                 raise ValueError(f"{case.declaration.name}: what was returned for {name} is not the buffer given")
 
-    def download(self, memory: Any) -> np.ndarray:
-        """The bytes, back on the host."""
-        self.forget()
-        return memory.cpu().numpy()
-
-    def forget(self) -> None:
-        """Hold on to no memory."""
-        self.flat = {}
+    def download(self, arena: Arena, memory: Any) -> np.ndarray:
+        """The image, back on the host."""
+        return super().download(arena, memory.cpu().numpy() if arena.index is None else memory)
 
 
 class Interpreted(Torch):
@@ -245,10 +213,10 @@ class Interpreted(Torch):
         super().__init__(name, "triton", "cpu")
         interpreted.mend()
 
-    def call(self, case: AnyCall, tensors: Mapping[str, Any]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, Any]) -> None:
         """Call the face, with programs in the order that is wanted."""
-        with interpreted.backwards(self.backwards):
-            super().call(case, tensors)
+        interpreted.ORDER["backwards"] = self.backwards
+        super().call(case, tensors)
 
 
 @functools.lru_cache(maxsize=256)
@@ -284,7 +252,7 @@ def as_torch(values: np.ndarray, kind: str = "dense", device: str = "cpu") -> An
     """A torch tensor of these values in guarded memory, in one of `moekit.testing.layouts.KINDS`."""
     arena, made = Arena(), Torch("eager", "eager", device)
     slot = arena.add("x", values.shape, values.dtype.name, lay(kind, values.shape, values.itemsize), values)
-    like = made.tensor(memory := made.upload(arena.image(POISONS[0])), slot)
+    like = made.tensor(memory := made.upload(arena, arena.image(POISONS[0])), slot)
     bare = made.torch.empty(0, dtype=like.dtype, device=device)
     return bare.set_(memory.untyped_storage(), slot.start, slot.shape, slot.strides)
 
@@ -313,6 +281,13 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
     "xla": lambda: _jax("xla"),
     "pallas": lambda: _jax("pallas"),
 }
+NEEDED = {  # packages, each with the extra that installs it
+    "eager": {"torch": "torch"},
+    "triton": {"torch": "torch", "triton": "torch"},
+    "triton-interpreter": {"torch": "torch", "triton": "torch"},
+    "xla": {"jax": "jax"},
+    "pallas": {"jax": "jax"},
+}
 
 
 def executor(name: str) -> Executor:
@@ -330,18 +305,11 @@ def executor(name: str) -> Executor:
 
 def unavailable(name: str) -> str | None:
     """Why an implementation cannot be run here, None if it can."""
-    import importlib.util
-    import os
-
-    need = {"eager": "torch", "triton": "torch", "triton-interpreter": "torch", "xla": "jax", "pallas": "jax"}.get(name)
-    if need and importlib.util.find_spec(need) is None:
-        return f"{need} is not installed; install moekit[{need}]"
-    if name.startswith("triton") and importlib.util.find_spec("triton") is None:
-        return "triton is not installed; install moekit[torch]"
+    for package, extra in NEEDED.get(name, {}).items():
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed; install moekit[{extra}]"
     if name == "triton-interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's interpreter needs TRITON_INTERPRET=1 in the environment"
-    if name == "triton":
-        from moekit.cli.platform import gpu_count
-
-        return None if gpu_count() else "there is no NVIDIA GPU here; choose interpret, eager or pallas"
+    if name == "triton" and not platform.gpu_count():
+        return "there is no NVIDIA GPU here; choose interpret, eager or pallas"
     return None

@@ -9,28 +9,25 @@ own that ends with its last element. Every output is held to the reference, and 
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from moekit.cli.platform import prepare_jax
 from moekit.compile.tile.interpret import poison
 from moekit.files import write_text
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
-from moekit.lang.dtypes import FLOATS, itemsize
-from moekit.lang.fusion import Fusion
-from moekit.testing.batch import run_alone
+from moekit.lang.dtypes import FLOATS
+from moekit.testing.batch import Outcome, run_alone
 from moekit.testing.case import FuzzCase
+from moekit.testing.draw import plain_case
 from moekit.testing.executors import FRONT, SHORT, Executor, Torch, as_torch, executor, launches, to_numpy
 from moekit.testing.guard import POISONS, Arena, place
-from moekit.testing.layouts import lay
 from moekit.testing.oracle import Oracle
 from moekit.testing.probes import PROBES
 from moekit.testing.schedules import variants
@@ -44,43 +41,36 @@ KINDS = ("dense", "padded", "strided", "transposed", "apart", "arbitrary")
 
 def cases() -> Iterator[tuple[str, FuzzCase]]:
     """Every implementation with every case it shall run, cheapest variety first."""
-    for name, fusion in {**FUSIONS, **PROBES}.items():
-        for i, case in enumerate({json.dumps(c.to_json()): c for c in _cases(name, fusion)}.values()):
+    for name in (*FUSIONS, *PROBES):
+        for i, case in enumerate({json.dumps(c.to_json()): c for c in _cases(name)}.values()):
             yield "triton", case
             if name in FUSIONS or i % 2 == 0 or case.schedule != "heuristic":
                 yield "pallas", case
 
 
-def _dtypes(fusion: Fusion) -> list[str]:
-    """The floats that operands can be; int32 where none can be one."""
-    return [d for d in FLOATS if any(d in s.dtypes for s in fusion.tensors.values())] or ["int32"]
-
-
-def _cases(name: str, fusion: Fusion) -> Iterator[FuzzCase]:
-    dtypes = _dtypes(fusion)
-    params = dict(example(fusion, dtype=dtypes[0]).params)
-    for i, dtype in enumerate(dtypes):
-        for sizes in (ODD, EVEN):
-            yield _case(name, fusion, sizes, dtype, params)
-        yield _case(name, fusion, ODD | {"T": 1}, dtype, params, mode="plain", wide=i == 1)
-        if any(s.role == "InOut" for s in fusion.tensors.values()):
-            yield _case(name, fusion, ODD, dtype, params, mode="in place")
-    for i, kind in enumerate(KINDS[1:]):
-        case = _case(name, fusion, ODD, dtypes[i % len(dtypes)], params)
-        yield replace(case, layouts={n: lay(kind, case.shape(n), itemsize(case.dtype(n))) for n in case.memory()})
-    plain = _case(name, fusion, ODD, dtypes[0], params)
-    for i, schedule in enumerate(s for s in variants(plain.graph) if s != "heuristic"):
-        for turn in (0, 1):
-            yield replace(_case(name, fusion, (ODD, EVEN)[turn], dtypes[(i + turn) % len(dtypes)], params), schedule=schedule)
-
-
-def _case(name: str, fusion: Fusion, sizes: Mapping[str, int], dtype: str, params: Mapping, mode: str = "out",
-          wide: bool = False) -> FuzzCase:  # fmt: skip
+def _cases(name: str) -> Iterator[FuzzCase]:
+    fusion = FuzzCase(name, {}, {}).declaration
     dims = [d for s in fusion.tensors.values() for d in s.dims]
-    used = {a: sizes.get(a, OTHER) for d in dims for _, a in d.terms}
-    optional = {f"{d.text}?": 1 for d in dims if d.optional and not wide}
-    dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
-    return FuzzCase(name, used | optional, dtypes, params, mode=mode, recipe="normal")
+    dtypes = [d for d in FLOATS if any(d in s.dtypes for s in fusion.tensors.values())] or ["int32"]
+    params, ones = dict(example(fusion, dtype=dtypes[0]).params), {f"{d.text}?": 1 for d in dims if d.optional}
+
+    def case(sizes: dict[str, int], turn: int, **more: Any) -> FuzzCase:
+        return plain_case(name, sizes | ones, dtypes[turn % len(dtypes)], OTHER, params=params, **more)
+
+    for i in range(len(dtypes)):
+        yield case(ODD, i)
+        yield case(EVEN, i)
+        once = case(ODD | {"T": 1}, i, mode="plain")
+        yield once if i != 1 else replace(once, sizes={a: n for a, n in once.sizes.items() if a not in ones})
+        if any(s.role == "InOut" for s in fusion.tensors.values()):
+            yield case(ODD, i, mode="in place")
+    plain = case(ODD, 0)
+    for i, kind in enumerate(KINDS[1:]):
+        made = case(ODD, i)
+        yield replace(made, layouts={n: made.laid(n, kind) for n in made.memory()})
+    for i, schedule in enumerate(s for s in variants(plain.graph) if s != "heuristic"):
+        yield case(ODD, i, schedule=schedule)
+        yield case(EVEN, i + 1, schedule=schedule)
 
 
 def cell(implementation: str, case: FuzzCase) -> str:
@@ -97,17 +87,17 @@ def doors_of(implementation: str, case: FuzzCase) -> tuple[str, ...]:
     return (FRONT,) if copied else (FRONT, SHORT)
 
 
-def run_triton(made: Torch, case: FuzzCase) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The outputs, and the kernels launched through either door: the call is made three times, on fresh memory each time."""
-    before, values, tensors = Counter(launches), case.values(), {}
+def run_triton(made: Torch, case: FuzzCase) -> Outcome:
+    """What three calls gave, on fresh memory each time; the first warms what the others go through."""
+    values, tensors = case.values(), {}
     for _ in range(3):
         contents = {n: values[n] if n in values else poison(case.shape(n), case.dtype(n)) for n in case.memory()}
         tensors = {n: _alone(case, n, x, made.device) for n, x in contents.items()}
         made.call(case, tensors)
-    return {n: to_numpy(tensors[t]) for n, t in case.targets.items()}, {d: launches[d] - before[d] for d in (FRONT, SHORT)}
+    return Outcome({n: to_numpy(tensors[t]) for n, t in case.targets.items()})
 
 
-def _alone(case: FuzzCase, name: str, values: np.ndarray, device: str) -> Any:
+def _alone(case: FuzzCase, name: str, values: Any, device: str) -> Any:
     """A tensor in an allocation that ends with its last element."""
     import torch
 
@@ -118,10 +108,12 @@ def _alone(case: FuzzCase, name: str, values: np.ndarray, device: str) -> Any:
     return torch.as_strided(flat, shape, strides, offset).copy_(as_torch(values))
 
 
-def run_pallas(made: Executor, case: FuzzCase) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The outputs, and the Pallas kernels in the compiled program that gave them."""
-    count = launches[made.name]
-    return run_alone(made, case)[0], {COMPILED: launches[made.name] - count}
+def counted(made: Executor, case: FuzzCase) -> tuple[Outcome, dict[str, int]]:
+    """What a case gave, and the kernels that were launched for it by door."""
+    before = Counter(launches)
+    if isinstance(made, Torch):
+        return run_triton(made, case), {d: launches[d] - before[d] for d in (FRONT, SHORT)}
+    return run_alone(made, case), {COMPILED: launches[made.name] - before[made.name]}
 
 
 def pallas_call(case: FuzzCase) -> tuple[Callable, dict]:
@@ -138,20 +130,17 @@ def run_share(share: int, shares: int) -> dict:
 
     Each case is printed before it runs: the last line of a share that did not end says where it was.
     """
-    from moekit.cli.platform import prepare_jax
-
     prepare_jax()
-    run: dict[str, Callable] = {"triton": functools.partial(run_triton, Torch("triton", "triton", "cuda")),
-                                "pallas": functools.partial(run_pallas, executor("pallas"))}  # fmt: skip
+    made = {name: executor(name) for name in ("triton", "pallas")}
     report = {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": []}
     mine = list(cases())[share::shares]
-    for n, (implementation, case) in enumerate(mine, 1):
+    for number, (implementation, case) in enumerate(mine, 1):
         what = f"{implementation} {json.dumps(case.to_json())}"
-        print(f"case {n} of {len(mine)}: {what}", flush=True)
-        outputs, launched = run[implementation](case)
-        wanted = doors_of(implementation, case)
-        report["problems"] += [f"{what}: no kernel by the way {d!r}" for d in wanted if not launched.get(d)]
-        report["problems"] += [f"{what}: {p}" for p in Oracle.of(case, implementation).compare(outputs).problems]
+        print(f"case {number} of {len(mine)}: {what}", flush=True)
+        outcome, launched = counted(made[implementation], case)
+        found = [f"no kernel by the way {d!r}" for d in doors_of(implementation, case) if not launched.get(d)]
+        found += Oracle.of(case, implementation).compare(outcome.outputs).problems
+        report["problems"] += [f"{what}: {p}" for p in found]
         report["cases"] += 1
         report["doors"].update({f"{implementation} {d}": n for d, n in launched.items()})
         report["cells"][cell(implementation, case)] += sum(launched.values())
@@ -179,14 +168,8 @@ def control() -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    """Run a share and write its report, or the control."""
+if __name__ == "__main__":
     if sys.argv[1] == "control":
         control()
-        return
-    share, shares, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    write_text(path, json.dumps(run_share(share, shares)))
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        write_text(Path(sys.argv[3]), json.dumps(run_share(int(sys.argv[1]), int(sys.argv[2]))))

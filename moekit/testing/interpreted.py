@@ -9,25 +9,13 @@ reduction by a function element by element, which takes a minute instead of a se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 STEP = 16  # elements of the contracted axis that one instruction of a matrix unit takes
-_order = {"backwards": False}
-
-
-@contextmanager
-def backwards(so: bool) -> Iterator[None]:
-    """Whether a launch's last program goes first meanwhile: the order of programs must not matter."""
-    _order["backwards"] = so
-    try:
-        yield
-    finally:
-        _order["backwards"] = False
+ORDER = {"backwards": False}  # whether a launch's last program goes first: the order of programs must not matter
 
 
 def tf32(x: np.ndarray) -> np.ndarray:
@@ -76,7 +64,7 @@ def mend() -> None:
         return interpreter.TensorHandle(product(left, right, d.data), d.dtype.scalar)
 
     def mended_place(self, x, y, z):
-        place(self, self.grid_dim[0] - 1 - x if _order["backwards"] else x, y, z)
+        place(self, self.grid_dim[0] - 1 - x if ORDER["backwards"] else x, y, z)
 
     def mended_patch(tensor, scope):
         patch(tensor, scope)

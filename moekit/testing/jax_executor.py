@@ -5,7 +5,6 @@ One function is compiled for all cases that differ in values alone; outputs come
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.jax import View, launch, op, program, view
-from moekit.testing.case import AnyCall
+from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, keep, launches, schedule_of
 from moekit.testing.guard import Slot
 from moekit.testing.layouts import Layout
+
+PROGRAMS = 64  # how many are kept
 
 
 def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
@@ -33,7 +34,7 @@ def view_of(base: Any, layout: Layout, shape: tuple[int, ...]) -> View:
     return view(base)[tuple(every)][tuple(wanted)].transpose(*(layout.order.index(d) for d in range(len(shape))))
 
 
-def _view(case: AnyCall, name: str, bases: Mapping[str, Any]) -> View:
+def _view(case: FuzzCase, name: str, bases: Mapping[str, Any]) -> View:
     """A tensor of a case, in the arrays of the case; stride 0 has no View, and is the whole of an array."""
     layout, shape = case.layout(name), case.shape(name)
     if not case.woven:
@@ -42,12 +43,12 @@ def _view(case: AnyCall, name: str, bases: Mapping[str, Any]) -> View:
     return view(bases[array])[..., turn % 2 :: 2][..., turn // 2]
 
 
-def _elements(case: AnyCall, name: str, base: np.ndarray) -> np.ndarray:
+def _elements(case: FuzzCase, name: str, base: np.ndarray) -> np.ndarray:
     """The elements of a tensor that may be written, in its array."""
     return base[..., case.weave()[name][1]] if case.woven else case.layout(name).elements(base, case.shape(name))
 
 
-def key(case: AnyCall) -> str:
+def key(case: FuzzCase) -> str:
     """What a compiled program of the case depends on."""
     parts = (case.declaration.name, sorted(case.extents.items()), sorted(case.dtypes.items()),
              sorted(case.params.items()), case.mode, case.schedule, case.woven,
@@ -62,10 +63,9 @@ class Jax(Executor):
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.kernels = _counting()
         self.functions: dict[tuple, tuple[Callable, int]] = {}
 
-    def supports(self, case: AnyCall) -> bool:
+    def supports(self, case: FuzzCase) -> bool:
         """An output over another operand is not to be had without strides, nor are strides past 2³¹."""
         return not case.mode.startswith("over:") and all(case.layout(n).kind != "far" for n in case.memory())
 
@@ -73,16 +73,15 @@ class Jax(Executor):
         """The array that the tensor lies in."""
         return slot.whole(memory)
 
-    def call(self, case: AnyCall, tensors: Mapping[str, np.ndarray]) -> None:
+    def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the case through a function compiled for it."""
-        bases = arrays(case, tensors)
-        text, count = (case.declaration, key(case)), self.kernels.count
-        function, kernels = self.functions.get(text) or (compiled(self.name, case), None)
-        got = function(bases)
-        if kernels is None:
-            kernels = self.kernels.count - count
-            self.functions = {**(self.functions if len(self.functions) < 64 else {}), text: (function, kernels)}
-        for (name, target), x in zip(case.targets.items(), got, strict=True):
+        bases, text = arrays(case, tensors), (case.declaration, key(case))
+        if text not in self.functions:
+            if len(self.functions) == PROGRAMS:
+                self.functions.clear()
+            self.functions[text] = _built(self.name, case, bases)
+        function, kernels = self.functions[text]
+        for (name, target), x in zip(case.targets.items(), function(bases), strict=True):
             after, mine = np.asarray(x), tensors[target]
             elements = _elements(case, target, mine)
             if case.mode == "plain":
@@ -93,13 +92,13 @@ class Jax(Executor):
         launches[self.name] += kernels if self.name == "pallas" else 1
 
 
-def arrays(case: AnyCall, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def arrays(case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """The arrays that a call takes, each with a name: woven tensors share one."""
     names = [n for n in case.memory() if n in case.shapes or case.mode != "plain"]
     return {case.weave()[n][0] if case.woven else n: jnp.asarray(tensors[n]) for n in names}
 
 
-def compiled(implementation: str, case: AnyCall) -> Callable[[Mapping[str, Any]], tuple]:
+def compiled(implementation: str, case: FuzzCase) -> Callable[[Mapping[str, Any]], tuple]:
     """A jitted function of the arrays of the case's memory, by name; it returns those of the outputs.
 
     Its kernels are traced anew, so that they are counted, whatever was traced before.
@@ -116,19 +115,16 @@ def compiled(implementation: str, case: AnyCall) -> Callable[[Mapping[str, Any]]
     return run
 
 
-class _Count:
-    """How many kernels were built into programs in this process."""
-
-    count = 0
-
-
-@functools.lru_cache(maxsize=1)
-def _counting() -> _Count:
-    counter, original = _Count(), launch.kernel
+def _built(implementation: str, case: FuzzCase, bases: Mapping[str, jax.Array]) -> tuple[Callable, int]:
+    """The compiled function of a case, and how many kernels were built into it."""
+    built, original = [], launch.kernel
 
     def counted(program):
-        counter.count += 1
+        built.append(program)
         return original(program)
 
     launch.kernel = counted
-    return counter
+    try:
+        return compiled(implementation, case).lower(bases).compile(), len(built)
+    finally:
+        launch.kernel = original

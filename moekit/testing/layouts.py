@@ -7,9 +7,9 @@ Every list of choices starts with what is simplest, and every integer is simples
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,36 +21,21 @@ KINDS = (*VIEWS[:5], "shifted", *VIEWS[5:], *READ_ONLY, "far")
 BEYOND = 2**31
 
 
-class Source(Protocol):
-    """Where choices come from."""
+@dataclass(frozen=True)
+class Source:
+    """Where choices come from. `integer(low, high)` gives an integer of that range, both ends included; simplest when small."""
 
-    def integer(self, low: int, high: int) -> int:
-        """An integer from low to high, both included; simplest when small."""
-        ...
+    integer: Callable[[int, int], int]
 
     def choose(self, options: Sequence[T]) -> T:
         """One of the options; simplest when early."""
-        ...
+        return options[self.integer(0, len(options) - 1)]
 
 
-@dataclass(frozen=True)
-class NumpySource:
-    """Choices from a numpy generator, each as likely as any other."""
-
-    rng: np.random.Generator
-
-    def integer(self, low: int, high: int) -> int:
-        """Uniform."""
-        return int(self.rng.integers(low, high + 1))
-
-    def choose(self, options: Sequence[T]) -> T:
-        """Uniform."""
-        return options[int(self.rng.integers(len(options)))]
-
-
-def numpy_source(*seed: int) -> NumpySource:
-    """Choices that follow from a seed."""
-    return NumpySource(np.random.default_rng(seed))
+def numpy_source(*seed: int) -> Source:
+    """Choices that follow from a seed, each as likely as any other."""
+    rng = np.random.default_rng(seed)
+    return Source(lambda low, high: int(rng.integers(low, high + 1)))
 
 
 @dataclass(frozen=True)

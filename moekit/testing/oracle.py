@@ -19,13 +19,14 @@ from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, ro
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import COMPARE, Graph
 from moekit.testing.bounds import graph_bounds
-from moekit.testing.case import AnyCall, Call
+from moekit.testing.case import Call, FuzzCase
 from moekit.testing.constants import DEFAULT, constant
 from moekit.testing.propagate import TINY, Bound
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
 EXACT_SUM = 2.0**24
+EXACT_RECIPES = ("integers", "ties")
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class Comparison:
             raise AssertionError("\n".join(self.problems))
 
 
-def reference_of(fusion: Fusion) -> Callable:
-    """The reference of a declaration; raises MoekitError where it has none."""
+def reference(fusion: Fusion, values: Mapping[str, np.ndarray], params: Mapping[str, object]) -> dict[str, np.ndarray]:
+    """What the reference of a declaration gives; raises MoekitError where it has none."""
     if fusion.reference is None:
         raise MoekitError(f"{fusion.name} has no reference to be compared with; give @fusion one")
-    return fusion.reference
+    with np.errstate(all="ignore"):
+        found = fusion.reference(**{n: x.copy() for n, x in values.items()}, **params)
+    return {n: np.asarray(x) for n, x in found.items()}
 
 
 @dataclass(frozen=True)
@@ -126,42 +129,41 @@ class Standard:
 class Oracle:
     """The reference's outputs for a case's values, and how far each implementation may be from them."""
 
-    case: AnyCall
+    case: FuzzCase
     values: Mapping[str, np.ndarray]
     want: Mapping[str, np.ndarray]
-    factor: float
     judgements: Mapping[str, Judgement]
-    exact: Mapping[str, np.ndarray] = field(default_factory=dict)
-    wrong: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
-    chosen: Mapping[str, np.ndarray] = field(default_factory=dict)  # integers as they come of operands that read as zero
+    exact: Mapping[str, np.ndarray]
+    chosen: Mapping[str, np.ndarray]  # integers as they come of operands that read as zero
+    standard: Standard
 
     @classmethod
     def of(
-        cls, case: AnyCall, implementation: str | None = None, standard: Standard | None = None,
+        cls, case: FuzzCase, implementation: str | None = None, standard: Standard | None = None,
         values: Mapping[str, np.ndarray] | None = None,
     ) -> Oracle:  # fmt: skip
         """The oracle of a case: by the fusion's own declaration, or by the standard that a peer is held to.
 
         `values`: other operands than the case's own.
         """
-        fusion, values = (standard and standard.declaration) or case.declaration, values or case.values()
+        standard = standard or Standard(None, constant(case.declaration.name, implementation))
+        fusion, values = standard.declaration or case.declaration, values or case.values()
         graph, params = fusion.trace(case.binding), fusion.bind_params(dict(case.params))
-        factor = standard.constant if standard else constant(fusion.name, implementation)
+        want, limits = reference(fusion, values, params), graph_bounds(graph, values, case.extents)
         with np.errstate(all="ignore"):
-            want = reference_of(fusion)(**{n: x.copy() for n, x in values.items()}, **params)
-            limits = graph_bounds(graph, values, case.extents)
-            judgements = {n: Judgement.of(np.asarray(w), limits[n], factor, graph.tensors[n].dtype)
+            judgements = {n: Judgement.of(w, limits[n], standard.constant, graph.tensors[n].dtype)
                           for n, w in want.items() if is_float(graph.tensors[n].dtype)}  # fmt: skip
-        exact = _exact(graph, want) if case.recipe in ("integers", "ties") else {}
-        return cls(case, values, want, factor, judgements, exact, standard.wrong if standard else {},
-                   _chosen(fusion, graph, values, params))  # fmt: skip
+        exact = _exact(graph, want) if case.recipe in EXACT_RECIPES else {}
+        return cls(case, values, want, judgements, exact, _chosen(fusion, graph, values, params), standard)
 
     def compare(self, outputs: Mapping[str, np.ndarray]) -> Comparison:
         """Hold outputs to the reference."""
         found, ratios, name = [], {}, self.case.declaration.name
         if set(self.want) != set(outputs):
             found.append(f"{name}: the outputs are {sorted(outputs)}, the reference has {sorted(self.want)}")
-        for n, want in ((n, np.asarray(want)) for n, want in self.want.items() if n in outputs):
+        for n, want in self.want.items():
+            if n not in outputs:
+                continue
             got, dtype = np.asarray(outputs[n]), self.case.graph.tensors[n].dtype
             if (got.shape, got.dtype.name) != (want.shape, dtype):
                 found.append(f"{name}: {n} is {got.dtype.name}{list(got.shape)}; it must be {dtype}{list(want.shape)}")
@@ -177,8 +179,8 @@ class Oracle:
     def _bad(self, n: str, want: np.ndarray, got: np.ndarray) -> tuple[float, np.ndarray]:
         """The ratio of an output, and where it is wrong."""
         ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
-        if n in self.wrong:
-            bad = self.wrong[n](self.values, want, got)
+        if n in self.standard.wrong:
+            bad = self.standard.wrong[n](self.values, want, got)
         if n in self.chosen:
             bad = bad & (got != self.chosen[n])
         if n in self.exact:
@@ -202,12 +204,10 @@ def _exact(graph: Graph, want: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     """Outputs that sums and products of small integers (or quarters) determine bit by bit, in any order of addition."""
     found: dict[str, np.ndarray] = {}
     for w in graph.writes:
-        dtype = graph.tensors[w.tensor].dtype
-        nodes = _behind(graph, w.value)
-        if is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in nodes):
-            value = np.asarray(want[w.tensor], np.float64)
-            if value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 64:
-                found[w.tensor] = round_to(value, dtype)
+        dtype, value = graph.tensors[w.tensor].dtype, want[w.tensor].astype(np.float64)
+        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in behind(graph, w.value))
+        if exact and value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 64:
+            found[w.tensor] = round_to(value, dtype)
     return found
 
 
@@ -220,25 +220,24 @@ def _chosen(fusion: Fusion, graph: Graph, values: Mapping[str, np.ndarray], para
     read = {n: np.where(np.abs(x) < TINY, np.zeros_like(x), x) if is_float(x.dtype.name) else x for n, x in values.items()}
     if not compared or all(read[n].tobytes() == x.tobytes() for n, x in values.items()):
         return {}
-    with np.errstate(all="ignore"):
-        found = reference_of(fusion)(**read, **params)
-    return {n: np.asarray(found[n]) for n in compared}
+    found = reference(fusion, read, params)
+    return {n: found[n] for n in compared}
 
 
 def _compares(graph: Graph, value: int) -> bool:
     """Whether two floats (not one with itself, which is a test for NaN) are compared on the way to a value."""
-    nodes = [graph.nodes[i] for i in _behind(graph, value)]
+    nodes = [graph.nodes[i] for i in behind(graph, value)]
     return any(n.op in COMPARE and len(set(n.args)) == 2 and is_float(graph.nodes[n.args[0]].dtype) for n in nodes)
 
 
-def _behind(graph: Graph, node: int) -> set[int]:
-    seen: set[int] = set()
-    stack = [node]
-    while stack:
-        if (i := stack.pop()) not in seen:
-            seen.add(i)
-            stack.extend(graph.nodes[i].args)
-    return seen
+def behind(graph: Graph, node: int) -> set[int]:
+    """A node, and all from which it is computed."""
+    found, left = set(), [node]
+    while left:
+        i = left.pop()
+        left += [a for a in graph.nodes[i].args if a not in found]
+        found.add(i)
+    return found
 
 
 def _is_exact(graph: Graph, i: int) -> bool:

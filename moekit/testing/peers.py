@@ -8,16 +8,16 @@ stay as they are.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moekit.cli import platform
 from moekit.errors import UnavailableError
 from moekit.lang.dtypes import FLOATS, is_float, itemsize
 from moekit.testing import others, standards
-from moekit.testing.case import FuzzCase
+from moekit.testing.case import FuzzCase, attribute_of
 from moekit.testing.executors import Executor, Torch, launches
 from moekit.testing.layouts import KINDS
 from moekit.testing.oracle import Standard
@@ -141,9 +141,8 @@ def _delta_supported(case: FuzzCase) -> bool:
 
 
 def _compiled(case: FuzzCase, tensors: Mapping[str, Any]) -> None:
-    results = _compiled_eager(case.declaration, tuple(case.params.items()))(*(tensors[n] for n in case.shapes))
-    for result, target in zip(results, case.targets.values(), strict=True):
-        tensors[target].copy_(result)
+    kernel = _compiled_eager(case.declaration, tuple(case.params.items()))
+    _returning(lambda *operands, **params: kernel(*operands))(case, tensors)
 
 
 @functools.lru_cache(maxsize=64)
@@ -198,9 +197,7 @@ class PeerExecutor(Torch):
     """A peer's kernel on tensors in guarded memory, on the GPU if there is one."""
 
     def __init__(self, name: str, peer: Peer):
-        from moekit.cli.platform import gpu_count
-
-        super().__init__(name, "peer", "cuda" if gpu_count() else "cpu")
+        super().__init__(name, "peer", "cuda" if platform.gpu_count() else "cpu")
         self.peer, self.standard = peer, peer.standard
 
     def supports(self, case: FuzzCase) -> bool:
@@ -225,15 +222,11 @@ def may_ask(name: str, case: FuzzCase) -> bool:
 @functools.lru_cache(maxsize=64)
 def peer_executor(name: str) -> Executor:
     """The executor of a peer by name, or of `module:callable`; raises UnavailableError where it is not installed."""
-    if name in PEERS:
-        try:
-            PEERS[name].load()
-        except UnavailableError as error:
-            raise UnavailableError(f"{name}: {error}") from None
-        return PeerExecutor(name, PEERS[name])
-    module, _, attribute = name.partition(":")
+    if name not in PEERS:
+        function = attribute_of(name)
+        return PeerExecutor(name, Peer("", _returning(function), lambda case: True, lambda: None, kinds=KINDS, dtypes=FLOATS))
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        PEERS[name].load()
+    except UnavailableError as error:
         raise UnavailableError(f"{name}: {error}") from None
-    return PeerExecutor(name, Peer("", _returning(function), lambda case: True, lambda: function, kinds=KINDS, dtypes=FLOATS))
+    return PeerExecutor(name, PEERS[name])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import multiprocessing
 import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
 
-from moekit.testing.batch import release, replay
-from moekit.testing.case import FuzzCase
+from moekit.cli.platform import prepare_jax
+from moekit.testing import far
 from moekit.testing.executors import fatal, starved
-from moekit.testing.shrink import sort_of
 
-PATIENCE = 120.0  # seconds for one case
+PATIENCE = 120.0  # seconds for one piece of work
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -52,7 +50,7 @@ class Process:
         self.process: Any = None
         self.connection: Any = None
 
-    def ask(self, work: Callable[[Any], Any], given: Any, patience: float = PATIENCE) -> Any:
+    def ask(self, work: Callable[..., Any], *given: Any, patience: float = PATIENCE) -> Any:
         """What `work`, a function of a module, makes of `given`; Trouble if it raised, or the process died or does not end."""
         if self.process is None:
             self._start()
@@ -68,18 +66,6 @@ class Process:
             self.end()
             return Trouble("ended", f"its process ended with an error of the device: {answer.text}")
         return answer
-
-    def problems(self, case: FuzzCase, implementation: str, patience: float = PATIENCE) -> list[str]:
-        """What is wrong with a case; that its process died of it, or did not end, is."""
-        answer = self.ask(functools.partial(replay, implementation=implementation), case, patience)
-        return [answer.text] if isinstance(answer, Trouble) else answer
-
-    def fails(self, case: FuzzCase, implementation: str, like: Sequence[str]) -> bool:
-        """Whether the case fails, or ends the process it runs in, as another did: running out of memory is neither, and an
-        error raised (a refusal, say) is not the wrong values that were found.
-        """
-        found = self.problems(case, implementation)
-        return bool(found) and not starved(Exception(found[0])) and sort_of(found) == sort_of(like)
 
     def _start(self) -> None:
         self.connection, theirs = CONTEXT.Pipe()
@@ -112,27 +98,30 @@ class Process:
 
 def _serve(connection: Any, disarmed: bool) -> None:
     """A process's whole life."""
-    from moekit.cli.platform import prepare_jax
-
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # Triton's interpreter computes with infinities in numpy
     prepare_jax()
     if disarmed:
-        from moekit.testing.mutants.killer import disarm
-
         disarm()
     try:
         while True:
-            _answer(connection, *connection.recv())
+            connection.send(_answer(*connection.recv()))
     except (EOFError, BrokenPipeError):
         os._exit(0)  # nobody is there any more; with a broken device an orderly end may hang
 
 
-def _answer(connection: Any, work: Callable[[Any], Any], given: Any) -> None:
+def _answer(work: Callable[..., Any], given: tuple) -> Any:
     try:
-        answer = work(given)
+        return work(*given)
     except Exception as error:
-        answer = Trouble.of(error)
-    if isinstance(answer, Trouble):  # with the error gone, its frames hold no memory any more
-        gc.collect()
-        release() if answer.kind == "memory" else None
-    connection.send(answer)
+        trouble = Trouble.of(error)
+    gc.collect()  # with the error gone, its frames hold no memory any more
+    if trouble.kind == "memory":
+        far.release()
+    return trouble
+
+
+def disarm() -> None:
+    """Switch off, in this process, every check that is not numerical: the verifier's rules."""
+    from moekit.compile import plan
+
+    plan.verify = lambda program: None

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from moekit.lang import graph as g
 from moekit.lang.dtypes import MIN_EXPONENT, is_float, numpy_dtype, round_to
-from moekit.lang.graph import COMPARE, Along, Node
+from moekit.lang.graph import COMPARE, Along, Graph, Node
 from moekit.testing.constants import DEFAULT
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
@@ -28,21 +27,26 @@ REACH = DEFAULT  # how many times the estimated noise may carry a value over a t
 OWN = {"add": 1, "sub": 1, "mul": 1, "div": 4, "sqrt": 4, "rsqrt": 4, "log": 4}
 
 
-class Evaluation(Protocol):
-    """What the rules ask of the evaluation they serve."""
+class Evaluation:
+    """One evaluation of a graph. Every array has a dimension for each axis of the graph, of size 1 where it does not vary."""
 
-    graph: g.Graph
-    inputs: Mapping[str, np.ndarray]
-    sizes: Mapping[str, int]
-    order: Mapping[str, int]
+    def __init__(self, graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]):
+        self.graph, self.inputs = graph, inputs
+        self.sizes = {a: sizes[a] if s is None else s for a, s in graph.axes.items()}
+        self.order = {a: i for i, a in enumerate(self.sizes)}
 
     def along(self, x: np.ndarray, axis: str | None) -> np.ndarray:
         """The one-dimensional `x` as an array that varies along `axis`."""
-        ...
+        return x.reshape([x.size if a == axis else 1 for a in self.order])
 
-    def broadcast(self, x: np.ndarray, axis: str) -> np.ndarray:
+    def whole(self, x: Bound, axis: str) -> Bound:
         """`x` with axis `axis` at its full size."""
-        ...
+        size, at = self.sizes[axis], self.order[axis]
+        return x.each(lambda v: np.broadcast_to(v, (*v.shape[:at], size, *v.shape[at + 1 :])))
+
+    def full(self, value: float, dtype: str) -> np.ndarray:
+        """An array of one value, which varies along no axis."""
+        return np.full((1,) * len(self.order), value, numpy_dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -113,28 +117,25 @@ def _read(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
 
 def _iota(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     index = node.attr("index")
-    steps = np.arange(ev.sizes[index.axis], dtype=np.int32)
-    return _integer(ev.along(index.start + index.step * steps, index.axis))
+    return _integer(ev.along(index.start + index.step * np.arange(ev.sizes[index.axis], dtype=np.int32), index.axis))
 
 
 def _extent(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    return _integer(np.full((1,) * len(ev.order), ev.sizes[node.attr("axis")], np.int32))
+    return _integer(ev.full(ev.sizes[node.attr("axis")], "int32"))
 
 
 def _integer(value: np.ndarray, *args: Bound) -> Bound:
     """An integer result; errors ride along, so that a float read as bits and back keeps its own."""
-    noise = flips = np.zeros(())
-    for a in args:
-        noise, flips = np.maximum(noise, a.noise), np.maximum(flips, a.flips)
+    noise = functools.reduce(np.maximum, (a.noise for a in args), np.zeros(()))
+    flips = functools.reduce(np.maximum, (a.flips for a in args), np.zeros(()))
     return Bound(value, noise, flips, value if _known(*args) else None)
 
 
 def _const(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    value = np.full((1,) * len(ev.order), node.attr("value"), numpy_dtype(node.dtype))
+    value = ev.full(node.attr("value"), node.dtype)
     if not is_float(node.dtype):
         return _integer(value)
-    exact = value.astype(np.float64)
-    declared = np.full(value.shape, float(node.attr("value")))
+    exact, declared = value.astype(np.float64), ev.full(float(node.attr("value")), "float64")
     return Bound(declared, np.abs(exact - declared), np.zeros(value.shape), exact)
 
 
@@ -182,8 +183,7 @@ def _larger(f: Callable, a: Bound, b: Bound) -> Bound:
     exact = f(a.exact, b.exact) if _known(a, b) else None
     value = f(a.value, b.value)
     clear = np.abs(a.value - b.value) > REACH * (a.noise + b.noise) + a.flips + b.flips
-    first = clear & (value == a.value)
-    pick = lambda x, y: np.where(first, x, np.where(clear, y, np.maximum(x, y)))  # noqa: E731
+    pick = lambda x, y: np.where(clear, np.where(value == a.value, x, y), np.maximum(x, y))  # noqa: E731
     return Bound(value, pick(a.noise, b.noise), pick(a.flips, b.flips), exact, a.product or b.product)
 
 
@@ -260,28 +260,20 @@ def _where(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
 
 
 def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    axis = ev.order[node.attr("axis")]
-    x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
-    f = {"sum": np.sum, "max": np.max, "min": np.min}[node.attr("kind")]
-    if not is_float(node.dtype):
-        return _integer(f(x.value, axis=axis, keepdims=True).astype(numpy_dtype(node.dtype)), _worst(x, axis))
-    if node.attr("kind") != "sum":
-        worst = _worst(x, axis)
-        exact = f(x.exact, axis=axis, keepdims=True) if _known(x) else None
-        return replace(worst, value=f(x.value, axis=axis, keepdims=True), exact=exact)
-    total = lambda v: np.sum(v, axis=axis, keepdims=True)  # noqa: E731
-    own = _added(ev.sizes[node.attr("axis")], total(np.abs(x.value)), total(x.value))
-    return _unknown(Bound(total(x.value), total(x.noise) + own, total(x.flips)), total(_tame(x.value)) > LARGEST)
+    (x,), axis, n = args, ev.order[node.attr("axis")], ev.sizes[node.attr("axis")]
+    over = functools.partial({"sum": np.sum, "max": np.max, "min": np.min}[node.attr("kind")], axis=axis, keepdims=True)
+    if is_float(node.dtype) and node.attr("kind") == "sum":
+        total = functools.partial(np.sum, axis=axis, keepdims=True)
+        noise = total(x.noise) + _added(n, total(np.abs(x.value)), total(x.value))
+        return _unknown(Bound(total(x.value), noise, total(x.flips)), total(_tame(x.value)) > LARGEST)
+    worst = functools.partial(np.max, axis=axis, keepdims=True, initial=0.0)
+    made = Bound(over(x.value), worst(x.noise), worst(x.flips), over(x.exact) if _known(x) else None)
+    return made if is_float(node.dtype) else _integer(made.value.astype(numpy_dtype(node.dtype)), made)
 
 
 def _tame(v: np.ndarray) -> np.ndarray:
     """Magnitudes without infinities: where these add up to more than float32 holds, the order of addition decides."""
     return np.where(np.isfinite(v), np.abs(v), 0.0)
-
-
-def _worst(x: Bound, axis: int) -> Bound:
-    top = lambda v: np.max(v, axis=axis, keepdims=True, initial=0.0)  # noqa: E731
-    return Bound(x.value, top(x.noise), top(x.flips), x.exact)
 
 
 def _growth(n: int) -> float:
@@ -301,52 +293,43 @@ def _added(n: int, magnitude: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def _cumsum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    axis = ev.order[node.attr("axis")]
-    x = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
-    run = lambda v: np.cumsum(v, axis=axis)  # noqa: E731
+    (x,), n = args, ev.sizes[node.attr("axis")]
+    run = functools.partial(np.cumsum, axis=ev.order[node.attr("axis")])
+    made = Bound(run(x.value), run(x.noise), run(x.flips), x.exact)
     if not is_float(node.dtype):
-        return _integer(run(x.value).astype(numpy_dtype(node.dtype)), replace(x, noise=run(x.noise), flips=run(x.flips)))
-    n = ev.sizes[node.attr("axis")]
-    in_order = run(np.abs(run(x.value))) / 4  # half an ulp of every partial sum, as in `_added`
+        return _integer(made.value.astype(numpy_dtype(node.dtype)), made)
+    in_order = run(np.abs(made.value)) / 4  # half an ulp of every partial sum, as in `_added`
     own = UNIT * np.maximum(_growth(n) * run(np.abs(x.value)), in_order) + n * TINY
-    return _unknown(Bound(run(x.value), run(x.noise) + own, run(x.flips)), run(_tame(x.value)) > LARGEST)
+    return _unknown(replace(made, noise=made.noise + own, exact=None), run(_tame(x.value)) > LARGEST)
 
 
 def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    axis = ev.order[node.attr("axis")]
-    a, b = (x.each(lambda v: ev.broadcast(v, node.attr("axis"))) for x in args)
-    dot = lambda u, v: _dot(u, v, axis)  # noqa: E731
+    (a, b), n = args, ev.sizes[node.attr("axis")]
+    dot = functools.partial(_dot, axis=ev.order[node.attr("axis")])
     size_a, size_b, largest_b = np.abs(a.value), np.abs(b.value), _largest(b)
     value = dot(a.value, b.value)
-    noise = dot(a.noise, largest_b) + dot(size_a, b.noise)
-    noise = noise + _added(ev.sizes[node.attr("axis")], dot(size_a, size_b), value)
+    noise = dot(a.noise, largest_b) + dot(size_a, b.noise) + _added(n, dot(size_a, size_b), value)
     made = Bound(value, noise, dot(a.flips, largest_b) + dot(size_a, b.flips))
     return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
 
 
 def _dot(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:
     """Σ over dimension `axis` of u·v with numpy's broadcasting of the others."""
-    letters = list(range(u.ndim))
-    kept_u = [i for i in letters if u.shape[i] != 1 or i == axis]
-    kept_v = [i for i in letters if v.shape[i] != 1 or i == axis]
-    out = sorted((set(kept_u) | set(kept_v)) - {axis})
-    shape_u, shape_v = ([x.shape[i] for i in kept] for x, kept in ((u, kept_u), (v, kept_v)))
-    product = np.einsum(u.reshape(shape_u), kept_u, v.reshape(shape_v), kept_v, out, optimize=True)
-    shape = [1] * u.ndim
-    for i in out:
-        shape[i] = max(u.shape[i], v.shape[i]) if 0 not in (u.shape[i], v.shape[i]) else 0
-    return product.reshape(shape)
+    kept = [[i for i, n in enumerate(x.shape) if n != 1 or i == axis] for x in (u, v)]
+    out = sorted({*kept[0], *kept[1]} - {axis})
+    flat = [x.reshape([x.shape[i] for i in k]) for x, k in zip((u, v), kept, strict=True)]
+    product = np.einsum(flat[0], kept[0], flat[1], kept[1], out, optimize=True)
+    sizes = dict(zip(out, product.shape, strict=True))
+    return product.reshape([sizes.get(i, 1) for i in range(u.ndim)])
 
 
 def _top_k(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    axis, into = ev.order[node.attr("axis")], ev.order[node.attr("into")]
-    keys = args[0].each(lambda v: ev.broadcast(v, node.attr("axis")))
+    (keys,), axis, into = args, ev.order[node.attr("axis")], ev.order[node.attr("into")]
     ids = np.argsort(-keys.value.astype(np.int64), axis=axis, kind="stable")
     ids = np.take(ids, np.arange(node.attr("k")), axis=axis)
-    take = lambda v: np.swapaxes(np.take_along_axis(v, ids, axis), axis, into)  # noqa: E731
     if node.attr("part") == "ids":
         return _integer(np.swapaxes(ids, axis, into).astype(np.int32))
-    return keys.each(take)
+    return keys.each(lambda v: np.swapaxes(np.take_along_axis(v, ids, axis), axis, into))
 
 
 def _pick(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
@@ -354,8 +337,8 @@ def _pick(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     values, x, ids = args
     axis, into = ev.order[node.attr("axis")], ev.order[node.attr("into")]
     at = np.swapaxes(ids.value, axis, into).astype(np.int64)
-    take = lambda v: np.swapaxes(np.take_along_axis(np.broadcast_to(v, x.value.shape), at, axis), axis, into)  # noqa: E731
-    return replace(values, noise=take(x.noise), flips=take(x.flips))
+    taken = x.each(lambda v: np.swapaxes(np.take_along_axis(np.broadcast_to(v, x.value.shape), at, axis), axis, into))
+    return replace(values, noise=taken.noise, flips=taken.flips)
 
 
 def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -380,6 +363,7 @@ UNARY = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "softplus": lambda x: np.logaddexp(0, x),
 }  # fmt: skip
+ALONG = ("reduce", "cumsum", "contract", "top_k")  # operations along one axis: their operands come at its full size
 RULES: dict[str, Callable] = {
     "read": _read, "iota": _iota, "const": _const,
     "extent": _extent,

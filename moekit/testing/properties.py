@@ -5,7 +5,7 @@ They follow from the declaration: which axes are independent, what is read and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +20,14 @@ from moekit.testing.case import FuzzCase, read_ids, unique_ids
 from moekit.testing.executors import JAX, Executor, Torch, to_numpy
 from moekit.testing.executors import executor as make_executor
 from moekit.testing.guard import POISONS, Arena, Placed, place
-from moekit.testing.oracle import Oracle
+from moekit.testing.oracle import Oracle, behind
 
 SCALE = 4.0
 
 
-def outputs(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+def outputs(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
     """The outputs of one run; raises what the implementation raises."""
-    return run_alone(executor, case, values)[0]
+    return run_alone(executor, case, values).outputs
 
 
 def _wrong(executor: Executor, case: FuzzCase, got: Mapping[str, np.ndarray]) -> list[str]:
@@ -36,8 +36,8 @@ def _wrong(executor: Executor, case: FuzzCase, got: Mapping[str, np.ndarray]) ->
 
 def _laid_out(executor: Executor, case: FuzzCase, values: Mapping[str, np.ndarray]) -> tuple[Placed, Any, dict[str, Any]]:
     """A case in memory: where its tensors are, the memory, and the tensors by name."""
-    placed = place(arena := Arena(), case, dict(values))
-    memory = executor.upload(arena.image(POISONS[0]))
+    placed = place(arena := Arena(), case, values)
+    memory = executor.upload(arena, arena.image(POISONS[0]))
     return placed, memory, {n: executor.tensor(memory, s) for n, s in placed.slots.items()}
 
 
@@ -53,12 +53,10 @@ def repeatable(executor: Executor, case: FuzzCase) -> list[str]:
 
 def layouts_do_not_matter(executor: Executor, case: FuzzCase) -> list[str]:
     """Outputs that no float reduction reaches have the same bits for contiguous tensors; the others stay within the bound."""
-    plain = replace(case, layouts={}, mode="out")
-    values = case.values()
+    values, plain = case.values(), replace(case, layouts={}, mode="out")
     here, there = outputs(executor, case, values), outputs(executor, plain, values)
-    exact = {n for n in case.names if not _reduced(case.graph, n)}
-    found = _unequal({n: here[n] for n in exact}, {n: there[n] for n in exact}, "with contiguous tensors")
-    return found + _wrong(executor, case, there)
+    exact = {n: x for n, x in here.items() if not _reduced(case.graph, n)}
+    return _unequal(exact, there, "with contiguous tensors") + _wrong(executor, case, there)
 
 
 def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
@@ -66,22 +64,16 @@ def rows_are_independent(executor: Executor, case: FuzzCase) -> list[str]:
     axis = token_axis(case)
     if axis is None or case.extents[axis] < 2:
         return []
-    values, n = case.values(), case.extents[axis]
+    case, values, n = replace(case, layouts={}), case.values(), case.extents[axis]
     rng = np.random.default_rng(case.seed)
-    order, kept, found = rng.permutation(n), max(1, n // 2), []
-    whole = outputs(executor, case, values)
-    for text, index in (("with the tokens permuted", order), ("with fewer tokens", np.arange(kept)),
+    whole, found = outputs(executor, case, values), []
+    for text, index in (("with the tokens permuted", rng.permutation(n)), ("with fewer tokens", np.arange(max(1, n // 2))),
                         ("with other tokens behind", np.concatenate([np.arange(n), rng.integers(0, n, 3)]))):  # fmt: skip
-        other = replace(case, sizes={**case.sizes, axis: len(index)}, layouts={})
-        taken = {name: take(case, name, x, axis, index) for name, x in values.items()}
-        if text.startswith("with other"):
-            taken = {name: _stained(case, name, x, axis, n) for name, x in taken.items()}
-        dense = outputs(executor, replace(case, layouts={}), values) if case.layouts else whole
-        got = outputs(executor, other, taken)
-        size = min(n, len(index))
-        wanted = {name: take(case, name, x, axis, index[:size]) for name, x in dense.items()}
-        got = {name: take(case, name, x, axis, np.arange(size)) for name, x in got.items()}
-        found += _unequal(wanted, got, text)
+        size, along = min(n, len(index)), {name: case.graph.tensors[name].axes for name in (*case.shapes, *whole)}
+        taken = {name: _stained(take(x, along[name], axis, index), along[name], axis, n) for name, x in values.items()}
+        got = outputs(executor, replace(case, sizes={**case.sizes, axis: len(index)}), taken)
+        wanted = {name: take(x, along[name], axis, index[:size]) for name, x in whole.items()}
+        found += _unequal(wanted, {name: take(x, along[name], axis, np.arange(size)) for name, x in got.items()}, text)
     return found
 
 
@@ -104,7 +96,7 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
     """Updating operands in place gives the bits that the plain form gives."""
     if all(n not in case.shapes for n in case.names):
         return []
-    layouts = {n: v for n, v in case.layouts.items() if not v.zero}
+    layouts = {n: case.layout(n) for n in case.layouts if not case.layout(n).zero}
     moved = {f"{n}_new": v for n, v in layouts.items() if n in case.names}
     values = replace(case, layouts=layouts).values()
     here = outputs(executor, replace(case, layouts=layouts, mode="in place"), values)
@@ -121,19 +113,16 @@ def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
 
 def rows_between_rows(executor: Executor, case: FuzzCase) -> list[str]:
     """An output whose rows reach into each other and share no element is accepted and right: strides 2·n - 3 and 2."""
-    found: list[str] = []
     if not isinstance(executor, Torch):
-        return found
+        return []
     case = replace(case, layouts={}, mode="out")
     _, _, tensors = _laid_out(executor, case, case.values())
-    fresh = {}
     for target in case.targets.values():
         if len(shape := case.shape(target)) == 2 and shape[0] > 1 and shape[1] > 2:
             empty = tensors[target].new_zeros(shape[0] * 2 * shape[1])
-            fresh[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
-    executor.call(case, tensors | fresh)
-    got = {n: to_numpy((tensors | fresh)[t]) for n, t in case.targets.items()}
-    return _wrong(executor, case, got)
+            tensors[target] = executor.torch.as_strided(empty, shape, (2 * shape[1] - 3, 2))
+    executor.call(case, tensors)
+    return _wrong(executor, case, {n: to_numpy(tensors[t]) for n, t in case.targets.items()})
 
 
 def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
@@ -146,38 +135,42 @@ def overlap_is_refused(executor: Executor, case: FuzzCase) -> list[str]:
         return _views_refused(executor, case)
     if not isinstance(executor, Torch) or any(0 in case.shape(n) for n in case.memory()):
         return []
-    case = replace(case, layouts={}, mode="out")
+    case, found = replace(case, layouts={}, mode="out"), []
     placed, memory, tensors = _laid_out(executor, case, case.values())
-    found = []
     for output, target in case.targets.items():
-        shape, strides, dtype = tensors[target].shape, tensors[target].stride(), tensors[target].dtype
-        flat = memory.view(dtype)
-        tries = [("stride 0", (0, *strides[1:]), placed.slots[target].start)] if len(shape) and shape[0] > 1 else []
-        if len(shape) > 1 and shape[0] > 1 and shape[1] > 1:
-            tries.append(("strides that are the same", (strides[1], *strides[1:]), placed.slots[target].start))
-        for operand in case.shapes:
-            wider = tensors[operand].element_size() // flat.element_size()
-            start = placed.slots[operand].start * wider + 1
-            if tensors[operand].numel() > 1 and len(shape) and (wider > 1 or tensors[operand].dtype == dtype):
-                tries.append((f"one element beside {operand}, over it,", tuple(s * wider for s in strides), start))
-                last = start - 1 + (tensors[operand].numel() - 1) * wider
-                tries.append((f"its first element the last of {operand}", strides, last))
-        for how, strides, start in tries:
+        flat, shape = memory.view(tensors[target].dtype), tensors[target].shape
+        for how, strides, start in _overlapping(case, placed, tensors, target):
             if start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= flat.numel():
                 continue
-            before = executor.download(memory).copy()
+            before = executor.download(placed.arena, memory).copy()
             try:
                 executor.call(case, {**tensors, target: executor.torch.as_strided(flat, shape, strides, start)})
                 found.append(f"{case.fusion}: {output} with {how} was not refused")
             except AliasError:
-                if not np.array_equal(before, executor.download(memory)):
+                if not np.array_equal(before, executor.download(placed.arena, memory)):
                     found.append(f"{case.fusion}: memory was written before {output} with {how} was refused")
     return found
 
 
+def _overlapping(case: FuzzCase, placed: Placed, tensors: Mapping[str, Any], target: str) -> Iterator[tuple]:
+    """Where an output must not lie: in words, its strides, and its first element."""
+    out, at = tensors[target], placed.slots[target].start
+    shape, strides = out.shape, out.stride()
+    if len(shape) and shape[0] > 1:
+        yield "stride 0", (0, *strides[1:]), at
+    if len(shape) > 1 and shape[0] > 1 and shape[1] > 1:
+        yield "strides that are the same", (strides[1], *strides[1:]), at
+    for operand in case.shapes:
+        x, wider = tensors[operand], tensors[operand].element_size() // out.element_size()
+        if x.numel() > 1 and len(shape) and (wider > 1 or x.dtype == out.dtype):
+            start = placed.slots[operand].start * wider
+            yield f"one element beside {operand}, over it,", tuple(s * wider for s in strides), start + 1
+            yield f"its first element the last of {operand}", strides, start + (x.numel() - 1) * wider
+
+
 def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
     """Views of one base are refused if the first element of an output is the last of an operand, or of another output."""
-    from moekit.jax import op
+    from moekit.jax import View, op, view
 
     face, found = op(case.declaration), []
     for output in case.names:
@@ -185,8 +178,12 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
             mine, theirs = case.shape(output), case.shape(other)
             if len(mine) != len(theirs) or 0 in (*mine, *theirs) or case.dtype(output) != case.dtype(other):
                 continue
-            operands, outs = dict(case.values()), dict.fromkeys(case.names)
-            outs[output], met = _meeting(mine, theirs, case.dtype(output))
+            extents = [m + n - 1 for m, n in zip(mine, theirs, strict=True)]
+            base, rank = view(np.zeros(extents, numpy_dtype(case.dtype(output)))).base, len(mine)
+            outs: dict[str, Any] = {**dict.fromkeys(case.names)}
+            operands: dict[str, Any] = case.values()
+            outs[output] = View(base, tuple(range(rank)), tuple(n - 1 for n in theirs), (1,) * rank, mine)
+            met = View(base, tuple(range(rank)), (0,) * rank, (1,) * rank, theirs)
             (operands if other in case.shapes else outs)[other] = met
             try:
                 face(*operands.values(), **case.params, implementation=executor.name, out=tuple(outs.values()))
@@ -196,22 +193,12 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
     return found
 
 
-def _meeting(mine: tuple[int, ...], theirs: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-    """Two Views of one base: one from the last element of the other on."""
-    from moekit.jax import View, view
-
-    base, rank = view(np.zeros([m + n - 1 for m, n in zip(mine, theirs, strict=True)], numpy_dtype(dtype))).base, len(mine)
-    lying = lambda start, shape: View(base, tuple(range(rank)), start, (1,) * rank, shape)  # noqa: E731
-    return lying(tuple(n - 1 for n in theirs), mine), lying((0,) * rank, theirs)
-
-
 def operands_may_be_one(executor: Executor, case: FuzzCase) -> list[str]:
     """One tensor for two operands, where outputs have memory of their own, is read twice and stays as it is."""
     updated = [n for n in case.shapes if n in case.names]
     alike = lambda a, b: case.shapes[a] == case.shapes[b] and case.dtypes[a] == case.dtypes[b]  # noqa: E731
     pairs = [(a, b) for a in (*updated, *case.shapes) for b in case.shapes if a != b and alike(a, b)]
-    names = {a for pair in pairs[:1] for a in pair}
-    if not names or names & {*unique_ids(case.graph), *read_ids(case.graph)}:
+    if not pairs or {*pairs[0]} & {*unique_ids(case.graph), *read_ids(case.graph)}:
         return []
     case = replace(case, layouts={}, mode="plain" if executor.name in JAX else "out")
     values, (one, two) = case.values(), pairs[0]
@@ -221,14 +208,13 @@ def operands_may_be_one(executor: Executor, case: FuzzCase) -> list[str]:
         from moekit.jax import op, view
 
         arrays = {n: view(x).base for n, x in values.items()}
-        got = op(case.declaration)(
-            *(arrays[one if n == two else n] for n in arrays), **case.params, implementation=executor.name
-        )
-        outs = {n: np.asarray(x) for n, x in zip(case.names, got if isinstance(got, tuple) else (got,), strict=True)}
-        return [*oracle.compare(outs).problems]
+        arrays[two] = arrays[one]
+        got = op(case.declaration)(*arrays.values(), **case.params, implementation=executor.name)
+        outs = zip(case.names, got if isinstance(got, tuple) else (got,), strict=True)
+        return [*oracle.compare({n: np.asarray(x) for n, x in outs}).problems]
     placed, memory, tensors = _laid_out(executor, case, values)
     executor.call(case, {**tensors, two: tensors[one]})
-    return [*oracle.compare(placed.outputs(executor.download(memory))).problems]
+    return [*oracle.compare(placed.outputs(executor.download(placed.arena, memory))).problems]
 
 
 def same_in_both_frameworks(case: FuzzCase, executor: Executor, implementation: str = "xla") -> list[str]:
@@ -248,36 +234,24 @@ def token_axis(case: FuzzCase) -> str | None:
     return next((a for a in free if a not in indexed), None)
 
 
-def take(case: FuzzCase, name: str, x: np.ndarray, axis: str, index: np.ndarray) -> np.ndarray:
-    """Elements `index` of a tensor along an axis, all of it where it does not vary along that axis."""
-    tensor = case.graph.tensors[name]
-    dims = [d for d, a in enumerate(tensor.axes) if a == axis]
-    return np.ascontiguousarray(np.take(x, index, axis=dims[0])) if dims else x
+def take(x: np.ndarray, axes: tuple[str | None, ...], axis: str, index: np.ndarray) -> np.ndarray:
+    """Elements `index` along an axis of a tensor with these axes, all of it where it does not vary along that axis."""
+    return np.ascontiguousarray(np.take(x, index, axis=axes.index(axis))) if axis in axes else x
 
 
-def _stained(case: FuzzCase, name: str, x: np.ndarray, axis: str, n: int) -> np.ndarray:
+def _stained(x: np.ndarray, axes: tuple[str | None, ...], axis: str, n: int) -> np.ndarray:
     """The tensor with infinities in the rows from `n` on: padding that must not leak into the others."""
-    dims = [d for d, a in enumerate(case.graph.tensors[name].axes) if a == axis]
-    if not dims or x.dtype.kind in "iub":
-        return x
-    x = x.copy()
-    x[tuple(slice(n, None) if d == dims[0] else slice(None) for d in range(x.ndim))] = np.inf
+    if axis in axes and x.dtype.kind not in "iub":
+        x = x.copy()
+        np.moveaxis(x, axes.index(axis), 0)[n:] = np.inf
     return x
 
 
 def _reduced(graph: Graph, output: str) -> bool:
     """Whether a float reduction lies behind an output."""
-    stack, seen = [next(w.value for w in graph.writes if w.tensor == output)], set()
-    while stack:
-        i = stack.pop()
-        if i in seen:
-            continue
-        seen.add(i)
-        node = graph.nodes[i]
-        if node.op in ("contract", "cumsum") or (node.op == "reduce" and node.attr("kind") == "sum"):
-            return True
-        stack.extend(node.args)
-    return False
+    value = next(w.value for w in graph.writes if w.tensor == output)
+    nodes = [graph.nodes[i] for i in behind(graph, value)]
+    return any(n.op in ("contract", "cumsum") or (n.op == "reduce" and n.attr("kind") == "sum") for n in nodes)
 
 
 def _unequal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], text: str) -> list[str]:

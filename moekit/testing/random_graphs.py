@@ -9,8 +9,10 @@ only: between computed values a last bit would decide.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from moekit.lang.dtypes import FLOATS
 from moekit.lang.spec import Spec
 from moekit.testing.bounds import bounds
 
+T = TypeVar("T")
 SHAPES = ("T A", "T A B", "T B", "A", "B", "A B", "T")
 STATIC_AXES = ("A", "B")
 WIDER = 1000
@@ -36,7 +39,7 @@ def random_fusion(seed: int) -> Fusion:
         specs |= {"state": InOut("T A", dtype="float32")} if rng.integers(3) == 0 else {}
 
     def declared(**operands):
-        return (_Body if seed < WIDER else _Wider)(seed, operands).outputs()
+        return _Body(seed, operands).outputs()
 
     def reference(**arrays):
         """The float64 evaluation of the traced graph, rounded to the outputs' dtypes where those are integers."""
@@ -69,177 +72,141 @@ class _Body:
 
     def __init__(self, seed: int, operands: dict[str, Value]):
         self.rng = np.random.default_rng([seed, 1])
-        self.raw = list(operands.values())
+        self.raw = [x for n, x in operands.items() if n.startswith("x")]
         self.values = [ml.f32(x) for x in self.raw]
+        self.ids, self.state = operands.get("ids"), operands.get("state")
+        self.steps = STEPS if self.ids is None else (*STEPS, *MORE)
 
-    @property
-    def steps(self) -> tuple[Callable[[_Body], Value | None], ...]:
-        """The operations that are chosen from, often ones more than once."""
-        return STEPS
+    def any(self, options: Sequence[T]) -> T:
+        """One of the options."""
+        return options[int(self.rng.integers(len(options)))]
 
-    def pick(self, values: list) -> Value:
-        """One of the values, later ones more often."""
+    def pick(self, values: list[Value] | None = None) -> Value:
+        """One of the values so far, or of those given, later ones more often."""
+        values = self.values if values is None else values
         return values[max(int(self.rng.integers(len(values))), int(self.rng.integers(len(values))))]
 
     def outputs(self) -> dict[str, Value]:
-        """The outputs, of which one at least varies over the tokens."""
+        """The outputs, of which one at least varies over the tokens, and what becomes of the state, if there is one."""
         for _ in range(int(self.rng.integers(3, 13))):
-            step = self.steps[int(self.rng.integers(len(self.steps)))]
-            try:
-                made = step(self)
-            except MoekitError:
-                continue  # an operation that does not fit these values; the next may
-            if made is not None:
-                self.values.append(made)
+            step = self.any(self.steps)
+            with contextlib.suppress(MoekitError):  # an operation that does not fit these values; the next may
+                self.values.append(step(self))
         out = self.values[-1]
-        if "T" not in out.axes:
-            out = out + self.values[0]
-        found = {"out": self.rounded(out)}
+        found = {"out": self.rounded(out if "T" in out.axes else out + self.values[0])}
         if self.rng.integers(3) == 0:
-            second = self.pick(self.values)
+            second = self.pick()
             found["second"] = second if second.axes else second + self.values[0]
+        if (state := self.state) is not None:
+            inner = [v for v in self.values if set(v.axes) <= set(state.axes)]
+            found |= {"state": state * 0.5 + self.pick(inner), "was": ml.sum(state, over="A")}
         return found
 
     def rounded(self, x: Value) -> Value:
         """`x` in a random float dtype."""
-        return ml.cast(x, FLOATS[int(self.rng.integers(len(FLOATS)))])
+        return ml.cast(x, self.any(FLOATS))
 
-    def axis(self, x: Value) -> str | None:
-        """A static axis that `x` varies over."""
-        axes = [a for a in STATIC_AXES if a in x.axes]
-        return axes[int(self.rng.integers(len(axes)))] if axes else None
+    def axis(self, *values: Value) -> str:
+        """A static axis that all of these vary over; raises MoekitError where there is none."""
+        axes = [a for a in STATIC_AXES if all(a in x.axes for x in values)]
+        if not axes:
+            raise MoekitError("no static axis")
+        return self.any(axes)
 
 
-class _Wider(_Body):
-    """One trace of a random declaration with more operations; `state`, where there is one, is updated."""
-
-    def __init__(self, seed: int, operands: dict[str, Value]):
-        self.ids, self.state = operands["ids"], operands.get("state")
-        super().__init__(seed, {n: x for n, x in operands.items() if n.startswith("x")})
-
-    @property
-    def steps(self) -> tuple[Callable[[_Body], Value | None], ...]:
-        return (*STEPS, *MORE)
-
-    def outputs(self) -> dict[str, Value]:
-        """The outputs of any declaration, and what becomes of the state."""
-        found = super().outputs()
-        if self.state is None:
-            return found
-        inner = [v for v in self.values if set(v.axes) <= set(self.state.axes)]
-        return found | {"state": self.state * 0.5 + self.pick(inner), "was": ml.sum(self.state, over="A")}
+Step = Callable[[_Body], Value]
+TAME: tuple[Callable[[Value], Value], ...] = (
+    lambda v: ml.exp(-abs(v)), abs, lambda v: -v, ml.sigmoid, lambda v: ml.sqrt(abs(v)), lambda v: ml.rsqrt(abs(v) + 1.0),
+    lambda v: ml.log(abs(v) + 1.0), ml.softplus, ml.silu, lambda v: v * 0.5 + 1.0,
+)  # fmt: skip
+OF_TWO: tuple[Callable[[Value, Value], Value], ...] = (
+    lambda u, v: u + v, lambda u, v: u - v, lambda u, v: u * v, ml.maximum, ml.minimum, lambda u, v: u / (abs(v) + 1.0),
+)  # fmt: skip
 
 
 def _unary(b: _Body) -> Value:
-    x = b.pick(b.values)
-    tame: list[Callable[[Value], Value]] = [
-        lambda v: ml.exp(-abs(v)),
-        abs,
-        lambda v: -v,
-        ml.sigmoid,
-        lambda v: ml.sqrt(abs(v)),
-        lambda v: ml.rsqrt(abs(v) + 1.0),
-        lambda v: ml.log(abs(v) + 1.0),
-        ml.softplus,
-        ml.silu,
-        lambda v: v * 0.5 + 1.0,
-    ]
-    return tame[int(b.rng.integers(len(tame)))](x)
+    x = b.pick()
+    return b.any(TAME)(x)
 
 
 def _binary(b: _Body) -> Value:
-    x, y = b.pick(b.values), b.pick(b.values)
-    kinds: list[Callable[[Value, Value], Value]] = [
-        lambda u, v: u + v,
-        lambda u, v: u - v,
-        lambda u, v: u * v,
-        ml.maximum,
-        ml.minimum,
-        lambda u, v: u / (abs(v) + 1.0),
-    ]
-    return kinds[int(b.rng.integers(len(kinds)))](x, y)
+    x, y = b.pick(), b.pick()
+    return b.any(OF_TWO)(x, y)
 
 
-def _reduce(b: _Body) -> Value | None:
-    x = b.pick(b.values)
-    if (axis := b.axis(x)) is None:
-        return None
-    kinds = [ml.sum, ml.max, ml.min, ml.mean]
-    return kinds[int(b.rng.integers(len(kinds)))](x, over=axis)
-
-
-def _contract(b: _Body) -> Value | None:
-    x, y = b.pick(b.values), b.pick(b.values)
-    shared = [a for a in STATIC_AXES if a in x.axes and a in y.axes]
-    return ml.contract(x, y, over=shared[int(b.rng.integers(len(shared)))]) if shared else None
-
-
-def _cumsum(b: _Body) -> Value | None:
-    x = b.pick(b.values)
+def _reduce(b: _Body) -> Value:
+    x = b.pick()
     axis = b.axis(x)
-    return ml.cumsum(x, over=axis) if axis else None
+    return b.any((ml.sum, ml.max, ml.min, ml.mean))(x, over=axis)
+
+
+def _contract(b: _Body) -> Value:
+    x, y = b.pick(), b.pick()
+    return ml.contract(x, y, over=b.axis(x, y))
+
+
+def _cumsum(b: _Body) -> Value:
+    x = b.pick()
+    return ml.cumsum(x, over=b.axis(x))
 
 
 def _cast(b: _Body) -> Value:
-    return ml.f32(b.rounded(b.pick(b.values)))
+    return ml.f32(b.rounded(b.pick()))
 
 
 def _where(b: _Body) -> Value:
-    x, y, left = b.pick(b.values), b.pick(b.values), b.raw[int(b.rng.integers(len(b.raw)))]
+    x, y, left = b.pick(), b.pick(), b.any(b.raw)
     if b.rng.integers(2):
         return ml.where(left > 0.5, x, y)
-    axis = STATIC_AXES[int(b.rng.integers(2))]
-    return ml.where(ml.iota(axis) % 3 == 1, x, y)
+    return ml.where(ml.iota(b.any(STATIC_AXES)) % 3 == 1, x, y)
 
 
-def _softmax(b: _Body) -> Value | None:
-    x = b.pick(b.values)
-    axis = b.axis(x)
-    return ml.softmax(x, over=axis) if axis else None
+def _softmax(b: _Body) -> Value:
+    x = b.pick()
+    return ml.softmax(x, over=b.axis(x))
 
 
-def _gather(b: _Body) -> Value | None:
-    table = b.raw[int(b.rng.integers(len(b.raw)))]
+def _table(b: _Body) -> Value:
+    """An operand with rows along A; raises MoekitError for any other."""
+    table = b.any(b.raw)
     if "A" not in table.axes:
-        return None
-    return ml.f32(ml.gather(table, ml.iota("A") * 2 % ml.size("A"), over="A"))
+        raise MoekitError("no rows along A")
+    return table
 
 
-STEPS: tuple[Callable[[_Body], Value | None], ...] = (
-    _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
-)  # fmt: skip
+def _gather(b: _Body) -> Value:
+    return ml.f32(ml.gather(_table(b), ml.iota("A") * 2 % ml.size("A"), over="A"))
 
 
 def _residual(b: _Body) -> Value:
     """What a rounding takes away, of an operand as it is or of a computed value."""
-    x = b.pick(b.values)
+    x = b.pick()
     return x - ml.f32(b.rounded(x))
 
 
-def _chosen(b: _Body) -> Value | None:
+def _chosen(b: _Body) -> Value:
     """Rows chosen by ids among the operands, some of them out of range."""
-    assert isinstance(b, _Wider)
-    table = b.raw[int(b.rng.integers(len(b.raw)))]
-    return ml.f32(ml.gather(table, b.ids - 1, over="A")) if "A" in table.axes else None
+    assert b.ids is not None
+    return ml.f32(ml.gather(_table(b), b.ids - 1, over="A"))
 
 
-def _slice(b: _Body) -> Value | None:
+def _slice(b: _Body) -> Value:
     """The sum or the largest of every second element from the second on, or of all but the first and last."""
-    x, into = b.pick(b.values), f"S{len(b.values)}"
-    if (axis := b.axis(x)) is None:
-        return None
+    x, into = b.pick(), f"S{len(b.values)}"
+    axis = b.axis(x)
     n, step = ml.size(axis), int(b.rng.integers(1, 3))
     part = ml.slice(x, axis, 1, (n - 1) // 2 if step == 2 else n - 2, into, step=step)
     return (ml.sum if b.rng.integers(2) else ml.max)(part, over=into)
 
 
-def _top(b: _Body) -> Value | None:
+def _top(b: _Body) -> Value:
     """The best of an operand, each times its place, or the places where they were."""
-    x, into = b.raw[int(b.rng.integers(len(b.raw)))], f"K{len(b.values)}"
-    if (axis := b.axis(x)) is None:
-        return None
-    best, ids = ml.top_k(x, 3, over=axis, into=into)
+    x, into = b.any(b.raw), f"K{len(b.values)}"
+    best, ids = ml.top_k(x, 3, over=b.axis(x), into=into)
     return ml.sum(ml.f32(best if b.rng.integers(2) else ids) * ml.f32(ml.iota(into) + 1), over=into)
 
 
-MORE: tuple[Callable[[_Body], Value | None], ...] = (_residual, _residual, _chosen, _slice, _slice, _top)
+STEPS: tuple[Step, ...] = (
+    _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
+)  # fmt: skip
+MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _slice, _slice, _top)

@@ -17,9 +17,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moekit.cli import platform
 from moekit.files import check_writable, read_json, write_text
 from moekit.testing.gpu_pass import cases, cell
 
@@ -53,10 +55,13 @@ class Verdict:
 
 def find_sanitizer() -> str | None:
     """Where compute-sanitizer is: on the path, or in a CUDA toolkit."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    return shutil.which(
-        "compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in homes if h)])
-    )
+    homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *homes]))
+
+
+def text_of(path: Path) -> str:
+    """What a file says; nothing where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def found(log: str) -> int | None:
@@ -65,61 +70,57 @@ def found(log: str) -> int | None:
     return sum(sums) if sums else None
 
 
-def command(sanitizer: str, tool: str, log: Path, arguments: list[str]) -> list[str]:
-    """A process of the pass under a tool."""
+def run_pass(sanitizer: str, tool: str, arguments: list[str], base: Path, seconds: float) -> int | None:
+    """A process of the pass under a tool, its log in `base`.txt and what it prints in `base`.out: its exit code, or None if it
+
+    had to be stopped after `seconds`.
+    """
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only", *TOOLS[tool]]
-    return [sanitizer, *options, "--log-file", str(log), sys.executable, "-m", "moekit.testing.gpu_pass", *arguments]
-
-
-def check_control(sanitizer: str, tool: str, folder: Path, seconds: float) -> list[str]:
-    """Whether the tool finds what is planted; a tool that finds nothing there proves nothing."""
-    log = folder / f"{tool}.control.txt"
-    try:
-        subprocess.run(command(sanitizer, tool, log, ["control"]), env={**os.environ, **ENVIRONMENT}, timeout=seconds,
-                       capture_output=True, check=False)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return [f"{tool}: the planted faults took more than {seconds:.0f} s"]
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return [] if found(text) else [f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}"]
-
-
-def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path) -> Verdict:
-    """The control, then the pass in `workers` processes, each of which has `seconds`."""
-    begin, verdict = time.monotonic(), Verdict(tool)
-    verdict.findings += check_control(sanitizer, tool, folder, seconds)
-    running = []
-    for i in range(workers):
-        log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
-        arguments = [str(i), str(workers), str(report)]
-        with output.open("wb") as sink:
-            process = subprocess.Popen(command(sanitizer, tool, log, arguments), env={**os.environ, **ENVIRONMENT},
-                                       stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        running.append((process, log, report, output))
-    doors, cells = Counter(), Counter()
-    for process, log, report, output in running:
+    command = [sanitizer, *options, "--log-file", f"{base}.txt", sys.executable, "-m", "moekit.testing.gpu_pass", *arguments]
+    with open(f"{base}.out", "wb") as sink:
+        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=sink, stderr=subprocess.STDOUT,
+                                   start_new_session=True)  # fmt: skip
         try:
-            code = process.wait(max(1.0, begin + seconds - time.monotonic()))
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
-            code = None
+            return None
+
+
+def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path) -> Verdict:
+    """The control, in which the tool must find what is planted; then the pass in `workers` processes. Each has `seconds`."""
+    begin, verdict = time.monotonic(), Verdict(tool)
+    run_pass(sanitizer, tool, ["control"], folder / f"{tool}.control", seconds)
+    if not found(text := text_of(folder / f"{tool}.control.txt")):
+        verdict.findings.append(f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}")
+
+    def share(i: int) -> int | None:
+        arguments = [str(i), str(workers), str(folder / f"{tool}.{i}.json")]
+        return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", seconds)
+
+    with ThreadPoolExecutor(workers) as threads:
+        codes = list(threads.map(share, range(workers)))
+    doors, cells = Counter(), Counter()
+    for i, code in enumerate(codes):
+        log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
         verdict.findings += judge(tool, code, log, report, output)
         if report.exists():
             told = read_json(report)
             verdict.cases += told["cases"]
             doors.update(told["doors"])
             cells.update(told["cells"])
-    verdict.findings += missing(tool, cells)
-    verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), sum(doors.values())
+    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
+    verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
+    verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), doors.total()
     verdict.seconds = time.monotonic() - begin
     return verdict
 
 
 def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) -> list[str]:
     """What is wrong with one process: what the tool found, what its outputs were, how it ended."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    text, findings = text_of(log), []
     errors = found(text)
-    findings = []
     if errors:
         findings.append(f"{tool}: {errors} found; {log.name} begins:\n{text[:3000]}")
     if errors is None:
@@ -136,16 +137,10 @@ def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) ->
 
 def ending(output: Path) -> str:
     """The case that a process was at, the last it named, and the end of what it printed."""
-    text = output.read_text(encoding="utf-8", errors="replace").strip() if output.exists() else ""
+    text = text_of(output).strip()
     case = next((line for line in reversed(text.splitlines()) if line.startswith("case ")), None)
     tail = text[-500:]
     return tail if case is None or case in tail.splitlines() else f"{case[:400]}\n{tail}"
-
-
-def missing(tool: str, cells: Counter[str]) -> list[str]:
-    """The cells of the pass in which no kernel ran."""
-    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
-    return [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,11 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where logs are kept (default: a temporary folder)")
     parser.add_argument("--json-file", type=Path, help="write what came of it as JSON")
     options = parser.parse_args(arguments)
-    from moekit.cli.platform import gpu_count
-
-    sanitizer = find_sanitizer()
-    if not gpu_count() or sanitizer is None:
-        lack = "there is no NVIDIA GPU here" if not gpu_count() else "compute-sanitizer is not on the path nor in CUDA_HOME"
+    sanitizer, gpus = find_sanitizer(), platform.gpu_count()
+    if not gpus or sanitizer is None:
+        lack = "compute-sanitizer is not on the path nor in CUDA_HOME" if gpus else "there is no NVIDIA GPU here"
         print(f"sanitize: {lack}; run it on a GPU machine with a CUDA toolkit", file=sys.stderr)
         return 3
     with tempfile.TemporaryDirectory(prefix="moekit-sanitize-") as temporary:

@@ -1,12 +1,17 @@
-"""Legal schedules that differ from the rules' in every way the compiler knows."""
+"""The schedules of a case: legal ones that differ from the rules' in every way the compiler knows, by name."""
 
 from __future__ import annotations
 
+import functools
+
+from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Launch, Loop, Parts, Schedule, Section, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
 from moekit.compile.schedule.legal import legal
+from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
+from moekit.testing.case import FuzzCase
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
@@ -52,8 +57,8 @@ def _spread(graph: Graph, reduced, parallel: int, split: Split | None = None, pa
     axes = []
     for use in axis_uses(graph).values():
         if not use.whole:
-            held = [] if reduced is None else [reduced(use)]
-            axes += held if not use.parallel else []
+            if reduced is not None and not use.parallel:
+                axes.append(reduced(use))
             axes.append(Tile(use.name, 1 if use.name in scattered(graph) else parallel))  # for the sections that can
     section = Section((), (*axes, *([parts] if parts else [])))
     return spread(graph, Launch((section,), (split,) if split else ()))
@@ -72,3 +77,54 @@ def _tall(graph: Graph, axis: str) -> Schedule | None:
 def _apart(graph: Graph, section: Section) -> Section:
     tiles = [Tile(d.axis, 4) for d in section.all(Tile) if d.axis in graph.axes and d.axis not in scattered(graph)]
     return section.but(*tiles)
+
+
+def static(case: FuzzCase) -> Binding:
+    """The case's binding with dynamic sizes blanked: what plans and schedules depend on."""
+    b, dynamic = case.binding, case.declaration.dynamic
+    return Binding(tuple((a, 1 if a in dynamic else s) for a, s in b.sizes), b.dtypes, b.params, b.ones)
+
+
+def over(case: FuzzCase) -> tuple[tuple[str, str], ...]:
+    """The outputs that go over an operand, each with it."""
+    return tuple((o, t) for o, t in case.targets.items() if o not in case.shapes and t != o)
+
+
+@functools.lru_cache(maxsize=2048)
+def _variants(fusion: Fusion, binding: Binding) -> dict[str, Schedule | None]:
+    return variants(fusion.trace(binding))
+
+
+@functools.lru_cache(maxsize=2048)
+def _heuristic(fusion: Fusion, binding: Binding) -> Schedule:
+    return heuristic(fusion.trace(binding))
+
+
+def schedule_of(case: FuzzCase) -> Schedule | None:
+    """A case's schedule; of a name the heuristic's (None) where it is not legal, be it for what an output goes over."""
+    if not isinstance(case.schedule, str):
+        return case.schedule
+    if case.schedule == "heuristic":
+        return None
+    found = _variants(case.declaration, static(case)).get(case.schedule)
+    return None if found and over(case) and legal(over_operand(case.graph, over(case)), found) else found
+
+
+def blocks(case: FuzzCase) -> dict[str, int]:
+    """The block of every axis under the case's schedule."""
+    schedule = schedule_of(case) or _heuristic(case.declaration, static(case))
+    return {d.axis: d.block for section in schedule.launches[0].sections for d in section.axes if d.axis in case.extents}
+
+
+def work(case: FuzzCase) -> int:
+    """Blocks that an interpreter goes through for a case."""
+    total = 1
+    for axis, block in blocks(case).items():
+        total *= max(1, -(-case.extents[axis] // block))
+    return total
+
+
+def tail(case: FuzzCase) -> str:
+    """Which axes end within a block: "even" (none), "tokens" (a dynamic one), "static", or "both"."""
+    ragged = {axis in case.declaration.dynamic for axis, block in blocks(case).items() if case.extents[axis] % block}
+    return {(): "even", (True,): "tokens", (False,): "static"}.get(tuple(ragged), "both")

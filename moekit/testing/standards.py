@@ -53,8 +53,7 @@ def unrounded_add_rms_norm(x, residual, weight, eps: float = 1e-6, offset: float
 
 def _silu_and_mul(gate_up):
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return {"out": round_to(gate / (1 + np.exp(-gate)), gate_up.dtype) * up}
+    return {"out": round_to(gate / (1 + np.exp(-gate)), gate_up.dtype) * up}
 
 
 @fusion(_silu_and_mul, gate_up=In("T 2*I"))
@@ -66,8 +65,7 @@ def rounded_silu_and_mul(gate_up):
 
 def _gated_rms_norm(x, z, weight, *, eps):
     x, z = x.astype(np.float64), z.astype(np.float64)
-    with np.errstate(over="ignore"):
-        gate = z / (1 + np.exp(-z))
+    gate = z / (1 + np.exp(-z))
     return {"out": x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(np.float64) * gate}
 
 
@@ -105,11 +103,9 @@ def wrong_ids(values: Mapping[str, np.ndarray], want: np.ndarray, got: np.ndarra
     """
     logits = values["logits"].astype(np.float64)
     experts = logits.shape[-1]
-    ordered = np.sort(got, axis=-1)
-    valid = (got >= 0) & (got < experts) & (np.diff(ordered, axis=-1) != 0).all(-1, keepdims=True)
+    valid = (got >= 0) & (got < experts) & (np.diff(np.sort(got, axis=-1)) != 0).all(-1, keepdims=True)
     below = logits - logits.max(-1, keepdims=True)
-    share = np.exp(below)
-    share = share / share.sum(-1, keepdims=True)
+    share = np.exp(below) / np.exp(below).sum(-1, keepdims=True)
     noise = (9 + 2 * np.abs(below)) * UNIT * share  # of the difference, its exponential and the division
     there, here = (np.clip(ids, 0, experts - 1) for ids in (want, got))
     take = np.take_along_axis

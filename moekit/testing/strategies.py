@@ -12,60 +12,34 @@ layouts, the first dtype, plain values, the heuristic's schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from hypothesis import strategies as st
 
 from moekit.lang.fusion import Fusion
-from moekit.testing.case import FuzzCase
+from moekit.testing.case import FuzzCase, name_of
 from moekit.testing.draw import Limits, draw_case
-from moekit.testing.layouts import KINDS, Layout, draw_layout
-from moekit.testing.values import RECIPES
-
-T = TypeVar("T")
+from moekit.testing.layouts import KINDS, Layout, Source, draw_layout
 
 
-@dataclass(frozen=True)
-class _HypothesisSource:
-    """Choices that Hypothesis makes and shrinks."""
-
-    draw: Callable[[st.SearchStrategy], Any]
-
-    def integer(self, low: int, high: int) -> int:
-        """An integer; it shrinks towards `low`."""
-        return self.draw(st.integers(low, high))
-
-    def choose(self, options: Sequence[T]) -> T:
-        """One of the options; it shrinks towards the first."""
-        return self.draw(st.sampled_from(list(options)))
+def _source(draw: Callable) -> Source:
+    """Choices that Hypothesis makes and shrinks, towards what is small and early."""
+    return Source(lambda low, high: draw(st.integers(low, high)))
 
 
 @st.composite
-def _cases(draw, fusion: Fusion, name: str, limits: Limits) -> FuzzCase:
-    return draw_case(fusion, name, _HypothesisSource(draw), limits)
-
-
-def cases(fusion: Fusion | str, limits: Limits | None = None, **overrides: Any) -> st.SearchStrategy[FuzzCase]:
+def cases(draw, fusion: Fusion | str, limits: Limits | None = None, **overrides: Any) -> FuzzCase:
     """Cases of a fusion: sizes, dtypes, parameters, layouts, aliasing, values and schedule.
 
     `fusion`: a declaration, or the name by which `find_fusion` knows it; a declaration of your own is named by its module.
     `overrides` are fields of `Limits`: `elements=500`, `kinds=("dense", "padded")`, `dtypes=("float32",)`, ….
     """
-    from moekit.testing.case import find_fusion, name_of
-
-    known = find_fusion(fusion) if isinstance(fusion, str) else fusion
-    limits = limits or Limits(**{"elements": 4000, **overrides})
-    return _cases(known, fusion if isinstance(fusion, str) else name_of(fusion), limits)
+    name = fusion if isinstance(fusion, str) else name_of(fusion)
+    return draw_case(name, _source(draw), limits or Limits(**{"elements": 4000, **overrides}))
 
 
 @st.composite
 def layouts(draw, shape: tuple[int, ...], itemsize: int = 4, kinds: Sequence[str] = KINDS) -> Layout:
     """Layouts of a tensor of a shape; they shrink towards contiguous."""
-    source = _HypothesisSource(draw)
+    source = _source(draw)
     return draw_layout(source.choose(list(kinds)), shape, itemsize, source)
-
-
-def recipes() -> st.SearchStrategy[str]:
-    """Names of recipes for values."""
-    return st.sampled_from(list(RECIPES))

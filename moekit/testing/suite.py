@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moekit.lang.dtypes import FLOATS, itemsize
+from moekit.lang.dtypes import FLOATS
 from moekit.lang.fusion import Fusion
 from moekit.testing.batch import check
 from moekit.testing.case import FuzzCase, name_of
-from moekit.testing.layouts import KINDS, READ_ONLY, lay
+from moekit.testing.draw import plain_case
+from moekit.testing.layouts import KINDS, READ_ONLY
 
 IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton", "triton in place")
 SLOW = frozenset({"pallas", "xla"})  # a compilation per case: they run the cases marked `core`
@@ -42,13 +43,13 @@ def pick(fusion: Fusion, sizes: Mapping[str, int], dtype: str, params: Mapping[s
     given = (",".join(f"{n}={v}" for n, v in named.items()) for named in (sizes, params))
     parts = (*given, dtype, layout, recipe, schedule)
     label = " ".join(p for p in parts if p not in ("dense", "normal", "heuristic", ""))
-    dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
-    case = FuzzCase(name_of(fusion), sizes, dtypes, params, recipe=recipe, schedule=schedule, seed=zlib.crc32(label.encode()))
+    how = {"params": params, "recipe": recipe, "schedule": schedule, "seed": zlib.crc32(label.encode())}
+    case = plain_case(name_of(fusion), sizes, dtype, **how)
     turn, kinds = layout.removeprefix("mixed:"), {}
     for i, name in enumerate(dict.fromkeys([*case.memory(), *case.names]) if layout != "dense" else ()):
         kind = layout if turn == layout else LAYOUTS[(int(turn) + 3 * i) % len(LAYOUTS)]
-        read_only = name in case.shapes and name not in case.names
-        kinds[name] = lay(kind if read_only or kind not in READ_ONLY else "dense", case.shape(name), itemsize(case.dtype(name)))
+        writable = name not in case.shapes or name in case.names
+        kinds[name] = case.laid(name, "dense" if writable and kind in READ_ONLY else kind)
     return Picked(label, replace(case, layouts=kinds), core)
 
 

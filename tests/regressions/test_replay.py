@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moekit.testing.campaign import replay
+from moekit.testing import replay
 from moekit.testing.executors import unavailable
-from moekit.testing.regressions import load
+from moekit.testing.failures import load
 
 RECORDED = [(f"{r.case.fusion}-{r.implementation}-{i}", r) for i, r in enumerate(load(Path(__file__).parent))]
 GPU = [pytest.mark.gpu]

@@ -79,8 +79,8 @@ assert np.array_equal(out.numpy(), np.fmax.reduce(rows, axis=1)), out
 last = torch.zeros(1, dtype=torch.int32)
 order[(5,)](last)
 assert last.item() == 4
-with interpreted.backwards(True):
-    order[(5,)](last)
+interpreted.ORDER["backwards"] = True
+order[(5,)](last)
 assert last.item() == 0
 """
 

@@ -12,9 +12,8 @@ from moekit.testing.batch import run_case
 from moekit.testing.case import FuzzCase, find_fusion
 from moekit.testing.executors import executor
 from moekit.testing.layouts import KINDS
-from moekit.testing.schedules import variants
+from moekit.testing.schedules import variants, work
 from moekit.testing.strategies import cases
-from moekit.testing.tasks import work
 
 SMALL = {"elements": 400, "smallest": 1, "kinds": tuple(k for k in KINDS if k != "far")}
 drawn = st.integers(0, 2000).flatmap(lambda n: cases(f"random:{n}", **SMALL)).filter(lambda c: work(c) < 60)
@@ -27,7 +26,7 @@ def test_implementations_agree(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas", pytest.param("triton", marks=pytest.mark.gpu)])
-@settings(max_examples=max(5, settings.default.max_examples // 2))
+@settings(max_examples=max(5, settings.default.max_examples // 4))
 @given(data=st.data())
 def test_implementations_that_compile_agree(implementation, data):
     made = executor(implementation)

@@ -3,7 +3,7 @@
 import pytest
 
 from moekit.testing.executors import Torch
-from moekit.testing.gpu_pass import cases, doors_of, run_triton
+from moekit.testing.gpu_pass import cases, counted, doors_of
 from moekit.testing.oracle import Oracle
 from moekit.torch import fast, launch
 
@@ -22,6 +22,6 @@ def triton(emulated, monkeypatch):
 
 @pytest.mark.parametrize("case", FEW, ids=[f"{n} {c.fusion} {c.mode} {c.schedule}" for n, c in enumerate(FEW)])
 def test_a_case_of_the_pass(case, triton):
-    outputs, launched = run_triton(triton, case)
+    outcome, launched = counted(triton, case)
     assert {door for door, count in launched.items() if count} == set(doors_of("triton", case))
-    assert not Oracle.of(case, "triton").compare(outputs).problems
+    assert not Oracle.of(case, "triton").compare(outcome.outputs).problems

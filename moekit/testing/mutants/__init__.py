@@ -4,7 +4,7 @@
 kill rate.
 """
 
-from moekit.testing.mutants.score import Outcome, mutate, score_all, try_mutant
+from moekit.testing.mutants.score import Outcome, hunt, mutate, score_all
 from moekit.testing.mutants.table import EQUIVALENT, HISTORICAL, TABLE, Mutant
 
-__all__ = ["EQUIVALENT", "HISTORICAL", "TABLE", "Mutant", "Outcome", "mutate", "score_all", "try_mutant"]
+__all__ = ["EQUIVALENT", "HISTORICAL", "TABLE", "Mutant", "Outcome", "hunt", "mutate", "score_all"]

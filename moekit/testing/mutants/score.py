@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from moekit.files import write_text
 from moekit.testing.mutants.killer import ARRAYS, STAGES
 from moekit.testing.mutants.table import Mutant
 
-SECONDS = 90.0  # for one stage of one mutant
+SECONDS = 90.0  # of the processor, for one stage of one mutant
+PATIENCE = 6  # times as many seconds until a stage is taken to hang
 ARRAY_FILES = ("backends/array.py", "backends/libraries.py", "backends/torch_product.py")
 SEEN = (  # the file (or several), the folder (none: ""), and the stages in which a change of them alone can be seen
     ("backends/triton.py", "", ("triton-interpreter",)),
@@ -61,13 +63,6 @@ def stages_of(files: Iterable[str]) -> tuple[str, ...]:
     return (*STAGES, *ARRAYS) if any(f.endswith(ARRAY_FILES) for f in files) else STAGES
 
 
-def copy_package(folder: Path) -> Path:
-    """A copy of the package in `folder`."""
-    target = folder / "moekit"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
-
-
 def mutate(mutant: Mutant, package: Path) -> None:
     """Apply a mutant to a copy of the package; raises MoekitError where its text is not there any more."""
     path = package / mutant.file
@@ -103,39 +98,55 @@ def apply_patch(patch: Path, folder: Path) -> list[str]:
     return [f.removeprefix("b/").removeprefix("moekit/") for f in files]
 
 
-def try_mutant(mutant: Mutant, seconds: float = SECONDS) -> Outcome:
-    """Run the stages against a mutant until one kills it."""
-    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
-        mutate(mutant, copy_package(Path(folder)))
-        return hunt(mutant.name, mutant.about, [mutant.file], Path(folder), seconds)
+@contextlib.contextmanager
+def planted(*changes: Mutant | Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with a copy of the package in which mutants and patches are applied, and the files that they change.
+
+    Raises MoekitError for a change that does not apply.
+    """
+    with tempfile.TemporaryDirectory(prefix="moekit-planted-") as name:
+        folder, files = Path(name), []
+        shutil.copytree(PACKAGE, folder / "moekit", ignore=shutil.ignore_patterns("__pycache__"))
+        for change in changes:
+            if isinstance(change, Mutant):
+                mutate(change, folder / "moekit")
+            files += [change.file] if isinstance(change, Mutant) else apply_patch(change, folder)
+        yield folder, files
 
 
-def try_patch(patch: Path, seconds: float = SECONDS) -> Outcome:
-    """Run the stages against a patch from outside."""
-    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
-        copy_package(Path(folder))
-        files = apply_patch(patch, Path(folder))
-        return hunt(patch.stem, f"patch {patch.name}", files, Path(folder), seconds)
+@contextlib.contextmanager
+def workers_have(*changes: Mutant | Path) -> Iterator[None]:
+    """While this lasts, processes that are started find the package with these changes; this one keeps the one that it has."""
+    with planted(*changes) as (folder, _):
+        sys.path.insert(0, str(folder))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(folder))
 
 
-def try_unchanged(seconds: float = SECONDS) -> Outcome:
-    """Run all stages against the package as it is: unless it survives, the kills of others mean nothing."""
-    with tempfile.TemporaryDirectory(prefix="moekit-mutant-") as folder:
-        copy_package(Path(folder))
-        return hunt(
-            UNCHANGED, "nothing: the package as it is", ["compile/passes/nest.py", "backends/array.py"], Path(folder), seconds
-        )
+def hunt(change: Mutant | Path | None, seconds: float = SECONDS) -> Outcome:
+    """Run the stages against a mutant, a patch from outside or (None) the package as it is, until one kills it.
 
-
-def hunt(name: str, about: str, files: list[str], folder: Path, seconds: float) -> Outcome:
-    """Run every stage that can see the files, each in a process of its own with `folder` first on its path."""
+    Unless the package as it is survives, the kills of others mean nothing. Every stage that can see the files that are changed
+    has a process of its own.
+    """
     begin, cases = time.monotonic(), 0
-    for stage in stages_of(files):
-        found = run_stage(stage, folder, seconds)
-        cases += found["ran"]
-        if found["killed"]:
-            return Outcome(name, ", ".join(files), about, True, stage, cases, time.monotonic() - begin, found["by"])
-    return Outcome(name, ", ".join(files), about, False, "", cases, time.monotonic() - begin, "")
+    name, about = UNCHANGED, "nothing: the package as it is"
+    if isinstance(change, Mutant):
+        name, about = change.name, change.about
+    elif change is not None:
+        name, about = change.stem, f"patch {change.name}"
+    with planted(*([] if change is None else [change])) as (folder, files):
+        files = files or ["compile/passes/nest.py", "backends/array.py"]
+        for stage in stages_of(files):
+            found = run_stage(stage, folder, seconds)
+            cases += found["ran"]
+            if found["killed"]:
+                break
+    killed = found["killed"]
+    spent = time.monotonic() - begin
+    return Outcome(name, ", ".join(files), about, killed, stage if killed else "", cases, spent, found["by"])
 
 
 def run_stage(stage: str, folder: Path, seconds: float) -> dict:
@@ -148,7 +159,7 @@ def run_stage(stage: str, folder: Path, seconds: float) -> dict:
     command = [sys.executable, "-m", "moekit.testing.mutants.killer", stage, str(seconds)]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, timeout=seconds + 120, check=False, **UTF8
+            command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE * seconds + 120, check=False, **UTF8
         )
     except subprocess.TimeoutExpired:
         return {"killed": True, "ran": 0, "by": "it did not end"}
@@ -169,14 +180,8 @@ def score_all(
 
     The outcomes come in the order given.
     """
-
-    def tried(mutant: Mutant | Path | None) -> Outcome:
-        if mutant is None:
-            return try_unchanged(seconds)
-        return try_patch(mutant, seconds) if isinstance(mutant, Path) else try_mutant(mutant, seconds)
-
     with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(tried, m) for m in mutants]
+        running = [pool.submit(hunt, m, seconds) for m in mutants]
         try:
             for done in as_completed(running):
                 watch(done.result())
