@@ -61,10 +61,12 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def narrow(small):
-    """The bfloat16 model, prompts and tokens to feed; the steps are those of the test above."""
+def narrow(tmp_path_factory):
+    """A bfloat16 model of the layer that has all the fusions, prompts and tokens to feed."""
+    alone = replace(SMALL, layer_types=(GDN,))
+    directory = write_random_checkpoint(tmp_path_factory.mktemp("narrow") / "alone", alone, SEED)
     with jax.default_device(jax.devices("cpu")[0]):
-        model = load(small, agreement_mesh(), "bfloat16")
+        model = load(directory, agreement_mesh(), "bfloat16")
         prompts = run.random_prompts(SMALL, 2, 8)
         return model, prompts, [[3, 60, 5, 7, 11, 2], [4, 4, 9]]
 
