@@ -100,8 +100,7 @@ class Engine:
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
         self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
-        self._rows: _Rows | None = None
-        self._held()
+        self._rows: _Rows | None = _Rows.empty(model, slots, length, self.kernels)
         self._lock = threading.Lock()  # sequences are added and fail as a whole
         self._count = 0
         self._live: dict[int, _Sequence] = {}  # those that have not ended
