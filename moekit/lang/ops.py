@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import int_of_width, is_float, itemsize
+from moekit.lang.dtypes import int_of_width, is_float, itemsize, promote
 from moekit.lang.graph import Along
 from moekit.lang.reindex import reindex
-from moekit.lang.trace import Value, as_value, binary, constant, convert, current, unary
+from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
 
 
 def cast(x, dtype: str) -> Value:
@@ -31,47 +31,47 @@ def bitcast(x: Value, dtype: str) -> Value:
 
 def exp(x) -> Value:
     """e**x in float32."""
-    return unary("exp", x)
+    return elementwise("exp", x)
 
 
 def log(x) -> Value:
     """Natural logarithm in float32."""
-    return unary("log", x)
+    return elementwise("log", x)
 
 
 def sqrt(x) -> Value:
     """Square root in float32."""
-    return unary("sqrt", x)
+    return elementwise("sqrt", x)
 
 
 def rsqrt(x) -> Value:
     """1/sqrt(x) in float32."""
-    return unary("rsqrt", x)
+    return elementwise("rsqrt", x)
 
 
 def abs(x) -> Value:
     """Absolute value."""
-    return unary("abs", x)
+    return elementwise("abs", x)
 
 
 def sigmoid(x) -> Value:
     """1/(1+exp(-x)) in float32."""
-    return unary("sigmoid", x)
+    return elementwise("sigmoid", x)
 
 
 def maximum(a, b) -> Value:
     """The larger of two; NaN if either is NaN."""
-    return binary("maximum", a, b)
+    return elementwise("maximum", a, b)
 
 
 def minimum(a, b) -> Value:
     """The smaller of two; NaN if either is NaN."""
-    return binary("minimum", a, b)
+    return elementwise("minimum", a, b)
 
 
 def isnan(x: Value) -> Value:
     """Whether `x` is NaN."""
-    return binary("ne", x, x)
+    return elementwise("ne", x, x)
 
 
 def where(condition: Value, a, b) -> Value:
@@ -81,8 +81,6 @@ def where(condition: Value, a, b) -> Value:
     a = as_value(a, b.dtype if isinstance(b, Value) else "float32")
     b = as_value(b, a.dtype)
     if a.dtype != b.dtype:
-        from moekit.lang.dtypes import promote
-
         dtype = promote(a.dtype, b.dtype)
         a, b = convert(a, dtype), convert(b, dtype)
     return a.builder.add("where", (condition.node, a.node, b.node), (), (*condition.axes, *a.axes, *b.axes), a.dtype)
@@ -279,7 +277,7 @@ def silu(x) -> Value:
 
 def softplus(x) -> Value:
     """log(1+exp(x)) in float32, without overflow."""
-    return unary("softplus", x)
+    return elementwise("softplus", x)
 
 
 def softmax(x, over: str) -> Value:

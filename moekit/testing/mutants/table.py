@@ -327,7 +327,7 @@ ARRAY = (
     _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
     _one('array-le-lt', 'backends/libraries.py', '"le": "less_equal"', '"le": "less"', 'at most is less than in JAX'),
-    _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b},', '"rem": torch.remainder},', 'remainders of negative numbers are positive in PyTorch'),
+    _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b,', '"rem": torch.remainder,', 'remainders of negative numbers are positive in PyTorch'),
     _one('array-product-narrow', 'backends/torch_product.py', '    a, b = a.float(), b.float()\n', '    if a.dtype == b.dtype != torch.float32:\n        return torch.einsum(equation, a, b).float()\n    a, b = a.float(), b.float()\n', 'products of narrow floats are rounded to them in PyTorch'),
     _one('array-put-wraps', 'backends/libraries.py', 'jnp.where(ok, i, size)', 'jnp.where(ok, i, -1)', 'rows at ids out of range are put last in JAX'),
     _one('array-ties-unstable', 'backends/libraries.py', 'axis=-1, kind="stable")', 'axis=-1)', 'ties are in any order in numpy'),

@@ -8,13 +8,14 @@ from typing import Any
 
 from moekit.compile import tile as t
 from moekit.lang import dtypes
-from moekit.lang.graph import BITWISE, COMPARE, UNARY
+from moekit.lang.elementwise import ELEMENTWISE
+from moekit.lang.graph import COMPARE, UNARY
 
 
 def _binary_type(p: t.TileProgram, op: t.Binary) -> str | None:
     if op.left.dtype != op.right.dtype:
         return f"{op.op} of {op.left.dtype} and {op.right.dtype}; cast one"
-    if op.op in BITWISE and dtypes.is_float(op.left.dtype):
+    if ELEMENTWISE[op.op].domain in ("bits", "integer") and dtypes.is_float(op.left.dtype):
         return f"{op.op} of floats; bitcast first"
     if op.out.dtype != ("bool" if op.op in COMPARE else op.left.dtype):
         return f"{op.op} of {op.left.dtype} is not {op.out.dtype}"
