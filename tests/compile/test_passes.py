@@ -12,7 +12,7 @@ from moekit.compile.passes.legalise import NEEDED, legalise
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile import interpret
-from moekit.compile.tile.verify import verify
+from moekit.compile.tile.verify import RULES, check, facts_of
 from moekit.errors import FileError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, f32, fusion
@@ -22,6 +22,7 @@ from moekit.testing import Call, operands
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "P": 35}
 ORDER = ["nest", *PASSES]
 MASKED = ORDER.index("masks")
+DERIVED = {"memory_masked", "reductions_masked", "wide_offsets"}  # what masks and widths are for
 
 
 @fusion(None, a=In("T H", dtype="bfloat16"), b=In("T H", dtype="float16"))
@@ -58,7 +59,9 @@ def test_every_pass_keeps_the_rules(f, schedule):
     _, seen = after_passes(f, schedule)
     assert [name for name, _ in seen] == ORDER * (len(seen) // len(ORDER))
     for name, program in seen:
-        verify(program, before_masks=ORDER.index(name) < MASKED)
+        facts = facts_of(program)
+        for rule in RULES if ORDER.index(name) >= MASKED else RULES.keys() - DERIVED:
+            check(facts, rule)
 
 
 @pytest.mark.parametrize(("f", "schedule"), CASES)
