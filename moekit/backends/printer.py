@@ -67,7 +67,7 @@ class Printer(ABC):
     def comment(self, op: t.Op, depth: int) -> list[str]:
         """The declaration's line, where one begins."""
         if isinstance(op, t.Store):
-            line = op.value.line if op.value in self.inline else ""
+            line = op.value.line if op.value in self.inline.keys() - self.literals else ""
         else:
             line = next((v.line for v in t.results(op)), "")
         if isinstance(op, SILENT) or line in ("", self.said):

@@ -64,7 +64,7 @@ class _Masks:
 
     def masked(self, op: t.Reduce | t.Accumulate | t.Dot, mask: Callable[[], t.Value]) -> list[t.Op]:
         """A reduction that sees its identity past the end of its axis."""
-        draft = t.Draft(self.program, self.numbers, op.out.line)
+        draft, self.numbers.line = t.Draft(self.program, self.numbers), op.out.line
         identity = 0 if isinstance(op, t.Dot) else IDENTITY[op.op, op.value.dtype]
         new = {}
         for value in (op.left, op.right) if isinstance(op, t.Dot) else (op.value,):

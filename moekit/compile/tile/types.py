@@ -21,8 +21,9 @@ def _like(p: TileProgram, op) -> tuple[str, tuple[str, ...]]:
     return op.value.dtype, op.value.axes
 
 
-#: The dtype and axes of what an operation makes; a constant says both itself.
+#: The dtype and axes of what an operation makes.
 RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = {
+    t.Const: lambda p, op: (op.out.dtype, op.out.axes),
     t.Extent: lambda p, op: ("int32", ()),
     t.Elements: lambda p, op: ("int32", (op.axis,) if p.axis(op.axis).block > 1 else ()),
     t.InBounds: lambda p, op: ("bool", op.value.axes),
