@@ -17,12 +17,14 @@ class Elementwise:
     `meaning`: what it makes of numpy arrays. `domain`: what it is done in. "float": float32. "number": float32 or integers.
     "signed": the same, refused for bools. "integer" and "bits": integers, bits bools too. "any": any dtype. "compare": any
     dtype, and the result is a bool. `noun`: what kernels call a result that the declaration does not name.
+    `about`: what the function that declarations call says of itself.
     """
 
     arity: int
     domain: str
     meaning: Callable
     noun: str = "value"
+    about: str = ""
 
 
 def _truncated(a, b):
@@ -38,22 +40,22 @@ def _remainder(a, b):
 
 ELEMENTWISE = {
     "neg": Elementwise(1, "signed", np.negative, "negative"),
-    "abs": Elementwise(1, "signed", np.abs, "magnitude"),
+    "abs": Elementwise(1, "signed", np.abs, "magnitude", "Absolute value."),
     "not": Elementwise(1, "bits", np.invert, "inverted"),
-    "exp": Elementwise(1, "float", np.exp, "exponential"),
-    "log": Elementwise(1, "float", np.log, "logarithm"),
-    "sqrt": Elementwise(1, "float", np.sqrt, "root"),
-    "rsqrt": Elementwise(1, "float", lambda x: 1 / np.sqrt(x), "scale"),
-    "sigmoid": Elementwise(1, "float", lambda x: 1 / (1 + np.exp(-x)), "gated"),
-    "softplus": Elementwise(1, "float", lambda x: np.logaddexp(0, x)),
+    "exp": Elementwise(1, "float", np.exp, "exponential", "e**x in float32."),
+    "log": Elementwise(1, "float", np.log, "logarithm", "Natural logarithm in float32."),
+    "sqrt": Elementwise(1, "float", np.sqrt, "root", "Square root in float32."),
+    "rsqrt": Elementwise(1, "float", lambda x: 1 / np.sqrt(x), "scale", "1/sqrt(x) in float32."),
+    "sigmoid": Elementwise(1, "float", lambda x: 1 / (1 + np.exp(-x)), "gated", "1/(1+exp(-x)) in float32."),
+    "softplus": Elementwise(1, "float", lambda x: np.logaddexp(0, x), "softened", "log(1+exp(x)) in float32, never infinite."),
     "add": Elementwise(2, "number", np.add, "total"),
     "sub": Elementwise(2, "number", np.subtract, "difference"),
     "mul": Elementwise(2, "number", np.multiply, "product"),
     "div": Elementwise(2, "float", np.divide, "quotient"),
     "floordiv": Elementwise(2, "integer", _truncated, "quotient"),
     "rem": Elementwise(2, "integer", _remainder, "remainder"),
-    "maximum": Elementwise(2, "any", np.maximum, "larger"),
-    "minimum": Elementwise(2, "any", np.minimum, "smaller"),
+    "maximum": Elementwise(2, "any", np.maximum, "larger", "The larger of two; NaN if either is NaN."),
+    "minimum": Elementwise(2, "any", np.minimum, "smaller", "The smaller of two; NaN if either is NaN."),
     "and": Elementwise(2, "bits", np.bitwise_and, "both"),
     "or": Elementwise(2, "bits", np.bitwise_or, "either"),
     "xor": Elementwise(2, "bits", np.bitwise_xor, "parity"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from math import copysign
@@ -88,20 +88,27 @@ class Builder:
         self.frame = None
         self._known: dict[g.Node, int] = {}
 
-    def add(self, op: str, args=(), attrs=(), axes=(), dtype="float32") -> Value:
-        """The value of a node, made if it is not there yet; `axes` in any order."""
+    def add(self, op: str, args: Sequence[int] = (), attrs: tuple = (), dtype: str = "float32") -> Value:
+        """The value of a node, made if it is not there yet."""
         if args and all(self.nodes[a].op == "const" for a in args):
             value = fold(op, [(self.nodes[a].attr("value"), self.nodes[a].dtype) for a in args], dtype)
             if value is not None:
-                op, args, attrs, axes = "const", (), constant_attrs(value), ()
-        wanted = set(axes)
-        ordered = tuple(a for a in self.sizes if a in wanted)
-        node = g.Node(op, tuple(args), tuple(attrs), ordered, dtype)
+                op, args, attrs = "const", (), constant_attrs(value)
+        varies = self._varies(op, args, dict(attrs))
+        node = g.Node(op, tuple(args), attrs, tuple(a for a in self.sizes if a in varies), dtype)
         if (known := self._known.get(node)) is None:
             known = self._known[node] = len(self.nodes)
             self.nodes.append(node)
             self._note_source(known)
         return Value(self, known)
+
+    def _varies(self, op: str, args: Sequence[int], attrs: dict) -> set[str]:
+        """The axes of a node: its operands' and its indices', but for one that is reduced, and the one in its place."""
+        index = attrs.get("index", ())
+        found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
+        found |= {a for x in args for a in self.nodes[x].axes}
+        reduced = {attrs.get("axis")} if op != "cumsum" else set()
+        return (found - reduced) | ({attrs["into"]} if "into" in attrs else set())
 
     def new_axis(self, axis: str, size: int | None) -> None:
         """Declare an axis the operands do not have (`into=`)."""
@@ -160,7 +167,7 @@ def constant(value: bool | int | float, dtype: str) -> Value:
     value = kind(value)
     if dtype in INTS and not -(2 ** (8 * itemsize(dtype) - 1)) <= value < 2 ** (8 * itemsize(dtype) - 1):
         raise DtypeError(f"{current().name}: {value} is no {dtype}; cast the other operand to a wider dtype first")
-    return current().add("const", (), constant_attrs(value), (), dtype)
+    return current().add("const", (), constant_attrs(value), dtype)
 
 
 def constant_attrs(value: bool | int | float) -> tuple[tuple[str, object], ...]:
@@ -191,7 +198,7 @@ def convert(x: Value, dtype: str) -> Value:
     node = x.builder.nodes[x.node]
     if node.op == "const" and (dtype == "float32" or not is_float(dtype)):
         return constant(node.attr("value"), dtype)
-    return x.builder.add("cast", (x.node,), (), x.axes, dtype)
+    return x.builder.add("cast", (x.node,), (), dtype)
 
 
 def elementwise(op: str, *operands) -> Value:
@@ -209,4 +216,4 @@ def elementwise(op: str, *operands) -> Value:
         raise DtypeError(f"{builder.name}: {called} needs {needed}, got {' and '.join(given)}; {hint}")
     values = [convert(v, dtype) for v in values]
     result = "bool" if row.domain == "compare" else dtype
-    return builder.add(op, [v.node for v in values], (), [a for v in values for a in v.axes], result)
+    return builder.add(op, [v.node for v in values], (), result)
