@@ -1,5 +1,7 @@
 """The list of passes: a program keeps the rules after each of them, and says the same as before it."""
 
+import re
+
 import numpy as np
 import programs as good
 import pytest
@@ -120,9 +122,12 @@ def test_sections_that_begin_elsewhere_are_one_helper():
     graph = good.graph_of(FUSIONS["gate_projections"], shapes, "bfloat16")
     kernel = good.planned(graph).programs[0]
     found = [(h.section.name, len(h.calls), [starts for _, starts in h.calls]) for h in helpers(kernel)]
-    assert found[0] == ("gate_projections_partial_0", 2, [(0,), (32,)])
+    assert found[0] == ("gate_projections_partial_0_1", 2, [(0,), (32,)])
     assert [calls for _, calls, _ in found] == [2, 1, 1]
     text = triton.emit(kernel)
     assert "gate_up_first: tl.constexpr" in text
     assert "def gate_projections_partial_1(" not in text
-    assert text.count(" gate_projections_partial_0(\n") == 3  # its definition and two calls
+    assert text.count(" gate_projections_partial_0_1(\n") == 3  # its definition and two calls
+    body = text[text.index("def gate_projections_partial_0_1(") : text.index("def gate_projections_partial_2(")]
+    assert "partial_ptr" in body
+    assert not {"partial_0_ptr", "partial_1_ptr", "gate_acc", "up_acc"} & set(re.findall(r"\w+", body))

@@ -120,16 +120,27 @@ def _reads(found: Names, op: t.Op, made: Mapping[t.Value, tuple[int, t.Op]]) -> 
             yield value
 
 
-def _share(found: Names, ops: Sequence[t.Op]) -> None:
-    """Give what a loop carries one name, in this run of operations and those within."""
+def _share(found: Names, ops: Sequence[t.Op], kept: tuple[t.Value, ...] = ()) -> None:
+    """Give what a loop carries one name, in this run of operations and those within; `kept` are read after it."""
     for op in ops:
         if isinstance(op, t.AtEnd):
             found.same |= dict(zip(op.outs, op.otherwise, strict=True))  # nothing stands after it
             _rename(found, op.body, op.otherwise, op.yields)
         if isinstance(op, t.Loop):
-            _share(found, op.body)
+            _share(found, op.body, op.yields)
             found.same |= dict(zip(op.outs, op.carries, strict=True))
             _rename(found, op.body, op.carries, op.yields)
+    _reassign(found, ops, kept)
+
+
+def _reassign(found: Names, ops: Sequence[t.Op], kept: tuple[t.Value, ...]) -> None:
+    """Let what takes the place of a value that is called the same take its name: `series = (series + x) * y`."""
+    before: dict[tuple, t.Value] = {}
+    for op in (op for op in ops if isinstance(op, PURE) and op.out.name and op.out not in {*kept, *found.same}):
+        said = (op.out.name, op.out.dtype, op.out.axes)
+        if said in before:
+            _rename(found, ops, (before[said],), (op.out,))
+        before[said] = op.out
 
 
 def _rename(found: Names, ops: Sequence[t.Op], before: tuple[t.Value, ...], after: tuple[t.Value, ...]) -> None:
