@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from moekit.backends.libraries import LIBRARIES, Library
-from moekit.compile.tile import interpret
 from moekit.errors import ShapeError
+from moekit.lang.elementwise import ELEMENTWISE
 from moekit.lang.graph import Along, By, Graph, Node, Write
 
 
@@ -79,15 +79,9 @@ def _read(e: _Evaluation, _: int, n: Node):
     return e.lib.transpose(array[part], tuple(axes.index(a) for a in n.axes))
 
 
-def _elementwise(table: str):
-    def evaluate(e: _Evaluation, _: int, n: Node):
-        return getattr(e.lib, table)[n.op](*(e.aligned(a, n.axes) for a in n.args))
-
-    return evaluate
-
-
-def _where(e: _Evaluation, _: int, n: Node):
-    return e.lib.where(*(e.aligned(a, n.axes) for a in n.args))
+def _elementwise(e: _Evaluation, _: int, n: Node):
+    function = e.lib.where if n.op == "where" else e.lib.elementwise[n.op]
+    return function(*(e.aligned(a, n.axes) for a in n.args))
 
 
 def _reduce(e: _Evaluation, _: int, n: Node):
@@ -131,7 +125,6 @@ def _pick(e: _Evaluation, _: int, n: Node):
 
 OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
     "read": _read,
-    "where": _where,
     "reduce": _reduce,
     "contract": _contract,
     "cast": _cast,
@@ -142,8 +135,7 @@ OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
     "const": lambda e, i, n: e.lib.constant(n.attr("value"), n.dtype, e.like),
     "extent": lambda e, i, n: e.lib.constant(e.sizes[n.attr("axis")], "int32", e.like),
     "cumsum": lambda e, i, n: e.lib.cumsum(e.values[n.args[0]], e.graph.nodes[n.args[0]].axes.index(n.attr("axis"))),
-    **{op: _elementwise("unary") for op in (*interpret.UNARY, "softplus")},
-    **{op: _elementwise("binary") for op in interpret.BINARY},
+    **dict.fromkeys((*ELEMENTWISE, "where"), _elementwise),
 }
 
 

@@ -15,14 +15,25 @@ import numpy as np
 
 from moekit.compile.tile import interpret
 from moekit.lang.dtypes import is_float, numpy_dtype
+from moekit.lang.elementwise import ELEMENTWISE
+
+#: What the libraries call operations that they do not call as moekit does.
+TORCH = {
+    "sub": "subtract", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "not": "bitwise_not",
+    "shl": "bitwise_left_shift", "shr": "bitwise_right_shift", "div": "true_divide",
+}  # fmt: skip
+JAX = {
+    "sub": "subtract", "mul": "multiply", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "neg": "negative",
+    "not": "invert", "shl": "left_shift", "shr": "right_shift", "div": "divide", "eq": "equal", "ne": "not_equal",
+    "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Library:
     """What array evaluation asks of an array library."""
 
-    unary: Mapping[str, Callable]
-    binary: Mapping[str, Callable]
+    elementwise: Mapping[str, Callable]
     reduce: Mapping[str, Callable]
     where: Callable
     cast: Callable
@@ -71,8 +82,7 @@ def numpy_library() -> Library:
         return out
 
     return Library(
-        unary={**interpret.UNARY, "softplus": lambda x: np.logaddexp(np.float32(0), x)},
-        binary=interpret.BINARY,
+        elementwise={op: row.meaning for op, row in ELEMENTWISE.items()},
         reduce={k: (lambda x, axis, f=f: f(x, axis=axis, dtype=x.dtype)) for k, f in interpret.REDUCE.items()},
         where=np.where,
         cast=lambda x, dtype, inner: x.astype(numpy_dtype(dtype)),
@@ -140,16 +150,13 @@ def torch_library() -> Library:
     def div(a, b):
         return torch.where(b == 0, 0, torch.div(a, torch.where(b == 0, 1, b), rounding_mode="trunc"))
 
-    names = {"sub": "subtract", "mul": "mul", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-             "shl": "bitwise_left_shift", "shr": "bitwise_right_shift", "div": "true_divide"}  # fmt: skip
-    binary = {op: getattr(torch, names.get(op, op)) for op in interpret.BINARY if op not in ("floordiv", "rem")}
-    unary_names = {"not": "bitwise_not"}
+    own = {
+        "floordiv": div,
+        "rem": lambda a, b: a - div(a, b) * b,
+        "softplus": lambda x: torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device)),
+    }
     return Library(
-        unary={
-            **{op: getattr(torch, unary_names.get(op, op)) for op in interpret.UNARY},
-            "softplus": lambda x: torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device)),
-        },
-        binary={**binary, "floordiv": div, "rem": lambda a, b: a - div(a, b) * b},
+        elementwise={op: own.get(op) or getattr(torch, TORCH.get(op, op)) for op in ELEMENTWISE},
         reduce={
             "sum": lambda x, axis: torch.sum(x, axis, dtype=x.dtype),
             "max": lambda x, axis: torch.amax(x, axis),
@@ -200,13 +207,9 @@ def jax_library() -> Library:
         # XLA on CPU lacks some products of narrow floats with a float32 result
         return lax.platform_dependent(a, b, cpu=lambda a, b: product(*(x.astype(jnp.float32) for x in (a, b))), default=product)
 
-    names = {"sub": "subtract", "mul": "multiply", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-             "shl": "left_shift", "shr": "right_shift", "div": "divide", "eq": "equal", "ne": "not_equal", "lt": "less",
-             "le": "less_equal", "gt": "greater", "ge": "greater_equal"}  # fmt: skip
-    binary = {op: getattr(jnp, names.get(op, op)) for op in interpret.BINARY if op not in ("floordiv", "rem")}
-    unary_names = {"neg": "negative", "not": "invert"}
-    unary = {op: getattr(jnp, unary_names.get(op, op)) for op in interpret.UNARY if op not in ("rsqrt", "sigmoid")}
     div = safe(lax.div)
+    own = {"floordiv": div, "rem": whole(lambda a, b: a - div(a, b) * b), "rsqrt": lax.rsqrt}
+    own |= {"sigmoid": nn.sigmoid, "softplus": nn.softplus}
 
     def extreme(reduce):
         """XLA on CPU drops NaN from maxima of long rows (openxla/xla 21461; seen with jax 0.11.2, 300 columns)."""
@@ -222,8 +225,7 @@ def jax_library() -> Library:
         return made
 
     return Library(
-        unary={**unary, "rsqrt": lax.rsqrt, "sigmoid": nn.sigmoid, "softplus": nn.softplus},
-        binary={**binary, "floordiv": div, "rem": whole(lambda a, b: a - div(a, b) * b)},
+        elementwise={op: own.get(op) or getattr(jnp, JAX.get(op, op)) for op in ELEMENTWISE},
         reduce={
             "sum": lambda x, axis: jnp.sum(x, axis=axis, dtype=x.dtype),
             "max": extreme(jnp.max),

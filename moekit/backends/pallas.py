@@ -23,7 +23,6 @@ from moekit.backends.printer import (
     header,
     is_extreme,
     kernel_name,
-    literal_level,
     number,
     wrapped,
 )
@@ -35,11 +34,13 @@ DTYPES = {
     "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
     "int32": "jnp.int32", "int16": "jnp.int16", "int8": "jnp.int8", "bool": "jnp.bool_",
 }  # fmt: skip
-UNARY = {
+WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
-    "sigmoid": "lax.logistic({})",
+    "sigmoid": "lax.logistic({})", "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
+    "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "full": "jnp.full({}, {}, {})",
+    "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})", "cast": "{}.astype({})",
+    "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
 }  # fmt: skip
-DIV, REM = "lax.div({}, jnp.int32({}))", "lax.rem({}, jnp.int32({}))"
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
@@ -88,8 +89,7 @@ def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
 class PallasPrinter(Printer):
     """Loops, stores and helpers in Pallas."""
 
-    functions, lanes, halves = UNARY, "jnp.arange({}, dtype=jnp.int32)", "jnp.where({}, jnp.int32(0), jnp.int32({}))"
-    div, rem, rem_level = DIV, REM, ATOM
+    words, dtypes = WORDS, DTYPES
 
     def helper(self, name: str) -> str:
         """Note that a helper is needed."""
@@ -122,7 +122,7 @@ class PallasPrinter(Printer):
         pad, count = "    " * depth, self.program.turns(op.axis)
         kept = self.listed(op.otherwise).rstrip(",")
         lines = ["", f"{pad}def at_end({kept}):", *self.body(op.body, depth + 1)]
-        ended = f"{REM.format('turn', count)} == {count - 1}"
+        ended = f"{WORDS['rem'].format('turn', count)} == {count - 1}"
         lines += [f"{pad}    return {', '.join(map(self.initial, op.yields))}", ""]
         return [*lines, *wrapped(f"{pad}{self.listed(op.outs)} = lax.cond({ended}, at_end, lambda *carried: carried, {kept})")]
 
@@ -155,10 +155,21 @@ class PallasPrinter(Printer):
         axes = self.program.ordered(op.at.axes)
         written = self.program.param(op.at.tensor).viewed.buffer
         ref = f"{written}_out_ref" if written in buffers(self.program)[0] else f"{written}_ref"
-        value = self.text(op.value)
-        if op.value.axes != axes:
-            value = f"jnp.broadcast_to({self.at(op.value, axes, LOOSEST)}, {self.shape(axes)})"
-        return f"plt.store({ref}.at[{self.index(op.at, axes)}], {value}{self.masked(op.at, axes)})"
+        return f"plt.store({ref}.at[{self.index(op.at, axes)}], {self.spread(op.value, axes)}{self.masked(op.at, axes)})"
+
+    def const(self, op: t.Const) -> str | Text:
+        """Of a dtype that a literal does not have a number is made by it."""
+        plain = op.out.axes or op.out.dtype in ("float32", "int32", "bool")
+        return super().const(op) if plain else f"{DTYPES[op.out.dtype]}({number(op.value)})"
+
+    def branches(self, op: t.Where) -> tuple[str, str]:
+        """JAX 0.11's Triton lowering gives a literal beside a loop's number its own type, and two of them the condition's."""
+        numbers = {op.yes, op.no} <= self.literals
+        whole = not op.out.axes and (numbers or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
+        return (self.typed(op.yes, LOOSEST), self.typed(op.no, LOOSEST)) if whole else super().branches(op)
+
+    def sides(self, more: int) -> tuple[str, str]:
+        return "jnp.int32(0)", f"jnp.int32({more})"
 
     def masked(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The mask of an access as a full block over `axes`."""
@@ -206,8 +217,7 @@ def _load(p: PallasPrinter, op: t.Load) -> str:
 def _binary(p: PallasPrinter, op: t.Binary) -> str | Text:
     if op.op not in ("maximum", "minimum", "floordiv", "rem"):
         return p.operator(op)
-    a, b = p.at(op.left, op.out.axes, LOOSEST), p.at(op.right, op.out.axes, LOOSEST)
-    a = p.typed(op.left) if {op.left, op.right} <= p.literals else a
+    a, b = p.pair(op)
     if op.op in ("maximum", "minimum"):
         return f"{p.helper(f'nan_{op.op}') if is_extreme(op) else f'jnp.{op.op}'}({a}, {b})"
     return f"{p.helper('trunc_div' if op.op == 'floordiv' else 'trunc_rem')}({a}, {b})"
@@ -237,35 +247,12 @@ def _halves(p: PallasPrinter, op: t.Halves) -> str:
     return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
 
 
-def _where(p: PallasPrinter, op: t.Where) -> str:
-    axes = op.out.axes
-    condition = p.typed(op.condition) if op.condition in p.literals else p.at(op.condition, axes, LOOSEST)
-    # JAX 0.11's Triton lowering gives a literal beside a loop's own number its own type, and two of them the condition's
-    numbers = {op.yes, op.no} <= p.literals
-    whole = not axes and (numbers or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
-    yes, no = (p.typed(v, LOOSEST) if whole else p.at(v, axes, LOOSEST) for v in (op.yes, op.no))
-    return f"jnp.where({condition}, {yes}, {no})"
-
-
-def _const(p: PallasPrinter, op: t.Const) -> str | Text:
-    text = number(op.value)
-    if op.out.axes:
-        return f"jnp.full({p.shape(op.out.axes)}, {text}, {DTYPES[op.out.dtype]})"
-    plain = op.out.dtype in ("float32", "int32", "bool")
-    return (text, literal_level(text)) if plain else f"{DTYPES[op.out.dtype]}({text})"
-
-
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     **COMMON,
-    t.Const: _const,
     t.Halves: _halves,
     t.Load: _load,
-    t.Cast: lambda p, op: f"{p.typed(op.value)}.astype({DTYPES[op.out.dtype]})",
-    t.Bitcast: lambda p, op: f"lax.bitcast_convert_type({p.typed(op.value, LOOSEST)}, {DTYPES[op.out.dtype]})",
     t.Binary: _binary,
-    t.Where: _where,
     t.Reduce: _reduce,
-    t.Scan: lambda p, op: f"lax.cumsum({p.text(op.value)}, axis={op.value.axes.index(op.axis)})",
     t.Dot: _dot,
 }
 

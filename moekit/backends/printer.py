@@ -36,11 +36,13 @@ class Printer(ABC):
     """Prints one program with a table of expressions. `pid` is its number in the launch, as text; `starts` name the beginning
     of indices that it is told (`compile/passes/helpers.py`)."""
 
-    functions: Mapping[str, str]  # of one block, as text around it
-    lanes: str  # the numbers from 0 on
-    halves: str  # 0 where something holds, else another number
-    div, rem, rem_level = "{} // {}", "{} % {}", TIMES
+    #: Text around what it is said of: element-wise functions of one block by name; `lanes`, the numbers from 0 on; `element`, a
+    #: constant one; `div` and `rem` of one; `full`, a block of a number of a dtype; `broadcast`, a block in another shape;
+    #: `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension.
+    words: Mapping[str, str]
+    dtypes: Mapping[str, str]
     constant = ""  # what marks the name of a number
+    typed_literals: tuple[str, ...] = ()  # the dtypes of which a Python number is no literal
 
     def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable], pid: str, starts: Starts):
         self.program, self.expressions, self.pid, self.names = program, expressions, pid, names(program)
@@ -67,7 +69,7 @@ class Printer(ABC):
     def comment(self, op: t.Op, depth: int) -> list[str]:
         """The declaration's line, where one begins."""
         if isinstance(op, t.Store):
-            line = op.value.line if op.value in self.inline else ""
+            line = op.value.line if op.value in self.inline.keys() - self.literals else ""
         else:
             line = next((v.line for v in t.results(op)), "")
         if isinstance(op, SILENT) or line in ("", self.said):
@@ -95,6 +97,10 @@ class Printer(ABC):
         text, own = self.inline[value] if value in self.inline else (self.names[value], ATOM)
         return text if own >= level else f"({text})"
 
+    def word(self, name: str, *args) -> str:
+        """The backend's text for something."""
+        return self.words[name].format(*args)
+
     def typed(self, value: t.Value, level: int = ATOM) -> str:
         """A value where a Python number would not do: one that is a literal gets its dtype."""
         return self.scalar(self.text(value), value.dtype) if value in self.literals else self.text(value, level)
@@ -117,6 +123,39 @@ class Printer(ABC):
         """A block's shape as text."""
         return str(self.program.block(axes))
 
+    def const(self, op: t.Const) -> str | Text:
+        """A literal, but for a block of it, and where it would be of another dtype."""
+        text, dtype = number(op.value), self.dtypes[op.out.dtype]
+        if op.out.axes or op.out.dtype in self.typed_literals:
+            return self.word("full", self.shape(op.out.axes), text, dtype)
+        return text, literal_level(text)
+
+    def converted(self, op: t.Cast | t.Bitcast) -> str:
+        """A block in another dtype."""
+        word = self.words["cast" if isinstance(op, t.Cast) else "bitcast"]
+        return word.format(self.typed(op.value, ATOM if word.startswith("{}") else LOOSEST), self.dtypes[op.out.dtype])
+
+    def choice(self, op: t.Where) -> str:
+        """A choice between two blocks."""
+        axes = op.out.axes
+        condition = self.typed(op.condition) if op.condition in self.literals else self.at(op.condition, axes, LOOSEST)
+        return self.word("where", condition, *self.branches(op))
+
+    def branches(self, op: t.Where) -> tuple[str, str]:
+        """What there is to choose from."""
+        return self.at(op.yes, op.out.axes, LOOSEST), self.at(op.no, op.out.axes, LOOSEST)
+
+    def spread(self, value: t.Value, axes: tuple[str, ...]) -> str:
+        """A value as a block over `axes`."""
+        if value.axes == axes:
+            return self.text(value)
+        return self.word("broadcast", self.at(value, axes, LOOSEST), self.shape(axes))
+
+    def pair(self, op: t.Binary) -> tuple[str, str]:
+        """Two blocks as the arguments of a function; of two literals one gets its dtype."""
+        left = self.typed(op.left) if {op.left, op.right} <= self.literals else self.at(op.left, op.out.axes, LOOSEST)
+        return left, self.at(op.right, op.out.axes, LOOSEST)
+
     def operator(self, op: t.Binary) -> Text:
         """Two blocks with an operator between them; of two literals one gets its dtype."""
         sign, level = OPERATORS[op.op]
@@ -131,7 +170,7 @@ class Printer(ABC):
         """A sign or a function of a block."""
         if sign := SIGNS.get(op.op):
             return f"{sign}{self.typed(op.value)}", NEGATED
-        return self.functions[op.op].format(self.typed(op.value, LOOSEST)), ATOM
+        return self.word(op.op, self.typed(op.value, LOOSEST)), ATOM
 
     def program_id(self, axis: str) -> Text:
         """The block number along a grid axis, decoded from the one launch dimension; "0" for an axis of one block."""
@@ -142,9 +181,9 @@ class Printer(ABC):
         below = [n for _, n in several[at + 1 :]]
         known = prod(n for n in below if isinstance(n, int))
         inner = " * ".join([*(count_of(n) for n in below if not isinstance(n, int)), *([str(known)] if known > 1 else [])])
-        inner = f"({inner})" if " * " in inner and "//" in self.div else inner
-        text = self.div.format(self.pid, inner) if inner else self.pid
-        return (self.rem.format(text, count_of(several[at][1])) if at > 0 else text), TIMES if inner or at > 0 else ATOM
+        inner = f"({inner})" if " * " in inner and "//" in self.words["div"] else inner
+        text = self.word("div", self.pid, inner) if inner else self.pid
+        return (self.word("rem", text, count_of(several[at][1])) if at > 0 else text), TIMES if inner or at > 0 else ATOM
 
     def first(self, op: t.Elements) -> Text:
         """The element at which a block of an axis begins."""
@@ -163,14 +202,17 @@ class Printer(ABC):
         (first, level), axis = self.first(op), self.program.axis(op.axis)
         if not op.out.axes:
             return first, level
-        lanes = self.lanes.format(axis.block)
-        lanes = self.rem.format(lanes, axis.block // 2) if axis.of else lanes
-        return (lanes, self.rem_level if axis.of else ATOM) if first == "0" else (f"{first} + {lanes}", PLUS)
+        lanes = self.word("lanes", axis.block)
+        lanes = self.word("rem", lanes, axis.block // 2) if axis.of else lanes
+        if first != "0":
+            return f"{first} + {lanes}", PLUS
+        return lanes, TIMES if axis.of and "%" in self.words["rem"] else ATOM
 
     def side(self, value: t.Value, more: int, axes: tuple[str, ...]) -> str:
         """Nothing in the first half of an axis that is another one twice, `more` in the second, lined up with `axes`."""
         block = self.program.block(value.axes)[0]
-        text = self.halves.format(f"{self.lanes.format(block)} < {block // 2}", more)
+        first = f"{self.word('lanes', block)} < {block // 2}"
+        text = self.word("where", first, *(self.word("element", n) for n in (0, more)))
         return text if len(axes) == 1 else text + dimensions(value, axes)
 
     def extent(self, axis: str) -> str:
@@ -190,8 +232,8 @@ class Printer(ABC):
         lines = []
         for i, (var, over) in enumerate(zip(op.vars, op.over, strict=True)):
             inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
-            text = self.div.format("turn", inner) if inner > 1 else "turn"
-            text = self.rem.format(text, self.program.turns(over)) if i else text
+            text = self.word("div", "turn", inner) if inner > 1 else "turn"
+            text = self.word("rem", text, self.program.turns(over)) if i else text
             step = self.program.axis(over).block if isinstance(over, str) else 1
             lines.append("    " * depth + f"{self.names[var]} = {text}" + (f" * {step}" if step > 1 else ""))
         return lines
@@ -211,10 +253,16 @@ class Printer(ABC):
 
 #: What every printer writes in the same way.
 COMMON: dict[type, Callable[[Any, Any], str | Text]] = {
+    t.Const: lambda p, op: p.const(op),
     t.Elements: lambda p, op: p.elements(op),
     t.Extent: lambda p, op: p.extent(op.axis),
     t.InBounds: lambda p, op: p.in_bounds(op),
+    t.Cast: lambda p, op: p.converted(op),
+    t.Bitcast: lambda p, op: p.converted(op),
     t.Unary: lambda p, op: p.unary(op),
+    t.Binary: lambda p, op: p.operator(op),
+    t.Where: lambda p, op: p.choice(op),
+    t.Scan: lambda p, op: p.words["cumsum"].format(p.text(op.value), op.value.axes.index(op.axis)),
 }
 
 
@@ -261,7 +309,7 @@ def calls(kernel: t.Kernel, shared: Iterable[Helper], printer: type[Printer]) ->
     helper = {section.name: (h.section.name, starts) for h in shared for section, starts in h.calls}
     before, begin, at, total = [], "0", "at" if abreast else "pid", sum(n for n in known if n)
     if abreast:
-        before = [f"    at, turn = {printer.rem.format('pid', total)}, {printer.div.format('pid', total)}"]
+        before = [f"    at, turn = {printer.words['rem'].format('pid', total)}, {printer.words['div'].format('pid', total)}"]
     for i, (section, n) in enumerate(zip(kernel.sections, known, strict=True)):
         if n is not None and begin.isdecimal():
             end = str(int(begin) + n)

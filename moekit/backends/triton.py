@@ -21,7 +21,6 @@ from moekit.backends.printer import (
     header,
     is_extreme,
     kernel_name,
-    literal_level,
     number,
 )
 from moekit.compile import tile as t
@@ -34,9 +33,11 @@ DTYPES = {
     "int16": "tl.int16", "int8": "tl.int8", "bool": "tl.int1",
 }  # fmt: skip
 
-UNARY = {
+WORDS = {
     "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
-    "sigmoid": "tl.sigmoid({})",
+    "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}", "div": "{} // {}", "rem": "{} % {}",
+    "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})", "where": "tl.where({}, {}, {})",
+    "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)", "cumsum": "tl.cumsum({}, axis={})",
 }  # fmt: skip
 
 HELPERS = {
@@ -95,8 +96,7 @@ def arguments(program: t.Kernel) -> tuple[Argument, ...]:
 class TritonPrinter(Printer):
     """Loops and stores in Triton."""
 
-    functions, lanes, halves = UNARY, "tl.arange(0, {})", "tl.where({}, 0, {})"
-    constant = ": tl.constexpr"
+    words, dtypes, constant, typed_literals = WORDS, DTYPES, ": tl.constexpr", ("float16", "bfloat16", "int16", "int8")
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, counts = "    " * depth, [self.turns(a) for a in op.over]
@@ -159,9 +159,7 @@ class TritonPrinter(Printer):
 
     def store(self, op: t.Store) -> str:
         axes = self.program.ordered(op.at.axes)
-        value = self.text(op.value)
-        if op.value.axes and op.value.axes != axes:
-            value = f"tl.broadcast_to({self.at(op.value, axes)}, {self.shape(axes)})"
+        value = self.spread(op.value, axes) if op.value.axes else self.text(op.value)
         mask = self.mask(op.at, axes)
         return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
 
@@ -209,8 +207,7 @@ def _load(p: TritonPrinter, op: t.Load) -> str:
 def _binary(p: TritonPrinter, op: t.Binary) -> str | Text:
     if op.op not in ("maximum", "minimum"):
         return p.operator(op)
-    a, b = p.at(op.left, op.out.axes, LOOSEST), p.at(op.right, op.out.axes, LOOSEST)
-    a = p.typed(op.left) if {op.left, op.right} <= p.literals else a
+    a, b = p.pair(op)
     return f"tl.{op.op}({a}, {b}{', propagate_nan=tl.PropagateNan.ALL' if is_extreme(op) else ''})"
 
 
@@ -241,31 +238,12 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
 
 
-def _where(p: TritonPrinter, op: t.Where) -> str:
-    axes = op.out.axes
-    condition = p.typed(op.condition) if op.condition in p.literals else p.at(op.condition, axes, LOOSEST)
-    return f"tl.where({condition}, {p.at(op.yes, axes, LOOSEST)}, {p.at(op.no, axes, LOOSEST)})"
-
-
-def _const(p: TritonPrinter, op: t.Const) -> str | Text:
-    """A literal, but where that would be of another dtype."""
-    text = number(op.value)
-    if op.out.axes or op.out.dtype in ("float16", "bfloat16", "int16", "int8"):
-        return f"tl.full({p.shape(op.out.axes)}, {text}, {DTYPES[op.out.dtype]})"
-    return text, literal_level(text)
-
-
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     **COMMON,
-    t.Const: _const,
     t.Halves: _halves,
     t.Load: _load,
-    t.Cast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]})",
-    t.Bitcast: lambda p, op: f"{p.typed(op.value)}.to({DTYPES[op.out.dtype]}, bitcast=True)",
     t.Binary: _binary,
-    t.Where: _where,
     t.Reduce: _reduce,
-    t.Scan: lambda p, op: f"tl.cumsum({p.text(op.value)}, axis={op.value.axes.index(op.axis)})",
     t.Dot: _dot,
 }
 

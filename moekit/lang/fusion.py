@@ -246,8 +246,7 @@ class Fusion:
 
 def _read(builder: Builder, t: Tensor) -> Value:
     index = tuple(Along(None, 0) if i in t.ones else Along(d.axis) for i, d in enumerate(t.dims))
-    axes = [i.axis for i in index if i.axis]
-    return builder.add("read", (), (("tensor", t.name), ("index", index)), axes, t.dtype)
+    return builder.add("read", (), (("tensor", t.name), ("index", index)), t.dtype)
 
 
 def _either(names: tuple[str, ...]) -> str:

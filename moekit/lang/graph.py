@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from moekit.lang.elementwise import ELEMENTWISE
 from moekit.lang.spec import Dim
 
-# op -> number of operands. `read` takes the index values it gathers by; `contract` takes two.
-UNARY = ("neg", "exp", "log", "sqrt", "rsqrt", "abs", "sigmoid", "softplus", "not")
-ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "rem", "maximum", "minimum")
-BITWISE = ("and", "or", "xor", "shl", "shr")
-COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
-BINARY = (*ARITHMETIC, *BITWISE, *COMPARE)
+UNARY = tuple(op for op, row in ELEMENTWISE.items() if row.arity == 1)
+BINARY = tuple(op for op, row in ELEMENTWISE.items() if row.arity == 2)
+COMPARE = tuple(op for op, row in ELEMENTWISE.items() if row.domain == "compare")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import int_of_width, is_float, itemsize
+from moekit.lang.dtypes import int_of_width, is_float, itemsize, promote
+from moekit.lang.elementwise import ELEMENTWISE
 from moekit.lang.graph import Along
 from moekit.lang.reindex import reindex
-from moekit.lang.trace import Value, as_value, binary, constant, convert, current, unary
+from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
 
 
 def cast(x, dtype: str) -> Value:
@@ -26,52 +28,25 @@ def bitcast(x: Value, dtype: str) -> Value:
     """The bits of `x` read as a dtype of the same width."""
     if itemsize(x.dtype) != itemsize(dtype):
         raise DtypeError(f"{x.builder.name}: bitcast from {x.dtype} to {dtype} changes the width")
-    return x if x.dtype == dtype else x.builder.add("bitcast", (x.node,), (), x.axes, dtype)
+    return x if x.dtype == dtype else x.builder.add("bitcast", (x.node,), (), dtype)
 
 
-def exp(x) -> Value:
-    """e**x in float32."""
-    return unary("exp", x)
+def function(op: str) -> Callable[..., Value]:
+    """What declarations call for an operation of the table."""
+    row = ELEMENTWISE[op]
+    call = (lambda x: elementwise(op, x)) if row.arity == 1 else (lambda a, b: elementwise(op, a, b))
+    call.__name__, call.__qualname__, call.__doc__ = op, op, row.about
+    return call
 
 
-def log(x) -> Value:
-    """Natural logarithm in float32."""
-    return unary("log", x)
-
-
-def sqrt(x) -> Value:
-    """Square root in float32."""
-    return unary("sqrt", x)
-
-
-def rsqrt(x) -> Value:
-    """1/sqrt(x) in float32."""
-    return unary("rsqrt", x)
-
-
-def abs(x) -> Value:
-    """Absolute value."""
-    return unary("abs", x)
-
-
-def sigmoid(x) -> Value:
-    """1/(1+exp(-x)) in float32."""
-    return unary("sigmoid", x)
-
-
-def maximum(a, b) -> Value:
-    """The larger of two; NaN if either is NaN."""
-    return binary("maximum", a, b)
-
-
-def minimum(a, b) -> Value:
-    """The smaller of two; NaN if either is NaN."""
-    return binary("minimum", a, b)
+exp, log, sqrt, rsqrt = function("exp"), function("log"), function("sqrt"), function("rsqrt")
+abs, sigmoid, softplus = function("abs"), function("sigmoid"), function("softplus")
+maximum, minimum = function("maximum"), function("minimum")
 
 
 def isnan(x: Value) -> Value:
     """Whether `x` is NaN."""
-    return binary("ne", x, x)
+    return elementwise("ne", x, x)
 
 
 def where(condition: Value, a, b) -> Value:
@@ -81,11 +56,9 @@ def where(condition: Value, a, b) -> Value:
     a = as_value(a, b.dtype if isinstance(b, Value) else "float32")
     b = as_value(b, a.dtype)
     if a.dtype != b.dtype:
-        from moekit.lang.dtypes import promote
-
         dtype = promote(a.dtype, b.dtype)
         a, b = convert(a, dtype), convert(b, dtype)
-    return a.builder.add("where", (condition.node, a.node, b.node), (), (*condition.axes, *a.axes, *b.axes), a.dtype)
+    return a.builder.add("where", (condition.node, a.node, b.node), (), a.dtype)
 
 
 def _axes(over: str) -> list[str]:
@@ -112,7 +85,7 @@ def _reduce(kind: str, x, over: str) -> Value:
         if kind != "sum" and size == 0:
             raise ShapeError(f"{builder.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
         if axis in x.axes:
-            x = builder.add("reduce", (x.node,), (("kind", kind), ("axis", axis)), set(x.axes) - {axis}, x.dtype)
+            x = builder.add("reduce", (x.node,), (("kind", kind), ("axis", axis)), x.dtype)
         elif kind == "sum":
             x = x * extent(axis)
     return x
@@ -153,7 +126,7 @@ def cumsum(x, over: str) -> Value:
         raise DeclarationError(f"{x.builder.name}: cumsum over {over!r}, but the value varies over {x.axes}")
     if x.builder.axis_size(over) is None:
         raise DeclarationError(f"{x.builder.name}: cumsum over the dynamic axis {over!r} cannot be held in one block")
-    return x.builder.add("cumsum", (x.node,), (("axis", over),), x.axes, x.dtype)
+    return x.builder.add("cumsum", (x.node,), (("axis", over),), x.dtype)
 
 
 def contract(a: Value, b: Value, over: str) -> Value:
@@ -166,8 +139,7 @@ def contract(a: Value, b: Value, over: str) -> Value:
     for name in (*rest, axis):
         if name not in a.axes or name not in b.axes:
             raise DeclarationError(f"{a.builder.name}: contract over {name!r} needs it in both operands, got {a} and {b}")
-    axes = (set(a.axes) | set(b.axes)) - {axis}
-    out = a.builder.add("contract", (a.node, b.node), (("axis", axis),), axes, "float32")
+    out = a.builder.add("contract", (a.node, b.node), (("axis", axis),), "float32")
     return sum(out, " ".join(rest)) if rest else out
 
 
@@ -189,18 +161,17 @@ def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
     builder.new_axis(into, k)
     keys, bits = ordered_bits(x)
     attrs = (("axis", over), ("into", into), ("k", k), ("bits", bits))
-    axes = (set(x.axes) - {over}) | {into}
-    best = builder.add("top_k", (keys.node,), (*attrs, ("part", "keys")), axes, "int32")
-    ids = builder.add("top_k", (keys.node,), (*attrs, ("part", "ids")), axes, "int32")
+    best = builder.add("top_k", (keys.node,), (*attrs, ("part", "keys")), "int32")
+    ids = builder.add("top_k", (keys.node,), (*attrs, ("part", "ids")), "int32")
     values = from_ordered_bits(best, x.dtype)
     picked = (values.node, x.node, ids.node)
-    return builder.add("pick", picked, (("axis", over), ("into", into)), axes, x.dtype), ids
+    return builder.add("pick", picked, (("axis", over), ("into", into)), x.dtype), ids
 
 
 def iota(axis: str) -> Value:
     """0, 1, 2, … along `axis`, int32."""
     current().axis_size(axis)
-    return current().add("iota", (), (("index", Along(axis)),), (axis,), "int32")
+    return current().add("iota", (), (("index", Along(axis)),), "int32")
 
 
 def size(axis: str) -> int:
@@ -214,7 +185,7 @@ def size(axis: str) -> int:
 def extent(axis: str) -> Value:
     """The size of an axis as an int32 value: a constant, or a run-time argument if the axis is dynamic."""
     n = current().axis_size(axis)
-    return constant(n, "int32") if n is not None else current().add("extent", (), (("axis", axis),), (), "int32")
+    return constant(n, "int32") if n is not None else current().add("extent", (), (("axis", axis),), "int32")
 
 
 def slice(x: Value, over: str, start: int, size: int, into: str, step: int = 1) -> Value:
@@ -275,11 +246,6 @@ def silu(x) -> Value:
     """x·sigmoid(x) in float32."""
     x = f32(x)
     return x * sigmoid(x)
-
-
-def softplus(x) -> Value:
-    """log(1+exp(x)) in float32, without overflow."""
-    return unary("softplus", x)
 
 
 def softmax(x, over: str) -> Value:

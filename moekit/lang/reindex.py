@@ -40,20 +40,13 @@ def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int
         return _read(b, node, axis, by, done)
     if n.op == "iota":
         return _affine(b, n.attr("index"), by).node
-    args = [_visit(b, a, axis, by, done) for a in n.args]
-    axes = [a for x in args for a in b.nodes[x].axes]
-    if n.op in ("reduce", "contract"):
-        axes = [a for a in axes if a != n.attr("axis")]
-    elif n.op in ("top_k", "pick"):
-        axes = [a for a in axes if a != n.attr("axis")] + [n.attr("into")]
-    return b.add(n.op, args, n.attrs, axes, n.dtype).node
+    return b.add(n.op, [_visit(b, a, axis, by, done) for a in n.args], n.attrs, n.dtype).node
 
 
 def _affine(b: Builder, index: Along, by: Along | Value) -> Value:
     """The value start + step·(what replaces the axis)."""
     if isinstance(by, Along):
-        new = Along(by.axis, index.start + index.step * by.start, index.step * by.step)
-        return b.add("iota", (), (("index", new),), (by.axis,), "int32")
+        return b.add("iota", (), (("index", _along(index, by)),), "int32")
     value = by
     if index.step != 1:
         value = value * constant(index.step, by.dtype)
@@ -70,10 +63,13 @@ def _read(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, i
         elif entry.axis != axis:
             index.append(entry)
         elif isinstance(by, Along):
-            index.append(Along(by.axis, entry.start + entry.step * by.start, entry.step * by.step))
+            index.append(_along(entry, by))
         else:
             args.append(_affine(b, entry, by).node)
             index.append(By(len(args) - 1))
-    axes = [e.axis for e in index if isinstance(e, Along) and e.axis]
-    axes += [a for x in args for a in b.nodes[x].axes]
-    return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(index))), axes, n.dtype).node
+    return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(index))), n.dtype).node
+
+
+def _along(index: Along, by: Along) -> Along:
+    """An index along an axis of which `by` takes the place."""
+    return Along(by.axis, index.start + index.step * by.start, index.step * by.step)

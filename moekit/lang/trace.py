@@ -5,16 +5,29 @@ from __future__ import annotations
 import contextvars
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from math import copysign
 
 from moekit.errors import DeclarationError, DtypeError
 from moekit.lang import graph as g
 from moekit.lang.dtypes import INTS, is_float, itemsize, promote, widened
-from moekit.lang.fold import fold
+from moekit.lang.elementwise import ELEMENTWISE, REFUSED, fold
 
 _builder: contextvars.ContextVar[Builder | None] = contextvars.ContextVar("moekit_builder", default=None)
+
+
+def _infix(op: str):
+    return lambda self, other: elementwise(op, self, other)
+
+
+def _reflected(op: str):
+    return lambda self, other: elementwise(op, other, self)
+
+
+def _sign(op: str):
+    return lambda self: elementwise(op, self)
 
 
 class Value:
@@ -48,77 +61,21 @@ class Value:
     def __iter__(self):
         raise DeclarationError(f"{self.builder.name}: a traced value cannot be iterated over; use halves or slice")
 
-    def __add__(self, other):
-        return binary("add", self, other)
-
-    def __radd__(self, other):
-        return binary("add", other, self)
-
-    def __sub__(self, other):
-        return binary("sub", self, other)
-
-    def __rsub__(self, other):
-        return binary("sub", other, self)
-
-    def __mul__(self, other):
-        return binary("mul", self, other)
-
-    def __rmul__(self, other):
-        return binary("mul", other, self)
-
-    def __truediv__(self, other):
-        return binary("div", self, other)
-
-    def __rtruediv__(self, other):
-        return binary("div", other, self)
-
-    def __floordiv__(self, other):
-        return binary("floordiv", self, other)
-
-    def __mod__(self, other):
-        return binary("rem", self, other)
-
-    def __and__(self, other):
-        return binary("and", self, other)
-
-    def __or__(self, other):
-        return binary("or", self, other)
-
-    def __xor__(self, other):
-        return binary("xor", self, other)
-
-    def __lshift__(self, other):
-        return binary("shl", self, other)
-
-    def __rshift__(self, other):
-        return binary("shr", self, other)
-
-    def __lt__(self, other):
-        return binary("lt", self, other)
-
-    def __le__(self, other):
-        return binary("le", self, other)
-
-    def __gt__(self, other):
-        return binary("gt", self, other)
-
-    def __ge__(self, other):
-        return binary("ge", self, other)
+    __neg__, __abs__, __invert__ = _sign("neg"), _sign("abs"), _sign("not")
+    __add__, __radd__ = _infix("add"), _reflected("add")
+    __sub__, __rsub__ = _infix("sub"), _reflected("sub")
+    __mul__, __rmul__ = _infix("mul"), _reflected("mul")
+    __truediv__, __rtruediv__ = _infix("div"), _reflected("div")
+    __floordiv__, __mod__ = _infix("floordiv"), _infix("rem")
+    __and__, __or__, __xor__ = _infix("and"), _infix("or"), _infix("xor")
+    __lshift__, __rshift__ = _infix("shl"), _infix("shr")
+    __lt__, __le__, __gt__, __ge__ = _infix("lt"), _infix("le"), _infix("gt"), _infix("ge")
 
     def __eq__(self, other):
-        return binary("eq", self, other)
+        return elementwise("eq", self, other)
 
     def __ne__(self, other):
-        return binary("ne", self, other)
-
-    def __neg__(self):
-        return unary("neg", self)
-
-    def __abs__(self):
-        return unary("abs", self)
-
-    def __invert__(self):
-        return unary("not", self)
+        return elementwise("ne", self, other)
 
 
 class Builder:
@@ -131,20 +88,27 @@ class Builder:
         self.frame = None
         self._known: dict[g.Node, int] = {}
 
-    def add(self, op: str, args=(), attrs=(), axes=(), dtype="float32") -> Value:
-        """The value of a node, made if it is not there yet; `axes` in any order."""
+    def add(self, op: str, args: Sequence[int] = (), attrs: tuple = (), dtype: str = "float32") -> Value:
+        """The value of a node, made if it is not there yet."""
         if args and all(self.nodes[a].op == "const" for a in args):
             value = fold(op, [(self.nodes[a].attr("value"), self.nodes[a].dtype) for a in args], dtype)
             if value is not None:
-                op, args, attrs, axes = "const", (), constant_attrs(value), ()
-        wanted = set(axes)
-        ordered = tuple(a for a in self.sizes if a in wanted)
-        node = g.Node(op, tuple(args), tuple(attrs), ordered, dtype)
+                op, args, attrs = "const", (), constant_attrs(value)
+        varies = self._varies(op, args, dict(attrs))
+        node = g.Node(op, tuple(args), attrs, tuple(a for a in self.sizes if a in varies), dtype)
         if (known := self._known.get(node)) is None:
             known = self._known[node] = len(self.nodes)
             self.nodes.append(node)
             self._note_source(known)
         return Value(self, known)
+
+    def _varies(self, op: str, args: Sequence[int], attrs: dict) -> set[str]:
+        """The axes of a node: its operands' and its indices', but for one that is reduced, and the one in its place."""
+        index = attrs.get("index", ())
+        found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
+        found |= {a for x in args for a in self.nodes[x].axes}
+        reduced = {attrs.get("axis")} if op != "cumsum" else set()
+        return (found - reduced) | ({attrs["into"]} if "into" in attrs else set())
 
     def new_axis(self, axis: str, size: int | None) -> None:
         """Declare an axis the operands do not have (`into=`)."""
@@ -203,7 +167,7 @@ def constant(value: bool | int | float, dtype: str) -> Value:
     value = kind(value)
     if dtype in INTS and not -(2 ** (8 * itemsize(dtype) - 1)) <= value < 2 ** (8 * itemsize(dtype) - 1):
         raise DtypeError(f"{current().name}: {value} is no {dtype}; cast the other operand to a wider dtype first")
-    return current().add("const", (), constant_attrs(value), (), dtype)
+    return current().add("const", (), constant_attrs(value), dtype)
 
 
 def constant_attrs(value: bool | int | float) -> tuple[tuple[str, object], ...]:
@@ -234,37 +198,22 @@ def convert(x: Value, dtype: str) -> Value:
     node = x.builder.nodes[x.node]
     if node.op == "const" and (dtype == "float32" or not is_float(dtype)):
         return constant(node.attr("value"), dtype)
-    return x.builder.add("cast", (x.node,), (), x.axes, dtype)
+    return x.builder.add("cast", (x.node,), (), dtype)
 
 
-def binary(op: str, a, b) -> Value:
-    """An element-wise operation; axes are joined by name, narrow floats are widened to float32."""
-    a = as_value(a, b.dtype if isinstance(b, Value) else "int32")
-    b = as_value(b, a.dtype)
-    builder = a.builder
-    dtype = promote(a.dtype, b.dtype)
-    if op == "div" and not is_float(dtype):
-        dtype = "float32"
-    if op in ("floordiv", "rem", "shl", "shr") and (is_float(dtype) or dtype == "bool"):
-        raise DtypeError(f"{builder.name}: {op} needs integers, got {a.dtype} and {b.dtype}; cast first")
-    if op in ("and", "or", "xor") and is_float(dtype):
-        raise DtypeError(f"{builder.name}: {op} needs integers or bools, got {a.dtype} and {b.dtype}; use bitcast")
-    if op in ("add", "sub", "mul") and dtype == "bool":
+def elementwise(op: str, *operands) -> Value:
+    """An operation of the table (`elementwise.py`): axes are joined by name, narrow floats are widened to float32."""
+    row = ELEMENTWISE[op]
+    like = next((x.dtype for x in operands if isinstance(x, Value)), "int32" if row.arity > 1 else "float32")
+    values = [as_value(x, like) for x in operands]
+    builder, given = values[0].builder, [v.dtype for v in values]
+    dtype = "float32" if row.domain == "float" else reduce(promote, given, given[0])
+    if row.domain == "number" and dtype == "bool":
         dtype = "int32"
-    a, b = convert(a, dtype), convert(b, dtype)
-    result = "bool" if op in g.COMPARE else dtype
-    return builder.add(op, (a.node, b.node), (), (*a.axes, *b.axes), result)
-
-
-def unary(op: str, x) -> Value:
-    """An element-wise operation of one operand, in float32 where `op` is transcendental."""
-    x = as_value(x, "float32")
-    if op == "not":
-        if is_float(x.dtype):
-            raise DtypeError(f"{x.builder.name}: ~ needs integers or bools, got {x.dtype}")
-        return x.builder.add("not", (x.node,), (), x.axes, x.dtype)
-    dtype = widened(x.dtype) if op in ("neg", "abs") else "float32"
-    if dtype == "bool":
-        raise DtypeError(f"{x.builder.name}: {op} needs numbers, got bool; use ~ or where")
-    x = convert(x, dtype)
-    return x.builder.add(op, (x.node,), (), x.axes, dtype)
+    refused, needed, hint = REFUSED.get(row.domain, ((), "", ""))
+    if dtype in refused:
+        called = "~" if op == "not" else op
+        raise DtypeError(f"{builder.name}: {called} needs {needed}, got {' and '.join(given)}; {hint}")
+    values = [convert(v, dtype) for v in values]
+    result = "bool" if row.domain == "compare" else dtype
+    return builder.add(op, [v.node for v in values], (), result)

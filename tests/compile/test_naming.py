@@ -2,12 +2,16 @@
 
 import ast
 import keyword
+from dataclasses import replace
 
 import numpy as np
+import programs as good
 import pytest
 
 from moekit import lang as ml
 from moekit.backends import triton
+from moekit.compile import tile as t
+from moekit.compile.passes.names import names as naming
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile import Strided
@@ -88,3 +92,17 @@ def test_plain_names_stay():
         made.graph, made.schedule, {n: Strided(("any",) * len(x.dims)) for n, x in made.graph.tensors.items()}
     ).programs
     assert "    x_ptr, y_ptr, each_ptr, total_ptr, most_ptr, T, x_stride_t" in triton.emit(program)
+
+
+def test_a_name_is_taken_over_where_nothing_reads_the_value_any_more():
+    """Of values that are called the same."""
+    program = good.norm_program()
+    draft = t.Draft(program, t.Numbers(program.body))
+    first = draft.cast(next(op.out for op in program.body if isinstance(op, t.Load)), "float32")
+    one = draft.binary("add", first, first, "sum")
+    two = draft.binary("mul", one, one, "sum")
+    three = draft.binary("add", two, two, "sum")
+    four = draft.binary("sub", three, two, "sum")
+    found = naming(replace(program, body=(*program.body, *draft.ops)))
+    assert found[one] == found[two] == "sum_1"  # `sum` is Python's
+    assert found[three] == found[four] != found[two]

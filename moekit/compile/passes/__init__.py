@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moekit.compile import tile as t
@@ -21,12 +21,12 @@ from moekit.compile.passes.masks import masks
 from moekit.compile.passes.motion import motion
 from moekit.compile.passes.nest import nest
 from moekit.compile.passes.prefetch import prefetch
+from moekit.compile.passes.scope import Layouts
 from moekit.compile.passes.tidy import tidy
 from moekit.compile.schedule.directives import Prefetch, Section
 from moekit.files import make_folder, write_text
 from moekit.lang.graph import Graph
 
-Layouts = Mapping[str, t.Strided | t.Viewed]
 Watch = Callable[[str, t.TileProgram], None]
 
 
@@ -66,7 +66,7 @@ def lower(
     Tensors that are part of arrays are for Pallas, those behind pointers for Triton.
     """
     how = How(section, "pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton")
-    program = nest(graph, section, layouts, sizes or {}, digest, warps, stages)
+    program = replace(nest(graph, section, layouts, sizes or {}), digest=digest, warps=warps, stages=stages)
     watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"))) if w]
     for name, apply in {"nest": lambda program, how: program, **PASSES}.items():
         program = apply(program, how)

@@ -17,11 +17,11 @@ def decompose(program: t.TileProgram) -> t.TileProgram:
     numbers = t.Numbers(program.body)
 
     def rule(op: t.Op) -> list[t.Op] | None:
+        numbers.line = next((v.line for v in t.results(op)), "")
         if isinstance(op, t.Unary) and op.op == "softplus":
-            return _softplus(t.Draft(program, numbers, op.out.line), op)
+            return _softplus(t.Draft(program, numbers), op)
         if isinstance(op, t.TopK):
-            draft = t.Draft(program, numbers, op.outs[0].line)
-            return _packed(draft, op) if op.packed else _plain(draft, op)
+            return (_packed if op.packed else _plain)(t.Draft(program, numbers), op)
         return None
 
     return replace(program, body=t.rewrite(program.body, rule))
@@ -50,19 +50,17 @@ def _mask(d: t.Draft, op: t.TopK) -> t.Value | None:
     """Where there are elements to choose from; None for everywhere."""
     if not d.program.bounded(op.axis).partial:
         return None
-    return d.emit(t.InBounds, "bool", op.elements.axes, f"{op.elements.name}_mask", value=op.elements, axis=op.axis)
+    return d.emit(t.InBounds, f"{op.elements.name}_mask", value=op.elements, axis=op.axis)
 
 
 def _reduce(d: t.Draft, kind: str, value: t.Value, axis: str, name: str) -> t.Value:
-    if axis not in value.axes:
-        return value
-    return d.emit(t.Reduce, value.dtype, {*value.axes} - {axis}, name, op=kind, value=value, axis=axis)
+    return d.emit(t.Reduce, name, op=kind, value=value, axis=axis) if axis in value.axes else value
 
 
 def _loop(d: t.Draft, op: t.TopK, names: tuple[str, ...], inits: list[t.Value], outs: list[t.Value], step) -> t.Loop:
     """k times `step`, which takes the place of a rank and the carries, and gives what they become."""
-    carries = tuple(d.numbers.value(v.dtype, v.axes, name) for name, v in zip(names, inits, strict=True))
-    rank, inner = d.numbers.value("int32", (), "rank"), t.Draft(d.program, d.numbers, d.line)
+    carries = tuple(map(d.numbers.like, inits, names))
+    rank, inner = d.numbers.value("int32", (), "rank"), t.Draft(d.program, d.numbers)
     yields = step(inner, inner.binary("eq", op.ranks, rank, "here"), *carries)
     return t.Loop((rank,), (op.k,), carries, tuple(inits), tuple(inner.ops), yields, tuple(outs))
 
@@ -84,7 +82,7 @@ def _packed(d: t.Draft, op: t.TopK) -> list[t.Op]:
         top = inner.binary("add", _reduce(inner, "max", above, op.axis, "nearest"), base, "top")
         return inner.where(here, top, best, "best"), inner.binary("xor", top, lowest, "base")
 
-    outs = [d.numbers.value("int32", v.axes, name) for name, v in zip(("best", "base"), inits, strict=True)]
+    outs = list(map(d.numbers.like, inits, ("best", "base")))
     d.ops.append(_loop(d, op, ("best", "base"), inits, outs, step))
     inverted = d.binary("and", outs[0], low_half, "inverted")
     d.binary("sub", low_half, inverted)
@@ -107,5 +105,5 @@ def _plain(d: t.Draft, op: t.TopK) -> list[t.Op]:
         struck = inner.where(inner.binary("eq", op.elements, first), lowest, keys, "keys")
         return inner.where(here, top, best, "best"), inner.where(here, first, ids, "ids"), struck
 
-    outs = [*op.outs, d.numbers.value("int32", keys.axes, "keys")]
+    outs = [*op.outs, d.numbers.like(keys, "keys")]
     return [*d.ops, _loop(d, op, ("best", "ids", "keys"), inits, outs, step)]

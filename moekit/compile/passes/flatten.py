@@ -11,20 +11,22 @@ from dataclasses import replace
 from moekit.compile import tile as t
 from moekit.compile.schedule.facts import part_axis
 
+MOST = 1  # products in a loop that becomes one with the loop around
 
-def flatten(program: t.TileProgram, most: int = 1) -> t.TileProgram:
+
+def flatten(program: t.TileProgram) -> t.TileProgram:
     """The program without loops around a loop over at most so many products."""
     numbers = t.Numbers(program.body)
-    return replace(program, body=t.rewrite(program.body, lambda op: _flat(numbers, op, most)))
+    return replace(program, body=t.rewrite(program.body, lambda op: _flat(numbers, op)))
 
 
-def _flat(numbers: t.Numbers, op: t.Op, most: int) -> list[t.Op] | None:
+def _flat(numbers: t.Numbers, op: t.Op) -> list[t.Op] | None:
     """The one loop, after what its sums begin from; None where `op` is no loop over parts of a product."""
     if not isinstance(op, t.Loop) or op.unroll or len(inner := [o for o in op.body if isinstance(o, t.Loop)]) != 1:
         return None
     (loop,) = inner
     products = {o.out for o in loop.body if isinstance(o, t.Dot)}
-    if not 0 < len(loop.yields) <= most or not products >= set(loop.yields) or not _in_parts(op, loop):
+    if not 0 < len(loop.yields) <= MOST or not products >= set(loop.yields) or not _in_parts(op, loop):
         return None
     at = op.body.index(loop)
     begin = tuple(o for o in op.body[:at] if isinstance(o, t.Const))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,9 +35,34 @@ def helpers(kernel: t.Kernel) -> tuple[Helper, ...]:
 
 def _helper(group: list[t.TileProgram]) -> Helper:
     apart = _apart(group) or {}
-    return Helper(group[0], {index: name for index, (name, _) in apart.items()}, tuple(
-        (section, tuple(starts[i] for _, starts in apart.values())) for i, section in enumerate(group)
-    ))  # fmt: skip
+    calls = tuple((section, tuple(starts[i] for _, starts in apart.values())) for i, section in enumerate(group))
+    tensors = {names[0]: _common(names) for names in zip(*([p.name for p in s.params] for s in group), strict=True)}
+    if len(set(tensors.values())) < len(tensors):
+        tensors = {name: name for name in tensors}
+    starts = {(tensors[tensor], at): f"{tensors[tensor]}_first" for tensor, at in apart}
+    return Helper(_renamed(group, tensors), starts, calls)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The words that names have in common, else the first name: what `gate_acc` and `up_acc` are both."""
+    words = [word for word in names[0].split("_") if all(word in name.split("_") for name in names)]
+    return "_".join(words) or names[0]
+
+
+def _renamed(group: list[t.TileProgram], tensors: Mapping[str, str]) -> t.TileProgram:
+    """The first section under the names that all of a group have in common, called after all of them."""
+    first, *others = group
+    same = zip(*([*_values(section)] for section in group), strict=True)
+    values = {values[0]: replace(values[0], name=_common([v.name for v in values])) for values in same}
+    more = [word for section in others for word in section.name.split("_") if word not in first.name.split("_")]
+    params = tuple(replace(p, name=tensors[p.name]) for p in first.params)
+    body = _on(t.substitute(first.body, values), tensors)
+    return replace(first, name="_".join([first.name, *more]), params=params, body=body)
+
+
+def _values(section: t.TileProgram) -> Iterator[t.Value]:
+    for op, _ in t.walk(section.body):
+        yield from (*op.vars, *op.carries, *op.outs) if isinstance(op, t.Loop) else t.results(op)
 
 
 def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.At], tuple[str, tuple[int, ...]]] | None:
@@ -62,17 +87,22 @@ def _indices(section: t.TileProgram) -> Iterator[tuple[str, t.At]]:
 def _said(section: t.TileProgram) -> tuple:
     """All that a section says but for the names of tensors and where indices begin."""
     number = {p.name: str(i) for i, p in enumerate(section.params)}
+    params = tuple(replace(p, name=number[p.name]) for p in section.params)
+    return _on(section.body, number, begun=0), params, section.axes, section.grid
+
+
+def _on[T](part: T, tensors: Mapping[str, str], begun: int | None = None) -> T:
+    """A part of a program on other tensors; `begun`: where all indices begin, if said."""
 
     def visit(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(visit, x))
-        if isinstance(x, t.At):
-            x = replace(x, start=0)
+        if isinstance(x, t.At) and begun is not None:
+            x = replace(x, start=begun)
         if isinstance(x, t.Access):
-            x = replace(x, tensor=number[x.tensor])
+            x = replace(x, tensor=tensors[x.tensor])
         if isinstance(x, t.Value) or not hasattr(x, "__dataclass_fields__"):
             return x
         return replace(x, **{n: visit(getattr(x, n)) for n in x.__dataclass_fields__})
 
-    params = tuple(replace(p, name=number[p.name]) for p in section.params)
-    return visit(section.body), params, section.axes, section.grid
+    return visit(part)

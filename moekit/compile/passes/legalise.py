@@ -22,9 +22,8 @@ def _narrowing(d: t.Draft, op: t.Op) -> list[t.Op] | None:
         return None
     if not any(isinstance(o, t.Cast) and o.out.dtype == "float16" for o, _ in t.walk(d.program.body)):
         return None
-    axes = op.value.axes
-    bits = d.emit(t.Cast, "int32", axes, value=d.emit(t.Bitcast, "int16", axes, value=op.value))
-    d.emit(t.Bitcast, "float32", axes, value=d.binary("shl", bits, d.const(16)))
+    bits = d.cast(d.emit(t.Bitcast, "", "int16", value=op.value), "int32")
+    d.emit(t.Bitcast, "", "float32", value=d.binary("shl", bits, d.const(16)))
     return d.becomes(op.out)
 
 
@@ -41,7 +40,7 @@ def _negative_zero(d: t.Draft, op: t.Op) -> list[t.Op] | None:
     if not isinstance(op, t.Const) or not isinstance(op.value, float) or op.value != 0 or copysign(1, op.value) > 0:
         return None
     bits = d.const(-(2 ** (8 * itemsize(op.out.dtype) - 1)), int_of_width(op.out.dtype), op.out.axes)
-    d.emit(t.Bitcast, op.out.dtype, op.out.axes, value=bits)
+    d.emit(t.Bitcast, "", op.out.dtype, value=bits)
     return d.becomes(op.out)
 
 
@@ -53,8 +52,8 @@ def legalise(program: t.TileProgram, target: str) -> t.TileProgram:
     numbers = t.Numbers(program.body)
 
     def legal(op: t.Op) -> list[t.Op] | None:
-        line = next((v.line for v in t.results(op)), "")
-        done = (rule(t.Draft(program, numbers, line), op) for rule in NEEDED[target])
+        numbers.line = next((v.line for v in t.results(op)), "")
+        done = (rule(t.Draft(program, numbers), op) for rule in NEEDED[target])
         return next((ops for ops in done if ops is not None), None)
 
     return replace(program, body=t.rewrite(program.body, legal))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
+from moekit.lang.elementwise import ELEMENTWISE
 
 RESERVED = {
     *keyword.kwlist,
@@ -25,12 +26,7 @@ RESERVED = {
 ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_|_body$")  # as other things in a kernel are called
 PURE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds)
 LARGEST = 5  # operations in one expression that is written where it is read
-NOUNS = {
-    "add": "total", "sub": "difference", "mul": "product", "div": "quotient", "floordiv": "quotient", "rem": "remainder",
-    "maximum": "larger", "minimum": "smaller", "and": "both", "or": "either", "xor": "parity", "shl": "shifted",
-    "shr": "shifted", "exp": "exponential", "log": "logarithm", "sqrt": "root", "rsqrt": "scale", "abs": "magnitude",
-    "sigmoid": "gated", "neg": "negative", "not": "inverted", "max": "largest", "min": "smallest", "sum": "total",
-}  # fmt: skip
+REDUCTIONS = {"sum": "total", "max": "largest", "min": "smallest"}
 
 
 def identifier(axis: str) -> str:
@@ -124,16 +120,27 @@ def _reads(found: Names, op: t.Op, made: Mapping[t.Value, tuple[int, t.Op]]) -> 
             yield value
 
 
-def _share(found: Names, ops: Sequence[t.Op]) -> None:
-    """Give what a loop carries one name, in this run of operations and those within."""
+def _share(found: Names, ops: Sequence[t.Op], kept: tuple[t.Value, ...] = ()) -> None:
+    """Give what a loop carries one name, in this run of operations and those within; `kept` are read after it."""
     for op in ops:
         if isinstance(op, t.AtEnd):
             found.same |= dict(zip(op.outs, op.otherwise, strict=True))  # nothing stands after it
             _rename(found, op.body, op.otherwise, op.yields)
         if isinstance(op, t.Loop):
-            _share(found, op.body)
+            _share(found, op.body, op.yields)
             found.same |= dict(zip(op.outs, op.carries, strict=True))
             _rename(found, op.body, op.carries, op.yields)
+    _reassign(found, ops, kept)
+
+
+def _reassign(found: Names, ops: Sequence[t.Op], kept: tuple[t.Value, ...]) -> None:
+    """Let what takes the place of a value that is called the same take its name: `series = (series + x) * y`."""
+    before: dict[tuple, t.Value] = {}
+    for op in (op for op in ops if isinstance(op, PURE) and op.out.name and op.out not in {*kept, *found.same}):
+        said = (op.out.name, op.out.dtype, op.out.axes)
+        if said in before:
+            _rename(found, ops, (before[said],), (op.out,))
+        before[said] = op.out
 
 
 def _rename(found: Names, ops: Sequence[t.Op], before: tuple[t.Value, ...], after: tuple[t.Value, ...]) -> None:
@@ -182,4 +189,6 @@ def _noun(op: t.Op) -> str:
         short = re.sub(r"[a-z]+", lambda m: {"bfloat": "bf", "float": "f", "int": "i"}.get(m[0], m[0]), op.out.dtype)
         of = op.value.name or "value"
         return f"{of}_{short}" if isinstance(op, t.Cast) else f"{of}_bits"
-    return NOUNS.get(getattr(op, "op", ""), "selected" if isinstance(op, t.Where) else "value")
+    if isinstance(op, t.Unary | t.Binary):
+        return ELEMENTWISE[op.op].noun
+    return REDUCTIONS[op.op] if isinstance(op, t.Reduce | t.Accumulate) else "selected" if isinstance(op, t.Where) else "value"

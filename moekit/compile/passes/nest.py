@@ -8,14 +8,17 @@ axis that are equally deep share one. Outputs are stored last. Nothing is masked
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from moekit.compile import tile as t
 from moekit.compile.passes.reductions import reduction
-from moekit.compile.passes.scope import Scope, Writer
+from moekit.compile.passes.scope import Layouts, Scope, Writer
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.stores import in_order
 from moekit.lang.graph import BINARY, UNARY, Along, Graph, Index, Node, Write
 
+#: Integers with a meaning, most of them of the keys that floats are ranked by (lang/ops.py).
+KNOWN = {-(2**31): "LOWEST", 2**31 - 1: "HIGHEST", -(2**31) + 2**16: "NAN_KEY", -(2**31) + 1: "NAN_KEY"}
 ELEMENTWISE: dict[str, tuple[Callable[..., t.Op], tuple[str, ...]]] = {
     **dict.fromkeys(UNARY, (t.Unary, ("value",))),
     **dict.fromkeys(BINARY, (t.Binary, ("left", "right"))),
@@ -28,30 +31,20 @@ ELEMENTWISE: dict[str, tuple[Callable[..., t.Op], tuple[str, ...]]] = {
 class Nest(Writer):
     """One lowering of one graph; `nest` below is its only use."""
 
-    def run(self, digest: str, warps: int, stages: int) -> t.TileProgram:
+    def run(self) -> t.TileProgram:
         """The program."""
-        for axis, block in list(self.blocks.items()):
-            if block.mode != "loop":
-                self.bind(self.root, axis)
+        for axis in self.program.axes:
+            if axis.mode in ("grid", "whole") and axis.of is None:
+                self.root.bind(axis.name)
         self._stores()
-        touched = {op.at.tensor for op, _ in t.walk(self.root.ops) if isinstance(op, t.Memory)}
-        params = tuple(
-            t.Param(x.name, x.role, x.dtype, x.axes, self.layouts[x.name])
-            for x in self.graph.tensors.values()
-            if x.name in touched or x.role != "In"
-        )
-        axes = (*self.blocks.values(), *self.gathered.values())
-        # dynamic axes outermost: only the outermost needs no division by its number of blocks
-        grid = sorted((a.name for a in axes if a.mode == "grid"), key=lambda a: self.graph.axes[a] is not None)
-        return t.TileProgram(self.graph.name, params, axes, tuple(grid), tuple(self.root.ops), warps, stages, digest)
+        return replace(self.program, body=tuple(self.root.ops))
 
     def value(self, node: int, scope: Scope) -> t.Value:
         home = self.home(self.graph.nodes[node].axes, scope)
         if node not in home.made:
-            before, self.line = self.line, self.graph.lines.get(node, "")
-            made = self._make(node, self.graph.nodes[node], home)
-            home.made.setdefault(node, made)
-            self.line = before
+            before, self.numbers.line = self.numbers.line, self.graph.lines.get(node, "")
+            home.made.setdefault(node, self._make(node, self.graph.nodes[node], home))
+            self.numbers.line = before
         return home.made[node]
 
     def _make(self, node: int, n: Node, home: Scope) -> t.Value:
@@ -59,15 +52,13 @@ class Nest(Writer):
             kind, fields = ELEMENTWISE[n.op]
             args = dict(zip(fields, (self.value(a, home) for a in n.args), strict=True))
             more = {"op": n.op} if kind in (t.Unary, t.Binary) else {}
-            return self.emit(home, kind, n.dtype, self.tile_axes(n.axes), self.graph.names.get(node, ""), **args, **more)
+            return home.emit(kind, self.graph.names.get(node, ""), n.dtype, **args, **more)
         return OTHERS[n.op](self, node, n, home)
 
     def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
         n = self.graph.nodes[node]
         at = self._access(n.attr("tensor"), n.attr("index"), n.args, home, instead)
-        others = {n.attr("index")[d].axis for d in instead}
-        axes = self.tile_axes({*n.axes, *(a for i in instead.values() if i.value for a in i.value.axes)} - others)
-        return self.emit(home, t.Load, n.dtype, axes, self.graph.names.get(node) or at.tensor, at=at)
+        return home.emit(t.Load, self.graph.names.get(node) or at.tensor, at=at)
 
     def _access(
         self, tensor: str, index: tuple[Index, ...], args: tuple[int, ...], scope: Scope, instead: Mapping[int, t.At] = {}
@@ -82,42 +73,42 @@ class Nest(Writer):
             elif entry.axis is None:
                 found.append(t.At(None, entry.start))
             else:
-                found.append(t.At(self.elements(scope, entry.axis), entry.start, entry.step))
+                found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))
         return t.Access(tensor, tuple(found))
+
+    def const(self, node: int, n: Node, home: Scope) -> t.Value:
+        """A number."""
+        value = n.attr("value")
+        return home.const(value, n.dtype, name=KNOWN.get(value, "") if n.dtype == "int32" else "")
 
     def along(self, node: int, n: Node, home: Scope) -> t.Value:
         """start + step · (elements of the axis), as a value; the constant `start` where there is no axis."""
         entry = n.attr("index")
         if entry.axis is None:
-            return self.const(entry.start)
-        value = self.elements(home, entry.axis)
+            return home.const(entry.start)
+        value = home.elements(entry.axis)
         if entry.step != 1:
-            value = self.binary(home, "mul", value, self.const(entry.step))
-        return self.binary(home, "add", value, self.const(entry.start)) if entry.start else value
+            value = home.binary("mul", value, home.const(entry.step))
+        return home.binary("add", value, home.const(entry.start)) if entry.start else value
 
     def scan(self, node: int, n: Node, home: Scope) -> t.Value:
         """A running sum; that of one element is itself."""
         value, axis = self.value(n.args[0], home), n.attr("axis")
         if axis not in value.axes:
             return value
-        return self.emit(home, t.Scan, n.dtype, value.axes, self.graph.names.get(node, "running"), value=value, axis=axis)
+        return home.emit(t.Scan, self.graph.names.get(node, "running"), value=value, axis=axis)
 
     def extent(self, node: int, n: Node, home: Scope) -> t.Value:
         """The size of an axis: a constant where it is known after all."""
-        axis = n.attr("axis")
-        size = (self.blocks | self.gathered)[axis].extent
-        if size is not None:
-            return self.const(size)
-        if (known := self.root.made.get(("extent", axis))) is None:
-            known = self.root.made["extent", axis] = self.emit(self.root, t.Extent, "int32", (), axis=axis)
-        return known
+        axis = self.program.axis(n.attr("axis"))
+        return home.emit(t.Extent, axis=axis.name) if axis.extent is None else home.const(axis.extent)
 
     def top_k(self, node: int, n: Node, home: Scope) -> t.Value:
         """Keys and ids of the best; both are made at once."""
         axis, into, keys = n.attr("axis"), n.attr("into"), self.value(n.args[0], home)
-        axes = self.tile_axes(({*self.graph.nodes[n.args[0]].axes} - {axis}) | {into})
-        outs = (self.numbers.value("int32", axes, "best_key", self.line), self.numbers.value("int32", axes, "ids", self.line))
-        along = (self.elements(home, axis), self.elements(home, into))
+        axes = self.program.blocked({*keys.axes, into} - {axis})
+        outs = (self.numbers.value("int32", axes, "best_key"), self.numbers.value("int32", axes, "ids"))
+        along = (home.elements(axis), home.elements(into))
         home.ops.append(t.TopK(outs, keys, *along, axis, n.attr("k"), n.attr("bits") == 16))
         for other in self.graph.live():
             m = self.graph.nodes[other]
@@ -154,16 +145,16 @@ class Nest(Writer):
             scope.ops.extend(t.Store(at, value) for value, at in values)
             return
 
-        def body(inner: Scope) -> list[t.Value]:
+        def body(inner: Scope, _: tuple[t.Value, ...]) -> tuple[t.Value, ...]:
             self._store_group(inner, axes[1:], writes)
-            return []
+            return ()
 
         self.loop(scope, axes[0], [], [], body)
 
 
 OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "read": lambda low, node, n, home: low.read(node, home),
-    "const": lambda low, node, n, home: low.const(n.attr("value"), n.dtype),
+    "const": Nest.const,
     "pick": lambda low, node, n, home: low.value(n.args[0], home),
     "iota": Nest.along,
     "extent": Nest.extent,
@@ -174,14 +165,6 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
 }
 
 
-def nest(
-    graph: Graph,
-    section: Section,
-    layouts: Mapping[str, t.Strided | t.Viewed],
-    sizes: Mapping[str, int],
-    digest: str,
-    warps: int,
-    stages: int,
-) -> t.TileProgram:
+def nest(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, int]) -> t.TileProgram:
     """The tile program of `graph` under a legal `section`; `sizes` fixes dynamic axes where they are known (JAX)."""
-    return Nest(graph, section, layouts, sizes).run(digest, warps, stages)
+    return Nest(graph, section, layouts, sizes).run()

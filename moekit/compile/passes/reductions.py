@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
-from moekit.compile.passes.pairs import Twins, accumulator_axes, halves, operands, paired
+from moekit.compile.passes.pairs import Twins
 from moekit.compile.passes.scope import Scope, Writer
-from moekit.compile.schedule.facts import part_axis
+from moekit.compile.schedule.facts import part_axis, twice_axis
 from moekit.compile.tile.facts import COMBINE, IDENTITY
 from moekit.lang.graph import Node
 
-Unit = int | Twins
+
+@dataclass(frozen=True)
+class Total:
+    """What a loop adds up: the reduction or contraction `first`, or it and its twin. `axes`: those of the result's block."""
+
+    first: int
+    node: Node
+    name: str
+    line: str
+    axes: frozenset[str]
+    pair: Twins | None = None
+
+    @property
+    def kind(self) -> str:
+        """sum, max or min."""
+        return _kind(self.node)
 
 
 def reduction(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
@@ -20,17 +38,14 @@ def reduction(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
         return _in_loops(low, node, n, home)
     if low.is_dot(node):
         left, right = (low.value(a, home) for a in n.args)
-        return _dot(low, home, axis, left, right, None, low.graph.names.get(node, "acc"))
-    return _reduce(low, node, home, _operand(low, n, home), axis)
+        return _dot(home, axis, left, right, None, low.graph.names.get(node, "acc"))
+    return _reduce(low, home, _total(low, node), _operand(low, n, home))
 
 
-def _reduce(low: Writer, node: int, scope: Scope, value: t.Value, axis: str) -> t.Value:
-    """What is left along `axis` brought together; nothing to do where a block has one element of it."""
-    if axis not in value.axes:
-        return value
-    axes, kind = (a for a in value.axes if a != axis), _kind(low.graph.nodes[node])
-    low.line = low.graph.lines.get(node, "")
-    return low.emit(scope, t.Reduce, value.dtype, axes, _name(low, node), op=kind, value=value, axis=axis)
+def _reduce(low: Writer, scope: Scope, total: Total, value: t.Value) -> t.Value:
+    """What is left along the axis brought together; nothing to do where a block has one element of it."""
+    low.numbers.line, axis = total.line, total.node.attr("axis")
+    return scope.emit(t.Reduce, total.name, op=total.kind, value=value, axis=axis) if axis in value.axes else value
 
 
 def _operand(low: Writer, n: Node, scope: Scope) -> t.Value:
@@ -38,99 +53,100 @@ def _operand(low: Writer, n: Node, scope: Scope) -> t.Value:
     args = [low.value(a, scope) for a in n.args]
     if n.op == "reduce":
         return args[0]
-    left, right = (v if v.dtype == "float32" else low.emit(scope, t.Cast, "float32", v.axes, value=v) for v in args)
-    return low.binary(scope, "mul", left, right)
+    left, right = (scope.cast(v, "float32") for v in args)
+    return scope.binary("mul", left, right)
 
 
-def _dot(low: Writer, scope: Scope, axis: str, left: t.Value, right: t.Value, acc: t.Value | None, name: str) -> t.Value:
-    axes = low.tile_axes({*left.axes, *right.axes} - {axis})
-    if axes[0] in right.axes:
+def _dot(scope: Scope, axis: str, left: t.Value, right: t.Value, acc: t.Value | None, name: str) -> t.Value:
+    rows = scope.program.ordered({*left.axes, *right.axes} - {axis})[0]
+    if rows in right.axes:
         left, right = right, left
-    return low.emit(scope, t.Dot, "float32", axes, name, left=left, right=right, axis=axis, acc=acc)
+    return scope.emit(t.Dot, name, left=left, right=right, axis=axis, acc=acc)
 
 
 def _in_loops(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
     """Open one loop for this reduction and for all that are as deep, over the same axis and in the same scope."""
     axis = n.attr("axis")
     group = [m for m in low.graph.live() if _shares_loop(low, m, node, axis) and m not in home.made]
-    units = paired(low, group)
-    made = _in_parts(low, units, axis, home) if axis in low.in_parts else _looped(low, units, axis, home)
-    for unit, value in zip(units, made, strict=True):
-        if isinstance(unit, Twins):
-            home.made |= dict(zip(unit.nodes, halves(low, unit, value, home), strict=True))
-        else:
-            home.made[unit] = value
+    twins = {m: pair for pair in low.pairs for m in pair.nodes if set(pair.nodes) <= set(group)}
+    totals = [_total(low, m, twins.get(m)) for m in group if m not in twins or m == twins[m].nodes[0]]
+    made = _in_parts(low, totals, axis, home) if axis in low.section.parts else _looped(low, totals, axis, home)
+    for total, value in zip(totals, made, strict=True):
+        home.made |= _halves(low, total.pair, value, home) if total.pair else {total.first: value}
     return home.made[node]
 
 
-def _in_parts(low: Writer, units: list[Unit], axis: str, home: Scope) -> list[t.Value]:
+def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope) -> Iterable[t.Value]:
     """Reductions part by part, the parts' results added up in the order in which a split's second launch adds them."""
-    names = [f"{_name(low, unit)}_total" for unit in units]
-    axes = [accumulator_axes(low, u) if isinstance(u, Twins) else low.tile_axes(_node(low, u).axes) for u in units]
-    carries, inits = _carried(low, home, units, axes, names)
 
-    def body(scope: Scope) -> list[t.Value]:
-        done = zip(units, carries, _looped(low, units, axis, scope), strict=True)
-        return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]
+    def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
+        done = zip(totals, carries, _looped(low, totals, axis, scope), strict=True)
+        return [scope.binary(COMBINE[total.kind], carry, value, carry.name) for total, carry, value in done]
 
-    return list(low.loop(home, part_axis(axis), carries, inits, body))
+    names, inits = [f"{total.name}_total" for total in totals], [_identity(home, total, total.axes) for total in totals]
+    return low.loop(home, part_axis(axis), names, inits, body)
 
 
-def _looped(low: Writer, units: list[Unit], axis: str, home: Scope) -> list[t.Value]:
+def _looped(low: Writer, totals: list[Total], axis: str, home: Scope) -> Iterable[t.Value]:
     """One loop over the blocks of `axis`, and what it leaves of each reduction brought together."""
-    names = [f"{_name(low, unit)}_acc" for unit in units]
-    carries, inits = _carried(low, home, units, [_axes(low, unit) for unit in units], names)
 
-    def body(scope: Scope) -> list[t.Value]:
-        return [_turn(low, unit, axis, scope, carry) for unit, carry in zip(units, carries, strict=True)]
+    def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
+        return [_turn(low, total, axis, scope, carry) for total, carry in zip(totals, carries, strict=True)]
 
-    outs = low.loop(home, axis, carries, inits, body)
-    return [_reduce(low, _first(unit), home, out, axis) for unit, out in zip(units, outs, strict=True)]
-
-
-def _carried(low: Writer, home: Scope, units: list[Unit], axes: list, names: list[str]) -> tuple[list[t.Value], list[t.Value]]:
-    """The accumulators of some reductions and what they begin from."""
-    carries, inits = [], []
-    for unit, block, name in zip(units, axes, names, strict=True):
-        n = _node(low, unit)
-        inits.append(low.emit(home, t.Const, n.dtype, block, value=IDENTITY[_kind(n), n.dtype]))
-        carries.append(low.numbers.value(n.dtype, block, name))
-    return carries, inits
+    names, inits = [f"{total.name}_acc" for total in totals], [_identity(home, x, _accumulated(low, x)) for x in totals]
+    outs = low.loop(home, axis, names, inits, body)
+    return [_reduce(low, home, total, out) for total, out in zip(totals, outs, strict=True)]
 
 
-def _turn(low: Writer, unit: Unit, axis: str, scope: Scope, carry: t.Value) -> t.Value:
+def _identity(home: Scope, total: Total, axes: Collection[str]) -> t.Value:
+    """What an accumulator begins from."""
+    return home.const(IDENTITY[total.kind, total.node.dtype], total.node.dtype, axes)
+
+
+def _turn(low: Writer, total: Total, axis: str, scope: Scope, carry: t.Value) -> t.Value:
     """One turn of a reduction."""
-    n = _node(low, unit)
-    low.line = low.graph.lines.get(_first(unit), "")
-    if isinstance(unit, Twins) or low.is_dot(unit):
-        left, right = operands(low, unit, scope) if isinstance(unit, Twins) else (low.value(a, scope) for a in n.args)
-        return _dot(low, scope, axis, left, right, carry, carry.name)
-    value = _operand(low, n, scope)
-    return low.emit(scope, t.Accumulate, n.dtype, carry.axes, carry.name, op=_kind(n), acc=carry, value=value, axis=axis)
+    low.numbers.line = total.line
+    if total.pair is not None:
+        return _dot(scope, axis, low.value(total.pair.left, scope), _columns(low, total.pair, scope), carry, carry.name)
+    if low.is_dot(total.first):
+        left, right = (low.value(a, scope) for a in total.node.args)
+        return _dot(scope, axis, left, right, carry, carry.name)
+    value = _operand(low, total.node, scope)
+    return scope.emit(t.Accumulate, carry.name, op=total.kind, acc=carry, value=value, axis=axis)
 
 
-def _axes(low: Writer, unit: Unit) -> tuple[str, ...]:
-    """The axes of a unit's accumulator: those of its result for a product, of what is added up for a sum."""
-    if isinstance(unit, Twins):
-        return accumulator_axes(low, unit)
-    n = low.graph.nodes[unit]
-    return low.tile_axes(n.axes if low.is_dot(unit) else {a for arg in n.args for a in low.graph.nodes[arg].axes})
+def _accumulated(low: Writer, total: Total) -> Collection[str]:
+    """The axes of an accumulator: those of the result for a product, of what is added up for a sum."""
+    if total.pair or low.is_dot(total.first):
+        return total.axes
+    return {a for arg in total.node.args for a in low.graph.nodes[arg].axes}
 
 
-def _first(unit: Unit) -> int:
-    return unit.nodes[0] if isinstance(unit, Twins) else unit
+def _columns(low: Writer, pair: Twins, scope: Scope) -> t.Value:
+    """Both right operands of a pair in one block."""
+    twice = twice_axis(pair.column)
+    if twice not in low.root.bound:
+        low.root.bind(twice)
+    start, side = pair.first.start, pair.second.start - pair.first.start
+    return low.read(pair.right, scope, {pair.dim: t.At(low.root.bound[twice], start, pair.first.step, side)})
 
 
-def _node(low: Writer, unit: Unit) -> Node:
-    """A reduction of a unit: those of a pair are alike."""
-    return low.graph.nodes[_first(unit)]
+def _halves(low: Writer, pair: Twins, product: t.Value, home: Scope) -> dict[int, t.Value]:
+    """What each of a pair is of their product."""
+    totals, outs = [_total(low, m) for m in pair.nodes], []
+    for total in totals:
+        low.numbers.line = total.line
+        outs.append(low.numbers.value(product.dtype, low.program.blocked(total.axes), total.name))
+    home.ops.append(t.Halves((outs[0], outs[1]), product, twice_axis(pair.column)))
+    return dict(zip(pair.nodes, outs, strict=True))
 
 
-def _name(low: Writer, unit: Unit) -> str:
-    """What the result of a unit is called."""
-    names = [low.graph.names.get(m) for m in (unit.nodes if isinstance(unit, Twins) else (unit,))]
-    n = _node(low, unit)
-    return "_".join(filter(None, names)) or f"{_kind(n)}_{identifier(n.attr('axis'))}"
+def _total(low: Writer, node: int, pair: Twins | None = None) -> Total:
+    n, graph = low.graph.nodes[node], low.graph
+    said = filter(None, (graph.names.get(m) for m in (pair.nodes if pair else (node,))))
+    name = "_".join(said) or f"{_kind(n)}_{identifier(n.attr('axis'))}"
+    axes = {twice_axis(a) if pair and a == pair.column else a for a in n.axes}
+    return Total(node, n, name, graph.lines.get(node, ""), frozenset(axes), pair)
 
 
 def _shares_loop(low: Writer, other: int, node: int, axis: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from moekit.compile.tile.operations import (
     Accumulate,
@@ -24,7 +25,7 @@ from moekit.compile.tile.operations import (
     operands,
     results,
 )
-from moekit.compile.tile.program import TileProgram
+from moekit.compile.tile.program import Param, Strided, TileProgram
 from moekit.compile.tile.walk import walk
 
 IDENTITY = {
@@ -58,6 +59,10 @@ class Facts:
         """The number a value is, None if it is no constant."""
         op = self.made_by.get(value)
         return op.value if isinstance(op, Const) else None
+
+    def only(self, kinds) -> Iterator[Any]:
+        """The operations of some kinds, in order."""
+        return (op for op, _ in self.ops if isinstance(op, kinds))
 
     def bases(self, value: Value | None) -> set[Elements]:
         """The elements of axes that a value is computed from, loads included; a reduction is none of them any more."""
@@ -116,3 +121,11 @@ def facts_of(program: TileProgram) -> Facts:
         else:
             made_by |= dict.fromkeys(results(op), op)
     return Facts(program, ops, made_by, merged)
+
+
+def wide(program: TileProgram, param: Param) -> tuple[bool, ...]:
+    """Per dimension of a tensor whether an offset along it may pass 2³¹ - 1."""
+    if not isinstance(param.layout, Strided):
+        return (False,) * len(param.axes)
+    dynamic = {a.name for a in program.axes if a.extent is None}
+    return tuple(axis is not None and (param.layout.wide or axis in dynamic) for axis in param.axes)

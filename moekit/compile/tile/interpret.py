@@ -13,6 +13,7 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.lang.dtypes import is_float, numpy_dtype
+from moekit.lang.elementwise import ELEMENTWISE
 
 INT32_MAX = 2**31 - 1
 
@@ -155,9 +156,6 @@ class _Program:
     def in_bounds(self, op: t.InBounds) -> np.ndarray:
         return (self.values[op.value] >= 0) & (self.values[op.value] < self.extent(op.axis))
 
-    def binary(self, op: t.Binary) -> np.ndarray:
-        return BINARY[op.op](self.at(op.left, op.out.axes), self.at(op.right, op.out.axes))
-
     def where(self, op: t.Where) -> np.ndarray:
         return np.where(*(self.at(v, op.out.axes) for v in (op.condition, op.yes, op.no)))
 
@@ -168,62 +166,7 @@ class _Program:
         return np.cumsum(self.values[op.value], axis=op.value.axes.index(op.axis), dtype=numpy_dtype(op.out.dtype))
 
 
-def _sum(x, axis, dtype):
-    return np.add.reduce(x, axis=axis, dtype=dtype)
-
-
-def cast(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Convert, rounding to nearest even; integers of another width wrap."""
-    return x.astype(numpy_dtype(dtype))
-
-
-def trunc_div(a, b):
-    """Integer division as hardware does it: toward zero; by zero gives 0."""
-    safe = np.where(b == 0, 1, b)
-    return np.where(b == 0, 0, (np.abs(a) // np.abs(safe)) * np.sign(a) * np.sign(safe)).astype(a.dtype)
-
-
-def trunc_rem(a, b):
-    """The remainder that goes with `trunc_div`: it has the sign of the dividend."""
-    return (a - trunc_div(a, b) * b).astype(a.dtype)
-
-
-BINARY = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "floordiv": trunc_div,
-    "rem": trunc_rem,
-    "maximum": np.maximum,
-    "minimum": np.minimum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "shl": np.left_shift,
-    "shr": np.right_shift,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-UNARY = {
-    "neg": np.negative,
-    "exp": np.exp,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "abs": np.abs,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "not": np.invert,
-}
-REDUCE = {
-    "sum": _sum,
-    "max": lambda x, axis, dtype: np.max(x, axis=axis),
-    "min": lambda x, axis, dtype: np.min(x, axis=axis),
-}
+REDUCE = {"sum": np.add.reduce, "max": np.maximum.reduce, "min": np.minimum.reduce}
 EXECUTE = {
     t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
     t.Extent: lambda p, op: p.sizes[op.axis],
@@ -232,10 +175,10 @@ EXECUTE = {
     t.Load: _Program.load,
     t.Store: _Program.store,
     t.Prefetch: _Program.prefetch,
-    t.Cast: lambda p, op: cast(p.values[op.value], op.out.dtype),
+    t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),
     t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),
-    t.Unary: lambda p, op: UNARY[op.op](p.values[op.value]),
-    t.Binary: _Program.binary,
+    t.Unary: lambda p, op: ELEMENTWISE[op.op].meaning(p.values[op.value]),
+    t.Binary: lambda p, op: ELEMENTWISE[op.op].meaning(p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)),
     t.Where: _Program.where,
     t.Reduce: _Program.reduce,
     t.Scan: _Program.scan,

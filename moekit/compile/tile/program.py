@@ -107,9 +107,9 @@ class TileProgram:
     params: tuple[Param, ...]
     axes: tuple[AxisBlock, ...]
     grid: tuple[str, ...]
-    body: tuple[Op, ...]
-    warps: int
-    stages: int
+    body: tuple[Op, ...] = ()
+    warps: int = 4
+    stages: int = 2
     digest: str = ""
 
     @property
@@ -128,6 +128,10 @@ class TileProgram:
     def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
         """`axes` in the order in which blocks have them."""
         return tuple(a.name for a in self.axes if a.name in axes)
+
+    def blocked(self, axes: Collection[str]) -> tuple[str, ...]:
+        """Those of `axes` that a block has a dimension for, in order."""
+        return tuple(a.name for a in self.axes if a.name in axes and a.block > 1)
 
     def block(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The shape of a block over `axes`."""

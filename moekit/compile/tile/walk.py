@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moekit.compile.tile.operations import (
     AtEnd,
     Binary,
+    Cast,
     Const,
     Loop,
     Op,
@@ -21,7 +22,7 @@ from moekit.compile.tile.operations import (
     results,
 )
 from moekit.compile.tile.program import TileProgram
-from moekit.lang.graph import COMPARE
+from moekit.compile.tile.types import RESULT
 
 
 def walk(ops: Iterable[Op], around: tuple[Loop | AtEnd, ...] = ()) -> Iterator[tuple[Op, tuple[Loop | AtEnd, ...]]]:
@@ -78,53 +79,56 @@ def _stores(op: Op) -> bool:
 
 
 class Numbers:
-    """Hands out values with numbers that no value of some operations has."""
+    """Hands out values with numbers that no value of some operations has, from the declaration's line `line`."""
 
     def __init__(self, ops: Iterable[Op] = ()):
         made = [v for op, _ in walk(ops) for v in (*results(op), *((*op.vars, *op.carries) if isinstance(op, Loop) else ()))]
-        self.next = 1 + max((v.number for v in made), default=-1)
+        self.next, self.line = 1 + max((v.number for v in made), default=-1), ""
 
-    def value(self, dtype: str, axes: Iterable[str] = (), name: str = "", line: str = "") -> Value:
+    def value(self, dtype: str, axes: Iterable[str] = (), name: str = "") -> Value:
         """A new value."""
         self.next += 1
-        return Value(self.next - 1, dtype, tuple(axes), name, line)
+        return Value(self.next - 1, dtype, tuple(axes), name, self.line)
 
-    def like(self, value: Value) -> Value:
-        """A new value of the same kind and name."""
-        return self.value(value.dtype, value.axes, value.name, value.line)
+    def like(self, value: Value, name: str = "") -> Value:
+        """A new value of the same kind, and the same name if no other is said."""
+        return replace(self.value(value.dtype, value.axes, name or value.name), line=value.line)
 
 
+@dataclass
 class Draft:
-    """Operations being written into a program: what a pass puts in the place of one."""
+    """Operations being written into a program: what a pass puts in the place of one, or a scope's own."""
 
-    def __init__(self, program: TileProgram, numbers: Numbers, line: str = ""):
-        self.program, self.numbers, self.line, self.ops = program, numbers, line, []
+    program: TileProgram
+    numbers: Numbers
+    ops: list[Op] = field(default_factory=list)
 
-    def emit(self, kind: Callable[..., Op], dtype: str, axes: Iterable[str], name: str = "", **fields) -> Value:
-        """Write an operation; its result. `axes` in any order."""
-        wanted = set(axes)
-        ordered = (a.name for a in self.program.axes if a.name in wanted)
-        out = self.numbers.value(dtype, ordered, name, self.line)
-        self.ops.append(kind(out=out, **fields))
+    def emit(self, kind: Callable[..., Op], name: str = "", dtype: str = "", axes: Collection[str] = (), **fields) -> Value:
+        """Write an operation; its result, whose dtype and axes follow from the operands where they can (`types.RESULT`)."""
+        op = kind(out=Value(-1, dtype, self.program.blocked(axes)), **fields)
+        out = self.numbers.value(*RESULT[type(op)](self.program, op), name)
+        self.ops.append(replace(op, out=out))
         return out
 
-    def const(self, value: bool | int | float, dtype: str = "int32", axes: Iterable[str] = (), name: str = "") -> Value:
+    def const(self, value: bool | int | float, dtype: str = "int32", axes: Collection[str] = (), name: str = "") -> Value:
         """A number, or a block of it."""
-        return self.emit(Const, dtype, axes, name, value=value)
+        return self.emit(Const, name, dtype, axes, value=value)
+
+    def cast(self, value: Value, dtype: str) -> Value:
+        """A block in another dtype; nothing if it has it already."""
+        return value if value.dtype == dtype else self.emit(Cast, "", dtype, value=value)
 
     def unary(self, op: str, value: Value) -> Value:
         """An element-wise function."""
-        return self.emit(Unary, value.dtype, value.axes, op=op, value=value)
+        return self.emit(Unary, op=op, value=value)
 
     def binary(self, op: str, a: Value, b: Value, name: str = "") -> Value:
         """An element-wise function of two blocks."""
-        dtype = "bool" if op in COMPARE else a.dtype
-        return self.emit(Binary, dtype, (*a.axes, *b.axes), name, op=op, left=a, right=b)
+        return self.emit(Binary, name, op=op, left=a, right=b)
 
     def where(self, condition: Value, yes: Value, no: Value, name: str = "") -> Value:
         """A choice between two blocks."""
-        axes = (*condition.axes, *yes.axes, *no.axes)
-        return self.emit(Where, yes.dtype, axes, name, condition=condition, yes=yes, no=no)
+        return self.emit(Where, name, condition=condition, yes=yes, no=no)
 
     def becomes(self, out: Value) -> list[Op]:
         """The operations, of which the last one defines `out`."""

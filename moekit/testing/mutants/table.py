@@ -34,21 +34,21 @@ HISTORICAL = (
          '            for node in (w.value, *w.ids):\n'
          '                self._made_before_loops(node, seen)\n',
          "            if w.tensor in {t.name for t in self.graph.tensors.values() if t.role == 'InOut'}:\n"
-         "                self._store_group(self.root, tuple(a for a in self.blocks if a in self.looped & {getattr(i, 'axis', None) for i in w.index}), (w,))\n"
+         "                self._store_group(self.root, self.program.ordered(self.looped & {getattr(i, 'axis', None) for i in w.index}), (w,))\n"
          '            for node in (w.value, *w.ids):\n'
          '                self._made_before_loops(node, seen)\n',
          "a value stored and loaded again by the same program with nothing between (LightLLM's top-k)"),
     _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
          "where(isnan(x), LOWEST,",
          "rows of NaN choose one expert k times (vLLM 39244) or ids out of range (SGLang 30079)"),
-    _one("offsets-32-bit", "compile/passes/masks.py",
+    _one("offsets-32-bit", "compile/tile/facts.py",
          'return tuple(axis is not None and (param.layout.wide or axis in dynamic) for axis in param.axes)',
          'return (False,) * len(param.axes)',
          "int32 offsets past 2^31 (Liger 1248 and 1296, megablocks 186, vLLM 42173)"),
     _one("experts-past-256", "compile/passes/nest.py",
          '        home.ops.append(t.TopK(outs, keys,',
-         "        near = self.binary(home, 'lt', along[0], self.const(256))\n"
-         "        keys = self.emit(home, t.Where, 'int32', keys.axes, condition=near, yes=keys, no=self.const(-(2**31)))\n"
+         "        near = home.binary('lt', along[0], home.const(256))\n"
+         "        keys = home.where(near, keys, home.const(-(2**31)))\n"
          '        home.ops.append(t.TopK(outs, keys,',
          "more than 256 experts ignored (SGLang 23609's neighbours)"),
 )  # fmt: skip
@@ -73,11 +73,11 @@ LOWERING = (
     _one("parts-start-wrong", "backends/printer.py", '(f" * {owner.share}" if owner.share > 1 else "")', '(f" * {owner.block}" if owner.share > 1 else "")', "the parts of a split axis begin too early"),
     _one("share-rounds-down", "compile/tile/program.py", "return -(-self.blocks // self.parts) * self.block", "return max(1, self.blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/passes/nest.py",
-         'found.append(t.At(self.elements(scope, entry.axis), entry.start, entry.step))',
-         'found.append(t.At(self.elements(scope, entry.axis), 0, entry.step))', "the second half is the first"),
+         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
+         'found.append(t.At(scope.elements(entry.axis), 0, entry.step))', "the second half is the first"),
     _one("slice-step-ignored", "compile/passes/nest.py",
-         'found.append(t.At(self.elements(scope, entry.axis), entry.start, entry.step))',
-         'found.append(t.At(self.elements(scope, entry.axis), entry.start))', "interleaved slices are read side by side"),
+         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
+         'found.append(t.At(scope.elements(entry.axis), entry.start))', "interleaved slices are read side by side"),
     _one("ids-unchecked", "compile/passes/masks.py",
          '                needed.append(valid)\n',
          '', "ids out of range reach memory"),
@@ -96,7 +96,7 @@ LOWERING = (
     _one("min-from-zero", "compile/tile/facts.py", '("min", "float32"): float("inf")', '("min", "float32"): 0.0', "the minimum of positive numbers is zero"),
     _one("min-int-from-zero", "compile/tile/facts.py", '("min", "int32"): 2**31 - 1', '("min", "int32"): 0', "the first index is always 0"),
     _one("product-unwidened", "compile/passes/reductions.py",
-         'left, right = (v if v.dtype == "float32" else low.emit(scope, t.Cast, "float32", v.axes, value=v) for v in args)',
+         'left, right = (scope.cast(v, "float32") for v in args)',
          'left, right = args', "products are rounded to the operands' dtype"),
     _one("whole-not-remasked", "compile/passes/masks.py",
          'isinstance(op, t.Reduce | t.Accumulate | t.Dot) and self.program.bounded',
@@ -108,26 +108,25 @@ LOWERING = (
          'isinstance(op, t.Reduce | t.Accumulate | t.Dot) and self.program.bounded',
          'isinstance(op, t.Reduce | t.Accumulate) and self.program.bounded',
          "the matrix unit multiplies what lies past the end"),
-    _one("accumulator-from-zero", "compile/passes/reductions.py", 'block, value=IDENTITY[_kind(n), n.dtype]))', 'block, value=0))', "a looped maximum begins at zero"),
+    _one("accumulator-from-zero", "compile/passes/reductions.py", 'home.const(IDENTITY[total.kind, total.node.dtype], ', 'home.const(0, ', "a looped maximum begins at zero"),
     _one("last-block-only", "compile/passes/reductions.py",
-         'op=_kind(n), acc=carry, value=value, axis=axis)',
-         'op=_kind(n), acc=low.emit(scope, t.Const, n.dtype, carry.axes, value=IDENTITY[_kind(n), n.dtype]), value=value, axis=axis)', "a looped reduction forgets all but its last block"),
+         'op=total.kind, acc=carry, value=value, axis=axis)',
+         'op=total.kind, acc=_identity(scope, total, carry.axes), value=value, axis=axis)', "a looped reduction forgets all but its last block"),
     _one("dot-forgets", "compile/passes/reductions.py",
-         '        return _dot(low, scope, axis, left, right, carry, carry.name)\n'
+         '        return _dot(scope, axis, left, right, carry, carry.name)\n'
          '    value',
-         '        return _dot(low, scope, axis, left, right, None, carry.name)\n'
+         '        return _dot(scope, axis, left, right, None, carry.name)\n'
          '    value', "a looped product forgets all but its last block"),
     _one("max-becomes-min", "compile/tile/facts.py", '"max": "maximum"', '"max": "minimum"', "looped maxima are combined by minimum"),
     _one("dot-operands-kept", "compile/passes/reductions.py",
-         '    if axes[0] in right.axes:\n'
+         '    if rows in right.axes:\n'
          '        left, right = right, left\n',
          '', "the rows of a product are its columns"),
     _one("accumulator-bfloat16", "compile/passes/reductions.py",
-         '    return low.emit(scope, t.Accumulate, n.dtype, carry.axes, carry.name, op=_kind(n), acc=carry, value=value, axis=axis)',
-         '    kept = low.emit(scope, t.Accumulate, n.dtype, carry.axes, carry.name, op=_kind(n), acc=carry, value=value, axis=axis)\n'
+         '    return scope.emit(t.Accumulate, carry.name, op=total.kind, acc=carry, value=value, axis=axis)',
+         '    kept = scope.emit(t.Accumulate, carry.name, op=total.kind, acc=carry, value=value, axis=axis)\n'
          "    if kept.dtype == 'float32':\n"
-         "        kept = low.emit(scope, t.Cast, 'bfloat16', kept.axes, value=kept)\n"
-         "        kept = low.emit(scope, t.Cast, 'float32', kept.axes, value=kept)\n"
+         "        kept = scope.cast(scope.cast(kept, 'bfloat16'), 'float32')\n"
          '    return kept', "sums are kept in bfloat16"),
     Mutant("ties-to-the-higher", "compile/passes/decompose.py", (
         ('d.binary("or", op.keys, d.binary("sub", low_half, op.elements), "packed")', 'd.binary("or", op.keys, op.elements, "packed")'),
@@ -151,8 +150,8 @@ LOWERING = (
     _one("parts-added", "compile/schedule/cuts.py", 'kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
     _one("written-over", "compile/passes/form.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
     _one("parts-forgotten", "compile/passes/reductions.py",
-         'return [low.binary(scope, COMBINE[_kind(_node(low, u))], total, value, total.name) for u, total, value in done]',
-         'return [value for u, total, value in done]', "of the parts done in a row only the last counts"),
+         'return [scope.binary(COMBINE[total.kind], carry, value, carry.name) for total, carry, value in done]',
+         'return [value for total, carry, value in done]', "of the parts done in a row only the last counts"),
     _one("section-unsplit", "compile/schedule/facts.py", "return {a.removesuffix(PART): use.extent or 1 for", "return {a.removesuffix(PART): 1 for", "every part of a split adds up all of the axis"),
     _one("grid-rounds-down", "compile/tile/program.py", 'else -(-sizes[n.name] // n.block) for n in self.counts', 'else max(1, sizes[n.name] // n.block) for n in self.counts', "the last tokens have no program"),
     _one("range-key-lost", "compile/passes/tidy.py", 'for n in op.__dataclass_fields__ if n != "out"', 'for n in op.__dataclass_fields__ if n not in ("out", "axis")', "ids are checked once for two tables of other sizes"),
@@ -164,12 +163,12 @@ LOWERING = (
     _one("loads-before-ids", "compile/passes/motion.py", 'isinstance(op, FREE) and set(t.operands(op)) <= known', 'isinstance(op, FREE)', "a load comes before the reduction that says where from"),
     _one("parts-unmasked", "compile/tile/program.py", "self.extent % (self.block * self.parts) != 0", "self.extent % self.block != 0", "the last part of an axis that the parts do not divide has no mask"),
     _one("last-part-dropped", "compile/passes/scope.py", 't.AxisBlock(part_axis(a), n, 1, "loop")', 't.AxisBlock(part_axis(a), n - 1, 1, "loop")', "of the parts done in a row the last is left out"),
-    _one("loops-confused", "compile/passes/scope.py", 'for s in reversed(scope.chain()) if axis in s.bound', 'for s in scope.chain() if axis in s.bound', "within two loops over an axis the outer one's index is taken"),
+    _one("loops-confused", "compile/passes/scope.py", 'for s in reversed(self.chain()) if axis in s.bound', 'for s in self.chain() if axis in s.bound', "within two loops over an axis the outer one's index is taken"),
     _one("dot-right-bare", "compile/passes/masks.py", 'for value in (op.left, op.right) if isinstance(op, t.Dot)', 'for value in (op.left,) if isinstance(op, t.Dot)', "of a product's operands only the first is masked"),
     Mutant("sections-race", "compile/rules/sections.py", (
         ("    if _written(one) & read(other) or _written(other) & read(one):\n        return True\n", ""),
     ), "one section overwrites what another of the launch reads"),
-    _one("twins-alike", "compile/passes/pairs.py", 'pair.second.start - pair.first.start', '0', "of two products made as one both have the first one's columns"),
+    _one("twins-alike", "compile/passes/reductions.py", 'pair.second.start - pair.first.start', '0', "of two products made as one both have the first one's columns"),
     _one("twins-unmasked", "compile/tile/program.py", 'return self.axis(self.axis(axis).of or axis)', 'return self.axis(axis)', "of two products made as one the last block of columns has no mask"),
     _one("scratch-bfloat16", "compile/schedule/cuts.py", 'scratch[i] = Scratch(name, node.dtype,', 'scratch[i] = Scratch(name, "bfloat16" if node.dtype == "float32" else node.dtype,', "partial results are kept in bfloat16"),
     _one("overlap-in-the-last-row", "torch/overlap.py", "sum((n - 1) * s for n", "sum((n - 2) * s for n", "an output may overlap the last row of an operand"),
@@ -180,7 +179,7 @@ LOWERING = (
     Mutant('ties-of-32-bits-to-the-higher', "compile/passes/decompose.py", (
         ('inner.where(hit, op.elements, highest), op.axis, "first")', 'inner.where(hit, op.elements, lowest), op.axis, "first")'),
         ('_reduce(inner, "min", inner', '_reduce(inner, "max", inner')), 'ties of float32 go to the higher index'),
-    _one('zeros-of-one-sign', "compile/passes/scope.py", 'key = ("const", repr(value), dtype)', 'key = ("const", value, dtype)', 'constants 0.0 and -0.0 are one'),
+    _one('zeros-of-one-sign', "lang/trace.py", 'if negative_zero else', 'if False else', 'constants 0.0 and -0.0 are one'),
     _one('ids-past-the-end', "backends/printer.py", 'return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND', 'return f"({value} >= 0) & ({value} >= 0)", AND', 'ids are checked at zero only'),
     _one('ids-32-bit', "compile/passes/masks.py",
          'wide=wide(self.program, param))',
@@ -189,11 +188,11 @@ LOWERING = (
          '                found.append(t.At(self.value(args[entry.operand], scope)))',
          '                ids = self.value(args[entry.operand], scope)\n'
          "                if ids.dtype == 'int64':\n"
-         "                    ids = self.emit(scope, t.Cast, 'int32', ids.axes, value=ids)\n"
+         "                    ids = scope.cast(ids, 'int32')\n"
          '                found.append(t.At(ids))', 'ids of 64 bits are cut to 32 before they are checked'),
     _one('start-times-step', "compile/passes/nest.py",
-         'found.append(t.At(self.elements(scope, entry.axis), entry.start, entry.step))',
-         'found.append(t.At(self.elements(scope, entry.axis), entry.start * entry.step, entry.step))', "a slice's start is multiplied by its step"),
+         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
+         'found.append(t.At(scope.elements(entry.axis), entry.start * entry.step, entry.step))', "a slice's start is multiplied by its step"),
     _one('second-block-lost', "compile/tile/program.py",
          'return tuple(a if a.extent is None else a.blocks for a in map(self.axis, self.grid))',
          'return tuple(a if a.extent is None else 1 if a.extent < 2 * a.block else a.blocks for a in map(self.axis, self.grid))', 'an axis of less than two blocks has no program for the second'),
@@ -201,9 +200,9 @@ LOWERING = (
     _one('scratch-confused', 'compile/schedule/cuts.py', 's = scratch[i]', 's = next(iter(scratch.values()))', "every sum of parts reads the first one's parts"),
     _one('parallel-if-any', 'compile/schedule/facts.py', 'everywhere = set.intersection(*spreads)', 'everywhere = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
     _one('over-what-others-read', 'compile/passes/form.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
-    _one('twins-step-lost', "compile/passes/pairs.py",
-         'columns = t.At(low.root.bound[twice], start, pair.first.step, side)',
-         'columns = t.At(low.root.bound[twice], start, 1, side)', 'of two products made as one every column is taken for every second'),
+    _one('twins-step-lost', "compile/passes/reductions.py",
+         't.At(low.root.bound[twice], start, pair.first.step, side)',
+         't.At(low.root.bound[twice], start, 1, side)', 'of two products made as one every column is taken for every second'),
     _one('twins-of-other-steps', "compile/schedule/facts.py", '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', "compile/schedule/facts.py", ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
     _one('parts-for-few-rows-only', 'compile/rules/choose.py', 'columns, in_a_row=split)', 'columns, in_a_row=None)', "with many rows a sum is not made in parts: a row's bits depend on T"),
@@ -215,7 +214,7 @@ LOWERING = (
 )  # fmt: skip
 
 PRINTER = (
-    _one("program-id-undecoded", "backends/printer.py", '(self.rem.format(text, count_of(several[at][1])) if at > 0 else text)', 'text', "an inner grid axis is not taken modulo its blocks"),
+    _one("program-id-undecoded", "backends/printer.py", '(self.word("rem", text, count_of(several[at][1])) if at > 0 else text)', 'text', "an inner grid axis is not taken modulo its blocks"),
     _one("store-axes-turned", "compile/tile/program.py",
          'return tuple(a.name for a in self.axes if a.name in axes)',
          'return tuple(a.name for a in reversed(self.axes) if a.name in axes)', "a store takes its axes in another order than its value has"),
@@ -236,14 +235,14 @@ TRITON = (
     _one("triton-load-mask", "backends/triton.py", "{f', mask={mask}, other={number(op.fill)}' if mask else ''}", "{''}", "loads are not masked"),
     _one("triton-load-fill", "backends/triton.py", "other={number(op.fill)}'", "other=1'", "masked lanes read as one"),
     _one("triton-dot-forgets", "backends/triton.py", '    acc = f", {p.text(op.acc)}" if op.acc is not None else ""\n', '    acc = ""\n', "tl.dot without its accumulator"),
-    _one("triton-cast-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "float16" else f"',
+    _one("triton-cast-lost", "backends/triton.py", '"cast": "{}.to({})"', '"cast": "{0}"',
          "narrowing casts are not printed"),
     _one("triton-bitcast-converts", "backends/triton.py", ", bitcast=True)", ")", "bits are converted instead of read"),
     _one("triton-loop-short", "backends/triton.py", 'f"0, {end}, {axis.block}"', 'f"0, {end} - {axis.block} + 1, {axis.block}"', "a loop leaves out its ragged last block"),
-    _one("triton-grid-mixed", "backends/printer.py", '"{} // {}", "{} % {}"', '"{} % {}", "{} // {}"', "division for remainder in the program id"),
+    _one("triton-grid-mixed", "backends/triton.py", '"div": "{} // {}", "rem": "{} % {}"', '"div": "{} % {}", "rem": "{} // {}"', "division for remainder in the program id"),
     _one("triton-reduce-other", "backends/triton.py", '    return f"tl.{op.op}({p.text(op.value)}, axis={axis})"', '    return f"tl.max({p.text(op.value)}, axis={axis})"', "every reduction is a maximum"),
-    _one("triton-scan-reversed", "backends/triton.py", "axis={op.value.axes.index(op.axis)})\"", "axis={op.value.axes.index(op.axis)}, reverse=True)\"", "running sums from the other end"),
-    _one("triton-bfloat16-lost", "backends/triton.py", 't.Cast: lambda p, op: f"', 't.Cast: lambda p, op: p.text(op.value) if op.out.dtype == "bfloat16" else f"', "casts to bfloat16 are not printed"),
+    _one("triton-scan-reversed", "backends/triton.py", '"tl.cumsum({}, axis={})"', '"tl.cumsum({}, axis={}, reverse=True)"', "running sums from the other end"),
+    _one("triton-bfloat16-lost", "backends/printer.py", '        word = self.words["cast"', '        if isinstance(op, t.Cast) and op.out.dtype == "bfloat16":\n            return self.text(op.value)\n        word = self.words["cast"', "casts to bfloat16 are not printed"),
     _one("triton-tf32", "backends/triton.py", ', input_precision="ieee")', ")", "float32 operands of a product are rounded to TF32"),
     _one("triton-nan-dropped", "backends/triton.py", "return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)", "return tl.maximum(a, b)", "the maximum of a row with NaN is a number"),
     _one("triton-part-dropped", "backends/triton.py", 'tl.static_range({counts[0]})', 'tl.static_range({counts[0]} - 1)', "a loop that is written out leaves out the last part"),
@@ -260,7 +259,7 @@ TRITON = (
     Mutant('triton-half-interleaved', 'backends/triton.py', (
         ('shape += [2, n // 2] if a == op.axis else [n]', 'shape += [n // 2, 2] if a == op.axis else [n]'),
         ('at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of', 'at, of = op.value.axes.index(op.axis) + 1, p.program.axis(op.axis).of')), 'of two products made as one every second column is one'),
-    _one('triton-twice-divided', "backends/printer.py", 'self.rem.format(lanes, axis', 'self.div.format(lanes, axis', 'of two products made as one the columns are counted by division'),
+    _one('triton-twice-divided', "backends/printer.py", 'self.word("rem", lanes, axis', 'self.word("div", lanes, axis', 'of two products made as one the columns are counted by division'),
     Mutant('triton-wide-late', "backends/triton.py", (
         ('text, level = self.index(at.tensor, index, axes, wide)', 'text, level = self.index(at.tensor, index, axes, False)'),
         ('terms.append(f"{text} * {factor}" if factor else text)', 'terms.append(f"tl.cast({text} * {factor}, tl.int64)" if factor else text)')),
@@ -283,7 +282,7 @@ PALLAS = (
     _one("pallas-start-lost", "backends/pallas.py", 'first = str(index.start * step + start)', 'first = str(index.start * step)', "a View's start is ignored"),
     _one("pallas-step-lost", "backends/pallas.py", 'text, factor = self.at(index.value, axes), index.step * step', 'text, factor = self.at(index.value, axes), index.step', "a View's step is ignored"),
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
-    _one("pallas-store-mask", "backends/pallas.py", '{value}{self.masked(op.at, axes)})"', '{value})"', "stores are not masked"),
+    _one("pallas-store-mask", "backends/pallas.py", '{self.spread(op.value, axes)}{self.masked(op.at, axes)})"', '{self.spread(op.value, axes)})"', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "f', other={fill}' if mask", "', other=1' if mask", "masked lanes read as one"),
     _one("pallas-abreast-offset", "backends/pallas.py", 'passed = [call.own, ', 'passed = [call.own.replace("turn", "0"), ', "programs that take turns all do the first block"),
     _one("pallas-loop-short", "backends/pallas.py",
@@ -310,8 +309,8 @@ PALLAS = (
          '        return p.operator(op)\n', 'at most is less than'),
     _one('pallas-remainder-floors', 'backends/pallas.py', 'return lax.rem(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))', 'return jnp.remainder(a, b)', 'remainders of negative numbers are positive'),
     _one('pallas-half-untransposed', "backends/pallas.py", 'return halves if order == tuple(range(len(order))) else f"', 'return halves if True else f"', 'of two products made as one the halves keep rows for columns'),
-    _one('pallas-twice-counted-on', "backends/printer.py", 'lanes = self.rem.format(lanes, axis.block // 2) if axis.of else lanes', 'lanes = lanes', "of two products made as one the second one's columns go on where the first one's end"),
-    _one('pallas-scan-reversed', 'backends/pallas.py', 'axis={op.value.axes.index(op.axis)})",\n    t.Dot', 'axis={op.value.axes.index(op.axis)}, reverse=True)",\n    t.Dot', 'running sums from the other end'),
+    _one('pallas-twice-counted-on', "backends/printer.py", 'lanes = self.word("rem", lanes, axis.block // 2) if axis.of else lanes', 'lanes = lanes', "of two products made as one the second one's columns go on where the first one's end"),
+    _one('pallas-scan-reversed', 'backends/pallas.py', '"lax.cumsum({}, axis={})"', '"lax.cumsum({}, axis={}, reverse=True)"', 'running sums from the other end'),
     _one('jax-not-aliased', 'jax/launch.py', 'input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read}', 'input_output_aliases={}', 'what lies around a View that is written to is lost'),
     _one('view-order-inverted', 'jax/view.py', 'order = [sorted(self.axes).index(a) for a in self.axes]', 'order = [self.axes.index(a) for a in sorted(self.axes)]', 'of a View of three axes in turn the array has the inverse order'),
     _one('view-start-unstepped', 'jax/view.py', 'self.starts[d] + start * self.steps[d]', 'self.starts[d] + start', 'the start of a slice of a stepped View is not multiplied by the step'),
@@ -327,7 +326,7 @@ ARRAY = (
     _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
     _one('array-le-lt', 'backends/libraries.py', '"le": "less_equal"', '"le": "less"', 'at most is less than in JAX'),
-    _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b},', '"rem": torch.remainder},', 'remainders of negative numbers are positive in PyTorch'),
+    _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b,', '"rem": torch.remainder,', 'remainders of negative numbers are positive in PyTorch'),
     _one('array-product-narrow', 'backends/torch_product.py', '    a, b = a.float(), b.float()\n', '    if a.dtype == b.dtype != torch.float32:\n        return torch.einsum(equation, a, b).float()\n    a, b = a.float(), b.float()\n', 'products of narrow floats are rounded to them in PyTorch'),
     _one('array-put-wraps', 'backends/libraries.py', 'jnp.where(ok, i, size)', 'jnp.where(ok, i, -1)', 'rows at ids out of range are put last in JAX'),
     _one('array-ties-unstable', 'backends/libraries.py', 'axis=-1, kind="stable")', 'axis=-1)', 'ties are in any order in numpy'),
