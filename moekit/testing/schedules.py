@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Launch, Loop, Parts, Schedule, Section, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
@@ -35,7 +37,8 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
             offer("single parts", _spread(graph, _loop(1), 2, Split(axis, 2)))
             if tall := _tall(graph, axis):
                 offer("tall", tall)
-    offer("apart", heuristic(graph).each(lambda s: _apart(graph, s), first=True))
+    first, *rest = heuristic(graph).launches
+    offer("apart", Schedule((replace(first, sections=tuple(_apart(graph, s) for s in first.sections)), *rest)))
     return {"heuristic": None, **found}
 
 

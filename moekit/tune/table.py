@@ -19,7 +19,7 @@ from math import isqrt
 
 from moekit.backends import triton as emitter
 from moekit.compile.plan import Plan, plan
-from moekit.compile.rules import heuristic, row_classes, tokens_class
+from moekit.compile.rules import class_axis, heuristic, row_classes
 from moekit.compile.rules.order import Order, order
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
@@ -102,21 +102,17 @@ def _triton() -> str | None:
         return None
 
 
-def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The schedule of a call on a device: the table's, else the heuristic's for its number of rows; None where that does not
-
-    matter.
-    """
+def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule:
+    """The schedule of a call on a device: the table's, else the heuristic's for its number of rows."""
     return tuned(device, graph, sizes) or untuned(graph, sizes)
 
 
-def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The heuristic's schedule for a number of rows; None where that does not matter.
+def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule:
+    """The heuristic's schedule for a number of rows.
 
     All classes of rows take it of the declaration: of a form of it (a tensor updated elsewhere) it may cut the sums otherwise.
     """
-    tokens = tokens_class(graph, sizes)
-    return None if tokens is None else heuristic(graph, tokens)
+    return heuristic(graph, sizes.get(class_axis(graph) or "", 0))
 
 
 def serves(graph: Graph, form: Graph) -> bool:
@@ -183,8 +179,7 @@ def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, se
 
 def heuristics(graph: Graph, rows: Iterable[int]) -> list[Schedule]:
     """The heuristic's schedules for these numbers of rows, each once."""
-    axis = rows_axis(graph) or ""
-    return list(dict.fromkeys(untuned(graph, {axis: r}) or heuristic(graph) for r in rows))
+    return list(dict.fromkeys(heuristic(graph, r) for r in rows))
 
 
 def order_of(graph: Graph, schedule: Schedule) -> Order:
@@ -198,4 +193,5 @@ def _contiguous(graph: Graph, schedule: Schedule) -> Plan:
 
 
 def _texts(planned: Plan) -> set[str]:
-    return {f"{program.warps} {program.stages}\n{emitter.emit(program)}" for program in planned.programs}
+    launches = zip(planned.schedule.launches, planned.programs, strict=True)
+    return {f"{launch.dependent} {p.warps} {p.stages}\n{emitter.emit(p)}" for launch, p in launches}

@@ -1,16 +1,17 @@
 """The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
 from moekit.compile.rules import row_classes
 from moekit.compile.rules.gemm import GEMM_TILES
 from moekit.compile.rules.order import order
+from moekit.compile.schedule import Schedule
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
@@ -226,21 +227,20 @@ def test_a_contiguous_tensor_of_2_31_elements_is_wide():
     assert not contiguous(rows.trace(example(rows, {"T": 2**20, "A": 2, "B": 2**15}, "bfloat16", {})), {"T": 2**20})["x"].wide
 
 
-def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):
-    """And the kept launch passes on what the first one did."""
-    monkeypatch.setattr(launch, "overlapping", lambda device: True)
-    device, found = torch.device("cpu"), {}
-    for warps in (1, 8):
-        for count in (MANY_PROGRAMS - 1, MANY_PROGRAMS):
-            program = t.TileProgram("made_up", (), (), (), (), warps, 1)
-            one = launch.Launch(program, count, ("x",), ())
-            kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
-            assert kept is not None
-            assert kept.rest == (one.overlaps(device),)
-            found[warps, count] = one.overlaps(device)
-    assert [key for key, overlaps in found.items() if not overlaps] == [(1, MANY_PROGRAMS)]
-    monkeypatch.setattr(launch, "overlapping", lambda device: False)
-    assert not launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), ()).overlaps(device)
+def test_launches_are_dependent_where_the_schedule_says_so(monkeypatch):
+    """And the device can; the kept launch passes on what the first one did."""
+    device, program = torch.device("cpu"), t.TileProgram("made_up", (), (), (), (), 8, 1)
+    for able, said in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(launch, "overlapping", lambda device, able=able: able)
+        one = launch.Launch(program, 1, ("x",), (), said)
+        kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
+        assert kept is not None
+        assert kept.rest == (one.overlaps(device),) == (able and said,)
+    schedule = "tile:T:1 whole:E:512 whole:K:16 warps:1 stages:1"
+    for text, rows, dependent in (("", 2047, True), ("", 2048, False), (schedule, 3, False), (f"{schedule} dependent", 5000, True)):
+        given = Schedule.parse(text) if text else None
+        call = Call(FUSIONS["topk_softmax"], {"logits": torch.zeros(rows, 512)}, {"k": 10}, False, None, given)
+        assert [one.dependent for one in call.prepare().launches] == [dependent], (text, rows)
 
 
 def test_rows_that_lie_across_memory_have_one_schedule():

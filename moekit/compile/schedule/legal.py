@@ -161,6 +161,8 @@ def _section_problems(graph: Graph, section: Section, launch: Launch, target: Ta
         if ahead.tensor not in prefetchable(graph, section):
             need = "a weight of static size can, in a product along a looped axis that its blocks divide"
             yield f"{ahead.tensor} cannot be prefetched; {need}"
+        elif not launch.dependent:
+            yield f"{ahead.tensor} cannot be prefetched by a launch that begins when the one before it has ended; add dependent"
     try:
         in_order(graph, {a for a, use in uses.items() if isinstance(section.axis(a), Loop)})
     except ScheduleError as error:
