@@ -115,7 +115,7 @@ def projections_case(p: int, widths: tuple[int, int, int]) -> Case:
 
 
 def block_case(p: int, widths: tuple[int, int, int]) -> Case:
-    """gate_block and topk_softmax: norm → gates → activation → router, all that comes before the experts."""
+    """No fusion but several in a row: norm → gates → activation → router, all that comes before the experts."""
     i, total, k = widths[0] // 2, sum(widths), 10
 
     def make(t: int, d: torch.dtype) -> Operands:

@@ -40,7 +40,6 @@ SIZES = {
     "gated_rms_norm": [{"T": 8, "V": 32, "D": 128}],
     "delta_rule_step": [{"T": 4, "K": 2, "V": 4, "Dk": 128, "Dv": 128}],
     "gate_projections": [{"T": 16, "D": 2048, "I": 64, "E": 512, "G": 1}],
-    "gate_block": [{"T": 16, "D": 2048, "I": 64, "E": 512, "G": 1}],
     "down_combine": [{"T": 16, "I": 64, "H": 2048}],
     "expert_gate_up": [{"T": 4, "D": 2048, "I": 64, "E": 16, "K": 10}],
     "expert_down": [{"T": 4, "H": 2048, "I": 64, "E": 16, "K": 10}],

@@ -42,7 +42,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, makers: dict[str, Maker
     for name, make in makers.items():
         row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
         try:
-            row |= check(make, name)
+            row |= check(make)
             graphs[name] = capture([make(o) for o in (sets[: max(2, count // 4)] if name in SLOW else sets)])
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -28,16 +28,17 @@ from bench import cases
 from bench.cases import CASES, Case, Operands
 from bench.child import Child
 from bench.common import environment, numbers, write
-from bench.correctness import SEVERAL, Checker
+from bench.correctness import Checker
 from bench.device_jax import compiled, made, timed
 from bench.plots import times
 from moekit import jax as mj
+from moekit.fusions import FUSIONS
 
 LENGTH = 24
 LARGEST_BYTES = 4e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
 UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
-           "gate_block": ("residual", 1), "down_combine": ("hidden", 0)}  # fmt: skip
+           "down_combine": ("hidden", 0)}
 
 
 def to_jax(x: torch.Tensor) -> jax.Array:
@@ -121,7 +122,7 @@ def measure(case: Case, tokens: int, dtype: torch.dtype, rounds: int) -> Iterato
         row = {"case": case.name, "T": tokens, "dtype": str(dtype).removeprefix("torch."), "side": name}
         try:
             got = tuple(to_torch(x) for x in made(single[name])(*sets[0].values()))
-            row |= check(lambda o, got=got: lambda: got, SEVERAL.get(case.fusion, name))  # both sides are the fusion itself
+            row |= check(lambda o, got=got: lambda: got)
             chains[name].program = made(every[name])
         except Exception as error:
             row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     child, begin, result = Child(measured), time.monotonic(), environment() | {"rows": [], "left out": []}
-    wanted = dict.fromkeys(n for f in args.fusions.split(",") for n in CASES if n.startswith(f))
+    wanted = dict.fromkeys(n for f in args.fusions.split(",") for n, c in CASES.items() if n.startswith(f) and c.fusion in FUSIONS)
     for case, t in ((CASES[n], t) for n in wanted for t in numbers(args.tokens)):
         if time.monotonic() - begin > args.seconds:
             result["left out"].append(f"{case.name} T={t}")

@@ -91,15 +91,6 @@ def moekit_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
     return x, residual, active, chosen, ids
 
 
-def moekit_block(w: dict, x, residual, k: int, part: str) -> tuple:
-    """moekit with the gate part as one fusion and the router."""
-    x, residual, active, logits, share = mt.gate_block_(x, residual, w["norm"], *w["packed"].parts)
-    chosen, ids = mt.topk_softmax(logits, k)
-    if part == "moe":
-        mt.down_combine_(x, active, w["down"], share)
-    return x, residual, active, chosen, ids
-
-
 def peers(one: bool) -> Layer:
     """sgl-kernel's norm and router, cuBLAS, FlashInfer's activation; `one`: a padded product and copies of its columns."""
 
@@ -131,7 +122,6 @@ def layers() -> dict[str, Layer]:
     return {
         "moekit": moekit,
         "moekit, epilogue": moekit_epilogue,
-        "moekit, one block": moekit_block,
         "peers, three gemms": peers(False),
         "peers, one padded gemm": peers(True),
         "torch.compile": eager.compiled(plain),

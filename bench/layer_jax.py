@@ -82,21 +82,11 @@ def layer_epilogue(w: dict, x, residual, k: int, part: str) -> tuple:
     return x, residual, active, chosen, ids
 
 
-def layer_block(w: dict, x, residual, k: int, part: str) -> tuple:
-    """A layer of moekit's with the gate part as one fusion and the router."""
-    x, residual, active, logits, share = mj.gate_block(x, residual, w["norm"], *w["packed"].parts)
-    chosen, ids = mj.topk_softmax(logits, k)
-    if part == "moe":
-        x = mj.down_combine(x, active, w["down"], share)
-    return x, residual, active, chosen, ids
-
-
 def layers() -> dict[str, Layer]:
     """Every way of computing a layer, moekit's first."""
     return {
         "moekit": partial(layer, implementation=None, packed=True),
         "moekit, epilogue": layer_epilogue,
-        "moekit, one block": layer_block,
         "xla, three gemms": partial(layer, implementation="xla", packed=False),
         "xla, one gemm": partial(layer, implementation="xla", packed=True),
         "jnp, three gemms": partial(plain, packed=False),

@@ -178,17 +178,9 @@ def _blocks(case: Case) -> dict[str, Maker]:
 
         return call
 
-    def block(o: Operands) -> Call:
-        def call():
-            made = mt.gate_block_(*o.values())
-            return *made, *mt.topk_softmax(made[3], k)
-
-        return call
-
     return {
         "moekit": ours,
         "moekit, epilogue": epilogue,
-        "moekit, one block": block,
         "peers: sgl norm, three gemms": _sequence(others.sgl_add_rms_norm, k, False),
         "peers: sgl norm, one padded gemm": _sequence(others.sgl_add_rms_norm, k, True),
         "peers: flashinfer norm, three gemms": _sequence(others.flashinfer_add_rms_norm, k, False),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
-from moekit.fusions import FUSIONS
+from tests.declarations import DECLARATIONS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
 
     def bound(self):
         """The declaration, its binding and the traced graph."""
-        fusion = FUSIONS[self.fusion]
+        fusion = DECLARATIONS[self.fusion]
         binding = fusion.bind(self.shapes, self.dtypes(), fusion.bind_params(self.params))
         return fusion, binding, fusion.trace(binding)
 

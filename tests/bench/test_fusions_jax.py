@@ -11,7 +11,7 @@ from bench.fusions_jax import UPDATED, Chain, call_of, to_jax, to_torch
 from moekit.fusions import FUSIONS
 
 
-@pytest.mark.parametrize("case", ["add_rms_norm 2048", "silu_and_mul 64", "delta_rule_step 2/4", "gate_block 648"])
+@pytest.mark.parametrize("case", ["add_rms_norm 2048", "silu_and_mul 64", "delta_rule_step 2/4", "down_combine 64"])
 def test_a_chain_is_its_calls(case):
     """Two calls in one program, run twice: the second run has the updated operands of the first."""
     case = CASES[case]

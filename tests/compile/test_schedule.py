@@ -37,6 +37,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean, sum
 from moekit.testing import Call, check, operands, run, variants
 from moekit.testing.probes import PROBES
+from tests.declarations import DECLARATIONS
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
@@ -360,7 +361,7 @@ def test_one_wish_for_all_sections():
 def test_sums_beside_products_have_the_same_warps_whatever_the_rows(width):
     """How lanes add up a row depends on the warps of its launch, and a GEMM's differ by the class of rows."""
     shapes = {"x": (3, width), "residual": (3, width), "weight": (width,), "gate_up": (64, width), "router": (64, width)}
-    graph = good.graph_of(FUSIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
+    graph = good.graph_of(DECLARATIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
     warps = {tuple(p.warps for p in good.planned(graph, heuristic(graph, rows)).programs) for rows in row_classes(graph)}
     assert len(warps) == 1
 

@@ -29,7 +29,6 @@ SIZES = {
     "gated_rms_norm": {"V": 4, "D": 128},
     "delta_rule_step": {"K": 2, "V": 4, "Dk": 128, "Dv": 128},
     "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
-    "gate_block": {"D": 2048, "I": 64, "E": 512, "G": 1},
     "down_combine": {"I": 64, "H": 2048, "H?": 1},
     "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},
     "expert_down": {"I": 64, "H": 2048, "E": 512, "K": 10},
@@ -178,7 +177,7 @@ def test_search_ends_in_time_where_measuring_is_slow(monkeypatch):
         now[0] += 1
         return 1.0 / warps(schedule)
 
-    traced = graph("gate_block")
+    traced = graph("gate_projections")
     search(traced, Bench(right, measure), 60, buckets(traced))
     assert now[0] - begin <= 60 + 2 * len(buckets(traced))
 

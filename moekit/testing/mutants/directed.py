@@ -21,7 +21,7 @@ CHANCE = 3000  # the first number of the random declarations that are run under 
 SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
 SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_states",
              "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
-             "gate_block", "topk_softmax")  # fmt: skip
+             "gate_projections", "topk_softmax")  # fmt: skip
 SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
 ALIKE = ("probe_residual", "probe_rounded")  # three tensors or more of one shape and dtype, to take turns in one array
 SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
@@ -135,11 +135,11 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
     for turn in range(len(kinds)):
         for at, (schedule, name) in enumerate(pairs):
             dtype, recipe = kinds[(turn + 5 * at) % len(kinds)]
-            if name == "gate_block" and schedule in SLOW:
+            if name == "gate_projections" and schedule in SLOW:
                 continue
             fusion = FuzzCase(name, SIZES, {}).declaration
             dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
-            params = {"eps": 1e-6, "offset": 1.0} if name in ("add_rms_norm", "gate_block") else {}
+            params = {"eps": 1e-6, "offset": 1.0} if name == "add_rms_norm" else {}
             params |= {"k": 3, "renormalize": True, "nan_to_zero": False} if name == "topk_softmax" else {}
             axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
             mode = "in place" if name in ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange") else "out"
