@@ -172,6 +172,21 @@ def delta_case(k: int, v: int) -> Case:
     return Case(f"delta_rule_step {k}/{v}", "delta_rule_step", make, lambda t, size: 8 * t * v * 128 * 128)
 
 
+def experts_case(i: int, h: int, experts: int, k: int) -> Case:
+    """expert_down: each row's pairs, by the down projections of the experts that were chosen for it."""
+
+    def make(t: int, d: torch.dtype) -> Operands:
+        ids = torch.rand(t, experts, device=DEVICE).topk(k).indices.int()
+        down = rows(experts, i, h, dtype=d)
+        return {"activated": rows(t, k, i, dtype=d), "down": down, "ids": ids, "weights": rows(t, k, dtype=d).sigmoid_()}
+
+    def moved(t: int, size: int) -> int:
+        chosen = round(experts * (1 - (1 - k / experts) ** t))  # as many experts as are expected to be chosen
+        return (chosen * i * h + t * (k * i + k + h)) * size + t * k * 4
+
+    return Case(f"expert_down {i}", "expert_down", make, moved, lambda t: 2 * t * k * i * h)
+
+
 GATES = ((648, (128, 512, 1)), (1544, (1024, 512, 1)))  # one of 8 tensor-parallel ranks, and all in one
 
 CASES: dict[str, Case] = {
@@ -185,6 +200,7 @@ CASES: dict[str, Case] = {
         *(projections_case(p, w) for p, w in GATES),
         *(block_case(p, w) for p, w in GATES),
         *(down_case(i, 2048) for i in (64, 512)),
+        *(experts_case(i, 2048, 512, 10) for i in (64, 512)),
         gated_norm_case(4),
         gated_norm_case(32),
         delta_case(2, 4),

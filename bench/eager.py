@@ -62,6 +62,12 @@ def down_combine(hidden, activated, down, share):
     return scaled_sum(hidden, linear(activated, down), share)
 
 
+def expert_down(activated, down, ids, weights):
+    """Σ over the chosen experts of weight·(activated·down)."""
+    each = torch.einsum("tki,tkih->tkh", activated, down[ids.long()])
+    return (each.float() * weights.float()[..., None]).sum(1).to(activated.dtype)
+
+
 def scaled_sum(hidden, shared, share):
     """hidden + share·shared, where share is a sigmoid already."""
     return hidden + share.to(hidden.dtype) * shared

@@ -14,7 +14,7 @@ from bench.targets import OURS
 COLOURS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7"), strict=True))
 LINES = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C564B", "#9467BD", "#BCBD22", "#17BECF",
          "#1B7837", "#B2182B", "#999999", "#5E3C99")  # fmt: skip
-DASHES = dict(zip(OURS, ("-", "--", ":"), strict=True))  # moekit is black, in all its forms
+DASHES = dict(zip(OURS, ("-", "--"), strict=True))  # moekit is black, in all its forms
 
 
 def times(result: dict, path: Path, cases: tuple[str, ...] = (), relative: bool = False) -> None:

@@ -232,6 +232,8 @@ def _others(case: Case) -> dict[str, Maker]:
 
     if case.fusion == "shared_expert_combine":
         return {"moekit": lambda o: lambda: mt.shared_expert_combine_(o["hidden"], o["shared"], o["gate"])}
+    if case.fusion == "expert_down":
+        return {"moekit": lambda o: lambda: mt.expert_down(*o.values())}
     if case.fusion == "gated_rms_norm":
         return {"moekit": lambda o: lambda: mt.gated_rms_norm(*o.values()), "fla": fla_norm}
     return {

@@ -1,10 +1,14 @@
 """The figures that earned the rules: each names what it earned, and how to measure it again."""
 
+import argparse
 import importlib
 import json
 import re
+import sys
 from importlib import resources
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 RULES = json.loads((resources.files("moekit.compile.rules") / "measured.json").read_text(encoding="utf-8"))["rules"]
@@ -17,9 +21,30 @@ def test_every_figure_belongs_to_a_rule_that_is_there():
             module, _, attribute = constant.partition(".")
             assert hasattr(importlib.import_module(f"moekit.compile.rules.{module}"), attribute), (name, constant)
         assert row["figures"], name
-        script, fusions = re.fullmatch(r"python (bench/\w+\.py) --fusions (\S+) --tokens [\d,]+", row["again"]).groups()
-        assert (ROOT / script).is_file()
-        assert all((ROOT / "moekit/fusions" / f"{fusion}.py").is_file() for fusion in fusions.split(","))
+
+
+class _Parsed(Exception):
+    """What a script was told."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_command_starts(name, monkeypatch):
+    """The script takes the arguments, and has cases of the fusions that they name."""
+    python, script, *arguments = RULES[name]["again"].split()
+    assert python == "python"
+    take = argparse.ArgumentParser.parse_args
+
+    def parse_args(self):
+        raise _Parsed(take(self))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(_Parsed) as told:
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+    (given,) = told.value.args
+    assert all(rows.isdecimal() for rows in given.tokens.split(","))
+    cases = importlib.import_module("bench.cases").CASES.values()
+    assert {c.fusion for c in cases} >= set(given.fusions.split(","))
 
 
 def test_no_figure_of_a_gpu_stands_in_the_code():
