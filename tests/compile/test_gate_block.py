@@ -9,6 +9,7 @@ import pytest
 from moekit.compile.rules import spread
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
 from tests.declarations import gate_block as FUSION
+
 SIZES = {"T": 5, "I": 12, "E": 21, "G": 1, "D": 72}
 USED = 2 * 12 + 21 + 1  # rows of a packed weight; the rest is padding
 

@@ -8,9 +8,10 @@ from moekit.backends import triton
 from moekit.compile import tile as t
 from moekit.compile.passes import PASSES, watching
 from moekit.compile.passes.helpers import helpers
-from moekit.compile.passes.legalise import NEEDED, legalise
+from moekit.compile.passes.legalise import legalise
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile import interpret
 from moekit.compile.tile.verify import verify
 from moekit.errors import FileError
@@ -82,7 +83,7 @@ def test_workarounds_are_for_the_targets_that_need_them():
     """One program, three workarounds for Triton, two for Pallas; where nothing needs one nothing changes."""
     _, seen = after_passes(halves_of_two_kinds, None)
     (before,) = [program for name, program in seen if name == "flatten"]
-    assert set(NEEDED) == {"triton", "pallas"}
+    assert set(TARGETS) == {"triton", "pallas"}
     for target, negative_zeros in (("triton", 0), ("pallas", 1)):
         program = legalise(before, target)
         assert not [op for op in good.operations(program, t.Unary) if op.op == "neg"]

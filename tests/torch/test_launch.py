@@ -238,7 +238,8 @@ def test_launches_are_dependent_where_the_schedule_says_so(monkeypatch):
         assert kept is not None
         assert kept.rest == (one.overlaps(device),) == (able and said,)
     schedule = "tile:T:1 whole:E:512 whole:K:16 warps:1 stages:1"
-    for text, rows, dependent in (("", 2047, True), ("", 2048, False), (schedule, 3, False), (f"{schedule} dependent", 5000, True)):
+    cases = [("", 2047, True), ("", 2048, False), (schedule, 3, False), (f"{schedule} dependent", 5000, True)]
+    for text, rows, dependent in cases:
         given = Schedule.parse(text) if text else None
         call = Call(FUSIONS["topk_softmax"], {"logits": torch.zeros(rows, 512)}, {"k": 10}, False, None, given)
         assert [one.dependent for one in call.prepare().launches] == [dependent], (text, rows)
