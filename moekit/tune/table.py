@@ -22,6 +22,7 @@ from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import class_axis, heuristic, row_classes
 from moekit.compile.rules.order import Order, order
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.facts import once
 from moekit.compile.schedule.legal import legal
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
@@ -165,23 +166,14 @@ def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, se
 
     They are the tuned ones, and the heuristic's of every bucket: it was they that the tuned ones were faster than.
     """
-    texts, orders = set(), set()
-    for least in buckets(graph):
-        made = _contiguous(graph, heuristics(graph, [least])[0])
-        texts |= _texts(made)
-        orders |= set() if least in schedules else {order(made.programs)}
-    for schedule in dict.fromkeys(schedules.values()):
-        made = _contiguous(graph, schedule)
-        texts |= _texts(made)
-        orders.add(order(made.programs))
+    usual = {least: heuristic(graph, least) for least in buckets(graph)}
+    plans = {s: _contiguous(graph, s) for s in (*usual.values(), *schedules.values())}
+    texts = {text for planned in plans.values() for text in _texts(planned)}
+    orders = {order(plans[s].programs) for s in (usual | dict(schedules)).values()}
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16], orders
 
 
-def heuristics(graph: Graph, rows: Iterable[int]) -> list[Schedule]:
-    """The heuristic's schedules for these numbers of rows, each once."""
-    return list(dict.fromkeys(heuristic(graph, r) for r in rows))
-
-
+@once
 def order_of(graph: Graph, schedule: Schedule) -> Order:
     """In which order a schedule adds up."""
     return order(_contiguous(graph, schedule).programs)

@@ -28,7 +28,7 @@ from moekit.compile.schedule.directives import (
     Whole,
     pow2,
 )
-from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, has_gemm, once, shares
+from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, once, shares
 from moekit.compile.schedule.legal import legal, taking_turns
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
@@ -67,11 +67,12 @@ def _classes(graph: Graph) -> dict[int, Schedule]:
     """The schedules by the least number of rows, each from where it differs from the one before."""
     axis = class_axis(graph)
     chosen = dict(_by_kernels(graph)) if axis else {0: next(_by_kernels(graph))[1]}
-    edges = {*chosen, *(n for s in chosen.values() for n in _crowded_from(graph, s, axis))}
+    crowded = {least: _crowded_from(graph, schedule, axis) for least, schedule in chosen.items()}
     found: dict[int, Schedule] = {}
-    for least in sorted(edges):
-        schedule = chosen[max(n for n in chosen if n <= least)]
-        schedule = _independent(graph, schedule, {axis: least} if axis else {})
+    for least in sorted({*chosen, *(n for each in crowded.values() for n in each if n < MOST_ROWS)}):
+        base = max(n for n in chosen if n <= least)
+        pairs = zip(chosen[base].launches, crowded[base], strict=True)
+        schedule = Schedule(tuple(launch if least < n else launch.without(Dependent) for launch, n in pairs))
         if schedule not in list(found.values())[-1:]:
             found[least] = schedule
     return found
@@ -91,20 +92,13 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
             yield max(2, -(-elements // prod(graph.axes[a] or 1 for a in axis_uses(graph)))), Schedule((launch,))
 
 
-def _crowded_from(graph: Graph, schedule: Schedule, axis: str | None) -> Iterator[int]:
-    """Numbers of rows from which on launches have very many programs of one warp."""
-    for launch, g, _ in launched(graph, schedule):
-        if axis and launch.warps == 1:
-            yield bisect_left(range(MOST_ROWS), MANY_PROGRAMS, key=lambda n: programs(g, launch, {axis: n}))
+def _crowded_from(graph: Graph, schedule: Schedule, axis: str | None) -> list[int]:
+    """For each launch the number of rows from which on it has very many programs of one warp."""
 
+    def least(g: Graph, launch: Launch) -> int:
+        return bisect_left(range(MOST_ROWS), MANY_PROGRAMS, key=lambda rows: programs(g, launch, {axis or "": rows}))
 
-def _independent(graph: Graph, schedule: Schedule, sizes: dict[str, int]) -> Schedule:
-    """The schedule, no launch dependent that has very many programs of one warp."""
-    changed = []
-    for launch, g, _ in launched(graph, schedule):
-        crowded = launch.warps == 1 and programs(g, launch, sizes) >= MANY_PROGRAMS
-        changed.append(launch.without(Dependent) if crowded else launch)
-    return Schedule(tuple(changed))
+    return [least(g, launch) if launch.warps == 1 else MOST_ROWS for launch, g, _ in launched(graph, schedule)]
 
 
 def spread(graph: Graph, wish: Launch | str) -> Schedule:
@@ -205,7 +199,7 @@ def _piece(graph: Graph, tile: Block, columns: int, in_a_row: Split | None) -> L
 def _abreast(graph: Graph, launch: Launch) -> Launch:
     """Sections with GEMMs take turns, block of rows by block of rows, where they have the same blocks."""
     parts = sections(graph)
-    if len(launch.sections) < 2 or shares(graph) or not all(map(has_gemm, parts)):
+    if len(launch.sections) < 2 or shares(graph) or not all(map(first_gemm, parts)):
         return launch
     axis = taking_turns(graph, launch)
     return launch.but(Abreast(axis)) if axis else launch

@@ -201,8 +201,8 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
 def obliging(graph: Graph, section: Section, warps: int) -> Section:
     """The section with its products paired, and its weights asked for ahead, where that pays."""
     section = section.without(Pair, Prefetch)
-    for tensor, (one, other, _) in twins(graph).items():
-        if pairable(graph, section, tensor) and _rows(graph, section, one, other) >= PAIRED_ROWS:
+    for tensor, (product, _, column) in twins(graph).items():
+        if pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
             section = section.but(Pair(tensor))
     for tensor, reads in prefetchable(graph, section).items():
         if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):
@@ -210,14 +210,9 @@ def obliging(graph: Graph, section: Section, warps: int) -> Section:
     return section
 
 
-def _rows(graph: Graph, section: Section, one: int, other: int) -> int:
-    """The rows of the tiles of two products of one left operand."""
-    (left,), (right,) = (set(found) for found in _shared(graph.nodes[one].args, graph.nodes[other].args))
-    return max((section.block(a) for a in graph.nodes[left].axes if a not in graph.nodes[right].axes), default=1)
-
-
-def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[set[int], set[int]]:
-    return set(one) & set(other), set(one) - set(other)
+def _rows(graph: Graph, section: Section, product: int, column: str) -> int:
+    """The rows of a product's tile."""
+    return max(section.block(a) for a in graph.nodes[product].axes if a != column)
 
 
 def _lines(graph: Graph, section: Section, node: int, along: int) -> float:
