@@ -15,6 +15,7 @@ from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
 from moekit.compile.schedule.directives import (
     Abreast,
+    Axis,
     Dependent,
     Launch,
     Loop,
@@ -23,13 +24,12 @@ from moekit.compile.schedule.directives import (
     Split,
     Stage,
     Stages,
-    Tile,
     Warps,
     Whole,
     pow2,
 )
 from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, once, shares
-from moekit.compile.schedule.legal import legal, taking_turns
+from moekit.compile.schedule.legal import axis_problem, legal, taking_turns
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
@@ -120,9 +120,7 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
     """`section` with what is wanted of its axes, as far as it can take that."""
     for d in wish.directives:
         use = axis_uses(graph).get(getattr(d, "axis", ""))
-        tiled = isinstance(d, Tile) and use is not None and not use.parallel
-        held = isinstance(d, Whole) and use is not None and (use.extent is None or use.extent > d.block)
-        if use is not None and not tiled and not held and (isinstance(d, Whole) or not use.whole):
+        if use is not None and not (isinstance(d, Axis) and axis_problem(use, d)):
             section = section.but(d)
     return section
 

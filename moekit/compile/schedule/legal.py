@@ -73,11 +73,9 @@ def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
     if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
         return
-    before = None
-    for section in launch.sections:
-        for before in _section_problems(part(graph, section.outputs), section, launch):
-            yield before
-    if before is not None:
+    found = [why for s in launch.sections for why in _section_problems(part(graph, s.outputs), s, launch)]
+    if found:
+        yield from found
         return
     if (why := runaway(graph, launch)) is not None:
         yield why
@@ -138,7 +136,7 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
             who = f"the section of {', '.join(section.outputs)}" if section.outputs else "the fusion"
             yield f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
             return
-        if why := _axis_problem(uses[d.axis], d):
+        if why := axis_problem(uses[d.axis], d):
             yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
             return
     if why := _said_twice(section):
@@ -169,7 +167,8 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
         yield str(error).removeprefix(f"{graph.name}: ")
 
 
-def _axis_problem(use: AxisUse, d: Axis) -> str | None:
+def axis_problem(use: AxisUse, d: Axis) -> str | None:
+    """Why an axis cannot be held so; None if it can."""
     if d.block < 1 or d.block & (d.block - 1):
         return "a block is a power of two"
     if isinstance(d, Tile) and not use.parallel:
