@@ -34,6 +34,7 @@ GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leave
 MOST_PARTS, ENOUGH_PARTS = 8, 4
 LEAST_DEPTH = 256  # of the contracted axis, in one part
 WORTH_A_LAUNCH = 1024  # so much less of the contracted axis a split's programs must have for the launch that adds up
+WIDE = 4  # bytes of float32, which the matrix unit does not take
 WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
 MANY_ROWS = 128
@@ -82,7 +83,7 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
     gemm = next((g for g in gemms(graph).values() if graph.axes[g.m] is None), None)
     if gemm is None or not _products_alone(graph):
         return GEMM_TILES[:1]
-    if _wide(graph, gemm):  # all have the same tile, and parts in place of a split where those are many
+    if _itemsize(graph, gemm) == WIDE:  # all have the same tile, and parts in place of a split where those are many
         return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
@@ -120,11 +121,6 @@ def _products_alone(graph: Graph) -> bool:
 def _adds(graph: Graph, node: int) -> bool:
     """Whether a node brings floats together."""
     return graph.nodes[node].op in TOGETHER and is_float(graph.nodes[node].dtype)
-
-
-def _wide(graph: Graph, gemm: GemmAxes) -> bool:
-    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
-    return _itemsize(graph, gemm) == 4
 
 
 def _itemsize(graph: Graph, gemm: GemmAxes) -> int:
@@ -172,7 +168,7 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
 
 def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: Split | None) -> Launch:
     """One GEMM's programs: `few` columns a block where there are few rows; the parts of `in_a_row` one after the other."""
-    uses, wide = axis_uses(graph), _wide(graph, gemm)
+    uses, wide = axis_uses(graph), _itemsize(graph, gemm) == WIDE
     depth = uses[gemm.k].extent or 64
     several = in_a_row.count if in_a_row and in_a_row.axis == gemm.k else shares(graph).get(gemm.k, 1)
     _, rows, columns, k_block, warps, stages, _ = tile
