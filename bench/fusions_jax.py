@@ -37,8 +37,12 @@ from moekit.fusions import FUSIONS
 LENGTH = 24
 LARGEST_BYTES = 4e9
 SIDES = {"moekit (jax)": None, "xla": "xla"}
-UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
-           "down_combine": ("hidden", 0)}
+UPDATED = {
+    "add_rms_norm": ("residual", 1),
+    "shared_expert_combine": ("hidden", 0),
+    "delta_rule_step": ("state", 1),
+    "down_combine": ("hidden", 0),
+}
 
 
 def to_jax(x: torch.Tensor) -> jax.Array:

@@ -384,8 +384,6 @@ def test_shipped_entries_keep_the_contract():
             row = shipped.get(table.graph_key(traced))
             if row is None or stale(traced, Entry.parse(row)):
                 continue
-            used = [
-                table.scheduled("NVIDIA H200", traced, {"T": t}) for t in (1, 17, 65, 128, 300, 2048, 5000)
-            ]
+            used = [table.scheduled("NVIDIA H200", traced, {"T": t}) for t in (1, 17, 65, 128, 300, 2048, 5000)]
             assert len({order_of(traced, s) for s in used}) == 1
             assert all(plan(traced, s, table.contiguous(traced, {"T": 8})).programs for s in used)
