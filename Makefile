@@ -38,7 +38,7 @@ endif
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-demo: $(DEMO_READY) ## install what the decode needs (no torch) and run `moekit decode`
+demo: $(DEMO_READY) ## install what the decode needs (no torch) and run `moekit decode`: the tiny model answers
 	@$(PY) -m moekit.cli decode $(ARGS)
 
 test: $(TEST_READY) ## install everything and run the tests, those for a GPU too where there is one

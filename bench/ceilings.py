@@ -10,8 +10,6 @@ On an H200 (torch 2.11.0, triton 3.6.0, `moekit.tune.timer`):
   (`zero_` of one element, a memset node, takes 1.13, and the addition of a number to it 1.47.)
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

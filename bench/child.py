@@ -1,19 +1,22 @@
 """A process that measures one case after another, so that one which dies or hangs costs that case and no more."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("spawn")
-PATIENCE = 180.0  # seconds for one case
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class Child:
     """Calls `measure`, a function of a module, in a process of its own; a new one is started when it has died."""
 
-    def __init__(self, measure: Callable[..., Iterable[dict]], patience: float = PATIENCE):
+    def __init__(self, measure: Callable[..., Iterable[dict]], patience: float = 180.0):
+        """patience: seconds for one case."""
         self.measure, self.patience = measure, patience
         self.process: Any = None
 
@@ -33,13 +36,11 @@ class Child:
             theirs.close()
         try:
             self.pipe.send(args)
+            why = f"it did not end in {self.patience:g} seconds"
             if self.pipe.poll(self.patience):
-                answer = self.pipe.recv()
-                if not isinstance(answer, str):
-                    return answer
-                why = answer
-            else:
-                why = f"it did not end in {self.patience:.0f} seconds"
+                why = self.pipe.recv()
+                if not isinstance(why, str):
+                    return why
         except (EOFError, OSError):
             self.process.join(5)
             why = f"its process died with exit code {self.process.exitcode}"
@@ -64,5 +65,5 @@ def _serve(pipe: Any, measure: Callable[..., Iterable[dict]]) -> None:
         try:
             answer: list[dict] | str = list(measure(*args))
         except Exception as error:
-            answer = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            answer = said(error)
         pipe.send(answer)

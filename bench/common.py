@@ -1,10 +1,9 @@
-"""What every bench shares: versions and device, and the result file."""
-
-from __future__ import annotations
+"""Result files: what stands at their head, how they are written and read, and tables of them."""
 
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,11 +43,11 @@ def write(path: str | Path, result: dict) -> None:
     write_text(path, head[:-2] + ',\n "rows": [\n' + body + "\n ]\n}\n")
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def load(path: str | Path) -> dict:
     """Read a result file."""
     return read_json(path)
-
-
-def numbers(text: str) -> list[int]:
-    """`1,4,16` as numbers."""
-    return [int(part) for part in text.split(",")]

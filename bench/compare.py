@@ -7,87 +7,71 @@ than the spreads (interquartile ranges) of both measurements together. 2 if the 
 only what moved beyond noise is printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 from bench.common import load
 
-KEYS = ("framework", "case", "op", "tp", "T", "prompts", "dtype", "side", "way")  # what a row is of; the rest was measured
-
-
-@dataclass(frozen=True)
-class Change:
-    """One row in both files: its name, the times in µs (None: it did not run), and how far apart chance may bring them."""
-
-    name: str
-    side: str
-    before: float | None
-    after: float | None
-    noise: float
-
-    @property
-    def ratio(self) -> float | None:
-        """After over before."""
-        return self.after / self.before if self.before and self.after else None
-
-    @property
-    def verdict(self) -> str:
-        """slower, faster, broken, mended or same."""
-        if self.before is None or self.after is None:
-            return "same" if self.before is self.after else "broken" if self.after is None else "mended"
-        if abs(self.after - self.before) <= self.noise:
-            return "same"
-        return "slower" if self.after > self.before else "faster"
+KEYS = ("framework", "case", "op", "tp", "T", "prompts", "slots", "batch", "dtype", "side", "way")  # what a row is of
 
 
 def key(row: Mapping) -> tuple:
-    """What a row is of."""
+    """What a row is of; the rest was measured."""
     return tuple((k, row[k]) for k in KEYS if k in row)
 
 
-def compare(before: Sequence[Mapping], after: Sequence[Mapping], tolerance: float) -> list[Change]:
-    """The rows that both have, in the order of the first."""
-    new = {key(r): r for r in after}
-    found = []
-    for old in before:
-        if (row := new.get(key(old))) is None:
-            continue
-        noise = max(tolerance * old.get("us", 0.0), old.get("spread", 0.0) + row.get("spread", 0.0))
-        name = " ".join(str(v) for k, v in key(old) if k not in ("side", "way"))
-        found.append(Change(name, str(old.get("side", old.get("way", ""))), old.get("us"), row.get("us"), noise))
-    return found
+def verdict(before: Mapping, after: Mapping, tolerance: float) -> str:
+    """slower, faster, broken, mended or same."""
+    old, new = before.get("us"), after.get("us")
+    if old is None or new is None:
+        return "same" if old is new else "broken" if new is None else "mended"
+    if abs(new - old) <= max(tolerance * old, before.get("spread", 0.0) + after.get("spread", 0.0)):
+        return "same"
+    return "slower" if new > old else "faster"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two files; the exit code."""
+def shown(before: Mapping, after: Mapping) -> str:
+    """What a row is of, its two times and their ratio."""
+    side = str(before.get("side", before.get("way", "")))
+    name = " ".join(str(v) for k, v in key(before) if k not in ("side", "way"))
+    times = [row.get("us") for row in (before, after)]
+    ratio = f"  {times[1] / times[0]:.2f}" if all(times) else ""
+    return f"{name}, {side}: {' → '.join('–' if t is None else f'{t:.2f}' for t in times)} µs{ratio}"
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before")
     parser.add_argument("after")
     parser.add_argument("--side", default="moekit", help="rows whose side begins so decide the exit code")
     parser.add_argument("--tolerance", type=float, default=0.03, help="a share of the time that is never called a change")
     parser.add_argument("--all", action="store_true", help="print every row")
-    args = parser.parse_args(argv)
-    files = load(args.before), load(args.after)
-    if files[0]["device"] != files[1]["device"]:
-        print(f"measured on different devices: {files[0]['device']} and {files[1]['device']}", file=sys.stderr)
-    changes = compare(files[0]["rows"], files[1]["rows"], args.tolerance)
-    if not changes:
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare two files; the exit code."""
+    args = options().parse_args(argv)
+    before, after = load(args.before), load(args.after)
+    if before["device"] != after["device"]:
+        print(f"measured on different devices: {before['device']} and {after['device']}", file=sys.stderr)
+    new = {key(row): row for row in after["rows"]}
+    pairs = [(row, new[key(row)]) for row in before["rows"] if key(row) in new]
+    if not pairs:
         print("the files have no row in common", file=sys.stderr)
         return 2
-    for c in changes:
-        if args.all or c.verdict != "same":
-            times = " → ".join("–" if t is None else f"{t:.2f}" for t in (c.before, c.after))
-            ratio = "" if c.ratio is None else f"  {c.ratio:.2f}"
-            print(f"{c.verdict:7s} {c.name}, {c.side}: {times} µs{ratio}")
-    bad = [c for c in changes if c.side.startswith(args.side) and c.verdict in ("slower", "broken")]
-    print(f"{len(changes)} rows in both: {len(bad)} regressions of {args.side}")
+    bad = 0
+    for old, row in pairs:
+        found = verdict(old, row, args.tolerance)
+        if args.all or found != "same":
+            print(f"{found:7s} {shown(old, row)}")
+        ours = str(old.get("side", old.get("way", ""))).startswith(args.side)
+        bad += ours and found in ("slower", "broken")
+    print(f"{len(pairs)} rows in both: {bad} regressions of {args.side}")
     return 1 if bad else 0
 
 

@@ -8,52 +8,32 @@ clock; on one device also by its own clock, from the begin of a step's first ker
 busy until the host has dispatched it (`device ms`); the host's time to dispatch one; what the first device's kernels take, by
 name; its arguments, memory and compile time; the bytes that it must move, at the rate of a copy measured in the run.
 
-`without collectives` is the same step with its collectives left out (so with another result), and `collectives dispatch ms`
-what the host takes for a program of nothing but those: two ways of telling what of a dispatch is not theirs. Without
-collectives a step is one command buffer, which XLA records anew whenever one of its arrays has moved; so there the tokens are
-donated, too, and none moves. (With collectives it is one buffer of 98 that holds the tokens.) Beside each time
-stands the share of sequences that get the same next token from the same cache with either kind of kernels; in bfloat16
-near-equal logits fall either way.
+`without collectives` is the same step with its collectives left out (so with another result): what it saves is theirs. It is
+one command buffer, which XLA records anew whenever one of its arrays has moved; so there the tokens are donated, too, and none
+moves. (With collectives it is one buffer of 98 that holds the tokens.) Beside each time stands the share of sequences that get
+the same next token from the same cache with either kind of kernels; in bfloat16 near-equal logits fall either way.
 """
 
-from __future__ import annotations
-
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
-from bench.common import numbers
+from bench import runner
 from bench.device_jax import timed
-from bench.model_jax import (
-    alone,
-    configuration,
-    copy_rate,
-    drawn,
-    memory,
-    mesh_of,
-    moved,
-    options,
-    profile,
-    random_model,
-    run,
-    stream,
-)
+from bench.model_jax import OPTIONS, PATIENCE, SMOKE, Setting, clocked, copy_rate, drawn, model_of, moved, setting_of
 from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
-from moekit.models.qwen3next.sharding import AXIS
 
 ROOM = 1024  # tokens for which a cache has room; half of it is filled
 KINDS = ("pallas", "xla")
@@ -81,19 +61,6 @@ class Steps:
         return len(jax.tree.leaves((self.model, self.tokens, self.cache)))
 
 
-def collectives(config: Config, mesh: Mesh, batch: int, dtype: str) -> float:
-    """ms that the host takes to dispatch all the all-reduces of a step, with one small kernel before each."""
-
-    def local(x: jax.Array) -> jax.Array:
-        for _ in range(2 * config.num_layers):
-            x = lax.psum(x * 0.5, AXIS)
-        return x
-
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-    x = jax.device_put(jnp.ones((batch, config.hidden_size), dtype), NamedSharding(mesh, P()))
-    return stream(partial(run.lower(x).compile(), x), 20)[1]
-
-
 def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) -> tuple[jax.Array, Any]:
     """The last tokens of so many sequences, and a cache that is half full, as such kernels have it."""
     cache = drawn(cache_shapes(config, mesh, batch, ROOM, jnp.dtype(dtype)), jax.random.key(batch))
@@ -111,47 +78,48 @@ def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS)
         yield kind, Steps(model, tokens, cache, kernels, donated=bool(cut))
 
 
-def measured(
-    layers: int, vocabulary: str, tp: int, dtype: str, batches: Sequence[int], kinds: Sequence[str], calls: int
-) -> list[dict]:
-    """One row per batch and kind of kernels."""
-    mesh, config = mesh_of(tp), configuration(layers, vocabulary)
-    rate, model, rows = copy_rate(), random_model(config, mesh, dtype), []
-    for batch in batches:
-        bytes_moved, firsts = moved(config, tp, batch, batch, ROOM // 2, dtype), {}
-        summing = {"collectives dispatch ms": round(collectives(config, mesh, batch, dtype), 3)} if tp > 1 else {}
-        for kind, steps in steps_of(model, dtype, batch, kinds):
-            firsts[kind] = np.asarray(steps())
-            ms, dispatch = stream(steps, calls)
-            row = {"case": f"decode step, {layers} layers", "tp": tp, "T": batch, "dtype": dtype, "side": kind}
-            row |= {"ms": round(ms, 3), "us": round(ms * 1e3, 1), "dispatch ms": round(dispatch, 3)}
-            row["alone ms"] = round(alone(steps, 8), 3)
-            row |= summing | {"tokens/s": round(batch / ms * 1e3, 1)}
-            row |= {"floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
-            row |= {"copy TB/s": round(rate, 3), "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
-            row |= memory(steps.program)
-            if tp == 1:
-                row["device ms"] = round(timed({kind: steps}, 1, 15)[kind]["us"] / 1e3, 4)
-            if "without" not in kind:
-                row["same tokens"] = float(np.mean(firsts[kind] == firsts[kinds[0]]))
-            kernels = profile(steps, 4)
-            launches, us = (sum(column) for column in zip(*kernels.values(), strict=True))
-            row |= {"kernels": round(launches), "kernels ms": round(us / 1e3, 3)}
-            parts = {n: round(b / rate / 1e9, 4) for n, b in bytes_moved.items()}
-            rows.append(row | {"floor by part": parts, "by name": kernels})
-            print(*(f"{k} {v}" for k, v in row.items()), list(kernels.items())[:8], flush=True)
-            del steps
+def measure(setting: Setting, batch: int, kinds: Sequence[str], calls: int) -> list[dict]:
+    """One row per kind of kernels."""
+    rate, model, tp, dtype = copy_rate(), model_of(setting), setting.tp, setting.dtype
+    config, rows, first = model.config, [], np.array(())
+    bytes_moved = moved(config, tp, batch, batch, ROOM // 2, dtype)
+    every = {"copy TB/s": round(rate, 3), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
+    every["floor by part"] = {n: round(b / rate / 1e9, 4) for n, b in bytes_moved.items()}
+    for kind, steps in steps_of(model, dtype, batch, kinds):
+        tokens = np.asarray(steps())
+        first = first if rows else tokens
+        row = {"side": kind, "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
+        row |= clocked(steps, steps.program, calls, 8, 4) | every
+        row["tokens/s"] = round(batch / row["ms"] * 1e3, 1)
+        if tp == 1:
+            row["device ms"] = round(timed({kind: steps}, 1, 15)[kind]["us"] / 1e3, 4)
+        if "without" not in kind:
+            row["same tokens"] = float(np.mean(tokens == first))
+        rows.append(row)
+        del steps
     return rows
 
 
-def main() -> None:
-    """Run, print, write JSON."""
-    parser = options(__doc__ or "", "pallas,xla", "of kernels; 'pallas without collectives' is one, too")
-    parser.add_argument("--batch", default="1,16,64")
-    parser.add_argument("--steps", type=int, default=20, help="in a stream")
-    args = parser.parse_args()
-    run(measured, args, tuple(numbers(args.batch)), args.steps)
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """A case per number of sequences."""
+    setting = setting_of(args)
+    for batch in args.batch:
+        yield setting.head("decode step") | {"T": batch}, (setting, batch, args.kinds, args.steps)
 
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke=f"{SMOKE} --batch 2 --steps 2",
+    options=(
+        *OPTIONS,
+        runner.Option("kinds", KINDS, "of kernels; 'pallas without collectives' is one, too"),
+        runner.Option("batch", (1, 16, 64), "sequences"),
+        runner.Option("steps", 20, "in a stream"),
+    ),
+    patience=PATIENCE,
+)
 
 if __name__ == "__main__":
-    main()
+    runner.ask(QUESTION)

@@ -6,11 +6,10 @@ the device is busy with something else until a call is dispatched, and of the ca
 first to the end of the last, gaps included. Repeated, that agrees within 1 % (24 layers, an H200).
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,22 +68,42 @@ def made(program: Program) -> jax.stages.Compiled:
 def timed(programs: Mapping[str, Callable[[], object]], links: int, rounds: int) -> dict[str, dict]:
     """µs per link of each program, a chain of so many links: all in turn, `rounds` times over, after two calls of each.
 
-    `us` and `spread` (interquartile range over rounds), and `kernels`, what each of them takes in a link. Raises RuntimeError
-    if the profiler did not see every call.
+    `us` and `spread` (interquartile range over rounds), and `kernels`, what each of them takes in a link. Where there is no
+    GPU, one call by the host's clock stands for that. Raises RuntimeError if the profiler did not see every call.
     """
+    if jax.default_backend() != "gpu":
+        return {name: {"us": round(alone(call, 1) * 1e3 / links, 3)} for name, call in programs.items()}
     flush, filler = jax.jit(between_calls), jnp.ones(FLUSHED, jnp.float32)
-    for call in [*programs.values()] * 2:
-        jax.block_until_ready((flush(filler), call()))
+
+    def flushed(name: str) -> None:
+        jax.block_until_ready((flush(filler), programs[name]()))
+
+    for name in [*programs] * 2:
+        flushed(name)
     order = [name for _ in range(rounds) for name in programs]
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for name in order:
-                jax.block_until_ready((flush(filler), programs[name]()))
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        calls = apart(events(file), between_calls.__name__)
+    calls = apart(profiled(lambda: [flushed(name) for name in order]), between_calls.__name__)
     if len(calls) != len(order):
         raise RuntimeError(f"the profiler saw {len(calls)} of {len(order)} calls on a GPU; take fewer rounds")
     return {name: summary([c for n, c in zip(order, calls, strict=True) if n == name], links) for name in programs}
+
+
+def alone(call: Callable[[], object], calls: int) -> float:
+    """ms of a call that is awaited before the next, by the host's clock; the median."""
+    found = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(found)
+
+
+def profiled(run: Callable[[], object], device: int | None = None) -> list[Event]:
+    """All that runs on the devices, or on one of them, while `run` is called; none where there is no GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        return events(file, device)
 
 
 def events(file: Path, device: int | None = None) -> list[Event]:
@@ -117,13 +136,19 @@ def summary(calls: Sequence[Sequence[Event]], links: int) -> dict:
     """What one program's calls come to."""
     spans = [(max(e.end for e in call) - call[0].begin) / links for call in calls]
     quarters = statistics.quantiles(spans, n=4)
-    kernels: dict[str, float] = {}
-    for event in (e for call in calls for e in call):
-        name = re.sub(r"[_\d]+$", "", event.name)  # XLA numbers its copies
-        kernels[name] = kernels.get(name, 0.0) + (event.end - event.begin) / links / len(calls)
-    longest = sorted(kernels.items(), key=lambda item: -item[1])
+    kernels = totals([event for call in calls for event in call], links * len(calls))
     return {
         "us": round(statistics.median(spans), 3),
         "spread": round(quarters[2] - quarters[0], 3),
-        "kernels": {name: round(us, 3) for name, us in longest},
+        "kernels": {name: round(us, 3) for name, (_, us) in kernels.items()},
     }
+
+
+def totals(found: Sequence[Event], calls: int) -> dict[str, tuple[float, float]]:
+    """By name, how many kernels a call has and µs of them all; the longest first."""
+    kernels: dict[str, tuple[float, float]] = {}
+    for event in found:
+        name = re.sub(r"[_.\d]+$", "", event.name)  # XLA numbers its copies
+        n, us = kernels.get(name, (0.0, 0.0))
+        kernels[name] = n + 1 / calls, us + (event.end - event.begin) / calls
+    return dict(sorted(kernels.items(), key=lambda item: -item[1][1]))

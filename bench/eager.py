@@ -1,7 +1,5 @@
 """The fusions in plain PyTorch, as Hugging Face writes them: the unfused side, and what torch.compile is given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -50,22 +48,9 @@ def gate_projections(x, gate_up, router, shared_gate):
     return silu_and_mul(linear(x, gate_up)), linear(x, router), sigmoid(linear(x, shared_gate))
 
 
-def gate_block(x, residual, weight, gate_up, router, shared_gate, k):
-    """hidden, residual, activation, router logits, sigmoid(shared gate), and the router's weights and ids."""
-    x, residual = add_rms_norm(x, residual, weight)
-    active, logits, share = gate_projections(x, gate_up, router, shared_gate)
-    return x, residual, active, logits, share, *topk_softmax(logits, k)
-
-
 def down_combine(hidden, activated, down, share):
     """hidden + share·(activated·downᵀ)."""
     return scaled_sum(hidden, linear(activated, down), share)
-
-
-def expert_down(activated, down, ids, weights):
-    """Σ over the chosen experts of weight·(activated·down)."""
-    each = torch.einsum("tki,tkih->tkh", activated, down[ids.long()])
-    return (each.float() * weights.float()[..., None]).sum(1).to(activated.dtype)
 
 
 def scaled_sum(hidden, shared, share):

@@ -8,23 +8,18 @@ its way to a float32 output), and the ratio to the error bound's float32 noise
 (see moekit.testing.bounds; the contract allows moekit.testing.constants).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
-from bench.common import environment, write
-from bench.report import errors
+from bench import report, runner
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 from moekit.lang.graph import Graph
@@ -46,10 +41,10 @@ SIZES = {
 }
 
 
-def worst(name: str, dtype: str, implementation: str, seeds: int) -> dict:
+def measure(name: str, dtype: str, implementation: str, seeds: int) -> Iterator[dict]:
     """The worst error of one fusion, dtype and implementation."""
-    fusion, found = FUSIONS[name], {"fusion": name, "dtype": dtype, "implementation": implementation}
-    found |= {"ulps": 0.0, "ratio": 0.0, "problems": []}
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
+    fusion, found = FUSIONS[name], {"ulps": 0.0, "ratio": 0.0, "problems": []}
     params = {"k": 10} if "k" in fusion.params else {}
     for sizes in SIZES[name]:
         for seed in range(seeds):
@@ -63,7 +58,7 @@ def worst(name: str, dtype: str, implementation: str, seeds: int) -> dict:
                 if (got := outcome.outputs[n]).dtype.kind != "i":
                     unit = dtype if rounds_inside(Call(fusion, values, params).graph, dtype) else got.dtype.name
                     found["ulps"] = max(found["ulps"], ulps(got, want, unit))
-    return found
+    yield found
 
 
 def ulps(got: np.ndarray, want: np.ndarray, unit: str) -> float:
@@ -79,28 +74,42 @@ def rounds_inside(graph: Graph, dtype: str) -> bool:
     return any(graph.nodes[i].op == "cast" and graph.nodes[i].dtype == dtype for i in graph.live() if i not in written)
 
 
-def main() -> None:
-    """Measure, print the table, write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementations", default="eager,xla,pallas,interpret,numpy")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    names = args.implementations.split(",")
-    result = environment() | {"implementations": names, "rows": []}
-    tasks = list(itertools.product(FUSIONS, FLOATS, names, [args.seeds]))
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        for row in pool.map(worst, *zip(*tasks, strict=True)):
-            result["rows"].append(row)
-            said = f"{row['ulps']:.2f} ulps, ratio {row['ratio']:.2f}"
-            print(row["fusion"], row["dtype"], row["implementation"], said, *row["problems"], flush=True)
-    if args.json:
-        write(args.json, result)
-    print(errors(result))
-    sys.exit(any(r["problems"] for r in result["rows"]))
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """Every fusion, dtype and implementation."""
+    for fusion, dtype, implementation in itertools.product(args.fusions, FLOATS, args.implementations):
+        head = {"fusion": fusion, "dtype": dtype, "implementation": implementation}
+        yield head, (fusion, dtype, implementation, args.seeds)
 
+
+def end(result: dict) -> str:
+    """The table; what broke the contract is named."""
+    names = dict.fromkeys(row["implementation"] for row in result["rows"])
+    result["implementations"] = [*names]
+    broken = [f"{r['fusion']} {r['dtype']} {r['implementation']}: {p}" for r in result["rows"] for p in problems(r)]
+    return "\n".join([report.errors(result), *broken])
+
+
+def problems(row: dict) -> list[str]:
+    """What is wrong with a row, be it that it was not measured."""
+    return [row["problem"]] if "problem" in row else row["problems"]
+
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke="--fusions silu_and_mul --implementations eager --seeds 1",
+    options=(
+        runner.Option("fusions", tuple(SIZES)),
+        runner.Option("implementations", ("eager", "xla", "pallas", "interpret", "numpy")),
+        runner.Option("seeds", 8),
+    ),
+    gpu=False,
+    patience=600,
+    workers=2,
+    end=end,
+    columns=("ulps", "ratio", "problems"),
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(any(problems(row) for row in runner.ask(QUESTION)["rows"]))

@@ -7,40 +7,48 @@ host clock with the queue drained before it. `raw triton` launches the kernel mo
 outputs that exist; `+ empty` allocates them first, as the functions do. FlashInfer is there if it can be imported.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 import moekit.torch as mt
-from bench.common import environment, write
+from bench import runner
+from bench.cases import DEVICE, rows
+from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
+from moekit.testing import others
 from moekit.torch import launch
 from moekit.torch.call import Call
 
+OPS = {  # shapes of operands, and parameters
+    "add_rms_norm": (((16, 2048), (16, 2048), (2048,)), ()),
+    "silu_and_mul": (((16, 1024),), ()),
+    "topk_softmax": (((16, 512),), (10,)),
+}
+FLASHINFER = {"add_rms_norm_": "gemma_fused_add_rmsnorm", "silu_and_mul": "silu_and_mul"}
 BLOCK = 100  # calls between two looks at the clock: less than the driver's launch queue holds
 
 
 def microseconds(call: Callable[[], object], calls: int) -> float:
     """Host time of one call: the median over blocks."""
-    for _ in range(50):
+    block, drain = min(calls, BLOCK), torch.cuda.synchronize if DEVICE == "cuda" else int
+    for _ in range(min(calls, 50)):
         call()
     blocks = []
     for _ in range(max(5, calls // BLOCK)):
-        torch.cuda.synchronize()
+        drain()
         begin = time.perf_counter()
-        for _ in range(BLOCK):
+        for _ in range(block):
             call()
-        blocks.append((time.perf_counter() - begin) / BLOCK * 1e6)
-    torch.cuda.synchronize()
+        blocks.append((time.perf_counter() - begin) / block * 1e6)
+    drain()
     return statistics.median(blocks)
 
 
@@ -70,74 +78,50 @@ def raw(name: str, operands: tuple, params: dict, in_place: bool) -> tuple[Calla
     return bare, allocating
 
 
-def rows(calls: int) -> list[dict]:
+def ways(op: str) -> dict[str, Callable]:
+    """Every way of calling an op, on a few rows."""
+    name, in_place = op.removesuffix("_"), op.endswith("_")
+    shapes, more = OPS[name]
+    operands = tuple(rows(*shape, dtype=torch.bfloat16) for shape in shapes)
+    function, operator = getattr(mt, op), getattr(torch.ops.moekit, op)
+    found = {}
+    if DEVICE == "cuda":
+        bound = FUSIONS[name].bind_params(dict(zip(FUSIONS[name].params, more, strict=False)))
+        found["raw triton"], found["raw triton + empty"] = raw(name, operands, bound, in_place)
+    found["function"] = lambda: function(*operands, *more)
+    if not in_place and not more:
+        out = function(*operands)
+        found["function, out="] = lambda: function(*operands, out=out)
+    found["torch.ops"] = lambda: operator(*operands, *more)
+    if op in FLASHINFER:
+        with contextlib.suppress(UnavailableError):
+            theirs = getattr(others.module("flashinfer"), FLASHINFER[op])
+            found["flashinfer"] = lambda: theirs(*operands)
+    return found
+
+
+@torch.no_grad()
+def measure(op: str, calls: int) -> list[dict]:
     """One row per way of calling."""
-    device = {"device": "cuda", "dtype": torch.bfloat16}
-    x, residual, weight = torch.randn(16, 2048, **device), torch.randn(16, 2048, **device), torch.randn(2048, **device)
-    gate_up, half = torch.randn(16, 1024, **device), torch.empty(16, 512, **device)
-    logits = torch.randn(16, 512, **device)
-    normed = (torch.empty_like(x), torch.empty_like(residual))
-    norm_raw, norm_empty = raw("add_rms_norm", (x, residual, weight), {}, False)
-    place_raw, place_empty = raw("add_rms_norm", (x, residual, weight), {}, True)
-    silu_raw, silu_empty = raw("silu_and_mul", (gate_up,), {}, False)
-    top_raw, top_empty = raw("topk_softmax", (logits,), {"k": 10, "renormalize": True, "nan_to_zero": False}, False)
-    ways = {
-        "add_rms_norm": {
-            "raw triton": norm_raw,
-            "raw triton + empty": norm_empty,
-            "function": lambda: mt.add_rms_norm(x, residual, weight),
-            "function, out=": lambda: mt.add_rms_norm(x, residual, weight, out=normed),
-            "torch.ops": lambda: torch.ops.moekit.add_rms_norm(x, residual, weight),
-        },
-        "add_rms_norm_": {
-            "raw triton": place_raw,
-            "raw triton + empty": place_empty,
-            "function": lambda: mt.add_rms_norm_(x, residual, weight),
-            "torch.ops": lambda: torch.ops.moekit.add_rms_norm_(x, residual, weight),
-        },
-        "silu_and_mul": {
-            "raw triton": silu_raw,
-            "raw triton + empty": silu_empty,
-            "function": lambda: mt.silu_and_mul(gate_up),
-            "function, out=": lambda: mt.silu_and_mul(gate_up, out=half),
-            "torch.ops": lambda: torch.ops.moekit.silu_and_mul(gate_up),
-        },
-        "topk_softmax": {
-            "raw triton": top_raw,
-            "raw triton + empty": top_empty,
-            "function": lambda: mt.topk_softmax(logits, 10),
-            "torch.ops": lambda: torch.ops.moekit.topk_softmax(logits, 10),
-        },
-    }
-    try:
-        import flashinfer
-
-        ways["add_rms_norm_"]["flashinfer"] = lambda: flashinfer.gemma_fused_add_rmsnorm(x, residual, weight)
-        ways["silu_and_mul"]["flashinfer"] = lambda: flashinfer.silu_and_mul(gate_up)
-    except Exception as error:  # a broken installation is as good as none
-        print(f"FlashInfer is not here: {type(error).__name__}: {error}")
-    with torch.no_grad():
-        return [
-            {"op": op, "way": way, "us": round(microseconds(call, calls), 2)}
-            for op, each in ways.items()
-            for way, call in each.items()
-        ]
+    return [{"way": way, "us": round(microseconds(call, calls), 2)} for way, call in ways(op).items()]
 
 
-def main() -> None:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/host_overhead.py needs a CUDA device")
-    found = rows(options.calls)
-    for row in found:
-        print(f"{row['op']:16s} {row['way']:20s} {row['us']:8.2f} µs")
-    if options.json:
-        write(options.json, environment() | {"rows": found})
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """A case per op."""
+    for op in args.ops:
+        yield {"op": op}, (op, args.calls)
 
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke="--calls 1",
+    options=(
+        runner.Option("ops", ("add_rms_norm", "add_rms_norm_", "silu_and_mul", "topk_softmax")),
+        runner.Option("calls", 2000),
+    ),
+)
 
 if __name__ == "__main__":
-    main()
+    runner.ask(QUESTION)

@@ -3,15 +3,20 @@
     python bench/load.py --tp 8 --experts 128
 
 It writes the layer to a temporary folder (2 GB for 512 experts and more: `--experts` makes it smaller), reads it once to warm
-the cache, and prints the seconds and GB/s of a second reading, in bytes of the files.
+the cache, and tells the seconds and GB/s of a second reading, in bytes of the files.
 """
 
 import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
+
+from bench import runner
 from moekit.cli.platform import prepare_jax
 
 LAYER = {
@@ -31,12 +36,8 @@ LAYER = {
 }
 
 
-def main() -> None:
-    """Write, read twice, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tp", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=512)
-    options = parser.parse_args()
+def measure(tp: int, experts: int) -> Iterator[dict]:
+    """Write, read twice; the second reading."""
     prepare_jax()
     import jax
 
@@ -44,17 +45,32 @@ def main() -> None:
     from moekit.models.qwen3next import TINY, load, write_random_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = replace(TINY, **LAYER, num_experts=options.experts)
+        config = replace(TINY, **LAYER, num_experts=experts)
         directory = write_random_checkpoint(Path(scratch) / "layer", config, dtype="bfloat16")
         gigabytes = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e9
         for _ in range(2):
             start = time.perf_counter()
-            model = load(directory, mesh_of(options.tp))
+            model = load(directory, mesh_of(tp))
             jax.block_until_ready(model.params)
             seconds = time.perf_counter() - start
             del model
-    print(f"tp {options.tp}: {gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.2f} GB/s")
+    yield {"GB": round(gigabytes, 3), "s": round(seconds, 3), "GB/s": round(gigabytes / seconds, 3)}
 
+
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """One layer per number of ranks."""
+    for tp in args.tp:
+        yield {"case": "load", "tp": tp, "experts": args.experts}, (tp, args.experts)
+
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke="--tp 1 --experts 10",
+    options=(runner.Option("tp", (8,), "ranks"), runner.Option("experts", 512)),
+    gpu=False,
+)
 
 if __name__ == "__main__":
-    main()
+    runner.ask(QUESTION)

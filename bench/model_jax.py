@@ -2,19 +2,15 @@
 
 `stream` and `alone` are by the host's clock, `profile` by the device's own (bench/device_jax.py). The floor of a call is what
 its bytes take at the rate of a large copy, or its products' operations at that of a large product, both measured in the run.
+A process measures one case after the other with the same weights: JAX's profiler and PyTorch's CUDA context are not for one.
 """
 
-from __future__ import annotations
-
-import argparse
-import re
-import statistics
-import tempfile
+import functools
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bench.child import Child
-from bench.common import environment, write
-from bench.device_jax import events
+from bench.device_jax import alone, profiled, totals
+from bench.runner import DTYPE, Option
 from moekit.models.qwen3next import TINY, Config, Model, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
 
@@ -46,42 +41,57 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
     shared_expert_intermediate_size=512,
 )
 COPIED = 2**30  # bytes
-PRODUCT = (4096, 8192, 8192)  # rows, columns, depth
 
 
-def options(doc: str, kinds: str, about: str) -> argparse.ArgumentParser:
-    """What the command lines of a step and of prefill share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="every fourth is attention, the others gated delta nets")
-    parser.add_argument("--tp", type=int, default=1, help="devices")
-    parser.add_argument("--vocab", default="32768", help="a number, or full: 151936")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--kinds", default=kinds, help=about)
-    parser.add_argument("--json")
-    return parser
+PATIENCE = 1500  # seconds for a case, the first of which draws and compiles
+OPTIONS = (
+    Option("layers", 4, "every fourth is attention, the others gated delta nets"),
+    Option("tp", 1, "devices"),
+    Option("vocab", "32768", "a number, or full: 151936"),
+    DTYPE,
+    Option("small", False, "narrow layers, which a CPU can do"),
+)
+SMOKE = "--small --layers 1 --vocab 512 --dtype float32 --kinds xla"
 
 
-def run(measured: Callable[..., list[dict]], args: argparse.Namespace, shapes: tuple, calls: int) -> None:
-    """Measure in a process of its own, since JAX's profiler and PyTorch's CUDA context are not for one; write JSON."""
-    child, start = Child(measured, patience=1500), time.monotonic()
-    rows = child.rows(args.layers, args.vocab, args.tp, args.dtype, shapes, tuple(args.kinds.split(",")), calls)
-    child.close()
-    print(f"{time.monotonic() - start:.0f} s", *(row["problem"] for row in rows if "problem" in row))
-    if args.json:
-        write(args.json, environment() | {"rows": rows})
+@dataclass(frozen=True)
+class Setting:
+    """Which model is measured: what the options of a command line say."""
+
+    layers: int
+    tp: int
+    vocab: str
+    dtype: str
+    small: bool
+
+    def head(self, of: str) -> dict:
+        """What begins a row: what it is of, and of how many devices."""
+        return {"case": f"{of}, {self.layers} layers", "tp": self.tp, "dtype": self.dtype}
 
 
-def configuration(layers: int, vocabulary: str) -> Config:
-    """The first layers of the 80B, every fourth of them attention; `vocabulary`: a number, or `full`."""
+def setting_of(args: Namespace) -> Setting:
+    """The setting of a command line."""
+    return Setting(args.layers, args.tp, args.vocab, args.dtype, args.small)
+
+
+@functools.cache
+def model_of(setting: Setting) -> Model:
+    """A model with random weights; the process keeps it."""
+    config = configuration(setting.layers, setting.vocab, TINY if setting.small else WIDTHS)
+    return random_model(config, mesh_of(setting.tp), setting.dtype)
+
+
+def configuration(layers: int, vocabulary: str, widths: Config = WIDTHS) -> Config:
+    """So many layers, every fourth of them attention; `vocabulary`: a number, or `full`."""
     kinds = tuple(ATTENTION if i % 4 == 3 else GDN for i in range(layers))
     size = FULL_VOCABULARY if vocabulary == "full" else int(vocabulary)
-    return replace(WIDTHS, layer_types=kinds, vocab_size=size)
+    return replace(widths, layer_types=kinds, vocab_size=size)
 
 
 def mesh_of(tp: int) -> Mesh:
-    """The first devices; raises SystemExit where there are fewer."""
+    """The first devices; raises ValueError where there are fewer."""
     if len(jax.devices()) < tp:
-        raise SystemExit(f"--tp {tp}: there are {len(jax.devices())} devices; take fewer, or a machine with more")
+        raise ValueError(f"--tp {tp}: there are {len(jax.devices())} devices; take fewer, or a machine with more")
     return Mesh(np.array(jax.devices()[:tp]), ("tp",))
 
 
@@ -129,32 +139,21 @@ def stream(call: Callable[[], Any], calls: int) -> tuple[float, float]:
     return (time.perf_counter() - begin) / calls * 1e3, (dispatched - begin) / calls * 1e3
 
 
-def alone(call: Callable[[], Any], calls: int) -> float:
-    """ms of a call that is awaited before the next; the median."""
-    found = []
-    for _ in range(calls):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        found.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(found)
-
-
 def profile(call: Callable[[], Any], calls: int) -> dict[str, list[float]]:
-    """By name what the first device's kernels of a call are: how many, and µs of them all; the longest first."""
+    """By name what the first device's kernels of a call are: how many, and µs of them all; none where there is no GPU."""
     jax.block_until_ready(call())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(calls):
-                jax.block_until_ready(call())
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        found = events(file, device=0)
-    kernels: dict[str, list[float]] = {}
-    for event in found:
-        entry = kernels.setdefault(re.sub(r"[_.\d]+$", "", event.name), [0, 0.0])  # XLA numbers its copies
-        entry[0] += 1 / calls
-        entry[1] += (event.end - event.begin) / calls
-    longest = sorted(kernels.items(), key=lambda item: -item[1][1])
-    return {name: [round(n, 2), round(us, 2)] for name, (n, us) in longest}
+    found = profiled(lambda: [jax.block_until_ready(call()) for _ in range(calls)], device=0)
+    return {name: [round(n, 2), round(us, 2)] for name, (n, us) in totals(found, calls).items()}
+
+
+def clocked(call: Callable[[], Any], program: jax.stages.Compiled, in_a_stream: int, awaited: int, profiles: int) -> dict:
+    """What a call of a model takes, by both clocks, and where; `by name` are its kernels."""
+    ms, dispatch = stream(call, in_a_stream)
+    found = {"ms": round(ms, 3), "us": round(ms * 1e3, 1), "dispatch ms": round(dispatch, 3)}
+    found |= {"alone ms": round(alone(call, awaited), 3)} | memory(program)
+    kernels = profile(call, profiles)
+    launches, us = (sum(column) for column in zip((0, 0.0), *kernels.values(), strict=True))
+    return found | {"kernels": round(launches), "kernels ms": round(us / 1e3, 3), "by name": kernels}
 
 
 def memory(program: jax.stages.Compiled) -> dict[str, float]:
@@ -165,24 +164,30 @@ def memory(program: jax.stages.Compiled) -> dict[str, float]:
     return {f"{name} GiB": round(size / 2**30, 3) for name, size in sizes.items()}
 
 
-def _device_us(call: Callable[[], Any]) -> float:
-    """µs of the kernels of a call, by the device's clock; the mean of a few."""
-    return sum(us for _, us in profile(call, 5).values())
+def _seconds(call: Callable[[], Any]) -> float:
+    """Seconds of the kernels of a call, by the device's clock; the mean of a few. Without a GPU, of a call."""
+    return sum(us for _, us in profile(call, 5).values()) / 1e6 or alone(call, 1) / 1e3
 
 
+def _large(*shape: int) -> jax.Array:
+    """Random numbers; few of them where there is no GPU."""
+    shape = shape if jax.default_backend() == "gpu" else tuple(n // 64 for n in shape)
+    return jax.random.normal(jax.random.key(len(shape)), shape, jnp.bfloat16)
+
+
+@functools.cache
 def copy_rate() -> float:
     """TB/s, read and written, of a kernel that reads 1 GiB and writes as much on one device."""
-    source = jax.random.normal(jax.random.key(3), (COPIED // 2,), jnp.bfloat16)
-    negated = jax.jit(lambda x: -x)
-    return 2 * COPIED / _device_us(lambda: negated(source)) / 1e6
+    source, negated = _large(COPIED // 2), jax.jit(lambda x: -x)
+    return 2 * source.nbytes / _seconds(lambda: negated(source)) / 1e12
 
 
+@functools.cache
 def product_rate() -> float:
     """TFLOP/s of a large bfloat16 product of random numbers on one device."""
-    rows, columns, depth = PRODUCT
-    a, b = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(((rows, depth), (depth, columns))))
+    a, b = _large(4096, 8192), _large(8192, 8192)
     multiplied = jax.jit(lambda a, b: a @ b)
-    return 2 * rows * columns * depth / _device_us(lambda: multiplied(a, b)) / 1e6
+    return 2 * a.size * b.shape[1] / _seconds(lambda: multiplied(a, b)) / 1e12
 
 
 def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype: str) -> dict[str, float]:

@@ -5,8 +5,6 @@ calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head
 one part, of times and of floors alike. Where no kernel of moekit's computes the routed experts, they are in that part, too.
 """
 
-from __future__ import annotations
-
 EXPERTS, GATES, DELTA, NORMS = "routed experts", "gates, router, shared expert", "delta rule and its norm", "norms"
 COLLECTIVES, REST = "collectives", "XLA's kernels: projections, attention, head"
 PARTS = (EXPERTS, GATES, DELTA, NORMS, REST, COLLECTIVES)
@@ -14,7 +12,7 @@ PARTS = (EXPERTS, GATES, DELTA, NORMS, REST, COLLECTIVES)
 # Of the prefixes that a name begins with, the first one counts.
 PREFIXES = {
     "expert_": EXPERTS,
-    "gate_": GATES,  # gate_projections, gate_gemm
+    "gate_": GATES,  # gate_projections, gate_block, gate_gemm
     "topk_softmax": GATES,
     "silu_and_mul": GATES,
     "down_combine": GATES,

@@ -1,158 +1,121 @@
 """A decode step of Hugging Face's Qwen3-Next, patched and not: a model of real width and a few layers, random weights.
 
-    python bench/patched_model.py [--layers 4] [--batch 1 16 64] [--check] [--json FILE]
+    python bench/patched_model.py [--layers 4] [--batch 1 16 64] [--json FILE]
 
 Both sides in one process, on one model (patched, then unpatched, then patched again), the same prompts, bfloat16, no graph:
 what a user of `generate` waits for. `step` is the median host time of a synchronised step, `gpu` the median time between CUDA
-events around it, `launches` what the profiler counts of kernels in one step. Logits are compared beside the times. `check`
-is the host time per layer of asking whether everything that a block and the layer around it read around is still plain: the
-median over many calls. `--check` measures that alone, on any device, on narrow layers.
+events around it, `launches` what the profiler counts of kernels in one step. Logits are compared
+beside the times. `--small`: narrow layers.
 """
 
-from __future__ import annotations
-
 import argparse
+import functools
 import statistics
 import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 import moekit.torch as mt
-from bench.common import environment, write
+from bench import runner
+from bench.cases import DEVICE
+from bench.device_torch import awaited, launches
 
-NARROW = {
-    "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+SMALL = {
+    "vocab_size": 512, "hidden_size": 256, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
+PROMPT = 16
+OPTIONS = (
+    runner.Option("layers", 4),
+    runner.Option("batch", (1, 16, 64)),
+    runner.Option("small", False, "narrow layers, which a CPU can do"),
+)
 
 
-def build(layers: int, device: str = "cuda", **widths: int):
-    """`layers` layers of Qwen3-Next-80B-A3B's widths, or of those given, with random bfloat16 weights."""
+@functools.cache
+def build(layers: int, small: bool):
+    """`layers` layers of Qwen3-Next-80B-A3B's widths, or narrow ones, with random bfloat16 weights; the process keeps it."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    config = Qwen3NextConfig(num_hidden_layers=layers, vocab_size=32768, **widths)
+    sizes = {"num_hidden_layers": layers, "vocab_size": 32768} | (SMALL if small else {})
+    config = Qwen3NextConfig(**sizes)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(device):
+        with torch.device(DEVICE):
             model = Qwen3NextForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
     return model
 
 
+def prompts(model, batch: int) -> torch.Tensor:
+    """Random tokens, the same for one batch."""
+    drawn = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    return drawn.to(DEVICE)
+
+
 @torch.no_grad()
-def decode(model, batch: int, steps: int) -> dict:
-    """Times of a decode step after a short prompt."""
-    ids = torch.randint(0, 32768, (batch, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(batch))
-    out = model(ids, use_cache=True)
-    prompt_logits, cache = out.logits[:, -1].float(), out.past_key_values
-    token = prompt_logits.argmax(-1, keepdim=True)
+def decode(model, batch: int, steps: int) -> tuple[dict, torch.Tensor]:
+    """Times of a decode step after a short prompt, and the prompt's logits."""
+    out = model(prompts(model, batch), use_cache=True)
+    first, token = out.logits[:, -1].float(), out.logits[:, -1:].argmax(-1)
+    step = functools.partial(model, past_key_values=out.past_key_values, use_cache=True)
     host, gpu = [], []
     for _ in range(steps):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        begin.record()
-        out = model(token, past_key_values=cache, use_cache=True)
-        end.record()
-        torch.cuda.synchronize()
-        host.append((time.perf_counter() - start) * 1e3)
-        gpu.append(begin.elapsed_time(end))
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        model(token, past_key_values=cache, use_cache=True)
-        torch.cuda.synchronize()
-    kernels = sum(e.count for e in seen.key_averages() if e.device_type.name == "CUDA" and "mem" not in e.key.lower())
-    warm = steps // 4
-    return {
-        "step_ms": round(statistics.median(host[warm:]), 3),
-        "gpu_ms": round(statistics.median(gpu[warm:]), 3),
-        "launches": kernels,
-        "logits": prompt_logits,
-    }
+        out, host_ms, gpu_ms = awaited(functools.partial(step, token))
+        host.append(host_ms)
+        gpu.append(gpu_ms)
+        token = out.logits[:, -1:].argmax(-1)
+    medians = {"step_ms": host, "gpu_ms": gpu}
+    found = {name: round(statistics.median(times[steps // 4 :]), 3) for name, times in medians.items()}
+    return found | {"launches": launches(functools.partial(step, token))}, first
 
 
 @torch.no_grad()
-def check(model, calls: int = 2000, each: int = 20) -> dict[str, float]:
-    """Host µs per layer of what a patched model asks at each call, for a block, for a norm's input, and for a whole layer."""
-    from moekit.torch.huggingface.modules import Patched, records
-    from moekit.torch.huggingface.plain import alike, usual
-
-    layer = model.model.layers[0]
-    block, after = layer.mlp, layer.post_attention_layernorm
-    x = torch.zeros_like(after.weight)[None, None]
-
-    def of_block():
-        return not block.training and usual(x) and not records(block, x) and block.plain_weights(x)
-
-    def of_norm():
-        return usual(x) and alike(x, after._parameters.get("weight"))
-
-    found = {}
-    for name, ask in (("block", of_block), ("norm", of_norm)):
-        if not ask():
-            raise SystemExit(f"bench/patched_model.py: the {name} of layer 0 is not plain")
-        times = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            for _ in range(each):
-                ask()
-            times.append((time.perf_counter() - start) / each * 1e6)
-        found[name] = round(statistics.median(times), 2)
-    others = sum(isinstance(m, Patched) for m in layer.modules()) - 2  # all but block and router ask as norms do
-    return found | {"layer": round(found["block"] + others * found["norm"], 2)}
+def measure(layers: int, small: bool, batch: int, steps: int) -> list[dict]:
+    """One row for the patched model, one for the original and one for the patched model again."""
+    model, rows, logits = build(layers, small), [], []
+    mt.patch(model)
+    decode(model, batch, steps)  # the first pass at a batch is several times slower on either side: not shown
+    for way in ("patched", "original", "patched again"):
+        (mt.unpatch if way == "original" else mt.patch)(model)
+        decode(model, batch, min(steps, 4))
+        times, first = decode(model, batch, steps)
+        rows.append({"way": way} | times)
+        logits.append(first)
+    difference = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
+    return [row | {"relative_difference": round(difference, 5)} for row in rows]
 
 
-def report_check(asked: dict[str, float], path: str | None = None) -> dict[str, float]:
-    """Print the cost of the check, and write it if there is a path."""
-    print("check: " + ", ".join(f"{us} µs a {name}" for name, us in asked.items()))
-    if path:
-        write(path, environment() | {"check_us": asked})
-    return asked
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """A case per batch."""
+    for batch in args.batch:
+        yield {"batch": batch}, (args.layers, args.small, batch, args.steps)
 
 
-def main() -> None:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if options.check:
-        model = build(1, "cuda" if torch.cuda.is_available() else "cpu", **NARROW)
-        mt.patch(model)
-        report_check(check(model), options.json)
-        return
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/patched_model.py needs a CUDA device")
-    model, rows = build(options.layers), []
-    print(report := mt.patch(model))
-    asked = report_check(check(model))
-    for batch in options.batch:
-        decode(model, batch, options.steps)  # the first pass at a batch is several times slower on either side: not shown
-        for way in ("patched", "original", "patched again"):
-            (mt.unpatch if way == "original" else mt.patch)(model)
-            decode(model, batch, 4)
-            rows.append({"batch": batch, "way": way, **decode(model, batch, options.steps)})
-        first, second = rows[-3]["logits"], rows[-2]["logits"]
-        difference = ((first - second).norm() / second.norm()).item()
-        for row in rows[-3:]:
-            del row["logits"]
-            row["relative_difference"] = round(difference, 5)
-            print(f"batch {batch:3d} {row['way']:14s} step {row['step_ms']:8.3f} ms  gpu {row['gpu_ms']:8.3f} ms  "
-                  f"{row['launches']:5d} kernels  logits differ by {difference:.1e}")  # fmt: skip
-    if options.json:
-        write(options.json, environment() | {"layers": options.layers, "left": report.left, "check_us": asked, "rows": rows})
+def begin(args: argparse.Namespace) -> dict:
+    """What the patch leaves."""
+    model = build(args.layers, args.small)
+    report = mt.patch(model)
+    print(report)
+    return {"layers": args.layers, "left": report.left}
 
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke="--small --layers 4 --batch 1 --steps 1",
+    options=(*OPTIONS, runner.Option("steps", 40)),
+    begin=begin,
+)
 
 if __name__ == "__main__":
-    main()
+    runner.ask(QUESTION)

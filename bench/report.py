@@ -6,18 +6,16 @@ Between `<!-- NAME FILE -->` and `<!-- end -->` in a page stands what NAME makes
 and command), or one of the tables in `MAKERS`. `--check` changes nothing and exits with 1 if a page is not up to date.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import targets
-from bench.common import load
+from bench.common import load, markdown
 from moekit.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +26,11 @@ PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shar
            "gate_block 648")  # fmt: skip
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+Cell = Callable[[dict], str]
 
 
 def made(result: dict) -> str:
-    """Device, versions, ceilings, what the run says of itself, and command."""
+    """Device, versions, ceilings, what the run says of itself, and its command if the bench is still there."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
     lines = [result["device"] + (f", CUDA {result['cuda']}" if "cuda" in result else "") + f"; {versions}."]
     if "ceilings" in result:
@@ -44,7 +40,9 @@ def made(result: dict) -> str:
         lines.append(f"Ceilings in the same run: copy {c['copy TB/s']:.2f} TB/s, bfloat16 product {c['matmul TFLOP/s']:.0f} "
                      f"TFLOP/s, smallest kernel in a graph {c['smallest kernel µs']:.2f} µs{without}.")  # fmt: skip
     lines += [result["note"]] if "note" in result else []
-    return "\n".join([*lines, "", "    " + result["command"]])
+    script = re.match(r"python (\S+)", result["command"])
+    kept = script is None or (ROOT / script.group(1)).is_file()
+    return "\n".join([*lines, *(["", f"    {result['command']}"] if kept else [])])
 
 
 def judged(result: dict) -> str:
@@ -52,13 +50,52 @@ def judged(result: dict) -> str:
     return targets.table(targets.judge(result["rows"], result.get("ceilings", {})))
 
 
-def _cell(row: dict | None, best: float) -> str:
-    if row is None:
-        return ""
-    if "us" not in row:
-        return "–"
-    text = f"{row['us']:.2f}" if row["us"] < 100 else f"{row['us']:.0f}"
-    return f"**{text}**" if row["us"] == best else text
+def listed(rows: Sequence[dict], columns: Mapping[str, Cell]) -> str:
+    """A line per row; a column that is empty in all of them is left out."""
+    lines = [{name: cell(row) for name, cell in columns.items()} for row in rows]
+    names = [name for name in columns if any(line[name] for line in lines)]
+    return markdown(names, [[line[name] for name in names] for line in lines])
+
+
+def crossed(rows: Sequence[dict], by: Mapping[str, Cell], across: Cell, cell: Cell) -> str:
+    """A line per value of `by`, whose names are its columns' heads, and a column per value of `across`."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(key(row) for key in by.values()), {})[across(row)] = cell(row)
+    names = dict.fromkeys(name for line in lines.values() for name in line)
+    return markdown([*by, *names], [[*key, *(line.get(name, "") for name in names)] for key, line in lines.items()])
+
+
+def text(key: str, form: str = "{}") -> Cell:
+    """A value of a row, if it has it."""
+    return lambda row: form.format(row[key]) if key in row else ""
+
+
+def number(key: str) -> Cell:
+    """A number of a row, if it has it: three digits, and all of those before the point."""
+
+    def cell(row: dict) -> str:
+        value = row.get(key)
+        if value is None:
+            return ""
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+    return cell
+
+
+def grouped(rows: Sequence[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
+    """Rows by side, by the values of `keys`, in the order in which they came."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["side"]] = row
+    return found
+
+
+def _time(row: dict | None, best: float) -> str:
+    if row is None or "us" not in row:
+        return "" if row is None else "–"
+    shown = f"{row['us']:.2f}" if row["us"] < 100 else f"{row['us']:.0f}"
+    return f"**{shown}**" if row["us"] == best else shown
 
 
 def _error(row: dict | None) -> str:
@@ -69,37 +106,65 @@ def _error(row: dict | None) -> str:
     return ", ".join([*parts, *([f"ids {row['ids']:.0%}"] if "ids" in row else [])])
 
 
-def _table(rows: list[dict], ceilings: dict[str, float]) -> str:
-    """One case: µs per T and side, the best in bold, and what share of its ceiling the fastest of moekit's reaches."""
-    sides, tokens = list(dict.fromkeys(r["side"] for r in rows)), sorted({r["T"] for r in rows})
-    lines = []
-    for t in tokens:
-        here = {r["side"]: r for r in rows if r["T"] == t}
-        best = min((r["us"] for r in here.values() if "us" in r), default=0.0)
-        mine, share = targets.fastest(list(here.values()), targets.OURS) or here.get("moekit"), ""
-        if ceilings and mine and "us" in mine:
-            share = _share(mine, ceilings)
-        lines.append([str(t), *(_cell(here.get(s), best) for s in sides), *([share] if ceilings else []), _error(mine)])
-    return markdown(["T", *sides, *(["of the ceiling"] if ceilings else []), "error"], lines)
-
-
-def _share(row: dict, ceilings: dict[str, float]) -> str:
-    """How near a time is to the ceiling it is nearest to: the copy's rate, the product's, or a kernel that does nothing."""
-    copy, flops = row["TB/s"] / ceilings["copy TB/s"], row["TFLOP/s"] / ceilings["matmul TFLOP/s"]
-    share, name = max((copy, "copy"), (flops, "product"), (_smallest(ceilings) / row["us"], "launch"))
-    return f"{share:.0%} {name}"
-
-
-def _smallest(ceilings: dict[str, float]) -> float:
-    """µs of a kernel that does nothing, by itself or overlapping the one before, whichever is shorter."""
-    return min(us for name, us in ceilings.items() if name.startswith("smallest kernel"))
+def _times(here: Mapping[str, dict], sides: Iterable[str]) -> list[str]:
+    """The times of some sides, the best in bold."""
+    best = min((r["us"] for r in here.values() if "us" in r), default=0.0)
+    return [_time(here.get(side), best) for side in sides]
 
 
 def times(result: dict) -> str:
-    """Every case of a run, a table each."""
-    cases = dict.fromkeys(r["case"] for r in result["rows"])
-    each = {c: _table([r for r in result["rows"] if r["case"] == c], result.get("ceilings", {})) for c in cases}
-    return "\n\n".join(f"### {name}\n\n{table}" for name, table in each.items())
+    """Every case, a table each: µs per T and side, what share of its ceiling moekit's fastest reaches, and its error."""
+    ceilings, tables = result.get("ceilings", {}), []
+    for case in dict.fromkeys(r["case"] for r in result["rows"]):
+        rows = [r for r in result["rows"] if r["case"] == case]
+        sides, lines = list(dict.fromkeys(r["side"] for r in rows)), []
+        for (t,), here in sorted(grouped(rows, "T").items()):
+            mine = targets.fastest(list(here.values()), targets.OURS) or here.get("moekit")
+            share = [_share(mine, ceilings)] if ceilings else []
+            lines.append([str(t), *_times(here, sides), *share, _error(mine)])
+        head = ["T", *sides, *(["of the ceiling"] if ceilings else []), "error"]
+        tables.append(f"### {case}\n\n{markdown(head, lines)}")
+    return "\n\n".join(tables)
+
+
+def _share(row: dict | None, ceilings: dict[str, float]) -> str:
+    """How near a time is to the ceiling it is nearest to: the copy's rate, the product's, or a kernel that does nothing."""
+    if row is None or "us" not in row:
+        return ""
+    smallest = min(us for name, us in ceilings.items() if name.startswith("smallest kernel"))  # by itself, or overlapping
+    copy, flops = row["TB/s"] / ceilings["copy TB/s"], row["TFLOP/s"] / ceilings["matmul TFLOP/s"]
+    share, name = max((copy, "copy"), (flops, "product"), (smallest / row["us"], "launch"))
+    return f"{share:.0%} {name}"
+
+
+def beside(result: dict) -> str:
+    """Two sides in one table: a row per case and T, the ratio of their times, and how right moekit's outputs were."""
+    sides, lines = list(dict.fromkeys(r["side"] for r in result["rows"])), []
+    for (case, t), here in grouped(result["rows"], "case", "T").items():
+        us = [here[s]["us"] for s in sides if "us" in here.get(s, {})]
+        ratio = f"{us[0] / us[1]:.2f}" if len(us) == 2 else ""
+        lines.append([case, str(t), *_times(here, sides), ratio, _error(here.get(sides[0]))])
+    return markdown(["fusion", "T", *sides, "ratio", "error"], lines)
+
+
+def ratios(result: dict) -> str:
+    """A row per case, a column per T: the time of the fastest of moekit's forms over that of the fastest peer.
+
+    A peer that does only the first of what another does together (`a` beside `a + b`) is none of the whole fusion.
+    """
+    rows, lines = result["rows"], []
+    tokens = sorted({r["T"] for r in rows})
+    for case in dict.fromkeys(r["case"] for r in rows):
+        names = {r["side"] for r in rows if r["case"] == case}
+        rivals = tuple(s for s in names if s not in targets.OURS and not any(n.startswith(f"{s} + ") for n in names))
+        cells, peers = [], {}
+        for t in tokens:
+            here = [r for r in rows if (r["case"], r["T"]) == (case, t)]
+            ours, rival = targets.fastest(here, targets.OURS), targets.fastest(here, rivals)
+            cells.append(f"{ours['us'] / rival['us']:.2f}" if ours and rival else "")
+            peers |= {rival["side"].removeprefix("peers: "): None} if ours and rival else {}
+        lines += [[case, *cells, "; ".join(peers)]] if peers else []
+    return markdown(["fusion", *map(str, tokens), "best peers"], lines)
 
 
 def tuned(result: dict) -> str:
@@ -111,9 +176,8 @@ def tuned(result: dict) -> str:
     every = [{t["rows"]: t["us"] for t in r["times"]} for r in result["rows"]]
     rows = sorted(n for n in {n for times in every for n in times} if 2 * sum(n in times for times in every) > len(every))
     lines = []
-    for r in sorted(result["rows"], key=lambda r: (r["fusion"], str(r["sizes"]))):
+    for r, times in sorted(zip(result["rows"], every, strict=True), key=lambda p: (p[0]["fusion"], str(p[0]["sizes"]))):
         sizes = " ".join(f"{a}={n}" for a, n in r["sizes"].items() if not a.endswith("?"))
-        times = {t["rows"]: t["us"] for t in r["times"]}
         rest = max((n for n in times if n not in rows), key=lambda n: times[n]["heuristic"] / times[n]["tuned"], default=None)
         last = f"{_nearness(times[rest])} at {rest}" if rest else ""
         lines.append([f"{r['fusion']} {sizes} {r['dtype']}", *(_nearness(times.get(n)) for n in rows), last])
@@ -129,154 +193,83 @@ def _nearness(us: dict[str, float] | None) -> str:
 
 def errors(result: dict) -> str:
     """The worst error of each implementation: ulps, and in parentheses the ratio to the bound's float32 part."""
-    names, rows = result["implementations"], {(r["fusion"], r["dtype"], r["implementation"]): r for r in result["rows"]}
-    lines = [
-        [fusion, dtype, *(f"{rows[fusion, dtype, i]['ulps']:.2f} ({rows[fusion, dtype, i]['ratio']:.2f})" for i in names)]
-        for fusion, dtype in dict.fromkeys(key[:2] for key in rows)
-    ]
-    return markdown(["fusion", "dtype", *names], lines)
+    rows = [r for r in result["rows"] if "ulps" in r]
+    by = {"fusion": text("fusion"), "dtype": text("dtype")}
+    return crossed(rows, by, text("implementation"), lambda r: f"{r['ulps']:.2f} ({r['ratio']:.2f})")
 
 
 def host(result: dict) -> str:
     """Microseconds of host time of each op, by the way it is called."""
-    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
-    times = {(r["op"], r["way"]): f"{r['us']:.1f}" for r in result["rows"]}
-    return markdown(
-        ["", *ways], [[f"`{op}`", *(times.get((op, w), "") for w in ways)] for op in dict.fromkeys(o for o, _ in times)]
-    )
+    return crossed(result["rows"], {"": text("op", "`{}`")}, text("way"), text("us", "{:.1f}"))
 
 
 def patched(result: dict) -> str:
     """A decode step by batch: times and kernels with the patch (twice: before and after the unpatched side) and without."""
-    ways = list(dict.fromkeys(r["way"] for r in result["rows"]))
-    rows = {(r["batch"], r["way"]): r for r in result["rows"]}
-    lines = [
-        [str(batch), *(f"{rows[batch, w]['step_ms']:.2f}, {rows[batch, w]['launches']}" for w in ways)]
-        for batch in dict.fromkeys(b for b, _ in rows)
-    ]
-    return markdown(["batch", *(f"{w}: ms, kernels" for w in ways)], lines)
+    cell = lambda r: f"{r['step_ms']:.2f}, {r['launches']}"  # noqa: E731
+    return crossed(result["rows"], {"batch": text("batch")}, text("way", "{}: ms, kernels"), cell)
 
 
 def accuracy(result: dict) -> str:
     """How far the original and the patched model are from float32 by batch, with their own experts and with its."""
-    pairs: dict[int, dict[str, dict]] = {}
-    for row in result["rows"]:
-        pairs.setdefault(row["batch"], {})[row["way"]] = row
-    columns = [f"{way}{of}" for of in ("", ", same experts") for way in ("original", "patched")]
-    lines = []
-    for batch, ways in pairs.items():
-        errors = [ways[w][kind] for kind in ("error", "same experts") for w in ("original", "patched")]
-        others = " and ".join(f"{100 * ways[w]['other']:.0f} %" for w in ("original", "patched"))
-        lines.append([str(batch), *map(str, errors), others])
-    return markdown(["batch", *columns, "tokens with another expert"], lines)
-
-
-def beside(result: dict) -> str:
-    """Two sides in one table: a row per case and T, the ratio of their times, and how right moekit's outputs were."""
-    sides, rows = list(dict.fromkeys(r["side"] for r in result["rows"])), {}
-    for r in result["rows"]:
-        rows.setdefault((r["case"], r["T"]), {})[r["side"]] = r
-    lines = []
-    for (case, t), here in rows.items():
-        us = [here[s]["us"] for s in sides if "us" in here.get(s, {})]
-        ratio = f"{us[0] / us[1]:.2f}" if len(us) == 2 else ""
-        lines.append(
-            [case, str(t), *(_cell(here.get(s), min(us, default=0.0)) for s in sides), ratio, _error(here.get(sides[0]))]
-        )
-    return markdown(["fusion", "T", *sides, "ratio", "error"], lines)
-
-
-def ratios(result: dict) -> str:
-    """A row per case, a column per T: the time of the fastest of moekit's forms over that of the fastest peer.
-
-    A peer that does only the first of what another does together (`a` beside `a + b`) is none of the whole fusion.
-    """
-    sides = {c: {r["side"] for r in result["rows"] if r["case"] == c} for c in dict.fromkeys(r["case"] for r in result["rows"])}
-    tokens = sorted({r["T"] for r in result["rows"]})
-    lines = []
-    for case, names in sides.items():
-        rivals = tuple(s for s in names if s not in targets.OURS and not any(n.startswith(f"{s} + ") for n in names))
-        cells, peers = [], {}
-        for t in tokens:
-            here = [r for r in result["rows"] if (r["case"], r["T"]) == (case, t)]
-            ours, rival = targets.fastest(here, targets.OURS), targets.fastest(here, rivals)
-            cells.append(f"{ours['us'] / rival['us']:.2f}" if ours and rival else "")
-            peers |= {rival["side"].removeprefix("peers: "): None} if ours and rival else {}
-        if peers:
-            lines.append([case, *cells, "; ".join(peers)])
-    return markdown(["fusion", *map(str, tokens), "best peers"], lines)
+    columns = {"batch": "batch", "model": "way", "off": "error", "off, same experts": "same experts"}
+    cells = {name: text(key) for name, key in columns.items()}
+    return listed(result["rows"], cells | {"tokens with another expert": text("other", "{:.0%}")})
 
 
 def step(result: dict) -> str:
     """A decode step by the number of sequences and the kind of kernels."""
-    return _calls(result, "T", "sequences", lambda r: [_number(r.get("floor ms"))], lambda r: r.get("floor ms"))
+    return _calls(result, "T", "sequences", {"floor, ms": "floor ms"})
 
 
 def prefill(result: dict) -> str:
     """Prefill by the shape of the prompts and the kind of kernels, with two floors: of its bytes and of its products."""
-    names = {f"floor of {of} ms": f"floor of {of}, ms" for of in ("bytes", "products")}
-
-    def floors(row: dict) -> list[str]:
-        return [_number(row.get(name)) for name in names]
-
-    def floor(row: dict) -> float | None:
-        return max((row[name] for name in names if name in row), default=None)
-
-    return _calls(result, "prompts", "prompts", floors, floor, tuple(names.values()))
+    return _calls(result, "prompts", "prompts", {f"floor of {of}, ms": f"floor of {of} ms" for of in ("bytes", "products")})
 
 
 def engine(result: dict) -> str:
     """An engine by its slots, beside the bare step of as many rows."""
-    head = ["slots", "kernels of", "sequences", "tokens/s, prompts read between", "tokens/s of its steps", "of the bare step"]
-    rates = ("tokens/s", "steps alone tokens/s", "bare tokens/s")
-    rows = [(r, [_number(r[name]) for name in rates]) for r in result["rows"]]
-    return markdown(head, [[str(r["slots"]), r["side"], str(r["sequences"]), *found] for r, found in rows])
+    columns = {"slots": text("slots"), "kernels of": text("side"), "sequences": text("sequences")}
+    columns["tokens/s, prompts read between"] = number("tokens/s")
+    columns |= {"tokens/s of its steps": number("steps alone tokens/s"), "of the bare step": number("bare tokens/s")}
+    return listed(result["rows"], columns)
 
 
-def _calls(
-    result: dict,
-    key: str,
-    title: str,
-    floors: Callable[[dict], list[str]],
-    floor: Callable[[dict], float | None],
-    floor_names: Sequence[str] = ("floor, ms",),
-) -> str:
+def _calls(result: dict, key: str, title: str, floors: Mapping[str, str]) -> str:
     """Calls of the whole model: a row per size (`key`) and side; a ratio to XLA's kernels only where those were measured."""
     rows = [r for r in result["rows"] if key in r and "side" in r]
     sizes = list(dict.fromkeys(r[key] for r in rows))
     rows.sort(key=lambda r: sizes.index(r[key]))  # kinds that were measured later stand with the others
     xla = {r[key]: r["ms"] for r in rows if r["side"] == "xla" and "ms" in r}
     compared = len({r["side"] for r in rows if "same tokens" in r}) > 1
-    head = [title, "kernels of", "ms", "ms alone", "tokens/s", *floor_names, "ms / floor", *(["ms / XLA's"] if xla else [])]
-    head += ["dispatch, ms", "arrays", "kernels", "GiB", "compile, s", *(["same tokens"] if compared else [])]
-    lines = []
-    for r in rows:
-        ms, least, theirs = r.get("ms"), floor(r), xla.get(r[key])
-        line = [str(r[key]), r["side"], _number(ms) if ms else "–", _number(r.get("alone ms")), _number(r.get("tokens/s"))]
-        line += [*floors(r), f"{ms / least:.2f}" if ms and least else ""]
-        whole = r["side"] != "xla" and "without" not in r["side"]  # what leaves something out is no rival
-        line += [f"{ms / theirs:.2f}" if ms and theirs and whole else ""] if xla else []
-        line += [_number(r.get("dispatch ms")), str(r.get("arguments", "")), str(r.get("kernels", "")), _gib(r)]
-        line += [f"{r['compile s']:.1f}" if "compile s" in r else ""]
-        lines.append(line + ([f"{r['same tokens']:.0%}" if "same tokens" in r else ""] if compared else []))
+
+    def over(row: dict, least: float | None) -> str:
+        return f"{row['ms'] / least:.2f}" if "ms" in row and least else ""
+
+    def over_xla(row: dict) -> str:
+        whole = row["side"] != "xla" and "without" not in row["side"]  # what leaves something out is no rival
+        return over(row, xla.get(row[key])) if whole else ""
+
+    columns: dict[str, Cell] = {
+        title: text(key),
+        "kernels of": text("side"),
+        "ms": lambda r: number("ms")(r) or "–",
+        "ms alone": number("alone ms"),
+        "tokens/s": number("tokens/s"),
+        **{name: number(of) for name, of in floors.items()},
+        "ms / floor": lambda r: over(r, max((r[of] for of in floors.values() if of in r), default=None)),
+        "ms / XLA's": over_xla,
+        "dispatch, ms": number("dispatch ms"),
+        "arrays": text("arguments"),
+        "kernels": text("kernels"),
+        "GiB": lambda r: " + ".join(filter(None, (text("arguments GiB", "{:.1f}")(r), text("temporaries GiB", "{:.2f}")(r)))),
+        "compile, s": text("compile s", "{:.1f}"),
+        "same tokens": text("same tokens", "{:.0%}") if compared else lambda r: "",
+    }
+    rates = {"copy TB/s": "copy {:.2f} TB/s", "product TFLOP/s": "product {:.0f} TFLOP/s"}
+    told = ", ".join(filter(None, (text(name, form)(row) for row in rows[:1] for name, form in rates.items())))
     problems = [f"{r.get(key, '')} {r.get('side', '')}: {r['problem']}".strip(" :") for r in result["rows"] if "problem" in r]
-    rates = [f"{name.split()[0]} {rows[0][name]:.{digits}f} {name.split()[1]}"
-             for name, digits in (("copy TB/s", 2), ("product TFLOP/s", 0)) if rows and name in rows[0]]  # fmt: skip
-    notes = [f"Rates in the same run: {', '.join(rates)}."] if rates else []
-    return "\n\n".join([markdown(head, lines), *notes, *(f"Not measured: {p}." for p in problems)])
-
-
-def _number(value: float | None) -> str:
-    """Three digits, and all of those before the point."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _gib(row: dict) -> str:
-    """On a device: what a call is given and what it needs besides."""
-    sizes = [row[f"{name} GiB"] for name in ("arguments", "temporaries") if f"{name} GiB" in row]
-    return " + ".join(f"{size:.1f}" if i == 0 else f"{size:.2f}" for i, size in enumerate(sizes))
+    notes = [f"Rates in the same run: {told}."] if told else []
+    return "\n\n".join([listed(rows, columns), *notes, *(f"Not measured: {p}." for p in problems)])
 
 
 MAKERS: dict[str, Callable[[dict], str]] = {
@@ -299,11 +292,16 @@ def filled(text: str, results: Path) -> str:
     return SECTION.sub(section, text)
 
 
-def main() -> int:
-    """Write the pages and the plots, or check the pages."""
+def options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Write the pages and the plots, or check the pages."""
+    args = options().parse_args()
     before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after = {page: filled(text, RESULTS) for page, text in before.items()}
     if args.check:

@@ -1,9 +1,9 @@
 """The targets, and whether a run's rows meet them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from bench.common import markdown
 
 SMALL = (1, 4, 16, 64, 256)
 DECODE = (1, 4, 16, 64)
@@ -97,12 +97,19 @@ def judge(rows: Sequence[dict], ceilings: dict[str, float]) -> list[dict]:
 
 def table(judged: Sequence[dict]) -> str:
     """The targets as a Markdown table."""
-    lines = ["| fusion | T | ours, µs | rival | its µs | ratio | target | met |", "|---|---|---|---|---|---|---|---|"]
+    lines = []
     for r in judged:
         bandwidth = r["rival us"] is None
         sign, its = ("≥", "") if bandwidth else ("≤", f"{r['rival us']:.2f}")
         missing = f" (not run: {', '.join(r['not run'])})" if r.get("not run") else ""
-        lines.append(f"| {r['case']} | {r['T']} | {r['us']:.2f} | {r['rival']}{missing} | {its} | {r['ratio']:.2f} | "
-                     f"{sign} {r['limit']} | {'yes' if r['met'] else 'no'} |")  # fmt: skip
-    met = sum(r["met"] for r in judged)
-    return "\n".join([*lines, "", f"{met} of {len(judged)} targets met"])
+        met = "yes" if r["met"] else "no"
+        cells = [r["case"], str(r["T"]), f"{r['us']:.2f}", f"{r['rival']}{missing}", its]
+        lines.append([*cells, f"{r['ratio']:.2f}", f"{sign} {r['limit']}", met])
+    head = ["fusion", "T", "ours, µs", "rival", "its µs", "ratio", "target", "met"]
+    return f"{markdown(head, lines)}\n\n{sum(r['met'] for r in judged)} of {len(judged)} targets met"
+
+
+def told(result: dict) -> str:
+    """Judge a run's rows: the verdicts become part of it, and the table is returned."""
+    result["targets"] = judge(result["rows"], result.get("ceilings", {}))
+    return table(result["targets"])

@@ -7,6 +7,7 @@ import click
 from moekit import __version__
 from moekit.cli.decode import decode
 from moekit.cli.doctor import doctor
+from moekit.cli.evaluate import evaluate
 from moekit.cli.export import export
 from moekit.cli.fusions import list_fusions
 from moekit.cli.fuzz import fuzz
@@ -57,5 +58,5 @@ def cli(ctx: click.Context) -> None:
         raise KeyboardInterrupt
 
 
-for _command in (decode, generate, inspect, list_fusions, show, export, doctor, tune, fuzz, mutants):
+for _command in (decode, generate, evaluate, inspect, list_fusions, show, export, doctor, tune, fuzz, mutants):
     cli.add_command(_command)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
 
 from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
+from moekit.cli.processes import several_processes
 from moekit.cli.progress import bar, loading
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
     from moekit.cli.agreement import Closeness, Difference
     from moekit.models.qwen3next import Config, Generation
+    from moekit.models.qwen3next.questions import Question
 
 BATCH, PROMPT_LENGTH, NEW_TOKENS = 2, 8, 16
+DEMO = 7  # the seed of questions of long words
 OTHER = {"pallas": "xla", "xla": "pallas"}
 
 
@@ -37,17 +43,18 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face Qwen3-Next checkpoint (default: a tiny random one in the cache directory).",
+    help="A Hugging Face Qwen3-Next checkpoint (default: the tiny one that moekit ships).",
 )
 @click.option("--prompt-ids", multiple=True, callback=parse_ids, help='A prompt, "1,2,3"; may be repeated.')
 @click.option("--batch", type=click.IntRange(1), help=f"How many random prompts (default {BATCH}).")
 @click.option("--prompt-len", type=click.IntRange(1), help=f"Tokens of each (default {PROMPT_LENGTH}).")
 @click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Tokens to decode.")
 @click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
+@click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Groups of devices to deal the experts to.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the weights (default: as stored).",
+    help="Of the weights (default: as stored; of the shipped model, float32).",
 )
 @click.option(
     "--kernels",
@@ -57,6 +64,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     help="Whose tokens and fusions to show; both are timed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@several_processes
 def decode(
     checkpoint: Path | None,
     prompt_ids: list[list[int]],
@@ -64,6 +72,7 @@ def decode(
     prompt_len: int | None,
     new_tokens: int,
     tp: int | None,
+    ep: int,
     dtype: str | None,
     kernels: str,
     as_json: bool,
@@ -72,7 +81,7 @@ def decode(
 
     Runs twice, with Pallas kernels and with XLA's, and compares them: exit code 1 if they disagree. In float32 the tokens must
     be equal; in a narrower dtype the logits of the same tokens must lie as near to a float32 run's. A sequence ends at the
-    checkpoint's end tokens.
+    checkpoint's end tokens. Without a checkpoint and prompts, the shipped model is asked four questions.
     Without a GPU, 8 virtual CPU devices share the model and the kernels run in interpret mode.
     """
     if prompt_ids and (batch or prompt_len):
@@ -84,17 +93,20 @@ def decode(
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
     prepare_jax()
     from moekit.cli import agreement, run
-    from moekit.models.qwen3next import Config, load
+    from moekit.models.qwen3next import SHIPPED, Config, load
+    from moekit.models.qwen3next.questions import TASKS, held_out
 
-    directory = checkpoint or run.tiny_checkpoint()
-    config = Config.from_json(directory)
+    directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
+    config = replace(Config.from_json(directory), ep=ep)
     tp = checked_tp(config, tp)
-    prompts = prompt_ids or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
+    questions = [] if checkpoint or prompt_ids or batch or prompt_len else held_out(len(TASKS), DEMO)
+    asked = prompt_ids or [question.tokens for question in questions]
+    prompts = asked or run.random_prompts(config, batch or BATCH, prompt_len or PROMPT_LENGTH)
     _check_prompts(config, prompts)
     ends = _ends(directory, config)
 
     with loading(f"loading {directory.name}") as advance:
-        model = load(directory, run.mesh_of(tp), dtype, room=run.room(prompts, new_tokens), progress=advance)
+        model = load(directory, run.mesh_of(tp), dtype, ep=ep, room=run.room(prompts, new_tokens), progress=advance)
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with bar(f"decoding with {which}") as advance:
@@ -108,6 +120,7 @@ def decode(
     report = {
         **_setting(directory, checkpoint is None, config, model),
         "kernels": kernels,
+        "questions": _answered(questions, runs[kernels]),
         "prompts": [list(p) for p in prompts],
         "tokens": [list(t) for t in runs[kernels].tokens],
         "timing": {which: _timing(generation) for which, generation in runs.items()},
@@ -130,10 +143,13 @@ def checked_tp(config: Config, tp: int | None) -> int:
     from moekit.models.qwen3next.config import check_tensor_parallel
 
     devices = run.devices()
-    if tp is None:
-        return run.largest_tp(config, len(devices))
+    tp = run.largest_tp(config, len(devices)) if tp is None else tp
     if tp > len(devices):
         raise click.BadParameter(f"{tp} is more than the {len(devices)} {devices[0].platform} devices here", param_hint="--tp")
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:tp]}
+    if idle:
+        wrong = f"{tp} leaves process {min(idle)} without a device; start fewer processes or give each fewer devices"
+        raise click.BadParameter(wrong, param_hint="--tp")
     try:
         check_tensor_parallel(config, tp)
     except ConfigError as error:
@@ -163,7 +179,15 @@ def _ends(directory: Path, config: Config) -> tuple[int, ...]:
     return tuple(token for token in named if token < config.vocab_size)
 
 
-def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[str, Any]:
+def _answered(questions: Sequence[Question], run: Generation) -> list[dict[str, Any]]:
+    """What the shipped model was asked, what it should have said and what it said."""
+    from moekit.models.qwen3next.questions import said
+
+    given = zip(questions, run.tokens if questions else (), strict=True)
+    return [{"question": q.text, "answer": q.answer, "said": said(tokens)} for q, tokens in given]
+
+
+def _setting(directory: Path, shipped: bool, config: Config, model: Any) -> dict[str, Any]:
     import jax
 
     from moekit.cli import run
@@ -171,13 +195,14 @@ def _setting(directory: Path, tiny: bool, config: Config, model: Any) -> dict[st
     device = run.devices()[0]
     return {
         "checkpoint": str(directory),
-        "random": tiny,
+        "shipped": shipped,
         "layers": config.num_layers,
         "dtype": str(model.dtype),
         "platform": device.platform,
         "device": device.device_kind,
         "devices": len(run.devices()),
         "tp": model.tp,
+        "ep": config.ep,
         "versions": {"jax": jax.__version__},
     }
 
@@ -214,22 +239,30 @@ def _logits(close: Closeness | None) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     out = console()
-    kind = "a tiny random checkpoint" if report["random"] else "checkpoint"
+    kind = "the tiny model that moekit ships:" if report["shipped"] else "checkpoint"
     out.print(f"{kind} {report['checkpoint']}", soft_wrap=True, markup=False)
     virtual = ", virtual: kernels are interpreted and times mean little" if report["platform"] == "cpu" else ""
-    out.print(
-        f"{report['layers']} layers, {report['dtype']}, "
-        f"tp {report['tp']} of {report['devices']} {report['device']} devices{virtual}",
-        soft_wrap=True,
-        markup=False,
-    )
+    shared = f"tp {report['tp']}" if report["ep"] == 1 else f"tp {report['tp']}, ep {report['ep']},"
+    here = f"{shared} of {report['devices']} {report['device']} devices{virtual}"
+    out.print(f"{report['layers']} layers, {report['dtype']}, {here}", soft_wrap=True, markup=False)
     out.print()
-    for prompt, tokens in zip(report["prompts"], report["tokens"], strict=True):
-        out.print(f"[dim]{_ids(prompt)} →[/dim] [bold]{_ids(tokens)}[/bold]", soft_wrap=True)
+    if report["questions"]:
+        out.print(_question_table(report["questions"]))
+    else:
+        for prompt, tokens in zip(report["prompts"], report["tokens"], strict=True):
+            out.print(f"[dim]{_ids(prompt)} →[/dim] [bold]{_ids(tokens)}[/bold]", soft_wrap=True)
     out.print()
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
     _show_agreement(report["agreement"], report["tokens"], report["dtype"])
+
+
+def _question_table(questions: list[dict[str, str]]) -> Any:
+    made = table("question", "answer", "")
+    for asked in questions:
+        right = "[green]right[/green]" if asked["said"] == asked["answer"] else f"[red]wrong: {asked['answer']}[/red]"
+        made.add_row(asked["question"], f"[bold]{escape(asked['said'])}[/bold]", right)
+    return made
 
 
 def _ids(ids: list[int]) -> str:

@@ -13,6 +13,7 @@ import click
 
 from moekit.cli.output import notes, print_json
 from moekit.cli.platform import installed, prepare_jax
+from moekit.cli.processes import process_count, several_processes
 from moekit.cli.progress import loading
 from moekit.errors import ArgumentError, NonFiniteError, ShapeError, UnavailableError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from moekit.models.qwen3next import Config, Engine, Sampling
     from moekit.models.qwen3next.text import Text
 
-NEW_TOKENS, SLOTS, SEEDS = 256, 16, 2**32
+NEW_TOKENS, SLOTS, PIECE, SEEDS = 256, 16, 256, 2**32
 Emit = Callable[[str], None]
 
 
@@ -42,7 +43,10 @@ Emit = Callable[[str], None]
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
 @click.option("--kernels", type=click.Choice(["pallas", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
 @click.option("--slots", type=click.IntRange(1), default=SLOTS, show_default=True, help="Sequences at once, at most.")
-@click.option("--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation, at most.")
+@click.option(
+    "--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation over stdin, at most."
+)
+@several_processes
 def generate(
     checkpoint: Path,
     prompts: tuple[str, ...],
@@ -78,6 +82,9 @@ def generate(
         if not installed(needed):
             raise UnavailableError(f"generate needs {needed}; install moekit[{extra}]")
     on_gpu = prepare_jax()
+    if converse and process_count() > 1:
+        raise click.UsageError("a conversation is with one process; give several --chat with --prompt")
+    from moekit.cli import run
     from moekit.models.qwen3next import Config
     from moekit.models.qwen3next.text import Text, sampling_of
 
@@ -88,7 +95,7 @@ def generate(
     ids = [encode(prompt) for prompt in given]
     _check(config, ids or [encode("x")])  # of a conversation, that there is a template and what it adds
     slots = min(slots, max(1, len(given)))
-    need = length if converse else max(map(len, ids)) + max_new_tokens
+    need = length if converse else run.rounded(max(map(len, ids)) + max_new_tokens)
     which = kernels or ("pallas" if on_gpu else "xla")
     session = _loaded(checkpoint, config, text, tp, dtype, which, slots, need, max_new_tokens, sampling)
     if converse:
@@ -163,11 +170,10 @@ def _loaded(
     from moekit.models.qwen3next import Engine, Room, load
 
     run.keep_programs()
-    length = run.rounded(length)
     with loading(f"loading {checkpoint.name}") as advance:
         mesh = run.mesh_of(checked_tp(config, tp))
-        model = load(checkpoint, mesh, dtype, room=Room(slots + 1, length, 256), progress=advance)
-    engine = Engine(model, slots=slots, length=length, kernels=kernels, waiting=2**31)
+        model = load(checkpoint, mesh, dtype, room=Room(slots + 1, length, piece=PIECE), progress=advance)
+    engine = Engine(model, slots=slots, length=length, piece=PIECE, kernels=kernels, waiting=2**31)
     return _Session(checkpoint, text, engine, text.ends(config), new, sampling)
 
 

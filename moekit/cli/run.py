@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,48 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError
 
-from moekit import __version__
-from moekit.errors import UnavailableError
-from moekit.models.qwen3next import (
-    TINY,
-    Config,
-    ConfigError,
-    Generation,
-    Model,
-    Progress,
-    Room,
-    greedy_step,
-    prefill,
-    write_random_checkpoint,
-)
+from moekit.models.qwen3next import Config, ConfigError, Generation, Model, Progress, Room, greedy_step, prefill
 from moekit.models.qwen3next.config import check_tensor_parallel
 from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate, padded
 from moekit.models.qwen3next.kernels import FUSIONS
-
-
-def tiny_checkpoint() -> Path:
-    """The tiny random checkpoint in the user's cache directory, written if it is not there yet."""
-    try:
-        import platformdirs
-    except ModuleNotFoundError:
-        raise UnavailableError(
-            "platformdirs, which knows the user's cache directory, is not installed; install moekit[cli] or give --checkpoint"
-        ) from None
-    key = hashlib.sha256(repr((__version__, TINY)).encode()).hexdigest()[:8]
-    cache = Path(platformdirs.user_cache_dir("moekit"))
-    directory = cache / f"qwen3-next-tiny-{key}"
-    try:
-        if not directory.is_dir():
-            _write_tiny(cache, directory)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UnavailableError(
-            f"the tiny checkpoint cannot be written to {cache} ({why}); set XDG_CACHE_HOME to a folder that can be written, or "
-            "give --checkpoint"
-        ) from None
-    return directory
 
 
 def keep_programs() -> None:
@@ -70,17 +30,6 @@ def rounded(length: int) -> int:
     return -(-length // CACHE_BUCKET) * CACHE_BUCKET
 
 
-def _write_tiny(cache: Path, directory: Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        written = write_random_checkpoint(Path(scratch) / directory.name)
-        try:
-            os.rename(written, directory)  # whole or not at all, also when two commands start at once
-        except OSError:
-            if not directory.is_dir():
-                raise
-
-
 def serves(config: Config, tp: int) -> bool:
     """Whether the model can be shared by `tp` ranks."""
     try:
@@ -91,8 +40,8 @@ def serves(config: Config, tp: int) -> bool:
 
 
 def largest_tp(config: Config, devices: int) -> int:
-    """The most ranks, of `devices`, that the model can be shared by."""
-    return max(tp for tp in range(1, devices + 1) if serves(config, tp))
+    """The most ranks, of `devices`, that the model can be shared by; 1 where its `ep` allows none."""
+    return max((tp for tp in range(1, devices + 1) if serves(config, tp)), default=1)
 
 
 def devices() -> list[Any]:

@@ -1,6 +1,6 @@
 """The cases, sides, correctness and targets of bench/fusions.py, on a CPU: what can be right or wrong without a GPU."""
 
-from argparse import Namespace
+import functools
 
 import pytest
 import torch
@@ -9,42 +9,39 @@ from bench import eager, layer_jax, targets
 from bench.cases import CASES
 from bench.common import load, write
 from bench.correctness import Checker
-from bench.fusions import wanted
+from bench.fusions import QUESTION, cases
 from bench.plots import times
 from bench.sides import sides
 
-QUICK = [n for n in CASES if n not in ("delta_rule_step 16/32", "gate_gemm 1544", "expert_down 512")]
-OWN = ("moekit", "moekit, contiguous", "moekit, epilogue")
+# Of each fusion one size; what the larger ones are held to on a GPU is the same. The blocks have a file of their own, and the
+# routed experts a gigabyte of weights.
+QUICK = ["add_rms_norm 2048", "silu_and_mul 64", "topk_softmax 512/10", "topk_softmax 256/8", "shared_expert_combine 2048",
+         "gate_gemm 648", "gate_projections 648", "down_combine 64", "gated_rms_norm 4x128", "delta_rule_step 2/4"]  # fmt: skip
+OWN = ("moekit", "moekit, contiguous")
 ON_CPU = (*OWN, "eager", "cublas padded", "three gemms")
 
 
-def made(case: str, side: str):
-    """What the checker says of a side."""
+@functools.cache
+def checker(case: str) -> Checker:
+    """Nine rows: four from either end are looked at."""
     torch.manual_seed(5)
-    checker = Checker(CASES[case], CASES[case].make(21, torch.bfloat16))
-    return checker(sides(CASES[case], compiled=False)[side])
+    return Checker(CASES[case], CASES[case].make(9, torch.bfloat16))
 
 
 PAIRS = [(c, s) for c in QUICK for s in sides(CASES[c], compiled=False) if s in ON_CPU]
 
 
-@pytest.mark.parametrize(("case", "side"), [p for p in PAIRS if p[1] in OWN])
-def test_moekit_is_within_its_bound_in_every_case(case, side):
-    """In units of the bound for a fusion, relative to the norm for several together; ids are the reference's."""
-    found = made(case, side)
-    assert ("error" in found) == (not case.startswith("gate_block"))
-    assert 0 < found.get("error", found["relative"]) <= (1 if "error" in found else 0.005)
-    assert 0 < found["relative"] < 0.005
-    assert found.get("ids", 1.0) == 1.0
-
-
-@pytest.mark.parametrize(("case", "side"), [p for p in PAIRS if p[1] not in OWN])
-def test_the_other_sides_compute_the_same(case, side):
-    """A side that rounds elsewhere may be beyond the bound, but only by roundings."""
-    found = made(case, side)
-    assert found["relative"] < 0.01
+@pytest.mark.parametrize(("case", "side"), PAIRS)
+def test_a_side_computes_what_it_should(case, side):
+    """moekit within its bound; one that rounds elsewhere may be beyond it, but only by roundings. Ids are the reference's."""
+    make = sides(CASES[case], compiled=False)[side]
+    found = checker(case)(lambda o: make(o)())
+    assert 0 < found["relative"] < (0.005 if side in OWN else 0.01)
+    assert found["error"] > 0
     if side != "eager":
         assert found["error"] <= 1
+    if side in OWN:
+        assert found.get("ids", 1.0) == 1.0
 
 
 def test_the_checker_sees_a_wrong_row_at_the_end():
@@ -54,14 +51,11 @@ def test_the_checker_sees_a_wrong_row_at_the_end():
     before = operands["gate_up"].clone()
 
     def wrong(o):
-        def call():
-            gate, up = o["gate_up"].float().chunk(2, -1)
-            out = torch.nn.functional.silu(gate) * up
-            out[-1] += 0.5
-            o["gate_up"].zero_()
-            return out.bfloat16()
-
-        return call
+        gate, up = o["gate_up"].float().chunk(2, -1)
+        out = torch.nn.functional.silu(gate) * up
+        out[-1] += 0.5
+        o["gate_up"].zero_()
+        return out.bfloat16()
 
     assert Checker(case, operands)(wrong)["error"] > 2
     assert torch.equal(operands["gate_up"], before)
@@ -72,11 +66,11 @@ def test_the_checker_sees_what_is_no_number_and_what_is_not_made():
     case = CASES["gate_projections 648"]
     checker = Checker(case, case.make(3, torch.float32))
     active, logits, share = eager.gate_projections(*checker.operands.values())
-    assert checker(lambda o: lambda: (active, logits.where(logits < 0.5, torch.nan), share))["error"] == float("inf")
-    assert checker(lambda o: lambda: (None, logits, None))["error"] <= 1
-    assert checker(lambda o: lambda: (None, logits + 1e-3, None))["error"] > 1
-    with pytest.raises(ValueError, match="shorter"):
-        checker(lambda o: lambda: (active, logits))
+    assert checker(lambda o: (active, logits.where(logits < 0.5, torch.nan), share))["error"] == float("inf")
+    assert checker(lambda o: (None, logits, None))["error"] <= 1
+    assert checker(lambda o: (None, logits + 1e-3, None))["error"] > 1
+    with pytest.raises(ValueError, match="longer"):
+        checker(lambda o: (active, logits))
 
 
 def row(case: str, t: int, side: str, us: float) -> dict:
@@ -109,15 +103,29 @@ def test_every_target_names_cases_and_sides_that_exist():
             assert set(target.tokens) <= set(targets.tokens(case))
 
 
+def asked(*argv: str) -> dict[str, list[int]]:
+    """Tokens by case."""
+    found: dict[str, list[int]] = {}
+    for head, _ in cases(QUESTION.arguments(argv)):
+        found.setdefault(head["case"], []).append(head["T"])
+    return found
+
+
 def test_cases_are_measured_in_the_order_asked_for():
-    """So that what there may be no time for comes last; without names all of them, each once."""
-    asked = lambda fusions: wanted(Namespace(fusions=fusions, tokens="", targets=True))  # noqa: E731
-    assert list(asked("")) == list(CASES)
-    assert list(asked("gate_projections,gate_,add")) == [
+    """So that what there may be no time for comes last; without names all that have a target, each once."""
+    assert list(asked("--targets")) == [name for name in CASES if targets.tokens(name)]
+    assert list(asked("--targets", "--fusions", "gate_projections,gate_,add")) == [
         "gate_projections 648", "gate_projections 1544", "gate_gemm 648", "gate_gemm 1544", "gate_block 648", "gate_block 1544",
         "add_rms_norm 2048", "add_rms_norm 4096",
     ]  # fmt: skip
-    assert asked("gate_projections 6")["gate_projections 648"] == [1, 4, 16, 64, 256, 1024, 4096, 16384]
+    only = asked("--targets", "--fusions", "gate_projections 6")
+    assert only == {"gate_projections 648": [1, 4, 16, 64, 256, 1024, 4096, 16384]}
+    assert asked("--targets", "--tokens", "4,7", "--fusions", "topk_softmax 5") == {"topk_softmax 512/10": [4]}
+
+
+def test_what_does_not_fit_is_left_out():
+    """Two sets of operands have to."""
+    assert asked("--fusions", "delta_rule_step 16/32") == {"delta_rule_step 16/32": [1, 4, 16, 64, 256, 1024]}
 
 
 def test_results_survive_the_file_and_become_a_plot(tmp_path):

@@ -94,7 +94,7 @@ def test_a_conversation_remembers_what_was_said(asked, small):
         talk.append({"role": "user", "content": line})
         engine = Engine(load(small, run.mesh_of(1)), slots=1, length=512, kernels="xla")
         number = engine.add(text.encode_chat(talk), max_new_tokens=NEW, eos=text.ends(SMALL))
-        answers.append(text.decode(engine.results()[number]))
+        answers.append(text.decode(engine.results()[number].tokens))
         talk.append({"role": "assistant", "content": answers[-1]})
     assert said == "".join(answer + "\n" for answer in answers)
 
@@ -156,10 +156,11 @@ def test_logits_that_are_not_finite_are_a_failure(moekit, copy):
 
 
 def test_a_conversation_that_grows_too_long(moekit, small):
-    always = ("--checkpoint", str(small), "--tp", "1", "--chat", "--max-new-tokens", "4", "--length", "128")
+    """The length that is given is the engine's, not one that it is rounded up to."""
+    always = ("--checkpoint", str(small), "--tp", "1", "--chat", "--max-new-tokens", "4", "--length", "120")
     result = moekit("generate", *always, input="Hi\n" + "x" * 64 + "\n")
     assert result.exit_code == 2
-    assert "where --length leaves room for 124; give more" in result.stderr
+    assert "where --length leaves room for 116; give more" in result.stderr
     assert "Traceback" not in result.output
 
 

@@ -75,16 +75,6 @@ def test_files_to_which_nothing_can_be_added_are_refused_before_the_work(moekit,
         assert moekit(*arguments, str(path)).exit_code == 2
 
 
-@pytest.mark.parametrize("cache", ["/proc/nothing", "file"])
-def test_a_cache_that_cannot_be_made_is_a_sentence(tmp_path, cache):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    done = command("decode", XDG_CACHE_HOME=str(tmp_path / cache), JAX_PLATFORMS="cpu")
-    assert done.returncode == 3
-    said = done.stderr.decode()
-    assert said.startswith("Error: the tiny checkpoint cannot be written to ")
-    assert said.endswith("; set XDG_CACHE_HOME to a folder that can be written, or give --checkpoint\n")
-
-
 def test_no_path(tmp_path):
     (tmp_path / "a.patch").write_text("--- a/x\n+++ b/x\n", encoding="utf-8")
     assert command("doctor", PATH="").returncode == 0

@@ -42,9 +42,12 @@ def test_the_python_of_the_page_runs(capsys):
     for block in blocks("python"):
         exec(block, names)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2
+    assert len(said) == 4
     assert said[0].count(",") == 6  # two rows of four tokens
+    assert said[0].endswith(" cancelled")
     assert said[1] == "naïve"
+    assert said[2] == "['tikeom', '42']"
+    assert all(int(number) > 0 for number in said[3].split())
 
 
 @pytest.mark.usefixtures("beside_a_checkpoint")

@@ -26,10 +26,10 @@ from moekit.models.qwen3next.config import ATTENTION, GDN
 
 CASES = {
     "four-layers": replace(TINY, vocab_size=256),
-    "eight-layers": replace(
+    "eight-kv-heads": replace(
         TINY,
         vocab_size=256,
-        layer_types=(GDN, GDN, GDN, ATTENTION) * 2,
+        layer_types=(GDN, ATTENTION) * 2,
         linear_num_value_heads=8,
         num_key_value_heads=8,
         moe_intermediate_size=32,
@@ -39,6 +39,7 @@ CASES = {
     "sixteen-value-heads": replace(
         TINY,
         vocab_size=256,
+        layer_types=(GDN, ATTENTION),
         linear_num_key_heads=16,
         linear_num_value_heads=16,
         linear_key_head_dim=8,
@@ -52,7 +53,7 @@ CASES = {
         num_experts_per_tok=3,
         num_key_value_heads=1,
         tie_word_embeddings=True,
-        layer_types=(GDN, ATTENTION, GDN, ATTENTION),
+        layer_types=(GDN, ATTENTION),
     ),
     "two-layers": replace(TINY, vocab_size=256, layer_types=(GDN, ATTENTION)),
 }

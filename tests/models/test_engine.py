@@ -1,18 +1,17 @@
 """The engine: each sequence gets the tokens it gets alone, whoever joins and leaves meanwhile."""
 
+import threading
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+import torch
 
 from moekit.errors import ArgumentError, ShapeError
-from moekit.models.qwen3next import Engine, FitError, FullError, Sampling, empty_cache, extend, generate, prefill
+from moekit.models.qwen3next import Engine, FitError, FullError, Result, Sampling, extend, generate
 from moekit.models.qwen3next import engine as module
 from moekit.models.qwen3next.engine import _advance, _join
-from moekit.models.qwen3next.sampling import GREEDY, Draws, draw
 
 CASE, LENGTH, PIECE, MOST = "two-layers", 256, 64, 12
 SIZES = (63, 64, 65, 127, 200, 3, 244)  # around a piece and a chunk of the delta rule, and to the last place
@@ -46,7 +45,7 @@ def test_more_sequences_than_slots_each_as_alone(engine, prompts, alone):
     results = made.results()
     assert list(results) != numbers  # shorter ones ended first
     for number, whole, most in zip(numbers, alone, (12, 1, 5, 2, 12, 7, 12), strict=True):
-        assert results[number] == whole[:most]
+        assert results[number] == Result(whole[:most], "length")
     assert not made.busy
     assert made.results() == {}
 
@@ -67,7 +66,23 @@ def test_joining_between_steps_and_end_tokens(engine, prompts, alone):
         assert [event.end for event in mine] == [None] * (len(mine) - 1) + ["stop"]
 
 
-def test_what_an_engine_refuses(engine):
+def test_an_end_token_ends_where_transformers_ends(zoo, engine, prompts, alone):
+    made, theirs = engine(), zoo.transformers(CASE)
+    for i in (0, 5):
+        stop, ids = alone[i][4], torch.tensor([prompts[i]])
+        out = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MOST,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )
+        number = made.add(prompts[i], max_new_tokens=MOST, eos=stop)
+        assert made.results()[number] == Result(tuple(out[0, len(prompts[i]) :].tolist()), "stop")
+
+
+def test_what_an_engine_refuses(engine, monkeypatch):
     made = engine(slots=1, waiting=1)
     with pytest.raises(ArgumentError, match="a prompt of 250 tokens and 7 new ones are more than the engine's length of 256"):
         made.add([1] * 250, max_new_tokens=7)
@@ -85,6 +100,10 @@ def test_what_an_engine_refuses(engine):
         made.warmup()
     with pytest.raises(ArgumentError, match="waiting = -1 where at least 0 is needed"):
         engine(waiting=-1)
+    monkeypatch.setattr(module, "empty_cache", None)
+    for wrong in ("nope", None, 3):
+        with pytest.raises(ArgumentError, match=rf"kernels={wrong!r} is not known; choose 'pallas' or 'xla'"):
+            engine(kernels=wrong)
 
 
 def test_rows_that_do_not_fit_are_refused_before_one_is_placed(engine, monkeypatch):
@@ -125,7 +144,99 @@ def test_an_interrupt_leaves_nothing_half_done(engine, prompts, alone, monkeypat
         except KeyboardInterrupt:
             assert len(calls) in (2, 5)
     assert len(calls) > 5
-    assert [results[number] for number in numbers] == list(alone)
+    assert [results[number].tokens for number in numbers] == list(alone)
+
+
+def ended(events):
+    return {event.sequence: event.end for event in events if event.end}
+
+
+def test_an_engine_that_is_only_stepped_keeps_nothing(engine, prompts):
+    made = engine()
+
+    def held():
+        return {name: len(value) for name, value in vars(made).items() if hasattr(value, "__len__")}
+
+    before, told = held(), {}
+    for i in range(8):
+        number = made.add(prompts[5], max_new_tokens=1 + i % 2)
+        while made.busy:
+            told |= ended(made.step())
+        assert told[number] == "length"
+    assert held() == before
+    assert made.results() == {}, "what a step has told is told once"
+
+
+def test_sequences_are_cancelled_wherever_they_are(engine, prompts, alone):
+    """One with a slot, one that is read and one that waits; what they leave goes to others, which are as alone."""
+    made, events = engine(slots=2), []
+    first, other, second, third, last = (made.add(prompts[i], max_new_tokens=MOST) for i in (5, 6, 0, 1, 2))
+    for _ in range(3):
+        events += made.step()
+    assert made._reading[0].number == other
+    assert [made.cancel(number) for number in (first, other, third, 99)] == [True, True, True, False]
+    events += made.step()
+    assert ended(events) == dict.fromkeys((first, other, third), "cancelled")
+    assert not made.cancel(first)
+    assert [event.token for event in events if event.end] == [-1] * 3
+    results = made.results()
+    assert results == {second: Result(alone[0], "length"), last: Result(alone[2], "length")}
+    fourth = made.add(prompts[5], max_new_tokens=MOST)
+    made.step()
+    assert made.cancel(fourth)
+    assert made.results()[fourth].end == "cancelled"
+    assert not made.busy
+
+
+@pytest.mark.parametrize("where", ["extend", "_join", "_advance", "np"])
+def test_an_error_of_the_devices_ends_all_and_the_engine_goes_on(engine, prompts, alone, monkeypatch, where):
+    """It comes at the third call, and what had been given to the devices is gone."""
+    calls, real, made = [], getattr(module, where), engine(slots=2)
+
+    def breaking(*arguments, **options):
+        calls.append(where)
+        if len(calls) == 3:
+            jax.tree.map(lambda array: array.delete(), made._rows)
+            raise jax.errors.JaxRuntimeError("INTERNAL: a device is gone")
+        return (np.asarray if where == "np" else real)(*arguments, **options)
+
+    stand_in = SimpleNamespace(**{**vars(np), "asarray": breaking}) if where == "np" else breaking
+    monkeypatch.setattr(module, where, stand_in)
+    numbers = [made.add(prompts[i], max_new_tokens=MOST) for i in (5, 5, 0, 6)]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a device is gone"):
+        made.results()
+    lost = ended(made.step())
+    assert lost == dict.fromkeys(numbers[-len(lost) :], "failed")
+    assert not made.busy
+    assert made.step() == []
+    again = made.add(prompts[5], max_new_tokens=MOST)
+    before = numbers[: -len(lost)]  # ended before the error came
+    assert made.results() == dict.fromkeys([*before, again], Result(alone[5], "length"))
+
+
+def test_threads_add_and_cancel_while_another_steps(engine, prompts, alone):
+    made, found, numbers = engine(slots=2), [], {}
+    begun = threading.Barrier(5)
+
+    def client(i):
+        begun.wait()
+        for turn in range(3):
+            numbers[i, turn] = made.add(prompts[5], max_new_tokens=2 + i)
+            if turn == 1:
+                made.cancel(numbers[i, turn])
+
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    for each in clients:
+        each.start()
+    begun.wait()
+    while any(each.is_alive() for each in clients) or made.busy:
+        found += made.step()
+    assert len(set(numbers.values())) == 12
+    ends = ended(found)
+    for (i, turn), number in numbers.items():
+        tokens = tuple(event.token for event in found if event.sequence == number and event.token >= 0)
+        assert tokens == alone[5][: len(tokens)]
+        assert (ends[number], len(tokens)) == ("length", 2 + i) or (turn == 1 and ends[number] == "cancelled")
 
 
 def test_nothing_is_compiled_after_warmup(engine, prompts):
@@ -150,13 +261,11 @@ def test_a_sequence_that_fails_leaves_the_others_and_its_slot_clean(engine, prom
     spoiled = jax.tree.map(lambda a: a.at[bad].set(np.nan) if a.dtype != np.int32 else a, held)
     object.__setattr__(made._rows, "cache", spoiled)
     third = made.add(prompts[6], max_new_tokens=MOST)
-    events = []
-    while made.busy:
-        events += made.step()
-    assert [event.end for event in events if event.sequence == first][-1] == "failed"
     results = made.results()
-    assert results[other] == alone[5]
-    assert results[third] == alone[6]
+    assert results[first].end == "failed"
+    assert results[first].tokens == alone[0][: len(results[first].tokens)]
+    assert results[other] == Result(alone[5], "length")
+    assert results[third] == Result(alone[6], "length")
 
 
 def test_sampled_tokens_follow_from_the_seed_whatever_the_batch(engine, prompts):
@@ -165,91 +274,11 @@ def test_sampled_tokens_follow_from_the_seed_whatever_the_batch(engine, prompts)
     def tokens(made, chosen):
         numbers = [made.add(prompts[i], max_new_tokens=MOST, sampling=how[i]) for i in chosen]
         results = made.results()
-        return [results[number] for number in numbers]
+        return [results[number].tokens for number in numbers]
 
     together = tokens(engine(), range(len(prompts)))
     assert tokens(engine(), reversed(range(len(prompts)))) == together[::-1]
     assert tokens(engine(), [4]) == [together[4]]
     other = engine()
     number = other.add(prompts[4], max_new_tokens=MOST, sampling=Sampling(0.9, 20, 0.95, seed=77))
-    assert other.results()[number] != together[4]
-
-
-def test_pieces_at_a_time_give_the_logits_of_a_whole_prompt(zoo):
-    """Of several sequences of unequal lengths, over two ranks."""
-    model, rng = zoo.model(CASE, tp=2), np.random.default_rng(4)
-    tokens, lengths = rng.integers(0, 256, (2, 96)).astype(np.int32), np.array([90, 33], np.int32)
-    wanted, whole = prefill(model, tokens, lengths, cache_length=128, kernels="xla")
-    cache, read = empty_cache(model, 2, 128, "xla"), np.zeros(2, np.int32)
-    for counts in ([32, 1], [26, 31], [32, 1]):
-        piece = np.stack([np.pad(row[at : at + n], (0, 32 - n)) for row, at, n in zip(tokens, read, counts, strict=True)])
-        logits, cache = extend(model, piece, np.array(counts, np.int32), cache, kernels="xla")
-        read = read + counts
-    np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
-    assert cache.lengths.tolist() == lengths.tolist()
-    for mine, theirs in zip(jax.tree.leaves(cache.deltas), jax.tree.leaves(whole.deltas), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=2e-4)
-    for mine, theirs in zip(jax.tree.leaves(cache.attentions), jax.tree.leaves(whole.attentions), strict=True):
-        np.testing.assert_allclose(mine[:, :, :33], theirs[:, :, :33], atol=2e-4)
-    with pytest.raises(ShapeError, match="one row each is needed"):
-        extend(model, piece[:1], np.array([1], np.int32), cache, kernels="xla")
-    full, cache = extend(model, piece, np.array([1, 32], np.int32), cache, kernels="xla")
-    assert np.isfinite(full).all()
-    full, cache = extend(model, piece, np.array([32, 32], np.int32), cache, kernels="xla")
-    full, cache = extend(model, piece, np.array([32, 31], np.int32), cache, kernels="xla")
-    assert np.isnan(full).all(axis=1).tolist() == [True, False]
-    assert cache.lengths.tolist() == [-1, 128]
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
-def kept_by_hand(logits, how):
-    """Probabilities after temperature, the k likeliest and the fewest that reach p, by sorting, in float64."""
-    scaled = logits.astype(np.float64) / how.temperature
-    order = np.argsort(-scaled, kind="stable")[: how.top_k or None]
-    shares = np.exp(scaled[order] - scaled[order].max())
-    shares /= shares.sum()
-    reach = np.searchsorted(np.cumsum(shares), how.top_p) + 1
-    found = np.zeros(len(logits))
-    found[order[:reach]] = shares[:reach] / shares[:reach].sum()
-    return found
-
-
-@pytest.mark.parametrize("how", [Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.6), Sampling(0.8, 9, 0.9)])
-def test_draws_have_the_distribution_that_is_asked_for(how):
-    """Chi-square on 100,000 draws: of as many seeds, and of one seed's tokens one after the other."""
-    logits = np.random.default_rng(0).normal(size=24).astype(np.float32) * 2
-    count, wanted = 100_000, kept_by_hand(logits, how)
-    many = Draws.of([how] * count)
-    run = jax.jit(lambda row, draws: draw(jnp.broadcast_to(row, (count, 24)), draws))
-    for draws in (
-        Draws(many.temperature, many.top_k, many.top_p, np.arange(count, dtype=np.uint32), many.made),
-        Draws(many.temperature, many.top_k, many.top_p, many.seed, np.arange(count, dtype=np.int32)),
-    ):
-        seen = np.bincount(np.asarray(run(logits, draws)), minlength=24)
-        assert seen[wanted == 0].sum() == 0
-        assert chisquare(seen[wanted > 0], wanted[wanted > 0] * count).pvalue > 1e-4
-
-
-def test_greedy_rows_beside_drawn_ones_and_rows_of_nan():
-    logits = np.random.default_rng(1).normal(size=(3, 50)).astype(np.float32)
-    logits[2, 7] = np.nan
-    tokens = draw(logits, Draws.of([GREEDY, Sampling(2.0), Sampling(1.0)]))
-    assert tokens[0] == logits[0].argmax()
-    assert tokens[2] == -1
-
-
-@pytest.mark.parametrize("how", [Sampling(1.5e-38), Sampling(1e-300), Sampling(1.0, top_p=1e-44), Sampling(1.0, top_p=1e-300)])
-def test_what_is_next_to_nothing_takes_the_likeliest(how):
-    assert draw(np.array([[7.0, 1.0, 9.0, 8.0]], np.float32), Draws.of([how])).tolist() == [2]
-
-
-WRONG = [{"temperature": value} for value in (-1.0, np.nan, np.inf, 1e39, 10**400, "hot", None, True)]
-WRONG += [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 1.5}, {"seed": 2**32}, {"seed": 1.5}]
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_what_sampling_refuses(wrong):
-    with pytest.raises(ArgumentError, match=f"sampling: {next(iter(wrong))} is "):
-        Sampling(**wrong)
+    assert other.results()[number].tokens != together[4]

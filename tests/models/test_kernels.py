@@ -41,7 +41,7 @@ def traced(model, kernels):
 
 
 @pytest.mark.parametrize("tp", TPS)
-@pytest.mark.parametrize("case", [CASE, "eight-layers", "odd-experts"])
+@pytest.mark.parametrize("case", [CASE, "eight-kv-heads", "odd-experts"])
 def test_kernel_calls_by_fusion(zoo, case, tp):
     model, kinds = zoo.model(case, tp=tp), zoo.config(case).layer_types
     layers, deltas = len(kinds), kinds.count(GDN)

@@ -5,14 +5,15 @@ import pytest
 
 from moekit.models.qwen3next import generate
 
-CASES = ("four-layers", "eight-layers", "sixteen-value-heads", "odd-experts")
+CASES = ("four-layers", "eight-kv-heads", "sixteen-value-heads", "odd-experts")
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_float32_logits_and_greedy_tokens(zoo, forced, case, tp):
     answers = zoo.answers(case)
-    fill = "pallas" if tp in (1, 8) else "xla"  # interpreted kernels are slow on whole prompts
+    pallas = tp == 1 or (tp, case) == (8, CASES[0])
+    fill = "pallas" if pallas else "xla"  # interpreted kernels are slow to compile, and on whole prompts to run
     every, steps = forced(zoo.model(case, tp=tp), answers.prompts, answers.tokens[:, :-1], fill)
     for mine, theirs in zip(every, answers.prompt_logits, strict=True):
         assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()

@@ -104,6 +104,52 @@ def test_a_templates_json_is_as_it_asks(tmp_path):
     assert Text(directory).chat([{"role": "user", "content": "x"}]) == '[{"content":"x","role":"user"}]'
 
 
+def test_what_marks_an_assistants_words_is_as_what_it_marks(tmp_path):
+    """`{% generation %}`, which transformers has for masks: with a variable that is set inside, and blanks around it."""
+    directory = write_words(tmp_path, template=None)
+    (directory / "chat_template.jinja").write_text("""{% set ns = namespace(count=0) %}{% set said = 'nothing' %}
+{% for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- generation -%}
+            {% set said = message.content %}{% set ns.count = ns.count + 1 %}
+            {{ message.content | tojson }} {{ loop.index }} {{ said }}
+        {% endgeneration -%}
+    {% else %}
+<{{ message.role }}>{{ message.content }}
+    {%- endif %}
+{% endfor %}{{ said }} {{ ns.count }}""")
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory)
+    wanted = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert '"Hello!" 3 Hello!' in wanted
+    assert Text(directory).chat(TALK) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "stops", "wanted"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "wo"], "one t"),
+        ("aaab aab", ["aab"], "a"),
+        ("one two", ["twofold"], "one two"),
+        ("a\nb\n\nc", ["\n\n"], "a\nb"),
+        ("naïve 東京 ok", ["京"], "naïve 東"),
+        ("at the start", ["at"], ""),
+    ],
+)
+def test_text_ends_before_a_stop_string(folder, words, stops, wanted):
+    """Nothing of it is given out before it is known whether it is one."""
+    text = Text(folder)
+    stream, pieces, many = Stream(text, stops), [], text.encode(words)
+    for token in many:
+        pieces.append(stream.add(token))
+        assert wanted.startswith("".join(pieces))
+    pieces.append(stream.end())
+    assert "".join(pieces) == wanted
+    assert stream.stopped == (wanted != words)
+    with pytest.raises(ArgumentError, match="a stop string is empty"):
+        Stream(text, ["a", ""])
+
+
 def rewritten(directory, **parts):
     path = directory / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))

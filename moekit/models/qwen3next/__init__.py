@@ -1,8 +1,8 @@
-"""Qwen3-Next and Qwen3.5 MoE in functional JAX: load, prefill, extend, decode_step, generate; an Engine of many sequences."""
+"""Qwen3-Next and Qwen3.5 MoE in functional JAX: load, save, prefill, extend, decode_step, generate; and an Engine."""
 
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.engine import Engine, FullError, Token
+from moekit.models.qwen3next.engine import Engine, FullError, Result, Token
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
@@ -17,9 +17,11 @@ from moekit.models.qwen3next.model import (
     prefill,
 )
 from moekit.models.qwen3next.sampling import Sampling
-from moekit.models.qwen3next.tiny import TINY, write_random_checkpoint
+from moekit.models.qwen3next.save import save
+from moekit.models.qwen3next.tiny import SHIPPED, TINY, write_random_checkpoint
 
 __all__ = [
+    "SHIPPED",
     "TINY",
     "Cache",
     "CheckpointError",
@@ -31,6 +33,7 @@ __all__ = [
     "Generation",
     "Model",
     "Progress",
+    "Result",
     "Room",
     "Sampling",
     "Token",
@@ -45,5 +48,6 @@ __all__ = [
     "load",
     "most_likely",
     "prefill",
+    "save",
     "write_random_checkpoint",
 ]

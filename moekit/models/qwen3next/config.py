@@ -76,6 +76,7 @@ class Config:
     """Sizes and constants of one model; hashable, so a compiled function may depend on it.
 
     model_type: 'qwen3_next' or 'qwen3_5_moe_text', which have their weights under other names in files and compute the same.
+    ep: how many groups of ranks the experts are dealt to; no checkpoint says it. Within a group they are cut by their width.
     """
 
     vocab_size: int
@@ -101,6 +102,7 @@ class Config:
     dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = field(default=QWEN3_NEXT, compare=False)
+    ep: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -177,19 +179,23 @@ class Config:
 
 
 def check_tensor_parallel(config: Config, tp: int) -> None:
-    """Refuse, with ConfigError, a tensor-parallel size that does not divide what has to be divided."""
+    """Refuse, with ConfigError, a tensor-parallel size, or an `ep` of it, that does not divide what has to be divided."""
     if tp < 1:
         raise ConfigError(f"tp must be at least 1, not {tp}")
     kv = config.num_key_value_heads
+    ep = config.ep
+    if ep < 1 or tp % ep or config.num_experts % ep:
+        raise ConfigError(f"ep = {ep} does not divide tp = {tp} and num_experts = {config.num_experts}; choose one that does")
     divided = {
-        "linear_num_key_heads": config.linear_num_key_heads,
-        "num_attention_heads": config.num_attention_heads,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+        "linear_num_key_heads": (config.linear_num_key_heads, tp),
+        "num_attention_heads": (config.num_attention_heads, tp),
+        "moe_intermediate_size": (config.moe_intermediate_size, tp // ep),
+        "shared_expert_intermediate_size": (config.shared_expert_intermediate_size, tp),
     }
-    for name, size in divided.items():
-        if size % tp:
-            raise ConfigError(f"tp = {tp} does not divide {name} = {size}; choose a tp that divides it")
+    for name, (size, ranks) in divided.items():
+        if size % ranks:
+            share = f"tp = {tp}" if ranks == tp else f"tp / ep = {ranks}"
+            raise ConfigError(f"{share} does not divide {name} = {size}; choose a tp that divides it")
     if kv % tp and tp % kv:
         raise ConfigError(f"tp = {tp} neither divides num_key_value_heads = {kv} nor is a multiple of it; choose another tp")
 

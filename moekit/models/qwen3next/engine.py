@@ -8,6 +8,7 @@ that nothing half read is ever among what a step writes.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,14 +39,23 @@ class FullError(MoekitError, RuntimeError):
 
 @dataclass(frozen=True)
 class Token:
-    """A new token of a sequence. end: None, or why it was the last: 'stop', 'length', or 'failed' (then it is -1).
+    """A new token of a sequence, or its end without one: then it is -1.
 
-    A sequence fails where its logits are NaN or infinite; the others go on.
+    end: None, or why nothing follows: after a token 'stop' (it is one of `eos`) or 'length'; without one 'failed' or
+    'cancelled'. A sequence fails where its logits are NaN or infinite, and then the others go on; and where the devices fail.
     """
 
     sequence: int
     token: int
     end: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """All new tokens of a sequence, and why it ended, as in `Token`."""
+
+    tokens: tuple[int, ...]
+    end: str
 
 
 @dataclass(eq=False)
@@ -58,7 +68,6 @@ class _Sequence:
     read: int = 0
     dispatched: int = 0  # tokens asked of the devices
     tokens: list[int] = field(default_factory=list)
-    end: str | None = None
 
 
 class Engine:
@@ -66,8 +75,9 @@ class Engine:
 
     piece: the most tokens of a prompt read between two steps; shorter ones are padded to one of three sizes, so that few
     programs are compiled. ahead: steps dispatched before the first is waited for. waiting: the sequences that may wait for
-    a slot. Each sequence gets the tokens that it would get alone. Raises FitError, before anything is placed, where the devices
-    have no room for the rows.
+    a slot. Each sequence gets the tokens that it would get alone. One thread at a time may call `step` or `results`; any
+    other may call `add` and `cancel` meanwhile, which never wait for a device. Raises FitError, before anything is placed,
+    where the devices have no room for the rows and what the steps need beside them.
     """
 
     def __init__(
@@ -85,14 +95,19 @@ class Engine:
         self.length, self.ahead = positive("length", length), positive("ahead", ahead)
         self.waiting = positive("waiting", waiting, least=0)
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
-        check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length)
-        self._rows = _Rows.empty(model, slots, length, self.kernels)
+        check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length, self.pieces[-1])
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
         self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
-        self._done: dict[int, tuple[int, ...]] = {}
+        self._rows: _Rows | None = None
+        self._held()
+        self._lock = threading.Lock()  # sequences are added and fail as a whole
         self._count = 0
+        self._live: dict[int, _Sequence] = {}  # those that have not ended
+        self._cancelled: deque[int] = deque()
+        self._found: list[tuple[_Sequence, Token]] = []  # what the next return of `step` tells
+        self._results: dict[int, Result] = {}  # of a call of `results` that was interrupted
 
     def add(self, prompt: Any, *, max_new_tokens: int, eos: Any = None, sampling: Sampling = GREEDY) -> int:
         """Queue a prompt (token ids) and return the number of its sequence. eos: the tokens that end it.
@@ -111,41 +126,45 @@ class Engine:
             )
         if not isinstance(sampling, Sampling):
             raise ArgumentError(f"sampling is a {type(sampling).__name__}; a Sampling is needed")
-        free = self._slots.count(None) - (self._reading is not None)
-        if len(self._queue) >= self.waiting + free:
-            raise FullError(f"{len(self._queue)} sequences wait already; add this one when some have ended")
         stops = frozenset(() if eos is None else token_ids("eos", eos, vocabulary))
-        self._count += 1
-        self._queue.append(_Sequence(self._count, np.array(ids, np.int32), most, stops, sampling))
-        return self._count
+        with self._lock:
+            if len(self._live) >= self.waiting + len(self._slots):
+                raise FullError(f"{len(self._queue)} sequences wait already; add this one when some have ended")
+            self._count += 1
+            sequence = _Sequence(self._count, np.array(ids, np.int32), most, stops, sampling)
+            self._live[sequence.number] = sequence
+            self._queue.append(sequence)
+        return sequence.number
+
+    def cancel(self, number: int) -> bool:
+        """End a sequence before its time: the next step says so ('cancelled') and frees its place. False where it had ended."""
+        if number not in self._live:
+            return False
+        self._cancelled.append(number)
+        return True
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence waits, is read, or has tokens to come."""
-        return bool(self._queue or self._reading or self._flights or any(self._slots))
+        """Whether a sequence waits, is read, or has tokens or its end to come."""
+        return bool(self._live or self._found or self._flights)
 
     def step(self) -> list[Token]:
         """Dispatch one piece of a prompt and one step of all slots; return the tokens that are known by then, in order.
 
         Empty while the first steps are on their way, and where there is nothing to do. Where it is interrupted (Ctrl-C) as it
-        compiles or waits, the next call goes on from there.
+        compiles or waits, the next call goes on from there. An error of the devices is raised once: every sequence has failed
+        then, waiting ones included, which the next call says; and the engine can be used as a new one.
         """
-        self._read_a_piece()
-        self._dispatch()
-        found: list[Token] = []
-        while self._flights and (len(self._flights) > self.ahead or not self._has_work()):
-            found += self._take()
-        return found
+        return [token for _, token in self._stepped()]
 
-    def results(self) -> dict[int, tuple[int, ...]]:
-        """Step until every sequence has ended; the new tokens of those that ended since the last call, by number.
-
-        Of one that failed, those before it did: only `step` says why a sequence ended.
-        """
+    def results(self) -> dict[int, Result]:
+        """Step until every sequence has ended; what became of each whose end `step` has not said, by number."""
         while self.busy:
-            self.step()
-        done, self._done = self._done, {}
-        return done
+            for sequence, token in self._stepped():
+                if token.end:
+                    self._results[sequence.number] = Result(tuple(sequence.tokens), token.end)
+        found, self._results = self._results, {}
+        return found
 
     def warmup(self) -> None:
         """Compile every program that a step may need; raises ArgumentError where sequences are at work."""
@@ -158,6 +177,48 @@ class Engine:
             self._join(logits, row, 0, sampling)
             self._advance(np.zeros(len(self._slots), bool), sampling.temperature > 0)
         jax.block_until_ready(self._rows)
+
+    def _held(self) -> _Rows:
+        """What the slots have; made anew after an error of the devices."""
+        if self._rows is None:
+            self._rows = _Rows.empty(self.model, len(self._slots), self.length, self.kernels)
+        return self._rows
+
+    def _stepped(self) -> list[tuple[_Sequence, Token]]:
+        """Work on all sequences; what is known since it last returned, whatever interrupted it meanwhile."""
+        try:
+            self._drop_cancelled()
+            self._read_a_piece()
+            self._dispatch()
+            while self._flights and (len(self._flights) > self.ahead or not self._has_work()):
+                self._take()
+        except Exception:
+            self._fail()
+            raise
+        found, self._found = self._found, []
+        return found
+
+    def _drop_cancelled(self) -> None:
+        while self._cancelled:
+            sequence = self._live.get(self._cancelled.popleft())
+            if sequence is None:
+                continue
+            with self._lock:
+                if sequence in self._queue:
+                    self._queue.remove(sequence)
+            if self._reading and self._reading[0] is sequence:
+                self._reading = None
+            self._end(sequence, LOST, "cancelled")
+
+    def _fail(self) -> None:
+        """Nothing that the devices hold is sure any more: every sequence ends, and the rows are made anew for the next."""
+        self._rows, self._reading = None, None
+        self._flights.clear()
+        with self._lock:
+            lost = list(self._live.values())
+            self._queue.clear()
+        for sequence in lost:
+            self._end(sequence, LOST, "failed")
 
     def _has_work(self) -> bool:
         """Whether something more can be dispatched now."""
@@ -198,40 +259,44 @@ class Engine:
             sequence.dispatched += 1
         self._flights.append((tokens, sequences))
 
-    def _take(self) -> list[Token]:
+    def _take(self) -> None:
         """Wait for the earliest tokens under way. Those of a sequence that had ended by then are nobody's."""
         tokens, sequences = self._flights[0]
-        made, found = np.asarray(tokens), []
+        made = np.asarray(tokens)
         self._flights.popleft()  # not before they are here: the wait may be interrupted
         for at, sequence in sequences:
-            if sequence.end is None:
-                token = int(made[at])
-                found.append(Token(sequence.number, token, self._note(sequence, token)))
-        return found
+            if sequence.number in self._live:
+                self._note(sequence, int(made[at]))
 
-    def _note(self, sequence: _Sequence, token: int) -> str | None:
-        """Keep a token; where it was the last, free the slot. Returns why, if so."""
+    def _note(self, sequence: _Sequence, token: int) -> None:
+        """Keep a token, and free the slot where it was the last."""
         if token == LOST:
-            sequence.end = "failed"
+            self._end(sequence, LOST, "failed")
+            return
+        sequence.tokens.append(token)
+        if token in sequence.stops:
+            self._end(sequence, token, "stop")
+        elif len(sequence.tokens) == sequence.most:
+            self._end(sequence, token, "length")
         else:
-            sequence.tokens.append(token)
-            full = len(sequence.tokens) == sequence.most
-            sequence.end = "stop" if token in sequence.stops else "length" if full else None
-        if sequence.end:
+            self._found.append((sequence, Token(sequence.number, token, None)))
+
+    def _end(self, sequence: _Sequence, token: int, why: str) -> None:
+        if sequence in self._slots:
             self._slots[self._slots.index(sequence)] = None
-            self._done[sequence.number] = tuple(sequence.tokens)
-        return sequence.end
+        del self._live[sequence.number]
+        self._found.append((sequence, Token(sequence.number, token, why)))
 
     def _extend(self, row: Cache, tokens: np.ndarray, count: int) -> tuple[jax.Array, Cache]:
         return extend(self.model, tokens[None], np.array([count], np.int32), row, kernels=self.kernels)
 
     def _join(self, logits: jax.Array | None, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
         drawn, how = sampling.temperature > 0, Draws.of([sampling])
-        first, self._rows = _join(self.model, self._rows, logits, row, np.int32(slot), how, drawn=drawn, stacked=row.stacked)
+        first, self._rows = _join(self.model, self._held(), logits, row, np.int32(slot), how, drawn=drawn, stacked=row.stacked)
         return first
 
     def _advance(self, live: np.ndarray, drawn: bool) -> jax.Array:
-        tokens, self._rows = _advance(self.model, self._rows, live, kernels=self.kernels, drawn=drawn)
+        tokens, self._rows = _advance(self.model, self._held(), live, kernels=self.kernels, drawn=drawn)
         return tokens
 
 

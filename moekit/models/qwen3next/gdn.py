@@ -98,18 +98,18 @@ def prefill(
 def chunked_delta_rule(
     q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array, state: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over whole sequences, CHUNK tokens at a time, from a state, zero where None, in float32.
+    """The gated delta rule over whole sequences, up to CHUNK tokens at a time, from a state, zero where None, in float32.
 
     q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
     -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
     Formula: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), section 3.3.
     """
     batch, length, value_heads, value_dim = v.shape
-    ratio = value_heads // q.shape[2]
+    ratio, chunk = value_heads // q.shape[2], min(CHUNK, length)
     q, k = (jnp.repeat(a, ratio, axis=2) for a in (q, k))
-    q, k, v, decay, beta = (_chunks(a) for a in (q, k, v, decay[..., None], beta[..., None]))
+    q, k, v, decay, beta = (_chunks(a, chunk) for a in (q, k, v, decay[..., None], beta[..., None]))
     total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
-    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
     between = jnp.exp(jnp.where(lower[None, None, None], total - jnp.swapaxes(total, 3, 4), -jnp.inf))
     system = einsum("bhntd,bhnsd->bhnts", k * beta, k) * between
     attend = einsum("bhntd,bhnsd->bhnts", q, k) * between
@@ -124,8 +124,8 @@ def chunked_delta_rule(
     last = total[..., -1:, :]
     steps = (fresh, seen, q * jnp.exp(total), k * jnp.exp(last - total), attend, jnp.exp(last))
 
-    def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        fresh, seen, q, k, attend, fade = chunk
+    def step(state: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        fresh, seen, q, k, attend, fade = piece
         update = fresh - einsum("bhtk,bhkv->bhtv", seen, state)
         read = einsum("bhtk,bhkv->bhtv", q, state) + einsum("bhts,bhsv->bhtv", attend, update)
         return state * fade + einsum("bhtk,bhtv->bhkv", k, update), read
@@ -137,11 +137,11 @@ def chunked_delta_rule(
     return jnp.swapaxes(read, 1, 2), state
 
 
-def _chunks(a: jax.Array) -> jax.Array:
-    """[B, S, heads, D] -> [B, heads, chunks, CHUNK, D], the end padded with zeros."""
+def _chunks(a: jax.Array, chunk: int) -> jax.Array:
+    """[B, S, heads, D] -> [B, heads, chunks, chunk, D], the end padded with zeros."""
     batch, length, heads, dim = a.shape
-    a = jnp.pad(a, ((0, 0), (0, -length % CHUNK), (0, 0), (0, 0)))
-    return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, CHUNK, dim)
+    a = jnp.pad(a, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+    return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, chunk, dim)
 
 
 def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:

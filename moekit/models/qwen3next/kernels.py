@@ -10,6 +10,7 @@ from typing import Any
 from jax import lax
 
 from moekit import jax as face
+from moekit.errors import ArgumentError
 from moekit.models.qwen3next.sharding import AXIS
 
 FUSIONS = (
@@ -51,12 +52,12 @@ class Kernels:
 def named(name: str) -> Kernels:
     """`pallas`: Pallas kernels. `xla`: array evaluation, three gate products, and experts as XLA gathers them best."""
     if name not in ("pallas", "xla"):
-        raise ValueError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
+        raise ArgumentError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}
     collectives = {"all_reduce": partial(lax.psum, axis_name=AXIS), "all_gather": partial(lax.all_gather, axis_name=AXIS)}
     return Kernels(name=name, fused=name == "pallas", **collectives, **bound)
 
 
 def resolve(kernels: str | Kernels) -> Kernels:
-    """The Kernels of a name; Kernels pass through."""
-    return named(kernels) if isinstance(kernels, str) else kernels
+    """The Kernels of a name; Kernels pass through. Raises ArgumentError for any other name or thing."""
+    return kernels if isinstance(kernels, Kernels) else named(kernels)

@@ -19,7 +19,7 @@ from moekit.models.qwen3next.cache import cache_shapes
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
 from moekit.models.qwen3next.gdn import CHUNK
 from moekit.models.qwen3next.moe import CHUNK_ELEMENTS
-from moekit.models.qwen3next.sharding import AXIS, Parameter, parameters
+from moekit.models.qwen3next.sharding import AXIS, Parameter, kv_heads_per_rank, parameters
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -30,11 +30,16 @@ class FitError(MoekitError, MemoryError):
 
 @dataclass(frozen=True)
 class Room:
-    """A cache to make room for: of `batch` sequences of up to `length` tokens, prompts of `prompt` of them read at once."""
+    """A cache to make room for: of `batch` sequences of up to `length` tokens, and what is to be done with it beside steps.
+
+    prompt: tokens of each sequence that `prefill` reads at once. piece: tokens of one sequence that `extend` reads at once,
+    behind up to `length` others, as an engine does. 0: it is not done.
+    """
 
     batch: int = 1
     length: int = 0
     prompt: int = 0
+    piece: int = 0
 
 
 NO_ROOM = Room()
@@ -80,16 +85,27 @@ def cache_bytes(config: Config, tp: int, dtype: Any, room: Room) -> int:
 
 
 def temporaries(config: Config, tp: int, dtype: Any, room: Room) -> int:
-    """About what a prefill holds besides weights and cache; what a step does, where prompts are of 0 tokens."""
-    batch, prompt = room.batch, room.prompt
-    size, wide, tokens = np.dtype(dtype).itemsize, 4, batch * max(prompt, 1)
+    """About what a rank holds besides weights and cache: the most of a step, a prefill and a piece of a prompt."""
+    batch, prompt, piece, length = room.batch, room.prompt, room.piece, room.length
+    step = _alive(config, tp, dtype, batch, 1, length, length)
+    whole = _alive(config, tp, dtype, batch, prompt, min(prompt, BLOCK) * prompt, prompt) if prompt else 0
+    part = _alive(config, tp, dtype, 1, piece, piece * length, length) if piece else 0
+    return max(step, whole, part)
+
+
+def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, pairs: int, seen: int) -> int:
+    """About the bytes that are alive together as a call reads `new` tokens of each of `batch` sequences.
+
+    pairs: queries times keys whose scores an attention layer holds at a time, of a sequence and a head. seen: keys of one.
+    """
+    size, wide, tokens = np.dtype(dtype).itemsize, 4, batch * new
     heads, keys, values = config.linear_num_value_heads // tp, config.linear_key_head_dim, config.linear_value_head_dim
-    delta = tokens * heads * wide * (6 * keys + 5 * values + 4 * CHUNK) if prompt else 0
-    queries = config.num_attention_heads // tp
-    scores = 2 * wide * batch * queries * min(max(prompt, 1), BLOCK) * max(prompt, 1)
+    delta = tokens * heads * wide * (6 * keys + 5 * values + 4 * CHUNK) if new > 1 else 0
+    scores = 2 * wide * batch * config.num_attention_heads // tp * pairs
+    copied = 2 * size * kv_heads_per_rank(config, tp) * config.head_dim * seen  # XLA does so where there is one sequence
     width = config.num_experts * 2 * config.moe_intermediate_size // tp
     experts = min(tokens, max(16, CHUNK_ELEMENTS // width)) * width * (size + wide)
-    kinds = [experts] + [delta] * (GDN in config.layer_types) + [scores] * (ATTENTION in config.layer_types)
+    kinds = [experts] + [delta] * (GDN in config.layer_types) + [scores + copied] * (ATTENTION in config.layer_types)
     logits = 2 * wide * batch * config.vocab_size // tp
     return SLACK * (max(kinds) + logits + 6 * tokens * config.hidden_size * size)
 
@@ -119,14 +135,15 @@ def check_fits(config: Config, mesh: Mesh, dtype: Any, room: Room = NO_ROOM) -> 
         )
 
 
-def check_rows_fit(config: Config, mesh: Mesh, dtype: Any, slots: int, length: int) -> None:
-    """Raise FitError where devices that hold the weights have no room for an engine's rows and one to read prompts into."""
-    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    rows, free = cache_bytes(config, mesh.shape[AXIS], dtype, Room(slots + 1, length)), free_bytes(here)
-    if free is not None and rows > free:
+def check_rows_fit(config: Config, mesh: Mesh, dtype: Any, slots: int, length: int, piece: int) -> None:
+    """Raise FitError where devices that hold the weights have no room for an engine's rows, one to read into, and its steps."""
+    tp, here = mesh.shape[AXIS], [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    rows, free = cache_bytes(config, tp, dtype, Room(slots + 1, length)), free_bytes(here)
+    more = temporaries(config, tp, dtype, Room(slots, length, piece=piece))
+    if free is not None and rows + more > free:
         raise FitError(
-            f"engine: {slots} + 1 rows of {length} tokens take {gb(rows)} on each rank, and {gb(free)} are free on a device; "
-            "give fewer slots, a shorter length or more devices (tp)"
+            f"engine: {slots} + 1 rows of {length} tokens take {gb(rows)} on each rank and steps about {gb(more)} more, and "
+            f"{gb(free)} are free on a device; give fewer slots, a shorter length, smaller pieces or more devices (tp)"
         )
 
 

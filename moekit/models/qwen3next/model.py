@@ -8,7 +8,7 @@ traces and lowers one layer of each kind and not every layer; XLA inlines them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,23 @@ def load(
     mesh: Mesh,
     dtype: str | None = None,
     *,
+    ep: int = 1,
     room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. room: the cache that must fit beside them. progress(done, total),
-    in bytes, is called after each share.
-    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp that does not divide the model)
+    dtype: of the weights, the checkpoint's where None. ep: how many groups of ranks the experts are dealt to; with 1, every
+    rank has a part of every expert. room: the cache that must fit beside them. progress(done, total), in bytes, is called
+    after each share.
+    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp or ep that does not divide the model)
     before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
     truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
     dtype = checks.weight_dtype(dtype)
-    config = Config.from_json(checkpoint_dir)
+    config = replace(Config.from_json(checkpoint_dir), ep=ep)
     check_tensor_parallel(config, mesh.shape[AXIS])
     params = load_parameters(checkpoint_dir, config, mesh, dtype, progress, room)
     return Model(params, config, mesh)
@@ -209,15 +211,61 @@ def through_layers(
 
     mix(kind, x, layer) is one rank's share of the next layer's attention or delta net.
     """
-    norm = jax.jit(partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0))
+    norm = _norm(config, kernels)
     hidden = checks.embedded(params["embed_tokens"], tokens)
     residual = jnp.zeros_like(hidden)
     for kind, layer in zip(config.layer_types, params["layers"], strict=True):
-        normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
-        partial_sum = mix(kind, normed, layer)
-        normed, residual = norm(kernels.all_reduce(partial_sum), residual, layer.view("post_attention_layernorm"))
-        hidden = kernels.all_reduce(moe(normed, layer, config, kernels))
+        hidden, residual = through_layer(layer, hidden, residual, partial(mix, kind), norm, config, kernels)
     return norm(hidden, residual, params["norm"])[0]
+
+
+def through_layer(
+    layer: Layer,
+    hidden: jax.Array,
+    residual: jax.Array,
+    mix: Callable[[jax.Array, Layer], jax.Array],
+    norm: Callable[..., Any],
+    config: Config,
+    kernels: Kernels,
+) -> tuple[jax.Array, jax.Array]:
+    """One layer: what it adds to the residual stream [T, H], and the stream before that, to which `hidden` was to be added."""
+    normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
+    partial_sum = mix(normed, layer)
+    normed, residual = norm(kernels.all_reduce(partial_sum), residual, layer.view("post_attention_layernorm"))
+    return kernels.all_reduce(moe(normed, layer, config, kernels)), residual
+
+
+def _norm(config: Config, kernels: Kernels) -> Callable[..., Any]:
+    return jax.jit(partial(kernels.add_rms_norm, eps=config.rms_norm_eps, offset=1.0))
+
+
+@partial(jax.jit, static_argnames=("at", "kernels"))
+def layer_output(model: Model, hidden: jax.Array, *, at: int, kernels: str | Kernels = "pallas") -> jax.Array:
+    """The residual stream after layer `at` alone, float32 [B, S, H], from that before it, [B, S, H] of whole prompts.
+
+    For comparisons of one layer with a reference: nothing is remembered.
+    """
+    config, kernels = model.config, resolve(kernels)
+    batch, length, _ = hidden.shape
+
+    def local(params: Any, hidden: jax.Array) -> jax.Array:
+        lengths = jnp.full(batch, length, jnp.int32)
+
+        def mix(x: jax.Array, layer: Layer) -> jax.Array:
+            x = x.reshape(batch, length, -1)
+            made = (
+                gdn.prefill(x, layer, lengths, config, kernels)
+                if config.layer_types[at] == GDN
+                else attention.prefill(x, layer, length, config)
+            )
+            return made[0].reshape(batch * length, -1)
+
+        rows = hidden.reshape(batch * length, -1)
+        layer, norm = params["layers"][at], _norm(config, kernels)
+        added, residual = through_layer(layer, rows, jnp.zeros_like(rows), mix, norm, config, kernels)
+        return (added.astype(jnp.float32) + residual.astype(jnp.float32)).reshape(hidden.shape)
+
+    return sharded(model, local, (P(),), P())(model.params, hidden)
 
 
 def _most_likely(logits: jax.Array, cut: bool, gather: Callable[..., Any]) -> jax.Array:

@@ -16,6 +16,7 @@ from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
+from moekit.models.qwen3next.sharding import AXIS
 
 CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a time
 
@@ -26,7 +27,7 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     activated, logits, share = gate(x, weights, kernels)
     chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    routed = experts(x, chosen, ids, weights, kernels)
+    routed = experts(x, chosen, _among_held(ids, config), weights, kernels, config.ep)
     return kernels.down_combine(routed, activated, weights.view("shared_down").T, share)
 
 
@@ -39,19 +40,30 @@ def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax
     return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
 
 
-def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels) -> jax.Array:
+def _among_held(ids: jax.Array, config: Config) -> jax.Array:
+    """The numbers of experts among those that this rank's group holds; of another group's, the first that is none."""
+    if config.ep == 1:
+        return ids
+    held = config.num_experts // config.ep
+    own = ids - held * (lax.axis_index(AXIS) * config.ep // lax.axis_size(AXIS))
+    return jnp.where((own >= 0) & (own < held), own, held)
+
+
+def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, ep: int = 1) -> jax.Array:
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
-    x [T, H]; chosen, ids [T, k]: their weights and numbers. Few tokens gather the weights of their experts; many run every
-    expert, which then reads each weight once, some tokens at a time.
+    x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
+    nothing. Few tokens gather the weights of their experts; many run every expert, which then reads each weight once, some
+    tokens at a time.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
-    few = ids.size <= weights.layout[names[0]].shape[0]
+    few = ids.size <= weights.layout[names[0]].shape[0] * ep
     if few and kernels.fused:
         gate_up, down = map(weights.view, names)
         return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
-    run = partial(_gathered, gate_up=weights[names[0]], down=weights[names[1]]) if few else partial(_in_chunks, weights=weights)
-    return round_to(run(x, chosen, ids), x.dtype)
+    if few:
+        return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
+    return round_to(_in_chunks(x, chosen, ids, weights), x.dtype)
 
 
 def _in_chunks(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
@@ -73,17 +85,21 @@ def _in_chunks(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) 
     return out.reshape(blocks * chunk, -1)[:tokens]
 
 
-def _gathered(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def _gathered(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array, elsewhere: bool = False
+) -> jax.Array:
+    """elsewhere: whether an id may be of no expert here, which stands for weights of zero."""
     # Sums of products, not dots: XLA then multiplies while it gathers rows, and stores none of them. To that end it wants a
     # flat list of experts, and for the last sum, if there is one token, one sum over all rows.
     flat, wide = ids.reshape(-1), jnp.float32
-    rows = jnp.take(gate_up, flat, axis=0, mode="clip").astype(wide)
+    take = partial(jnp.take, axis=0, mode="fill", fill_value=0) if elsewhere else partial(jnp.take, axis=0, mode="clip")
+    rows = take(gate_up, flat).astype(wide)
     both = jnp.sum(jnp.repeat(x, ids.shape[1], axis=0)[:, None].astype(wide) * rows, axis=2)
     active = _activation(round_to(both, x.dtype), chosen.reshape(-1, 1), x.dtype).astype(wide)
     if x.shape[0] == 1:
-        rows = jnp.take(down, ids, axis=0, mode="clip").astype(wide)
+        rows = take(down, ids).astype(wide)
         return jnp.sum(active[None, ..., None] * rows, axis=(1, 2))
-    rows = jnp.take(down, flat, axis=0, mode="clip").astype(wide)
+    rows = take(down, flat).astype(wide)
     each = jnp.sum(active[..., None] * rows, axis=1)
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 

@@ -269,27 +269,30 @@ def _attention(c: Config, tp: int, prefix: str) -> list[Weight]:
 
 
 def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
-    """By the width of the experts; routers are replicated."""
-    hidden, experts = c.hidden_size, c.num_experts
-    own, shared = c.moe_intermediate_size // tp, c.shared_expert_intermediate_size // tp
+    """Experts are dealt to `ep` groups of ranks, and within a group cut by their width, as the shared one is over all ranks.
+
+    Routers are replicated: every rank knows of every expert, and those of other groups add nothing to its part of the sum.
+    """
+    hidden, experts, group = c.hidden_size, c.num_experts // c.ep, tp // c.ep
+    own, shared = c.moe_intermediate_size // group, c.shared_expert_intermediate_size // tp
 
     def gate_up(key: str, width: int, rank: int) -> list[Slab]:
         return [Slab(f"{prefix}{key}.{name}.weight", _block(rank, width)) for name in ("gate_proj", "up_proj")]
 
     def both(expert: int, rank: int) -> list[Slab]:
-        return gate_up(f"experts.{expert}", own, rank)
+        return gate_up(f"experts.{expert}", own, rank % group)
 
     def down(expert: int, rank: int) -> list[Slab]:
-        return [Slab(f"{prefix}experts.{expert}.down_proj.weight", None, _block(rank, own))]
+        return [Slab(f"{prefix}experts.{expert}.down_proj.weight", None, _block(rank % group, own))]
 
     def every(one: Callable[[int, int], list[Slab]]) -> Callable[[int], list[list[Slab]]]:
-        return lambda rank: [one(e, rank) for e in range(experts)]
+        return lambda rank: [one(e, rank) for e in range(*_block(rank // group, experts))]
 
     return [
         Weight("experts_gate_up", (experts, 2 * own, hidden), every(both), stacked=True),
         Weight("experts_down", (experts, own, hidden), every(down), stacked=True, transposed=True, home=DOWN),
         Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank)),
-        _whole("router", prefix + "gate.weight", (experts, hidden)),
+        _whole("router", prefix + "gate.weight", (c.num_experts, hidden)),
         _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
         Weight("shared_down", (shared, hidden), _columns(f"{prefix}shared_expert.down_proj.weight", shared), transposed=True),
     ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moekit.errors import ArgumentError, MissingExtraError
 from moekit.models.qwen3next.config import Config, ConfigError
@@ -21,6 +21,9 @@ UNFINISHED = "\ufffd"  # what stands for bytes that are no character yet
 
 try:
     import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from tokenizers import Tokenizer
 except ModuleNotFoundError as error:
@@ -121,11 +124,19 @@ class Text:
 
 
 class Stream:
-    """Text that comes token by token, in whole characters: bytes that are no character yet wait for the next token."""
+    """Text that comes token by token, in whole characters: bytes that are no character yet wait for the next token.
 
-    def __init__(self, text: Text):
-        self.text, self.ids = text, []
-        self.shown, self.seen = 0, 0  # ids before `shown` are context; those before `seen` have been given out
+    stops: strings that end it. `stopped` says that one has come: neither it nor what follows is given out, and what may be
+    the beginning of one waits as well. Raises ArgumentError for an empty one.
+    """
+
+    def __init__(self, text: Text, stops: Sequence[str] = ()):
+        if not all(stops):
+            raise ArgumentError("a stop string is empty; it needs at least one character")
+        self.text, self.stops, self.stopped = text, tuple(stops), False
+        self.ids: list[int] = []
+        self.shown, self.seen = 0, 0  # ids before `shown` are context; those before `seen` have become text
+        self.held = ""  # text that may be the beginning of a stop
 
     def add(self, token: int) -> str:
         """The characters that a token completes; empty where it completes none."""
@@ -135,12 +146,32 @@ class Stream:
 
     def end(self) -> str:
         """What is left, though it may be no whole character."""
-        return self._give(self.text.decode(self.ids[self.shown :]))
+        last = self._give(self.text.decode(self.ids[self.shown :]))
+        held, self.held = self.held, ""
+        return last + held
 
     def _give(self, whole: str) -> str:
         before = self.text.decode(self.ids[self.shown : self.seen])
         self.shown, self.seen = self.seen, len(self.ids)
-        return whole[len(before) :]
+        return self._before_a_stop(whole[len(before) :])
+
+    def _before_a_stop(self, piece: str) -> str:
+        """What of the text so far can be given out."""
+        if self.stopped:
+            return ""
+        known, self.held = self.held + piece, ""
+        found = [known.index(stop) for stop in self.stops if stop in known]
+        if found:
+            self.stopped = True
+            return known[: min(found)]
+        begun = max((_overlap(known, stop) for stop in self.stops), default=0)
+        self.held = known[len(known) - begun :]
+        return known[: len(known) - begun]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the first of a stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def sampling_of(directory: str | Path) -> Sampling:
@@ -168,9 +199,24 @@ def sampling_of(directory: str | Path) -> Sampling:
     return found
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant said, for the masks of a training; here it is what stands inside."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 def _sandbox() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it: blocks take their line with them, and two helpers more."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    """Jinja as chat templates expect it: blocks take their line with them, loops can be left, and two helpers more."""
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     made.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
     made.filters["tojson"] = _tojson
     return made

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-Next in the real checkpoint layout, for demonstrations and tests."""
+"""Tiny Qwen3-Next models in the real checkpoint layout: the trained one that moekit ships, and random ones for tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from moekit.files import write_text
 from moekit.models.qwen3next.config import ATTENTION, DTYPES, GDN, Config
 from moekit.models.qwen3next.files import INDEX, SINGLE
 from moekit.models.qwen3next.sharding import checkpoint_shapes
+
+SHIPPED = Path(__file__).parent / "shipped"  # the checkpoint that `train_tiny` made; `questions` has what it answers
 
 TINY = Config(
     vocab_size=512,
