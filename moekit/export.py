@@ -19,8 +19,8 @@ from moekit import __version__
 from moekit.backends import triton as emitter
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
-from moekit.compile.rules import class_axis, heuristic, row_classes, tokens_class
-from moekit.compile.rules.alike import alike
+from moekit.compile.rules import class_axis, heuristic, row_classes
+from moekit.compile.rules.alike import settled
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
@@ -30,13 +30,10 @@ from moekit.lang.graph import Graph, Tensor
 
 ANY = "_any_strides"
 TOLERANCE = {"float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
-HELPERS = (
-    f"MANY_PROGRAMS = {emitter.MANY_PROGRAMS}\n\n\n"
-    + '''def _overlap(device, programs=0):
-    """The options of a launch: programmatic dependent launch where the GPU has it (compute capability 9.0 and later), but for
-    very many programs of one warp."""
+HELPERS = '''def _overlap(device):
+    """The options of a launch: programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
     new = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if new and programs < MANY_PROGRAMS else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if new else {"PDL": False}
 
 
 def _check(name, x, shape, dtype, device):
@@ -53,7 +50,6 @@ def _fits(x, unit, aligned, static):
         and sum((x.shape[d] - 1) * x.stride(d) for d in static) < 2**31
     )
 '''
-)
 
 
 @dataclass(frozen=True)
@@ -129,24 +125,14 @@ def export(
     extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
-    rows, schedules = _by_rows(graph) if schedule is None else (None, {0: schedule})
-    free = {least: s if schedule or alike(graph, strided) else None for least, s in schedules.items()}
+    rows, schedules = class_axis(graph), {least: heuristic(graph, least) for least in row_classes(graph)}
+    if schedule is not None:
+        rows, schedules = None, {0: schedule}
+    free = {least: s if schedule else settled(graph, s, strided) for least, s in schedules.items()}
     classes = tuple(_Class(least, plan(graph, s, dense), plan(graph, free[least], strided)) for least, s in schedules.items())
     made = _Exported(fusion, binding, graph, classes, rows)
     parts = [_docstring(made), _kernels(made), HELPERS, _launcher(made), _self_test(made)]
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
-
-
-def _by_rows(graph: Graph) -> tuple[str | None, dict[int, Schedule]]:
-    """The axis that the heuristic's schedule depends on, and its schedules by the least number of rows."""
-    classes = row_classes(graph)
-    axis = class_axis(graph) if len(classes) > 1 else None
-    found: dict[int, Schedule] = {}
-    for least in classes:
-        schedule = heuristic(graph, tokens_class(graph, {axis: least}) if axis else None)
-        if [schedule] != list(found.values())[-1:]:
-            found[least] = schedule
-    return axis, found
 
 
 def _docstring(made: _Exported) -> str:
@@ -204,7 +190,7 @@ def _launcher(made: _Exported) -> str:
     results = ", ".join(made.outputs)
     if made.dynamic:
         lines += [f"    if {' or '.join(f'{a} == 0' for a in made.dynamic)}:", f"        return {results}"]
-    if any(p.warps > 1 for p in made.kernels):
+    if any(launch.dependent for c in made.classes for p in (c.dense, c.strided) for launch in p.schedule.launches):
         lines.append(f"    overlap = _overlap({first}.device)")
     tests = [test for c in made.classes for p in c.dense.programs for x in p.params if (test := _fits(made, x))]
     lines += ["    dense = (", *_joined(list(dict.fromkeys(tests)), "        ", " and"), "    )"]
@@ -226,7 +212,8 @@ def _branches(made: _Exported, first: str) -> list[str]:
         for s in planned.scratch:
             shape = ", ".join(a if n is None else str(n) for a, n in zip(s.axes, s.sizes, strict=True))
             lines.append(f"            {s.name} = torch.empty(({shape}), dtype=torch.{s.dtype}, device={first}.device)")
-        lines += [line for p in planned.programs for line in _launch(p, made.kernels[p].name, first)]
+        for program, launch in zip(planned.programs, planned.schedule.launches, strict=True):
+            lines += _launch(program, made.kernels[program].name, launch.dependent)
     return lines
 
 
@@ -261,8 +248,8 @@ def _programs(section: t.TileProgram) -> str:
     return " * ".join(c for c in counts if c != "1") or "1"
 
 
-def _launch(program: t.Kernel, name: str, first: str) -> list[str]:
-    """`kernel[grid](arguments)`, on as many lines as it takes; `first` is a tensor that is on its device."""
+def _launch(program: t.Kernel, name: str, dependent: bool) -> list[str]:
+    """`kernel[grid](arguments)`, on as many lines as it takes."""
     arguments = [
         a.subject
         if a.kind in ("pointer", "extent")
@@ -270,8 +257,7 @@ def _launch(program: t.Kernel, name: str, first: str) -> list[str]:
         for a in emitter.arguments(program)
     ]
     grid = " + ".join(map(_programs, program.sections))
-    overlap = "**overlap" if emitter.dependent(program, emitter.MANY_PROGRAMS) else f"**_overlap({first}.device, {grid})"
-    options = [f"num_warps={program.warps}", f"num_stages={program.stages}", overlap]
+    options = [f"num_warps={program.warps}", f"num_stages={program.stages}", "**overlap" if dependent else "PDL=False"]
     pad = " " * 12
     whole = "\0"  # stands for the spaces within an argument, so that no line ends there
     body = textwrap.wrap(", ".join(a.replace(" ", whole) for a in [*arguments, *options]) + ",", 108, break_long_words=False)

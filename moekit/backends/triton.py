@@ -253,15 +253,6 @@ EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
 # (a gate GEMM, 2048 to 648, T = 1, on an H200: 3.2 us, else 3.9 and much varying).
 TRIGGER, WAIT = "gdc_launch_dependents()", "gdc_wait()"
 OVERLAP = f"    if PDL:\n        {TRIGGER}\n        {WAIT}"
-# Programs of a launch from which on those of one warp do without: each has to wait, which then costs more than is saved once. A
-# router's best 8 of 256 (10 of 512) on an H200, bfloat16, with dependent launch and without, us: T = 1024: 1.96 and 2.36 (2.78
-# and 2.77), 2048: 2.77 and 2.93 (3.84 and 3.49), 4096: 5.30 and 4.21 (5.36 and 4.86), 16384: 20.7 and 11.7 (20.7 and 13.0).
-MANY_PROGRAMS = 2048
-
-
-def dependent(kernel: t.Kernel, programs: int) -> bool:
-    """Whether a launch of so many programs gains from dependent launch."""
-    return kernel.warps > 1 or programs < MANY_PROGRAMS
 
 
 def emit(kernel: t.Kernel) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moekit.cli.output import print_source
+from moekit.errors import ScheduleError
 from moekit.lang.dtypes import FLOATS
 
 if TYPE_CHECKING:
@@ -85,9 +86,12 @@ def show(fusion: str, form: str, sizes: dict[str, int], dtype: str, params: dict
         print_source(_reference(declared), "python")
         return
     from moekit.compile.schedule import Schedule
+    from moekit.compile.schedule.legal import legal
 
     binding = bound(declared, sizes, dtype, params)
     given = Schedule.parse(schedule) if schedule else None
+    if given and (why := legal(declared.trace(binding), given)):
+        raise ScheduleError(why)
     print_source(FORMS[form](declared, binding, given), "text" if form in ("graph", "schedule", "passes", "tile") else "python")
 
 

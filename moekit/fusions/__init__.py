@@ -5,7 +5,6 @@ from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
 from moekit.fusions.expert_down import expert_down
 from moekit.fusions.expert_gate_up import expert_gate_up
-from moekit.fusions.gate_block import gate_block
 from moekit.fusions.gate_gemm import gate_gemm
 from moekit.fusions.gate_projections import gate_projections
 from moekit.fusions.gated_rms_norm import gated_rms_norm
@@ -24,7 +23,6 @@ FUSIONS = {
         gated_rms_norm,
         delta_rule_step,
         gate_projections,
-        gate_block,
         down_combine,
         expert_gate_up,
         expert_down,

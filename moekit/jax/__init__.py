@@ -24,7 +24,6 @@ add_rms_norm = op(_FUSIONS["add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
-gate_block = op(_FUSIONS["gate_block"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
@@ -42,7 +41,6 @@ __all__ = [
     "down_combine",
     "expert_down",
     "expert_gate_up",
-    "gate_block",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",

@@ -11,7 +11,7 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
-from moekit.compile.rules.alike import alike
+from moekit.compile.rules.alike import settled
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
@@ -123,11 +123,9 @@ class Call:
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
         form = out_of_place(self.graph, frozenset(separate))
-        chosen = None if self.schedule else untuned(self.graph if serves(self.graph, form) else form, self.sizes)
-        if chosen and not alike(form, layouts):
-            chosen = None
+        chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self.schedule or chosen)  # fmt: skip
+                        self.schedule or settled(form, chosen, layouts))  # fmt: skip
         results = launched(static)(*bases.values())
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
 

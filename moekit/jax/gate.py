@@ -27,7 +27,7 @@ class PackedGate:
 
     @property
     def parts(self) -> tuple[View, View, View]:
-        """gate_up, router and shared gate again, as Views: what `gate_projections` and `gate_block` take."""
+        """gate_up, router and shared gate again, as Views: what `gate_projections` takes."""
         gate_up, router, shared_gate = (view(self.weight)[part] for part in self.widths.parts.values())
         return gate_up, router, shared_gate
 

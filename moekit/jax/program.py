@@ -43,7 +43,7 @@ class Static:
     separate: frozenset[str]
     given: frozenset[str]
     fresh: tuple[tuple[str, tuple[int, ...], str], ...]
-    schedule: Schedule | None
+    schedule: Schedule
 
     @property
     def graph(self) -> Graph:

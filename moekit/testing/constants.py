@@ -14,7 +14,6 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("shared_expert_combine", None): 3.0,
     ("delta_rule_step", None): 2.5,
     ("topk_softmax", None): 3.25,
-    ("gate_block", None): 3.25,
     ("expert_gate_up", None): 2.75,
     ("expert_down", None): 2.75,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, spread
@@ -40,7 +41,8 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
             offer("single parts", _spread(graph, _loop(1), 2, Split(axis, 2)))
             if tall := _tall(graph, axis):
                 offer("tall", tall)
-    offer("apart", heuristic(graph).each(lambda s: _apart(graph, s), first=True))
+    first, *rest = heuristic(graph).launches
+    offer("apart", Schedule((replace(first, sections=tuple(_apart(graph, s) for s in first.sections)), *rest)))
     return {"heuristic": None, **found}
 
 

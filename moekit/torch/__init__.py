@@ -31,8 +31,6 @@ gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
 gate_projections = op(_FUSIONS["gate_projections"])
-gate_block = op(_FUSIONS["gate_block"])
-gate_block_ = op(_FUSIONS["gate_block"], in_place=True)
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
@@ -55,8 +53,6 @@ __all__ = [
     "down_combine_",
     "expert_down",
     "expert_gate_up",
-    "gate_block",
-    "gate_block_",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",

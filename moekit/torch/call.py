@@ -12,7 +12,7 @@ from moekit.backends.array import evaluate
 from moekit.compile import tile as t
 from moekit.compile.passes.form import may_overwrite, out_of_place, over_operand, written_name
 from moekit.compile.plan import Plan, plan
-from moekit.compile.rules.alike import alike
+from moekit.compile.rules.alike import settled
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ScheduleError, ShapeError
@@ -242,8 +242,8 @@ def _form(fusion: Fusion, binding: Binding, separate: frozenset[str], over: tupl
 @lru_cache(maxsize=8192)
 def _planned(
     fusion: Fusion, binding: Binding, separate: frozenset[str], over: tuple[tuple[str, str], ...],
-    layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule | None, by_rows: bool,
+    layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule, by_rows: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a call. `by_rows`: its schedule was chosen by their number, and serves only where it adds up as others do."""
     graph, _ = _form(fusion, binding, separate, over)
-    return plan(graph, schedule if not by_rows or alike(graph, dict(layouts)) else None, dict(layouts))
+    return plan(graph, settled(graph, schedule, dict(layouts)) if by_rows else schedule, dict(layouts))

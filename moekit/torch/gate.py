@@ -24,7 +24,7 @@ class PackedGate:
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate_up, router and shared gate again, as views: what `gate_projections` and `gate_block` take."""
+        """gate_up, router and shared gate again, as views: what `gate_projections` takes."""
         gate_up, router, shared_gate = (self.weight[part] for part in self.widths.parts.values())
         return gate_up, router, shared_gate
 

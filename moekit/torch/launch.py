@@ -24,16 +24,20 @@ MOST_KNOWN = 8192
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `count` programs, the tensors whose pointers it takes, then its integer arguments."""
+    """One kernel launch: `count` programs, the tensors whose pointers it takes, then its integer arguments.
+
+    `dependent`: whether its schedule says so.
+    """
 
     program: t.Kernel
     count: int
     pointers: tuple[str, ...]
     integers: tuple[int, ...]
+    dependent: bool
 
     def overlaps(self, device: torch.device) -> bool:
-        """Whether it is a programmatic dependent launch: where the device has them, and it gains from that."""
-        return emitter.dependent(self.program, self.count) and overlapping(device)
+        """Whether it is a programmatic dependent launch: where the schedule says so, and the device has them."""
+        return self.dependent and overlapping(device)
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +94,7 @@ def launches(
     Raises ShapeError if there are more programs than one launch can have.
     """
     found = []
-    for program in plan.programs:
+    for program, how in zip(plan.programs, plan.schedule.launches, strict=True):
         count = program.programs(dict(sizes))
         if count > LARGEST_GRID:
             most = f"more than one launch can have ({LARGEST_GRID})"
@@ -104,7 +108,7 @@ def launches(
         )
         pointers = tuple(a.subject for a in arguments if a.kind == "pointer")
         if count:
-            found.append(Launch(program, count, pointers, integers))
+            found.append(Launch(program, count, pointers, integers, how.dependent))
     return tuple(found)
 
 

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moekit.backends.triton import MANY_PROGRAMS, dependent
-from moekit.compile.plan import plan
-from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph
 from moekit.torch.call import device_name
 from moekit.torch.face import op
 from moekit.tune.table import buckets, scheduled
@@ -89,18 +85,10 @@ def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int], device:
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
     free = [a for a in fusion.dynamic if a not in sizes]
     graph, found = fusion.trace(binding), {}
-    many = _many_programs(graph)
-    for least in sorted({*buckets(graph), *many}):
+    for least in buckets(graph):
         rows = dict.fromkeys(free, least)
-        found.setdefault((scheduled(device_name(device), graph, dict(binding.sizes) | rows), least in many), rows)
+        found.setdefault(scheduled(device_name(device), graph, dict(binding.sizes) | rows), rows)
     return list(found.values()) if len(found) > 1 else [{}]
-
-
-def _many_programs(graph: Graph) -> set[int]:
-    """Rows of launches of so many small programs that they are launched otherwise: compiled anew."""
-    programs = plan(graph, None, contiguous(graph, dict.fromkeys(graph.axes, 1))).programs
-    small = [p for p in programs if p.sections[0].grid and not dependent(p, MANY_PROGRAMS)]
-    return {MANY_PROGRAMS * p.sections[0].axis(p.sections[0].grid[0]).block for p in small}
 
 
 def _seconds(call: Callable, tensors: Sequence[torch.Tensor], binding: Binding, device: torch.device) -> float:

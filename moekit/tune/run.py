@@ -19,6 +19,7 @@ import torch
 import triton
 
 from moekit import __version__
+from moekit.compile.rules import heuristic
 from moekit.compile.schedule import Schedule
 from moekit.files import read_json, write_text
 from moekit.fusions import FUSIONS
@@ -27,7 +28,7 @@ from moekit.lang.graph import Graph
 from moekit.testing import Call, compare, operands
 from moekit.torch.face import op
 from moekit.tune.search import Bench, Found, Timed, Trial, search, winners
-from moekit.tune.table import Entry, buckets, device_key, graph_key, heuristics, kernels_of, stale
+from moekit.tune.table import Entry, buckets, device_key, graph_key, kernels_of, stale
 from moekit.tune.timer import capture, copies_needed, microseconds, replay
 
 CHECKED_ROWS = 19
@@ -40,7 +41,6 @@ MOST_WORKERS = 15
 SIZES: Mapping[str, tuple[dict[str, int], ...]] = {
     "gate_gemm": ({"D": 2048, "P": 648}, {"D": 2048, "P": 1544}),
     "gate_projections": ({"D": 2048, "I": 64, "E": 512, "G": 1}, {"D": 2048, "I": 512, "E": 512, "G": 1}),
-    "gate_block": ({"D": 2048, "I": 64, "E": 512, "G": 1}, {"D": 2048, "I": 512, "E": 512, "G": 1}),
     "down_combine": ({"I": 64, "H": 2048, "H?": 1}, {"I": 512, "H": 2048, "H?": 1}),
     "expert_gate_up": ({"I": 64, "D": 2048, "E": 512, "K": 10}, {"I": 512, "D": 2048, "E": 512, "K": 10}),
     "expert_down": ({"I": 64, "H": 2048, "E": 512, "K": 10}, {"I": 512, "H": 2048, "E": 512, "K": 10}),
@@ -227,7 +227,7 @@ def again(name: str, sizes: Mapping[str, int], dtype: str, entries: Mapping[str,
     if known is not None and (why := stale(target.graph, known)):
         return Tuned(graph_key(target.graph), None, (), (), why)
     said = known.schedules if known else {}
-    together = {b: said.get(b) or heuristics(target.graph, rows[-1:])[0] for b, rows in target.buckets.items()}
+    together = {b: said.get(b) or heuristic(target.graph, rows[-1]) for b, rows in target.buckets.items()}
     return _settled(target, Found(together, together, ()))
 
 
@@ -236,7 +236,7 @@ def _settled(target: Target, found: Found) -> Tuned:
     graph, times = target.graph, []
     for bucket, several in target.buckets.items():
         for rows in several:
-            sides = {"heuristic": heuristics(graph, [rows])[0], "tuned": found.together[bucket], "free": found.free[bucket]}
+            sides = {"heuristic": heuristic(graph, rows), "tuned": found.together[bucket], "free": found.free[bucket]}
             us = target.timed({str(s): s for s in sides.values()}, rows)
             named = {n: str(s) for n, s in sides.items()}
             times.append(Timed(bucket, rows, {n: us[s] for n, s in named.items()}, named))
@@ -245,7 +245,7 @@ def _settled(target: Target, found: Found) -> Tuned:
         schedules = {b: schedules[max(m for m in schedules if m <= b)] for b in buckets(graph)}
     if not schedules:
         return Tuned(graph_key(graph), None, times, found.trials)
-    served = dict.fromkeys(schedules.get(b) or heuristics(graph, [b])[0] for b in buckets(graph))
+    served = dict.fromkeys(schedules.get(b) or heuristic(graph, b) for b in buckets(graph))
     entry = Entry(schedules, kernels_of(graph, schedules)[0])
     problem = target.differ(list(served)) or stale(graph, entry)
     return Tuned(graph_key(graph), None if problem else entry, times, found.trials, problem)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moekit.compile.rules import spread
+from moekit.compile.rules import heuristic, spread
 from moekit.compile.rules.order import Order
 from moekit.compile.schedule import (
     Abreast,
+    Dependent,
     Launch,
     Loop,
     Pair,
@@ -35,7 +36,7 @@ from moekit.compile.schedule.directives import Axis
 from moekit.compile.schedule.facts import shares, twins
 from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
 from moekit.lang.graph import Graph
-from moekit.tune.table import heuristics, order_of, rows_axis
+from moekit.tune.table import order_of, rows_axis
 
 LONGEST_PIPELINE = 8
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
@@ -101,8 +102,8 @@ class Timed:
 def neighbours(graph: Graph, schedule: Schedule) -> list[Schedule]:
     """Legal schedules that are one step away in one directive: a block, the warps or both doubled or halved, a stage more or
 
-    less, an axis held whole or looped over, a pair or a prefetch more or less, sections abreast or not, the parts of a sum
-    doubled or halved, in two launches or in one, a value staged or not.
+    less, an axis held whole or looped over, a pair or a prefetch more or less, sections abreast or not, a launch dependent or
+    not, the parts of a sum doubled or halved, in two launches or in one, a value staged or not.
     """
     found = list(_cuts(graph, schedule))
     for n, (launch, g, _) in enumerate(launched(graph, schedule)):
@@ -135,7 +136,7 @@ def _everywhere(launch: Launch, old: Axis, new: Axis) -> Launch:
 
 
 def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
-    """Other warps, stages, pairs, prefetches; sections abreast or not."""
+    """Other warps, stages, pairs, prefetches; sections abreast or not, dependent or not."""
     yield from (launch.but(Warps(w)) for w in (launch.warps * 2, launch.warps // 2))
     if any(s.all(Loop) for s in launch.sections):
         yield from (launch.but(Stages(n)) for n in (launch.stages + 1, launch.stages - 1) if n <= LONGEST_PIPELINE)
@@ -146,8 +147,9 @@ def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
             has = d in section.directives
             other = replace(section, directives=tuple(x for x in section.directives if x != d)) if has else section.but(d)
             yield replace(launch, sections=(*launch.sections[:n], other, *launch.sections[n + 1 :]))
-    if launch.all(Abreast):
-        yield launch.without(Abreast)
+    yield from (launch.without(kind) for kind in (Abreast, Dependent) if launch.all(kind))
+    if not launch.dependent:
+        yield launch.but(Dependent())
 
 
 def _cuts(graph: Graph, schedule: Schedule) -> Iterator[Schedule]:
@@ -194,19 +196,9 @@ class _Search:
     problems: dict[Schedule, str | None] = field(default_factory=dict)
     times: dict[tuple[Schedule, int], float] = field(default_factory=dict)
     ratios: dict[tuple[Schedule, int], float] = field(default_factory=dict)
-    orders: dict[Schedule, Order] = field(default_factory=dict)
 
     def spent(self) -> float:
         return time.monotonic() - self.begin
-
-    def base(self, rows: int) -> Schedule:
-        """The heuristic's schedule for a number of rows."""
-        return heuristics(self.graph, [rows])[0]
-
-    def order(self, schedule: Schedule) -> Order:
-        if schedule not in self.orders:
-            self.orders[schedule] = order_of(self.graph, schedule)
-        return self.orders[schedule]
 
     def check(self, schedules: Iterable[Schedule], until: float) -> None:
         """Check what is not yet known, as long as there is time; the first of them in any case."""
@@ -236,7 +228,7 @@ class _Search:
         ratio = math.inf
         if self.problems[schedule] is None:
             try:
-                own = [self._time(self.base(rows), rows) for rows in self.tokens[bucket]]
+                own = [self._time(heuristic(self.graph, rows), rows) for rows in self.tokens[bucket]]
                 ratio = mean(self._time(schedule, rows) / t for rows, t in zip(self.tokens[bucket], own, strict=True))
             except Exception as error:  # a schedule that the GPU cannot serve is a refused one
                 self.problems[schedule] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -253,7 +245,7 @@ class _Search:
         self, starts: Mapping[int, Iterable[Schedule]], until: float, order: Order | None = None
     ) -> dict[int, Schedule]:
         """From the best start of each bucket on to neighbours (of one order, if given), while that helps and there is time."""
-        allowed = {b: [s for s in own if order is None or self.order(s) == order] for b, own in starts.items()}
+        allowed = {b: [s for s in own if order is None or order_of(self.graph, s) == order] for b, own in starts.items()}
         self.check((s for own in allowed.values() for s in own), math.inf)
         best = {b: ranked[0] for b, own in allowed.items() if (ranked := self.ranked(b, own, until))}
         active = set(best)
@@ -274,7 +266,7 @@ class _Search:
         sections = lambda s: (x for launch in s.launches for x in launch.sections)  # noqa: E731
         blocks = lambda s: (d.block for x in sections(s) for d in x.all(Tile) if d.axis == axis)  # noqa: E731
         near = [s for s in neighbours(self.graph, best) if max(blocks(s), default=1) <= most]
-        return [s for s in near if order is None or self.order(s) == order]
+        return [s for s in near if order is None or order_of(self.graph, s) == order]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -286,20 +278,18 @@ def mean(values: Iterable[float]) -> float:
 def search(graph: Graph, bench: Bench, seconds: float, buckets: Mapping[int, Sequence[int]]) -> Found:
     """The best schedules of each bucket, alone and in one order, within a time budget (what is begun is ended)."""
     run = _Search(graph, bench, buckets)
-    own = {b: heuristics(graph, rows) for b, rows in buckets.items()}
-    everywhere = list(dict.fromkeys(s for several in own.values() for s in several))
-    free = run.descend({b: [*several, *everywhere] for b, several in own.items()}, ALONE * seconds)
-    free = {b: free.get(b, own[b][-1]) for b in buckets}
-    heuristic = {b: several[-1] for b, several in own.items()}
-    return Found(free, _together(run, heuristic, free, seconds), run.trials)
+    own = {b: heuristic(graph, rows[0]) for b, rows in buckets.items()}
+    everywhere = dict.fromkeys(own.values())
+    free = own | run.descend({b: [s, *everywhere] for b, s in own.items()}, ALONE * seconds)
+    return Found(free, _together(run, own, free, seconds), run.trials)
 
 
 def _together(
-    run: _Search, heuristic: Mapping[int, Schedule], free: Mapping[int, Schedule], seconds: float
+    run: _Search, own: Mapping[int, Schedule], free: Mapping[int, Schedule], seconds: float
 ) -> Mapping[int, Schedule]:
     """The schedules of one order: one that is nowhere slower than the heuristic, if there is one, and fast over all buckets."""
-    orders = _orders(run, [*heuristic.values(), *free.values()])
-    chosen, best = heuristic, (False, 1.0)
+    orders = _orders(run, [*own.values(), *free.values()])
+    chosen, best = own, (False, 1.0)
     for n, (order, starts) in enumerate(orders.items(), 1):
         if n > 1 and run.spent() > seconds:
             break
@@ -323,11 +313,11 @@ def _orders(run: _Search, wanted: Iterable[Schedule]) -> dict[Order, list[Schedu
     fastest: dict[Order, list[tuple[float, Schedule]]] = {}
     for (schedule, bucket), ratio in sorted(run.ratios.items(), key=lambda item: item[1]):
         if run.problems[schedule] is None:
-            order = run.order(schedule)
+            order = order_of(run.graph, schedule)
             seen.setdefault(order, {}).setdefault(bucket, ratio)
             fastest.setdefault(order, []).append((ratio, schedule))
     promising = sorted(seen, key=lambda order: mean(seen[order].get(b, 1.0) for b in run.tokens))
-    first = [order for order in dict.fromkeys(map(run.order, wanted)) if order in seen]
+    first = [order for order in dict.fromkeys(order_of(run.graph, s) for s in wanted) if order in seen]
     chosen = list(dict.fromkeys([*first, *promising]))[: max(MOST_ORDERS, len(first))]
     return {order: list(dict.fromkeys(s for _, s in fastest[order]))[:MOST_STARTS] for order in chosen}
 
@@ -337,7 +327,7 @@ def winners(graph: Graph, together: Mapping[int, Schedule], times: Sequence[Time
     buckets = {t.bucket: [x for x in times if x.bucket == t.bucket] for t in times}
     ratios = {b: [t.ratio for t in mine] for b, mine in buckets.items()}
     fine = {b for b in buckets if max(ratios[b]) <= NO_WORSE}
-    orders = {order_of(graph, s) for t in times for s in heuristics(graph, [t.rows])}
+    orders = {order_of(graph, heuristic(graph, t.rows)) for t in times}
     if orders == {order_of(graph, s) for s in together.values()}:
         return {b: together[b] for b in buckets if b in fine and mean(ratios[b]) <= WORTH}
     return dict(together) if fine == set(buckets) and mean(map(mean, ratios.values())) <= WORTH else {}

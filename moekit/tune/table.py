@@ -19,9 +19,10 @@ from math import isqrt
 
 from moekit.backends import triton as emitter
 from moekit.compile.plan import Plan, plan
-from moekit.compile.rules import heuristic, row_classes, tokens_class
+from moekit.compile.rules import class_axis, heuristic, row_classes
 from moekit.compile.rules.order import Order, order
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.facts import once
 from moekit.compile.schedule.legal import legal
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import MoekitError
@@ -102,21 +103,17 @@ def _triton() -> str | None:
         return None
 
 
-def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The schedule of a call on a device: the table's, else the heuristic's for its number of rows; None where that does not
-
-    matter.
-    """
+def scheduled(device: str, graph: Graph, sizes: Mapping[str, int]) -> Schedule:
+    """The schedule of a call on a device: the table's, else the heuristic's for its number of rows."""
     return tuned(device, graph, sizes) or untuned(graph, sizes)
 
 
-def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule | None:
-    """The heuristic's schedule for a number of rows; None where that does not matter.
+def untuned(graph: Graph, sizes: Mapping[str, int]) -> Schedule:
+    """The heuristic's schedule for a number of rows.
 
     All classes of rows take it of the declaration: of a form of it (a tensor updated elsewhere) it may cut the sums otherwise.
     """
-    tokens = tokens_class(graph, sizes)
-    return None if tokens is None else heuristic(graph, tokens)
+    return heuristic(graph, sizes.get(class_axis(graph) or "", 0))
 
 
 def serves(graph: Graph, form: Graph) -> bool:
@@ -169,24 +166,14 @@ def kernels_of(graph: Graph, schedules: Mapping[int, Schedule]) -> tuple[str, se
 
     They are the tuned ones, and the heuristic's of every bucket: it was they that the tuned ones were faster than.
     """
-    texts, orders = set(), set()
-    for least in buckets(graph):
-        made = _contiguous(graph, heuristics(graph, [least])[0])
-        texts |= _texts(made)
-        orders |= set() if least in schedules else {order(made.programs)}
-    for schedule in dict.fromkeys(schedules.values()):
-        made = _contiguous(graph, schedule)
-        texts |= _texts(made)
-        orders.add(order(made.programs))
+    usual = {least: heuristic(graph, least) for least in buckets(graph)}
+    plans = {s: _contiguous(graph, s) for s in (*usual.values(), *schedules.values())}
+    texts = {text for planned in plans.values() for text in _texts(planned)}
+    orders = {order(plans[s].programs) for s in (usual | dict(schedules)).values()}
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16], orders
 
 
-def heuristics(graph: Graph, rows: Iterable[int]) -> list[Schedule]:
-    """The heuristic's schedules for these numbers of rows, each once."""
-    axis = rows_axis(graph) or ""
-    return list(dict.fromkeys(untuned(graph, {axis: r}) or heuristic(graph) for r in rows))
-
-
+@once
 def order_of(graph: Graph, schedule: Schedule) -> Order:
     """In which order a schedule adds up."""
     return order(_contiguous(graph, schedule).programs)
@@ -198,4 +185,5 @@ def _contiguous(graph: Graph, schedule: Schedule) -> Plan:
 
 
 def _texts(planned: Plan) -> set[str]:
-    return {f"{program.warps} {program.stages}\n{emitter.emit(program)}" for program in planned.programs}
+    launches = zip(planned.schedule.launches, planned.programs, strict=True)
+    return {f"{launch.dependent} {p.warps} {p.stages}\n{emitter.emit(p)}" for launch, p in launches}

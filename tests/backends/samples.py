@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
-from moekit.fusions import FUSIONS
+from tests.declarations import DECLARATIONS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
 
     def bound(self):
         """The declaration, its binding and the traced graph."""
-        fusion = FUSIONS[self.fusion]
+        fusion = DECLARATIONS[self.fusion]
         binding = fusion.bind(self.shapes, self.dtypes(), fusion.bind_params(self.params))
         return fusion, binding, fusion.trace(binding)
 
@@ -87,13 +87,13 @@ SAMPLES = {
         "add_rms_norm",
         {"x": (4, 5000), "residual": (4, 5000), "weight": (5000,)},
         {"offset": 0.0},
-        schedule="tile:T:1 loop:H:1024 warps:4 stages:2",
+        schedule="tile:T:1 loop:H:1024 warps:4 stages:2 dependent",
     ),
     "gate_gemm_split": Sample(
         "gate_gemm",
         {"x": (4, 2048), "packed": (648, 2048)},
-        schedule="tile:D.part:1 tile:T:16 loop:D:256 tile:P:32 prefetch:packed warps:4 stages:2 split:D:4 then "
-        "loop:D.part:1 tile:T:1 tile:P:256 warps:4 stages:1",
+        schedule="tile:D.part:1 tile:T:16 loop:D:256 tile:P:32 prefetch:packed warps:4 stages:2 dependent split:D:4 then "
+        "loop:D.part:1 tile:T:1 tile:P:256 warps:4 stages:1 dependent",
     ),
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
@@ -102,7 +102,7 @@ SAMPLES = {
         "gate_projections",
         {"x": (4, 2048), **_GATES},
         schedule="activated(tile:T:16 loop:D:64 tile:I:32 parts:D:2) logits(tile:T:16 loop:D:64 tile:E:32 parts:D:2) "
-        "share(tile:T:16 loop:D:64 tile:G:16 parts:D:2 prefetch:shared_gate) warps:4 stages:3 abreast:T",
+        "share(tile:T:16 loop:D:64 tile:G:16 parts:D:2 prefetch:shared_gate) warps:4 stages:3 dependent abreast:T",
     ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(
@@ -122,6 +122,6 @@ GOLDEN = {
         SAMPLES["gate_projections"],
         schedule="activated(tile:T:128 loop:D:64 tile:I:64 parts:D:4 pair:gate_up) "
         "logits(tile:T:128 loop:D:64 tile:E:128 parts:D:4) "
-        "share(tile:T:128 loop:D:128 tile:G:16 parts:D:4 prefetch:shared_gate) warps:8 stages:4 abreast:T",
+        "share(tile:T:128 loop:D:128 tile:G:16 parts:D:4 prefetch:shared_gate) warps:8 stages:4 dependent abreast:T",
     ),
 }

@@ -150,10 +150,10 @@ def test_a_row_has_the_same_bits_in_every_class_of_rows(name, width):
     import torch
 
     from moekit.compile.rules import row_classes
-    from moekit.fusions import FUSIONS
     from moekit.torch import op
+    from tests.declarations import DECLARATIONS
 
-    fusion = FUSIONS[name]
+    fusion = DECLARATIONS[name]
     classes = row_classes(fusion.trace(_bound(fusion, width, 1)))
     most = 2 * max(classes) + 5
     bound = _bound(fusion, width, most)

@@ -15,7 +15,6 @@ from moekit.fusions import FUSIONS
 from moekit.jax import (
     add_rms_norm,
     down_combine,
-    gate_block,
     gate_gemm,
     op,
     pack_gate,
@@ -25,9 +24,10 @@ from moekit.jax import (
     view,
 )
 
-from .samples import SAMPLES
+from .samples import DECLARATIONS, SAMPLES
 
 DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
+gate_block = op(DECLARATIONS["gate_block"])
 
 
 @pytest.fixture(scope="module")

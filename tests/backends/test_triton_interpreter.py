@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import torch
-from moekit.fusions import FUSIONS
 from moekit.testing import Call, check, operands
 from moekit.testing.schedules import variants
+from tests.declarations import DECLARATIONS
 
 SIZES = {
     "gate_gemm": [dict(T=5, P=35, D=70), dict(T=17, P=8, D=16)],
@@ -29,7 +29,7 @@ SIZES = {
     "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
 }
 count = 0
-for name, fusion in FUSIONS.items():
+for name, fusion in DECLARATIONS.items():
     params = {"k": 10} if "k" in fusion.params else {}
     for sizes in SIZES[name]:
         for dtype in ("float32", "float16", "bfloat16"):

@@ -79,6 +79,7 @@ def test_sizes_dtype_parameters_and_schedule_are_used(moekit):
         (["add_rms_norm", "--dtype", "float8"], "x is float8; it must be float32, float16 or bfloat16"),
         (["topk_softmax", "--sizes", "E=4"], "k"),
         (["add_rms_norm", "--as", "tile", "--schedule", "H"], "cannot read schedule 'H'"),
+        (["add_rms_norm", "--schedule", "tile:T:3 whole:H:2048"], "axis T cannot be tile in blocks of 3"),
         (
             ["add_rms_norm", "--as", "tile", "--schedule", "tile:T:3 whole:H:2048"],
             "a block is a power of two",

@@ -6,6 +6,8 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RULES = json.loads((resources.files("moekit.compile.rules") / "measured.json").read_text(encoding="utf-8"))["rules"]
 
@@ -17,9 +19,17 @@ def test_every_figure_belongs_to_a_rule_that_is_there():
             module, _, attribute = constant.partition(".")
             assert hasattr(importlib.import_module(f"moekit.compile.rules.{module}"), attribute), (name, constant)
         assert row["figures"], name
-        script, fusions = re.fullmatch(r"python (bench/\w+\.py) --fusions (\S+) --tokens [\d,]+", row["again"]).groups()
-        assert (ROOT / script).is_file()
-        assert all((ROOT / "moekit/fusions" / f"{fusion}.py").is_file() for fusion in fusions.split(","))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_command_starts(name):
+    """The bench takes the arguments, and has cases of all the fusions that they name."""
+    python, script, *arguments = RULES[name]["again"].split()
+    question = importlib.import_module(script.removesuffix(".py").replace("/", ".")).QUESTION
+    assert python == "python"
+    given = question.arguments(arguments)
+    said = str(list(question.cases(given)))
+    assert all(fusion in said for fusion in given.fusions)
 
 
 def test_no_figure_of_a_gpu_stands_in_the_code():

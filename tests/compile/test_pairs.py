@@ -161,4 +161,4 @@ def test_many_rows_take_larger_tiles_once_smaller_ones_are_too_many(width, class
     parts = [s.parts for schedule in schedules if len(schedule.launches) == 1 for s in schedule.launches[0].sections]
     assert {(cut.axis, cut.count) for cut in cuts if cut} == {pair for some in parts for pair in some.items()}
     wide = good.graph_of(FUSIONS["gate_projections"], shapes, "float32")
-    assert row_classes(wide) == (0, 17, 65, 128, 2048)
+    assert row_classes(wide) == ((0, 2048) if in_a_row else (0,))

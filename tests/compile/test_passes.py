@@ -10,9 +10,10 @@ from moekit.backends import triton
 from moekit.compile import tile as t
 from moekit.compile.passes import PASSES, watching
 from moekit.compile.passes.helpers import helpers
-from moekit.compile.passes.legalise import NEEDED, legalise
+from moekit.compile.passes.legalise import legalise
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile import interpret
 from moekit.compile.tile.verify import RULES, check, facts_of
 from moekit.errors import FileError
@@ -21,6 +22,7 @@ from moekit.lang import In, cast, f32, fusion
 from moekit.lang.fusion import Fusion
 from moekit.testing import Call, operands
 
+NORM_SHAPES = {"x": (7, 50), "weight": (50,), "out": (7, 50)}
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "P": 35}
 ORDER = ["nest", *PASSES]
 MASKED = ORDER.index("masks")
@@ -87,7 +89,7 @@ def test_workarounds_are_for_the_targets_that_need_them():
     """One program, three workarounds for Triton, two for Pallas; where nothing needs one nothing changes."""
     _, seen = after_passes(halves_of_two_kinds, None)
     (before,) = [program for name, program in seen if name == "flatten"]
-    assert set(NEEDED) == {"triton", "pallas"}
+    assert set(TARGETS) == {"triton", "pallas"}
     for target, negative_zeros in (("triton", 0), ("pallas", 1)):
         program = legalise(before, target)
         assert not [op for op in good.operations(program, t.Unary) if op.op == "neg"]
@@ -103,9 +105,20 @@ def test_a_trace_has_a_file_for_every_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEKIT_TRACE", str(tmp_path))
     program = good.norm_program()
     (folder,) = tmp_path.iterdir()
-    assert folder.name == f"norm.{program.digest}"
+    assert folder.name.startswith(f"norm.{program.digest}.triton.")
     assert sorted(p.name for p in folder.iterdir()) == [f"{i}.{name}.txt" for i, name in enumerate(ORDER)]
     assert (folder / f"{len(ORDER) - 1}.tidy.txt").read_text() == f"{program}\n"
+
+
+def test_traces_of_two_targets_and_two_schedules_stand_side_by_side(tmp_path, monkeypatch):
+    """Four programs of one name and graph: a folder each."""
+    graph = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
+    whole = {n: t.Viewed(n, s, tuple(range(len(s))), (0,) * len(s), (1,) * len(s)) for n, s in NORM_SHAPES.items()}
+    monkeypatch.setenv("MOEKIT_TRACE", str(tmp_path))
+    for text in ("tile:T:1 whole:H:64", "tile:T:2 whole:H:64"):
+        good.planned(graph, text)
+        plan(graph, Schedule.parse(text), whole, {"T": 7})
+    assert sorted(p.name.split(".")[2] for p in tmp_path.iterdir()) == ["pallas", "pallas", "triton", "triton"]
 
 
 def test_a_trace_that_cannot_be_written_says_so(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from moekit.compile.plan import plan
-from moekit.compile.rules import class_axis, heuristic, row_classes, tokens_class
+from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.rules.order import order
 from moekit.compile.schedule.facts import gemms
 from moekit.compile.schedule.legal import legal
@@ -187,9 +187,9 @@ def test_every_class_of_rows_is_legal_and_adds_up_alike(made, sizes, dtype):
     """A row's bits may not depend on the rows beside it, whatever is declared."""
     binding = example(made, sizes, dtype, {})
     graph = made.trace(binding)
-    axis, orders = class_axis(graph), set()
+    orders = set()
     for least in row_classes(graph):
-        schedule = heuristic(graph, tokens_class(graph, {axis: least}) if axis else None)
+        schedule = heuristic(graph, least)
         assert legal(graph, schedule) is None
         orders.add(order(plan(graph, schedule, contiguous(graph, dict(binding.sizes))).programs))
     assert len(orders) == 1

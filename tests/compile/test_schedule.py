@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moekit.compile.passes.form import over_operand
-from moekit.compile.rules import heuristic, row_classes, spread, tokens_class
+from moekit.compile.rules import heuristic, row_classes, spread
 from moekit.compile.schedule import (
     Abreast,
+    Dependent,
     Launch,
     Loop,
     Pair,
@@ -36,9 +37,11 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean, sum
 from moekit.testing import Call, check, operands, run, variants
 from moekit.testing.probes import PROBES
+from tests.declarations import DECLARATIONS
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
+DEEP = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 64), "packed": (35, 64)}, "bfloat16")
 TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
 BOTH = good.graph_of(good.both_updated, {"a": (3, 20), "b": (3, 20, 40)})
 OVER = over_operand(good.graph_of(PROBES["probe_centred"], {"x": (3, 20, 10)}), (("out", "x"),))
@@ -71,6 +74,9 @@ REFUSED = [
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 split:D:2", "a launch that is not the last ends with split or stage, the last one"),
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 {THEN}", "a launch that is not the last ends with split or stage, the last one"),
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 pair:packed", "no two products with packed can be paired; they have one left"),
+    (GATES, "activated(tile:T:16 loop:D:2 tile:I:16) logits(tile:T:16 loop:D:2 tile:E:16) share(tile:T:16 loop:D:2 tile:G:1) "
+     "dependent dependent", "dependent and dependent cannot both be said; say one"),
+    (DEEP, "tile:T:16 loop:D:16 tile:P:16 prefetch:packed", "packed cannot be prefetched by a launch that begins when the one"),
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 prefetch:x", "x cannot be prefetched; a weight of static size can, in a product"),
     (GEMM, "tile:T:16 whole:D:128 tile:P:16 prefetch:packed", "packed cannot be prefetched; a weight of static size can"),
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 stage:x {THEN}", "x cannot be staged; results of products and sums and narrowing"),
@@ -171,7 +177,7 @@ def _of(*kinds):
 SECTIONS = st.builds(Section, st.lists(NAMES, max_size=3).map(tuple),
                      st.lists(_of(Tile, Whole, Loop, Parts, Pair, Prefetch), max_size=4).map(tuple))  # fmt: skip
 LAUNCHES = st.builds(Launch, st.lists(SECTIONS, min_size=1, max_size=3).map(tuple),
-                     st.lists(_of(Warps, Stages, Abreast, Split, Stage), max_size=4).map(tuple))  # fmt: skip
+                     st.lists(_of(Warps, Stages, Dependent, Abreast, Split, Stage), max_size=4).map(tuple))  # fmt: skip
 
 
 @given(st.builds(Schedule, st.lists(LAUNCHES, min_size=1, max_size=3).map(tuple)))
@@ -220,23 +226,38 @@ def test_heuristic_does_not_depend_on_dynamic_sizes(fusion):
         ("shared_expert_combine", {"hidden": (4, 4096), "shared": (4, 4096), "gate": (4, 1)}, (0, 256)),
         ("shared_expert_combine", {"hidden": (4, 2**21), "shared": (4, 2**21), "gate": (4, 2**21)}, (0, 2)),
         ("add_rms_norm", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,)}, (0,)),
-        ("topk_softmax", {"logits": (4, 512)}, (0,)),
     ],
 )
 def test_classes_of_rows(name, shapes, classes):
     """What adds nothing up has larger tiles from 2^20 elements on, what adds up has one schedule (a GEMM apart)."""
-    graph = good.graph_of(FUSIONS[name], shapes, **({"k": 10} if name == "topk_softmax" else {}))
+    graph = good.graph_of(FUSIONS[name], shapes)
     assert row_classes(graph) == classes
+    few, many = heuristic(graph), heuristic(graph, classes[-1])
     for rows in (1, classes[-1] - 1, classes[-1], classes[-1] + 1, 10**6):
-        wanted = (classes[-1] if rows >= classes[-1] else 0) if len(classes) > 1 else None
-        assert tokens_class(graph, {"T": max(0, rows)}) == wanted
-    many = heuristic(graph, classes[-1])
+        assert heuristic(graph, max(0, rows)) == (many if rows >= classes[-1] else few)
     assert legal(graph, many) is None
     if len(classes) > 1:
         (launch,) = many.launches
         assert (prod(d.block for d in launch.sections[0].axes), launch.warps) == (2048, 8)
-    else:
-        assert many == heuristic(graph)
+
+
+@pytest.mark.parametrize(("sizes", "least"), [({"E": 512}, 2048), ({"E": 60}, 2048)])
+def test_launches_of_many_programs_of_one_warp_are_not_dependent(sizes, least):
+    """Their kernels are those of fewer rows; those of several warps are dependent whatever their number."""
+    graph = good.graph_of(FUSIONS["topk_softmax"], {"logits": (4, sizes["E"])}, k=10)
+    assert row_classes(graph) == (0, least)
+    (few,), (many,) = heuristic(graph, least - 1).launches, heuristic(graph, least).launches
+    assert (few.warps, few.dependent, many.dependent) == (1, True, False)
+    assert many == few.without(Dependent)
+    assert all(launch.dependent for rows in (1, 10**6) for launch in heuristic(NORM, rows).launches)
+
+
+def test_narrow_rows_are_many_programs_before_they_are_many_elements():
+    """A class for each: 8 rows of 3 a program, then blocks of 2048."""
+    graph = good.graph_of(FUSIONS["silu_and_mul"], {"gate_up": (4, 6)})
+    classes = row_classes(graph)
+    assert classes == (0, 8 * 2047 + 1, -(-(2**20) // 3))
+    assert [heuristic(graph, n).launches[0].dependent for n in classes] == [True, False, True]
 
 
 @pytest.mark.parametrize("fusion", [FUSIONS["silu_and_mul"], FUSIONS["shared_expert_combine"]], ids=lambda f: f.name)
@@ -340,7 +361,7 @@ def test_one_wish_for_all_sections():
 def test_sums_beside_products_have_the_same_warps_whatever_the_rows(width):
     """How lanes add up a row depends on the warps of its launch, and a GEMM's differ by the class of rows."""
     shapes = {"x": (3, width), "residual": (3, width), "weight": (width,), "gate_up": (64, width), "router": (64, width)}
-    graph = good.graph_of(FUSIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
+    graph = good.graph_of(DECLARATIONS["gate_block"], shapes | {"shared_gate": (1, width)}, "bfloat16")
     warps = {tuple(p.warps for p in good.planned(graph, heuristic(graph, rows)).programs) for rows in row_classes(graph)}
     assert len(warps) == 1
 

@@ -21,13 +21,14 @@ from moekit.lang import In, fusion
 from moekit.lang.arguments import example
 from moekit.testing import Call, operands
 from moekit.testing.suite import check
+from tests.declarations import DECLARATIONS
 
 SIZES = {"T": 19, "D": 70, "I": 9, "E": 21, "G": 1, "H": 40}
 FIRST = "tile:T:16 loop:D:16 tile:E:16 tile:G:1 tile:I:16"
 
 
 def call(name: str, schedule: str | None = None) -> Call:
-    fusion = FUSIONS[name]
+    fusion = DECLARATIONS[name]
     axes = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     params = {"k": 3} if "k" in fusion.params else {}
     made = Call(fusion, operands(fusion, {a: SIZES[a] for a in axes}), params)
@@ -134,7 +135,7 @@ def test_parts_in_a_row_give_the_bits_of_a_split():
 @pytest.mark.parametrize("depth", [3, 16, 20, 70, 300])
 def test_any_depth(depth):
     """A part is one program's, however small it is: several of few elements were once taken by one."""
-    fusion = FUSIONS["gate_block"]
+    fusion = DECLARATIONS["gate_block"]
     check("interpret", Call(fusion, operands(fusion, {"T": 3, "D": depth, "I": 5, "E": 7, "G": 1}, "float32", "normal", 3)))
 
 
@@ -146,7 +147,7 @@ def test_a_launch_numbers_the_programs_of_all_sections():
 
 def test_in_one_launch_the_residual_is_overwritten_last():
     """Loops over other outputs load it again."""
-    fusion = FUSIONS["gate_block"]
+    fusion = DECLARATIONS["gate_block"]
     values = operands(fusion, {"T": 2, "D": 3, "I": 5, "E": 7, "G": 3})
     made = Call(fusion, values, schedule=Schedule.parse("tile:T:1 loop:D:2 loop:E:4 loop:G:2 loop:I:2 warps:1"))
     (program,) = planned(made).programs

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
-from moekit.jax import gate_block, silu_and_mul, topk_softmax, view
+from moekit.jax import gate_projections, silu_and_mul, topk_softmax, view
 
 
 def mesh_of(platform: str, kind=AxisType.Auto):
@@ -70,13 +70,13 @@ def test_outputs_vary_where_array_evaluation_does(call):
 
 def test_weights_cut_and_tokens_on_all(call_named, platform):
     """Tensor parallel: what does not depend on the cut weight may leave as it is on every device."""
-    call, mesh = call_named("gate_block"), mesh_of(platform)
+    call, mesh = call_named("gate_projections"), mesh_of(platform)
     x = [jnp.asarray(a, jnp.float32) for a in call.arrays]
 
     def run(implementation):
         return jax.jit(jax.shard_map(
-            lambda *a: gate_block(*a, implementation=implementation), mesh=mesh,
-            in_specs=(P(), P(), P(), P("dp"), P(), P()), out_specs=(P(), P(), P(None, "dp"), P(), P()),
+            lambda *a: gate_projections(*a, implementation=implementation), mesh=mesh,
+            in_specs=(P(), P("dp"), P(), P()), out_specs=(P(None, "dp"), P(), P()),
         ))(*x)  # fmt: skip
 
     for got, want in zip(run("pallas"), run("xla"), strict=True):

@@ -50,7 +50,7 @@ def test_faces_under_settings(setting, name, call_named):
 @pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32"])
 def test_products_stay_float32(precision, call_named):
     """Every product of a program and of its gradient asks for IEEE float32, whatever the default is."""
-    call = call_named("gate_block")
+    call = call_named("gate_projections")
     x = [jnp.asarray(a, jnp.float32) for a in call.floats]
     loss = lambda *a: sum(out.sum() for out in call.face("pallas")(*a).values())  # noqa: E731
     with jax.default_matmul_precision(precision):

@@ -14,7 +14,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = {
     "gate_gemm": {"T": 24, "D": 64, "P": 40},
     "gate_projections": {"T": 24, "D": 64, "I": 24, "E": 40, "G": 1},
-    "gate_block": {"T": 24, "D": 64, "I": 24, "E": 40, "G": 1},
     "down_combine": {"T": 24, "H": 40, "I": 64, "H?": 1},
     "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 16, "Dv": 24},
 }

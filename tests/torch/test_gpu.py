@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.compile.rules.gemm import GEMM_TILES
+from moekit.compile.rules import row_classes
 from moekit.fusions import FUSIONS
+from moekit.lang.arguments import example
 from moekit.torch import launch, ops
 from moekit.torch.call import Call
 
@@ -208,8 +209,8 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
     sizes = {"gate_gemm": {"D": 72, "P": 88}, "silu_and_mul": {"I": 88}, "topk_softmax": {"E": 88},
              "shared_expert_combine": {"H": 88}, "add_rms_norm": {"H": 88}, "gated_rms_norm": {"V": 3, "D": 88},
              "delta_rule_step": {"K": 1, "V": 3, "Dk": 8, "Dv": 24},
-             "gate_projections": {"D": 72, "I": 24, "E": 40, "G": 8}, "gate_block": {"D": 72, "I": 24, "E": 40, "G": 8},
-             "down_combine": {"H": 88, "I": 72}, "expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
+             "gate_projections": {"D": 72, "I": 24, "E": 40, "G": 8}, "down_combine": {"H": 88, "I": 72},
+             "expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
              "expert_down": {"H": 88, "I": 24, "E": 9, "K": 3}}[fused]  # fmt: skip
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
@@ -222,9 +223,9 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
             for s, d in zip(shapes, dtypes, strict=True)
         ]
         face(*made, **params)
-    gemm = fused in ("gate_gemm", "gate_projections", "gate_block", "down_combine")
-    classes = sum(least <= 300 for least, *_ in GEMM_TILES) if gemm else 1
-    launches = 2 if fused in ("gate_block", "expert_down") else 1
+    declared = FUSIONS[fused].trace(example(FUSIONS[fused], sizes, "bfloat16", params))
+    classes = sum(least <= 300 for least in row_classes(declared))
+    launches = 2 if fused == "expert_down" else 1
     assert 1 <= compiled_kernels() <= (1 if order == "row-major" else 4) * classes * launches
 
 

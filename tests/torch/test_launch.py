@@ -1,16 +1,16 @@
 """The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.backends.triton import MANY_PROGRAMS
 from moekit.compile import tile as t
 from moekit.compile.rules import row_classes
-from moekit.compile.rules.gemm import GEMM_TILES
 from moekit.compile.rules.order import order
+from moekit.compile.schedule import Schedule
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import AliasError
 from moekit.fusions import FUSIONS
@@ -20,6 +20,7 @@ from moekit.torch import fast, launch
 from moekit.torch.call import Call
 from moekit.torch.launch import layout
 from moekit.tune.run import SIZES
+from tests.declarations import DECLARATIONS
 
 TRITON, EAGER = {"implementation": "triton"}, {"implementation": "eager"}
 
@@ -176,7 +177,8 @@ def test_new_token_counts_compile_nothing(fusion, emulated, monkeypatch):
         for tokens in range(1, 301):
             operands = [make(s, dtype=dtype) if len(s) == 2 else torch.empty(s, dtype=dtype) for s in shapes(tokens)]
             face(*operands, **extra, **TRITON)
-        classes = sum(least <= 300 for least, *_ in GEMM_TILES) if fusion == "gate_gemm" else 1
+        gemm = FUSIONS["gate_gemm"].trace(example(FUSIONS["gate_gemm"], {"D": 64, "P": 32}, "bfloat16"))
+        classes = sum(least <= 300 for least in row_classes(gemm)) if fusion == "gate_gemm" else 1
         assert len(emulated.compiled) <= (most + (make is transposed)) * classes
 
 
@@ -226,21 +228,21 @@ def test_a_contiguous_tensor_of_2_31_elements_is_wide():
     assert not contiguous(rows.trace(example(rows, {"T": 2**20, "A": 2, "B": 2**15}, "bfloat16", {})), {"T": 2**20})["x"].wide
 
 
-def test_many_programs_of_one_warp_do_without_dependent_launch(monkeypatch):
-    """And the kept launch passes on what the first one did."""
-    monkeypatch.setattr(launch, "overlapping", lambda device: True)
-    device, found = torch.device("cpu"), {}
-    for warps in (1, 8):
-        for count in (MANY_PROGRAMS - 1, MANY_PROGRAMS):
-            program = t.TileProgram("made_up", (), (), (), (), warps, 1)
-            one = launch.Launch(program, count, ("x",), ())
-            kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
-            assert kept is not None
-            assert kept.rest == (one.overlaps(device),)
-            found[warps, count] = one.overlaps(device)
-    assert [key for key, overlaps in found.items() if not overlaps] == [(1, MANY_PROGRAMS)]
-    monkeypatch.setattr(launch, "overlapping", lambda device: False)
-    assert not launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), ()).overlaps(device)
+def test_launches_are_dependent_where_the_schedule_says_so(monkeypatch):
+    """And the device can; the kept launch passes on what the first one did."""
+    device, program = torch.device("cpu"), t.TileProgram("made_up", (), (), (), (), 8, 1)
+    for able, said in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(launch, "overlapping", lambda device, able=able: able)
+        one = launch.Launch(program, 1, ("x",), (), said)
+        kept = fast.ready(one, SimpleNamespace(run=1, function=2, packed_metadata=3), ("x",), device)
+        assert kept is not None
+        assert kept.rest == (one.overlaps(device),) == (able and said,)
+    schedule = "tile:T:1 whole:E:512 whole:K:16 warps:1 stages:1"
+    cases = [("", 2047, True), ("", 2048, False), (schedule, 3, False), (f"{schedule} dependent", 5000, True)]
+    for text, rows, dependent in cases:
+        given = Schedule.parse(text) if text else None
+        call = Call(FUSIONS["topk_softmax"], {"logits": torch.zeros(rows, 512)}, {"k": 10}, False, None, given)
+        assert [one.dependent for one in call.prepare().launches] == [dependent], (text, rows)
 
 
 def test_rows_that_lie_across_memory_have_one_schedule():
@@ -257,7 +259,7 @@ def test_rows_that_lie_across_memory_have_one_schedule():
 
 
 GEMMS = [
-    *((n, sizes) for n in ("gate_gemm", "gate_projections", "gate_block", "down_combine") for sizes in SIZES[n]),
+    *((n, sizes) for n in ("gate_gemm", "gate_projections", "down_combine") for sizes in SIZES[n]),
     ("gate_block", {"D": 1024, "I": 64, "E": 512, "G": 1}),  # out of place, four of its parts would not be worth a launch
 ]
 
@@ -265,7 +267,7 @@ GEMMS = [
 @pytest.mark.parametrize(("name", "sizes"), GEMMS, ids=str)
 def test_calls_of_every_class_of_rows_add_up_in_one_order(name, sizes):
     """Of a model's widths, in place and not: what is launched, not what the heuristic says of a declaration."""
-    declared, orders = FUSIONS[name], set()
+    declared, orders = DECLARATIONS[name], set()
     few = example(declared, {"T": 1, **sizes}, "bfloat16")
     for rows in row_classes(declared.trace(few)):
         for least in {max(1, rows - 1), max(1, rows), rows + 1}:

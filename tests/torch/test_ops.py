@@ -122,7 +122,6 @@ SMALL = {
     "gated_rms_norm": {"T": 2, "V": 2, "D": 5},
     "delta_rule_step": {"T": 1, "K": 1, "V": 2, "Dk": 3, "Dv": 3},
     "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
-    "gate_block": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
     "down_combine": {"T": 2, "H": 4, "I": 3, "H?": 1},
     "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
     "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},

@@ -19,10 +19,10 @@ def test_every_form_of_every_fusion():
         (f, False)
         for f in (
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
-            "delta_rule_step", "gate_projections", "gate_block", "down_combine", "expert_gate_up", "expert_down",
+            "delta_rule_step", "gate_projections", "down_combine", "expert_gate_up", "expert_down",
         )
     } | {
-        (f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step", "gate_block", "down_combine")
+        (f, True) for f in ("shared_expert_combine", "add_rms_norm", "delta_rule_step", "down_combine")
     }  # fmt: skip
     assert all(w.first > 0 < w.next for w in warmed)
 
@@ -44,7 +44,7 @@ def test_kernels_are_there_afterwards(emulated, monkeypatch):
     assert len(emulated.compiled) == 1
 
 
-@pytest.mark.parametrize("fusion", ["gate_gemm", "gate_projections", "gate_block", "down_combine", "silu_and_mul"])
+@pytest.mark.parametrize("fusion", ["gate_gemm", "gate_projections", "down_combine", "silu_and_mul"])
 def test_every_class_of_rows_is_there_afterwards(fusion, tensors, emulated, monkeypatch):
     """A GEMM has kernels by its number of rows: calls of any T compile nothing after a warm-up without one."""
     served = lambda f, in_place: partial(op(f, in_place), implementation="triton")  # noqa: E731

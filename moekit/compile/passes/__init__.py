@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from moekit.compile import tile as t
@@ -67,7 +68,7 @@ def lower(
     """
     how = How(section, "pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton")
     program = replace(nest(graph, section, layouts, sizes or {}), digest=digest, warps=warps, stages=stages)
-    watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"))) if w]
+    watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"), program, how.target)) if w]
     for name, apply in {"nest": lambda program, how: program, **PASSES}.items():
         program = apply(program, how)
         for see in watches:
@@ -85,14 +86,17 @@ def watching(watch: Watch) -> Iterator[None]:
         _watch.reset(token)
 
 
-def _tracer(folder: str | None) -> Watch | None:
-    """What writes `<program>.<digest>/<number>.<pass>.txt`; None without a folder."""
+def _tracer(folder: str | None, first: t.TileProgram, target: str) -> Watch | None:
+    """What writes `<program>.<digest>.<target>.<number of its own>/<number>.<pass>.txt`; None without a folder.
+
+    The number is of the text that the first pass makes: programs of other schedules, sizes or sections have others.
+    """
     if not folder:
         return None
-    names = ["nest", *PASSES]
+    names, own = ["nest", *PASSES], sha256(str(first).encode()).hexdigest()[:8]
 
     def write(name: str, program: t.TileProgram) -> None:
-        path = Path(folder) / f"{program.name}.{program.digest}" / f"{names.index(name)}.{name}.txt"
+        path = Path(folder) / f"{program.name}.{program.digest}.{target}.{own}" / f"{names.index(name)}.{name}.txt"
         make_folder(path.parent)
         write_text(path, f"{program}\n")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import copysign
 
 from moekit.compile import tile as t
+from moekit.compile.schedule.targets import TARGETS
 from moekit.lang.dtypes import int_of_width, is_float, itemsize
 
 Rule = Callable[[t.Draft, t.Op], list[t.Op] | None]
@@ -44,16 +45,16 @@ def _negative_zero(d: t.Draft, op: t.Op) -> list[t.Op] | None:
     return d.becomes(op.out)
 
 
-NEEDED: dict[str, tuple[Rule, ...]] = {"triton": (_narrowing, _negation, _negative_zero), "pallas": (_narrowing, _negation)}
+RULES: dict[str, Rule] = {"narrowing": _narrowing, "negation": _negation, "negative zero": _negative_zero}
 
 
 def legalise(program: t.TileProgram, target: str) -> t.TileProgram:
     """The program as the compiler behind `target` gets it right; KeyError for a target that there is not."""
-    numbers = t.Numbers(program.body)
+    numbers, rules = t.Numbers(program.body), [RULES[fault] for fault in TARGETS[target].faults]
 
     def legal(op: t.Op) -> list[t.Op] | None:
         numbers.line = next((v.line for v in t.results(op)), "")
-        done = (rule(t.Draft(program, numbers), op) for rule in NEEDED[target])
+        done = (rule(t.Draft(program, numbers), op) for rule in rules)
         return next((ops for ops in done if ops is not None), None)
 
     return replace(program, body=t.rewrite(program.body, legal))

@@ -29,21 +29,19 @@ def prefetch(program: t.TileProgram, tensors: Collection[str]) -> t.TileProgram:
 
 
 def _asked(f: Facts, load: t.Load, axis: str) -> Iterator[t.Prefetch]:
-    """All that a program reads of a weight along a product's looped axis, in powers of two of lines."""
+    """All that a program reads of a weight along a product's looped axis, in powers of two of lines.
+
+    A legal schedule says so of a weight that the axis runs along element by element, in blocks that divide it; how it lies in
+    memory is known here.
+    """
     p, param = f.program, f.program.param(load.at.tensor)
     block, line = p.axis(axis), t.LINE // itemsize(param.dtype)
-    made = [f.made_by.get(i.value) if i.value is not None else None for i in load.at.index]
-    if param.role != "In" or not isinstance(param.layout, t.Strided) or block.partial or block.mode != "loop":
+    made = {d: f.made_by.get(i.value) for d, i in enumerate(load.at.index) if i.value is not None}
+    d, elements = next((d, op) for d, op in made.items() if isinstance(op, t.Elements) and op.axis == axis)
+    if not isinstance(param.layout, t.Strided) or param.layout.strides[d] != "unit":
         return
-    along = [d for d, op in enumerate(made) if isinstance(op, t.Elements) and op.axis == axis]
-    whole = all(op is None or isinstance(op, t.Elements) for op in made)
-    if len(along) != 1 or not whole or load.at.index[along[0]].step != 1 or param.layout.strides[along[0]] != "unit":
-        return
-    (d,), others = along, [op for op in made if isinstance(op, t.Elements) and op.axis != axis]
-    if any(p.bounded(op.axis).extent is None or p.axis(op.axis).mode == "loop" for op in others):
-        return
-    part = next(op.part for op in made if isinstance(op, t.Elements) and op.axis == axis)
-    start, shared = load.at.index[d].start, part is not None and p.axis(f"{axis}.part").mode == "grid"
+    part, start = elements.part, load.at.index[d].start
+    shared = part is not None and p.axis(f"{axis}.part").mode == "grid"
     size = block.share if shared else block.extent or 0
     while size >= line:
         some = line << (size // line).bit_length() - 1  # the largest power of two of lines

@@ -1,5 +1,5 @@
 """Rules: what chooses directives for a graph. One file per kind of graph; cost.py says what a schedule costs."""
 
-from moekit.compile.rules.choose import class_axis, heuristic, row_classes, spread, tokens_class
+from moekit.compile.rules.choose import class_axis, heuristic, row_classes, spread
 
-__all__ = ["class_axis", "heuristic", "row_classes", "spread", "tokens_class"]
+__all__ = ["class_axis", "heuristic", "row_classes", "spread"]

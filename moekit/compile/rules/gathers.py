@@ -18,8 +18,8 @@ MOST_PAIRS = 64
 
 
 @once
-def gathered_product(graph: Graph) -> tuple[Split, Launch] | None:
-    """The split, and what comes before it, of a graph whose gathered matrices have their columns side by side in memory."""
+def gathered_product(graph: Graph) -> Launch | None:
+    """What comes before a split of a graph whose gathered matrices have their columns side by side in memory."""
     uses = axis_uses(graph)
     for node in (graph.nodes[i] for i in graph.live()):
         found = _columns(graph, node) if node.op == "contract" else None
@@ -31,9 +31,8 @@ def gathered_product(graph: Graph) -> tuple[Split, Launch] | None:
         whole = deep is not None and pow2(deep) <= MOST_WHOLE
         said: dict[str, Axis] = {found: Tile(found, min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1)))}
         said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
-        split = Split(pairs[0], uses[pairs[0]].extent or 1)
         launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
-        return (split, launch) if equally_deep(graph, pairs[0]) else None
+        return launch.but(Split(pairs[0], uses[pairs[0]].extent or 1)) if equally_deep(graph, pairs[0]) else None
     return None
 
 

@@ -34,6 +34,7 @@ GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leave
 MOST_PARTS, ENOUGH_PARTS = 8, 4
 LEAST_DEPTH = 256  # of the contracted axis, in one part
 WORTH_A_LAUNCH = 1024  # so much less of the contracted axis a split's programs must have for the launch that adds up
+WIDE = 4  # bytes of float32, which the matrix unit does not take
 WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
 MANY_ROWS = 128
@@ -57,8 +58,6 @@ GEMM_TILES = (
     Block(0, 16, 32, 256, 4, 4),
     Block(17, 64, 32, 128, 4, 4),
     Block(65, 128, 32, 64, 8, 4),
-    Block(128, 64, 128, 64, 4, 4),
-    Block(256, 128, 128, 64, 8, 4, in_a_row=True),
 )
 SHALLOW_TILES = (  # of a GEMM no deeper than LEAST_BLOCK: one step
     Block(0, 16, 32, LEAST_BLOCK, 4, 4),
@@ -78,22 +77,17 @@ MANY_ROWS_TILES = (
 
 @once
 def tiles(graph: Graph) -> tuple[Block, ...]:
-    """The blocks of a graph's GEMM: `GEMM_TILES`, or for more rows larger ones, each as soon as smaller ones are too many;
-
-    `SHALLOW_TILES` of a shallow one.
+    """The blocks of a graph's GEMM, for ever more rows: each as soon as smaller ones are too many; one where they would say how
+    something is added up.
     """
     gemm = next((g for g in gemms(graph).values() if graph.axes[g.m] is None), None)
-    if gemm is None or ordered_by_tile(graph):
+    if gemm is None or not _products_alone(graph):
         return GEMM_TILES[:1]
-    if not gemm_alone(graph):
-        return GEMM_TILES
-    if _wide(graph, gemm):  # all have the same tile, and parts in place of a split where those are many
-        return (*GEMM_TILES[:-1], GEMM_TILES[-1]._replace(least=WIDE_ROWS))
+    if _itemsize(graph, gemm) == WIDE:  # all have the same tile, and parts in place of a split where those are many
+        return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
     split, _ = splitting(graph)
-    if split and not may_go_in_a_row(graph):
-        return GEMM_TILES
     parts = split.count if split else 1
     found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
     for tile in (*(SPLIT_TILES if split else ()), *MANY_ROWS_TILES):
@@ -108,45 +102,25 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
     return tuple(found)
 
 
-@once
-def ordered_by_tile(graph: Graph) -> bool:
-    """Whether a GEMM's tile says more than how its products are cut: in which order another sum of its programs adds up, or
-    what becomes of a second product along another axis, or of rows that are put at ids. A split's first launch brings together
-    what is apart without one."""
-    found = gemms(graph).values()
-    if len({g.k for g in found}) > 1 or any({g.m, g.n} & scattered(graph) for g in found):
-        return True
-    split, _ = splitting(graph)
-    every = [*sections(graph), *(g for one in (cut(graph, split)[:2] if split else ()) for g in sections(one))]
-    return any(gemms(g).get(i) != gemm for g in every if (gemm := first_gemm(g)) for i in g.live() if _adds(g, i))
+def _products_alone(graph: Graph) -> bool:
+    """Whether all that is added up are products of the same rows along the same axis, those of a section with the same columns.
 
-
-def gemm_alone(graph: Graph) -> bool:
-    """Whether a launch of all of a graph has a GEMM that does not wait for anything of a whole row."""
-    return any(first_gemm(g) for g in sections(graph))
-
-
-def may_go_in_a_row(graph: Graph) -> bool:
-    """Whether programs may do all parts of a split one after the other: its sections are then in one launch, which changes the
-
-    warps and the steps by which anything else is added up, so nothing else may be; and no output may run along the axis.
+    A tile then says nothing of how, and programs may do all parts of a split in a row: nothing waits for a whole row of them,
+    no output runs along the axis, and none is put at ids.
     """
-    adding = [gemms(graph).get(i) for i in graph.live() if _adds(graph, i)]
-    gemm = next(iter(adding), None)
-    if gemm is None or any(g is None or (g.m, g.k) != (gemm.m, gemm.k) for g in adding):
+    sums = [(g, {gemms(graph).get(i) for i in g.live() if _adds(graph, i)}) for g in sections(graph)]
+    if any(own and (len(own) > 1 or None in own or not first_gemm(g)) for g, own in sums):
         return False
-    added = [g for g in sections(graph) if any(_adds(g, i) for i in g.live())]
-    return all(first_gemm(g) for g in added) and not any(gemm.k in reach(graph, w) for w in graph.writes)
+    found = [gemm for _, own in sums for gemm in own if gemm]
+    if len({(g.m, g.k) for g in found}) != 1:
+        return False
+    put = any({g.m, g.n} & scattered(graph) for g in found)
+    return not put and not any(found[0].k in reach(graph, w) for w in graph.writes)
 
 
 def _adds(graph: Graph, node: int) -> bool:
     """Whether a node brings floats together."""
     return graph.nodes[node].op in TOGETHER and is_float(graph.nodes[node].dtype)
-
-
-def _wide(graph: Graph, gemm: GemmAxes) -> bool:
-    """Whether a GEMM's operands are float32, which the matrix unit does not take."""
-    return _itemsize(graph, gemm) == 4
 
 
 def _itemsize(graph: Graph, gemm: GemmAxes) -> int:
@@ -172,7 +146,8 @@ def splitting(graph: Graph) -> tuple[Split | None, int]:
         outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
         most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}
         columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
-        parts = most[columns] if gemm_alone(graph) else max(2, most[columns])
+        alone = any(first_gemm(g) for g in sections(graph))
+        parts = most[columns] if alone else max(2, most[columns])
         return (Split(gemm.k, parts) if parts > 1 else None), columns
     return None, GEMM_COLUMNS[0]
 
@@ -193,7 +168,7 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
 
 def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: Split | None) -> Launch:
     """One GEMM's programs: `few` columns a block where there are few rows; the parts of `in_a_row` one after the other."""
-    uses, wide = axis_uses(graph), _wide(graph, gemm)
+    uses, wide = axis_uses(graph), _itemsize(graph, gemm) == WIDE
     depth = uses[gemm.k].extent or 64
     several = in_a_row.count if in_a_row and in_a_row.axis == gemm.k else shares(graph).get(gemm.k, 1)
     _, rows, columns, k_block, warps, stages, _ = tile
@@ -222,8 +197,8 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
 def obliging(graph: Graph, section: Section, warps: int) -> Section:
     """The section with its products paired, and its weights asked for ahead, where that pays."""
     section = section.without(Pair, Prefetch)
-    for tensor, (one, other, _) in twins(graph).items():
-        if pairable(graph, section, tensor) and _rows(graph, section, one, other) >= PAIRED_ROWS:
+    for tensor, (product, _, column) in twins(graph).items():
+        if pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
             section = section.but(Pair(tensor))
     for tensor, reads in prefetchable(graph, section).items():
         if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):
@@ -231,14 +206,9 @@ def obliging(graph: Graph, section: Section, warps: int) -> Section:
     return section
 
 
-def _rows(graph: Graph, section: Section, one: int, other: int) -> int:
-    """The rows of the tiles of two products of one left operand."""
-    (left,), (right,) = (set(found) for found in _shared(graph.nodes[one].args, graph.nodes[other].args))
-    return max((section.block(a) for a in graph.nodes[left].axes if a not in graph.nodes[right].axes), default=1)
-
-
-def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[set[int], set[int]]:
-    return set(one) & set(other), set(one) - set(other)
+def _rows(graph: Graph, section: Section, product: int, column: str) -> int:
+    """The rows of a product's tile."""
+    return max(section.block(a) for a in graph.nodes[product].axes if a != column)
 
 
 def _lines(graph: Graph, section: Section, node: int, along: int) -> float:
@@ -255,7 +225,7 @@ def deeper(graph: Graph, section: Section, stages: int) -> Section:
     Such a program loads little beside its rows, and waits for them all the same: it needs as much under way as the others have.
     """
     gemm = first_gemm(graph)
-    if gemm is None or not section.parts or ordered_by_tile(graph):
+    if gemm is None or not section.parts:
         return section
     rows, columns, depth = (section.block(a) for a in (gemm.m, gemm.n, gemm.k))
     length = -(-(graph.axes[gemm.k] or 0) // next(iter(section.parts.values())))

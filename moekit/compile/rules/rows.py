@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.schedule.directives import Axis, Launch, Loop, Section, Stages, Tile, Warps, Whole, pow2
-from moekit.compile.schedule.facts import PART, AxisUse, axis_uses, once, scattered
+from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Section, Stages, Tile, Warps, Whole, pow2
+from moekit.compile.schedule.facts import PART, AxisUse, axis_uses, scattered
 from moekit.compile.schedule.legal import largest_tile, uses_dot
 from moekit.lang.graph import Graph, Node
 
@@ -27,7 +27,7 @@ ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64,
 
 def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:
     """A launch of one section."""
-    return Launch((Section((), tuple(axes)),), (Warps(warps), Stages(stages)))
+    return Launch((Section((), tuple(axes)),), (Warps(warps), Stages(stages), Dependent()))
 
 
 def row_launch(graph: Graph) -> Launch:
@@ -42,7 +42,7 @@ def row_launch(graph: Graph) -> Launch:
             chosen[use.name] = Loop(use.name, max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name].block
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if _contracts(graph) else ROW_TILE // 4
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if any(n.op == "contract" for n in _live(graph)) else ROW_TILE // 4
     for use in reversed([u for u in uses.values() if u.parallel]):
         extent = use.extent if use.extent is not None else 8
         single = use.name in scattered(graph) or use.name.endswith(PART) or (sums_parts and not inner and tile > 1)
@@ -53,7 +53,22 @@ def row_launch(graph: Graph) -> Launch:
     return shrunk(graph, alone((chosen[a] for a in uses), stages=2 if loops else 1))
 
 
-def many_elements(graph: Graph) -> Launch:
+def many_rows(graph: Graph) -> tuple[int, Launch] | None:
+    """A launch for many rows of a graph without products, and from how many elements on; None where few rows' serves all.
+
+    Either nothing brings elements together, or programs sum up several short rows, each by the same lanes in both launches.
+    """
+    if _elementwise(graph):
+        return MANY_ELEMENTS, _many_elements(graph)
+    return (MANY_SUMMED, _twice(graph)) if _short_rows(graph) else None
+
+
+def _elementwise(graph: Graph) -> bool:
+    """Whether nothing brings elements together and every program can have any of them."""
+    return not any(n.op in TOGETHER for n in _live(graph)) and all(use.parallel for use in axis_uses(graph).values())
+
+
+def _many_elements(graph: Graph) -> Launch:
     """Element by element, with memory's bandwidth as the limit: 8 elements a lane, in blocks as wide as rows allow."""
     chosen, tile = {}, 1
     for use in reversed(axis_uses(graph).values()):
@@ -63,7 +78,7 @@ def many_elements(graph: Graph) -> Launch:
     return alone((chosen[a] for a in axis_uses(graph)), warps=max(1, tile // 256), stages=1)
 
 
-def twice(graph: Graph) -> Launch:
+def _twice(graph: Graph) -> Launch:
     """Programs with twice as many rows and warps."""
     launch = row_launch(graph)
     (section,) = launch.sections
@@ -71,29 +86,21 @@ def twice(graph: Graph) -> Launch:
     return replace(launch, sections=(section.but(Tile(axis, 2 * section.block(axis))),)).but(Warps(2 * launch.warps))
 
 
-@once
-def elementwise(graph: Graph) -> bool:
-    """Whether nothing brings elements together and every program can have any of them."""
-    nodes = [graph.nodes[i] for i in graph.live()]
-    return not any(n.op in TOGETHER for n in nodes) and all(use.parallel for use in axis_uses(graph).values())
-
-
-@once
-def short_rows(graph: Graph) -> bool:
+def _short_rows(graph: Graph) -> bool:
     """Whether programs sum up several rows, each whole, with at least as many rows as a lane holds elements.
 
     Triton then gives a row all the lanes that it can use, and other rows beside it do not change which, if they lie in
     lanes as they were loaded. A sum of what all rows share would get lanes of the warps that come with more of them.
     """
-    if any(graph.nodes[i].op == "contract" for i in graph.live()):
+    if any(n.op == "contract" for n in _live(graph)):
         return False
     (section,), outer = row_launch(graph).sections, list(axis_uses(graph).values())[:-1]
     held = all(u.parallel for u in outer) and isinstance(section.axes[-1], Whole)
-    axis, nodes = _growing(graph, section), [graph.nodes[i] for i in graph.live()]
-    loaded = {n.axes for n in nodes if n.op == "read"}
-    summed = {graph.nodes[n.args[0]].axes for n in nodes if n.op == "reduce"}
+    axis = _growing(graph, section)
+    loaded = {n.axes for n in _live(graph) if n.op == "read"}
+    summed = {graph.nodes[n.args[0]].axes for n in _live(graph) if n.op == "reduce"}
     grow = axis is not None and summed <= loaded and all(axis in axes for axes in summed)
-    return held and grow and summed_rows(graph, section) >= ROWS_A_LANE
+    return held and grow and _summed_rows(graph, section) >= ROWS_A_LANE
 
 
 def _growing(graph: Graph, section: Section) -> str | None:
@@ -103,10 +110,10 @@ def _growing(graph: Graph, section: Section) -> str | None:
     return next((a for a in reversed(room) if a not in scattered(graph)), None)
 
 
-def summed_rows(graph: Graph, section: Section) -> int:
+def _summed_rows(graph: Graph, section: Section) -> int:
     """How many rows a program sums up side by side; 1 where lanes are not only brought together along the innermost axis."""
     *outer, inner = axis_uses(graph)
-    along = {(n.op, n.attr("axis")) for n in map(graph.nodes.__getitem__, graph.live()) if n.op in TOGETHER}
+    along = {(n.op, n.attr("axis")) for n in _live(graph) if n.op in TOGETHER}
     return prod(map(section.block, outer)) if along == {("reduce", inner)} else 1
 
 
@@ -139,23 +146,19 @@ def shrunk(graph: Graph, launch: Launch) -> Launch:
 
 def _warps(graph: Graph, given: int, section: Section, tile: int) -> int:
     """Warps for the largest block: as few elements a lane as that kind of work wants."""
-    live = graph.live()
-    if any(graph.nodes[i].op == "contract" and uses_dot(graph, section, i) for i in live):
+    if any(graph.nodes[i].op == "contract" and uses_dot(graph, section, i) for i in graph.live()):
         return given
-    together = [n for n in map(graph.nodes.__getitem__, live) if _reduces(n)]
-    if not together:
+    kinds = {n.op for n in _live(graph) if n.op in TOGETHER and not n.attr("axis").endswith(PART)}  # that bring lanes together
+    if not kinds:
         return max(1, min(8, tile // (OF_PARTS if any(a.endswith(PART) for a in axis_uses(graph)) else ELEMENTWISE)))
-    if any(n.op == "contract" for n in together):
-        return max(1, min(16, tile // OF_PRODUCTS))
-    if any(n.op != "reduce" for n in together):
-        return max(1, min(16, tile // OF_CHAINS))
-    return max(1, min(16, tile // (OF_SHORT_ROWS if summed_rows(graph, section) >= ROWS_A_LANE else OF_ROWS)))
+    if "contract" in kinds:
+        each = OF_PRODUCTS
+    elif kinds != {"reduce"}:
+        each = OF_CHAINS
+    else:
+        each = OF_SHORT_ROWS if _summed_rows(graph, section) >= ROWS_A_LANE else OF_ROWS
+    return max(1, min(16, tile // each))
 
 
-def _reduces(node: Node) -> bool:
-    """Whether a node brings lanes together; adding up parts does not."""
-    return node.op in TOGETHER and not node.attr("axis").endswith(PART)
-
-
-def _contracts(graph: Graph) -> bool:
-    return any(graph.nodes[i].op == "contract" for i in graph.live())
+def _live(graph: Graph) -> list[Node]:
+    return [graph.nodes[i] for i in graph.live()]

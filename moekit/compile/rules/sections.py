@@ -7,7 +7,7 @@ holding whole axes that others are cut along. Each group of outputs that can sha
 from __future__ import annotations
 
 from moekit.compile.schedule.cuts import part
-from moekit.compile.schedule.facts import axis_uses, has_gemm, once, read
+from moekit.compile.schedule.facts import axis_uses, once, read
 from moekit.lang.graph import Graph
 
 Outputs = tuple[str, ...]
@@ -23,14 +23,6 @@ def sections(graph: Graph) -> tuple[Graph, ...]:
         groups = [merged if g is pair[0] else g for g in groups if g is not pair[1]]
     found = [part(graph, g) for g in groups]
     return tuple(sorted(found, key=lambda g: not any(g.nodes[i].op == "contract" for i in g.live())))
-
-
-def led(parts: tuple[Graph, ...]) -> tuple[Graph, ...]:
-    """The sections of a launch that go by the class of rows: beside a GEMM, sections without one go their own way.
-
-    How they add up may then not depend on the GEMM's block of rows, which is chosen by T.
-    """
-    return tuple(g for g in parts if has_gemm(g)) or parts
 
 
 def _together(graph: Graph, a: Outputs, b: Outputs) -> bool:

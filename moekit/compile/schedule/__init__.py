@@ -2,6 +2,7 @@
 
 from moekit.compile.schedule.directives import (
     Abreast,
+    Dependent,
     Launch,
     Loop,
     Pair,
@@ -20,6 +21,7 @@ from moekit.compile.schedule.directives import (
 
 __all__ = [
     "Abreast",
+    "Dependent",
     "Launch",
     "Loop",
     "Pair",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moekit.compile.schedule.cuts import launched, part, section_graphs
+from moekit.compile.schedule.cuts import launched, section_graphs
 from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Tile
 from moekit.compile.schedule.facts import PART, reach, shares
 from moekit.lang.dtypes import itemsize
@@ -54,41 +54,67 @@ def cost(graph: Graph, schedule: Schedule, sizes: Mapping[str, int] | None = Non
     return [_launch_cost(g, launch, sizes or {}) for launch, g, _ in launched(graph, schedule)]
 
 
+def programs(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> int:
+    """How many programs a launch has."""
+    extents = _extents(graph, launch, sizes)
+    return sum(_programs(section, extents) for section in launch.sections)
+
+
 def runaway(graph: Graph, launch: Launch) -> str | None:
     """One sentence if a launch makes products anew for program after program that needs them, else None."""
-    found = _launch_cost(graph, launch, {})
+    made = _made(graph, launch, _extents(graph, launch, {}))
+    products, done = _in_all(made)
     rows = prod(_block(launch, a) for a, n in graph.axes.items() if n is None)
-    if found.again <= MOST_AGAIN or found.done - found.products <= SMALL * rows:
+    if done <= MOST_AGAIN * products or done - products <= SMALL * rows:
         return None
-    node, section, times = max(_repeated(graph, launch), key=lambda x: x[2])
-    axes = " and ".join(d.axis for d in section.all(Tile) if d.axis not in _spread(graph.nodes[node]))
-    what = graph.names.get(node, f"the product over {graph.nodes[node].attr('axis')}")
-    return f"{what} would be made {times} times over, anew for every block of {axes}; stage it, or what is made of it"
+    worst = max(made, key=lambda product: product.times)
+    axes = " and ".join(d.axis for d in worst.section.all(Tile) if d.axis not in _spread(graph.nodes[worst.node]))
+    what = graph.names.get(worst.node, f"the product over {graph.nodes[worst.node].attr('axis')}")
+    return f"{what} would be made {worst.times} times over, anew for every block of {axes}; stage it, or what is made of it"
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A contraction in a section: its multiplications, and how many programs do the same ones."""
+
+    node: int
+    section: Section
+    multiplications: int
+    times: int
+
+
+def _made(graph: Graph, launch: Launch, extents: Mapping[str, int]) -> list[_Product]:
+    """Every product of every section."""
+    found = []
+    for g, section in zip(section_graphs(graph, launch), launch.sections, strict=True):
+        for i in g.live():
+            if graph.nodes[i].op == "contract":
+                spread = _spread(graph.nodes[i])
+                again = [d for d in section.all(Tile) if d.axis not in spread and not d.axis.endswith(PART)]
+                times = prod(-(-extents[d.axis] // d.block) for d in again)
+                found.append(_Product(i, section, prod(extents[a] for a in spread), times))
+    return found
+
+
+def _in_all(made: list[_Product]) -> tuple[int, int]:
+    """Multiplications of the products, each once; and those that programs do."""
+    once = {product.node: product.multiplications for product in made}
+    return sum(once.values()), sum(product.multiplications * product.times for product in made)
 
 
 def _launch_cost(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> LaunchCost:
-    extents = {a: sizes.get(a, _block(launch, a)) if n is None else n for a, n in graph.axes.items()}
+    extents = _extents(graph, launch, sizes)
     pairs = list(zip(section_graphs(graph, launch), launch.sections, strict=True))
-    counts = [_programs(section, extents) for _, section in pairs]
-    asked = sum(n * _held(g, s, extents) for n, (g, s) in zip(counts, pairs, strict=True))
-    products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
-    once = sum(prod(extents[a] for a in _spread(graph.nodes[i])) for i in products)
-    done = sum(_programs(s, extents) * _work(g, s, i, extents) for g, s in pairs for i in products if i in g.live())
+    asked = sum(_programs(s, extents) * _held(g, s, extents) for g, s in pairs)
     shared = max(launch.stages * _in_flight(g, s) for g, s in pairs)
     moved = sum(size * prod(extents[a] for a in axes) for size, axes in _accesses(graph))
-    return LaunchCost(graph.name, sum(counts), moved, asked, once, done, shared)
+    count = programs(graph, launch, sizes)
+    return LaunchCost(graph.name, count, moved, asked, *_in_all(_made(graph, launch, extents)), shared)
 
 
-def _repeated(graph: Graph, launch: Launch) -> list[tuple[int, Section, int]]:
-    """Each product of each section, and how many programs make the same elements of it."""
-    extents = {a: n or _block(launch, a) for a, n in graph.axes.items()}
-    found = []
-    for section in launch.sections:
-        for i in part(graph, section.outputs).live():
-            if graph.nodes[i].op == "contract":
-                tiles = [d for d in section.all(Tile) if d.axis not in _spread(graph.nodes[i]) and not d.axis.endswith(PART)]
-                found.append((i, section, prod(-(-extents[d.axis] // d.block) for d in tiles)))
-    return found
+def _extents(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The size of every axis; one block of a dynamic one that is not among `sizes`."""
+    return {a: sizes.get(a, _block(launch, a)) if n is None else n for a, n in graph.axes.items()}
 
 
 def _spread(node: Node) -> set[str]:
@@ -115,10 +141,6 @@ def _share(graph: Graph, section: Section, axis: str, extents: Mapping[str, int]
     if isinstance(held, Tile):
         return min(held.block, extents[axis])
     return -(-extents[axis] // shares(graph).get(axis, 1))
-
-
-def _work(graph: Graph, section: Section, node: int, extents: Mapping[str, int]) -> int:
-    return prod(_share(graph, section, a, extents) for a in _spread(graph.nodes[node]))
 
 
 def _accesses(graph: Graph) -> list[tuple[int, Iterable[str]]]:

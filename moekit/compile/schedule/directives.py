@@ -7,7 +7,7 @@ directive is its name and fields (`loop:D:256`); `Schedule` has the rest of the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -75,8 +75,8 @@ class Pair:
 class Prefetch:
     """`prefetch:packed`. A weight is read when the launch before has ended → its lines are asked for while that still runs.
 
-    Legal for an operand of static size of a product along a looped axis that blocks divide; it is a hint, and passed over
-    where elements do not lie side by side along that axis. Bits: none.
+    Legal in a dependent launch, for an operand of static size of a product along a looped axis that blocks divide; it is a
+    hint, and passed over where elements do not lie side by side along that axis. Bits: none.
     """
 
     tensor: str
@@ -100,6 +100,16 @@ class Stages:
     """
 
     count: int
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """`dependent`. A launch begins when the one before it has ended → its programs begin while that still runs.
+
+    They wait for its end before they read or write anything: what is saved is the cost of a launch.
+
+    Legal for any launch; passed over where a device, or what launches, does not have it. Bits: none.
+    """
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Stage:
 
 Axis = Tile | Whole | Loop
 OfSection = Tile | Whole | Loop | Parts | Pair | Prefetch
-OfLaunch = Warps | Stages | Abreast | Split | Stage
+OfLaunch = Warps | Stages | Dependent | Abreast | Split | Stage
 WORDS = {d.__name__.lower(): d for d in (*OfSection.__args__, *OfLaunch.__args__)}
 
 
@@ -235,6 +245,11 @@ class Launch(_Directed):
         return next((d.count for d in self.all(Stages)), 2)
 
     @property
+    def dependent(self) -> bool:
+        """Whether its programs begin while the launch before it still runs."""
+        return Dependent() in self.directives
+
+    @property
     def cut(self) -> Split | Stage | None:
         """How what it leaves is taken up by the next launch; None for the last."""
         return next((d for d in self.directives if isinstance(d, Split | Stage)), None)
@@ -254,7 +269,7 @@ class Schedule:
     """How a graph becomes kernels.
 
     As text: launches between `then`, in each the directives of its sections, `OUTPUT,OUTPUT(…)` where there are several, and
-    its own: `loop:D:256 tile:P:32 tile:T:16 warps:4 split:D:4 then tile:P:256 loop:D.part:1 tile:T:1 warps:4`.
+    its own: `loop:D:256 tile:P:32 tile:T:16 warps:4 split:D:4 then tile:P:256 loop:D.part:1 tile:T:1 warps:4 dependent`.
     """
 
     launches: tuple[Launch, ...]
@@ -270,11 +285,6 @@ class Schedule:
         except (KeyError, ValueError):
             form = "write DIRECTIVE:AXIS:BLOCK … warps:N stages:N, as in `tile:T:1 loop:H:1024 warps:4 stages:2`"
             raise ScheduleError(f"cannot read schedule {text!r}; {form}") from None
-
-    def each(self, change: Callable[[Section], Section], first: bool = False) -> Schedule:
-        """The same with `change(section)` for every section (of the first launch alone)."""
-        changed = [replace(one, sections=tuple(map(change, one.sections))) for one in self.launches[: 1 if first else None]]
-        return Schedule((*changed, *self.launches[len(changed) :]))
 
 
 _SECTION = re.compile(r"([^\s()]*)\(([^()]*)\)")

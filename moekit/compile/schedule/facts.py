@@ -124,11 +124,6 @@ def _gemm(graph: Graph, n: Node) -> GemmAxes | None:
     return GemmAxes(max(graph.ordered(rows), key=size), max(graph.ordered(columns), key=size), n.attr("axis"))
 
 
-def has_gemm(graph: Graph) -> bool:
-    """Whether a graph has a contraction for the matrix unit."""
-    return first_gemm(graph) is not None
-
-
 @once
 def first_gemm(graph: Graph) -> GemmAxes | None:
     """The first contraction that can run on the matrix unit, its rows and columns on the grid."""

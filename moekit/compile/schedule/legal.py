@@ -37,7 +37,7 @@ from moekit.compile.schedule.facts import (
     twins,
 )
 from moekit.compile.schedule.stores import in_order
-from moekit.compile.schedule.targets import MEASURED, Target
+from moekit.compile.schedule.targets import MEASURED
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, Graph
@@ -45,12 +45,12 @@ from moekit.lang.graph import Along, Graph
 MOST_PARTS = 64
 
 
-def legal(graph: Graph, schedule: Schedule, target: Target = MEASURED) -> str | None:
-    """None if `schedule` can be used for `graph` on `target`, else one sentence saying why not."""
-    return next((f"{graph.name}: {why}" for why in _problems(graph, schedule, target)), None)
+def legal(graph: Graph, schedule: Schedule) -> str | None:
+    """None if `schedule` can be used for `graph`, else one sentence saying why not."""
+    return next((f"{graph.name}: {why}" for why in _problems(graph, schedule)), None)
 
 
-def _problems(graph: Graph, schedule: Schedule, target: Target) -> Iterator[str]:
+def _problems(graph: Graph, schedule: Schedule) -> Iterator[str]:
     """What is wrong, as far as it can be told: a launch is looked at only if what comes before it is right."""
     for n, launch in enumerate(schedule.launches):
         last = n == len(schedule.launches) - 1
@@ -63,21 +63,19 @@ def _problems(graph: Graph, schedule: Schedule, target: Target) -> Iterator[str]
                 yield why
                 return
             first, graph, _ = cut(graph, launch.cut)
-        yield from _launch_problems(first, launch, target)
+        yield from _launch_problems(first, launch)
 
 
-def _launch_problems(graph: Graph, launch: Launch, target: Target) -> Iterator[str]:
-    if launch.warps not in target.warps or not 1 <= launch.stages <= target.most_stages:
-        most = target.most_stages
-        yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {target.warps}, stages 1 to {most}"
+def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
+    if launch.warps not in MEASURED.warps or not 1 <= launch.stages <= MEASURED.most_stages:
+        most = MEASURED.most_stages
+        yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {MEASURED.warps}, stages 1 to {most}"
     if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
         return
-    before = None
-    for section in launch.sections:
-        for before in _section_problems(part(graph, section.outputs), section, launch, target):
-            yield before
-    if before is not None:
+    found = [why for s in launch.sections for why in _section_problems(part(graph, s.outputs), s, launch)]
+    if found:
+        yield from found
         return
     if (why := runaway(graph, launch)) is not None:
         yield why
@@ -126,7 +124,7 @@ def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
     return None
 
 
-def _section_problems(graph: Graph, section: Section, launch: Launch, target: Target) -> Iterator[str]:
+def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
     uses = axis_uses(graph)
     given = [d.axis for d in section.axes]
     for axis in uses:
@@ -138,7 +136,7 @@ def _section_problems(graph: Graph, section: Section, launch: Launch, target: Ta
             who = f"the section of {', '.join(section.outputs)}" if section.outputs else "the fusion"
             yield f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
             return
-        if why := _axis_problem(uses[d.axis], d):
+        if why := axis_problem(uses[d.axis], d):
             yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
             return
     if why := _said_twice(section):
@@ -151,8 +149,8 @@ def _section_problems(graph: Graph, section: Section, launch: Launch, target: Ta
     for axis in map(part_axis, shares(graph)):
         if section.axis(axis) != Tile(axis, 1):
             yield f"a program does one part of a split axis, so {axis} must be tile:{axis}:1, not {text_of(section.axis(axis))}"
-    if (tile := largest_tile(graph, section, target)) > target.largest_tile:
-        yield f"a block of {tile} elements is over the limit of {target.largest_tile}; use smaller blocks or loop"
+    if (tile := largest_tile(graph, section)) > MEASURED.largest_tile:
+        yield f"a block of {tile} elements is over the limit of {MEASURED.largest_tile}; use smaller blocks or loop"
     for pair in section.all(Pair):
         if not pairable(graph, section, pair.tensor):
             need = "they have one left operand of 16 bits, run on the matrix unit and along a looped axis"
@@ -161,13 +159,16 @@ def _section_problems(graph: Graph, section: Section, launch: Launch, target: Ta
         if ahead.tensor not in prefetchable(graph, section):
             need = "a weight of static size can, in a product along a looped axis that its blocks divide"
             yield f"{ahead.tensor} cannot be prefetched; {need}"
+        elif not launch.dependent:
+            yield f"{ahead.tensor} cannot be prefetched by a launch that begins when the one before it has ended; add dependent"
     try:
         in_order(graph, {a for a, use in uses.items() if isinstance(section.axis(a), Loop)})
     except ScheduleError as error:
         yield str(error).removeprefix(f"{graph.name}: ")
 
 
-def _axis_problem(use: AxisUse, d: Axis) -> str | None:
+def axis_problem(use: AxisUse, d: Axis) -> str | None:
+    """Why an axis cannot be held so; None if it can."""
     if d.block < 1 or d.block & (d.block - 1):
         return "a block is a power of two"
     if isinstance(d, Tile) and not use.parallel:
@@ -213,7 +214,7 @@ def _divisible(graph: Graph, axis: str, count: int) -> str | None:
     return None if equally_deep(graph, axis) else "one of its reductions needs the result of another"
 
 
-def uses_dot(graph: Graph, section: Section, node: int, target: Target = MEASURED) -> bool:
+def uses_dot(graph: Graph, section: Section, node: int) -> bool:
     """Whether a contraction runs on the matrix unit: one wide axis on each side, none shared, and enough of each."""
     n = graph.nodes[node]
     left, right = (set(graph.nodes[a].axes) for a in n.args)
@@ -222,16 +223,16 @@ def uses_dot(graph: Graph, section: Section, node: int, target: Target = MEASURE
     rows, columns = (left - right) & wide, (right - left) & wide
     if len(rows) != 1 or len(columns) != 1 or (left & right & wide) - {k}:
         return False
-    return all(section.block(a) >= target.matrix for a in (*rows, *columns, k))
+    return all(section.block(a) >= MEASURED.matrix for a in (*rows, *columns, k))
 
 
-def largest_tile(graph: Graph, section: Section, target: Target = MEASURED) -> int:
+def largest_tile(graph: Graph, section: Section) -> int:
     """Elements of the largest block any value needs."""
     largest = 1
     for i in graph.live():
         node = graph.nodes[i]
         axes = set(node.axes)
-        if node.op == "contract" and not uses_dot(graph, section, i, target):
+        if node.op == "contract" and not uses_dot(graph, section, i):
             axes.add(node.attr("axis"))
         largest = max(largest, prod(map(section.block, axes)))
     return largest

@@ -33,12 +33,14 @@ def in_order(graph: Graph, looped: Collection[str]) -> list[Stores]:
     groups: dict[tuple[str, ...], list[Write]] = {}
     for w in graph.writes:
         groups.setdefault(tuple(a for a in axis_uses(graph) if a in looped and a in reach(graph, w)), []).append(w)
+    left = []
     for axes, writes in groups.items():
-        if axes and (tensor := _reread(graph, looped, writes)):
+        reads = _reads(graph, looped, writes)
+        if axes and (tensor := _reread(graph, reads, writes)):
             hint = f"loop over one of {' and '.join(axes)} at most" if len(axes) > 1 else f"do not loop over {', '.join(axes)}"
             what = f"{tensor} is overwritten in a loop that reads other elements of it later"
             raise ScheduleError(f"{graph.name}: {what}; {hint}")
-    left = [Stores(axes, tuple(writes), _loaded(graph, looped, writes)) for axes, writes in groups.items()]
+        left.append(Stores(axes, tuple(writes), frozenset(graph.nodes[i].attr("tensor") for i, _ in reads)))
     updated = {n for n, x in graph.tensors.items() if x.role == "InOut"}
     left.sort(key=lambda s: (not updated.isdisjoint(s.tensors), -len(s.axes)))
     ordered = []
@@ -54,34 +56,27 @@ def in_order(graph: Graph, looped: Collection[str]) -> list[Stores]:
     return ordered
 
 
-def _loaded(graph: Graph, looped: Collection[str], writes: list[Write]) -> frozenset[str]:
-    """What is loaded within the loops that store some outputs: values that vary along no looped axis were made before."""
-    found, seen, left = set(), set(), [node for w in writes for node in (w.value, *w.ids)]
-    while left:
-        node = left.pop()
-        n = graph.nodes[node]
-        if node in seen or not set(looped) & set(n.axes):
-            continue
-        seen.add(node)
-        if n.op == "read":
-            found.add(n.attr("tensor"))
-        left += n.args
-    return frozenset(found)
+def _reads(graph: Graph, looped: Collection[str], writes: list[Write]) -> set[tuple[int, bool]]:
+    """What is read within the loops that store some outputs, and whether a reduction along a loop is made of it.
 
-
-def _reread(graph: Graph, looped: Collection[str], writes: list[Write]) -> str | None:
-    """What outputs overwrite in their loops, and read there at another place too: by another index, or in a reduction."""
-    own = {w.tensor: (w.index, w.ids) for w in writes}
+    Values that vary along no looped axis were made before.
+    """
     seen, left = set(), [(node, False) for w in writes for node in (w.value, *w.ids)]
     while left:
         node, reduced = left.pop()
         n = graph.nodes[node]
-        if (node, reduced) in seen or not set(looped) & set(n.axes):
-            continue
-        seen.add((node, reduced))
-        tensor = n.attr("tensor") if n.op == "read" else None
+        if (node, reduced) not in seen and set(looped) & set(n.axes):
+            seen.add((node, reduced))
+            reduced = reduced or (n.op in ("reduce", "contract") and n.attr("axis") in looped)
+            left += [(arg, reduced) for arg in n.args]
+    return {(node, reduced) for node, reduced in seen if graph.nodes[node].op == "read"}
+
+
+def _reread(graph: Graph, reads: set[tuple[int, bool]], writes: list[Write]) -> str | None:
+    """What outputs overwrite in their loops, and read there at another place too: by another index, or in a reduction."""
+    own = {w.tensor: (w.index, w.ids) for w in writes}
+    for n, reduced in ((graph.nodes[node], reduced) for node, reduced in sorted(reads)):
+        tensor = n.attr("tensor")
         if tensor in own and (reduced or own[tensor] != (n.attr("index"), n.args)):
             return tensor
-        reduced = reduced or (n.op in ("reduce", "contract") and n.attr("axis") in looped)
-        left += [(arg, reduced) for arg in n.args]
     return None

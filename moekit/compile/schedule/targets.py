@@ -1,4 +1,4 @@
-"""Targets: what schedules have to know of a GPU, a row each."""
+"""Targets: what has to be known of a GPU, and of the compiler that makes its code, a row each."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU. Sizes in bytes, but `matrix`: elements of each axis from which on its matrix unit takes a product."""
+    """A GPU as a compiler serves it. `shared_memory` and `line` in bytes; `matrix`: elements of each axis from which on its
 
-    name: str
+    matrix unit takes a product; `largest_tile`: elements of a block that the compiler takes; `faults`: those of the compiler
+    that passes/legalise.py works around, by the names they have there.
+    """
+
     sms: int
     shared_memory: int
-    l2: int
-    line: int = 128
-    lanes: int = 32
-    matrix: int = 16
-    largest_tile: int = 2**17  # elements of a block that the compilers take
-    warps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    most_stages: int = 8
+    line: int
+    lanes: int
+    matrix: int
+    largest_tile: int
+    warps: tuple[int, ...]
+    most_stages: int
+    faults: tuple[str, ...]
 
 
+_H200 = {"sms": 132, "shared_memory": 227 * 2**10, "line": 128, "lanes": 32, "matrix": 16, "largest_tile": 2**17,
+         "warps": (1, 2, 4, 8, 16, 32), "most_stages": 8}  # fmt: skip
 TARGETS = {
-    t.name: t
-    for t in (
-        Target("h200", sms=132, shared_memory=227 * 2**10, l2=60 * 2**20),
-        Target("b200", sms=148, shared_memory=227 * 2**10, l2=126 * 2**20),
-        Target("mi300x", sms=304, shared_memory=64 * 2**10, l2=4 * 2**20, lanes=64),
-    )
+    "triton": Target(**_H200, faults=("narrowing", "negation", "negative zero")),
+    "pallas": Target(**_H200, faults=("narrowing", "negation")),
 }
-MEASURED = TARGETS["h200"]  # where the rules' figures come from (rules/measured.json)
+MEASURED = TARGETS["triton"]  # where the rules' figures come from (rules/measured.json)

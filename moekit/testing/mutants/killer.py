@@ -43,7 +43,7 @@ CHANCE = 3000  # the first number of the random declarations that are run under 
 SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
 SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_states",
              "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
-             "gate_block", "topk_softmax")  # fmt: skip
+             "gate_projections", "topk_softmax")  # fmt: skip
 UPDATING = ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange")  # those of them that are run in place
 SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
 ALIKE = ("probe_residual", "probe_rounded")  # three tensors or more of one shape and dtype, to take turns in one array
@@ -175,7 +175,7 @@ def _scheduled(stage: str) -> Iterator[Attempt]:
     for turn, at in itertools.product(range(len(kinds)), each):
         schedule, name = schedules[at % len(schedules)], SCHEDULED[at % len(SCHEDULED)]
         dtype, recipe = kinds[(turn + 5 * at) % len(kinds)]
-        if name != "gate_block" or schedule not in SLOW:
+        if name != "gate_projections" or schedule not in SLOW:
             mode = "in place" if name in UPDATING else "out"
             sizes = _sized(3 if schedule in SLOW else 1)
             yield RUN, plain_case(name, sizes, dtype, mode=mode, recipe=recipe, schedule=schedule)

@@ -205,8 +205,8 @@ LOWERING = (
          't.At(low.root.bound[twice], start, 1, side)', 'of two products made as one every column is taken for every second'),
     _one('twins-of-other-steps', "compile/schedule/facts.py", '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', "compile/schedule/facts.py", ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
-    _one('parts-for-few-rows-only', 'compile/rules/choose.py', 'columns, in_a_row=split)', 'columns, in_a_row=None)', "with many rows a sum is not made in parts: a row's bits depend on T"),
-    _one('tile-decides-a-sum', 'compile/rules/gemm.py', '    every = [*sections(graph), *(g for', '    return False\n    every = [*sections(graph), *(g for', "a sum beside a product goes by its tile: a row's bits depend on T"),
+    _one('parts-for-few-rows-only', 'compile/rules/choose.py', '_launch(graph, tile, columns, split)', '_launch(graph, tile, columns)', "with many rows a sum is not made in parts: a row's bits depend on T"),
+    _one('tile-decides-a-sum', 'compile/rules/gemm.py', 'if gemm is None or not _products_alone(graph):', 'if gemm is None:', "a sum beside a product goes by its tile: a row's bits depend on T"),
     _one('max-int64-from-zero', "compile/tile/facts.py", '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
     _one('min-int64-narrow', "compile/tile/facts.py", '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
     _one('overlap-of-equal-strides', 'torch/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),
@@ -265,7 +265,7 @@ TRITON = (
         ('terms.append(f"{text} * {factor}" if factor else text)', 'terms.append(f"tl.cast({text} * {factor}, tl.int64)" if factor else text)')),
         'an offset is widened after it is computed'),
     _one('triton-blocks-floor', "backends/printer.py", 'f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})"', 'f"({extent_name(blocks.name)} // {blocks.block})"', 'the blocks of an axis are counted without the last ragged one'),
-    _one('triton-negative-zero-lost', "compile/passes/legalise.py", '"triton": (_narrowing, _negation, _negative_zero)', '"triton": (_narrowing, _negation)', 'a literal -0.0 is 0.0'),
+    _one('triton-negative-zero-lost', "compile/passes/legalise.py", 'TARGETS[target].faults]', 'TARGETS[target].faults[:2]]', 'a literal -0.0 is 0.0'),
 )  # fmt: skip
 
 TORCH = (

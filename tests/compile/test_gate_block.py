@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from moekit.compile.rules import spread
-from moekit.fusions import FUSIONS
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
+from tests.declarations import gate_block as FUSION
 
-FUSION = FUSIONS["gate_block"]
 SIZES = {"T": 5, "I": 12, "E": 21, "G": 1, "D": 72}
 USED = 2 * 12 + 21 + 1  # rows of a packed weight; the rest is padding
 
@@ -124,9 +123,9 @@ def test_in_place_with_a_packed_gate_in_torch(implementation):
     packed = mt.pack_gate(*weights)
     packed.weight[USED:] = float("nan")
     kept, before = x.clone(), residual.clone()
-    wanted = mt.gate_block(x, residual, weight, *weights, implementation=implementation)
+    wanted = mt.op(FUSION)(x, residual, weight, *weights, implementation=implementation)
     assert torch.equal(residual, before)
-    got = mt.gate_block_(x, residual, weight, *packed.parts, implementation=implementation)
+    got = mt.op(FUSION, in_place=True)(x, residual, weight, *packed.parts, implementation=implementation)
     assert got[1] is residual
     assert torch.equal(residual, before + x)
     assert torch.equal(x, kept)
@@ -146,7 +145,7 @@ def test_packed_gate_in_jax(implementation):
     values = [jnp.asarray(v) for v in operands(FUSION, SIZES, "bfloat16", seed=9).values()]
     packed = mj.pack_gate(*values[3:])
     packed = type(packed)(packed.weight.at[USED:].set(jnp.nan), packed.widths)
-    call = lambda *xs: mj.gate_block(*xs, implementation=implementation)  # noqa: E731
+    call = lambda *xs: mj.op(FUSION)(*xs, implementation=implementation)  # noqa: E731
     wanted = jax.jit(call)(*values)
     step = jax.jit(lambda x, residual, weight, gate: call(x, residual, weight, *gate.parts), donate_argnums=(1,))
     for a, b in zip(step(values[0], values[1].copy(), values[2], packed), wanted, strict=True):
