@@ -109,10 +109,10 @@ def _show(report: dict[str, Any]) -> None:
     out, total = console(), report["questions"]
     out.print(f"{report['checkpoint']}: {total} questions, {report['batch']} at once", soft_wrap=True, markup=False)
     tasks = list(report["rows"][0]["tasks"])
-    made = table("kernels", "dtype", "right", *tasks, "unlike xla's", "worst layer error", title="")
+    made = table("kernels", "dtype", "right", *tasks, "unlike xla's", "worst layer's error", title="")
     for row in report["rows"]:
         differ = "–" if row["differ"] is None else str(row["differ"])
-        error = "–" if row["layer_error"] is None else f"{row['layer_error']['error']:.1e}, layer {row['layer_error']['layer']}"
+        error = "–" if row["layer_error"] is None else f"{row['layer_error']['error']:.1e} ({row['layer_error']['layer']})"
         shares = [f"{right}/{asked}" for right, asked in row["tasks"].values()]
         made.add_row(row["kernels"], row["dtype"], f"{row['right']}/{total}", *shares, differ, error)
     out.print(made)
