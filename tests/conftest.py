@@ -11,6 +11,8 @@ from moekit.cli.platform import gpu_count, prepare_jax
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+if gpu_count() == 0:  # XLA's compiler is most of what the tests take, and its code runs for microseconds
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 prepare_jax()  # before anything imports jax
 
 settings.register_profile(
