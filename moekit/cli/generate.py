@@ -26,7 +26,11 @@ Emit = Callable[[str], None]
 
 
 @click.command(short_help="Text in, text out: completions and chat.")
-@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Its folder.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Its folder (default: the tiny one that moekit ships).",
+)
 @click.option("--prompt", "prompts", multiple=True, help="A text to continue; may be repeated.")
 @click.option("--prompts-file", type=click.File(encoding="utf-8"), help="Prompts, one a line; - is stdin.")
 @click.option("--chat", is_flag=True, help="Prompts are a user's messages; without any, converse over stdin.")
@@ -48,7 +52,7 @@ Emit = Callable[[str], None]
 )
 @several_processes
 def generate(
-    checkpoint: Path,
+    checkpoint: Path | None,
     prompts: tuple[str, ...],
     prompts_file: Any,
     chat: bool,
@@ -67,6 +71,7 @@ def generate(
 ) -> None:
     """Continue texts, or answer messages, with a checkpoint of Qwen3-Next or Qwen3.5 MoE.
 
+    The shipped one answers `--chat --prompt "sort moekit"`; it can copy, flip and sort words and add two numbers.
     The checkpoint's tokenizer.json, chat template and generation_config.json are used; a sequence stops at any of its end
     tokens. Prompts share the model and are decoded together; a prompt's tokens follow from its own seed, whatever the others.
     """
@@ -85,9 +90,10 @@ def generate(
     if converse and process_count() > 1:
         raise click.UsageError("a conversation is with one process; give several --chat with --prompt")
     from moekit.cli import run
-    from moekit.models.qwen3next import Config
+    from moekit.models.qwen3next import SHIPPED, Config
     from moekit.models.qwen3next.text import Text, sampling_of
 
+    checkpoint = checkpoint or SHIPPED
     config, text = Config.from_json(checkpoint), Text(checkpoint)
     given_sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(sampling_of(checkpoint), **{k: v for k, v in given_sampling.items() if v is not None}, seed=seed)

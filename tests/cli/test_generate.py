@@ -67,6 +67,11 @@ def wanted(small):
     return [(list(tokens), text.decode(tokens)) for tokens in made.tokens]
 
 
+def test_the_shipped_model_answers(moekit):
+    result = moekit("generate", "--tp", "1", "--chat", *of(["flip moekit", "add 17 25"]))
+    assert result.stdout.splitlines() == ["tikeom", "42"]
+
+
 def test_prompts_become_the_text_of_the_greedy_tokens(asked, wanted, tmp_path):
     report = json.loads(asked(*of(PROMPTS), "--json"))
     assert [(answer["tokens"], answer["text"]) for answer in report["answers"]] == wanted
