@@ -133,7 +133,7 @@ def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.reduce((values, ids), start, larger, (1,))
 
 
-def weight_dtype(dtype: Any) -> str | None:
+def weight_dtype(where: str, dtype: Any) -> str | None:
     """The name of a dtype that weights may have; None stays None. Raises DtypeError for any other."""
     if dtype is None:
         return None
@@ -142,7 +142,7 @@ def weight_dtype(dtype: Any) -> str | None:
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
-        raise DtypeError(f"load: dtype is {name!r}; it must be one of {', '.join(DTYPES)}, or None for the checkpoint's own")
+        raise DtypeError(f"{where}: dtype is {name!r}; it must be one of {', '.join(DTYPES)}, or None for the one it has")
     return name
 
 
