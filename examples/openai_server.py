@@ -149,11 +149,10 @@ class Server:
         """The response to a request; its sequence is cancelled where the client hangs up first."""
         body = await self.body(request)
         ids = self.text.encode_chat(messages(body)) if chat else self.prompt(body)
-        stream, streamed = Stream(self.text, stops(body)), bool(body.get("stream"))
+        stream, streamed, counted = Stream(self.text, stops(body)), bool(body.get("stream")), counts(body)
         answer = Answer(self.name, stream, len(ids), chat, streamed)
         tokens = self.worker.add(ids, **self.options(body, ids, chat))
         if streamed:
-            counted = (body.get("stream_options") or {}).get("include_usage")
             return StreamingResponse(answer.events(tokens, counted), media_type="text/event-stream")
         whole, gone = asyncio.create_task(answer.whole(tokens)), asyncio.create_task(request.receive())
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +165,7 @@ class Server:
     async def body(self, request):
         try:
             body = await request.json()
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise HTTPException(400, f"the body is no JSON: {problem}") from None
         if not isinstance(body, dict):
             raise HTTPException(400, "the body must be a JSON object")
@@ -213,6 +212,14 @@ def stops(body):
     if not (isinstance(found, list) and all(isinstance(stop, str) for stop in found)):
         raise HTTPException(400, "stop must be a string or a list of strings")
     return found
+
+
+def counts(body):
+    """Whether a stream is to end with its numbers of tokens."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise HTTPException(400, "stream_options must be an object")
+    return bool(options.get("include_usage"))
 
 
 def event(said):

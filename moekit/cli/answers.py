@@ -78,7 +78,7 @@ def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
 def layer_error(model: Model, kernels: str, prompts: Ids) -> tuple[int, float]:
     """The layer furthest from the float64 reference, and how far: root mean square of the error over that of what it adds.
 
-    Each layer is fed what the reference has before it, rounded to the model's dtype.
+    Each layer is fed what the reference has before it, rounded to the model's dtype. NaN is infinitely far.
     """
     tensors, shortest = tensors_of(model), min(map(len, prompts))
     tokens = np.array([prompt[:shortest] for prompt in prompts])
@@ -88,8 +88,8 @@ def layer_error(model: Model, kernels: str, prompts: Ids) -> tuple[int, float]:
         wide = given.astype(np.float64)
         hidden = reference.layer_output(tensors, model.config, at, wide)
         made = np.asarray(layer_output(model, given, at=at, kernels=kernels), np.float64)
-        error = np.sqrt(np.mean((made - hidden) ** 2) / np.mean((hidden - wide) ** 2))
-        worst = max(worst, (at, float(error)), key=lambda found: found[1])
+        error = float(np.sqrt(np.mean((made - hidden) ** 2) / np.mean((hidden - wide) ** 2)))
+        worst = max(worst, (at, np.inf if np.isnan(error) else error), key=lambda found: found[1])
     return worst
 
 

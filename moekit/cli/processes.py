@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import wraps
 from typing import Any
 
@@ -15,6 +17,7 @@ from moekit.cli.platform import installed, prepare_jax
 from moekit.errors import UnavailableError
 
 SECONDS = 300  # that a process waits for the others
+GO = b"go"  # all are there
 
 
 def several_processes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,8 +43,9 @@ def several_processes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _join(coordinator: str, processes: int, process: int) -> None:
     """Wait for all processes; jax then shows every one the devices of all."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    host, _, digits = coordinator.rpartition(":")
+    port = int(digits) if digits.isdecimal() else 0
+    if not host or not 0 < port < 2**16:
         raise click.BadParameter(f"{coordinator!r} is no HOST:PORT such as 10.0.0.1:8476", param_hint="--coordinator")
     if not installed("jax"):
         raise UnavailableError("several processes need jax; install moekit[jax]")
@@ -49,10 +53,54 @@ def _join(coordinator: str, processes: int, process: int) -> None:
     import jax
 
     try:
+        if process:
+            _report(host.strip("[]"), port, process)
+        else:
+            _gather(port, processes)
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=SECONDS)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise UnavailableError(f"process {process} of {processes} found no others at {coordinator}: {why}") from None
+
+
+def _gather(port: int, processes: int) -> None:
+    """Wait until all others have reported: where one does not come, jax (0.11) ends the process without a sentence."""
+    last, there, waiting = time.monotonic() + SECONDS, set(), []
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with ExitStack() as stack:
+        with socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=processes) as server:
+            while missing := set(range(1, processes)) - there:
+                server.settimeout(max(0.01, last - time.monotonic()))
+                try:
+                    connection = stack.enter_context(server.accept()[0])
+                except TimeoutError:
+                    raise TimeoutError(f"process {min(missing)} did not come within {SECONDS} seconds") from None
+                connection.settimeout(1)
+                with suppress(OSError, ValueError):  # of whoever else knocks at the port
+                    there.add(int(connection.recv(16)))
+                    waiting.append(connection)
+        for connection in waiting:  # the port is free for jax by now
+            with suppress(OSError):
+                connection.sendall(GO)
+
+
+def _report(host: str, port: int, process: int) -> None:
+    """Tell process 0 that this one is there, and wait until it says that all are; it may be the last to come itself."""
+    last = time.monotonic() + SECONDS
+    while True:
+        left, problem = max(0.01, last - time.monotonic()), "process 0 has gone"
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                connection.sendall(str(process).encode())
+                connection.settimeout(left)
+                if connection.recv(len(GO)) == GO:
+                    return
+        except OSError as error:
+            problem = str(error)
+        if time.monotonic() > last:
+            raise TimeoutError(f"{problem}, for {SECONDS} seconds")
+        time.sleep(0.1)
 
 
 def process_count() -> int:

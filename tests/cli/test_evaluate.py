@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from moekit.cli import answers, evaluate, run
@@ -50,6 +51,18 @@ def test_a_layer_that_is_wrong_is_the_worst(small, monkeypatch):
     at, error = answers.layer_error(small, wrong, prompts)
     assert at == 0
     assert 1e-4 < error < 0.1
+
+
+def test_a_layer_without_a_number_is_the_worst(small, monkeypatch):
+    """NaN is greater than nothing: it would be passed over."""
+    original = answers.layer_output
+
+    def lost(*arguments, at, **options):
+        return original(*arguments, at=at, **options) * (np.nan if at == 0 else 1)
+
+    monkeypatch.setattr(answers, "layer_output", lost)
+    at, error = answers.layer_error(small, "xla", [question.tokens for question in held_out(2)])
+    assert (at, error) == (0, np.inf)
 
 
 def row(name, dtype, *texts, error=None):
@@ -118,6 +131,7 @@ def test_an_answer_of_transformers_ends_at_its_end():
     ("arguments", "code", "said"),
     [
         (["--questions", "0"], 2, "0 is not in the range x>=1"),
+        (["--questions", "2001"], 2, "2001 questions of at most 2000; ask fewer"),
         (["--kernels", "cuda"], 2, "'cuda' is not one of"),
         (["--tp", "3"], 2, "tp = 3 does not divide"),
     ],

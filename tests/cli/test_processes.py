@@ -5,13 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import jax
 import pytest
 
 from moekit.cli import generate as generate_command
-from moekit.cli import run
+from moekit.cli import processes, run
 from moekit.models.qwen3next import TINY, generate, load, write_random_checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.text import Text
@@ -61,6 +63,7 @@ def test_two_processes_generate_what_one_does(small, tmp_path):
         (["--processes", "2", "--process", "0"], "go together: give all three or none"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "2 is none of 2 processes, from 0"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here' is no HOST:PORT"),
+        (["--coordinator", "a:65536", "--processes", "2", "--process", "0"], "'a:65536' is no HOST:PORT"),
     ],
 )
 def test_what_is_asked_wrongly(moekit, small, arguments, said):
@@ -76,14 +79,66 @@ def test_a_conversation_is_with_one_process(moekit, small, monkeypatch):
     assert "a conversation is with one process" in result.stderr
 
 
-def test_others_that_do_not_come_are_a_sentence(moekit, small, monkeypatch):
+def joining(moekit, small, port, process):
+    where = f"127.0.0.1:{port}"
+    result = moekit("decode", "--checkpoint", str(small), "--coordinator", where, "--processes", "2", "--process", str(process))
+    return result.exit_code, result.stderr, f"Error: process {process} of 2 found no others at {where}: "
+
+
+@pytest.mark.parametrize(
+    ("process", "why"),
+    [(0, "process 1 did not come within 0.3 seconds"), (1, "[Errno 111] Connection refused, for 0.3 seconds")],
+)
+def test_others_that_do_not_come_are_a_sentence(moekit, small, monkeypatch, process, why):
+    """jax itself is not asked: it would abort the process."""
+    monkeypatch.setattr(processes, "SECONDS", 0.3)
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    code, said, start = joining(moekit, small, free_port(), process)
+    assert (code, said) == (3, f"{start}{why}\n")
+
+
+def test_a_port_that_is_taken_is_a_sentence(moekit, small, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    with socket.create_server(("", 0)) as other:
+        code, said, start = joining(moekit, small, other.getsockname()[1], 0)
+    assert code == 3
+    assert said.startswith(start)
+    assert "Address already in use" in said
+
+
+def test_what_jax_says_of_others_is_a_sentence(moekit, small, monkeypatch):
     def nobody(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nMissing: 1")
 
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
-    result = moekit("decode", "--checkpoint", str(small), "--coordinator", "a:1", "--processes", "2", "--process", "0")
-    assert result.exit_code == 3
-    assert "process 0 of 2 found no others at a:1: DEADLINE_EXCEEDED: Barrier timed out. Missing: 1" in result.stderr
+    port = free_port()
+    first = threading.Thread(target=processes._gather, args=(port, 2))
+    first.start()
+    code, said, start = joining(moekit, small, port, 1)
+    first.join()
+    assert (code, said) == (3, f"{start}DEADLINE_EXCEEDED: Barrier timed out. Missing: 1\n")
+
+
+def test_whoever_else_knocks_at_the_port_is_nobody():
+    """All of three are there when the three are; a stranger, and a process that asks again, make no difference."""
+    port, over = free_port(), []
+    first = threading.Thread(target=processes._gather, args=(port, 3))
+    second, third = (threading.Thread(target=lambda i=i: over.append(processes._report("127.0.0.1", port, i))) for i in (1, 2))
+    first.start()
+    second.start()
+    for words in (b"GET / HTTP/1.1", b"1"):
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(words)
+                break
+            except ConnectionError:
+                time.sleep(0.01)
+    assert first.is_alive()
+    third.start()
+    for each in (first, second, third):
+        each.join(20)
+    assert over == [None, None]
 
 
 def test_a_process_without_a_device_is_refused(moekit, small, monkeypatch):

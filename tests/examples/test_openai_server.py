@@ -2,8 +2,11 @@
 
 import asyncio
 import importlib.util
+import json
 import threading
 import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +179,7 @@ def test_a_seed_gives_the_same_answer_again(client):
         ({"prompt": ""}, openai.BadRequestError, "prompt is empty"),
         ({"stop": [1]}, openai.BadRequestError, "stop must be a string or a list of strings"),
         ({"seed": "x"}, openai.BadRequestError, "seed is 'x'"),
+        ({"stream": True, "stream_options": [1]}, openai.BadRequestError, "stream_options must be an object"),
         ({"model": "large"}, openai.NotFoundError, "there is no model 'large' here, only 'small'"),
     ],
 )
@@ -184,6 +188,17 @@ def test_errors_have_openais_shape(client, options, kind, words):
         client.completions.create(**{"model": "small", "prompt": "x", **options})
     assert words in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"), [(b"{", "the body is no JSON"), (b"[" * 100_000, "the body is no JSON"), (b"7", "object")]
+)
+def test_a_body_that_is_no_request(address, body, words):
+    request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert caught.value.code == 400
+    assert words in json.loads(caught.value.read())["error"]["message"]
 
 
 def test_a_message_without_text_is_refused(client):

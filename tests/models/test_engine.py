@@ -106,6 +106,12 @@ def test_what_an_engine_refuses(engine, monkeypatch):
             engine(kernels=wrong)
 
 
+def test_numbers_of_any_kind_are_numbers(engine, prompts, alone):
+    made = engine(slots=np.array(2), length=np.array(LENGTH), piece=np.int64(PIECE))
+    number = made.add(np.array(prompts[5]), max_new_tokens=np.array(MOST))
+    assert made.results()[number].tokens == alone[5]
+
+
 def test_rows_that_do_not_fit_are_refused_before_one_is_placed(engine, monkeypatch):
     monkeypatch.setattr(module, "empty_cache", None)
     with pytest.raises(FitError, match=r"engine: 1000000000 \+ 1 rows of 256 tokens take .* GB on each rank"):

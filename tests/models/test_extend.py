@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from moekit.errors import ShapeError
+from moekit.errors import ArgumentError, DtypeError, ShapeError
 from moekit.models.qwen3next import empty_cache, extend, prefill
 
 CASE = "two-layers"
@@ -55,3 +55,21 @@ def test_pieces_at_a_time_give_the_logits_of_a_whole_prompt(zoo):
     full, cache = extend(model, piece, np.array([32, 31], np.int32), cache, kernels="xla")
     assert np.isnan(full).all(axis=1).tolist() == [True, False]
     assert cache.lengths.tolist() == [-1, 128]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "error", "words"),
+    [
+        (np.array(5), [1], ShapeError, r"extend: tokens has shape \(\) where \[B, S\] is needed"),
+        ([[5]], [1], DtypeError, "extend: tokens is a list; an integer array"),
+        (np.array([[5, 256]]), [2], ArgumentError, r"extend: tokens\[0, 1\] is 256, outside the vocabulary of 256"),
+        (np.array([[5, 6]]), [3], ArgumentError, r"extend: lengths\[0\] is 3; between 1 and 2 are real in a row"),
+    ],
+)
+def test_what_is_refused_names_the_function(zoo, tokens, lengths, error, words):
+    model = zoo.model(CASE)
+    cache = empty_cache(model, 1, 32, "xla")
+    with pytest.raises(error, match=words):
+        extend(model, tokens, np.array(lengths, np.int32), cache, kernels="xla")
+    with pytest.raises(ArgumentError, match="extend: cache is a tuple; what prefill or a step returned is needed"):
+        extend(model, np.array([[5]]), np.array([1]), (), kernels="xla")

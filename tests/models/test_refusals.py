@@ -1,5 +1,6 @@
 """What the model's functions refuse before anything is compiled; what only a device knows becomes NaN, never a number."""
 
+import os
 from dataclasses import replace
 
 import jax
@@ -297,6 +298,14 @@ def test_end_tokens_are_the_generation_configs_else_the_configs(zoo, tmp_path, t
 def test_a_generation_config_that_cannot_be_read(zoo, tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        end_tokens(tmp_path, zoo.config(CASE))
+
+
+@pytest.mark.timeout(20)
+def test_a_generation_config_that_is_no_file_is_not_opened(zoo, tmp_path):
+    """A FIFO's reader would wait for ever."""
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(ConfigError, match=r"generation_config\.json is a FIFO where a regular file is needed"):
         end_tokens(tmp_path, zoo.config(CASE))
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3NextForCausalLM
 
+from moekit.errors import ArgumentError
 from moekit.models.qwen3next import SHIPPED, generate, load, prefill, save, train_tiny
-from moekit.models.qwen3next.questions import TASKS, ask, draw, held_out, said
+from moekit.models.qwen3next.questions import MOST, TASKS, ask, draw, held_out, said
 from moekit.models.qwen3next.save import tensors_of
 from moekit.models.qwen3next.text import Text
 from tests.models.micro import MICRO
@@ -58,7 +59,9 @@ def test_questions_have_their_answers():
     drawn = [draw(rng, task, longest=3, held_out=kept) for task in TASKS for kept in (False, True) for _ in range(20)]
     assert [question.held_out for question in drawn] == ([False] * 20 + [True] * 20) * len(TASKS)
     assert max(len(question.text) for question in drawn if question.task != "add") == len("copy abc")
-    assert len({question.text for question in held_out(60)}) == 60
+    assert len({question.text for question in held_out(MOST)}) == MOST
+    with pytest.raises(ArgumentError, match="held_out: 2001 questions of at most 2000"):
+        held_out(MOST + 1)
 
 
 def test_a_saved_model_is_the_model(shipped, tmp_path, mesh):

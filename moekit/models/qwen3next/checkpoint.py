@@ -80,24 +80,23 @@ class Checkpoint:
 
 
 def load_parameters(
-    directory: str | Path,
-    config: Config,
+    checkpoint: Checkpoint,
     mesh: Mesh,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     room: Room = NO_ROOM,
 ) -> dict[str, Any]:
-    """The parameter tree of a checkpoint as global arrays over `mesh`, each device having read its share.
+    """The parameter tree of a checkpoint's config as global arrays over `mesh`, each device having read its share.
 
     dtype: that of the weights (A_log and dt_bias stay float32, and what a narrow checkpoint keeps in float32 does where
     the model has it so); None takes what config.json names, and the files' where it names none. progress(done, total),
-    in bytes of this process's devices, is called after each share. Before the first array is placed all files are checked,
-    and that weights and a cache as `room` says it fit (FitError).
+    in bytes of this process's devices, is called after each share. Before the first array is placed it is checked that
+    weights and a cache as `room` says it fit (FitError).
     """
-    with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        kind = np.dtype(weights_dtype(checkpoint, dtype))
-        check_fits(checkpoint.config, mesh, kind, room)
-        leaves, structure = jax.tree.flatten(parameters(checkpoint.config, mesh.shape[AXIS]))
+    kind, config = np.dtype(weights_dtype(checkpoint, dtype)), checkpoint.config
+    check_fits(config, mesh, kind, room)
+    leaves, structure = jax.tree.flatten(parameters(config, mesh.shape[AXIS]))
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         reader = _Reader(checkpoint, mesh, kind, pool)
         total, done, arrays = sum(map(reader.size, leaves)), 0, []
         for parameter in leaves:

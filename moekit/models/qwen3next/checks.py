@@ -46,31 +46,28 @@ def checked(check: Callable[..., None]) -> Callable[[Any], Any]:
 
 def check_prefill(model: Any, tokens: Any, lengths: Any, *, cache_length: Any, **_: Any) -> None:
     """Refuse prompts that cannot be read. Concrete arrays are looked at, which waits for those that a device is computing."""
-    _integers("prefill", "tokens", tokens, 2, "[B, S]")
-    _integers("prefill", "lengths", lengths, 1, "[B]")
-    batch, room = tokens.shape
-    if batch < 1 or room < 1:
-        raise ShapeError(f"prefill: tokens has shape {tokens.shape}; at least one row of at least one token is needed")
-    if lengths.shape != (batch,):
-        raise ShapeError(f"prefill: lengths has shape {lengths.shape} and tokens {batch} rows; one a row is needed")
+    _check_shapes("prefill", tokens, lengths)
     _index("prefill", "cache_length", cache_length)
-    if cache_length < room:
+    if cache_length < (size := tokens.shape[1]):
         raise ArgumentError(
-            f"prefill: cache_length = {cache_length} is less than the {room} tokens of the prompt; give room for these "
+            f"prefill: cache_length = {cache_length} is less than the {size} tokens of the prompt; give room for these "
             "and for each token to come"
         )
-    real = _seen(lengths)
-    if real is not None and (wrong := np.flatnonzero((real < 1) | (real > room))).size:
-        row = wrong[0]
-        raise ArgumentError(f"prefill: lengths[{row}] is {real[row]}; between 1 and {room} are real in a row")
-    ids = _seen(tokens)
-    if ids is not None and real is not None:
-        _in_vocabulary("prefill", model, ids, np.arange(room) < real[:, None])
+    _check_values("prefill", model, tokens, lengths)
+
+
+def check_extend(model: Any, tokens: Any, lengths: Any, cache: Any, **_: Any) -> None:
+    """Refuse pieces that cannot be read, as `check_prefill` does prompts."""
+    _check_shapes("extend", tokens, lengths)
+    check_cache("extend", model, cache)
+    if tokens.shape[0] != (rows := cache.lengths.shape[0]):
+        raise ShapeError(f"extend: tokens has shape {tokens.shape} and the cache {rows} rows; one row each is needed")
+    _check_values("extend", model, tokens, lengths)
 
 
 def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
     """Refuse what a step cannot take. Only tokens in the host's memory are looked at: a step never waits for a device."""
-    check_cache(model, cache)
+    check_cache("decode step", model, cache)
     _integers("decode step", "tokens", tokens, 1, "[B]")
     if tokens.shape != cache.lengths.shape:
         batch = cache.lengths.shape[0]
@@ -79,15 +76,15 @@ def check_step(model: Any, tokens: Any, cache: Any, **_: Any) -> None:
         _in_vocabulary("decode step", model, tokens, np.True_)
 
 
-def check_cache(model: Any, cache: Any) -> None:
+def check_cache(where: str, model: Any, cache: Any) -> None:
     """Refuse what is no cache of this model."""
     if not isinstance(cache, Cache):
-        raise ArgumentError(f"decode step: cache is a {type(cache).__name__}; what prefill or a step returned is needed")
+        raise ArgumentError(f"{where}: cache is a {type(cache).__name__}; what prefill or a step returned is needed")
     nets = model.config.layer_types.count(GDN)
     held = len(cache.deltas) if isinstance(cache.deltas, tuple) else cache.deltas.recurrent.shape[0]
     if (held, len(cache.attentions)) != (nets, model.config.num_layers - nets):
         raise ArgumentError(
-            f"decode step: cache is of {held} delta nets and {len(cache.attentions)} attentions, the model has {nets} and "
+            f"{where}: cache is of {held} delta nets and {len(cache.attentions)} attentions, the model has {nets} and "
             f"{model.config.num_layers - nets}; give the cache of this model"
         )
 
@@ -133,7 +130,7 @@ def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.reduce((values, ids), start, larger, (1,))
 
 
-def weight_dtype(dtype: Any) -> str | None:
+def weight_dtype(where: str, dtype: Any) -> str | None:
     """The name of a dtype that weights may have; None stays None. Raises DtypeError for any other."""
     if dtype is None:
         return None
@@ -142,7 +139,7 @@ def weight_dtype(dtype: Any) -> str | None:
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
-        raise DtypeError(f"load: dtype is {name!r}; it must be one of {', '.join(DTYPES)}, or None for the checkpoint's own")
+        raise DtypeError(f"{where}: dtype is {name!r}; it must be one of {', '.join(DTYPES)}, or None for the one it has")
     return name
 
 
@@ -173,6 +170,26 @@ def positive(name: str, given: Any, least: int = 1) -> int:
     if (number := _index("", name, given)) < least:
         raise ArgumentError(f"{name} = {number} where at least {least} is needed")
     return number
+
+
+def _check_shapes(where: str, tokens: Any, lengths: Any) -> None:
+    _integers(where, "tokens", tokens, 2, "[B, S]")
+    _integers(where, "lengths", lengths, 1, "[B]")
+    batch, size = tokens.shape
+    if batch < 1 or size < 1:
+        raise ShapeError(f"{where}: tokens has shape {tokens.shape}; at least one row of at least one token is needed")
+    if lengths.shape != (batch,):
+        raise ShapeError(f"{where}: lengths has shape {lengths.shape} and tokens {batch} rows; one a row is needed")
+
+
+def _check_values(where: str, model: Any, tokens: Any, lengths: Any) -> None:
+    size, real = tokens.shape[1], _seen(lengths)
+    if real is not None and (wrong := np.flatnonzero((real < 1) | (real > size))).size:
+        row = wrong[0]
+        raise ArgumentError(f"{where}: lengths[{row}] is {real[row]}; between 1 and {size} are real in a row")
+    ids = _seen(tokens)
+    if ids is not None and real is not None:
+        _in_vocabulary(where, model, ids, np.arange(size) < real[:, None])
 
 
 def _known(tokens: jax.Array, vocabulary: int) -> jax.Array:

@@ -95,12 +95,13 @@ class Engine:
         self.length, self.ahead = positive("length", length), positive("ahead", ahead)
         self.waiting = positive("waiting", waiting, least=0)
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
-        check_rows_fit(model.config, model.mesh, model.dtype, positive("slots", slots), length, self.pieces[-1])
+        slots = positive("slots", slots)
+        check_rows_fit(model.config, model.mesh, model.dtype, slots, self.length, self.pieces[-1])
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
         self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
-        self._rows: _Rows | None = _Rows.empty(model, slots, length, self.kernels)
+        self._rows: _Rows | None = _Rows.empty(model, slots, self.length, self.kernels)
         self._lock = threading.Lock()  # sequences are added and fail as a whole
         self._count = 0
         self._live: dict[int, _Sequence] = {}  # those that have not ended

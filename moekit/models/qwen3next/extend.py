@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.errors import ShapeError
 from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, Memories, cache_shapes, cache_specs
 from moekit.models.qwen3next.config import GDN
@@ -27,16 +26,7 @@ def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels = 
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding if model.tp > 1 else alone), shapes)
 
 
-def check_extend(model: Any, tokens: Any, lengths: Any, cache: Any, **_: Any) -> None:
-    """Refuse pieces that cannot be read."""
-    checks.check_prefill(model, tokens, lengths, cache_length=tokens.shape[-1] if hasattr(tokens, "shape") else 0)
-    checks.check_cache(model, cache)
-    if tokens.shape[0] != cache.lengths.shape[0]:
-        rows = cache.lengths.shape[0]
-        raise ShapeError(f"extend: tokens has shape {tokens.shape} and the cache {rows} rows; one row each is needed")
-
-
-@checks.checked(check_extend)
+@checks.checked(checks.check_extend)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
 def extend(
     model: Model, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from moekit.errors import DtypeError, NonFiniteError, ShapeError
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.config import Config, ConfigError
+from moekit.models.qwen3next.files import brief, read_json, shown
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
 
@@ -113,18 +113,12 @@ def end_tokens(checkpoint_dir: str | Path, config: Config) -> tuple[int, ...]:
     path = Path(checkpoint_dir) / "generation_config.json"
     if not path.exists():
         return config.eos_token_ids
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(described, dict):
-        raise ConfigError(f"{path} holds {type(described).__name__} where a JSON object is needed")
-    named = described.get("eos_token_id")
+    named = read_json(path, ConfigError).get("eos_token_id")
     if named is None or named == []:
         return config.eos_token_ids
     ids = named if isinstance(named, list) else [named]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"{path}: eos_token_id is {named!r} where a token id or a list of them is needed")
+        raise ConfigError(f"{shown(path)}: eos_token_id is {brief(named)} where a token id or a list of them is needed")
     return tuple(ids)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, Memories, cache_specs
-from moekit.models.qwen3next.checkpoint import load_parameters
+from moekit.models.qwen3next.checkpoint import Checkpoint, load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
@@ -71,11 +71,12 @@ def load(
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
-    dtype = checks.weight_dtype(dtype)
+    dtype = checks.weight_dtype("load", dtype)
     config = replace(Config.from_json(checkpoint_dir), ep=ep)
     check_tensor_parallel(config, mesh.shape[AXIS])
-    params = load_parameters(checkpoint_dir, config, mesh, dtype, progress, room)
-    return Model(params, config, mesh)
+    with Checkpoint(checkpoint_dir, config) as checkpoint:
+        params = load_parameters(checkpoint, mesh, dtype, progress, room)
+    return Model(params, checkpoint.config, mesh)  # the files say whether there is a head
 
 
 def abstract_model(config: Config, mesh: Mesh, dtype: str) -> Model:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moekit.errors import ArgumentError
+
 TASKS = ("copy", "flip", "sort", "add")
 LONGEST = 8  # letters
 LARGEST = 99  # of the numbers that are added
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 END, USER, ANSWER = 256, 257, 258  # the shipped model's tokens after the 256 bytes
+MOST = 2000  # questions of an evaluation: there are a thousand sums that no training draws, and a quarter are of those
 _HELD_OUT = 10  # one question of so many
 
 
@@ -65,7 +68,12 @@ def draw(rng: np.random.Generator, task: str, longest: int = LONGEST, held_out: 
 
 
 def held_out(count: int, seed: int = 0) -> list[Question]:
-    """`count` different questions that no training has drawn, of all tasks in turn; the same ones for a seed."""
+    """`count` different questions that no training has drawn, of all tasks in turn; the same ones for a seed.
+
+    Raises ArgumentError for more than MOST.
+    """
+    if count > MOST:
+        raise ArgumentError(f"held_out: {count} questions of at most {MOST}; ask fewer")
     rng = np.random.default_rng(seed)
     found: dict[Question, None] = {}
     while len(found) < count:

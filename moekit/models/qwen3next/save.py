@@ -11,10 +11,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from moekit.errors import NonFiniteError
 from moekit.files import write_text
+from moekit.models.qwen3next.checkpoint import MAY_BE_F32
+from moekit.models.qwen3next.checks import weight_dtype
 from moekit.models.qwen3next.config import QWEN3_NEXT, ConfigError
 from moekit.models.qwen3next.files import SINGLE
 from moekit.models.qwen3next.model import Model
+from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import FLOAT32, Weight, checkpoint_shapes, parameters
 
 
@@ -55,18 +59,30 @@ def _take_apart(
 def save(model: Model, directory: str | Path, dtype: str | None = None) -> Path:
     """Write `config.json` and `model.safetensors` of a Qwen3-Next under `directory`, and return it.
 
-    dtype: of the weights, the model's where None; A_log and dt_bias are float32, of values that `dtype` holds. Raises
-    ConfigError for a model of another family, whose checkpoints have other names.
+    dtype: of the weights, the model's where None; what the model then holds in float32 and a checkpoint may, stays exact.
+    A_log and dt_bias are float32 in any case, of values that a given `dtype` holds. Raises, before anything is written,
+    ConfigError for a model of another family, whose checkpoints have other names, DtypeError for a dtype that no checkpoint
+    has, and NonFiniteError where a value is NaN or leaves its range.
     """
     if model.config.model_type != QWEN3_NEXT:
         raise ConfigError(f"save: the model is a {model.config.model_type}; only {QWEN3_NEXT} is written")
-    directory, kind = Path(directory), np.dtype(dtype or model.dtype)
+    asked = weight_dtype("save", dtype)
+    directory, kind = Path(directory), np.dtype(asked or model.dtype)
+    tensors = {name: _stored(name, value, kind, exact=asked is None) for name, value in tensors_of(model).items()}
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise NonFiniteError(f"save: {name} holds values that are NaN or infinite in {kind.name}; choose a wider dtype")
     directory.mkdir(parents=True, exist_ok=True)
     description = replace(model.config, dtype=kind.name).to_json()
     write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
-    tensors = {}
-    for name, value in tensors_of(model).items():
-        rounded = value.astype(kind)
-        tensors[name] = rounded.astype(np.float32) if name.endswith(FLOAT32) else rounded
     save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
     return directory
+
+
+def _stored(name: str, value: np.ndarray, kind: np.dtype, exact: bool) -> np.ndarray:
+    """A tensor as a checkpoint of a dtype has it. exact: in float32 where it may be and holds what `kind` cannot."""
+    with np.errstate(over="ignore"):
+        rounded = value.astype(kind)
+    if exact and name.endswith(MAY_BE_F32) and not np.array_equal(rounded, value):
+        return value
+    return rounded.astype(np.float32) if name.endswith(FLOAT32) else rounded

@@ -22,9 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moekit.files import write_text
-from moekit.models.qwen3next.checkpoint import load_parameters
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
-from moekit.models.qwen3next.model import Model, prefill
+from moekit.models.qwen3next.model import Model, load, prefill
 from moekit.models.qwen3next.questions import ANSWER, END, LONGEST, TASKS, USER, draw
 from moekit.models.qwen3next.save import save
 from moekit.models.qwen3next.tiny import write_random_checkpoint
@@ -106,7 +105,7 @@ def curriculum(done: int) -> tuple[int, tuple[str, ...], float]:
 def train(directory: Path, steps: int, keep: Path, progress: Callable[[str], None] = print) -> Model:
     """Train from a seed, or from where `keep` left it, to the end; the state is kept there every KEEP steps."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    params = load_parameters(write_random_checkpoint(directory, CONFIG), CONFIG, mesh)
+    params = load(write_random_checkpoint(directory, CONFIG), mesh).params
     zeros = jax.tree.map(jnp.zeros_like, params)
     state, structure = jax.tree.flatten((params, (zeros, jax.tree.map(jnp.copy, zeros))))
     done = 0
