@@ -168,9 +168,6 @@ class PallasPrinter(Printer):
         whole = not op.out.axes and (numbers or op.out.dtype not in ("bool", "float32", "float16", "bfloat16"))
         return (self.typed(op.yes, LOOSEST), self.typed(op.no, LOOSEST)) if whole else super().branches(op)
 
-    def sides(self, more: int) -> tuple[str, str]:
-        return "jnp.int32(0)", f"jnp.int32({more})"
-
     def masked(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The mask of an access as a full block over `axes`."""
         mask = self.mask(at, axes)

@@ -72,4 +72,4 @@ def _dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.
     for d in range(len(s.axes) - 1):  # a row's stride is known, but for the dynamic sizes in it
         known = prod(n for n in s.sizes[d + 1 :] if n is not None) * itemsize(s.dtype)
         kinds.append("aligned" if known % 16 == 0 else "any")
-    return t.Strided((*kinds, "unit"), wide=True)
+    return t.Strided((*kinds, "unit") if s.axes else (), wide=True)

@@ -17,6 +17,8 @@ from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, exp, f32, fusion, max, sum
 from moekit.lang.dtypes import FLOATS, INTS, numpy_dtype
 from moekit.testing import Call, check, operands, run, variants
+from moekit.testing.draw import plain_case
+from moekit.testing.probes import PROBES
 
 SCHEDULES = {
     "silu_and_mul": ("tile:T:4 tile:I:16", "tile:T:1 tile:I:64"),
@@ -238,3 +240,26 @@ def test_variants_cover_every_mode():
     found = [s for s in variants(graph).values() if s is not None]
     assert {type(d) for s in found for d in s.launches[0].sections[0].axes} == {Tile, Whole, Loop}
     assert any(isinstance(s.launches[0].cut, Split) for s in found)
+
+
+def _told(kind: type, execute):
+    """`execute`, after which what numpy has made is compared with what the program says that it is."""
+
+    def told(run, op):
+        made = execute(run, op)
+        for value, array in zip(t.results(op), made if isinstance(made, list) else [made], strict=True):
+            assert np.shape(array) == run.program.block(value.axes), op
+            assert kind in (t.Extent, t.Elements) or array.dtype == numpy_dtype(value.dtype), op
+        return made
+
+    return told
+
+
+def test_what_an_operation_makes_is_of_the_type_that_the_program_says(monkeypatch):
+    """What writes operations and the rule that checks them ask one table of types, of which neither sees a fault."""
+    for kind in interpret.EXECUTE.keys() - {t.Store, t.Prefetch}:
+        monkeypatch.setitem(interpret.EXECUTE, kind, _told(kind, interpret.EXECUTE[kind]))
+    for name in (*FUSIONS, *PROBES):
+        sizes = {"T": 5, "D": 40, "I": 9, "E": 21, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "H": 21, "A": 6, "B": 5}
+        check("interpret", plain_case(name, sizes, "bfloat16"))
+    check("interpret", plain_case("gate_projections", {"T": 67, "D": 45, "I": 21, "E": 20}, "bfloat16", schedule="tall"))

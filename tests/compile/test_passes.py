@@ -1,6 +1,9 @@
 """The list of passes: a program keeps the rules after each of them, and says the same as before it."""
 
+import ast
+import importlib
 import re
+import sys
 
 import numpy as np
 import programs as good
@@ -16,9 +19,9 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile import interpret
 from moekit.compile.tile.verify import RULES, check, facts_of
-from moekit.errors import FileError
+from moekit.errors import FileError, VerifyError
 from moekit.fusions import FUSIONS
-from moekit.lang import In, cast, f32, fusion
+from moekit.lang import In, cast, contract, f32, fusion, slice
 from moekit.lang.fusion import Fusion
 from moekit.testing import Call, operands
 
@@ -33,6 +36,13 @@ DERIVED = {"memory_masked", "reductions_masked", "wide_offsets"}  # what masks a
 def halves_of_two_kinds(a, b):
     """A bfloat16 that is rounded to float16 later, a negative and a literal -0.0."""
     return {"out": cast(f32(a) + f32(b), "float16"), "minus": -f32(a), "zero": f32(b) * -0.0}
+
+
+@fusion(None, x=In("T D"), w=In("4*I D"))
+def two_of_four(x, w):
+    """Two outputs, each of two products with a part of a weight."""
+    product = lambda start: contract(x, slice(w, "4*I", start, 32, "I"), over="D")  # noqa: E731
+    return {"one": product(0) * product(64), "two": product(32) * product(96)}
 
 
 def after_passes(f: Fusion, schedule: str | None, sizes: dict = SIZES) -> tuple[Call, list[tuple[str, t.TileProgram]]]:
@@ -66,6 +76,15 @@ def test_every_pass_keeps_the_rules(f, schedule):
         facts = facts_of(program)
         for rule in RULES if ORDER.index(name) >= MASKED else RULES.keys() - DERIVED:
             check(facts, rule)
+
+
+def test_a_rule_does_not_ask_what_the_pass_asks(monkeypatch):
+    """How wide an offset is: where the pass is told that all are narrow, the rule says that they may not be."""
+    wide = importlib.import_module("moekit.compile.passes.masks").wide
+    for module in [m for name, m in sys.modules.items() if name.startswith("moekit.") and getattr(m, "wide", None) is wide]:
+        monkeypatch.setattr(module, "wide", lambda program, param: (False,) * len(param.axes))
+    with pytest.raises(VerifyError, match="wide offsets: T × its stride may pass"):
+        good.norm_program()
 
 
 @pytest.mark.parametrize(("f", "schedule"), CASES)
@@ -121,6 +140,15 @@ def test_traces_of_two_targets_and_two_schedules_stand_side_by_side(tmp_path, mo
     assert sorted(p.name.split(".")[2] for p in tmp_path.iterdir()) == ["pallas", "pallas", "triton", "triton"]
 
 
+def test_traces_of_schedules_that_differ_after_the_first_pass_stand_side_by_side(tmp_path, monkeypatch):
+    """What is asked for ahead is nothing that the first program says."""
+    graph = good.graph_of(FUSIONS["gate_gemm"], {"x": (20, 256), "packed": (64, 256)}, "bfloat16")
+    monkeypatch.setenv("MOEKIT_TRACE", str(tmp_path))
+    for text in ("", "prefetch:packed"):
+        good.planned(graph, f"tile:T:16 loop:D:64 tile:P:16 {text} dependent")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_trace_that_cannot_be_written_says_so(tmp_path, monkeypatch):
     """One sentence with the folder's name."""
     (tmp_path / "file").touch()
@@ -144,3 +172,14 @@ def test_sections_that_begin_elsewhere_are_one_helper():
     body = text[text.index("def gate_projections_partial_0_1(") : text.index("def gate_projections_partial_2(")]
     assert "partial_ptr" in body
     assert not {"partial_0_ptr", "partial_1_ptr", "gate_acc", "up_acc"} & set(re.findall(r"\w+", body))
+
+
+def test_a_helper_is_told_of_each_beginning_by_a_name_of_its_own():
+    """Two outputs, each of products with two parts of one weight."""
+    graph = good.graph_of(two_of_four, {"x": (20, 256), "w": (128, 256)}, "bfloat16")
+    blocks = "tile:T:16 loop:D:64 tile:I:16"
+    kernel = good.planned(graph, f"one({blocks}) two({blocks})").programs[0]
+    (helper,) = helpers(kernel)
+    assert [starts for _, starts in helper.calls] == [(0, 64), (32, 96)]
+    assert [*helper.starts.values()] == ["w_first", "w_first_1"]
+    ast.parse(triton.emit(kernel))

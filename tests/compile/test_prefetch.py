@@ -10,12 +10,26 @@ import pytest
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
 from moekit.compile.rules import spread
+from moekit.compile.schedule import Schedule
 from moekit.compile.tile import interpret
 from moekit.fusions import FUSIONS
+from moekit.lang import In, contract, fusion, gather
 from moekit.lang.dtypes import numpy_dtype
 
 GATES = {"x": (20, 448), "gate_up": (50, 448), "router": (33, 448), "shared_gate": (1, 448)}
 BFLOAT16 = numpy_dtype("bfloat16")
+
+
+@fusion(None, x=In("T D"), w=In("E D"), ids=In("K", dtype="int32"))
+def chosen(x, w, ids):
+    """A product with every row of a weight, and one with rows that ids choose."""
+    return {"out": contract(x, w, over="D") * contract(x, gather(w, ids, over="E"), over="D")}
+
+
+@fusion(None, x=In("T D"), w=In("P D"), y=In("T P"))
+def turned(x, w, y):
+    """Products along both axes of a weight."""
+    return {"a": contract(x, w, over="D"), "b": contract(y, w, over="P")}
 
 
 def _plan(name: str, shapes: dict, schedule: str, dtype: str = "bfloat16", last: str = "unit"):
@@ -106,3 +120,17 @@ def test_an_access_past_the_end_is_an_error():
     memory["partial_0"] = np.zeros((2, 20, 33), np.float32)
     with pytest.raises(IndexError, match="Prefetch of packed leaves its bounds"):
         interpret.execute(program, memory, {"T": 20})
+
+
+@pytest.mark.parametrize(("declared", "shapes", "schedule"), [
+    (chosen, {"x": (20, 256), "w": (64, 256), "ids": (16,)}, "tile:T:16 loop:D:64 tile:E:16 tile:K:16"),
+    (turned, {"x": (20, 256), "w": (64, 256), "y": (20, 64)}, "tile:T:16 loop:D:64 whole:P:64"),
+])  # fmt: skip
+@pytest.mark.parametrize("along", [0, 1])
+def test_other_reads_of_the_weight_are_not_asked_for(declared, shapes, schedule, along):
+    """A schedule's word is of the reads that can be; rows chosen by ids and a product across the loop wait for something."""
+    graph = good.graph_of(declared, shapes, "bfloat16")
+    layouts = {n: t.Strided(("any",) * (len(x.dims) - 1) + ("unit",)) for n, x in graph.tensors.items()}
+    layouts["w"] = t.Strided(("aligned", "unit") if along else ("unit", "aligned"))
+    (program,) = plan(graph, Schedule.parse(f"{schedule} prefetch:w dependent"), layouts).programs
+    assert len(good.operations(program, t.Prefetch)) == along

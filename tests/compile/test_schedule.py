@@ -10,6 +10,7 @@ import unseen
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moekit.backends import triton
 from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, row_classes, spread
 from moekit.compile.schedule import (
@@ -316,6 +317,21 @@ def test_no_scratch_or_kernel_takes_the_name_of_another(cut_up, text):
     plan = good.planned(call.graph, text)
     assert len({p.name for p in plan.programs}) == len(plan.programs)
     assert len({s.name for s in plan.scratch} | set(call.graph.tensors)) == len(plan.scratch) + len(call.graph.tensors)
+
+
+@fusion(lambda x, w: {"out": x.astype(np.float64) * w.astype(np.float64).sum()}, x=In("T H"), w=In("D"))
+def by_a_sum(x, w):
+    """Rows by the sum of a weight."""
+    total = sum(f32(w), over="D")
+    return f32(x) * total
+
+
+def test_a_single_number_can_be_staged():
+    """Scratch without a dimension, in all that takes it."""
+    schedule = Schedule.parse("whole:D:64 warps:1 stage:total then tile:T:1 whole:H:16 warps:1")
+    call = Call(by_a_sum, operands(by_a_sum, {"T": 3, "D": 40, "H": 10}, "float32"), schedule=schedule)
+    check("interpret", call)
+    assert all("total_ptr" in triton.emit(p) for p in good.planned(call.graph, schedule).programs)
 
 
 def test_split_of_an_update_reads_the_old_value_once():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -372,18 +373,23 @@ def test_shipped_tables_can_be_read():
 
 
 def test_shipped_entries_keep_the_contract():
-    """Each entry that holds today serves every number of rows with one order of adding up."""
+    """Each entry that holds today serves every number of rows with one order of adding up; a page says where one does not."""
     from moekit.tune.run import SIZES as MODEL
     from moekit.tune.run import params_of
 
-    shipped = table.table("NVIDIA H200")
+    page = (Path(__file__).parents[2] / "docs" / "performance_tried.md").read_text(encoding="utf-8")
+    shipped, passed_over = table.table("NVIDIA H200"), []
     for name, several in MODEL.items():
         for sizes in several:
             values = operands(FUSIONS[name], {"T": 3, **sizes}, "bfloat16", "normal", 1)
             traced = Call(FUSIONS[name], values, params_of(name, sizes)).graph
             row = shipped.get(table.graph_key(traced))
-            if row is None or stale(traced, Entry.parse(row)):
+            if row is None:
+                continue
+            if stale(traced, Entry.parse(row)):
+                passed_over.append(name)
                 continue
             used = [table.scheduled("NVIDIA H200", traced, {"T": t}) for t in (1, 17, 65, 128, 300, 2048, 5000)]
             assert len({order_of(traced, s) for s in used}) == 1
             assert all(plan(traced, s, table.contiguous(traced, {"T": 8})).programs for s in used)
+    assert bool(passed_over) == ("entries are passed over today" in " ".join(page.split())), passed_over

@@ -68,7 +68,7 @@ def lower(
     """
     how = How(section, "pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton")
     program = replace(nest(graph, section, layouts, sizes or {}), digest=digest, warps=warps, stages=stages)
-    watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"), program, how.target)) if w]
+    watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"), program, how)) if w]
     for name, apply in {"nest": lambda program, how: program, **PASSES}.items():
         program = apply(program, how)
         for see in watches:
@@ -86,17 +86,17 @@ def watching(watch: Watch) -> Iterator[None]:
         _watch.reset(token)
 
 
-def _tracer(folder: str | None, first: t.TileProgram, target: str) -> Watch | None:
+def _tracer(folder: str | None, first: t.TileProgram, how: How) -> Watch | None:
     """What writes `<program>.<digest>.<target>.<number of its own>/<number>.<pass>.txt`; None without a folder.
 
-    The number is of the text that the first pass makes: programs of other schedules, sizes or sections have others.
+    The number is of the section and the text that the first pass makes: programs of other schedules or sizes have others.
     """
     if not folder:
         return None
-    names, own = ["nest", *PASSES], sha256(str(first).encode()).hexdigest()[:8]
+    names, own = ["nest", *PASSES], sha256(f"{how.section}\n{first}".encode()).hexdigest()[:8]
 
     def write(name: str, program: t.TileProgram) -> None:
-        path = Path(folder) / f"{program.name}.{program.digest}.{target}.{own}" / f"{names.index(name)}.{name}.txt"
+        path = Path(folder) / f"{program.name}.{program.digest}.{how.target}.{own}" / f"{names.index(name)}.{name}.txt"
         make_folder(path.parent)
         write_text(path, f"{program}\n")
 

@@ -35,11 +35,14 @@ def helpers(kernel: t.Kernel) -> tuple[Helper, ...]:
 
 def _helper(group: list[t.TileProgram]) -> Helper:
     apart = _apart(group) or {}
-    calls = tuple((section, tuple(starts[i] for _, starts in apart.values())) for i, section in enumerate(group))
+    calls = tuple((section, tuple(begin[i] for begin in apart.values())) for i, section in enumerate(group))
     tensors = {names[0]: _common(names) for names in zip(*([p.name for p in s.params] for s in group), strict=True)}
     if len(set(tensors.values())) < len(tensors):
         tensors = {name: name for name in tensors}
-    starts = {(tensors[tensor], at): f"{tensors[tensor]}_first" for tensor, at in apart}
+    starts: dict[tuple[str, t.At], str] = {}
+    for tensor, at in apart:
+        name, before = tensors[tensor], sum(other == tensors[tensor] for other, _ in starts)
+        starts[name, at] = f"{name}_first" + (f"_{before}" if before else "")
     return Helper(_renamed(group, tensors), starts, calls)
 
 
@@ -65,17 +68,17 @@ def _values(section: t.TileProgram) -> Iterator[t.Value]:
         yield from (*op.vars, *op.carries, *op.outs) if isinstance(op, t.Loop) else t.results(op)
 
 
-def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.At], tuple[str, tuple[int, ...]]] | None:
-    """Indices of the first section that begin elsewhere in others: what the beginning is called, and what it is in each.
+def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.At], tuple[int, ...]] | None:
+    """Indices of the first section that begin elsewhere in others, and where in each.
 
     None where one index of the first stands for several of another.
     """
-    found: dict[tuple[str, t.At], tuple[str, tuple[int, ...]]] = {}
+    found: dict[tuple[str, t.At], tuple[int, ...]] = {}
     for (tensor, at), *others in zip(*map(_indices, group), strict=True):
         starts = (at.start, *(other.start for _, other in others))
-        if found.setdefault((tensor, at), (f"{tensor}_first", starts))[1] != starts:
+        if found.setdefault((tensor, at), starts) != starts:
             return None
-    return {index: said for index, said in found.items() if len(set(said[1])) > 1}
+    return {index: starts for index, starts in found.items() if len(set(starts)) > 1}
 
 
 def _indices(section: t.TileProgram) -> Iterator[tuple[str, t.At]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from moekit.compile import tile as t
-from moekit.compile.tile.facts import COMBINE, IDENTITY, facts_of, wide
+from moekit.compile.tile.facts import COMBINE, IDENTITY, facts_of
 
 
 def masks(program: t.TileProgram) -> t.TileProgram:
@@ -72,3 +72,11 @@ class _Masks:
                 new[value] = draft.where(mask(), value, draft.const(identity, value.dtype))
         changed = {n: new[v] for n in ("left", "right", "value") if (v := getattr(op, n, None)) in new}
         return [*draft.ops, replace(op, **changed)]
+
+
+def wide(program: t.TileProgram, param: t.Param) -> tuple[bool, ...]:
+    """Per dimension of a tensor whether an offset along it may pass 2³¹ - 1."""
+    if not isinstance(param.layout, t.Strided):
+        return (False,) * len(param.axes)
+    dynamic = {a.name for a in program.axes if a.extent is None}
+    return tuple(axis is not None and (param.layout.wide or axis in dynamic) for axis in param.axes)

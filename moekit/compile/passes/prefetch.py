@@ -31,16 +31,20 @@ def prefetch(program: t.TileProgram, tensors: Collection[str]) -> t.TileProgram:
 def _asked(f: Facts, load: t.Load, axis: str) -> Iterator[t.Prefetch]:
     """All that a program reads of a weight along a product's looped axis, in powers of two of lines.
 
-    A legal schedule says so of a weight that the axis runs along element by element, in blocks that divide it; how it lies in
-    memory is known here.
+    Nothing where the axis does not run along it element by element, in blocks that divide it, or where another index waits for
+    ids or a loop: a schedule speaks of a tensor, of which a program may have other reads beside the one that makes it legal.
     """
     p, param = f.program, f.program.param(load.at.tensor)
     block, line = p.axis(axis), t.LINE // itemsize(param.dtype)
     made = {d: f.made_by.get(i.value) for d, i in enumerate(load.at.index) if i.value is not None}
-    d, elements = next((d, op) for d, op in made.items() if isinstance(op, t.Elements) and op.axis == axis)
-    if not isinstance(param.layout, t.Strided) or param.layout.strides[d] != "unit":
+    elements = {d: op for d, op in made.items() if isinstance(op, t.Elements)}
+    looped = [d for d, op in elements.items() if p.axis(op.axis).mode == "loop"]
+    if len(elements) < len(made) or [elements[d].axis for d in looped] != [axis] or block.partial:
         return
-    part, start = elements.part, load.at.index[d].start
+    (d,), layout = looped, param.layout
+    if load.at.index[d].step != 1 or not isinstance(layout, t.Strided) or layout.strides[d] != "unit":
+        return
+    part, start = elements[d].part, load.at.index[d].start
     shared = part is not None and p.axis(f"{axis}.part").mode == "grid"
     size = block.share if shared else block.extent or 0
     while size >= line:

@@ -25,7 +25,7 @@ from moekit.compile.tile.operations import (
     operands,
     results,
 )
-from moekit.compile.tile.program import Param, Strided, TileProgram
+from moekit.compile.tile.program import TileProgram
 from moekit.compile.tile.walk import walk
 
 IDENTITY = {
@@ -121,11 +121,3 @@ def facts_of(program: TileProgram) -> Facts:
         else:
             made_by |= dict.fromkeys(results(op), op)
     return Facts(program, ops, made_by, merged)
-
-
-def wide(program: TileProgram, param: Param) -> tuple[bool, ...]:
-    """Per dimension of a tensor whether an offset along it may pass 2³¹ - 1."""
-    if not isinstance(param.layout, Strided):
-        return (False,) * len(param.axes)
-    dynamic = {a.name for a in program.axes if a.extent is None}
-    return tuple(axis is not None and (param.layout.wide or axis in dynamic) for axis in param.axes)

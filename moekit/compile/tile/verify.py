@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from moekit.compile import tile as t
-from moekit.compile.tile.facts import IDENTITY, Facts, facts_of, wide
+from moekit.compile.tile.facts import IDENTITY, Facts, facts_of
 from moekit.compile.tile.types import DEMANDS, RESULT
 from moekit.errors import VerifyError
 
@@ -155,12 +155,17 @@ def reductions_whole(f: Facts) -> Claims:
 
 
 def wide_offsets(f: Facts) -> Claims:
-    """Offsets are 64-bit along dynamic axes, and wherever static extents × strides may pass 2³¹ - 1."""
+    """Offsets are 64-bit along dynamic axes, and wherever static extents × strides may pass 2³¹ - 1.
+
+    The rule works out for itself what the pass `masks` does: it would not see a fault that it shared.
+    """
+    dynamic = {a.name for a in f.program.axes if a.extent is None}
     for op in f.only(t.Memory):
         param = f.program.param(op.at.tensor)
-        said = op.at.wide or (False,) * len(param.axes)
-        for axis, needed, is_wide in zip(param.axes, wide(f.program, param), said, strict=True):
-            yield op, is_wide or not needed, f"{axis} × its stride may pass 2**31 - 1; compute it in 64 bits"
+        if isinstance(param.layout, t.Strided):
+            for axis, wide in zip(param.axes, op.at.wide or (False,) * len(param.axes), strict=True):
+                far = axis in dynamic or (param.layout.wide and axis is not None)
+                yield op, wide or not far, f"{axis} × its stride may pass 2**31 - 1; compute it in 64 bits"
 
 
 def stores_last(f: Facts) -> Claims:

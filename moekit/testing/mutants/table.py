@@ -41,7 +41,7 @@ HISTORICAL = (
     _one("nan-is-padding", "lang/ops.py", "where(isnan(x), LOWEST + 2 ** (32 - width),",
          "where(isnan(x), LOWEST,",
          "rows of NaN choose one expert k times (vLLM 39244) or ids out of range (SGLang 30079)"),
-    _one("offsets-32-bit", "compile/tile/facts.py",
+    _one("offsets-32-bit", "compile/passes/masks.py",
          'return tuple(axis is not None and (param.layout.wide or axis in dynamic) for axis in param.axes)',
          'return (False,) * len(param.axes)',
          "int32 offsets past 2^31 (Liger 1248 and 1296, megablocks 186, vLLM 42173)"),
