@@ -91,6 +91,11 @@ class _Exported:
                     named.setdefault(program, _renamed(program, suffix))
         return named
 
+    def has_kernels(self, rows: _Class) -> bool:
+        """Whether a class of rows has kernels that fewer rows do not have; else only their launch is another."""
+        before = {p for c in self.classes if c.least < rows.least for p in (*c.dense.programs, *c.strided.programs)}
+        return not before.issuperset((*rows.dense.programs, *rows.strided.programs))
+
     @property
     def outputs(self) -> tuple[str, ...]:
         return tuple(w.tensor for w in self.graph.writes)
@@ -276,8 +281,10 @@ def _self_test(made: _Exported) -> str:
     axes = ", ".join(made.dynamic)
     said = "".join(f"{a} {{{a}}} " for a in made.dynamic)
     given = ", ".join(["size"] * len(made.dynamic))
-    leasts = "".join(f"{c.least}, " for c in made.classes if c.least)
-    classes = f'for size in ({leasts}):\n    self_test(device, {given}, ("contiguous", "every second"))\n' if leasts else ""
+    own = [c.least for c in made.classes[1:] if made.has_kernels(c)]
+    others = [c.least for c in made.classes[1:] if c.least not in own]
+    leasts = [f"{own}"] * bool(own) + [f"{others} if not interpreted else []"] * bool(others)
+    classes = "".join(f'for size in {x}:\n    self_test(device, {given}, ("contiguous", "every second"))\n' for x in leasts)
     body = f'''import os
 
 import numpy as np
