@@ -65,7 +65,7 @@ def evaluate(
     directory = checkpoint or SHIPPED
     config, text, asked = Config.from_json(directory), Text(directory), held_out(questions)
     prompts = [text.encode_chat([{"role": "user", "content": question.text}]) for question in asked]
-    tp = checked_tp(config, tp)
+    tp, batch = checked_tp(config, tp), min(batch, questions)
     default = WHO if there else WHO[:2]
     who = [name for name in WHO if name in (kernels or default)]
     rows: list[Row] = []

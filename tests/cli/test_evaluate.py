@@ -110,6 +110,14 @@ def test_kernels_that_do_not_agree_are_a_failure(moekit, monkeypatch):
     assert "pallas and xla do not have equally many answers right" in result.stderr
 
 
+def test_a_batch_is_of_the_questions_there_are(moekit, monkeypatch):
+    """It is filled up to its size, with questions asked again, so that more would be asked than there are."""
+    monkeypatch.setattr(answers, "by", lambda model, name, prompts, batch, *_: [[*b"x" * batch]] * len(prompts))
+    monkeypatch.setattr(answers, "layer_error", lambda *_: (0, 0.0))
+    asked = ("--questions", "4", "--batch", "5000", "--kernels", "xla", "--dtype", "float32")
+    assert json.loads(moekit("evaluate", *asked, "--json").stdout)["batch"] == 4
+
+
 def test_one_program_serves_a_batch_that_is_not_full(small, monkeypatch):
     sizes = []
 
