@@ -11,7 +11,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moekit.fusions import FUSIONS
 from moekit.jax import (
     add_rms_norm,
     down_combine,
@@ -79,7 +78,7 @@ def struct(shape, dtype=jnp.bfloat16):
 def test_every_kernel_compiles(mesh, name, dtype):
     """One kernel per launch, nothing else: an InOut operand that is donated is updated in place."""
     sample = replace(SAMPLES[name], dtype=dtype)
-    fusion = FUSIONS[sample.fusion]
+    fusion = DECLARATIONS[sample.fusion]
     schedule = sample.viewed().schedule
     given = sample.dtypes()
     shapes = [struct(sample.shapes[n], given[n]) for n in fusion.tensors]
@@ -160,7 +159,7 @@ def test_output_view_is_written_in_place(mesh):
 def test_declared_roundings_survive(mesh, name, roundings):
     """XLA on GPU would drop a plain bfloat16 round trip; array evaluation's roundings are in the compiled program."""
     sample = SAMPLES[name]
-    fusion = FUSIONS[sample.fusion]
+    fusion = DECLARATIONS[sample.fusion]
     face = op(fusion)
     text = compiled(mesh, lambda *xs: face(*xs, implementation="xla"), [struct(s) for s in sample.shapes.values()])
     assert text.count("exponent_bits=8, mantissa_bits=7") >= roundings

@@ -71,6 +71,6 @@ def test_every_pair_has_programs_of_its_own():
     """At the 80B's width over two GPUs: one program for each pair and 64 columns, and one launch that adds up."""
     graph = FUSION.trace(example(FUSION, {"T": 1, "H": 2048, "I": 256, "E": 512, "K": 10}, "bfloat16"))
     assert str(heuristic(graph)) == (
-        "tile:K.part:1 tile:T:1 loop:K:1 whole:I:256 tile:H:64 warps:4 stages:1 split:K:10 then "
-        "loop:K.part:1 tile:T:1 tile:H:256 warps:4 stages:1"
+        "tile:K.part:1 tile:T:1 loop:K:1 whole:I:256 tile:H:64 warps:4 stages:1 dependent split:K:10 then "
+        "loop:K.part:1 tile:T:1 tile:H:256 warps:4 stages:1 dependent"
     )

@@ -19,8 +19,9 @@ def test_bfloat16_error_is_that_of_transformers(zoo, forced, case, tp):
     assert root_mean_square(mine - exact) <= 1.5 * root_mean_square(error)
     top = np.sort(exact, axis=-1)
     clear = top[..., -1] - top[..., -2] > 2 * np.abs(error).max()
-    assert clear.any()
-    assert np.array_equal(mine.argmax(-1)[clear], exact.argmax(-1)[clear])
+    agrees, theirs_agree = (x.argmax(-1) == exact.argmax(-1) for x in (mine, theirs))
+    assert agrees[clear].all()
+    assert agrees.mean() >= theirs_agree.mean() - 0.03  # tokens of the greedy continuation: 448 of each model
 
 
 def root_mean_square(x):
