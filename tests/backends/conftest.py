@@ -5,7 +5,7 @@ import pytest
 import moekit.tune.table
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # of a session it would hold in the folders after this one, too
 def untuned():
     """No tuned schedules."""
     with pytest.MonkeyPatch.context() as patch:

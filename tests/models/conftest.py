@@ -185,7 +185,7 @@ def forced():
     return teacher_forced
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # of a session it would hold in the folders after this one, too
 def untuned():
     """The heuristic's schedules on every machine: what a GPU's table says is no part of these tests."""
     import moekit.tune.table

@@ -15,6 +15,7 @@ from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Schedule, Split, Stages, Tile, Warps
 from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
+from moekit.lang.arguments import example
 from moekit.testing import Call, operands
 from moekit.tune import search as searching
 from moekit.tune import table
@@ -381,8 +382,7 @@ def test_shipped_entries_keep_the_contract():
     shipped, passed_over = table.table("NVIDIA H200"), []
     for name, several in MODEL.items():
         for sizes in several:
-            values = operands(FUSIONS[name], {"T": 3, **sizes}, "bfloat16", "normal", 1)
-            traced = Call(FUSIONS[name], values, params_of(name, sizes)).graph
+            traced = FUSIONS[name].trace(example(FUSIONS[name], {"T": 3, **sizes}, "bfloat16", params_of(name, sizes)))
             row = shipped.get(table.graph_key(traced))
             if row is None:
                 continue
