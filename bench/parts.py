@@ -12,7 +12,7 @@ PARTS = (EXPERTS, GATES, DELTA, NORMS, REST, COLLECTIVES)
 # Of the prefixes that a name begins with, the first one counts.
 PREFIXES = {
     "expert_": EXPERTS,
-    "gate_": GATES,  # gate_projections, gate_block, gate_gemm
+    "gate_": GATES,  # gate_projections, gate_gemm
     "topk_softmax": GATES,
     "silu_and_mul": GATES,
     "down_combine": GATES,
