@@ -106,6 +106,10 @@ class FuzzCase:
     operands: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
     own: Fusion | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels between processes: not what was worked out of it, as a declaration may have no name to be found by."""
+        return {n: getattr(self, n) for n in self.__dataclass_fields__}
+
     @functools.cached_property
     def declaration(self) -> Fusion:
         """The fusion itself."""

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -249,6 +250,13 @@ def test_replay(tmp_path):
     assert done.exit_code == 0, done.output
     (tmp_path / "bad.json").write_text('{"no": "case"}')
     assert run("--replay", str(tmp_path / "bad.json")).exit_code == 2
+
+
+def test_a_case_travels_between_processes_whatever_was_asked_of_it():
+    """A declaration drawn at random has no name in a module: what a case has worked out stays behind."""
+    case = FuzzCase("random:5", {"T": 5, "A": 9, "B": 3}, {}, seed=1)
+    case = replace(case, dtypes=dict.fromkeys(case.declaration.tensors, "float32"))
+    assert case.declaration is pickle.loads(pickle.dumps(case)).declaration
 
 
 def test_a_planted_tail_mask_bug_is_found_by_the_same_command(tmp_path):

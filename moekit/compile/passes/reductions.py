@@ -34,6 +34,9 @@ class Total:
 def reduction(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
     """The block of a reduction or contraction."""
     axis = n.attr("axis")
+    if low.graph.axes[axis] == 0:  # a block has one element at least, and nothing would mask it
+        total = _total(low, node)
+        return _identity(home, total, total.axes)
     if axis in low.looped:
         return _in_loops(low, node, n, home)
     if low.is_dot(node):
