@@ -12,6 +12,7 @@ from moekit.compile.passes.pairs import Twins, paired
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import (
     PART,
+    PRODUCTS,
     axis_uses,
     gathered,
     part_axis,
@@ -30,12 +31,14 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes.
+    `bound` has the elements of axes known from here, `made` the blocks of nodes; `weights`, by the node of a largest score, what
+    a sum of exponentials so far is worth now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
+    weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
     def chain(self) -> list[Scope]:
         """The scopes around this one, outermost first, itself last."""
@@ -91,7 +94,7 @@ class Writer(ABC):
 
     def is_dot(self, node: int) -> bool:
         """Whether a node is a product for the matrix unit."""
-        return self.graph.nodes[node].op == "contract" and uses_dot(self.graph, self.section, node)
+        return self.graph.nodes[node].op in PRODUCTS and uses_dot(self.graph, self.section, node)
 
     def home(self, axes: Iterable[str], scope: Scope) -> Scope:
         """The outermost scope around `scope` that sees the same elements of the looped axes in `axes`.

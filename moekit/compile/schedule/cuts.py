@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
-from moekit.compile.schedule.facts import once, part_axis
+from moekit.compile.schedule.facts import FOLDS, once, part_axis
 from moekit.lang.graph import Along, Graph, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
@@ -58,13 +58,13 @@ def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
 
 def stageable(graph: Graph) -> dict[str, int]:
     """The values that may be staged, by name or number (`v12`): results of products and sums, and narrowing casts."""
-    written = {w.value for w in graph.writes}
+    kept = {w.value for w in graph.writes} | {graph.nodes[i].args[2] for i in graph.live() if graph.nodes[i].op == "exp_sum"}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
     found = {}
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
-        if i not in written and (node.op in ("reduce", "contract") or narrows):
+        if i not in kept and (node.op in FOLDS or narrows):
             found[graph.names.get(i, f"v{i}")] = i
     return found
 
@@ -79,7 +79,7 @@ def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, 
         name = _unused(graph, f"{STAGED}_{how.value}")
         return _cut(graph, {stageable(graph)[how.value]: name}, name, None)
     targets = [
-        i for i in graph.live() if graph.nodes[i].op in ("reduce", "contract") and graph.nodes[i].attr("axis") == how.axis
+        i for i in graph.live() if graph.nodes[i].op in FOLDS and graph.nodes[i].attr("axis") == how.axis
     ]
     names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
     return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count))
@@ -105,6 +105,16 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     return first, _rest(graph, scratch, axes, extra), tuple(scratch.values())
 
 
+def _of_parts(node: Node, axis: str, reads: Mapping[int, int], moved: Mapping[int, int]) -> Node:
+    """The last of `reads` folded over the parts as `node` folds elements; a part's sum of exponentials counts from its own top."""
+    part = max(reads.values())
+    if node.op == "exp_sum":
+        top = node.args[2]
+        return Node("exp_sum", (reads[top], part, moved[top]), (("axis", axis), ("weights", "float32")), node.axes, node.dtype)
+    kind = "sum" if node.op == "contract" else node.attr("kind")
+    return Node("reduce", (part,), (("kind", kind), ("axis", axis)), node.axes, node.dtype)
+
+
 def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
     dims = tuple(Dim(a, ((1, a),)) if a in parts else Dim.parse(a) for a in s.axes)
     return Tensor(s.name, role, dims, s.dtype)
@@ -114,14 +124,15 @@ def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str
     """The graph with every target read from scratch: the sum (max, min) of its parts, where there are parts."""
     nodes: list[Node] = []
     moved: dict[int, int] = {}
+    reads: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):
         if i in scratch:
             s = scratch[i]
             index = tuple(Along(a) for a in s.axes)
             ordered = tuple(a for a in axes if a in s.axes)
             nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
-            kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")
-            nodes += [Node("reduce", (len(nodes) - 1,), (("kind", kind), ("axis", a)), node.axes, node.dtype) for a in parts]
+            reads[i] = len(nodes) - 1
+            nodes += [_of_parts(node, a, reads, moved) for a in parts]
         else:
             nodes.append(replace(node, args=tuple(moved[a] for a in node.args)))
         moved[i] = len(nodes) - 1

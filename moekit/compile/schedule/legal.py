@@ -25,9 +25,11 @@ from moekit.compile.schedule.directives import (
     text_of,
 )
 from moekit.compile.schedule.facts import (
+    PRODUCTS,
     AxisUse,
     axis_uses,
     equally_deep,
+    operands,
     part_axis,
     reach,
     read,
@@ -217,7 +219,7 @@ def _divisible(graph: Graph, axis: str, count: int) -> str | None:
 def uses_dot(graph: Graph, section: Section, node: int) -> bool:
     """Whether a contraction runs on the matrix unit: one wide axis on each side, none shared, and enough of each."""
     n = graph.nodes[node]
-    left, right = (set(graph.nodes[a].axes) for a in n.args)
+    left, right = (set(graph.nodes[a].axes) for a in operands(n))
     k = n.attr("axis")
     wide = {a for a in left | right if section.block(a) > 1}
     rows, columns = (left - right) & wide, (right - left) & wide
@@ -232,7 +234,7 @@ def largest_tile(graph: Graph, section: Section) -> int:
     for i in graph.live():
         node = graph.nodes[i]
         axes = set(node.axes)
-        if node.op == "contract" and not uses_dot(graph, section, i):
+        if node.op in PRODUCTS and not uses_dot(graph, section, i):
             axes.add(node.attr("axis"))
         largest = max(largest, prod(map(section.block, axes)))
     return largest
