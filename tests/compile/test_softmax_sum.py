@@ -40,6 +40,9 @@ SCHEDULES = (
     "tile:T:1 tile:G:4 whole:D:32 loop:L:16 parts:L:3 tile:M:16 warps:1 stages:1",
     "tile:L.part:1 tile:T:1 tile:G:4 whole:D:32 loop:L:16 whole:M:16 warps:1 stages:1 split:L:3 then "
     "loop:L.part:1 tile:T:1 tile:G:4 tile:M:16 warps:1 stages:1",
+    "tile:T:1 tile:G:4 whole:D:32 loop:L:16 parts:L:4:32 tile:M:16 warps:1 stages:1",
+    "tile:L.part:1 tile:T:1 tile:G:4 whole:D:32 loop:L:16 whole:M:16 warps:1 stages:1 split:L:4:32 then "
+    "loop:L.part:1 tile:T:1 tile:G:4 tile:M:16 warps:1 stages:1",
 )  # fmt: skip
 
 
@@ -70,8 +73,9 @@ def bits(x):
     return x.view({2: np.int16, 4: np.int32}[x.itemsize])
 
 
-def test_parts_and_a_split_give_the_same_bits():
-    parts, split = (outputs(read_cache, given("float16"), s)[0]["out"] for s in SCHEDULES[-2:])
+@pytest.mark.parametrize("pair", [SCHEDULES[-4:-2], SCHEDULES[-2:]])
+def test_parts_and_a_split_give_the_same_bits(pair):
+    parts, split = (outputs(read_cache, given("float16"), s)[0]["out"] for s in pair)
     np.testing.assert_array_equal(bits(parts), bits(split))
 
 

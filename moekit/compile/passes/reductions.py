@@ -82,19 +82,21 @@ def _in_loops(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
     tops = {low.graph.nodes[m].args[2] for m in group if low.graph.nodes[m].op == "exp_sum"} & set(group)
     group.sort(key=lambda m: m not in tops)
     totals = [_total(low, m, twins.get(m), m in tops) for m in group if m not in twins or m == twins[m].nodes[0]]
-    end = _end(low, group, home)
+    end = _end(low, group, axis, home)
     made = _in_parts(low, totals, axis, home, end) if axis in low.section.parts else _looped(low, totals, axis, home, end)
     for total, value in zip(totals, made, strict=True):
         home.made |= _halves(low, total.pair, value, home) if total.pair else {total.first: value}
     return home.made[node]
 
 
-def _end(low: Writer, group: list[int], home: Scope) -> t.Value | None:
-    """Where a program can leave a loop, if all that it folds ends at one element."""
+def _end(low: Writer, group: list[int], axis: str, home: Scope) -> t.Value | None:
+    """Where a program can leave a loop over `axis`, if all that it folds ends at one element."""
     found = {ends(low.graph, m) for m in group}
-    end = found.pop() if len(found) == 1 else None
-    value = None if end is None else low.value(end, home)
-    return None if value is None or value.axes else value
+    end, extent = found.pop() if len(found) == 1 else None, home.program.axis(axis).extent
+    if end is None or (value := low.value(end, home)).axes:
+        return None
+    most = home.const(extent) if extent is not None else home.emit(t.Extent, axis=axis)
+    return home.binary("maximum", home.binary("minimum", value, most), home.const(0), f"{identifier(axis)}_end")
 
 
 def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:
@@ -105,17 +107,18 @@ def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.V
         return [_joined(scope, total, carry, value) for total, carry, value in done]
 
     names, inits = [f"{total.name}_total" for total in totals], [_identity(home, total, total.axes) for total in totals]
-    return low.loop(home, part_axis(axis), names, inits, body)
+    parts = None
+    if end is not None:
+        block = home.program.axis(axis)
+        parts = home.binary("floordiv", home.binary("add", end, home.const(block.share - 1)), home.const(block.share))
+    return low.loop(home, part_axis(axis), names, inits, body, parts)
 
 
 def _looped(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:
     """One loop over the blocks of `axis`, and what it leaves of each reduction brought together."""
-    if end is not None:
-        block, name = home.program.axis(axis), f"{identifier(axis)}_end"
-        if block.parts > 1:
-            end = home.binary("sub", end, home.binary("mul", home.elements(part_axis(axis)), home.const(block.share)))
-        most = home.const(block.length) if block.length is not None else home.emit(t.Extent, axis=axis)
-        end = home.binary("minimum", end, most, name)
+    if end is not None and (block := home.program.axis(axis)).parts > 1:
+        left = home.binary("sub", end, home.binary("mul", home.elements(part_axis(axis)), home.const(block.share)))
+        end = home.binary("minimum", left, home.const(block.share), f"{identifier(axis)}_left")
 
     def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
         return [_turn(low, total, axis, scope, carry) for total, carry in zip(totals, carries, strict=True)]

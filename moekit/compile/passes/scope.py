@@ -57,7 +57,11 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     """The program of a graph without its operations: its tensors, how it holds each axis, and its grid."""
     extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
     parts = {**shares(graph), **section.parts}
-    axes = {a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1)) for a in axis_uses(graph)}
+    each = {**graph.each, **section.each}
+    axes = {
+        a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1), each=each.get(a, 0))
+        for a in axis_uses(graph)
+    }
     axes |= {part_axis(a): t.AxisBlock(part_axis(a), n, 1, "loop") for a, n in section.parts.items()}
     for column in (pair.column for pair in pairs):
         twice, block = twice_axis(column), 2 * section.block(column)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
-from moekit.compile.schedule.facts import FOLDS, once, part_axis
-from moekit.lang.graph import Along, Graph, Node, Tensor, Write
+from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis
+from moekit.lang.elementwise import IDENTITY
+from moekit.lang.graph import Along, By, Graph, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
 PARTIAL, STAGED = "partial", "staged"  # what a cut leaves to the next launch is called so
@@ -78,11 +79,9 @@ def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, 
     if isinstance(how, Stage):
         name = _unused(graph, f"{STAGED}_{how.value}")
         return _cut(graph, {stageable(graph)[how.value]: name}, name, None)
-    targets = [
-        i for i in graph.live() if graph.nodes[i].op in FOLDS and graph.nodes[i].attr("axis") == how.axis
-    ]
+    targets = [i for i in graph.live() if folded(graph.nodes[i]) == how.axis]
     names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
-    return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count))
+    return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count), how)
 
 
 def _unused(graph: Graph, name: str) -> str:
@@ -90,8 +89,12 @@ def _unused(graph: Graph, name: str) -> str:
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(graph.tensors) + 3))) if n not in graph.tensors)
 
 
-def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None):
-    """Nodes `targets` to scratch of these names, one for each part where there are parts; and the rest from there."""
+def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None, how: Split | None = None):
+    """Nodes `targets` to scratch of these names, one for each part where there are parts; and the rest from there.
+
+    Of parts of a number of elements each, where all targets end at one element of the axis, those past that are not read, nor
+    written: what is put at the number of no part is not.
+    """
     extra = dict([parts] if parts else [])
     axes = {**extra, **graph.axes}
     scratch = {}
@@ -101,8 +104,35 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     made = {s.name: _tensor(s, "Out", extra) for s in scratch.values()}
     tensors = {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"} | made
     writes = tuple(Write(s.name, i, tuple(Along(a) for a in s.axes)) for i, s in scratch.items())
-    first = replace(graph, name=f"{graph.name}_{first_name}", axes=axes, tensors=tensors, writes=writes)
-    return first, _rest(graph, scratch, axes, extra), tuple(scratch.values())
+    nodes, end, each = list(graph.nodes), None, {}
+    if how and how.each:
+        each, found = {how.axis: how.each}, {ends(graph, i) for i in targets}
+        end = found.pop() if len(found) == 1 else None
+    if how and end is not None:
+        number, begun = _begun(nodes, axes, how, end, graph.axes[how.axis] or 0)
+        place = _node(nodes, axes, "where", (begun, number, _node(nodes, axes, "const", attrs=(("value", -1),))))
+        writes = tuple(replace(w, index=(By(0), *w.index[1:]), ids=(place,)) for w in writes)
+    named = f"{graph.name}_{first_name}"
+    first = replace(graph, name=named, axes=axes, tensors=tensors, nodes=tuple(nodes), writes=writes, each=each)
+    return first, _rest(graph, scratch, axes, extra, None if end is None else (how, end)), tuple(scratch.values())
+
+
+def _node(nodes: list[Node], order: Iterable[str], op: str, args: tuple = (), attrs: tuple = (), dtype: str = "int32") -> int:
+    """The number of a new node, which varies over what its operands, or its index, vary over."""
+    varies = {a for i in args for a in nodes[i].axes} | {x.axis for _, x in attrs if isinstance(x, Along)}
+    nodes.append(Node(op, args, attrs, tuple(a for a in order if a in varies), dtype))
+    return len(nodes) - 1
+
+
+def _begun(nodes: list[Node], order: Iterable[str], how: Split, end: int, extent: int) -> tuple[int, int]:
+    """The number of a part, and whether one of so many elements begins before element `end`."""
+
+    def const(value: int) -> int:
+        return _node(nodes, order, "const", attrs=(("value", value),))
+
+    number = _node(nodes, order, "iota", attrs=(("index", Along(part_axis(how.axis))),))
+    last = _node(nodes, order, "add", (_node(nodes, order, "minimum", (end, const(extent))), const(how.each - 1)))
+    return number, _node(nodes, order, "lt", (number, _node(nodes, order, "floordiv", (last, const(how.each)))), dtype="bool")
 
 
 def _of_parts(node: Node, axis: str, reads: Mapping[int, int], moved: Mapping[int, int]) -> Node:
@@ -120,17 +150,30 @@ def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
     return Tensor(s.name, role, dims, s.dtype)
 
 
-def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int]) -> Graph:
-    """The graph with every target read from scratch: the sum (max, min) of its parts, where there are parts."""
+def _rest(
+    graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int], ending: tuple[Split, int] | None
+) -> Graph:
+    """The graph with every target read from scratch: its parts folded, where there are parts.
+
+    `ending`: the split, and the node of the element from which on there are none.
+    """
     nodes: list[Node] = []
     moved: dict[int, int] = {}
     reads: dict[int, int] = {}
+    begun = None
     for i, node in enumerate(graph.nodes):
         if i in scratch:
             s = scratch[i]
             index = tuple(Along(a) for a in s.axes)
             ordered = tuple(a for a in axes if a in s.axes)
             nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
+            reading = len(nodes) - 1
+            if ending:
+                how, end = ending
+                begun = _begun(nodes, axes, how, moved[end], graph.axes[how.axis] or 0)[1] if begun is None else begun
+                kind = node.attr("kind") if node.op == "reduce" else "sum"
+                nothing = _node(nodes, axes, "const", attrs=(("value", IDENTITY[kind, node.dtype]),), dtype=node.dtype)
+                _node(nodes, axes, "where", (begun, reading, nothing), dtype=node.dtype)
             reads[i] = len(nodes) - 1
             nodes += [_of_parts(node, a, reads, moved) for a in parts]
         else:

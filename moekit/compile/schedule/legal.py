@@ -186,7 +186,7 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
     if section.parts and launch.cut is not None:
         yield f"only one axis can be split or done in parts, the schedule says {launch}"
     for axis, count in section.parts.items():
-        why = _divisible(graph, axis, count)
+        why = _divisible(graph, axis, count, section.each.get(axis, 0))
         if why is None and any(axis in reach(graph, w) for w in graph.writes):
             why = "an output runs along it, so its parts cannot be done one after the other by one program"
         if why:
@@ -195,11 +195,14 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
     for axis, count in {**section.parts, **split}.items():
         if axis in axis_uses(graph) and not isinstance(section.axis(axis), Loop):
             yield f"axis {axis} cannot be split in {count}: a split axis is looped over"
+    for axis, each in {**graph.each, **section.each}.items():
+        if axis in axis_uses(graph) and each % section.block(axis):
+            yield f"axis {axis} cannot be cut every {each} elements: its blocks of {section.block(axis)} do not divide that"
 
 
 def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     if isinstance(how, Split):
-        why = _divisible(graph, how.axis, how.count)
+        why = _divisible(graph, how.axis, how.count, how.each)
         return f"axis {how.axis} cannot be split in {how.count}: {why}" if why else None
     if how.value in stageable(graph):
         return None
@@ -207,11 +210,13 @@ def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     return f"{how.value} cannot be staged; results of products and sums and narrowing casts can: {may}"
 
 
-def _divisible(graph: Graph, axis: str, count: int) -> str | None:
+def _divisible(graph: Graph, axis: str, count: int, each: int) -> str | None:
     uses = axis_uses(graph)
     if axis not in uses or not uses[axis].reduced or uses[axis].extent is None:
         return "only a reduced axis of static size can be split"
-    if not 2 <= count <= MOST_PARTS:
+    if each and (each < 1 or count < 2 or count != -(-(uses[axis].extent or 0) // each)):
+        return f"its {uses[axis].extent} elements are not that many parts of {each}, two or more"
+    if not each and not 2 <= count <= MOST_PARTS:
         return f"the parts are 2 to {MOST_PARTS}"
     return None if equally_deep(graph, axis) else "one of its reductions needs the result of another"
 
@@ -275,6 +280,8 @@ def _along(graph: Graph, section: Section, node: int, axis: str, looped: set[str
     if n.op != "read" or any(graph.axes[a] is None for a in n.axes) or graph.tensors[n.attr("tensor")].role != "In":
         return None
     parts = {**shares(graph), **section.parts}.get(axis, 1)
+    if {**graph.each, **section.each}.get(axis):
+        return None
     index = n.attr("index")
     along = [d for d, e in enumerate(index) if isinstance(e, Along) and e.axis == axis and e.step == 1]
     free = all(isinstance(e, Along) and (e.axis == axis or e.axis not in looped) for e in index)
