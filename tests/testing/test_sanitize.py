@@ -138,7 +138,7 @@ HAZARD = """========= Error: Race reported between {first} access at {kernel}+0x
 
 @pytest.mark.parametrize(
     ("changed", "clean"),
-    [({}, True), ({"first": "Read"}, False), ({"second": "0x1750"}, False), ({"text": "expert_down 440f656da0ad 00000000"}, False)],
+    [({}, True), ({"first": "Read"}, False), ({"second": "0x1750"}, False), ({"text": "expert_down 440f656da0ad 0"}, False)],
 )
 def test_only_the_hazard_that_is_explained_is_none(tmp_path, changed, clean):
     """One instruction's writes in just this kernel; beside any other hazard they do not hide it."""
