@@ -133,10 +133,6 @@ LOWERING = (
         ('d.binary("sub", low_half, inverted)', 'd.binary("add", d.const(0), inverted)')),
         "16-bit ties go to the higher index"),
     _one("ties-struck-together", "compile/passes/decompose.py", 'inner.binary("eq", op.elements, first)', 'inner.binary("eq", keys, top)', "of several equal keys only one is ever chosen"),
-    Mutant("topk-not-remasked", "compile/passes/decompose.py", (
-        ('keys = d.where(mask, op.keys, lowest, "keys") if mask else op.keys', 'keys = op.keys'),
-        ('above = inner.where(mask, above, lowest) if mask else above', 'above = above')),
-        "padding columns compete for the top k"),
     _one("ranks-smeared", "compile/passes/decompose.py", 'inner.binary("eq", op.ranks, rank, "here")', 'inner.binary("le", op.ranks, rank, "here")', "the k-th best everywhere"),
     _one("series-cut-short", "compile/passes/decompose.py", 'SERIES = (15, 13, 11, 9, 7, 5, 3, 1)', 'SERIES = (5, 3, 1)', "softplus's series is cut short"),
     _one("softplus-min", "compile/passes/decompose.py", 'd.binary("maximum", op.value, number(0.0))', 'd.binary("minimum", op.value, number(0.0))', "softplus of the wrong side"),
