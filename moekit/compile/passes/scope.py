@@ -31,13 +31,15 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes; `weights`, by the node of a largest score, what
+    `bound` has the elements of axes known from here, `made` the blocks of nodes; `ended`, by the axis that a loop goes over, the
+    node of the element where it ends; `weights`, by the node of a largest score, what
     a sum of exponentials so far is worth now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
+    ended: dict[str, int] = field(default_factory=dict)
     weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
     def chain(self) -> list[Scope]:
