@@ -142,9 +142,9 @@ class _Program:
 
     def dot(self, op: t.Dot) -> np.ndarray:
         m, n = op.out.axes
-        left, right = (self.values[v].astype(np.float32) for v in (op.left, op.right))
-        left = left if op.left.axes == (m, op.axis) else left.T
-        product = left @ (right if op.right.axes == (op.axis, n) else right.T)
+        left, right = (self.values[v].astype(np.float64) for v in (op.left, op.right))  # BLAS adds up in an order of its own:
+        left = left if op.left.axes == (m, op.axis) else left.T  # rounded once, a row has the same bits in any block
+        product = (left @ (right if op.right.axes == (op.axis, n) else right.T)).astype(np.float32)
         return product if op.acc is None else self.values[op.acc] + product
 
     def halves(self, op: t.Halves) -> list[np.ndarray]:
