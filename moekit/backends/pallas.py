@@ -36,7 +36,8 @@ DTYPES = {
 }  # fmt: skip
 WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
-    "sigmoid": "lax.logistic({})", "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
+    "sin": "jnp.sin({})", "cos": "jnp.cos({})", "sigmoid": "lax.logistic({})",
+    "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
     "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "full": "jnp.full({}, {}, {})",
     "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})", "cast": "{}.astype({})",
     "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",

@@ -40,6 +40,7 @@ def function(op: str) -> Callable[..., Value]:
 
 
 exp, log, sqrt, rsqrt = function("exp"), function("log"), function("sqrt"), function("rsqrt")
+sin, cos = function("sin"), function("cos")
 abs, sigmoid, softplus = function("abs"), function("sigmoid"), function("softplus")
 maximum, minimum = function("maximum"), function("minimum")
 

@@ -190,6 +190,10 @@ def _chosen(b: _Body) -> Value:
     return ml.f32(ml.gather(_table(b), b.ids - 1, over="A"))
 
 
+def _wave(b: _Body) -> Value:
+    return b.any((ml.sin, ml.cos))(b.pick() * b.any((1.0, 3.0, 1e4)))
+
+
 def _slice(b: _Body) -> Value:
     """The sum or the largest of every second element from the second on, or of all but the first and last."""
     x, into = b.pick(), f"S{len(b.values)}"
@@ -209,4 +213,4 @@ def _top(b: _Body) -> Value:
 STEPS: tuple[Step, ...] = (
     _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
 )  # fmt: skip
-MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _slice, _slice, _top)
+MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _wave, _slice, _slice, _top)

@@ -161,6 +161,18 @@ def rotate(x, angle):
     return {"turned": left * a - right * (1.0 - a), "swapped": ml.gather(last, 1 - ml.iota("Q"), over="Q") * 2}
 
 
+def _waves(x, angle, position):
+    x, angle, position = _f64(x, angle, position)
+    return {"sine": np.sin(x), "turned": np.cos(angle * position[:, None]) * x}
+
+
+@fusion(_waves, x=In("T D"), angle=In("D"), position=In("T", dtype="int32"))
+def waves(x, angle, position):
+    """Sines of operands and cosines of what is computed."""
+    turned = ml.cos(ml.f32(angle) * ml.f32(position)) * ml.f32(x)
+    return {"sine": ml.sin(x), "turned": ml.cast(turned, x.dtype)}
+
+
 def _bits(x):
     rounded = round_to(x.astype(np.float64), "bfloat16").astype(np.float32)
     return {"high": (rounded.view(np.int32) >> 16).astype(np.int16), "odd": (np.arange(x.shape[1]) % 3 == 1) & (x > 0)}
@@ -202,6 +214,7 @@ SIZES = {
     grouped: {"T": 4, "D": 21, "E": 5, "P": 9, "K": 3},
     double_softmax: {"T": 4, "A": 5, "B": 13},
     rotate: {"T": 5, "D": 10, "R": 4},
+    waves: {"T": 5, "D": 21},
     bits: {"T": 4, "H": 33},
     constants: {"T": 4, "H": 33},
 }
