@@ -7,7 +7,24 @@ are products and sums. As a fusion it was slower than `add_rms_norm` and `gate_p
 import numpy as np
 
 from moekit.fusions import FUSIONS
-from moekit.lang import In, InOut, cast, contract, f32, fusion, halves, mean, round_to, rsqrt, sigmoid, silu
+from moekit.lang import (
+    In,
+    InOut,
+    cast,
+    concat,
+    contract,
+    f32,
+    fusion,
+    halves,
+    mean,
+    round_to,
+    rsqrt,
+    sigmoid,
+    silu,
+    size,
+    slice,
+    sum,
+)
 
 
 def _gate_block(x, residual, weight, gate_up, router, shared_gate, *, eps, offset):
@@ -53,4 +70,24 @@ def gate_block(x, residual, weight, gate_up, router, shared_gate, eps: float = 1
     }
 
 
-DECLARATIONS = {**FUSIONS, "gate_block": gate_block}
+def _causal_conv1d_step(x, state, weight):
+    """The window is the state and x behind it."""
+    window = np.concatenate([state, x[..., None]], axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = (window.astype(np.float64) * weight.astype(np.float64)).sum(-1)
+        return {"out": out / (1 + np.exp(-out)), "state": window[..., 1:]}
+
+
+@fusion(_causal_conv1d_step, x=In("T C"), state=InOut("T C S"), weight=In("C S+1"))
+def causal_conv1d_step(x, state, weight):
+    """One token of a depthwise causal convolution: out = silu(Σ window·weight) of the inputs so far, which move up by one.
+
+    x [T, C], state [T, C, S] (the last S inputs, the oldest first, in x's dtype), weight [C, S+1] -> out [T, C] in x's dtype,
+    rounded once; state loses its oldest input and gains x, in place.
+    """
+    window = concat(state, x, over="S 1", into="S+1")
+    out = silu(sum(f32(window) * f32(weight), over="S+1"))
+    return {"out": cast(out, x.dtype), "state": slice(window, "S+1", 1, size("S"), into="S")}
+
+
+DECLARATIONS = {**FUSIONS, "gate_block": gate_block, "causal_conv1d_step": causal_conv1d_step}

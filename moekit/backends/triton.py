@@ -38,7 +38,7 @@ WORDS = {
     "sin": "tl.sin({})", "cos": "tl.cos({})", "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}",
     "div": "{} // {}", "rem": "{} % {}", "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})",
     "where": "tl.where({}, {}, {})", "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)",
-    "cumsum": "tl.cumsum({}, axis={})",
+    "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
 }  # fmt: skip
 
 HELPERS = {

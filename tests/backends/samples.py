@@ -114,6 +114,7 @@ SAMPLES = {
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},
         f32=("weights",),
     ),
+    "causal_conv1d_step": Sample("causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}),
 }
 GOLDEN = {
     **SAMPLES,

@@ -142,6 +142,7 @@ class Nest(Writer):
     def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: tuple[Write, ...]) -> None:
         if not axes:
             values = [(self.value(w.value, scope), self._access(w.tensor, w.index, w.ids, scope)) for w in writes]
+            scope.ops += [t.Barrier()] if any(w.tensor in self.graph.elsewhere for w in writes) else []
             scope.ops.extend(t.Store(at, value) for value, at in values)
             return
 

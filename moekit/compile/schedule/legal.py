@@ -176,7 +176,7 @@ def axis_problem(use: AxisUse, d: Axis) -> str | None:
     if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):
         return "its size is dynamic" if use.extent is None else f"it has {use.extent} elements"
     if use.whole and not isinstance(d, Whole):
-        return "a scan or top_k runs along it, so it must be whole"
+        return "a scan or top_k runs along it, or an update that reads other elements of it, so it must be whole"
     return None
 
 
