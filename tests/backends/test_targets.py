@@ -48,7 +48,7 @@ def test_sm_90_without_spills(name, dtype, tmp_path):
     for program in replace(SAMPLES[name], dtype=dtype).strided().programs:
         built = compiled(program, "sm_90")
         used = resources(built.asm["cubin"], tmp_path)
-        assert used["STACK"] == 0
+        assert used["STACK"] == (32 if name == "qk_norm_rope" else 0)  # libdevice's sine: the digits of an angle times 2/π
         assert used["REG"] <= 255
         ptx = built.asm["ptx"]
         if dtype == "float32":
