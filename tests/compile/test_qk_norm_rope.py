@@ -79,6 +79,30 @@ def test_a_projection_is_read_where_it_lies():
         np.testing.assert_array_equal(array, got[1][name])
 
 
+def test_derivatives():
+    """Through sine, cosine and concat: those of the same in plain float64 torch."""
+    torch = pytest.importorskip("torch")
+    from moekit.torch import op
+
+    values = {n: torch.from_numpy(v) for n, v in operands(FUSION, SIZES, "float32", seed=8).items()}
+    names, half = ("q", "k", "q_weight", "k_weight", "frequencies"), SIZES["R"]
+
+    def plain(values):
+        angles = (values["positions"][:, None] * values["frequencies"])[:, None]
+        for n in "qk":
+            x = values[n] * torch.rsqrt((values[n] ** 2).mean(-1, keepdim=True) + 1e-6) * (1 + values[f"{n}_weight"])
+            a, b, rest = x.tensor_split((half, 2 * half), -1)
+            yield torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
+
+    found = []
+    for call, dtype in ((lambda v: op(FUSION)(*v.values()), torch.float32), (plain, torch.float64)):
+        mine = {n: v.detach().to(dtype, copy=True).requires_grad_() if n in names else v for n, v in values.items()}
+        sum((out * torch.arange(out.numel()).view(out.shape).sin()).sum() for out in call(mine)).backward()
+        found.append([mine[n].grad for n in names])
+    for name, got, wanted in zip(names, *found, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_more_pairs_than_a_head_has():
     """One sentence, before anything is compiled."""
     with pytest.raises(ShapeError, match="frequencies has 5 elements, heads have 8; pass half as many at most"):
