@@ -268,7 +268,7 @@ def _told(kind: type, execute):
 
 def test_what_an_operation_makes_is_of_the_type_that_the_program_says(monkeypatch):
     """What writes operations and the rule that checks them ask one table of types, of which neither sees a fault."""
-    for kind in interpret.EXECUTE.keys() - {t.Store, t.Prefetch}:
+    for kind in interpret.EXECUTE.keys() - {t.Store, t.Prefetch, t.Barrier}:
         monkeypatch.setitem(interpret.EXECUTE, kind, _told(kind, interpret.EXECUTE[kind]))
     for name in (*FUSIONS, *PROBES):
         sizes = {"T": 5, "D": 40, "I": 9, "E": 21, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "H": 21, "A": 6, "B": 5}
