@@ -68,6 +68,14 @@ def probe_window(x, angle, state):
     return {"state": ml.cast(moved, state.dtype), "out": out, "back": ml.f32(back)}
 
 
+@probe(lambda state: {"state": np.roll(state, 1, -1), "twice": 2 * np.roll(state, 1, -1)}, state=InOut("T S"))
+def probe_round(state):
+    """Rows that turn round in place, with all outputs along the axis along which they are read elsewhere."""
+    before = ml.slice(state, "S", 0, ml.size("S") - 1, into="R")
+    moved = ml.concat(ml.gather(state, ml.extent("S") - 1, over="S"), before, over="1 R", into="S")
+    return {"state": moved, "twice": ml.f32(moved) * 2}
+
+
 def _nearest(x):
     return {"low": np.argmin(x, -1).astype(np.int32), "high": np.argmax(x, -1).astype(np.int32), "span": x.max(-1) - x.min(-1)}
 
