@@ -36,7 +36,8 @@ DTYPES = {
 }  # fmt: skip
 WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
-    "sigmoid": "lax.logistic({})", "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
+    "sin": "jnp.sin({})", "cos": "jnp.cos({})", "sigmoid": "lax.logistic({})",
+    "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
     "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "full": "jnp.full({}, {}, {})",
     "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})", "cast": "{}.astype({})",
     "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
@@ -45,6 +46,9 @@ WORDS = {
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
 HELPERS = {
+    "barrier": """def barrier():
+    plt.debug_barrier()
+""",
     "trunc_div": """def trunc_div(a, b):
     dtype = jnp.result_type(a, b)
     return lax.div(*jnp.broadcast_arrays(jnp.asarray(a, dtype), jnp.asarray(b, dtype)))
@@ -95,6 +99,9 @@ class PallasPrinter(Printer):
         """Note that a helper is needed."""
         self.helpers.add(name)
         return name
+
+    def barrier(self) -> str:
+        return f"{self.helper('barrier')}()"
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, name = "    " * depth, f"{self.names[op.vars[0]]}_body"
@@ -193,9 +200,10 @@ class PallasPrinter(Printer):
             first = told + (f" * {step}" if step != 1 else "") + (f" + {start}" if start else "")
         else:
             first = str(index.start * step + start)
-        if index.value is None or index.value in self.literals:
+        if index.value is None or self.text(index.value) == "0":
             return self.fixed(first, axes)
         text, factor = self.at(index.value, axes), index.step * step
+        text = self.fixed(text, axes) if index.value in self.literals else text
         text = f"{text} * {factor}" if factor != 1 else text
         text = f"{text} + {first}" if first != "0" else text
         if index.side:

@@ -38,7 +38,7 @@ class Printer(ABC):
 
     #: Text around what it is said of: element-wise functions of one block by name; `lanes`, the numbers from 0 on; `element`, a
     #: constant one; `div` and `rem` of one; `full`, a block of a number of a dtype; `broadcast`, a block in another shape;
-    #: `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension.
+    #: `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension; `barrier`.
     words: Mapping[str, str]
     dtypes: Mapping[str, str]
     constant = ""  # what marks the name of a number
@@ -62,6 +62,8 @@ class Printer(ABC):
                 lines += self.loop(op, depth)
             elif isinstance(op, t.AtEnd):
                 lines += self.at_end(op, depth)
+            elif isinstance(op, t.Barrier):
+                lines.append("    " * depth + self.barrier())
             elif text := self.store(op) if isinstance(op, t.Store) else self.line(op):
                 lines += [*self.comment(op, depth), *wrapped("    " * depth + text)]
         return lines
@@ -104,6 +106,10 @@ class Printer(ABC):
     def typed(self, value: t.Value, level: int = ATOM) -> str:
         """A value where a Python number would not do: one that is a literal gets its dtype."""
         return self.scalar(self.text(value), value.dtype) if value in self.literals else self.text(value, level)
+
+    def barrier(self) -> str:
+        """The line that brings a program's threads together."""
+        return self.words["barrier"]
 
     @abstractmethod
     def scalar(self, literal: str, dtype: str) -> str:

@@ -35,9 +35,10 @@ DTYPES = {
 
 WORDS = {
     "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
-    "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}", "div": "{} // {}", "rem": "{} % {}",
-    "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})", "where": "tl.where({}, {}, {})",
-    "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)", "cumsum": "tl.cumsum({}, axis={})",
+    "sin": "tl.sin({})", "cos": "tl.cos({})", "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}",
+    "div": "{} // {}", "rem": "{} % {}", "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})",
+    "where": "tl.where({}, {}, {})", "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)",
+    "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
 }  # fmt: skip
 
 HELPERS = {

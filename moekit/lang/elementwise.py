@@ -44,6 +44,8 @@ ELEMENTWISE = {
     "not": Elementwise(1, "bits", np.invert, "inverted"),
     "exp": Elementwise(1, "float", np.exp, "exponential", "e**x in float32."),
     "log": Elementwise(1, "float", np.log, "logarithm", "Natural logarithm in float32."),
+    "sin": Elementwise(1, "float", np.sin, "sine", "Sine of radians in float32, as exact for large ones as for small."),
+    "cos": Elementwise(1, "float", np.cos, "cosine", "Cosine of radians in float32, as exact for large ones as for small."),
     "sqrt": Elementwise(1, "float", np.sqrt, "root", "Square root in float32."),
     "rsqrt": Elementwise(1, "float", lambda x: 1 / np.sqrt(x), "scale", "1/sqrt(x) in float32."),
     "sigmoid": Elementwise(1, "float", lambda x: 1 / (1 + np.exp(-x)), "gated", "1/(1+exp(-x)) in float32."),

@@ -227,20 +227,26 @@ class Fusion:
         return Write(name, out.node, index, () if target.ids is None else (target.ids.node,))
 
     def _check_updates(self, tensors: dict[str, Tensor], writes: tuple[Write, ...], builder: Builder) -> None:
-        """An InOut tensor may be read only where the same program writes it, or programs would race."""
-        written = {w.tensor: (w.index, w.ids) for w in writes}
+        """An InOut tensor may be read only where the same program writes it, or programs would race.
+
+        One program holds all of a static axis if it must, and reads it all before it writes.
+        """
+        written = {w.tensor: w for w in writes}
         for name, t in tensors.items():
             if t.role == "InOut" and name not in written:
                 raise DeclarationError(f"{self.name}: {name} is InOut but is not returned")
         graph = Graph(self.name, builder.sizes, tensors, tuple(builder.nodes), writes)
-        for node in (builder.nodes[i] for i in graph.live()):
-            if node.op != "read" or tensors[node.attr("tensor")].role != "InOut":
-                continue
-            name = node.attr("tensor")
-            if (node.attr("index"), node.args) != written[name]:
+        for name, d in ((n, d) for n, dims in graph.elsewhere.items() for d in sorted(dims)):
+            t, axis = tensors[name], tensors[name].dims[d].axis
+            reasons = {
+                f"{axis} is dynamic": builder.axis_size(axis) is None,
+                "it is put there at ids": isinstance(written[name].index[d], By),
+                "it came with size 1": d in t.ones,
+            }
+            if why := next((why for why, holds in reasons.items() if holds), None):
                 raise DeclarationError(
-                    f"{self.name}: {name} is updated at [{', '.join(map(str, written[name][0]))}] but read at "
-                    f"[{', '.join(map(str, node.attr('index')))}]; an InOut tensor may only be read where it is written"
+                    f"{self.name}: {name} is updated along {axis} and read at other elements of it, of which no program holds "
+                    f"all, as {why}; read it where it is written"
                 )
 
 

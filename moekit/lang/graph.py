@@ -126,6 +126,22 @@ class Graph:
                 stack.extend(self.nodes[node].args)
         return tuple(sorted(needed))
 
+    @cached_property
+    def elsewhere(self) -> dict[str, frozenset[int]]:
+        """The updated tensors that are also read at other elements than the one written, with the dimensions that differ."""
+        written = {w.tensor: [self._meaning(e, w.ids) for e in w.index] for w in self.writes}
+        found: dict[str, frozenset[int]] = {}
+        for n in (self.nodes[i] for i in self.live()):
+            if n.op == "read" and (own := written.get(name := n.attr("tensor"))) is not None:
+                read = [self._meaning(e, n.args) for e in n.attr("index")]
+                differ = {d for d, pair in enumerate(zip(own, read, strict=True)) if pair[0] != pair[1]}
+                found |= {name: found.get(name, frozenset()) | differ} if differ else {}
+        return found
+
+    @staticmethod
+    def _meaning(entry: Index, args: tuple[int, ...]) -> Along | int:
+        return entry if isinstance(entry, Along) else args[entry.operand]
+
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""
         return [t for t in self.tensors.values() if t.role in ("In", "InOut")]

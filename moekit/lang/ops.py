@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
@@ -40,6 +41,7 @@ def function(op: str) -> Callable[..., Value]:
 
 
 exp, log, sqrt, rsqrt = function("exp"), function("log"), function("sqrt"), function("rsqrt")
+sin, cos = function("sin"), function("cos")
 abs, sigmoid, softplus = function("abs"), function("sigmoid"), function("softplus")
 maximum, minimum = function("maximum"), function("minimum")
 
@@ -258,6 +260,38 @@ def halves(x: Value, into: str) -> tuple[Value, Value]:
         raise DeclarationError(f"{x.builder.name}: halves into {into!r} needs an axis {over!r}, the value has {x.axes}")
     n = size(over) // 2
     return slice(x, over, 0, n, into), slice(x, over, n, n, into)
+
+
+def concat(*values: Value, over: str, into: str) -> Value:
+    """Values one after the other along axis `into`: along `over`, one axis for all or one for each (`over="R R P"`).
+
+    "1" in the place of an axis: the value is one element. Values that do not vary along their axis are repeated along it.
+    An element of the result is chosen among all the values at its place, so these should be cheap; nothing is stored.
+    """
+    builder, axes = current(), _axes(over)
+    axes = axes * len(values) if len(axes) == 1 else axes
+    if not values or len(axes) != len(values):
+        raise DeclarationError(
+            f"{builder.name}: concat of {len(values)} values over {over!r}; name one axis for all or one for each"
+        )
+    counts = [1 if axis == "1" else builder.axis_size(axis) for axis in axes]
+    for x, axis, n in zip(values, axes, counts, strict=True):
+        if n is None:
+            raise DeclarationError(
+                f"{builder.name}: concat over the dynamic axis {axis!r}: where the next value begins must be static"
+            )
+        if axis != into and isinstance(x, Value) and into in x.axes:
+            raise DeclarationError(f"{builder.name}: concat into {into!r}, which the value along {axis!r} varies over already")
+    ends = list(accumulate(n or 0 for n in counts))
+    builder.new_axis(into, ends[-1])
+    parts = [
+        reindex(as_value(x, "float32"), axis, Along(into, -begin))
+        for x, axis, begin in zip(values, axes, [0, *ends], strict=False)
+    ]
+    found = parts[-1]
+    for part, end in zip(parts[-2::-1], ends[-2::-1], strict=True):
+        found = where(iota(into) < end, part, found)
+    return found
 
 
 def gather(table: Value, ids: Value, over: str) -> Value:

@@ -56,18 +56,26 @@ def _affine(b: Builder, index: Along, by: Along | Value) -> Value:
 def _read(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
     args, index = [], []
-    for entry in n.attr("index"):
-        if isinstance(entry, By):
-            args.append(_visit(b, n.args[entry.operand], axis, by, done))
-            index.append(By(len(args) - 1))
-        elif entry.axis != axis:
-            index.append(entry)
-        elif isinstance(by, Along):
-            index.append(_along(entry, by))
-        else:
-            args.append(_affine(b, entry, by).node)
-            index.append(By(len(args) - 1))
+    for dim, entry in enumerate(n.attr("index")):
+        new: Along | int = entry if isinstance(entry, Along) else _visit(b, n.args[entry.operand], axis, by, done)
+        if isinstance(new, int) and b.nodes[new].op == "iota":
+            new = b.nodes[new].attr("index")
+        elif isinstance(new, Along) and new.axis == axis:
+            new = _along(new, by) if isinstance(by, Along) else _affine(b, new, by).node
+        if isinstance(new, Along) and new != entry and not _inside(b, n.attr("tensor"), dim, new):
+            new = b.add("iota", (), (("index", new),), "int32").node
+        args += [new] if isinstance(new, int) else []
+        index.append(By(len(args) - 1) if isinstance(new, int) else new)
     return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(index))), n.dtype).node
+
+
+def _inside(b: Builder, tensor: str, dim: int, index: Along) -> bool:
+    """Whether an affine index stays within dimension `dim` of a tensor; else it is checked as ids are, and zero outside."""
+    whole = next(n for n in b.nodes if n.op == "read" and n.attr("tensor") == tensor).attr("index")[dim]
+    full, size = (b.axis_size(i.axis) if i.axis else 1 for i in (whole, index))
+    if full is None or size is None:
+        return index == whole
+    return size == 0 or 0 <= index.start <= index.start + index.step * (size - 1) < full
 
 
 def _along(index: Along, by: Along) -> Along:

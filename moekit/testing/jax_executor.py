@@ -119,9 +119,9 @@ def _built(implementation: str, case: FuzzCase, bases: Mapping[str, jax.Array]) 
     """The compiled function of a case, and how many kernels were built into it."""
     built, original = [], launch.kernel
 
-    def counted(program):
+    def counted(program, interpret):
         built.append(program)
-        return original(program)
+        return original(program, interpret)
 
     launch.kernel = counted
     try:

@@ -53,6 +53,29 @@ def probe_slots(x, slots, state, keep: float = 0.5):
     return {"state": ml.put(old * keep + ml.f32(x), slots, over="S"), "out": old - ml.f32(x)}
 
 
+def _window(x, angle, state):
+    window = np.concatenate([state, x[..., None]], axis=-1)
+    return {"state": window[..., 1:], "out": (window * np.cos(angle)).sum(-1), "back": window[..., ::-1]}
+
+
+@probe(_window, x=In("T H"), angle=In("H S+1"), state=InOut("T H S"), back=Out("T H S+1"))
+def probe_window(x, angle, state):
+    """Rows that move up by one in place, read at other elements than are written; and values one after the other."""
+    window = ml.concat(state, x, over="S 1", into="S+1")
+    back = ml.concat(x, ml.gather(state, ml.size("S") - 1 - ml.iota("S"), over="S"), over="1 S", into="S+1")
+    moved = ml.slice(window, "S+1", 1, ml.size("S"), into="S")
+    out = ml.sum(ml.f32(window) * ml.cos(ml.f32(angle)), over="S+1")
+    return {"state": ml.cast(moved, state.dtype), "out": out, "back": ml.f32(back)}
+
+
+@probe(lambda state: {"state": np.roll(state, 1, -1), "twice": 2 * np.roll(state, 1, -1)}, state=InOut("T S"))
+def probe_round(state):
+    """Rows that turn round in place, with all outputs along the axis along which they are read elsewhere."""
+    before = ml.slice(state, "S", 0, ml.size("S") - 1, into="R")
+    moved = ml.concat(ml.gather(state, ml.extent("S") - 1, over="S"), before, over="1 R", into="S")
+    return {"state": moved, "twice": ml.f32(moved) * 2}
+
+
 def _nearest(x):
     return {"low": np.argmin(x, -1).astype(np.int32), "high": np.argmax(x, -1).astype(np.int32), "span": x.max(-1) - x.min(-1)}
 

@@ -24,7 +24,7 @@ TINY = 2.0**-126  # its smallest normal number: anything smaller may read as zer
 REACH = DEFAULT  # how many times the estimated noise may carry a value over a tie: as often as it may be exceeded at all
 
 # own error of one operation, in UNITs of its result; room for what GPUs approximate (division, ex2, lg2)
-OWN = {"add": 1, "sub": 1, "mul": 1, "div": 4, "sqrt": 4, "rsqrt": 4, "log": 4}
+OWN = {"add": 1, "sub": 1, "mul": 1, "div": 4, "sqrt": 4, "rsqrt": 4, "log": 4, "sin": 4, "cos": 4}
 
 
 class Evaluation:
@@ -200,10 +200,14 @@ def _unary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         "log": lambda: (1 / np.abs(x.value), OWN["log"]),
         "sqrt": lambda: (0.5 / v, OWN["sqrt"]),
         "rsqrt": lambda: (0.5 * v / np.abs(x.value), OWN["rsqrt"]),
+        "sin": lambda: (1.0, OWN["sin"]),
+        "cos": lambda: (1.0, OWN["cos"]),
         "softplus": lambda: (1 - np.exp(-v), 8 + np.minimum(np.abs(x.value), 128)),
         "sigmoid": lambda: (v * (1 - v), 6 + (4 + np.minimum(np.abs(x.value), 128)) * (1 - v)),
     }[node.op]()
     made = _made(v, [(np.nan_to_num(slope, nan=0.0, posinf=np.inf), x)], own)
+    if node.op in ("sin", "cos"):  # what float32 made infinite has none
+        return _unknown(made, np.isfinite(x.value) & (np.abs(x.value) + x.error(REACH) > LARGEST))
     return replace(made, flips=np.maximum(made.flips, _moved(UNARY[node.op], v, x))) if np.any(x.flips) else made
 
 
@@ -374,7 +378,7 @@ INTEGER = FLOAT | {
     "shl": np.left_shift, "shr": np.right_shift,
 }  # fmt: skip
 UNARY = {
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "sin": np.sin, "cos": np.cos,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "softplus": lambda x: np.logaddexp(0, x),

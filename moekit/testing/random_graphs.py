@@ -190,6 +190,10 @@ def _chosen(b: _Body) -> Value:
     return ml.f32(ml.gather(_table(b), b.ids - 1, over="A"))
 
 
+def _wave(b: _Body) -> Value:
+    return b.any((ml.sin, ml.cos))(b.pick() * b.any((1.0, 3.0, 1e4)))
+
+
 def _slice(b: _Body) -> Value:
     """The sum or the largest of every second element from the second on, or of all but the first and last."""
     x, into = b.pick(), f"S{len(b.values)}"
@@ -197,6 +201,18 @@ def _slice(b: _Body) -> Value:
     n, step = ml.size(axis), int(b.rng.integers(1, 3))
     part = ml.slice(x, axis, 1, (n - 1) // 2 if step == 2 else n - 2, into, step=step)
     return (ml.sum if b.rng.integers(2) else ml.max)(part, over=into)
+
+
+def _concat(b: _Body) -> Value:
+    """A sum over values one after the other, each element weighed by its place."""
+    x, y, into = b.pick(), b.pick(), f"C{len(b.values)}"
+    first, second, rest = b.axis(x), b.axis(y), f"P{into}"
+    if b.rng.integers(2):
+        joined = ml.concat(x, y, over=f"{first} {second}", into=into)
+    else:
+        late = ml.slice(y, second, 1, ml.size(second) - 1, rest)
+        joined = ml.concat(x, 0.5, late, over=f"{first} 1 {rest}", into=into)
+    return ml.sum(joined * ml.f32(ml.iota(into) % 5 - 2), over=into)
 
 
 def _top(b: _Body) -> Value:
@@ -209,4 +225,4 @@ def _top(b: _Body) -> Value:
 STEPS: tuple[Step, ...] = (
     _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
 )  # fmt: skip
-MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _slice, _slice, _top)
+MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _wave, _slice, _slice, _concat, _top)

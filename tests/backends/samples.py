@@ -23,7 +23,7 @@ class Sample:
 
     def dtypes(self) -> dict:
         """The dtype of every operand."""
-        own = {"ids": "int32", "lengths": "int32"} | dict.fromkeys(self.f32, "float32")
+        own = dict.fromkeys(("ids", "lengths", "positions"), "int32") | dict.fromkeys(self.f32, "float32")
         return {n: own.get(n, self.dtype) for n in self.shapes}
 
     def bound(self):
@@ -117,6 +117,12 @@ SAMPLES = {
         "expert_down",
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},
         f32=("weights",),
+    ),
+    "causal_conv1d_step": Sample("causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}),
+    "qk_norm_rope": Sample(
+        "qk_norm_rope",
+        {"q": (4, 16, 256), "k": (4, 2, 256), "q_weight": (256,), "k_weight": (256,), "positions": (4,), "frequencies": (32,)},
+        f32=("frequencies",),
     ),
 }
 GOLDEN = {

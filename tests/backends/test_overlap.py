@@ -10,6 +10,7 @@ from .samples import SAMPLES
 pytest.importorskip("triton")
 from .sm_90 import compiled
 
+LOAD, STORE, BARRIER = (re.compile(x) for x in (r"ld\.global", r"st\.global", r"bar(rier)?\.(warp\.)?sync"))
 STEPS = {"prefetch.global.L2": "P", "griddepcontrol.wait": "W", "griddepcontrol.launch_dependents": "T"}
 STEP = re.compile("|".join([*map(re.escape, STEPS), r"ld\.global", r"st\.global", r"cp\.async\.c[ag]"]))
 
@@ -26,6 +27,15 @@ def test_memory_is_touched_after_the_wait(name):
     for program in SAMPLES[name].strided().programs:
         asks = program.name.endswith("_partial")
         assert _steps(program) == ("PWTM" * len(program.sections) if asks else "TWM"), program.name
+
+
+@pytest.mark.parametrize("schedule", ["", "tile:T:1 tile:C:256 whole:S:4 whole:S+1:4 warps:8 stages:1"])
+def test_lanes_store_after_all_have_loaded(schedule):
+    """Of a tensor that is read at other elements than are written: between the last load and the first store all meet."""
+    (program,) = replace(SAMPLES["causal_conv1d_step"], schedule=schedule).strided().programs
+    ptx = compiled(program).asm["ptx"]
+    last, first = max(m.start() for m in LOAD.finditer(ptx)), min(m.start() for m in STORE.finditer(ptx))
+    assert BARRIER.search(ptx, last, first)
 
 
 @pytest.mark.parametrize("depth", [96, 448, 2048])

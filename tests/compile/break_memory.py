@@ -158,6 +158,32 @@ def output_stored_twice():
     return replace(program, body=(*program.body, program.body[-1]))
 
 
+@breaks("stores_last")
+def store_that_another_lane_may_see_too_early():
+    return without(good.window_program(), lambda op: isinstance(op, t.Barrier))
+
+
+@breaks("stores_last")
+def load_after_the_barrier():
+    program = good.window_program()
+    barrier = next(op for op in program.body if isinstance(op, t.Barrier))
+    at = 1 + next(i for i, op in enumerate(program.body) if isinstance(op, t.Elements) and op.axis == "H")
+    rest = (*program.body[:at], *(op for op in program.body[at:] if op is not barrier))
+    return replace(program, body=(*rest[:at], barrier, *rest[at:]))
+
+
+@breaks("stores_last")
+def elements_that_another_program_stores():
+    program = good.window_program()
+    rows = next(op.out for op in program.body if isinstance(op, t.Elements) and op.axis == "T")
+    load = next(op for op in good.operations(program, t.Load) if op.at.tensor == "state")
+    other = t.Binary(t.Value(900, "int32", rows.axes), "xor", rows, rows)
+    valid = t.InBounds(t.Value(901, "bool", rows.axes), other.out, "T", signed=True)
+    at = replace(load.at, index=(t.At(other.out), *load.at.index[1:]), mask=(*load.at.mask, valid.out))
+    place = program.body.index(load)
+    return replace(program, body=(*program.body[:place], other, valid, replace(load, at=at), *program.body[place + 1 :]))
+
+
 @breaks("hints_first")
 def prefetch_after_a_store():
     program = good.ahead_program()

@@ -12,7 +12,7 @@ from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.lang import In, InOut, cast, f32, fusion, gather, mean, put, rsqrt, sum
+from moekit.lang import In, InOut, cast, concat, f32, fusion, gather, mean, put, rsqrt, size, slice, sum
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph
 
@@ -29,6 +29,12 @@ def accumulate(x, slots, state):
     """state[slots] += x, and the sum of the updated rows."""
     new = gather(state, slots, over="S") + f32(x)
     return {"state": put(new, slots, over="S"), "total": sum(new, over="H")}
+
+
+@fusion(None, x=In("T"), state=InOut("T H", dtype="float32"))
+def window(x, state):
+    """Every row loses its first element and gains x."""
+    return {"state": concat(slice(state, "H", 1, size("H") - 1, "R"), f32(x), over="R 1", into="H")}
 
 
 @fusion(None, table=In("E H"), ids=In("T", dtype=("int32", "int64")))
@@ -119,6 +125,11 @@ def accumulate_program() -> t.TileProgram:
     """Rows updated at ids."""
     shapes = {"x": (3, 20), "slots": (3,), "state": (9, 20)}
     return planned(graph_of(accumulate, shapes), "tile:T:1 whole:H:32").programs[0]
+
+
+def window_program() -> t.TileProgram:
+    """Rows of a state that move up by one, in place."""
+    return planned(graph_of(window, {"x": (3,), "state": (3, 6)}), "tile:T:2 whole:H:8").programs[0]
 
 
 def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.TileProgram:

@@ -58,6 +58,17 @@ def test_access_out_of_bounds_is_an_error(kind):
         interpret.execute(broken, memory, {"T": 7, "H": 50})
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_reading_what_another_program_writes_is_an_error(backwards):
+    """In either order of programs, one sees what the other has stored, or the other overwrites what it has read."""
+    memory = {"x": np.ones(3, np.float32), "state": np.ones((3, 6), np.float32)}
+    interpret.execute(good.window_program(), dict(memory), {"T": 3}, backwards)
+    with pytest.raises(
+        IndexError, match=r"window: (Load of state comes after a store|Store of state to elements that another)"
+    ):
+        interpret.execute(break_memory.elements_that_another_program_stores(), memory, {"T": 3}, backwards)
+
+
 def test_narrow_offsets_that_wrap_are_an_error():
     """An offset that is not computed in 64 bits must fit in 32."""
     graph = good.graph_of(good.norm, {"x": (3, 4), "weight": (4,)})
@@ -257,7 +268,7 @@ def _told(kind: type, execute):
 
 def test_what_an_operation_makes_is_of_the_type_that_the_program_says(monkeypatch):
     """What writes operations and the rule that checks them ask one table of types, of which neither sees a fault."""
-    for kind in interpret.EXECUTE.keys() - {t.Store, t.Prefetch}:
+    for kind in interpret.EXECUTE.keys() - {t.Store, t.Prefetch, t.Barrier}:
         monkeypatch.setitem(interpret.EXECUTE, kind, _told(kind, interpret.EXECUTE[kind]))
     for name in (*FUSIONS, *PROBES):
         sizes = {"T": 5, "D": 40, "I": 9, "E": 21, "K": 2, "V": 4, "Dk": 8, "Dv": 8, "H": 21, "A": 6, "B": 5}

@@ -42,6 +42,7 @@ from tests.declarations import DECLARATIONS
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
 GEMM = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 70), "packed": (35, 70)})
+WINDOW = good.graph_of(good.window, {"x": (3,), "state": (3, 6)})
 DEEP = good.graph_of(FUSIONS["gate_gemm"], {"x": (5, 64), "packed": (35, 64)}, "bfloat16")
 TOPK = good.graph_of(FUSIONS["topk_softmax"], {"logits": (5, 60)}, k=10)
 BOTH = good.graph_of(good.both_updated, {"a": (3, 20), "b": (3, 20, 40)})
@@ -63,6 +64,8 @@ REFUSED = [
     (NORM, "whole:T:8 whole:H:64", "axis T cannot be whole in blocks of 8: its size is dynamic"),
     (NORM, "tile:T:4 tile:H:16", "axis H cannot be tile in blocks of 16: it is reduced, scanned or missing from an output"),
     (TOPK, "tile:T:1 loop:E:16 whole:K:16", "axis E cannot be loop in blocks of 16: a scan or top_k runs along it"),
+    (WINDOW, "tile:T:1 tile:H:4", "axis H cannot be tile in blocks of 4: a scan or top_k runs along it, or an update"),
+    (WINDOW, "tile:T:1 loop:H:4", "axis H cannot be loop in blocks of 4: a scan or top_k runs along it, or an update"),
     (NORM, "tile:T:4 whole:H:64 warps:3", "3 warps and 2 stages; warps are one of"),
     (NORM, "tile:T:4 whole:H:64 stages:9", "4 warps and 9 stages; warps are one of"),
     (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:P:2 {THEN}", "axis P cannot be split in 2: only a reduced axis"),

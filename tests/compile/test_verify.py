@@ -41,6 +41,7 @@ def test_every_rule_has_a_program_that_breaks_it():
         good.ahead_program,
         good.lookup_program,
         good.accumulate_program,
+        good.window_program,
     ],
     ids=lambda make: make.__name__,
 )

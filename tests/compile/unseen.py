@@ -97,6 +97,56 @@ def slot_mean(x, slots, state, keep: float = 0.75):
     return {"state": ml.put(new, slots, over="S"), "out": ml.sum(new, over="H")}
 
 
+def _turned_round(x):
+    (x,) = _f64(x)
+    return {"x": round_to(x[:, ::-1] + x[:, :1], "float32"), "out": x.sum(-1)}
+
+
+@fusion(_turned_round, x=InOut("T H", dtype="float32"))
+def turned_round(x):
+    """A row updated from its other end and its first element: read at other elements than the one written."""
+    first = ml.gather(x, ml.extent("H") * 0, over="H")
+    return {"x": ml.gather(x, ml.size("H") - 1 - ml.iota("H"), over="H") + first, "out": ml.sum(x, over="H")}
+
+
+def _slot_window(x, slots, state):
+    valid = (slots >= 0) & (slots < len(state))
+    windows = np.concatenate([np.where(valid[:, None], state[np.where(valid, slots, 0)], 0), x[:, None]], axis=1)
+    state[slots[valid]] = windows[valid, 1:]
+    return {"state": state, "out": windows.astype(np.float64).sum(-1)}
+
+
+@fusion(_slot_window, x=In("T"), slots=In("T", dtype="int32"), state=InOut("S H"), dynamic="T S")
+def slot_window(x, slots, state):
+    """Rows of a state, chosen by slot, move up by one; slots out of range are left alone."""
+    window = ml.concat(ml.gather(state, slots, over="S"), ml.cast(x, state.dtype), over="H 1", into="H+1")
+    moved = ml.slice(window, "H+1", 1, ml.size("H"), into="H")
+    return {"state": ml.put(moved, slots, over="S"), "out": ml.sum(window, over="H+1")}
+
+
+def _padded(x, y):
+    x, y = _f64(x, y)
+    longer = np.pad(x, ((0, 0), (0, y.shape[1] - x.shape[1])))
+    joined = np.concatenate([x, 2 * y, np.full((len(x), 1), 7.0), x[:, ::-1]], axis=1)
+    return {"out": longer + y, "least": np.maximum(x[:, 1:2], x).sum(-1), "joined": joined, "late": joined[:, 4:-2:3].sum(1)}
+
+
+@fusion(_padded, x=In("T A"), y=In("T B"))
+def padded(x, y):
+    """Indices that leave a tensor, an element of an axis beside all of it, and values one after the other."""
+    x32, y32 = ml.f32(x), ml.f32(y)
+    backwards = ml.gather(x32, ml.size("A") - 1 - ml.iota("A"), over="A")
+    joined = ml.concat(x32, y32 * 2, 7.0, backwards, over="A B 1 A", into="J")
+    late = ml.slice(joined, "J", 4, (ml.size("J") - 4) // 3, into="L", step=3)
+    second = ml.gather(x32, ml.extent("A") * 0 + 1, over="A")
+    return {
+        "out": ml.gather(x32, ml.iota("B"), over="A") + y32,
+        "least": ml.sum(ml.maximum(second, x32), over="A"),
+        "joined": joined,
+        "late": ml.sum(late, over="L"),
+    }
+
+
 def _columns(x, y):
     x, y = _f64(x, y)
     return {"total": x.sum(0), "product": x.T @ y}
@@ -161,6 +211,18 @@ def rotate(x, angle):
     return {"turned": left * a - right * (1.0 - a), "swapped": ml.gather(last, 1 - ml.iota("Q"), over="Q") * 2}
 
 
+def _waves(x, angle, position):
+    x, angle, position = _f64(x, angle, position)
+    return {"sine": np.sin(x), "turned": np.cos(angle * position[:, None]) * x}
+
+
+@fusion(_waves, x=In("T D"), angle=In("D"), position=In("T", dtype="int32"))
+def waves(x, angle, position):
+    """Sines of operands and cosines of what is computed."""
+    turned = ml.cos(ml.f32(angle) * ml.f32(position)) * ml.f32(x)
+    return {"sine": ml.sin(x), "turned": ml.cast(turned, x.dtype)}
+
+
 def _bits(x):
     rounded = round_to(x.astype(np.float64), "bfloat16").astype(np.float32)
     return {"high": (rounded.view(np.int32) >> 16).astype(np.int16), "odd": (np.arange(x.shape[1]) % 3 == 1) & (x > 0)}
@@ -196,12 +258,16 @@ SIZES = {
     mixed: {"T": 5, "H": 19, "K": 3},
     running: {"T": 5, "E": 29},
     slot_mean: {"T": 5, "H": 21, "S": 11},
+    turned_round: {"T": 5, "H": 37},
+    slot_window: {"T": 5, "S": 11, "H": 6},
+    padded: {"T": 5, "A": 9, "B": 13},
     columns: {"T": 37, "H": 21, "P": 18},
     column_extremes: {"T": 37, "H": 21},
     batched: {"B": 3, "M": 18, "N": 20, "K": 35},
     grouped: {"T": 4, "D": 21, "E": 5, "P": 9, "K": 3},
     double_softmax: {"T": 4, "A": 5, "B": 13},
     rotate: {"T": 5, "D": 10, "R": 4},
+    waves: {"T": 5, "D": 21},
     bits: {"T": 4, "H": 33},
     constants: {"T": 4, "H": 33},
 }

@@ -178,6 +178,11 @@ ERRORS = [
     (lambda x: ml.gather(x, ml.f32(ml.iota("T")), over="H"), DtypeError, "gather needs integer ids, got float32"),
     (lambda x: ml.slice(ml.cumsum(x, over="H"), "H", 0, 4, "K"), DeclarationError, "a cumsum cannot be sliced or gathered"),
     (lambda x: ml.slice(ml.top_k(x, 4, "H", "K")[1], "K", 0, 2, "J"), DeclarationError, "a top_k cannot be sliced or gathered"),
+    (lambda x: ml.concat(x, x, over="T", into="S"), DeclarationError, "concat over the dynamic axis 'T': where the next value"),
+    (lambda x: ml.concat(x, x, over="H H H", into="K"), DeclarationError, "concat of 2 values over 'H H H'; name one axis for"),
+    (lambda x: ml.concat(x, 1.0, over="1", into="H"), DeclarationError, "concat into 'H', which the value along '1' varies"),
+    (lambda x: ml.concat(1.0, 2.0, over="1", into="T"), DeclarationError, "axis 'T' .* choose another name"),
+    (lambda x: ml.concat(ml.cumsum(x, over="H"), 0.0, over="H 1", into="K"), DeclarationError, "a cumsum cannot be sliced"),
     (lambda x: ml.size("T"), DeclarationError, r"axis 'T' is dynamic; use extent\('T'\)"),
     (lambda x: {"x": ml.f32(x)}, DeclarationError, "it returns 'x', which is declared In; declare it InOut"),
 ]  # fmt: skip
@@ -198,13 +203,30 @@ def test_declaration_errors(declare, error, message):
 
 
 def test_updates_must_be_read_where_they_are_written():
-    """An InOut read at another index would race."""
+    """An InOut read at elements that another program writes would race; one program holds all of a static axis."""
 
     def shifted(x):
         return {"x": ml.f32(x) + ml.gather(x, 7 - ml.iota("H"), over="H")}
 
-    with pytest.raises(DeclarationError, match="an InOut tensor may only be read where it is written"):
-        trace(shifted, {"x": InOut("T H")})
+    assert trace(shifted, {"x": InOut("T H")}).elsewhere == {"x": {1}}
+
+    def mixed(x):
+        return {"x": ml.f32(x) + ml.gather(x, ml.iota("T") // 2, over="T")}
+
+    with pytest.raises(DeclarationError, match=r"x is updated along T and read at other .* as T is dynamic; read"):
+        trace(mixed, {"x": InOut("T H")})
+
+    def placed(x):
+        return {"x": ml.put(ml.gather(x, ml.iota("T"), over="H") + 1.0, ml.iota("T") // 2, over="H")}
+
+    with pytest.raises(DeclarationError, match=r"x is updated along H and read at .* as it is put there at ids; read it where"):
+        trace(placed, {"x": InOut("T H")})
+
+    def single(x, y):
+        return {"x": x + ml.f32(y)}
+
+    with pytest.raises(DeclarationError, match=r"x is updated along H and read at .* as it came with size 1; read it where"):
+        trace(single, {"x": InOut("T H?"), "y": In("T H")}, {"T": 4, "H": 8, "H?": 1})
 
     def forgotten(x):
         return {"out": ml.f32(x)}

@@ -56,7 +56,7 @@ class _Masks:
             bases = {*(base.out for base in f.bases(value)), *(elements[a] for a in value.axes)}
             along = sorted(bases, key=lambda v: v.number)
             needed += [masks[v] for v in along if v in masks]
-            if not isinstance(f.made_by.get(value), t.Elements):
+            if not f.inside(axis, index):
                 valid = self.numbers.value("bool", value.axes, f"{value.name or 'index'}_valid")
                 own.append(t.InBounds(valid, value, axis or "", signed=True))
                 needed.append(valid)

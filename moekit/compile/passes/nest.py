@@ -97,7 +97,8 @@ class Nest(Writer):
         value = home.elements(entry.axis)
         if entry.step != 1:
             value = home.binary("mul", value, home.const(entry.step))
-        return home.binary("add", value, home.const(entry.start)) if entry.start else value
+        sign = "sub" if entry.start < 0 else "add"
+        return home.binary(sign, value, home.const(abs(entry.start))) if entry.start else value
 
     def scan(self, node: int, n: Node, home: Scope) -> t.Value:
         """A running sum; that of one element is itself."""
@@ -150,6 +151,7 @@ class Nest(Writer):
     def _store_group(self, scope: Scope, axes: tuple[str, ...], writes: tuple[Write, ...]) -> None:
         if not axes:
             values = [(self.value(w.value, scope), self._access(w.tensor, w.index, w.ids, scope)) for w in writes]
+            scope.ops += [t.Barrier()] if any(w.tensor in self.graph.elsewhere for w in writes) else []
             scope.ops.extend(t.Store(at, value) for value, at in values)
             return
 

@@ -42,7 +42,8 @@ class Whole:
 class Loop:
     """`loop:D:256`. An axis held whole → every program goes along it, 256 elements at a time.
 
-    Legal unless a scan or top_k runs along it. Sums go turn by turn; a product on the matrix unit does so in either case.
+    Legal unless a scan or top_k, or an update that reads other elements, runs along it. Sums go turn by turn; a product on the
+    matrix unit does so in either case.
     """
 
     axis: str

@@ -86,6 +86,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
             whole.add(node.attr("axis"))
         elif node.op == "top_k":
             whole |= {node.attr("axis"), node.attr("into")}
+    whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
     spreads = [reach(graph, w) for w in graph.writes]
     used |= set().union(*spreads)
     everywhere = set.intersection(*spreads)

@@ -173,12 +173,12 @@ def axis_problem(use: AxisUse, d: Axis) -> str | None:
     """Why an axis cannot be held so; None if it can."""
     if d.block < 1 or d.block & (d.block - 1):
         return "a block is a power of two"
+    if use.whole and not isinstance(d, Whole):
+        return "a scan or top_k runs along it, or an update that reads other elements of it, so it must be whole"
     if isinstance(d, Tile) and not use.parallel:
         return "it is reduced, scanned or missing from an output, so one program must see all of it"
     if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):
         return "its size is dynamic" if use.extent is None else f"it has {use.extent} elements"
-    if use.whole and not isinstance(d, Whole):
-        return "a scan or top_k runs along it, so it must be whole"
     return None
 
 

@@ -73,10 +73,6 @@ def _reads(graph: Graph, looped: Collection[str], writes: list[Write]) -> set[tu
 
 
 def _reread(graph: Graph, reads: set[tuple[int, bool]], writes: list[Write]) -> str | None:
-    """What outputs overwrite in their loops, and read there at another place too: by another index, or in a reduction."""
-    own = {w.tensor: (w.index, w.ids) for w in writes}
-    for n, reduced in ((graph.nodes[node], reduced) for node, reduced in sorted(reads)):
-        tensor = n.attr("tensor")
-        if tensor in own and (reduced or own[tensor] != (n.attr("index"), n.args)):
-            return tensor
-    return None
+    """What outputs overwrite in their loops, and read there in a reduction too. (Other elements are of axes that are whole.)"""
+    loads = (graph.nodes[node].attr("tensor") for node, reduced in sorted(reads) if reduced)
+    return next((tensor for tensor in loads if tensor in {w.tensor for w in writes}), None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moekit.compile.tile.operations import (
     Accumulate,
+    At,
     AtEnd,
     Binary,
     Bitcast,
@@ -72,6 +73,27 @@ class Facts:
                 found |= self.kept((op.left, op.right))
         return found
 
+    def inside(self, axis: str | None, at: At) -> bool:
+        """Whether an index of an access stays within dimension `axis` of its tensor where its block's own axis has elements.
+
+        Data need not; elements of another axis do where that is short enough. What the program says nothing of is sliced, and
+        tracing has looked at that.
+        """
+        op = self.made_by.get(at.value) if at.value else None
+        full = next((a for a in self.program.axes if a.name == axis), None)
+        if not isinstance(op, Elements):
+            return False
+        own = self.program.bounded(op.axis)
+        if full is None or own == full:
+            return True
+        known = own.extent is not None and full.extent is not None
+        return known and at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent
+
+    def masks(self, masks: Iterable[Value]) -> set[str]:
+        """The axes of which some masks keep out what lies past the end of the block along them."""
+        owns = ((axis, self.made_by.get(value)) for axis, value in self.kept(masks))
+        return {axis for axis, op in owns if isinstance(op, Elements) and self.program.bounded(op.axis).name == axis}
+
     def filled(self, value: Value, axis: str, identity: float, seen: frozenset[Value] = frozenset()) -> bool:
         """Whether the lanes of `value` past the end of `axis` are known to be `identity`."""
         if value in seen or self.constant(value) == identity:
@@ -85,9 +107,9 @@ class Facts:
             return known(*self.merged[value])
         op, name = self.made_by.get(value), self.program.bounded(axis).name
         if isinstance(op, Where):
-            return known(op.no) and (name in {a for a, _ in self.kept((op.condition,))} or known(op.yes))
+            return known(op.no) and (name in self.masks((op.condition,)) or known(op.yes))
         if isinstance(op, Load):
-            return op.fill == identity and name in {a for a, _ in self.kept(op.at.mask)}
+            return op.fill == identity and name in self.masks(op.at.mask)
         if isinstance(op, Accumulate):
             return known(op.acc, op.value)
         if isinstance(op, Cast | Bitcast):

@@ -36,18 +36,37 @@ def run(plan: Any, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], 
 
 def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
+    number, used = itertools.count(), {p.name: Used(memory[p.name].shape) for p in kernel.params if p.role == "InOut"}
     for section in kernel.sections[::-1] if backwards else kernel.sections:
         counts = [n if isinstance(n, int) else -(-sizes[n.name] // n.block) for n in section.counts]
         for ids in itertools.product(*(range(n)[:: -1 if backwards else 1] for n in counts)):
             with np.errstate(all="ignore"):
-                _Program(section, memory, sizes, dict(zip(section.grid, ids, strict=True))).ops(section.body)
+                program = _Program(section, memory, sizes, dict(zip(section.grid, ids, strict=True)), next(number), used)
+                program.ops(section.body)
+
+
+class Used:
+    """Which program of a launch has read each element of an updated tensor (-1: none, -2: several), and what is written."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.readers, self.written = np.full(shape, -1, np.int32), np.zeros(shape, bool)
+
+    def read(self, number: int, at: tuple) -> bool:
+        """Program `number` reads elements, which it may where nothing is written yet."""
+        self.readers[at] = np.where(np.isin(self.readers[at], (-1, number)), number, -2)
+        return not self.written[at].any()
+
+    def write(self, number: int, at: tuple) -> bool:
+        """Program `number` writes elements, which it may where no other one reads."""
+        self.written[at] = True
+        return bool(np.isin(self.readers[at], (-1, number)).all())
 
 
 class _Program:
-    """One program of a launch: its values, and which axes are in their last turn."""
+    """One program of a launch: its values, which axes are in their last turn, and what of updated tensors is used by whom."""
 
-    def __init__(self, program: t.TileProgram, memory: Mapping, sizes: Mapping[str, int], ids: Mapping[str, int]):
-        self.program, self.memory, self.sizes, self.ids = program, memory, sizes, ids
+    def __init__(self, program: t.TileProgram, memory: Mapping, sizes: Mapping, ids: Mapping, number: int, used: Mapping):
+        self.program, self.memory, self.sizes, self.ids, self.number, self.used = program, memory, sizes, ids, number, used
         self.values: dict[t.Value, np.ndarray] = {}
         self.last: dict[str | int, bool] = {}
 
@@ -130,14 +149,19 @@ class _Program:
 
     def load(self, op: t.Load) -> np.ndarray:
         array, index, mask = self.address(op, op.out.axes)
-        out = np.full(mask.shape, op.fill, array.dtype)
-        out[mask] = array[tuple(i[mask] for i in index)]
+        out, at = np.full(mask.shape, op.fill, array.dtype), (*(i[mask] for i in index), ...)
+        if op.at.tensor in self.used and not self.used[op.at.tensor].read(self.number, at):
+            raise IndexError(f"{self.program.name}: Load of {op.at.tensor} comes after a store of the same elements")
+        out[mask] = array[at]
         return out
 
     def store(self, op: t.Store) -> None:
         axes = self.program.ordered({*op.at.axes, *op.value.axes})
         array, index, mask = self.address(op, axes)
-        array[(*(i[mask] for i in index), ...)] = np.broadcast_to(self.at(op.value, axes), mask.shape)[mask]
+        at = (*(i[mask] for i in index), ...)
+        if op.at.tensor in self.used and not self.used[op.at.tensor].write(self.number, at):
+            raise IndexError(f"{self.program.name}: Store of {op.at.tensor} to elements that another program reads")
+        array[at] = np.broadcast_to(self.at(op.value, axes), mask.shape)[mask]
 
     def prefetch(self, op: t.Prefetch) -> None:
         array, index, mask = self.address(op, self.program.ordered(op.at.axes))
@@ -146,9 +170,9 @@ class _Program:
 
     def dot(self, op: t.Dot) -> np.ndarray:
         m, n = op.out.axes
-        left, right = (self.values[v].astype(np.float32) for v in (op.left, op.right))
-        left = left if op.left.axes == (m, op.axis) else left.T
-        product = left @ (right if op.right.axes == (op.axis, n) else right.T)
+        left, right = (self.values[v].astype(np.float64) for v in (op.left, op.right))  # BLAS adds up in an order of its own:
+        left = left if op.left.axes == (m, op.axis) else left.T  # rounded once, a row has the same bits in any block
+        product = (left @ (right if op.right.axes == (op.axis, n) else right.T)).astype(np.float32)
         return product if op.acc is None else self.values[op.acc] + product
 
     def halves(self, op: t.Halves) -> list[np.ndarray]:
@@ -179,6 +203,7 @@ EXECUTE = {
     t.Load: _Program.load,
     t.Store: _Program.store,
     t.Prefetch: _Program.prefetch,
+    t.Barrier: lambda p, op: None,
     t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),
     t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),
     t.Unary: lambda p, op: ELEMENTWISE[op.op].meaning(p.values[op.value]),

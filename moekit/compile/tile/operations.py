@@ -140,6 +140,11 @@ class Prefetch:
 
 
 @dataclass(frozen=True)
+class Barrier:
+    """What any lane has loaded before is loaded before any lane stores what comes after."""
+
+
+@dataclass(frozen=True)
 class Cast:
     """Convert to `out.dtype`, rounding to nearest even where it narrows."""
 
@@ -282,7 +287,7 @@ class AtEnd:
 
 
 Op = (
-    Const | Extent | Elements | InBounds | Load | Store | Prefetch | Cast | Bitcast | Unary | Binary | Where | Reduce
+    Const | Extent | Elements | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where | Reduce
     | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd
 )  # fmt: skip
 Memory = Load | Store | Prefetch
@@ -292,7 +297,7 @@ def results(op: Op) -> tuple[Value, ...]:
     """The values an operation defines for those after it."""
     if isinstance(op, Halves | TopK | Loop | AtEnd):
         return op.outs
-    return () if isinstance(op, Store | Prefetch) else (op.out,)
+    return () if isinstance(op, Store | Prefetch | Barrier) else (op.out,)
 
 
 def operands(op: Op) -> tuple[Value, ...]:

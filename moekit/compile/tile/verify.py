@@ -133,8 +133,8 @@ def memory_masked(f: Facts) -> Claims:
                 owner = f.program.bounded(base.axis)
                 masked = not owner.partial or (owner.name, base.out) in kept
                 yield op, masked, f"the block of {owner.name} reaches past its end; mask it with {owner.name}'s own mask"
-            checked = isinstance(f.made_by.get(value), t.Elements) or any((m.axis, m.value) == (axis, value) for m in ranges)
-            yield op, checked, f"{value.label} is data; mask it to the range of {axis}"
+            checked = f.inside(axis, index) or any((m.axis, m.value) == (axis, value) for m in ranges)
+            yield op, checked, f"{value.label} may be no element of {axis}; mask it to its range"
 
 
 def reductions_masked(f: Facts) -> Claims:
@@ -170,18 +170,33 @@ def wide_offsets(f: Facts) -> Claims:
 
 
 def stores_last(f: Facts) -> Claims:
-    """Nothing is loaded from memory this launch has written: an InOut is read only before, and where, it is stored."""
-    stored: dict[str, tuple[t.Store, tuple]] = {}
-    for op, around in f.ops:
+    """Nothing is loaded from memory this launch has written: an InOut is read only before it is stored, and where its own
+
+    program and turn store it; behind a barrier where another lane may.
+    """
+    stored: dict[str, int] = {}
+    for n, (op, _) in enumerate(f.ops):
         if isinstance(op, t.Load | t.Store):
             yield op, op.at.tensor not in stored, f"{op.at.tensor} was stored before"
         if isinstance(op, t.Store):
-            stored[op.at.tensor] = (op, around)
-    for op, around in f.ops:
-        if isinstance(op, t.Load) and op.at.tensor in stored:
-            store, outside = stored[op.at.tensor]
-            apart = op.at.index == store.at.index or not any(x in outside for x in around)
-            yield op, apart, f"the loop stores {op.at.tensor} at another index, which a later turn would read"
+            stored[op.at.tensor] = n
+    for n, (op, around) in enumerate(f.ops):
+        if not isinstance(op, t.Load) or op.at.tensor not in stored:
+            continue
+        store, outside = f.ops[stored[op.at.tensor]]
+        pairs = [(i, j) for i, j in zip(op.at.index, store.at.index, strict=True)]
+        own = {base.axis for i, j in pairs if i == j for base in f.bases(i.value)}
+        for axis in f.program.grid:
+            yield (
+                op,
+                axis in own,
+                f"programs along {axis} store {op.at.tensor} at other elements, which this one reads; hold it whole",
+            )
+        for axis in (a for x in around if x in outside and isinstance(x, t.Loop) for a in x.over):
+            yield op, axis in own, f"the loop stores {op.at.tensor} at another index, which a later turn would read"
+        if around == outside and any(i != j for i, j in pairs):
+            waits = any(isinstance(x, t.Barrier) and at == outside for x, at in f.ops[n : stored[op.at.tensor]])
+            yield op, waits, f"{op.at.tensor} is stored at another index by other lanes; put a barrier before the store"
 
 
 def hints_first(f: Facts) -> Claims:

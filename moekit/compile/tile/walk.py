@@ -8,6 +8,7 @@ from typing import Any
 
 from moekit.compile.tile.operations import (
     AtEnd,
+    Barrier,
     Binary,
     Cast,
     Const,
@@ -63,7 +64,7 @@ def used(ops: Iterable[Op], kept: Iterable[Value] = ()) -> tuple[Op, ...]:
     """The operations without those that nothing reads; `kept` are read from outside."""
     needed, found = set(kept), []
     for op in reversed(tuple(ops)):
-        if not isinstance(op, Store | Prefetch) and not needed & set(results(op)) and not _stores(op):
+        if not isinstance(op, Store | Prefetch | Barrier) and not needed & set(results(op)) and not _stores(op):
             continue
         if isinstance(op, Loop | AtEnd):
             op = replace(op, body=used(op.body, op.yields))

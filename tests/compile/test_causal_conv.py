@@ -1,0 +1,72 @@
+"""causal_conv1d_step in every implementation: a state that is read at other elements than are written, in place."""
+
+import numpy as np
+import programs as good
+import pytest
+
+from moekit.compile import tile as t
+from moekit.compile.passes.form import out_of_place
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.legal import legal
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
+from tests.declarations import causal_conv1d_step as FUSION
+
+SIZES = {"T": 5, "C": 37, "S": 3}
+SHAPES = {"x": (5, 37), "state": (5, 37, 3), "weight": (37, 4)}
+
+
+class TestCausalConv1dStep(FusionSuite):
+    """The suite, with widths of 2 to 9; blocks that channels and taps do not fill, and one of each."""
+
+    fusion = FUSION
+    sizes = (
+        SIZES,
+        {"T": 0, "C": 8, "S": 3},
+        {"T": 1, "C": 1, "S": 1},
+        {"T": 3, "C": 130, "S": 7},
+        {"T": 9, "C": 16, "S": 8},
+    )
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_sequence_token_by_token(implementation):
+    """After S tokens the state is these inputs, bit by bit, and the last output the whole convolution's."""
+    values, rng = operands(FUSION, SIZES, "float32"), np.random.default_rng(3)
+    inputs = [values["state"][..., i] for i in range(3)] + [rng.standard_normal((5, 37)).astype(np.float32) for _ in range(4)]
+    for token in range(3, 7):
+        got = run(implementation, Call(FUSION, values | {"x": inputs[token]})).outputs
+        np.testing.assert_array_equal(got["state"], np.stack(inputs[token - 2 : token + 1], axis=-1))
+        values["state"] = got["state"]
+    summed = sum(x.astype(np.float64) * w for x, w in zip(inputs[3:], values["weight"].T, strict=True))
+    np.testing.assert_allclose(got["out"], summed / (1 + np.exp(-summed)), rtol=1e-5, atol=1e-6)
+
+
+def graph():
+    """Of the sizes above, in bfloat16."""
+    return good.graph_of(FUSION, SHAPES, "bfloat16")
+
+
+@pytest.mark.parametrize("how", ["tile:S:1", "loop:S:2"])
+def test_one_program_holds_what_is_read_elsewhere(how):
+    """Another block of S would be read by one program, or turn, and written by another."""
+    kind, _, block = how.split(":")
+    why = legal(graph(), Schedule.parse(f"tile:T:1 tile:C:16 {how} whole:S+1:4"))
+    assert why is not None
+    assert why.startswith(f"causal_conv1d_step: axis S cannot be {kind} in blocks of {block}: ")
+
+
+def test_other_axes_are_held_in_any_way():
+    """A loop over channels loads a block of them, and stores it, turn by turn."""
+    for text in ("tile:T:2 tile:C:16 whole:S:4 whole:S+1:4", "tile:T:1 loop:C:16 whole:S:4 whole:S+1:4"):
+        values = operands(FUSION, SIZES, "bfloat16")
+        check("interpret", Call(FUSION, values, schedule=Schedule.parse(text)))
+
+
+def test_a_barrier_stands_where_lanes_may_store_what_others_load():
+    """In place, and nowhere else: what goes elsewhere needs none."""
+
+    def barriers(graph) -> list:
+        return [op for p in good.planned(graph).programs for s in p.sections for op in good.operations(s, t.Barrier)]
+
+    assert barriers(graph()) == [t.Barrier()]
+    assert barriers(out_of_place(graph(), frozenset({"state"}))) == []
