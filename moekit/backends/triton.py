@@ -99,8 +99,12 @@ class TritonPrinter(Printer):
 
     words, dtypes, constant, typed_literals = WORDS, DTYPES, ": tl.constexpr", ("float16", "bfloat16", "int16", "int8")
 
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.counted: set[t.Value] = set()  # variables of loops, which Triton's interpreter has as Python numbers
+
     def loop(self, op: t.Loop, depth: int) -> list[str]:
-        pad, counts = "    " * depth, [self.turns(a) for a in op.over]
+        pad, counts = "    " * depth, [self.turns(a, op.end) for a in op.over]
         lines = [
             f"{pad}{self.names[c]} = {self.typed(i, LOOSEST)}"
             for c, i in zip(op.carries, op.inits, strict=True)
@@ -113,17 +117,19 @@ class TritonPrinter(Printer):
             lines.append(f"{pad}for turn in tl.static_range({counts[0]}):")
             lines.append(f"{pad}    {self.names[op.vars[0]]} = tl.cast(turn, tl.int32)")
         else:
+            self.counted.add(op.vars[0])
             lines.append(f"{pad}for {self.names[op.vars[0]]} in range({counts[0]}):")
         lines += self.body(op.body, depth + 1)
         return lines + self.assigned(op.carries, op.yields, depth + 1)
 
-    def turns(self, over: str | int) -> str:
+    def turns(self, over: str | int, end: t.Value | None = None) -> str:
         """The arguments of the range of a loop."""
         if isinstance(over, int):
             return str(over)
         axis = self.program.axis(over)
-        end = self.extent(over) if axis.length is None else str(axis.length)
-        return end if axis.block == 1 else f"0, {end}, {axis.block}"
+        known = self.extent(over) if axis.length is None else str(axis.length)
+        last = known if end is None else self.text(end)
+        return last if axis.block == 1 else f"0, {last}, {axis.block}"
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
         count = self.program.turns(op.axis)
@@ -188,7 +194,8 @@ class TritonPrinter(Printer):
             return (f"tl.cast({start}, tl.int64)" if wide else start), ATOM
         text = self.at(index.value, axes)
         if wide:
-            text = f"tl.cast({text}, tl.int64)" if index.value in self.inline else f"{text}.to(tl.int64)"
+            plain = index.value in self.inline or self.names.owner(index.value) in self.counted
+            text = f"tl.cast({text}, tl.int64)" if plain else f"{text}.to(tl.int64)"
         level = ATOM
         if index.step != 1:
             text, level = f"{text} * {index.step}", TIMES

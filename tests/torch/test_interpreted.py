@@ -12,14 +12,18 @@ import moekit.torch as mt
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
 from moekit.testing import as_torch, operands
+from moekit.testing.interpreted import mend
 
+mend()  # loops to a run-time end
 SIZES = {
     "gate_gemm": {"T": 5, "D": 24, "P": 17}, "silu_and_mul": {"T": 5, "I": 9}, "topk_softmax": {"T": 5, "E": 20},
     "shared_expert_combine": {"T": 5, "H": 9}, "add_rms_norm": {"T": 5, "H": 24},
     "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
     "gate_projections": {"T": 5, "D": 24, "I": 5, "E": 9, "G": 1},
     "down_combine": {"T": 5, "H": 9, "I": 20},
-    "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2}, "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
+    "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
+    "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
+    "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
 }
 for name, sizes in SIZES.items():
     params = {"k": 3} if "k" in FUSIONS[name].params else {}

@@ -12,6 +12,7 @@ from moekit.compile.passes.pairs import Twins, paired
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import (
     PART,
+    PRODUCTS,
     axis_uses,
     gathered,
     part_axis,
@@ -30,12 +31,16 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes.
+    `bound` has the elements of axes known from here, `made` the blocks of nodes. `ended`: by the axis that a loop goes over,
+    the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is
+    worth now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
+    ended: dict[str, int] = field(default_factory=dict)
+    weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
     def chain(self) -> list[Scope]:
         """The scopes around this one, outermost first, itself last."""
@@ -54,7 +59,11 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     """The program of a graph without its operations: its tensors, how it holds each axis, and its grid."""
     extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
     parts = {**shares(graph), **section.parts}
-    axes = {a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1)) for a in axis_uses(graph)}
+    each = {**graph.each, **section.each}
+    axes = {
+        a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1), each=each.get(a, 0))
+        for a in axis_uses(graph)
+    }
     axes |= {part_axis(a): t.AxisBlock(part_axis(a), n, 1, "loop") for a, n in section.parts.items()}
     for column in (pair.column for pair in pairs):
         twice, block = twice_axis(column), 2 * section.block(column)
@@ -91,7 +100,7 @@ class Writer(ABC):
 
     def is_dot(self, node: int) -> bool:
         """Whether a node is a product for the matrix unit."""
-        return self.graph.nodes[node].op == "contract" and uses_dot(self.graph, self.section, node)
+        return self.graph.nodes[node].op in PRODUCTS and uses_dot(self.graph, self.section, node)
 
     def home(self, axes: Iterable[str], scope: Scope) -> Scope:
         """The outermost scope around `scope` that sees the same elements of the looped axes in `axes`.
@@ -109,18 +118,20 @@ class Writer(ABC):
         names: list[str],
         inits: list[t.Value],
         body: Callable[[Scope, tuple[t.Value, ...]], Iterable[t.Value]],
+        end: t.Value | None = None,
     ) -> tuple[t.Value, ...]:
         """A loop over the blocks of `axis`, those of one part where it has parts; what its carries, begun from `inits`, become.
 
-        A loop over parts that another launch has made is unrolled: all are loaded at once.
+        A loop over parts that another launch has made is unrolled: all are loaded at once. `end`: the number of elements after
+        which there is nothing more to do, where a program has one.
         """
         scope, block = Scope(self.program, self.numbers, parent=home), self.program.axis(axis)
         several = block.block > 1 or block.parts > 1
         turn = self.numbers.value("int32", (), f"{identifier(axis)}_start" if several else identifier(axis))
         carries = tuple(map(self.numbers.like, inits, names))
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
-        unroll = axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
+        unroll = end is None and axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
         yields = tuple(body(scope, carries))
         outs = tuple(map(self.numbers.like, carries))
-        home.ops.append(t.Loop((turn,), (axis,), carries, tuple(inits), tuple(scope.ops), yields, outs, unroll))
+        home.ops.append(t.Loop((turn,), (axis,), carries, tuple(inits), tuple(scope.ops), yields, outs, unroll, end))
         return outs

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
+from moekit.lang.dtypes import widened
+from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Along, By, Graph, Node
 
 
@@ -49,6 +51,8 @@ def part_axis(axis: str) -> str:
 
 
 PART = part_axis("")  # what the name of every such axis ends with
+PRODUCTS = ("contract", "exp_sum")  # sums of products, which a matrix unit can make: their first two operands are the sides
+FOLDS = ("reduce", *PRODUCTS)  # operations that bring the elements of an axis together
 
 
 def twice_axis(axis: str) -> str:
@@ -76,7 +80,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     whole: set[str] = set()
     for node in (graph.nodes[i] for i in graph.live()):
         used |= set(node.axes)
-        if node.op in ("reduce", "contract"):
+        if node.op in FOLDS:
             reduced.add(node.attr("axis"))
         elif node.op == "cumsum":
             whole.add(node.attr("axis"))
@@ -142,14 +146,76 @@ def shares(graph: Graph) -> dict[str, int]:
     return {a.removesuffix(PART): use.extent or 1 for a, use in parts.items() if use.parallel}
 
 
+def operands(node: Node) -> tuple[int, ...]:
+    """What a node is computed from; the maximum of an `exp_sum`'s scores is made along with it, of the same operand."""
+    return node.args[:2] if node.op == "exp_sum" else node.args
+
+
+def folded(node: Node) -> str | None:
+    """The axis that a node folds; None for one that folds none."""
+    return node.attr("axis") if node.op in FOLDS else None
+
+
+@once
+def ends(graph: Graph, node: int) -> int | None:
+    """The int32 value of which a fold's operands are the fold's identity from that element of its axis on; None if none is.
+
+    `where(iota(axis) < end, x, identity)` says so, of every operand that varies along the axis.
+    """
+    n = graph.nodes[node]
+    kinds = {"reduce": lambda: (n.attr("kind"),), "contract": lambda: ("sum", "sum"), "exp_sum": lambda: ("max", "sum")}[n.op]()
+    pairs = [(graph.nodes[a], kind) for a, kind in zip(operands(n), kinds, strict=True)]
+    found = {_end(graph, x, n.attr("axis"), kind) for x, kind in pairs if x.op != "const"}
+    return found.pop() if len(found) == 1 else None
+
+
+@once
+def all_or_nothing(graph: Graph, end: int, axis: str) -> bool:
+    """Whether a fold that ends there has all of an axis or nothing of it: the end is a choice between the two."""
+
+    def outside(n: Node) -> bool:
+        size = graph.axes[axis]
+        number = n.op == "const" and (n.attr("value") <= 0 or (size is not None and n.attr("value") >= size))
+        return number or (n.op == "extent" and n.attr("axis") == axis)
+
+    n = graph.nodes[end]
+    return n.op == "where" and all(outside(graph.nodes[a]) for a in n.args[1:])
+
+
+@once
+def ragged(graph: Graph) -> frozenset[str]:
+    """The axes along which the ends of folds vary: a program with one element of each can stop at its own."""
+    found = (ends(graph, i) for i in graph.live() if folded(graph.nodes[i]))
+    return frozenset(a for end in found if end is not None for a in graph.nodes[end].axes)
+
+
+def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
+    """The end that a choice has along an axis; None for what is no such choice."""
+    if n.op != "where":
+        return None
+    other = graph.nodes[n.args[2]]
+    if other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
+        return None
+    return below(graph, n.args[0], axis)
+
+
+def below(graph: Graph, node: int, axis: str) -> int | None:
+    """The int32 value that a condition says the elements of an axis are below; None where it says no such thing."""
+    if graph.nodes[node].op != "lt":
+        return None
+    first, end = graph.nodes[node].args
+    along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
+    return end if along and axis not in graph.nodes[end].axes and graph.nodes[end].dtype == "int32" else None
+
+
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
     """For every live node how many reductions over `axes` lie beneath it in a row; and the set of reductions' depths."""
     level: dict[int, int] = {}
     depths: set[int] = set()
     for i in graph.live():
         node = graph.nodes[i]
-        level[i] = max((level[a] for a in node.args), default=0)
-        if node.op in ("reduce", "contract") and node.attr("axis") in axes:
+        level[i] = max((level[a] for a in operands(node)), default=0)
+        if node.op in FOLDS and node.attr("axis") in axes:
             depths.add(level[i])
             level[i] += 1
     return level, depths
