@@ -108,6 +108,8 @@ class Builder:
         found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
         found |= {a for x in args for a in self.nodes[x].axes}
         reduced = {attrs.get("axis")} if op != "cumsum" else set()
+        if op == "place":
+            return found - {a for x in args[1:] for a in self.nodes[x].axes} | set(attrs["over"])
         return (found - reduced) | ({attrs["into"]} if "into" in attrs else set())
 
     def new_axis(self, axis: str, size: int | None) -> None:

@@ -30,12 +30,14 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes.
+    `bound` has the elements of axes known from here, `made` the blocks of nodes; `running` the running sums of a loop: what
+    came before the turn, what that begins with, and what comes before the next.
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
+    running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
 
     def chain(self) -> list[Scope]:
         """The scopes around this one, outermost first, itself last."""
@@ -121,6 +123,8 @@ class Writer(ABC):
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
         unroll = axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
         yields = tuple(body(scope, carries))
+        before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
+        carries, inits, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))
-        home.ops.append(t.Loop((turn,), (axis,), carries, tuple(inits), tuple(scope.ops), yields, outs, unroll))
-        return outs
+        home.ops.append(t.Loop((turn,), (axis,), carries, inits, tuple(scope.ops), yields, outs, unroll))
+        return outs[: len(outs) - len(before)]
