@@ -208,7 +208,7 @@ class Fusion:
     def _trace_uncached(self, sizes: tuple, dtypes: tuple, params: tuple, ones: tuple, spelled: str) -> Graph:
         ones_of, dtype_of = dict(ones), dict(dtypes)
         tensors = {n: Tensor(n, s.role, self._dims[n], dtype_of[n], ones_of[n]) for n, s in self.tensors.items()}
-        order = [d.axis for dims in self._dims.values() for d in dims]
+        order = [*self.axes, *(d.axis for dims in self._dims.values() for d in dims)]
         known = dict(sizes)
         axes = {a: known[a] for a in dict.fromkeys([*order, *known])}
         builder = Builder(self.name, axes, self.fn.__code__)
@@ -287,6 +287,6 @@ def fusion(
     `reference` takes the operands as numpy arrays in their own dtypes and the parameters by name, computes in float64
     and returns the outputs by name. Axes listed in `dynamic` are run-time sizes; all others are constants of a compiled kernel.
     `axes`: axes that no operand need have, each with a function of sizes and static parameters, by name, that gives its size:
-    `axes={"B": lambda T, K: T * K}`.
+    `axes={"B": lambda T, K: T * K}`. In blocks and outputs they come before the others.
     """
     return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()), axes)

@@ -135,13 +135,15 @@ class Builder:
             self.lines[node] = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
     def names(self) -> dict[int, str]:
-        """Node names: the declaration's own local variables."""
+        """Node names: the declaration's own local variables, and the fields of those that are named tuples."""
         if self.frame is None:
             return {}
         found: dict[int, str] = {}
         for name, value in self.frame.f_locals.items():
-            if isinstance(value, Value) and value.builder is self:
-                found.setdefault(value.node, name)
+            fields = value._asdict() if hasattr(value, "_asdict") else {name: value}
+            for own, each in fields.items():
+                if isinstance(each, Value) and each.builder is self and own not in found.values():
+                    found.setdefault(each.node, own)
         return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
-from moekit.compile.rules.gathers import gathered_product
+from moekit.compile.rules.gathers import gathered_product, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -83,6 +83,8 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
     """Numbers of rows from which on there are other kernels, ascending from 0, with their schedules."""
     if found := _tabled(graph) or _gathered(graph) or _staged(graph):
         yield 0, found
+    elif launch := grouped(graph):
+        yield 0, Schedule((launch,))
     elif gemms(graph):
         yield from ((tile.least, _tiled(graph, tile)) for tile in tiles(graph))
     else:
