@@ -113,6 +113,9 @@ class PallasPrinter(Printer):
     def turns(self, op: t.Loop) -> str:
         """How many turns a loop has."""
         over = op.over[0]
+        if op.end is not None and isinstance(over, str):
+            block = self.program.axis(over).block
+            return self.word("div", f"{self.text(op.end, PLUS)} + {block - 1}", block) if block > 1 else self.text(op.end)
         if isinstance(over, str) and self.program.axis(over).length is None:
             return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))

@@ -99,7 +99,7 @@ class TritonPrinter(Printer):
     words, dtypes, constant, typed_literals = WORDS, DTYPES, ": tl.constexpr", ("float16", "bfloat16", "int16", "int8")
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
-        pad, counts = "    " * depth, [self.turns(a) for a in op.over]
+        pad, counts = "    " * depth, [self.turns(a, op.end) for a in op.over]
         lines = [
             f"{pad}{self.names[c]} = {self.typed(i, LOOSEST)}"
             for c, i in zip(op.carries, op.inits, strict=True)
@@ -116,12 +116,12 @@ class TritonPrinter(Printer):
         lines += self.body(op.body, depth + 1)
         return lines + self.assigned(op.carries, op.yields, depth + 1)
 
-    def turns(self, over: str | int) -> str:
+    def turns(self, over: str | int, end: t.Value | None = None) -> str:
         """The arguments of the range of a loop."""
         if isinstance(over, int):
             return str(over)
         axis = self.program.axis(over)
-        end = self.extent(over) if axis.length is None else str(axis.length)
+        end = self.text(end) if end is not None else self.extent(over) if axis.length is None else str(axis.length)
         return end if axis.block == 1 else f"0, {end}, {axis.block}"
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:

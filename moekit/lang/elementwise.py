@@ -69,6 +69,20 @@ ELEMENTWISE = {
     "ge": Elementwise(2, "compare", np.greater_equal),
 }
 
+#: What a sum, maximum or minimum is of no elements, and the operation that puts two of them together.
+IDENTITY = {
+    ("sum", "float32"): 0.0,
+    ("max", "float32"): float("-inf"),
+    ("min", "float32"): float("inf"),
+    ("sum", "int32"): 0,
+    ("max", "int32"): -(2**31),
+    ("min", "int32"): 2**31 - 1,
+    ("sum", "int64"): 0,
+    ("max", "int64"): -(2**63),
+    ("min", "int64"): 2**63 - 1,
+}
+COMBINE = {"sum": "add", "max": "maximum", "min": "minimum"}
+
 #: Of some domains which dtypes are refused, what is needed and what to do.
 REFUSED = {
     "signed": (("bool",), "numbers", "use ~ or where"),

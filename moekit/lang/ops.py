@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import int_of_width, is_float, itemsize, promote
-from moekit.lang.elementwise import ELEMENTWISE
+from moekit.lang.dtypes import int_of_width, is_float, itemsize, promote, widened
+from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.graph import Along
 from moekit.lang.reindex import reindex
 from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
@@ -73,13 +73,33 @@ def _summable(x: Value) -> Value:
     return convert(x, "int32") if x.dtype in ("bool", "int8", "int16") else x
 
 
-def _reduce(kind: str, x, over: str) -> Value:
+def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
+    """`x` along the first `upto` elements of one axis; past them what a sum, maximum or minimum begins from.
+
+    That is a choice and no product, so what stands past them does not matter, NaN or not. A loop over the axis ends with the
+    last block that has such an element, where its programs have one length each (`compile/schedule/facts.py`).
+    """
+    if upto is None:
+        return x
+    if len(_axes(over)) != 1:
+        raise DeclarationError(f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one")
+    n = as_value(upto, "int32")
+    if is_float(n.dtype) or n.dtype == "bool" or over in n.axes:
+        raise DeclarationError(f"{current().name}: upto= needs an integer that does not vary over {over}, got {n!r}")
+    if n.dtype == "int64":
+        n = minimum(maximum(n, 0), extent(over))
+    n = cast(n, "int32")
+    return where(iota(over) < n, x, constant(IDENTITY[kind, widened(x.dtype)], x.dtype))
+
+
+def _reduce(kind: str, x, over: str, upto: Value | int | None = None) -> Value:
     x = as_value(x, "float32")
     builder = x.builder
     if is_float(x.dtype):
         x = convert(x, "float32")
     else:
         x = _summable(x)
+    x = _first(x, over, upto, kind)
     for axis in _axes(over):
         size = builder.axis_size(axis)
         if kind != "sum" and size == 0:
@@ -91,19 +111,19 @@ def _reduce(kind: str, x, over: str) -> Value:
     return x
 
 
-def sum(x, over: str) -> Value:
-    """Sum over the named axes (`over="H"` or `"K H"`), in float32 for floats."""
-    return _reduce("sum", x, over)
+def sum(x, over: str, upto: Value | int | None = None) -> Value:
+    """Sum over the named axes (`over="H"` or `"K H"`), in float32 for floats. `upto`: of the first so many elements alone."""
+    return _reduce("sum", x, over, upto)
 
 
-def max(x, over: str) -> Value:
-    """Maximum over the named axes; NaN if any element is NaN."""
-    return _reduce("max", x, over)
+def max(x, over: str, upto: Value | int | None = None) -> Value:
+    """Maximum over the named axes; NaN if any element is NaN. `upto`: of the first so many elements alone."""
+    return _reduce("max", x, over, upto)
 
 
-def min(x, over: str) -> Value:
-    """Minimum over the named axes; NaN if any element is NaN."""
-    return _reduce("min", x, over)
+def min(x, over: str, upto: Value | int | None = None) -> Value:
+    """Minimum over the named axes; NaN if any element is NaN. `upto`: of the first so many elements alone."""
+    return _reduce("min", x, over, upto)
 
 
 def mean(x, over: str) -> Value:
@@ -132,8 +152,11 @@ def cumsum(x, over: str) -> Value:
     return running + (cumsum(row, " ".join(outer)) - row)
 
 
-def contract(a: Value, b: Value, over: str) -> Value:
-    """Sum over the named axes of a·b, accumulated in float32; float32 operands are never rounded to TF32."""
+def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> Value:
+    """Sum over the named axes of a·b, accumulated in float32; float32 operands are never rounded to TF32.
+
+    `upto`: of the first so many elements alone.
+    """
     if not (is_float(a.dtype) and is_float(b.dtype)):
         raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
     if a.dtype != b.dtype:
@@ -142,6 +165,7 @@ def contract(a: Value, b: Value, over: str) -> Value:
     for name in (*rest, axis):
         if name not in a.axes or name not in b.axes:
             raise DeclarationError(f"{a.builder.name}: contract over {name!r} needs it in both operands, got {a} and {b}")
+    a, b = _first(a, over, upto, "sum"), _first(b, over, upto, "sum")
     out = a.builder.add("contract", (a.node, b.node), (("axis", axis),), "float32")
     return sum(out, " ".join(rest)) if rest else out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moekit.compile import tile as t
-from moekit.compile.tile.facts import IDENTITY
+from moekit.lang.elementwise import IDENTITY
 
 LOWEST, HIGHEST = IDENTITY["max", "int32"], IDENTITY["min", "int32"]
 INDEX_BITS = 0xFFFF

@@ -25,6 +25,8 @@ def _flat(numbers: t.Numbers, op: t.Op) -> list[t.Op] | None:
     if not isinstance(op, t.Loop) or op.unroll or len(inner := [o for o in op.body if isinstance(o, t.Loop)]) != 1:
         return None
     (loop,) = inner
+    if loop.end is not None:
+        return None
     products = {o.out for o in loop.body if isinstance(o, t.Dot)}
     if not 0 < len(loop.yields) <= MOST or not products >= set(loop.yields) or not _in_parts(op, loop):
         return None

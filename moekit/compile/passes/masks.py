@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from moekit.compile import tile as t
-from moekit.compile.tile.facts import COMBINE, IDENTITY, facts_of
+from moekit.compile.tile.facts import facts_of
+from moekit.lang.elementwise import COMBINE, IDENTITY
 
 
 def masks(program: t.TileProgram) -> t.TileProgram:

@@ -9,8 +9,8 @@ from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
 from moekit.compile.passes.pairs import Twins
 from moekit.compile.passes.scope import Scope, Writer
-from moekit.compile.schedule.facts import part_axis, twice_axis
-from moekit.compile.tile.facts import COMBINE, IDENTITY
+from moekit.compile.schedule.facts import ends, part_axis, twice_axis
+from moekit.lang.elementwise import COMBINE, IDENTITY
 from moekit.lang.graph import Node
 
 
@@ -73,31 +73,46 @@ def _in_loops(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
     group = [m for m in low.graph.live() if _shares_loop(low, m, node, axis) and m not in home.made]
     twins = {m: pair for pair in low.pairs for m in pair.nodes if set(pair.nodes) <= set(group)}
     totals = [_total(low, m, twins.get(m)) for m in group if m not in twins or m == twins[m].nodes[0]]
-    made = _in_parts(low, totals, axis, home) if axis in low.section.parts else _looped(low, totals, axis, home)
+    end = _end(low, group, home)
+    made = _in_parts(low, totals, axis, home, end) if axis in low.section.parts else _looped(low, totals, axis, home, end)
     for total, value in zip(totals, made, strict=True):
         home.made |= _halves(low, total.pair, value, home) if total.pair else {total.first: value}
     return home.made[node]
 
 
-def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope) -> Iterable[t.Value]:
+def _end(low: Writer, group: list[int], home: Scope) -> t.Value | None:
+    """Where a program can leave a loop, if all that it folds ends at one element."""
+    found = {ends(low.graph, m) for m in group}
+    end = found.pop() if len(found) == 1 else None
+    value = None if end is None else low.value(end, home)
+    return None if value is None or value.axes else value
+
+
+def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:
     """Reductions part by part, the parts' results added up in the order in which a split's second launch adds them."""
 
     def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
-        done = zip(totals, carries, _looped(low, totals, axis, scope), strict=True)
+        done = zip(totals, carries, _looped(low, totals, axis, scope, end), strict=True)
         return [scope.binary(COMBINE[total.kind], carry, value, carry.name) for total, carry, value in done]
 
     names, inits = [f"{total.name}_total" for total in totals], [_identity(home, total, total.axes) for total in totals]
     return low.loop(home, part_axis(axis), names, inits, body)
 
 
-def _looped(low: Writer, totals: list[Total], axis: str, home: Scope) -> Iterable[t.Value]:
+def _looped(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:
     """One loop over the blocks of `axis`, and what it leaves of each reduction brought together."""
+    if end is not None:
+        block, name = home.program.axis(axis), f"{identifier(axis)}_end"
+        if block.parts > 1:
+            end = home.binary("sub", end, home.binary("mul", home.elements(part_axis(axis)), home.const(block.share)))
+        most = home.const(block.length) if block.length is not None else home.emit(t.Extent, axis=axis)
+        end = home.binary("minimum", end, most, name)
 
     def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
         return [_turn(low, total, axis, scope, carry) for total, carry in zip(totals, carries, strict=True)]
 
     names, inits = [f"{total.name}_acc" for total in totals], [_identity(home, x, _accumulated(low, x)) for x in totals]
-    outs = low.loop(home, axis, names, inits, body)
+    outs = low.loop(home, axis, names, inits, body, end)
     return [_reduce(low, home, total, out) for total, out in zip(totals, outs, strict=True)]
 
 

@@ -111,20 +111,22 @@ class Writer(ABC):
         names: list[str],
         inits: list[t.Value],
         body: Callable[[Scope, tuple[t.Value, ...]], Iterable[t.Value]],
+        end: t.Value | None = None,
     ) -> tuple[t.Value, ...]:
         """A loop over the blocks of `axis`, those of one part where it has parts; what its carries, begun from `inits`, become.
 
-        A loop over parts that another launch has made is unrolled: all are loaded at once.
+        A loop over parts that another launch has made is unrolled: all are loaded at once. `end`: the number of elements after
+        which there is nothing more to do, where a program has one.
         """
         scope, block = Scope(self.program, self.numbers, parent=home), self.program.axis(axis)
         several = block.block > 1 or block.parts > 1
         turn = self.numbers.value("int32", (), f"{identifier(axis)}_start" if several else identifier(axis))
         carries = tuple(map(self.numbers.like, inits, names))
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
-        unroll = axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
+        unroll = end is None and axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
         yields = tuple(body(scope, carries))
         before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
         carries, inits, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))
-        home.ops.append(t.Loop((turn,), (axis,), carries, inits, tuple(scope.ops), yields, outs, unroll))
+        home.ops.append(t.Loop((turn,), (axis,), carries, inits, tuple(scope.ops), yields, outs, unroll, end))
         return outs[: len(outs) - len(before)]

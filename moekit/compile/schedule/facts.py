@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
+from moekit.lang.dtypes import widened
+from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Along, By, Graph, Node
 
 
@@ -50,6 +52,7 @@ def part_axis(axis: str) -> str:
 
 
 PART = part_axis("")  # what the name of every such axis ends with
+FOLDS = ("reduce", "contract")  # operations that bring the elements of an axis together
 
 
 def twice_axis(axis: str) -> str:
@@ -143,6 +146,42 @@ def shares(graph: Graph) -> dict[str, int]:
     """The axes of which each program of a split's first launch has a part, and how many parts there are."""
     parts = {a: use for a, use in axis_uses(graph).items() if a.endswith(PART)}
     return {a.removesuffix(PART): use.extent or 1 for a, use in parts.items() if use.parallel}
+
+
+def folded(node: Node) -> str | None:
+    """The axis that a node folds; None for one that folds none."""
+    return node.attr("axis") if node.op in FOLDS else None
+
+
+@once
+def ends(graph: Graph, node: int) -> int | None:
+    """The int32 value of which a fold's operands are the fold's identity from that element of its axis on; None if none is.
+
+    `where(iota(axis) < end, x, identity)` says so, of every operand that varies along the axis.
+    """
+    n = graph.nodes[node]
+    kind = n.attr("kind") if n.op == "reduce" else "sum"
+    found = {_end(graph, graph.nodes[a], n.attr("axis"), kind) for a in n.args}
+    return found.pop() if len(found) == 1 else None
+
+
+@once
+def ragged(graph: Graph) -> frozenset[str]:
+    """The axes along which the ends of folds vary: a program with one element of each can stop at its own."""
+    found = (ends(graph, i) for i in graph.live() if folded(graph.nodes[i]))
+    return frozenset(a for end in found if end is not None for a in graph.nodes[end].axes)
+
+
+def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
+    """The end that a choice has along an axis; None for what is no such choice."""
+    if n.op != "where":
+        return None
+    below, other = (graph.nodes[n.args[i]] for i in (0, 2))
+    if below.op != "lt" or other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
+        return None
+    first, end = below.args
+    along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
+    return end if along and axis not in graph.nodes[end].axes and graph.nodes[end].dtype == "int32" else None
 
 
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:

@@ -28,18 +28,6 @@ from moekit.compile.tile.operations import (
 from moekit.compile.tile.program import TileProgram
 from moekit.compile.tile.walk import walk
 
-IDENTITY = {
-    ("sum", "float32"): 0.0,
-    ("max", "float32"): float("-inf"),
-    ("min", "float32"): float("inf"),
-    ("sum", "int32"): 0,
-    ("max", "int32"): -(2**31),
-    ("min", "int32"): 2**31 - 1,
-    ("sum", "int64"): 0,
-    ("max", "int64"): -(2**63),
-    ("min", "int64"): 2**63 - 1,
-}
-COMBINE = {"sum": "add", "max": "maximum", "min": "minimum"}
 SIDES = {"add": ("left", "right"), "maximum": ("left", "right"), "minimum": ("left", "right"), "shl": ("left",)}
 
 

@@ -77,6 +77,10 @@ class _Program:
     def loop(self, op: t.Loop) -> list[np.ndarray]:
         state = [self.values[v] for v in op.inits]
         steps, turns = [self._starts(a) for a in op.over], [()]
+        if op.end is not None:
+            if (end := int(self.values[op.end])) > steps[0].stop:
+                raise IndexError(f"{self.program.name}: a loop over {op.over[0]} goes to {end}, past its end")
+            steps = [range(0, end, steps[0].step)]
         for each in steps:
             turns = [(*outer, i) for outer in turns for i in each]
         for turn in turns:

@@ -256,7 +256,7 @@ class Loop:
 
     `vars` has for each of `over` the element at which the turn begins (its number, of a number of times). Each carry begins as
     its init and takes the value of its yield; `outs` are the last ones. `unroll`: the turns are written out, so that all their
-    loads are in flight at once, which changes no result.
+    loads are in flight at once, which changes no result. `end`, an int32: turns that begin there or later are left out.
     """
 
     vars: tuple[Value, ...]
@@ -267,6 +267,7 @@ class Loop:
     yields: tuple[Value, ...]
     outs: tuple[Value, ...]
     unroll: bool = False
+    end: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -295,9 +296,9 @@ def results(op: Op) -> tuple[Value, ...]:
 
 
 def operands(op: Op) -> tuple[Value, ...]:
-    """The values an operation reads; of a loop its inits, of `AtEnd` what it gives otherwise: bodies read for themselves."""
+    """The values an operation reads; of a loop its inits and its end, of `AtEnd` what it gives otherwise: bodies read for themselves."""
     if isinstance(op, Loop):
-        return op.inits
+        return (*op.inits, op.end) if op.end is not None else op.inits
     if isinstance(op, AtEnd):
         return op.otherwise
     return tuple(v for name in op.__dataclass_fields__ if name not in ("out", "outs") for v in values_in(getattr(op, name)))
@@ -329,7 +330,8 @@ def text_of(body: tuple[Op, ...], depth: int) -> list[str]:
         if isinstance(op, Loop):
             carried = ", ".join(f"{c} = {i.label}" for c, i in zip(op.carries, op.inits, strict=False))
             over = ", ".join(f"{v.label} over {a}" for v, a in zip(op.vars, op.over, strict=False))
-            lines.append(f"{pad}loop {over} ({carried})" + " unrolled" * op.unroll)
+            ends = f" to {op.end.label}" if op.end is not None else ""
+            lines.append(f"{pad}loop {over}{ends} ({carried})" + " unrolled" * op.unroll)
         else:
             lines.append(f"{pad}at the end of {op.axis}, otherwise {_short(op.otherwise)}")
         lines += text_of(op.body, depth + 1)

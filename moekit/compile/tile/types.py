@@ -138,6 +138,8 @@ def _prefetch(p: TileProgram, op: t.Prefetch) -> Demand:
 def _loop(p: TileProgram, op: t.Loop) -> Demand:
     counted = len(op.vars) == len(op.over) and all(isinstance(a, str) or a >= 1 for a in op.over)
     yield counted, f"it goes over {op.over} with {len(op.vars)} variables"
+    ends = op.end is None or ((op.end.dtype, op.end.axes) == ("int32", ()) and len(op.over) == 1 and not op.unroll)
+    yield ends, f"it ends at {op.end}, which must be one int32, of a loop over one axis that is not unrolled"
     yield from _alike(op.carries, op.inits, op.yields, op.outs)
 
 

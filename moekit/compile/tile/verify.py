@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from moekit.compile import tile as t
-from moekit.compile.tile.facts import IDENTITY, Facts, facts_of
+from moekit.compile.tile.facts import Facts, facts_of
 from moekit.compile.tile.types import DEMANDS, RESULT
 from moekit.errors import VerifyError
+from moekit.lang.elementwise import IDENTITY
 
 Claims = Iterator[tuple[t.Op | None, bool, str]]
 
