@@ -95,10 +95,26 @@ def _reduce(e: _Evaluation, _: int, n: Node):
 
 
 def _contract(e: _Evaluation, _: int, n: Node):
-    names = {a: chr(97 + i) for i, a in enumerate(e.graph.axes)}
-    left, right = ("".join(names[a] for a in e.graph.nodes[x].axes) for x in n.args)
-    out = "".join(names[a] for a in n.axes)
-    return e.lib.einsum(f"{left},{right}->{out}", *(e.values[a] for a in n.args))
+    (left, a), (right, b) = ((e.graph.nodes[x].axes, e.values[x]) for x in n.args)
+    return _product(e, left, a, right, b, n.axes)
+
+
+def _product(e: _Evaluation, left: tuple[str, ...], a, right: tuple[str, ...], b, out: tuple[str, ...]):
+    """The sum over what is not in `out` of a·b, which vary over `left` and `right`."""
+    names = {axis: chr(97 + i) for i, axis in enumerate(e.graph.axes)}
+    left, right, out = ("".join(names[axis] for axis in axes) for axes in (left, right, out))
+    return e.lib.einsum(f"{left},{right}->{out}", a, b)
+
+
+def _exp_sum(e: _Evaluation, _: int, n: Node):
+    """Σ exp(score - top)·value. Where every score is -inf, so is the top, and all weights are zero."""
+    scores, values, top = n.args
+    axes, lib = e.graph.nodes[scores].axes, e.lib
+    top = e.aligned(top, axes)
+    shift = lib.where(top == -np.inf, lib.constant(0.0, "float32", e.like), top)
+    weights = lib.elementwise["exp"](lib.elementwise["sub"](e.values[scores], shift))
+    weights = lib.cast(weights, n.attr("weights"), True)
+    return _product(e, axes, weights, e.graph.nodes[values].axes, e.values[values], n.axes)
 
 
 def _cast(e: _Evaluation, i: int, n: Node):
@@ -143,6 +159,7 @@ OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
     "read": _read,
     "reduce": _reduce,
     "contract": _contract,
+    "exp_sum": _exp_sum,
     "cast": _cast,
     "top_k": _top_k,
     "pick": _pick,

@@ -1,6 +1,7 @@
 """The fusions moekit ships, one file each. `FUSIONS` maps their names to their declarations."""
 
 from moekit.fusions.add_rms_norm import add_rms_norm
+from moekit.fusions.attention_decode import attention_decode
 from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
 from moekit.fusions.expert_down import expert_down
@@ -26,5 +27,6 @@ FUSIONS = {
         down_combine,
         expert_gate_up,
         expert_down,
+        attention_decode,
     )
 }

@@ -99,7 +99,8 @@ class Graph:
     """A traced declaration.
 
     `axes` maps every axis to its size, or None where the size is dynamic (a run-time argument of the kernel).
-    The order of `axes` is the order in which tiles and arrays hold their dimensions.
+    The order of `axes` is the order in which tiles and arrays hold their dimensions. `each`: the elements of a part of an axis of
+    which a launch makes parts of a number of elements.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Graph:
     writes: tuple[Write, ...]
     names: dict[int, str] = field(default_factory=dict)
     lines: dict[int, str] = field(default_factory=dict)
+    each: dict[str, int] = field(default_factory=dict)
 
     def live(self) -> tuple[int, ...]:
         """The nodes some output needs, in order."""

@@ -170,6 +170,28 @@ def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> 
     return sum(out, " ".join(rest)) if rest else out
 
 
+def softmax_sum(scores: Value, values: Value, over: str, upto: Value | int | None = None) -> Value:
+    """Sum over one axis of softmax(scores)·values, in float32; zero where every score is -inf, or there is none.
+
+    `upto`: of the first so many elements alone. Products are of the values' dtype: where that is narrow the weights exp(score -
+    largest) are rounded to it, against the largest score so far, which the order of sums says.
+    """
+    for x in (scores, values):
+        if not is_float(x.dtype) or over not in x.axes:
+            raise DeclarationError(f"{x.builder.name}: softmax_sum over {over!r} needs floats that vary over it, got {x}")
+    scores, values = _first(f32(scores), over, upto, "max"), _first(values, over, upto, "sum")
+    top = max(scores, over)
+
+    def weighed(x: Value) -> Value:
+        """Σ exp(score - top)·x; compilers make it and `top` in one go."""
+        attrs = (("axis", over), ("weights", x.dtype))
+        return scores.builder.add("exp_sum", (scores.node, x.node, top.node), attrs, "float32")
+
+    total = weighed(constant(1.0, "float32"))
+    nothing = total == 0.0
+    return where(nothing, 0.0, weighed(values) / where(nothing, 1.0, total))
+
+
 def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
     """The k largest along axis `over` as (values, int32 ids) along the new axis `into`, best first.
 

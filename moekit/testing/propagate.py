@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moekit.lang import graph as g
-from moekit.lang.dtypes import MIN_EXPONENT, is_float, numpy_dtype, round_to
+from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.graph import COMPARE, Along, Graph, Node
 from moekit.testing.constants import DEFAULT
 
@@ -313,6 +313,22 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
 
 
+def _exp_sum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
+    """Narrow weights are rounded against a maximum that the order of sums says, so each may be off by half an ulp of its own."""
+    (s, v, top), n, dtype = args, ev.sizes[node.attr("axis")], node.attr("weights")
+    dot = functools.partial(_dot, axis=ev.order[node.attr("axis")])
+    away = s.value - np.where(np.isneginf(top.value), 0.0, top.value)
+    weights = np.exp(away)
+    noise = weights * (s.noise + top.noise + (8 + np.abs(np.nan_to_num(away, nan=0.0, neginf=0.0))) * UNIT) + TINY
+    flips = weights * (s.flips + top.flips)
+    if dtype != "float32":
+        flips = flips + np.where(weights < 2.0 ** MIN_EXPONENT[dtype], weights, weights * 2.0 ** -(1 + MANTISSA[dtype]))
+    size, largest, value = np.abs(v.value), _largest(v), dot(weights, v.value)
+    made = Bound(value, dot(noise, largest) + dot(weights, v.noise) + _added(n, dot(weights, size), value),
+                 dot(flips, largest) + dot(weights, v.flips))  # fmt: skip
+    return _unknown(made, dot(_tame(weights), _tame(v.value)) > LARGEST)
+
+
 def _dot(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:
     """Σ over dimension `axis` of u·v with numpy's broadcasting of the others."""
     kept = [[i for i, n in enumerate(x.shape) if n != 1 or i == axis] for x in (u, v)]
@@ -380,12 +396,12 @@ UNARY = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "softplus": lambda x: np.logaddexp(0, x),
 }  # fmt: skip
-ALONG = ("reduce", "cumsum", "contract", "top_k")  # operations along one axis: their operands come at its full size
+ALONG = ("reduce", "cumsum", "contract", "exp_sum", "top_k")  # operations along one axis: their operands come at its full size
 RULES: dict[str, Callable] = {
     "read": _read, "iota": _iota, "const": _const,
     "extent": _extent,
     "cast": _cast, "bitcast": _bitcast, "where": _where,
-    "reduce": _reduce, "cumsum": _cumsum, "contract": _contract, "top_k": _top_k, "pick": _pick,
+    "reduce": _reduce, "cumsum": _cumsum, "contract": _contract, "exp_sum": _exp_sum, "top_k": _top_k, "pick": _pick,
     "place": _place,
     **dict.fromkeys(g.UNARY, _unary),
     **dict.fromkeys(g.BINARY, _binary),

@@ -256,7 +256,7 @@ def _reduced(graph: Graph, output: str) -> bool:
     """Whether a float reduction lies behind an output."""
     value = next(w.value for w in graph.writes if w.tensor == output)
     nodes = [graph.nodes[i] for i in behind(graph, value)]
-    return any(n.op in ("contract", "cumsum") or (n.op == "reduce" and n.attr("kind") == "sum") for n in nodes)
+    return any(n.op in ("contract", "exp_sum", "cumsum") or (n.op == "reduce" and n.attr("kind") == "sum") for n in nodes)
 
 
 def _unequal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], text: str) -> list[str]:

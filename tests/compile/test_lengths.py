@@ -148,7 +148,7 @@ def test_the_text_says_it():
     """A loop's range ends at the row's length."""
     _, made = outputs(extremes, given(), LOOPED)
     text = emitter.emit(made.programs[0])
-    assert "l_end = tl.minimum(lengths, 100)" in text
+    assert "l_end = tl.maximum(tl.minimum(lengths, 100), 0)" in text
     assert "in range(0, l_end, 16):" in text
 
 

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from moekit.compile import tile as t
+from moekit.compile.passes.choices import choices
 from moekit.compile.passes.decompose import decompose
 from moekit.compile.passes.flatten import flatten
 from moekit.compile.passes.legalise import legalise
@@ -44,6 +45,7 @@ PASSES: dict[str, Pass] = {
     "decompose": lambda program, how: decompose(program),
     "prefetch": lambda program, how: prefetch(program, {d.tensor for d in how.section.all(Prefetch)}),
     "masks": lambda program, how: masks(program),
+    "choices": lambda program, how: choices(program),
     "motion": lambda program, how: motion(program),
     "flatten": lambda program, how: flatten(program),
     "legalise": lambda program, how: legalise(program, how.target),

@@ -167,6 +167,7 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "top_k": Nest.top_k,
     "reduce": reduction,
     "contract": reduction,
+    "exp_sum": reduction,
 }
 
 

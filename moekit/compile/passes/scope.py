@@ -12,6 +12,7 @@ from moekit.compile.passes.pairs import Twins, paired
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import (
     PART,
+    PRODUCTS,
     axis_uses,
     gathered,
     part_axis,
@@ -31,13 +32,15 @@ class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
     `bound` has the elements of axes known from here, `made` the blocks of nodes; `running` the running sums of a loop: what
-    came before the turn, what that begins with, and what comes before the next.
+    came before the turn, what that begins with, and what comes before the next; `weights`, by the node of a largest score, what
+    a sum of exponentials so far is worth now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
     running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
+    weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
     def chain(self) -> list[Scope]:
         """The scopes around this one, outermost first, itself last."""
@@ -56,7 +59,11 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     """The program of a graph without its operations: its tensors, how it holds each axis, and its grid."""
     extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
     parts = {**shares(graph), **section.parts}
-    axes = {a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1)) for a in axis_uses(graph)}
+    each = {**graph.each, **section.each}
+    axes = {
+        a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1), each=each.get(a, 0))
+        for a in axis_uses(graph)
+    }
     axes |= {part_axis(a): t.AxisBlock(part_axis(a), n, 1, "loop") for a, n in section.parts.items()}
     for column in (pair.column for pair in pairs):
         twice, block = twice_axis(column), 2 * section.block(column)
@@ -93,7 +100,7 @@ class Writer(ABC):
 
     def is_dot(self, node: int) -> bool:
         """Whether a node is a product for the matrix unit."""
-        return self.graph.nodes[node].op == "contract" and uses_dot(self.graph, self.section, node)
+        return self.graph.nodes[node].op in PRODUCTS and uses_dot(self.graph, self.section, node)
 
     def home(self, axes: Iterable[str], scope: Scope) -> Scope:
         """The outermost scope around `scope` that sees the same elements of the looped axes in `axes`.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
+from moekit.compile.rules.folds import weighed
 from moekit.compile.rules.gathers import gathered_product, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
@@ -81,7 +82,7 @@ def _classes(graph: Graph) -> dict[int, Schedule]:
 
 def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
     """Numbers of rows from which on there are other kernels, ascending from 0, with their schedules."""
-    if found := _tabled(graph) or _gathered(graph) or _staged(graph):
+    if found := _tabled(graph) or _gathered(graph) or weighed(graph) or _staged(graph):
         yield 0, found
     elif launch := grouped(graph):
         yield 0, Schedule((launch,))

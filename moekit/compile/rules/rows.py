@@ -10,13 +10,13 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Section, Stages, Tile, Warps, Whole, pow2
-from moekit.compile.schedule.facts import PART, AxisUse, axis_uses, ragged, scattered
+from moekit.compile.schedule.facts import PART, PRODUCTS, AxisUse, axis_uses, ragged, scattered
 from moekit.compile.schedule.legal import largest_tile, uses_dot
 from moekit.lang.graph import Graph, Node
 
 WHOLE_TILE = 2**14
 ROW_TILE = 2**11
-TOGETHER = ("reduce", "contract", "cumsum", "top_k")
+TOGETHER = ("reduce", "contract", "exp_sum", "cumsum", "top_k")
 ROWS_A_LANE = 4  # rows of a program from which on they are short: as many as a lane then holds elements
 MANY_ELEMENTS = 2**20  # of an output that is computed element by element, from which on tiles are larger
 MANY_SUMMED = 2**19  # elements of short rows that are summed up, from which on a program has twice the rows and warps
@@ -146,12 +146,12 @@ def shrunk(graph: Graph, launch: Launch) -> Launch:
 
 def _warps(graph: Graph, given: int, section: Section, tile: int) -> int:
     """Warps for the largest block: as few elements a lane as that kind of work wants."""
-    if any(graph.nodes[i].op == "contract" and uses_dot(graph, section, i) for i in graph.live()):
+    if any(graph.nodes[i].op in PRODUCTS and uses_dot(graph, section, i) for i in graph.live()):
         return given
     kinds = {n.op for n in _live(graph) if n.op in TOGETHER and not n.attr("axis").endswith(PART)}  # that bring lanes together
     if not kinds:
         return max(1, min(8, tile // (OF_PARTS if any(a.endswith(PART) for a in axis_uses(graph)) else ELEMENTWISE)))
-    if "contract" in kinds:
+    if kinds & {*PRODUCTS}:
         each = OF_PRODUCTS
     elif kinds != {"reduce"}:
         each = OF_CHAINS

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
-from moekit.compile.schedule.facts import once, part_axis
+from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis
+from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Along, By, Graph, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
@@ -58,13 +59,13 @@ def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
 
 def stageable(graph: Graph) -> dict[str, int]:
     """The values that may be staged, by name or number (`v12`): products, sums, narrowing casts, and what is placed."""
-    written = {w.value for w in graph.writes}
+    kept = {w.value for w in graph.writes} | {graph.nodes[i].args[2] for i in graph.live() if graph.nodes[i].op == "exp_sum"}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
     found = {}
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
-        if i not in written and (node.op in ("reduce", "contract", "place") or narrows):
+        if i not in kept and (node.op in (*FOLDS, "place") or narrows):
             found[graph.names.get(i, f"v{i}")] = i
     return found
 
@@ -79,11 +80,9 @@ def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, 
         names = {stageable(graph)[v]: _unused(graph, f"{STAGED}_{v}") for v in how.values}
         first = "_".join((STAGED, *how.values)) if len(names) > 1 else next(iter(names.values()))
         return _cut(graph, names, first, None)
-    targets = [
-        i for i in graph.live() if graph.nodes[i].op in ("reduce", "contract") and graph.nodes[i].attr("axis") == how.axis
-    ]
+    targets = [i for i in graph.live() if folded(graph.nodes[i]) == how.axis]
     names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
-    return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count))
+    return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count), how)
 
 
 def _unused(graph: Graph, name: str) -> str:
@@ -91,8 +90,12 @@ def _unused(graph: Graph, name: str) -> str:
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(graph.tensors) + 3))) if n not in graph.tensors)
 
 
-def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None):
-    """Nodes `targets` to scratch of these names, one for each part where there are parts; and the rest from there."""
+def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None, how: Split | None = None):
+    """Nodes `targets` to scratch of these names, one for each part where there are parts; and the rest from there.
+
+    Of parts of a number of elements each, where all targets end at one element of the axis, those past that are not read, nor
+    written: what is put at the number of no part is not.
+    """
     extra = dict([parts] if parts else [])
     axes = {**extra, **graph.axes}
     scratch = {}
@@ -102,8 +105,45 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     made = {s.name: _tensor(s, "Out", extra) for s in scratch.values()}
     tensors = {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"} | made
     writes = tuple(_made(graph, i, s) for i, s in scratch.items())
-    first = replace(graph, name=f"{graph.name}_{first_name}", axes=axes, tensors=tensors, writes=writes)
-    return first, _rest(graph, scratch, axes, extra), tuple(scratch.values())
+    nodes, end, each = list(graph.nodes), None, {}
+    if how and how.each:
+        each, found = {how.axis: how.each}, {ends(graph, i) for i in targets}
+        end = found.pop() if len(found) == 1 else None
+    if how and end is not None:
+        number, begun = _begun(nodes, axes, how, end, graph.axes[how.axis] or 0)
+        place = _node(nodes, axes, "where", (begun, number, _node(nodes, axes, "const", attrs=(("value", -1),))))
+        writes = tuple(replace(w, index=(By(0), *w.index[1:]), ids=(place,)) for w in writes)
+    named = f"{graph.name}_{first_name}"
+    first = replace(graph, name=named, axes=axes, tensors=tensors, nodes=tuple(nodes), writes=writes, each=each)
+    return first, _rest(graph, scratch, axes, extra, None if end is None else (how, end)), tuple(scratch.values())
+
+
+def _node(nodes: list[Node], order: Iterable[str], op: str, args: tuple = (), attrs: tuple = (), dtype: str = "int32") -> int:
+    """The number of a new node, which varies over what its operands, or its index, vary over."""
+    varies = {a for i in args for a in nodes[i].axes} | {x.axis for _, x in attrs if isinstance(x, Along)}
+    nodes.append(Node(op, args, attrs, tuple(a for a in order if a in varies), dtype))
+    return len(nodes) - 1
+
+
+def _begun(nodes: list[Node], order: Iterable[str], how: Split, end: int, extent: int) -> tuple[int, int]:
+    """The number of a part, and whether one of so many elements begins before element `end`."""
+
+    def const(value: int) -> int:
+        return _node(nodes, order, "const", attrs=(("value", value),))
+
+    number = _node(nodes, order, "iota", attrs=(("index", Along(part_axis(how.axis))),))
+    last = _node(nodes, order, "add", (_node(nodes, order, "minimum", (end, const(extent))), const(how.each - 1)))
+    return number, _node(nodes, order, "lt", (number, _node(nodes, order, "floordiv", (last, const(how.each)))), dtype="bool")
+
+
+def _of_parts(node: Node, axis: str, reads: Mapping[int, int], moved: Mapping[int, int]) -> Node:
+    """The last of `reads` folded over the parts as `node` folds elements; a part's sum of exponentials counts from its own top."""
+    part = max(reads.values())
+    if node.op == "exp_sum":
+        top = node.args[2]
+        return Node("exp_sum", (reads[top], part, moved[top]), (("axis", axis), ("weights", "float32")), node.axes, node.dtype)
+    kind = "sum" if node.op == "contract" else node.attr("kind")
+    return Node("reduce", (part,), (("kind", kind), ("axis", axis)), node.axes, node.dtype)
 
 
 def _made(graph: Graph, node: int, s: Scratch) -> Write:
@@ -120,18 +160,32 @@ def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
     return Tensor(s.name, role, dims, s.dtype)
 
 
-def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int]) -> Graph:
-    """The graph with every target read from scratch: the sum (max, min) of its parts, where there are parts."""
+def _rest(
+    graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int], ending: tuple[Split, int] | None
+) -> Graph:
+    """The graph with every target read from scratch: its parts folded, where there are parts.
+
+    `ending`: the split, and the node of the element from which on there are none.
+    """
     nodes: list[Node] = []
     moved: dict[int, int] = {}
+    reads: dict[int, int] = {}
+    begun = None
     for i, node in enumerate(graph.nodes):
         if i in scratch:
             s = scratch[i]
             index = tuple(Along(a) for a in s.axes)
             ordered = tuple(a for a in axes if a in s.axes)
             nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
-            kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")
-            nodes += [Node("reduce", (len(nodes) - 1,), (("kind", kind), ("axis", a)), node.axes, node.dtype) for a in parts]
+            reading = len(nodes) - 1
+            if ending:
+                how, end = ending
+                begun = _begun(nodes, axes, how, moved[end], graph.axes[how.axis] or 0)[1] if begun is None else begun
+                kind = node.attr("kind") if node.op == "reduce" else "sum"
+                nothing = _node(nodes, axes, "const", attrs=(("value", IDENTITY[kind, node.dtype]),), dtype=node.dtype)
+                _node(nodes, axes, "where", (begun, reading, nothing), dtype=node.dtype)
+            reads[i] = len(nodes) - 1
+            nodes += [_of_parts(node, a, reads, moved) for a in parts]
         else:
             nodes.append(replace(node, args=tuple(moved[a] for a in node.args)))
         moved[i] = len(nodes) - 1

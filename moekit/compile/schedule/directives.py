@@ -53,12 +53,13 @@ class Loop:
 class Parts:
     """`parts:D:4`. One sum along a looped axis → four, each from zero, added up by the same program one after the other.
 
-    Legal where no output runs along the axis and its reductions are equally deep. The order of sums becomes that of `split`,
-    bit by bit, where parts begin at the same elements.
+    `parts:D:4:256`: of 256 elements each, the last one of what is left. Legal where no output runs along the axis and its
+    reductions are equally deep. The order of sums becomes that of `split`, bit by bit, where parts begin at the same elements.
     """
 
     axis: str
     count: int
+    each: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,13 @@ class Split:
     """`split:D:4`. One sum along an axis in one launch → four parts of it in programs of their own, and a launch that adds up.
 
     It ends a launch; the next one has the axis `D.part`. Legal where the axis is looped over and all its reductions are equally
-    deep. Order of sums: the parts', one after the other.
+    deep. Order of sums: the parts', one after the other. `split:L:8:256`: in parts of 256 elements, which the size of the axis
+    does not move; programs past a row's own end leave nothing, and the next launch reads nothing of them.
     """
 
     axis: str
     count: int
+    each: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,14 +163,17 @@ WORDS = {d.__name__.lower(): d for d in (*OfSection.__args__, *OfLaunch.__args__
 
 def text_of(directive: OfSection | OfLaunch) -> str:
     """`loop:D:256`."""
-    return ":".join([type(directive).__name__.lower(), *(str(getattr(directive, f.name)) for f in fields(directive))])
+    said = [str(x) for f in fields(directive) if (x := getattr(directive, f.name)) != f.default]
+    return ":".join([type(directive).__name__.lower(), *said])
 
 
 def directive_of(text: str) -> OfSection | OfLaunch:
     """What `text_of` wrote; KeyError or ValueError for anything else."""
     word, *given = text.split(":")
     kind = WORDS[word]
-    typed = [int(x) if f.type == "int" else x for f, x in zip(fields(kind), given, strict=True)]
+    if len(given) > len(fields(kind)):
+        raise ValueError(f"{word} takes {len(fields(kind))} fields")
+    typed = [int(x) if f.type == "int" else x for f, x in zip(fields(kind), given, strict=False)]
     return kind(*typed)
 
 
@@ -216,6 +222,11 @@ class Section(_Directed):
     def parts(self) -> dict[str, int]:
         """The axes of which a program does several parts."""
         return {d.axis: d.count for d in self.all(Parts)}
+
+    @property
+    def each(self) -> dict[str, int]:
+        """The elements of such a part, where a number is said."""
+        return {d.axis: d.each for d in self.all(Parts) if d.each}
 
     def axis(self, axis: str) -> Axis:
         """What is done with an axis; KeyError if nothing is said."""
@@ -288,7 +299,7 @@ class Schedule:
         """Read what `str` writes, whatever the white space. Raises ScheduleError for what is no schedule."""
         try:
             return cls(tuple(_launch(part) for part in re.split(r"(?:^|\s+)then(?:\s+|$)", text.strip())))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             form = "write DIRECTIVE:AXIS:BLOCK … warps:N stages:N, as in `tile:T:1 loop:H:1024 warps:4 stages:2`"
             raise ScheduleError(f"cannot read schedule {text!r}; {form}") from None
 

@@ -52,7 +52,8 @@ def part_axis(axis: str) -> str:
 
 
 PART = part_axis("")  # what the name of every such axis ends with
-FOLDS = ("reduce", "contract")  # operations that bring the elements of an axis together
+PRODUCTS = ("contract", "exp_sum")  # sums of products, which a matrix unit can make: their first two operands are the sides
+FOLDS = ("reduce", *PRODUCTS)  # operations that bring the elements of an axis together
 
 
 def twice_axis(axis: str) -> str:
@@ -82,7 +83,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     scanned: set[str] = set()
     for node in (graph.nodes[i] for i in graph.live()):
         used |= set(node.axes)
-        if node.op in ("reduce", "contract"):
+        if node.op in FOLDS:
             reduced.add(node.attr("axis"))
         elif node.op == "cumsum":
             scanned.add(node.attr("axis"))
@@ -148,6 +149,11 @@ def shares(graph: Graph) -> dict[str, int]:
     return {a.removesuffix(PART): use.extent or 1 for a, use in parts.items() if use.parallel}
 
 
+def operands(node: Node) -> tuple[int, ...]:
+    """What a node is computed from; the maximum of an `exp_sum`'s scores is made along with it, of the same operand."""
+    return node.args[:2] if node.op == "exp_sum" else node.args
+
+
 def folded(node: Node) -> str | None:
     """The axis that a node folds; None for one that folds none."""
     return node.attr("axis") if node.op in FOLDS else None
@@ -160,8 +166,9 @@ def ends(graph: Graph, node: int) -> int | None:
     `where(iota(axis) < end, x, identity)` says so, of every operand that varies along the axis.
     """
     n = graph.nodes[node]
-    kind = n.attr("kind") if n.op == "reduce" else "sum"
-    found = {_end(graph, graph.nodes[a], n.attr("axis"), kind) for a in n.args}
+    kinds = {"reduce": lambda: (n.attr("kind"),), "contract": lambda: ("sum", "sum"), "exp_sum": lambda: ("max", "sum")}[n.op]()
+    pairs = [(graph.nodes[a], kind) for a, kind in zip(operands(n), kinds, strict=True)]
+    found = {_end(graph, x, n.attr("axis"), kind) for x, kind in pairs if x.op != "const"}
     return found.pop() if len(found) == 1 else None
 
 
@@ -190,8 +197,8 @@ def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[
     depths: set[int] = set()
     for i in graph.live():
         node = graph.nodes[i]
-        level[i] = max((level[a] for a in node.args), default=0)
-        if node.op in ("reduce", "contract") and node.attr("axis") in axes:
+        level[i] = max((level[a] for a in operands(node)), default=0)
+        if node.op in FOLDS and node.attr("axis") in axes:
             depths.add(level[i])
             level[i] += 1
     return level, depths

@@ -25,9 +25,11 @@ from moekit.compile.schedule.directives import (
     text_of,
 )
 from moekit.compile.schedule.facts import (
+    PRODUCTS,
     AxisUse,
     axis_uses,
     equally_deep,
+    operands,
     part_axis,
     reach,
     read,
@@ -185,7 +187,7 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
     if section.parts and launch.cut is not None:
         yield f"only one axis can be split or done in parts, the schedule says {launch}"
     for axis, count in section.parts.items():
-        why = _divisible(graph, axis, count)
+        why = _divisible(graph, axis, count, section.each.get(axis, 0))
         if why is None and any(axis in reach(graph, w) for w in graph.writes):
             why = "an output runs along it, so its parts cannot be done one after the other by one program"
         if why:
@@ -194,6 +196,9 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
     for axis, count in {**section.parts, **split}.items():
         if axis in axis_uses(graph) and not isinstance(section.axis(axis), Loop):
             yield f"axis {axis} cannot be split in {count}: a split axis is looped over"
+    for axis, each in {**graph.each, **section.each}.items():
+        if axis in axis_uses(graph) and each % section.block(axis):
+            yield f"axis {axis} cannot be cut every {each} elements: its blocks of {section.block(axis)} do not divide that"
 
 
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
@@ -210,7 +215,7 @@ def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
 
 def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     if isinstance(how, Split):
-        why = _divisible(graph, how.axis, how.count)
+        why = _divisible(graph, how.axis, how.count, how.each)
         return f"axis {how.axis} cannot be split in {how.count}: {why}" if why else None
     if not (unknown := [v for v in how.values if v not in stageable(graph)]):
         return None
@@ -218,11 +223,13 @@ def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     return f"{unknown[0]} cannot be staged; results of products and sums and narrowing casts can, and what is placed: {may}"
 
 
-def _divisible(graph: Graph, axis: str, count: int) -> str | None:
+def _divisible(graph: Graph, axis: str, count: int, each: int) -> str | None:
     uses = axis_uses(graph)
     if axis not in uses or not uses[axis].reduced or uses[axis].extent is None:
         return "only a reduced axis of static size can be split"
-    if not 2 <= count <= MOST_PARTS:
+    if each and (each < 1 or count < 2 or count != -(-(uses[axis].extent or 0) // each)):
+        return f"its {uses[axis].extent} elements are not that many parts of {each}, two or more"
+    if not each and not 2 <= count <= MOST_PARTS:
         return f"the parts are 2 to {MOST_PARTS}"
     return None if equally_deep(graph, axis) else "one of its reductions needs the result of another"
 
@@ -230,7 +237,7 @@ def _divisible(graph: Graph, axis: str, count: int) -> str | None:
 def uses_dot(graph: Graph, section: Section, node: int) -> bool:
     """Whether a contraction runs on the matrix unit: one wide axis on each side, none shared, and enough of each."""
     n = graph.nodes[node]
-    left, right = (set(graph.nodes[a].axes) for a in n.args)
+    left, right = (set(graph.nodes[a].axes) for a in operands(n))
     k = n.attr("axis")
     wide = {a for a in left | right if section.block(a) > 1}
     rows, columns = (left - right) & wide, (right - left) & wide
@@ -245,7 +252,7 @@ def largest_tile(graph: Graph, section: Section) -> int:
     for i in graph.live():
         node = graph.nodes[i]
         axes = set(node.axes)
-        if node.op == "contract" and not uses_dot(graph, section, i):
+        if node.op in PRODUCTS and not uses_dot(graph, section, i):
             axes.add(node.attr("axis"))
         largest = max(largest, prod(map(section.block, axes)))
     return largest
@@ -286,6 +293,8 @@ def _along(graph: Graph, section: Section, node: int, axis: str, looped: set[str
     if n.op != "read" or any(graph.axes[a] is None for a in n.axes) or graph.tensors[n.attr("tensor")].role != "In":
         return None
     parts = {**shares(graph), **section.parts}.get(axis, 1)
+    if {**graph.each, **section.each}.get(axis):
+        return None
     index = n.attr("index")
     along = [d for d, e in enumerate(index) if isinstance(e, Along) and e.axis == axis and e.step == 1]
     free = all(isinstance(e, Along) and (e.axis == axis or e.axis not in looped) for e in index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from moekit.compile.schedule.facts import axis_uses, reach
+from moekit.compile.schedule.facts import FOLDS, axis_uses, reach
 from moekit.errors import ScheduleError
 from moekit.lang.graph import Graph, Write
 
@@ -67,7 +67,7 @@ def _reads(graph: Graph, looped: Collection[str], writes: list[Write]) -> set[tu
         n = graph.nodes[node]
         if (node, reduced) not in seen and set(looped) & set(n.axes):
             seen.add((node, reduced))
-            reduced = reduced or (n.op in ("reduce", "contract") and n.attr("axis") in looped)
+            reduced = reduced or (n.op in FOLDS and n.attr("axis") in looped)
             left += [(arg, reduced) for arg in n.args]
     return {(node, reduced) for node, reduced in seen if graph.nodes[node].op == "read"}
 

@@ -14,8 +14,8 @@ class AxisBlock:
     """How a program holds an axis: `grid` (one block per program), `whole` (one block is all of it), `loop`, or `gather` (no
     block: data say which elements).
 
-    `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`.
-    `of`: this block is one of that axis twice, side by side.
+    `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`;
+    `each`: of so many elements, a multiple of the block, where a number is said. `of`: this block is one of that axis twice, side by side.
     """
 
     name: str
@@ -24,6 +24,7 @@ class AxisBlock:
     mode: str
     parts: int = 1
     of: str | None = None
+    each: int = 0
 
     @property
     def partial(self) -> bool:
@@ -32,7 +33,7 @@ class AxisBlock:
             return self.extent != self.block
         if self.block * self.parts == 1:
             return False
-        return self.extent is None or self.extent % (self.block * self.parts) != 0
+        return self.extent is None or self.extent % (self.block if self.each else self.block * self.parts) != 0
 
     @property
     def blocks(self) -> int:
@@ -42,7 +43,7 @@ class AxisBlock:
     @property
     def share(self) -> int:
         """Elements of the axis that one part covers, a multiple of the block (static axes only)."""
-        return -(-self.blocks // self.parts) * self.block
+        return self.each or -(-self.blocks // self.parts) * self.block
 
     @property
     def length(self) -> int | None:

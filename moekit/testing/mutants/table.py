@@ -147,7 +147,7 @@ LOWERING = (
          "        if n.op == 'cast' and n.dtype in ('float16', 'bfloat16') and any(node in m.args for m in self.graph.nodes):\n"
          '            return self.value(n.args[0], home)\n'
          '        if n.op in ELEMENTWISE:\n', "a declared rounding inside the declaration is left out"),
-    _one("parts-added", "compile/schedule/cuts.py", 'kind = "sum" if node.op == "contract" else dict(node.attrs).get("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
+    _one("parts-added", "compile/schedule/cuts.py", 'kind = "sum" if node.op == "contract" else node.attr("kind")', 'kind = "sum"', "the parts of a split maximum are added"),
     _one("written-over", "compile/passes/form.py", "return all((n.attr(\"index\"), n.args) == (write.index, write.ids) for n in reads)", "return True", "an output may replace an operand that is still read elsewhere"),
     _one("parts-forgotten", "compile/passes/reductions.py",
          'return [scope.binary(COMBINE[total.kind], carry, value, carry.name) for total, carry, value in done]',

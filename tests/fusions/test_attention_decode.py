@@ -1,0 +1,108 @@
+"""attention_decode in every implementation: ragged lengths, parts of a fixed length, and bits that nothing beside a row moves."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moekit.compile.rules import heuristic
+from moekit.fusions import FUSIONS
+from moekit.lang.arguments import example
+from moekit.testing import Call, FusionSuite, check, implementations, run
+from tests.compile.test_lengths import outputs
+
+FUSION = FUSIONS["attention_decode"]
+KINDS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+class TestAttentionDecode(FusionSuite):
+    """The suite, whose lengths are 0 to 3; caches of several parts, and heads that share keys or do not."""
+
+    fusion = FUSION
+    sizes = (
+        {"T": 5, "K": 2, "G": 3, "L": 40, "D": 24, "Dv": 17},
+        {"T": 0, "K": 1, "G": 2, "L": 8, "D": 4, "Dv": 4},
+        {"T": 1, "K": 1, "G": 1, "L": 1, "D": 1, "Dv": 1},
+        {"T": 2, "K": 1, "G": 8, "L": 300, "D": 16, "Dv": 16},
+    )
+    params = ({"scale": 0.25}, {})
+
+
+def cache(dtype="float32", length=600, ends=(0, 1, 255, 256, 257, 600, 599, 64, -5, 10**6), heads=(2, 3), dims=(20, 12), seed=5):
+    """Caches whose positions behind a row's length hold NaN and infinities."""
+    rng, rows = np.random.default_rng(seed), len(ends)
+    shapes = {"q": (rows, *heads, dims[0]), "k_cache": (rows, heads[0], length, dims[0]), "v_cache": (rows, heads[0], length, dims[1])}
+    made = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    made["q"] *= 3
+    lengths = np.array(ends, np.int32)
+    past = (np.arange(length)[None] >= np.clip(lengths, 0, length)[:, None])[:, None, :, None]
+    made["k_cache"] = np.where(past, np.nan, made["k_cache"])
+    made["v_cache"] = np.where(past, np.inf, made["v_cache"])
+    return {n: x.astype(KINDS[dtype]) for n, x in made.items()} | {"lengths": lengths}
+
+
+def textbook(values, scale):
+    """All heads of a row at once, in float64: not the reference's order, nor its formula."""
+    q, k, v = (values[n].astype(np.float64) for n in ("q", "k_cache", "v_cache"))
+    here = np.arange(k.shape[2])[None] < values["lengths"][:, None]
+    k, v = (np.where(here[:, None, :, None], x, 0) for x in (k, v))
+    scores = np.einsum("tkgd,tkld->tkgl", q, k) * scale
+    weights = np.where(here[:, None, None], np.exp(scores - scores.max(-1, keepdims=True, initial=-1e30)), 0)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("tkgl,tkld->tkgd", weights / np.where(total == 0, 1, total), v)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("dtype", KINDS)
+def test_ragged_caches(implementation, dtype):
+    """Lengths of nothing, one, ends of parts and blocks, all, less than nothing and more than there is."""
+    values = cache(dtype)
+    check(implementation, Call(FUSION, values, {"scale": 0.2}))
+    got = run(implementation, Call(FUSION, values, {"scale": 0.2})).outputs["out"].astype(np.float64)
+    tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    np.testing.assert_allclose(got, textbook(values, 0.2), rtol=tolerance, atol=tolerance)
+    assert not got[values["lengths"] <= 0].any()
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("layout", ["strided", "transposed padded", "shifted", "negative"])
+def test_caches_of_any_strides(implementation, layout):
+    """A layer's part of a larger cache, heads before or after positions: nothing is made contiguous."""
+    from moekit.testing.layouts import KINDS as LAYOUTS
+
+    if layout not in LAYOUTS:
+        pytest.skip(f"no layout {layout}")
+    values = cache("bfloat16", 300, (300, 17, 0), dims=(16, 16))
+    check(implementation, Call(FUSION, values, {}, dict.fromkeys(("q", "k_cache", "v_cache", "lengths"), layout)))
+
+
+def bits(x):
+    return x.view({2: np.int16, 4: np.int32}[x.itemsize])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_bits_of_a_row_depend_on_that_row_alone(dtype):
+    """Not on the rows beside it, and not on the capacity, be it less than a part or many; parts that no row has stay unwritten."""
+    values = cache(dtype, 600, (200, 1, 0, 64, 199))
+    many, made = outputs(FUSION, values)
+    assert len(made.programs) == 2
+    for r in range(5):
+        alone, _ = outputs(FUSION, {n: x[r : r + 1] for n, x in values.items()})
+        np.testing.assert_array_equal(bits(alone["out"]), bits(many["out"][r : r + 1]))
+    for capacity, launches in ((200, 1), (256, 1), (257, 2), (601, 2), (5000, 2)):
+        shaped = dict(values)
+        for n in ("k_cache", "v_cache"):
+            shaped[n] = np.full((*values[n].shape[:2], capacity, values[n].shape[3]), np.nan, values[n].dtype)
+            shaped[n][:, :, :200] = values[n][:, :, :200]
+        other, made = outputs(FUSION, shaped)
+        assert len(made.programs) == launches
+        np.testing.assert_array_equal(bits(other["out"]), bits(many["out"]), err_msg=str(capacity))
+
+
+def test_parts_of_256_and_the_matrix_unit():
+    """At Qwen3-Next's sizes."""
+    sizes = {"T": 1, "K": 2, "G": 8, "L": 4096, "D": 256, "Dv": 256}
+    graph = FUSION.trace(example(FUSION, sizes, "bfloat16"))
+    assert str(heuristic(graph)) == (
+        "tile:L.part:1 tile:T:1 tile:K:1 tile:G:16 whole:D:256 loop:L:64 whole:Dv:256 warps:4 stages:3 dependent split:L:16:256 then "
+        "loop:L.part:1 tile:T:1 tile:K:1 tile:G:1 tile:Dv:64 warps:2 stages:1 dependent"
+    )
