@@ -3,7 +3,7 @@
 import numpy as np
 
 from moekit.fusions.moe_align import align, most_blocks
-from moekit.lang import In, cast, contract, f32, fusion, gather, halves, iota, place, round_to, silu, size, sum, where
+from moekit.lang import In, cast, contract, extent, f32, fusion, gather, halves, iota, place, round_to, silu, size, sum, where
 
 
 def reference(x, ids, weights, gate_up, down, block=1):
@@ -22,6 +22,11 @@ def reference(x, ids, weights, gate_up, down, block=1):
 def blocks(T, K, E, block):
     """As many as there are pairs, or as `moe_align` makes of them."""
     return T * K if block == 1 else most_blocks(T, K, E, block)
+
+
+def known(ids):
+    """Whether an id is an expert's."""
+    return (ids >= 0) & (ids < size("E"))
 
 
 @fusion(
@@ -46,9 +51,10 @@ def experts(x, ids, weights, gate_up, down, block: int = 1):
         pairs, chosen = tables.pairs, tables.chosen
     token, slot = where(pairs < 0, -1, pairs // size("K")), pairs % size("K")
     rows = gather(x, token, over="T")
-    gate, up = (contract(rows, gather(part, chosen, over="E"), over="D") for part in halves(gate_up, "I"))
+    some = known(chosen)
+    deep, wide = where(some, extent("D"), 0), where(some, extent("I"), 0)  # a block of no expert has nothing to add up
+    gate, up = (contract(rows, gather(part, chosen, over="E"), over="D", upto=deep) for part in halves(gate_up, "I"))
     activated = cast(silu(gate) * up, x.dtype)
-    each = cast(contract(activated, gather(down, chosen, over="E"), over="I"), x.dtype)
+    each = cast(contract(activated, gather(down, chosen, over="E"), over="I", upto=wide), x.dtype)
     placed = place(each, T=token, K=slot)
-    known = (ids >= 0) & (ids < size("E"))
-    return {"out": cast(sum(where(known, f32(placed) * f32(weights), 0.0), over="K"), x.dtype)}
+    return {"out": cast(sum(where(known(ids), f32(placed) * f32(weights), 0.0), over="K"), x.dtype)}

@@ -7,7 +7,7 @@ import pytest
 from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic
 from moekit.compile.rules.order import order
-from moekit.compile.tile import Dot
+from moekit.compile.tile import Dot, Loop, walk
 from moekit.compile.tile.interpret import EXECUTE
 from moekit.compile.tile.interpret import run as execute
 from moekit.compile.tile.layouts import contiguous
@@ -165,3 +165,13 @@ def test_what_many_tokens_launch():
     few, many = (str(heuristic(graph_of(block)[0])).split(" then ") for block in (1, 16))
     assert many[-3:] == few
     assert [text.rpartition("stage:")[2] for text in many[:2]] == ["counts", "order,chosen,filled"]
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_block_of_no_expert_has_nothing_to_add_up(block):
+    """Its programs' loops along the contracted axes have no turns."""
+    graph, sizes = graph_of(block)
+    for program in plan(graph, None, contiguous(graph, sizes)).programs[-3:-1]:
+        (loop,) = (op for op, _ in walk(program.body) if isinstance(op, Loop))
+        assert loop.end is not None
+        assert loop.over in (("D",), ("I",))

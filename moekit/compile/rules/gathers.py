@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Split, Tile, Whole, pow2
-from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, once
+from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, By, Graph, Node
@@ -65,14 +65,14 @@ def grouped(graph: Graph) -> Launch | None:
 def _chosen(graph: Graph, product: Node) -> bool:
     """Whether each block of rows of a product has a matrix of its own, which data choose."""
     shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
-    reads = [n for n in map(graph.nodes.__getitem__, product.args) if n.op == "read"]
+    reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
     by = {a for n in reads for i in n.attr("index") if isinstance(i, By) for a in graph.nodes[n.args[i.operand]].axes}
     return bool(shared) and shared <= by
 
 
 def _columns(graph: Graph, node: Node) -> str | None:
     """The innermost axis of a gathered operand of a contraction, if that does not run along it."""
-    for read in (graph.nodes[a] for a in node.args):
+    for read in (loaded(graph, a) for a in node.args):
         if read.op != "read" or not any(isinstance(i, By) for i in read.attr("index")):
             continue
         inner = read.attr("index")[-1]
