@@ -37,6 +37,7 @@ SIZES = {
     "gate_projections": [{"T": 16, "D": 2048, "I": 64, "E": 512, "G": 1}],
     "down_combine": [{"T": 16, "I": 64, "H": 2048}],
     "expert_gate_up": [{"T": 4, "D": 2048, "I": 64, "E": 16, "K": 10}],
+    "attention_decode": [{"T": 4, "K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256}],
     "expert_down": [{"T": 4, "H": 2048, "I": 64, "E": 16, "K": 10}],
 }
 

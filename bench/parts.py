@@ -6,8 +6,8 @@ one part, of times and of floors alike. Where no kernel of moekit's computes the
 """
 
 EXPERTS, GATES, DELTA, NORMS = "routed experts", "gates, router, shared expert", "delta rule and its norm", "norms"
-COLLECTIVES, REST = "collectives", "XLA's kernels: projections, attention, head"
-PARTS = (EXPERTS, GATES, DELTA, NORMS, REST, COLLECTIVES)
+ATTENTION, COLLECTIVES, REST = "attention over the cache", "collectives", "XLA's kernels: projections, attention, head"
+PARTS = (EXPERTS, GATES, DELTA, NORMS, ATTENTION, REST, COLLECTIVES)
 
 # Of the prefixes that a name begins with, the first one counts.
 PREFIXES = {
@@ -20,6 +20,7 @@ PREFIXES = {
     "delta_rule": DELTA,
     "gated_rms_norm": DELTA,
     "add_rms_norm": NORMS,
+    "attention_decode": ATTENTION,
     "psum": COLLECTIVES,  # XLA's own kernel, fused with what stands around the sum
     "nccl": COLLECTIVES,
     "all-reduce": COLLECTIVES,

@@ -9,7 +9,7 @@ from bench.parts import EXPERTS, PARTS, least, spent
 from bench.targets import OURS
 
 # Okabe and Ito's colours, which can be told apart by everyone. A part keeps its colour in every bar.
-COLOURS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7"), strict=True))
+COLOURS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
 LINES = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C564B", "#9467BD", "#BCBD22", "#17BECF",
          "#1B7837", "#B2182B", "#999999", "#5E3C99")  # fmt: skip
 DASHES = dict(zip(OURS, ("-", "--"), strict=True))  # moekit is black, in all its forms

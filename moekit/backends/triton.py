@@ -98,6 +98,10 @@ class TritonPrinter(Printer):
 
     words, dtypes, constant, typed_literals = WORDS, DTYPES, ": tl.constexpr", ("float16", "bfloat16", "int16", "int8")
 
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.counted: set[t.Value] = set()  # variables of loops, which Triton's interpreter has as Python numbers
+
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, counts = "    " * depth, [self.turns(a, op.end) for a in op.over]
         lines = [
@@ -112,6 +116,7 @@ class TritonPrinter(Printer):
             lines.append(f"{pad}for turn in tl.static_range({counts[0]}):")
             lines.append(f"{pad}    {self.names[op.vars[0]]} = tl.cast(turn, tl.int32)")
         else:
+            self.counted.add(op.vars[0])
             lines.append(f"{pad}for {self.names[op.vars[0]]} in range({counts[0]}):")
         lines += self.body(op.body, depth + 1)
         return lines + self.assigned(op.carries, op.yields, depth + 1)
@@ -187,7 +192,8 @@ class TritonPrinter(Printer):
             return (f"tl.cast({start}, tl.int64)" if wide else start), ATOM
         text = self.at(index.value, axes)
         if wide:
-            text = f"tl.cast({text}, tl.int64)" if index.value in self.inline else f"{text}.to(tl.int64)"
+            plain = index.value in self.inline or self.names.owner(index.value) in self.counted
+            text = f"tl.cast({text}, tl.int64)" if plain else f"{text}.to(tl.int64)"
         level = ATOM
         if index.step != 1:
             text, level = f"{text} * {index.step}", TIMES

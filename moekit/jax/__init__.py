@@ -27,6 +27,7 @@ gate_projections = op(_FUSIONS["gate_projections"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
+attention_decode = op(_FUSIONS["attention_decode"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
     _function.__module__ = __name__  # where it is found again when it is pickled
@@ -37,6 +38,7 @@ __all__ = [
     "PackedGate",
     "View",
     "add_rms_norm",
+    "attention_decode",
     "delta_rule_step",
     "down_combine",
     "expert_down",

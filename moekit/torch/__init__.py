@@ -34,6 +34,7 @@ gate_projections = op(_FUSIONS["gate_projections"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
+attention_decode = op(_FUSIONS["attention_decode"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -47,6 +48,7 @@ __all__ = [
     "Warmed",
     "add_rms_norm",
     "add_rms_norm_",
+    "attention_decode",
     "delta_rule_step",
     "delta_rule_step_",
     "down_combine",

@@ -23,7 +23,7 @@ class Sample:
 
     def dtypes(self) -> dict:
         """The dtype of every operand."""
-        own = {"ids": "int32"} | dict.fromkeys(self.f32, "float32")
+        own = {"ids": "int32", "lengths": "int32"} | dict.fromkeys(self.f32, "float32")
         return {n: own.get(n, self.dtype) for n in self.shapes}
 
     def bound(self):
@@ -109,6 +109,10 @@ SAMPLES = {
         "down_combine", {"hidden": (4, 2048), "activated": (4, 64), "down": (2048, 64), "share": (4, 1)}, f32=("share",)
     ),
     "expert_gate_up": Sample("expert_gate_up", {"x": (4, 2048), "gate_up": (512, 128, 2048), "ids": (4, 10)}),
+    "attention_decode": Sample(
+        "attention_decode",
+        {"q": (4, 2, 8, 256), "k_cache": (4, 2, 4096, 256), "v_cache": (4, 2, 4096, 256), "lengths": (4,)},
+    ),
     "expert_down": Sample(
         "expert_down",
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},

@@ -66,6 +66,7 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
     "down_combine 64": _down(64),
     "down_combine 512": _down(512),
     "expert_gate_up 64": SAMPLES["expert_gate_up"],
+    "attention_decode 2x8x256": SAMPLES["attention_decode"],
     "expert_down 64": SAMPLES["expert_down"],
     "gated_rms_norm 4x128": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step 2/4": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),

@@ -26,6 +26,7 @@ SIZES = {
     "gate_block": [dict(T=3, D=35, I=5, E=9, G=1)],
     "down_combine": [dict(T=3, H=19, I=33, **{"H?": 1})],
     "expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
+    "attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)],
     "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
 }
 count = 0

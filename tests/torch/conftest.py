@@ -113,6 +113,7 @@ SIZES = {
     "gate_projections": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "down_combine": {"T": 5, "H": 24, "I": 16, "H?": 1},
     "expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
+    "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 20, "D": 16, "Dv": 8},
     "expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
 }
 PARAMS = {"topk_softmax": {"k": 4}}

@@ -28,6 +28,7 @@ SIZES = {
     "gate_projections": {"D": 64, "I": 12, "E": 20, "G": 1},
     "down_combine": {"H": 40, "I": 24, "H?": 1},
     "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
+    "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 16, "Dv": 24},
     "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
 }
 SPLIT = Schedule.parse(

@@ -124,6 +124,7 @@ SMALL = {
     "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
     "down_combine": {"T": 2, "H": 4, "I": 3, "H?": 1},
     "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
+    "attention_decode": {"T": 2, "K": 1, "G": 2, "L": 4, "D": 3, "Dv": 2},
     "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}

@@ -33,6 +33,7 @@ SIZES = {
     "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
     "down_combine": {"I": 64, "H": 2048, "H?": 1},
     "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},
+    "attention_decode": {"K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256},
     "expert_down": {"I": 64, "H": 2048, "E": 512, "K": 10},
 }
 shipped = table.table  # other folders take it away for a session

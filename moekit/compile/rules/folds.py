@@ -1,8 +1,7 @@
 """Good schedules for softmax-weighted sums along a long axis, as attention over a cache is.
 
 The axis is cut in parts of a fixed number of elements, each in programs of its own: how many a row has follows from its own end,
-so that neither the rows beside it nor the capacity move a bit. What was measured stands in measured.json, by the name of the
-constant.
+so that neither the rows beside it nor the capacity move a bit.
 """
 
 from __future__ import annotations
