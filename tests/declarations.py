@@ -7,6 +7,8 @@ are products and sums. As a fusion it was slower than `add_rms_norm` and `gate_p
 import numpy as np
 
 from moekit.fusions import FUSIONS
+from moekit.fusions.experts import experts
+from moekit.fusions.moe_align import moe_align
 from moekit.lang import In, InOut, cast, contract, f32, fusion, halves, mean, round_to, rsqrt, sigmoid, silu
 
 
@@ -53,4 +55,4 @@ def gate_block(x, residual, weight, gate_up, router, shared_gate, eps: float = 1
     }
 
 
-DECLARATIONS = {**FUSIONS, "gate_block": gate_block}
+DECLARATIONS = {**FUSIONS, "gate_block": gate_block, "experts": experts, "moe_align": moe_align}

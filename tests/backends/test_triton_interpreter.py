@@ -28,10 +28,12 @@ SIZES = {
     "expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
     "attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)],
     "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
+    "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
+    "moe_align": [dict(T=40, K=3)],
 }
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {"k": 10} if "k" in fusion.params else {}
+    params = {n: v for n, v in dict(k=10, experts=7, block=4).items() if n in fusion.params}
     for sizes in SIZES[name]:
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)
