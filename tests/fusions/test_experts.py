@@ -156,7 +156,7 @@ def test_what_few_tokens_launch():
     assert str(heuristic(graph_of(1)[0])) == (
         "tile:B:1 tile:J:16 loop:D:128 tile:I:32 warps:4 stages:4 dependent stage:activated then "
         "tile:B:1 tile:J:16 loop:I:64 tile:H:64 warps:4 stages:4 dependent stage:placed then "
-        "tile:T:1 whole:K:16 tile:H:32 warps:2 stages:1 dependent"
+        "tile:T:1 whole:K:16 tile:H:256 warps:4 stages:1 dependent"
     )
 
 

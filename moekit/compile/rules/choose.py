@@ -12,7 +12,7 @@ from moekit.compile.rules.gathers import gathered_product, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
-from moekit.compile.rules.tables import table_launch, tables
+from moekit.compile.rules.tables import table_launch, tables, wide
 from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
 from moekit.compile.schedule.directives import (
@@ -141,8 +141,10 @@ def _tabled(graph: Graph) -> Schedule | None:
     if (stage := tables(graph)) is None:
         return None
     first, rest, left = cut(graph, stage)
-    before = heuristic(first) if not all(s.dtype in INTS for s in left) else Schedule((table_launch(first),))
-    return Schedule((*before.launches[:-1], before.launches[-1].but(stage), *heuristic(rest).launches))
+    integers = all(s.dtype in INTS for s in left)
+    before = Schedule((table_launch(first),)) if integers else heuristic(first)
+    after = heuristic(rest) if integers or gemms(rest) else spread(rest, wide(rest))
+    return Schedule((*before.launches[:-1], before.launches[-1].but(stage), *after.launches))
 
 
 @once

@@ -19,6 +19,7 @@ from moekit.lang.dtypes import INTS
 from moekit.lang.graph import Graph, Node
 
 TURN = 1024  # integers that a program goes through at a time
+COLUMNS = 256  # of placed rows that a program adds up
 
 
 @once
@@ -77,3 +78,9 @@ def _held(graph: Graph) -> tuple[Axis, ...]:
     looped = [n.axes for n in live if not set(n.axes) <= set(chosen)]
     wide = max((prod(chosen[a].block for a in axes if a in chosen) for axes in looped), default=1)
     return tuple(chosen.get(a) or Loop(a, max(1, TURN // wide)) for a in uses)
+
+
+def wide(graph: Graph) -> Launch:
+    """What adds up placed rows: as many columns a program as are worth its few rows."""
+    columns = [u for u in axis_uses(graph).values() if u.parallel][-1:]
+    return alone((Tile(u.name, min(COLUMNS, pow2(u.extent or COLUMNS))) for u in columns), stages=1)
