@@ -82,26 +82,14 @@ def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
     if upto is None:
         return x
     if len(_axes(over)) != 1:
-        raise DeclarationError(
-            f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one"
-        )
+        raise DeclarationError(f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one")
     n = as_value(upto, "int32")
     if is_float(n.dtype) or n.dtype == "bool" or over in n.axes:
         raise DeclarationError(f"{current().name}: upto= needs an integer that does not vary over {over}, got {n!r}")
     if n.dtype == "int64":
         n = minimum(maximum(n, 0), extent(over))
     n = cast(n, "int32")
-    return where(_before(n, over), x, constant(IDENTITY[kind, widened(x.dtype)], x.dtype))
-
-
-def _before(n: Value, over: str) -> Value:
-    """Which elements of an axis are its first `n`; one answer for all where `n` is a choice between their number and 0."""
-    node, size = n.builder.nodes[n.node], n.builder.axis_size(over)
-    found = [n.builder.nodes[a] for a in node.args[1:]] if node.op == "where" else []
-    known = size is not None and [m.op for m in found] == ["const", "const"]
-    if known and found[0].attr("value") >= size and found[1].attr("value") <= 0:
-        return Value(n.builder, node.args[0])
-    return iota(over) < n
+    return where(iota(over) < n, x, constant(IDENTITY[kind, widened(x.dtype)], x.dtype))
 
 
 def _reduce(kind: str, x, over: str, upto: Value | int | None = None) -> Value:

@@ -96,10 +96,7 @@ def _end(low: Writer, group: list[int], axis: str, home: Scope) -> t.Value | Non
     if end is None or (value := low.value(end, home)).axes:
         return None
     most = home.const(extent) if extent is not None else home.emit(t.Extent, axis=axis)
-    name = f"{identifier(axis)}_end"
-    if value.dtype == "bool":
-        return home.where(value, most, home.const(0), name)
-    return home.binary("maximum", home.binary("minimum", value, most), home.const(0), name)
+    return home.binary("maximum", home.binary("minimum", value, most), home.const(0), f"{identifier(axis)}_end")
 
 
 def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:

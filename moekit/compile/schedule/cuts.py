@@ -109,7 +109,6 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     if how and how.each:
         each, found = {how.axis: how.each}, {ends(graph, i) for i in targets}
         end = found.pop() if len(found) == 1 else None
-        end = None if end is None or graph.nodes[end].dtype == "bool" else end
     if how and end is not None:
         number, begun = _begun(nodes, axes, how, end, graph.axes[how.axis] or 0)
         place = _node(nodes, axes, "where", (begun, number, _node(nodes, axes, "const", attrs=(("value", -1),))))

@@ -163,13 +163,12 @@ def folded(node: Node) -> str | None:
 def ends(graph: Graph, node: int) -> int | None:
     """The int32 value of which a fold's operands are the fold's identity from that element of its axis on; None if none is.
 
-    `where(iota(axis) < end, x, identity)` says so, of every operand that varies along the axis. Of a product the bool value, too,
-    that says whether there is any: `where(some, x, 0)`, where it does not vary along the axis.
+    `where(iota(axis) < end, x, identity)` says so, of every operand that varies along the axis.
     """
     n = graph.nodes[node]
     kinds = {"reduce": lambda: (n.attr("kind"),), "contract": lambda: ("sum", "sum"), "exp_sum": lambda: ("max", "sum")}[n.op]()
     pairs = [(graph.nodes[a], kind) for a, kind in zip(operands(n), kinds, strict=True)]
-    found = {_end(graph, x, n.attr("axis"), kind, n.op) for x, kind in pairs if x.op != "const"}
+    found = {_end(graph, x, n.attr("axis"), kind) for x, kind in pairs if x.op != "const"}
     return found.pop() if len(found) == 1 else None
 
 
@@ -177,8 +176,7 @@ def ends(graph: Graph, node: int) -> int | None:
 def ragged(graph: Graph) -> frozenset[str]:
     """The axes along which the ends of folds vary: a program with one element of each can stop at its own."""
     found = (ends(graph, i) for i in graph.live() if folded(graph.nodes[i]))
-    lengths = (graph.nodes[end] for end in found if end is not None)
-    return frozenset(a for n in lengths if n.dtype != "bool" for a in n.axes)
+    return frozenset(a for end in found if end is not None for a in graph.nodes[end].axes)
 
 
 def loaded(graph: Graph, node: int) -> Node:
@@ -187,16 +185,12 @@ def loaded(graph: Graph, node: int) -> Node:
     return loaded(graph, n.args[1]) if n.op == "where" else n
 
 
-def _end(graph: Graph, n: Node, axis: str, kind: str, fold: str) -> int | None:
+def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
     """The end that a choice has along an axis; None for what is no such choice."""
     if n.op != "where":
         return None
     below, other = (graph.nodes[n.args[i]] for i in (0, 2))
-    if other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
-        return None
-    if fold == "contract" and axis not in below.axes:
-        return n.args[0]
-    if below.op != "lt":
+    if below.op != "lt" or other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
         return None
     first, end = below.args
     along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
