@@ -113,6 +113,8 @@ def _exp_sum(e: _Evaluation, _: int, n: Node):
     top = e.aligned(top, axes)
     shift = lib.where(top == -np.inf, lib.constant(0.0, "float32", e.like), top)
     weights = lib.elementwise["exp"](lib.elementwise["sub"](e.values[scores], shift))
+    if n.attr("axis") not in e.graph.nodes[values].axes:
+        return lib.elementwise["mul"](lib.reduce["sum"](weights, axes.index(n.attr("axis"))), e.values[values])
     weights = lib.cast(weights, n.attr("weights"), True)
     return _product(e, axes, weights, e.graph.nodes[values].axes, e.values[values], n.axes)
 

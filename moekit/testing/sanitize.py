@@ -31,6 +31,12 @@ TOOLS = {
     "racecheck": (),
 }
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+HAZARD = re.compile(r"between Write access at (\S+) in <moekit triton ([^>]+)>\S*\s+=*\s*and Write access at \1 in")
+# A kernel as it is printed, and why its writes from one instruction to one place are no race; another text is judged anew.
+EXPLAINED = {
+    "expert_down 440f656da0ad 92ca93e0": "Triton hands a sum, of which every warp has the same bits, to another layout through "
+    "shared memory; all warps write it (`st.shared.v4` without a predicate), and racecheck compares no values of 16 bytes",
+}
 ENVIRONMENT = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one allocation per tensor
     "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -51,6 +57,7 @@ class Verdict:
     doors: dict[str, int] = field(default_factory=dict)
     cells: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
+    explained: dict[str, int] = field(default_factory=dict)
 
 
 def find_sanitizer() -> str | None:
@@ -68,6 +75,11 @@ def found(log: str) -> int | None:
     """How many errors or hazards a log sums up; None if it ends without a summary."""
     sums = [int(a or b) for a, b in SUMMARY.findall(log)]
     return sum(sums) if sums else None
+
+
+def explained(log: str) -> Counter[str]:
+    """The hazards of a log that are explained: how many of each kernel."""
+    return Counter(kernel for _, kernel in HAZARD.findall(log) if kernel in EXPLAINED)
 
 
 def run_pass(sanitizer: str, tool: str, arguments: list[str], base: Path, seconds: float) -> int | None:
@@ -101,10 +113,11 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
 
     with ThreadPoolExecutor(workers) as threads:
         codes = list(threads.map(share, range(workers)))
-    doors, cells = Counter(), Counter()
+    doors, cells, hazards = Counter(), Counter(), Counter()
     for i, code in enumerate(codes):
         log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
         verdict.findings += judge(tool, code, log, report, output)
+        hazards.update(explained(text_of(log)))
         if report.exists():
             told = read_json(report)
             verdict.cases += told["cases"]
@@ -113,6 +126,7 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
     verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
     verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), doors.total()
+    verdict.explained = dict(hazards)
     verdict.seconds = time.monotonic() - begin
     return verdict
 
@@ -120,13 +134,14 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
 def judge(tool: str, code: int | None, log: Path, report: Path, output: Path) -> list[str]:
     """What is wrong with one process: what the tool found, what its outputs were, how it ended."""
     text, findings = text_of(log), []
-    errors = found(text)
+    known = explained(text).total()
+    errors = None if (said := found(text)) is None else said - known
     if errors:
         findings.append(f"{tool}: {errors} found; {log.name} begins:\n{text[:3000]}")
     if errors is None:
         how = "stopped" if code is None else f"exit code {code}"
         findings.append(f"{tool}: {log.name} has no summary ({how}): {ending(output)}")
-    elif code != 0 and not errors:
+    elif code != (FOUND if known else 0) and not errors:
         findings.append(f"{tool}: exit code {code}: {ending(output)}")
     if not report.exists():
         findings.append(f"{tool}: {report.name} was not written: its share did not end")
@@ -182,6 +197,8 @@ def tell(verdict: Verdict) -> None:
     print(f"{verdict.tool}: {word}; {verdict.cases} cases, {verdict.kernels} kernels in {verdict.seconds:.0f} s; the planted "
           f"fault was {'not ' if any('planted' in f for f in verdict.findings) else ''}found", flush=True)  # fmt: skip
     print("  " + ", ".join(f"{door}: {n}" for door, n in verdict.doors.items()), flush=True)
+    for kernel, n in verdict.explained.items():
+        print(f"  {n} hazards of {kernel} are explained: {EXPLAINED[kernel]}", flush=True)
     for finding in verdict.findings[:20]:
         print(finding, flush=True)
 

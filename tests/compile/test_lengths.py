@@ -14,7 +14,7 @@ from moekit.compile.schedule.directives import Schedule
 from moekit.compile.tile import interpret
 from moekit.compile.tile.layouts import contiguous
 from moekit.errors import DeclarationError
-from moekit.lang import In, cast, contract, f32, fusion, max, min, sum
+from moekit.lang import In, cast, contract, extent, f32, fusion, max, min, sum, where
 from moekit.testing import Call, implementations, run
 
 LENGTHS = In("T", dtype=("int32", "int64"))
@@ -208,3 +208,31 @@ def test_what_is_refused():
         trace(floats, lengths="float32")
     with pytest.raises(DeclarationError, match="upto= needs an integer that does not vary over L"):
         trace(along)
+
+
+def wanted_reference(x, w, wanted):
+    """float64, row by row."""
+    out = np.zeros((x.shape[0], x.shape[2], w.shape[1]))
+    for r in np.flatnonzero(wanted > 0):
+        out[r] = x[r].astype(np.float64).T @ w.astype(np.float64)
+    return {"out": out}
+
+
+@fusion(wanted_reference, x=In("T D M"), w=In("D N"), wanted=In("T", dtype="int32"))
+def wanted_product(x, w, wanted):
+    """x[t]·w where it is wanted, else nothing."""
+    return {"out": contract(x, w, "D", upto=where(wanted > 0, extent("D"), 0))}
+
+
+@pytest.mark.parametrize("tile", ["T:1", "T:2"])
+def test_all_of_a_product_or_nothing(tile):
+    """A program that does not want its product reads nothing of it, and one that does has no choice in its loop."""
+    rng = np.random.default_rng(4)
+    values = {"x": rng.standard_normal((5, 40, 12)).astype(np.float32), "w": rng.standard_normal((40, 20)).astype(np.float32),
+              "wanted": np.array([1, 0, 3, 0, -2], np.int32)}  # fmt: skip
+    values["x"][values["wanted"] <= 0] = np.nan
+    got, made = outputs(wanted_product, values, f"tile:{tile} loop:D:16 tile:M:16 tile:N:16 warps:4 stages:2")
+    np.testing.assert_allclose(got["out"], wanted_reference(**values)["out"], rtol=1e-5, atol=1e-5)
+    (loop,) = (op for op, _ in t.walk(made.programs[0].body) if isinstance(op, t.Loop))
+    assert (loop.end is not None) == (tile == "T:1")
+    assert any(isinstance(op, t.Where) and "D" in op.condition.axes for op in loop.body) == (tile == "T:2")

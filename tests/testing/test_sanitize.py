@@ -130,6 +130,27 @@ def test_a_share_that_ends_early_says_in_which_case(tmp_path, summary):
     assert len(sanitize.judge("memcheck", 1, log, report, output)) == 1
 
 
+HAZARD = """========= Error: Race reported between {first} access at {kernel}+0x1720 in <moekit triton {text}>:38
+=========     and Write access at {kernel}+{second} in <moekit triton {text}>:38 [19369 hazards]
+=========
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "clean"),
+    [({}, True), ({"first": "Read"}, False), ({"second": "0x1750"}, False), ({"text": "expert_down 440f656da0ad 0"}, False)],
+)
+def test_only_the_hazard_that_is_explained_is_none(tmp_path, changed, clean):
+    """One instruction's writes in just this kernel; beside any other hazard they do not hide it."""
+    log, report, output = (tmp_path / name for name in ("log.txt", "report.json", "output.txt"))
+    report.write_text(json.dumps({"problems": []}))
+    known = {"first": "Write", "second": "0x1720", "text": next(iter(sanitize.EXPLAINED)), "kernel": "expert_down_kernel"}
+    log.write_text(HAZARD.format(**known) + HAZARD.format(**known | changed) + "RACECHECK SUMMARY: 2 hazards displayed")
+    said = sanitize.judge("racecheck", sanitize.FOUND, log, report, output)
+    assert (not said) == clean
+    assert clean or "1 found" in said[0]
+
+
 def test_without_a_gpu_or_the_tool(monkeypatch, capsys):
     monkeypatch.setattr(platform, "gpu_count", lambda: 0)
     assert sanitize.main([]) == 3

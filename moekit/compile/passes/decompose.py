@@ -46,13 +46,6 @@ def _softplus(d: t.Draft, op: t.Unary) -> list[t.Op]:
     return d.becomes(op.out)
 
 
-def _mask(d: t.Draft, op: t.TopK) -> t.Value | None:
-    """Where there are elements to choose from; None for everywhere."""
-    if not d.program.bounded(op.axis).partial:
-        return None
-    return d.emit(t.InBounds, f"{op.elements.name}_mask", value=op.elements, axis=op.axis)
-
-
 def _reduce(d: t.Draft, kind: str, value: t.Value, axis: str, name: str) -> t.Value:
     return d.emit(t.Reduce, name, op=kind, value=value, axis=axis) if axis in value.axes else value
 
@@ -72,13 +65,11 @@ def _packed(d: t.Draft, op: t.TopK) -> list[t.Op]:
     were taken lowest. A subtraction and a maximum are one instruction on an H200 (VIADDMNMX), where striking out is two more.
     """
     low_half, lowest = d.const(INDEX_BITS, name="INDEX_BITS"), d.const(LOWEST, name="LOWEST")
-    mask = _mask(d, op)
     keys = d.binary("or", op.keys, d.binary("sub", low_half, op.elements), "packed")
     inits = [d.const(0, axes=op.outs[0].axes), d.const(0, axes={*op.keys.axes} - {op.axis})]
 
     def step(inner: t.Draft, here: t.Value, best: t.Value, base: t.Value) -> tuple[t.Value, ...]:
         above = inner.binary("sub", keys, base, "above")
-        above = inner.where(mask, above, lowest) if mask else above
         top = inner.binary("add", _reduce(inner, "max", above, op.axis, "nearest"), base, "top")
         return inner.where(here, top, best, "best"), inner.binary("xor", top, lowest, "base")
 
@@ -93,17 +84,14 @@ def _packed(d: t.Draft, op: t.TopK) -> list[t.Op]:
 def _plain(d: t.Draft, op: t.TopK) -> list[t.Op]:
     """k times the best key and the first index that has it, which is struck out."""
     lowest, highest = d.const(LOWEST, name="LOWEST"), d.const(HIGHEST, name="HIGHEST")
-    mask = _mask(d, op)
-    keys = d.where(mask, op.keys, lowest, "keys") if mask else op.keys
-    inits = [d.const(0, axes=op.outs[0].axes), d.const(0, axes=op.outs[0].axes), keys]
+    inits = [d.const(0, axes=op.outs[0].axes), d.const(0, axes=op.outs[0].axes), op.keys]
 
     def step(inner: t.Draft, here: t.Value, best: t.Value, ids: t.Value, keys: t.Value) -> tuple[t.Value, ...]:
         top = _reduce(inner, "max", keys, op.axis, "top")
-        hit = inner.binary("eq", keys, top)
-        hit = inner.binary("and", hit, mask) if mask else hit
-        first = _reduce(inner, "min", inner.where(hit, op.elements, highest), op.axis, "first")
+        candidates = inner.where(inner.binary("eq", keys, top), op.elements, highest)
+        first = _reduce(inner, "min", candidates, op.axis, "first")
         struck = inner.where(inner.binary("eq", op.elements, first), lowest, keys, "keys")
         return inner.where(here, top, best, "best"), inner.where(here, first, ids, "ids"), struck
 
-    outs = [*op.outs, d.numbers.like(keys, "keys")]
+    outs = [*op.outs, d.numbers.like(op.keys, "keys")]
     return [*d.ops, _loop(d, op, ("best", "ids", "keys"), inits, outs, step)]

@@ -14,6 +14,7 @@ from moekit.compile import tile as t
 from moekit.compile.passes.reductions import reduction
 from moekit.compile.passes.scope import Layouts, Scope, Writer
 from moekit.compile.schedule.directives import Section
+from moekit.compile.schedule.facts import all_or_nothing, below
 from moekit.compile.schedule.stores import in_order
 from moekit.lang.graph import BINARY, UNARY, Along, Graph, Index, Node, Write
 
@@ -48,12 +49,19 @@ class Nest(Writer):
         return home.made[node]
 
     def _make(self, node: int, n: Node, home: Scope) -> t.Value:
+        if n.op == "where" and self._certain(n.args[0], home):
+            return self.value(n.args[1], home)
         if n.op in ELEMENTWISE:
             kind, fields = ELEMENTWISE[n.op]
             args = dict(zip(fields, (self.value(a, home) for a in n.args), strict=True))
             more = {"op": n.op} if kind in (t.Unary, t.Binary) else {}
             return home.emit(kind, self.graph.names.get(node, ""), n.dtype, **args, **more)
         return OTHERS[n.op](self, node, n, home)
+
+    def _certain(self, node: int, home: Scope) -> bool:
+        """Whether a condition holds wherever a loop goes that has all of its axis or nothing: that the end is not reached."""
+        ended = {a: e for scope in home.chain() for a, e in scope.ended.items()}
+        return any(below(self.graph, node, a) == e and all_or_nothing(self.graph, e, a) for a, e in ended.items())
 
     def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
         n = self.graph.nodes[node]

@@ -121,6 +121,8 @@ def _looped(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Val
         end = home.binary("minimum", left, home.const(block.share), f"{identifier(axis)}_left")
 
     def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
+        if end is not None:
+            scope.ended[axis] = ends(low.graph, totals[0].first) or 0
         return [_turn(low, total, axis, scope, carry) for total, carry in zip(totals, carries, strict=True)]
 
     names, inits = [f"{total.name}_acc" for total in totals], [_identity(home, x, _accumulated(low, x)) for x in totals]

@@ -32,7 +32,8 @@ class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
     `bound` has the elements of axes known from here, `made` the blocks of nodes; `running` the running sums of a loop: what
-    came before the turn, what that begins with, and what comes before the next; `weights`, by the node of a largest score, what
+    came before the turn, what that begins with, and what comes before the next; `ended`, by the axis that a loop goes over, the
+    node of the element where it ends; `weights`, by the node of a largest score, what
     a sum of exponentials so far is worth now, and exp(score - largest so far).
     """
 
@@ -40,6 +41,7 @@ class Scope(t.Draft):
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
     running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
+    ended: dict[str, int] = field(default_factory=dict)
     weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
     def chain(self) -> list[Scope]:

@@ -173,6 +173,19 @@ def ends(graph: Graph, node: int) -> int | None:
 
 
 @once
+def all_or_nothing(graph: Graph, end: int, axis: str) -> bool:
+    """Whether a fold that ends there has all of an axis or nothing of it: the end is a choice between the two."""
+
+    def outside(n: Node) -> bool:
+        size = graph.axes[axis]
+        number = n.op == "const" and (n.attr("value") <= 0 or (size is not None and n.attr("value") >= size))
+        return number or (n.op == "extent" and n.attr("axis") == axis)
+
+    n = graph.nodes[end]
+    return n.op == "where" and all(outside(graph.nodes[a]) for a in n.args[1:])
+
+
+@once
 def ragged(graph: Graph) -> frozenset[str]:
     """The axes along which the ends of folds vary: a program with one element of each can stop at its own."""
     found = (ends(graph, i) for i in graph.live() if folded(graph.nodes[i]))
@@ -189,10 +202,17 @@ def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
     """The end that a choice has along an axis; None for what is no such choice."""
     if n.op != "where":
         return None
-    below, other = (graph.nodes[n.args[i]] for i in (0, 2))
-    if below.op != "lt" or other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
+    other = graph.nodes[n.args[2]]
+    if other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
         return None
-    first, end = below.args
+    return below(graph, n.args[0], axis)
+
+
+def below(graph: Graph, node: int, axis: str) -> int | None:
+    """The int32 value that a condition says the elements of an axis are below; None where it says no such thing."""
+    if graph.nodes[node].op != "lt":
+        return None
+    first, end = graph.nodes[node].args
     along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
     return end if along and axis not in graph.nodes[end].axes and graph.nodes[end].dtype == "int32" else None
 

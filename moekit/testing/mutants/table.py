@@ -133,10 +133,6 @@ LOWERING = (
         ('d.binary("sub", low_half, inverted)', 'd.binary("add", d.const(0), inverted)')),
         "16-bit ties go to the higher index"),
     _one("ties-struck-together", "compile/passes/decompose.py", 'inner.binary("eq", op.elements, first)', 'inner.binary("eq", keys, top)', "of several equal keys only one is ever chosen"),
-    Mutant("topk-not-remasked", "compile/passes/decompose.py", (
-        ('keys = d.where(mask, op.keys, lowest, "keys") if mask else op.keys', 'keys = op.keys'),
-        ('above = inner.where(mask, above, lowest) if mask else above', 'above = above')),
-        "padding columns compete for the top k"),
     _one("ranks-smeared", "compile/passes/decompose.py", 'inner.binary("eq", op.ranks, rank, "here")', 'inner.binary("le", op.ranks, rank, "here")', "the k-th best everywhere"),
     _one("series-cut-short", "compile/passes/decompose.py", 'SERIES = (15, 13, 11, 9, 7, 5, 3, 1)', 'SERIES = (5, 3, 1)', "softplus's series is cut short"),
     _one("softplus-min", "compile/passes/decompose.py", 'd.binary("maximum", op.value, number(0.0))', 'd.binary("minimum", op.value, number(0.0))', "softplus of the wrong side"),
@@ -177,8 +173,8 @@ LOWERING = (
     _one('zero-after-any-function', "compile/tile/facts.py", 'isinstance(op, Cast | Bitcast):', 'isinstance(op, Cast | Bitcast | Unary):', 'where nothing was loaded every function of it is taken for zero'),
     _one('series-coefficient', "compile/passes/decompose.py", '(15, 13, 11, 9, 7, 5, 3, 1)', '(15, 13, 11, 8, 7, 5, 3, 1)', "one coefficient of softplus's series is wrong"),
     Mutant('ties-of-32-bits-to-the-higher', "compile/passes/decompose.py", (
-        ('inner.where(hit, op.elements, highest), op.axis, "first")', 'inner.where(hit, op.elements, lowest), op.axis, "first")'),
-        ('_reduce(inner, "min", inner', '_reduce(inner, "max", inner')), 'ties of float32 go to the higher index'),
+        ('keys, top), op.elements, highest)', 'keys, top), op.elements, lowest)'),
+        ('_reduce(inner, "min", candidates', '_reduce(inner, "max", candidates')), 'ties of float32 go to the higher index'),
     _one('zeros-of-one-sign', "lang/trace.py", 'if negative_zero else', 'if False else', 'constants 0.0 and -0.0 are one'),
     _one('ids-past-the-end', "backends/printer.py", 'return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND', 'return f"({value} >= 0) & ({value} >= 0)", AND', 'ids are checked at zero only'),
     _one('ids-32-bit', "compile/passes/masks.py",

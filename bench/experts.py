@@ -1,0 +1,138 @@
+"""How long the routed experts of a layer take: `experts` in blocks of pairs, two gathered products, torch's grouped ones.
+
+    python bench/experts.py [--tokens 1,16,64,4096] [--widths 512,256] [--blocks 1,16,64,128] [--json FILE]
+
+Experts are drawn evenly, other ones for each call; weights are the 80B's (512 experts, 10 a token, hidden size 2048), so that a
+call's are not in the L2. Every side gets ids and weights as a router gives them: sorting is part of its time. `of floor` is the
+time that the bytes of the distinct experts take at a copy's rate, over the side's; `relative` the error against float64 on the
+first and last row.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import silu
+
+sys.path.insert(0, __file__.rpartition("/bench/")[0])
+
+import moekit.torch as mt
+from bench import runner
+from bench.cases import DEVICE, rows, weight
+from bench.device_torch import captured, replayed
+
+EXPERTS, TOP_K, HIDDEN = 512, 10, 2048
+CALLS = {True: 12, False: 2}  # in a graph, each with other rows and experts: of few tokens, and of many
+FEW, GATHERED = 64, 64  # tokens; those products read a pair's experts anew, which for more is not worth its time
+COPY = 4.29  # TB/s; see bench/ceilings.py
+
+
+class Layer(NamedTuple):
+    """gate_up [E, 2I, H] and down [E, I, H]."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class Routed(NamedTuple):
+    """One call's rows x [T, H], ids [T, K] and weights [T, K]."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def drawn(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> Routed:
+    """Rows, and for each `top_k` experts with weights that add up to 1."""
+    ids = torch.rand(tokens, experts, device=DEVICE).argsort(-1)[:, :top_k].int()
+    return Routed(rows(tokens, hidden, dtype=dtype), ids, rows(tokens, top_k, dtype=torch.float32).softmax(-1))
+
+
+def grouped(layer: Layer, call: Routed) -> torch.Tensor:
+    """torch's grouped products over the pairs sorted by expert, and their weighted sum."""
+    (x, ids, weights), flat = call, call.ids.flatten()
+    _, order = torch.sort(flat, stable=True)
+    counts = torch.zeros(len(layer.down), dtype=torch.int32, device=x.device).index_add_(0, flat, torch.ones_like(flat))
+    ends, tokens = counts.cumsum(0, dtype=torch.int32), order // ids.shape[1]
+    gate, up = torch._grouped_mm(x[tokens], layer.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    each = torch._grouped_mm(silu(gate) * up, layer.down, offs=ends)
+    return torch.zeros_like(x).index_add_(0, tokens, each * weights.flatten()[order, None].to(x.dtype))
+
+
+def sides(layer: Layer, tokens: int, blocks: tuple[int, ...]) -> dict[str, Callable[[Routed], torch.Tensor]]:
+    """Every side by name, as functions of a call."""
+
+    def ours(block: int) -> Callable[[Routed], torch.Tensor]:
+        return lambda c: mt.experts(c.x, c.ids, c.weights, layer.gate_up, layer.down, block=block)
+
+    def gathered(c: Routed) -> torch.Tensor:
+        return mt.expert_down(mt.expert_gate_up(c.x, layer.gate_up, c.ids), layer.down, c.ids, c.weights)
+
+    found = {f"moekit, block {block}": ours(block) for block in blocks if block > 1 or tokens <= FEW}
+    if tokens <= GATHERED:
+        found["moekit, gathered"] = gathered
+    return found | {"torch grouped": lambda c: grouped(layer, c)}
+
+
+def relative(layer: Layer, call: Routed, out: torch.Tensor) -> float:
+    """The larger ‖out − float64‖ / ‖float64‖ of the first and the last row."""
+    worst = 0.0
+    for t in {0, len(call.x) - 1}:
+        want = torch.zeros(out.shape[1], dtype=torch.float64, device=out.device)
+        for e, share in zip(call.ids[t].tolist(), call.weights[t].double(), strict=True):
+            gate, up = (layer.gate_up[e].double() @ call.x[t].double()).chunk(2)
+            each = (silu(gate) * up).to(out.dtype).double() @ layer.down[e].double()
+            want += share * each.to(out.dtype).double()
+        worst = max(worst, float((out[t].double() - want).norm() / want.norm()))
+    return worst
+
+
+def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    """Tokens by width."""
+    for width in args.widths:
+        for t in args.tokens:
+            head = {"case": f"experts {width}", "T": t, "dtype": args.dtype}
+            yield head, (width, t, args.dtype, args.blocks, args.rounds, args.smoke)
+
+
+@torch.no_grad()
+def measure(width: int, tokens: int, dtype: str, blocks: tuple[int, ...], rounds: int, small: bool = False) -> list[dict]:
+    """One row per side."""
+    experts, top_k, hidden = (8, 2, 64) if small else (EXPERTS, TOP_K, HIDDEN)
+    kind = getattr(torch, dtype)
+    gate_up = weight(experts * 2 * width, hidden, kind).view(experts, 2 * width, hidden)
+    layer = Layer(gate_up, weight(experts * width, hidden, kind).view(experts, width, hidden))
+    calls = [drawn(tokens, hidden, experts, top_k, kind) for _ in range(CALLS[tokens <= FEW])]
+    distinct = sum(len(c.ids.unique()) for c in calls) / len(calls)
+    floor = distinct * 3 * width * hidden * kind.itemsize / COPY / 1e6
+    made = sides(layer, tokens, blocks)
+
+    def prepare(side: str) -> tuple[dict, object]:
+        error = relative(layer, calls[0], made[side](calls[0]))
+        return {"relative": round(error, 5)}, captured([lambda c=c: made[side](c) for c in calls])
+
+    found = runner.beside(made, prepare, lambda graphs: replayed(graphs, rounds))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [{**r, "distinct": distinct, **({"of floor": round(floor / r["us"], 3)} if "us" in r else {})} for r in found]
+
+
+QUESTION = runner.Question(
+    __doc__,
+    cases,
+    measure,
+    smoke="--tokens 3 --widths 16 --blocks 1,16 --dtype float32 --rounds 1",
+    options=(
+        runner.Option("tokens", (1, 4, 16, 64, 256, 1024, 4096)),
+        runner.Option("widths", (512, 256, 64), "the experts' intermediate size on a rank"),
+        runner.Option("blocks", (1, 16, 64, 128), "pairs in a block; 1 sorts nothing"),
+        runner.DTYPE,
+        runner.ROUNDS,
+    ),
+    columns=("us", "of floor", "relative"),
+)
+
+if __name__ == "__main__":
+    runner.ask(QUESTION)
