@@ -102,8 +102,8 @@ def _contract(e: _Evaluation, _: int, n: Node):
 def _product(e: _Evaluation, left: tuple[str, ...], a, right: tuple[str, ...], b, out: tuple[str, ...]):
     """The sum over what is not in `out` of a·b, which vary over `left` and `right`."""
     names = {axis: chr(97 + i) for i, axis in enumerate(e.graph.axes)}
-    left, right, out = ("".join(names[axis] for axis in axes) for axes in (left, right, out))
-    return e.lib.einsum(f"{left},{right}->{out}", a, b)
+    one, other, kept = ("".join(names[axis] for axis in axes) for axes in (left, right, out))
+    return e.lib.einsum(f"{one},{other}->{kept}", a, b)
 
 
 def _exp_sum(e: _Evaluation, _: int, n: Node):

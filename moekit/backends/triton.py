@@ -126,8 +126,9 @@ class TritonPrinter(Printer):
         if isinstance(over, int):
             return str(over)
         axis = self.program.axis(over)
-        end = self.text(end) if end is not None else self.extent(over) if axis.length is None else str(axis.length)
-        return end if axis.block == 1 else f"0, {end}, {axis.block}"
+        known = self.extent(over) if axis.length is None else str(axis.length)
+        last = known if end is None else self.text(end)
+        return last if axis.block == 1 else f"0, {last}, {axis.block}"
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
         count = self.program.turns(op.axis)

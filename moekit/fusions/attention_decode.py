@@ -29,8 +29,9 @@ def attention_decode(q, k_cache, v_cache, lengths, scale: float | None = None):
 
     q [T, K, G, D]: the G query heads of each of K key heads; k_cache [T, K, L, D], v_cache [T, K, L, Dv] with room for L
     positions, of which the first lengths[t] (int32 or int64) are there: what stands behind them is not read, or does not
-    matter. scale: D^-½ if None. out [T, K, G, Dv] in v_cache's dtype; zero for a length of nothing. Sums in float32; weights are rounded to a narrow
-    v_cache's dtype. Online softmax: Milakov and Gimelshein 2018; over parts of a cache: Dao et al. 2023 (Flash-Decoding).
+    matter. scale: D^-½ if None. out [T, K, G, Dv] in v_cache's dtype; zero for a length of nothing. Sums in float32; weights
+    are rounded to the dtype of a narrow v_cache. Online softmax: Milakov and Gimelshein 2018; over parts of a cache: Dao et
+    al. 2023 (Flash-Decoding).
     """
     scores = contract(q, k_cache, over="D") * (size("D") ** -0.5 if scale is None else scale)
     return {"out": cast(softmax_sum(scores, v_cache, over="L", upto=lengths), v_cache.dtype)}

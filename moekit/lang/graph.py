@@ -99,8 +99,8 @@ class Graph:
     """A traced declaration.
 
     `axes` maps every axis to its size, or None where the size is dynamic (a run-time argument of the kernel).
-    The order of `axes` is the order in which tiles and arrays hold their dimensions. `each`: the elements of a part of an axis of
-    which a launch makes parts of a number of elements.
+    The order of `axes` is the order in which tiles and arrays hold their dimensions. `each`: the elements of a part,
+    where a launch makes parts of an axis by their length.
     """
 
     name: str

@@ -82,7 +82,9 @@ def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
     if upto is None:
         return x
     if len(_axes(over)) != 1:
-        raise DeclarationError(f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one")
+        raise DeclarationError(
+            f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one"
+        )
     n = as_value(upto, "int32")
     if is_float(n.dtype) or n.dtype == "bool" or over in n.axes:
         raise DeclarationError(f"{current().name}: upto= needs an integer that does not vary over {over}, got {n!r}")

@@ -314,7 +314,7 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
 
 
 def _exp_sum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    """Narrow weights are rounded against a maximum that the order of sums says, so each may be off by half an ulp of its own."""
+    """Narrow weights are rounded against a maximum that the order of sums says: each may be off by half an ulp of its own."""
     (s, v, top), n, dtype = args, ev.sizes[node.attr("axis")], node.attr("weights")
     dot = functools.partial(_dot, axis=ev.order[node.attr("axis")])
     away = s.value - np.where(np.isneginf(top.value), 0.0, top.value)

@@ -21,7 +21,9 @@ LENGTHS = In("T", dtype=("int32", "int64"))
 
 
 def _kept(x, lengths, fill):
-    return np.where(np.arange(x.shape[1])[None, :, None] < np.asarray(lengths, np.int64)[:, None, None], x.astype(np.float64), fill)
+    return np.where(
+        np.arange(x.shape[1])[None, :, None] < np.asarray(lengths, np.int64)[:, None, None], x.astype(np.float64), fill
+    )
 
 
 def reference(x, lengths):
@@ -63,7 +65,9 @@ ENDS = np.array([0, 1, 15, 16, 17, 100, 99, -3, 1000])
 def given(kind=np.int32, size=100):
     """Rows whose elements past their length are NaN and infinite."""
     rng = np.random.default_rng(1)
-    ends = (ENDS if kind == np.int32 else ENDS * np.where(ENDS < 0, 2**40, 2**33) // np.where(abs(ENDS) > 500, 1, 2**33)).astype(kind)
+    ends = (
+        ENDS if kind == np.int32 else ENDS * np.where(ENDS < 0, 2**40, 2**33) // np.where(abs(ENDS) > 500, 1, 2**33)
+    ).astype(kind)
     x = rng.standard_normal((len(ends), size, 13)).astype(np.float32)
     past = np.arange(size)[None, :, None] >= np.clip(ends, 0, size)[:, None, None]
     return {"x": np.where(past, np.where(np.arange(13) % 2, np.nan, np.inf), x).astype(np.float32), "lengths": ends}
@@ -162,7 +166,7 @@ for kind in (here.np.int32, here.np.int64):
     for schedule in (None, *here.SCHEDULES):
         for layout in ("dense", "strided", "transposed padded"):
             schedule = here.Schedule.parse(schedule) if isinstance(schedule, str) else schedule
-            check("triton-interpreter", Call(here.extremes, values, layouts={n: layout for n in ("x", "lengths")}, schedule=schedule))
+            check("triton-interpreter", Call(here.extremes, values, {}, {"x": layout, "lengths": layout}, schedule))
 """
 
 
@@ -170,7 +174,9 @@ def test_emitted_triton_in_its_interpreter():
     """A process of its own."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -181,8 +187,8 @@ def test_compiled_for_an_h200():
 
     values = {"x": np.zeros((5, 64, 32), np.float16), "w": np.zeros((64, 32), np.float16), "lengths": np.zeros(5, np.int32)}
     schedule = "tile:T:1 loop:D:16 tile:M:16 tile:N:16 warps:4 stages:3"
-    for fusion, given_, how in ((extremes, given(), LOOPED), (extremes, given(), None), (ragged_product, values, schedule)):
-        for program in outputs(fusion, given_, how)[1].programs:
+    for declared, operands, how in ((extremes, given(), LOOPED), (extremes, given(), None), (ragged_product, values, schedule)):
+        for program in outputs(declared, operands, how)[1].programs:
             assert compiled(program).asm["ptx"]
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moekit.compile import tile as t
-from moekit.lang import In, contract, f32, fusion, softmax_sum
+from moekit.lang import In, contract, fusion, softmax_sum
 from moekit.testing import Call, check, implementations, run
 
 from .test_lengths import outputs

@@ -216,7 +216,10 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]
-        dtypes = [{"state": torch.float32, "ids": torch.int32, "lengths": torch.int32}.get(n, torch.bfloat16) for n in FUSIONS[fused].tensors]
+        dtypes = [
+            {"state": torch.float32, "ids": torch.int32, "lengths": torch.int32}.get(n, torch.bfloat16)
+            for n in FUSIONS[fused].tensors
+        ]
         made = [
             torch.zeros(*reversed(s), dtype=d, device="cuda").permute(*reversed(range(len(s))))
             if order == "transposed"

@@ -19,7 +19,8 @@ SIZES = {
     "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
     "gate_projections": {"T": 5, "D": 24, "I": 5, "E": 9, "G": 1},
     "down_combine": {"T": 5, "H": 9, "I": 20},
-    "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2}, "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
+    "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
+    "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
     "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
 }
 for name, sizes in SIZES.items():

@@ -27,7 +27,14 @@ def choices(program: t.TileProgram) -> t.TileProgram:
         if not alike or not along <= load.at.axes or along & _side_by_side(program, load) or load.out.axes != op.out.axes:
             return None
         gone.add(load.out)
-        return [replace(load, out=replace(op.out, name=load.out.name), at=replace(load.at, mask=(*load.at.mask, op.condition)), fill=other)]
+        return [
+            replace(
+                load,
+                out=replace(op.out, name=load.out.name),
+                at=replace(load.at, mask=(*load.at.mask, op.condition)),
+                fill=other,
+            )
+        ]
 
     body = t.rewrite(program.body, rule)
     return replace(program, body=t.rewrite(body, lambda op: [] if isinstance(op, t.Load) and op.out in gone else None))

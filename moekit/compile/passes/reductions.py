@@ -107,10 +107,10 @@ def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.V
         return [_joined(scope, total, carry, value) for total, carry, value in done]
 
     names, inits = [f"{total.name}_total" for total in totals], [_identity(home, total, total.axes) for total in totals]
-    parts = None
-    if end is not None:
-        block = home.program.axis(axis)
-        parts = home.binary("floordiv", home.binary("add", end, home.const(block.share - 1)), home.const(block.share))
+    if end is None:
+        return low.loop(home, part_axis(axis), names, inits, body)
+    share = home.program.axis(axis).share
+    parts = home.binary("floordiv", home.binary("add", end, home.const(share - 1)), home.const(share))
     return low.loop(home, part_axis(axis), names, inits, body, parts)
 
 
@@ -134,8 +134,8 @@ def _joined(scope: Scope, total: Total, carry: t.Value, value: t.Value) -> t.Val
     """What the parts so far and one more are together."""
     if total.at_once and total.node.op == "reduce":
         return _top(scope, total.first, carry, value, value)
-    if total.at_once and total.node.args[2] in scope.weights:
-        old, weights = scope.weights[total.node.args[2]]
+    old, weights = scope.weights.get(total.node.args[2], (None, value)) if total.at_once else (None, value)
+    if old is not None:
         return scope.binary("add", scope.binary("mul", carry, old), scope.binary("mul", weights, value), carry.name)
     return scope.binary(COMBINE[total.kind], carry, value, carry.name)
 
@@ -228,7 +228,9 @@ def _halves(low: Writer, pair: Twins, product: t.Value, home: Scope) -> dict[int
 def _total(low: Writer, node: int, pair: Twins | None = None, at_once: bool = False) -> Total:
     n, graph = low.graph.nodes[node], low.graph
     said = filter(None, (graph.names.get(m) for m in (pair.nodes if pair else (node,))))
-    name = "_".join(said) or ("top" if at_once else "weighed" if n.op == "exp_sum" else f"{_kind(n)}_{identifier(n.attr('axis'))}")
+    name = "_".join(said) or (
+        "top" if at_once else "weighed" if n.op == "exp_sum" else f"{_kind(n)}_{identifier(n.attr('axis'))}"
+    )
     axes = {twice_axis(a) if pair and a == pair.column else a for a in n.axes}
     return Total(node, n, name, graph.lines.get(node, ""), frozenset(axes), pair, at_once or n.op == "exp_sum")
 

@@ -45,7 +45,9 @@ def row_launch(graph: Graph) -> Launch:
     budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if any(n.op == "contract" for n in _live(graph)) else ROW_TILE // 4
     for use in reversed([u for u in uses.values() if u.parallel]):
         extent = use.extent if use.extent is not None else 8
-        single = use.name in scattered(graph) | ragged(graph) or use.name.endswith(PART) or (sums_parts and not inner and tile > 1)
+        single = (
+            use.name in scattered(graph) | ragged(graph) or use.name.endswith(PART) or (sums_parts and not inner and tile > 1)
+        )
         block = 1 if single else max(1, min(pow2(extent), budget // tile, SUMMED_COLUMNS if sums_parts else 1024))
         chosen[use.name] = Tile(use.name, block)
         tile *= block

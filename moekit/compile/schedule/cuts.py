@@ -105,17 +105,23 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     made = {s.name: _tensor(s, "Out", extra) for s in scratch.values()}
     tensors = {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"} | made
     writes = tuple(_made(graph, i, s) for i, s in scratch.items())
-    nodes, end, each = list(graph.nodes), None, {}
-    if how and how.each:
-        each, found = {how.axis: how.each}, {ends(graph, i) for i in targets}
-        end = found.pop() if len(found) == 1 else None
-    if how and end is not None:
-        number, begun = _begun(nodes, axes, how, end, graph.axes[how.axis] or 0)
+    ending = _ending(graph, targets, how)
+    nodes = list(graph.nodes)
+    if ending:
+        number, begun = _begun(nodes, axes, *ending)
         place = _node(nodes, axes, "where", (begun, number, _node(nodes, axes, "const", attrs=(("value", -1),))))
         writes = tuple(replace(w, index=(By(0), *w.index[1:]), ids=(place,)) for w in writes)
+    each = {how.axis: how.each} if how and how.each else {}
     named = f"{graph.name}_{first_name}"
     first = replace(graph, name=named, axes=axes, tensors=tensors, nodes=tuple(nodes), writes=writes, each=each)
-    return first, _rest(graph, scratch, axes, extra, None if end is None else (how, end)), tuple(scratch.values())
+    return first, _rest(graph, scratch, axes, extra, ending), tuple(scratch.values())
+
+
+def _ending(graph: Graph, targets: Iterable[int], how: Split | None) -> tuple[Split, int] | None:
+    """A split in parts of a number of elements with the node of the element where all that it cuts ends, if it does."""
+    found = {ends(graph, i) for i in targets} if how and how.each else set()
+    end = found.pop() if len(found) == 1 else None
+    return None if how is None or end is None else (how, end)
 
 
 def _node(nodes: list[Node], order: Iterable[str], op: str, args: tuple = (), attrs: tuple = (), dtype: str = "int32") -> int:
@@ -125,19 +131,23 @@ def _node(nodes: list[Node], order: Iterable[str], op: str, args: tuple = (), at
     return len(nodes) - 1
 
 
-def _begun(nodes: list[Node], order: Iterable[str], how: Split, end: int, extent: int) -> tuple[int, int]:
+def _begun(nodes: list[Node], axes: Mapping[str, int | None], how: Split, end: int) -> tuple[int, int]:
     """The number of a part, and whether one of so many elements begins before element `end`."""
 
     def const(value: int) -> int:
-        return _node(nodes, order, "const", attrs=(("value", value),))
+        return _node(nodes, axes, "const", attrs=(("value", value),))
 
-    number = _node(nodes, order, "iota", attrs=(("index", Along(part_axis(how.axis))),))
-    last = _node(nodes, order, "add", (_node(nodes, order, "minimum", (end, const(extent))), const(how.each - 1)))
-    return number, _node(nodes, order, "lt", (number, _node(nodes, order, "floordiv", (last, const(how.each)))), dtype="bool")
+    number = _node(nodes, axes, "iota", attrs=(("index", Along(part_axis(how.axis))),))
+    there = _node(nodes, axes, "minimum", (end, const(axes[how.axis] or 0)))
+    parts = _node(nodes, axes, "floordiv", (_node(nodes, axes, "add", (there, const(how.each - 1))), const(how.each)))
+    return number, _node(nodes, axes, "lt", (number, parts), dtype="bool")
 
 
 def _of_parts(node: Node, axis: str, reads: Mapping[int, int], moved: Mapping[int, int]) -> Node:
-    """The last of `reads` folded over the parts as `node` folds elements; a part's sum of exponentials counts from its own top."""
+    """The last of `reads` folded over the parts as `node` folds elements.
+
+    A part's sum of exponentials counts from its own largest score.
+    """
     part = max(reads.values())
     if node.op == "exp_sum":
         top = node.args[2]
@@ -160,31 +170,24 @@ def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
     return Tensor(s.name, role, dims, s.dtype)
 
 
-def _rest(
-    graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int], ending: tuple[Split, int] | None
-) -> Graph:
-    """The graph with every target read from scratch: its parts folded, where there are parts.
-
-    `ending`: the split, and the node of the element from which on there are none.
-    """
+def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str, int], ending: tuple[Split, int] | None):
+    """The graph with every target read from scratch: its parts folded, where there are parts; of `_ending` those there are."""
     nodes: list[Node] = []
     moved: dict[int, int] = {}
     reads: dict[int, int] = {}
-    begun = None
+    begun: int | None = None
     for i, node in enumerate(graph.nodes):
         if i in scratch:
             s = scratch[i]
             index = tuple(Along(a) for a in s.axes)
             ordered = tuple(a for a in axes if a in s.axes)
             nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
-            reading = len(nodes) - 1
+            reads[i] = len(nodes) - 1
             if ending:
-                how, end = ending
-                begun = _begun(nodes, axes, how, moved[end], graph.axes[how.axis] or 0)[1] if begun is None else begun
+                begun = _begun(nodes, axes, ending[0], moved[ending[1]])[1] if begun is None else begun
                 kind = node.attr("kind") if node.op == "reduce" else "sum"
                 nothing = _node(nodes, axes, "const", attrs=(("value", IDENTITY[kind, node.dtype]),), dtype=node.dtype)
-                _node(nodes, axes, "where", (begun, reading, nothing), dtype=node.dtype)
-            reads[i] = len(nodes) - 1
+                reads[i] = _node(nodes, axes, "where", (begun, reads[i], nothing), dtype=node.dtype)
             nodes += [_of_parts(node, a, reads, moved) for a in parts]
         else:
             nodes.append(replace(node, args=tuple(moved[a] for a in node.args)))

@@ -296,7 +296,7 @@ def results(op: Op) -> tuple[Value, ...]:
 
 
 def operands(op: Op) -> tuple[Value, ...]:
-    """The values an operation reads; of a loop its inits and its end, of `AtEnd` what it gives otherwise: bodies read for themselves."""
+    """The values an operation reads: of a loop its inits and end, of `AtEnd` what it gives otherwise; nothing of bodies."""
     if isinstance(op, Loop):
         return (*op.inits, op.end) if op.end is not None else op.inits
     if isinstance(op, AtEnd):

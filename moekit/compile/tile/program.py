@@ -14,8 +14,9 @@ class AxisBlock:
     """How a program holds an axis: `grid` (one block per program), `whole` (one block is all of it), `loop`, or `gather` (no
     block: data say which elements).
 
-    `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`;
-    `each`: of so many elements, a multiple of the block, where a number is said. `of`: this block is one of that axis twice, side by side.
+    `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`,
+    of `each` elements where a number is said, which is a multiple of the block. `of`: this block is one of that axis
+    twice, side by side.
     """
 
     name: str
