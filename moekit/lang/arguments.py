@@ -87,9 +87,9 @@ def example(
 ) -> Binding:
     """A call of `fusion` of typical sizes: Qwen3-Next's for the axes it knows, 64 for others, `sizes` before both.
 
-    Operands have `dtype` (or dtypes by name; float32 if not said) where their declaration allows it, else the first; `?` dimensions
-    have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are `k = 10`, or the zero
-    of their type.
+    Operands have `dtype` (or dtypes by name; float32 if not said) where their declaration allows it, else the first;
+    `?` dimensions have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are
+    those of a model (`k = 10`), or the zero of their type.
     Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have.
     """
     axes = [axis for s in fusion.tensors.values() for d in s.dims for _, axis in d.terms]

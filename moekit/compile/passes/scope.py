@@ -31,10 +31,10 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes. `running`: the running sums of a loop: what came
-    before the turn, what that begins with, what comes before the next. `ended`: by the axis that a loop goes over, the node of
-    the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is worth now, and
-    exp(score - largest so far).
+    `bound` has the elements of axes known from here, `made` the blocks of nodes. `running`: the running sums of a loop, each as
+    what came before the turn, what that begins with, what comes before the next. `ended`: by the axis that a loop goes over,
+    the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is worth
+    now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
