@@ -125,6 +125,9 @@ def export(
     Raises ShapeError, DtypeError or ScheduleError for what does not fit, MoekitError for a reference that cannot be taken
     along.
     """
+    if follows := [a for a in fusion.axes if a in fusion.dynamic]:
+        what = f"the size of {follows[0]} follows from others at the call, which a file of its own does not work out"
+        raise MoekitError(f"{fusion.name}: {what}; call it through moekit")
     binding = example(fusion, sizes, dtype, params)
     graph = fusion.trace(binding)
     extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}

@@ -60,8 +60,11 @@ class _Evaluation:
             return self.aligned(args[entry.operand], axes)
         if entry.axis is None:
             return self.lib.constant(entry.start, "int32", self.like)
-        index = self.iota(entry)
-        return index[tuple(slice(None) if a == entry.axis else None for a in axes)]
+        return self.along(entry, axes)
+
+    def along(self, entry: Along, axes: tuple[str, ...]):
+        """The elements of an index along an axis, aligned with `axes`."""
+        return self.iota(entry)[tuple(slice(None) if a == entry.axis else None for a in axes)]
 
     def iota(self, entry: Along):
         return self.lib.arange(self.sizes[str(entry.axis)], self.like) * entry.step + entry.start
@@ -129,6 +132,19 @@ def _top_k(e: _Evaluation, _: int, n: Node):
     return e.lib.transpose(best if n.attr("part") == "keys" else ids, tuple(made.index(a) for a in n.axes))
 
 
+def _place(e: _Evaluation, _: int, n: Node):
+    """Values at their places, zeros elsewhere."""
+    gone = {a for x in n.args[1:] for a in e.graph.nodes[x].axes}
+    rest = [a for a in n.axes if a not in n.attr("over")]
+    axes = e.graph.ordered({*gone, *rest})
+    at = dict(zip(n.attr("over"), (e.aligned(x, axes) for x in n.args[1:]), strict=True))
+    at |= {a: e.along(Along(a), axes) for a in rest}
+    shape = tuple(e.sizes[a] for a in axes)
+    value = e.lib.expand(e.aligned(n.args[0], axes), shape)
+    base = e.lib.expand(e.lib.constant(0, n.dtype, e.like), tuple(e.sizes[a] for a in n.axes))
+    return e.lib.scatter(base, tuple(e.lib.expand(at[a], shape) for a in n.axes), value)
+
+
 def _pick(e: _Evaluation, _: int, n: Node):
     """The elements of x at ids: differentiable, where the value unpacked from the key is not."""
     _, x, ids = n.args
@@ -136,7 +152,7 @@ def _pick(e: _Evaluation, _: int, n: Node):
     index = []
     shape = tuple(e.sizes[a] for a in n.axes)
     for a in have:
-        at = e.values[ids] if a == axis else e.iota(Along(a))[tuple(slice(None) if b == a else None for b in n.axes)]
+        at = e.values[ids] if a == axis else e.along(Along(a), n.axes)
         index.append(e.lib.expand(at, shape))
     return e.lib.take(e.values[x], tuple(index))
 
@@ -149,6 +165,7 @@ OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
     "cast": _cast,
     "top_k": _top_k,
     "pick": _pick,
+    "place": _place,
     "bitcast": lambda e, i, n: e.lib.bitcast(e.values[n.args[0]], n.dtype),
     "iota": lambda e, i, n: e.iota(n.attr("index")),
     "const": lambda e, i, n: e.lib.constant(n.attr("value"), n.dtype, e.like),

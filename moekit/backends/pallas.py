@@ -165,7 +165,14 @@ class PallasPrinter(Printer):
         axes = self.program.ordered(op.at.axes)
         written = self.program.param(op.at.tensor).viewed.buffer
         ref = f"{written}_out_ref" if written in buffers(self.program)[0] else f"{written}_ref"
-        return f"plt.store({ref}.at[{self.index(op.at, axes)}], {self.spread(op.value, axes)}{self.masked(op.at, axes)})"
+        at = self.index(op.at, axes, self.chosen(op.at))
+        return f"plt.store({ref}.at[{at}], {self.spread(op.value, axes)}{self.masked(op.at, axes)})"
+
+    def chosen(self, at: t.Access) -> int | None:
+        """The first dimension along which a masked block is stored at data, which may say the same of several lanes."""
+        elements = {op.out for op, _ in t.walk(self.program.body) if isinstance(op, t.Elements)}
+        data = (d for d, i in enumerate(at.index) if i.value is not None and i.value.axes and i.value not in elements)
+        return next(data, None) if at.mask else None
 
     def const(self, op: t.Const) -> str | Text:
         """Of a dtype that a literal does not have a number is made by it."""
@@ -185,13 +192,19 @@ class PallasPrinter(Printer):
             mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
         return f", mask={mask}" if mask else ""
 
-    def index(self, at: t.Access, axes: tuple[str, ...]) -> str:
-        """One index per axis of the base array."""
+    def index(self, at: t.Access, axes: tuple[str, ...], chosen: int | None = None) -> str:
+        """One index per axis of the base array; past the end along dimension `chosen` in masked lanes, for JAX's interpret mode
+
+        stores what it has read there.
+        """
         layout = self.program.param(at.tensor).viewed
         texts = {axis: self.fixed(str(element), axes) for axis, element in layout.fixed}
         texts |= {axis: f"jnp.full({self.shape(axes)}, {n}, jnp.int32)" if axes else n for axis, n in layout.picked}
         for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
             texts[axis] = self.element(at.tensor, index, axes, start, step)
+        if chosen is not None:
+            axis = layout.axes[chosen]
+            texts[axis] = f"jnp.where({self.mask(at, axes)}, {texts[axis]}, {layout.base[axis]})"
         return ", ".join(texts[axis] for axis in range(len(layout.base))) or "..."
 
     def element(self, tensor: str, index: t.At, axes: tuple[str, ...], start: int, step: int) -> str:

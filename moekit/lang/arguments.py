@@ -15,7 +15,7 @@ SIZES = {
     "T": 16, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "V": 32, "K": 16, "Dk": 128, "Dv": 128,
 }  # fmt: skip
 OTHER_SIZE = 64
-PARAMETERS = {"k": 10}
+PARAMETERS = {"k": 10, "experts": 512}
 
 
 def bind_arguments(fusion: Fusion, args: tuple, kwargs: dict) -> tuple[dict, dict]:
@@ -82,14 +82,14 @@ def parameter_type(parameter: inspect.Parameter) -> type | None:
 def example(
     fusion: Fusion,
     sizes: Mapping[str, int] | None = None,
-    dtype: str | Mapping[str, str] = "float32",
+    dtype: str | Mapping[str, str] | None = None,
     params: Mapping[str, object] | None = None,
 ) -> Binding:
     """A call of `fusion` of typical sizes: Qwen3-Next's for the axes it knows, 64 for others, `sizes` before both.
 
-    Operands have `dtype` (or dtypes by name) where their declaration allows it, else the one it names first; `?` dimensions
-    have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are `k = 10`, or the zero
-    of their type.
+    Operands have `dtype` (or dtypes by name; float32 if not said) where their declaration allows it, else the first;
+    `?` dimensions have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are
+    those of a model (`k = 10`), or the zero of their type.
     Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have.
     """
     axes = [axis for s in fusion.tensors.values() for d in s.dims for _, axis in d.terms]
@@ -102,7 +102,7 @@ def example(
         n: tuple(optional.get(f"{d.text}?", d.size(every)) if d.optional else d.size(every) for d in s.dims)
         for n, s in fusion.tensors.items()
     }
-    wanted = dict.fromkeys(fusion.tensors, dtype) if isinstance(dtype, str) else dict(dtype)
+    wanted = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(fusion.tensors, dtype or "float32")
     if isinstance(dtype, str) and not any(dtype in s.dtypes for s in fusion.tensors.values()):
         raise DtypeError(f"{fusion.name}: no operand can be {dtype}; {next(iter(fusion.tensors))} can be "
                          f"{', '.join(next(iter(fusion.tensors.values())).dtypes)}")  # fmt: skip

@@ -36,8 +36,15 @@ class Binding:
 class Fusion:
     """A declared fusion. Faces, compiler and tests all start from here; it knows nothing of any backend."""
 
-    def __init__(self, fn: Callable, reference: Callable | None, specs: Mapping[str, Spec], dynamic: tuple[str, ...]):
-        self.fn, self.reference, self.dynamic = fn, reference, dynamic
+    def __init__(
+        self,
+        fn: Callable,
+        reference: Callable | None,
+        specs: Mapping[str, Spec],
+        dynamic: tuple[str, ...],
+        axes: Mapping[str, Callable[..., int]] = MappingProxyType({}),
+    ):
+        self.fn, self.reference, self.dynamic, self.axes = fn, reference, dynamic, MappingProxyType(dict(axes))
         self.name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # a lambda
         self.doc = inspect.getdoc(fn) or ""
         self.__name__, self.__doc__, self.__module__ = self.name, self.doc, fn.__module__
@@ -59,7 +66,7 @@ class Fusion:
     def _check_names(self) -> None:
         """Variables of kernels are named after axes in lower case, and values are aligned by axis."""
         seen: dict[str, str] = {}
-        for tensor, dims in self._dims.items():
+        for tensor, dims in {**self._dims, "": tuple(map(Dim.parse, self.axes))}.items():
             for d in dims:
                 for axis in [a for _, a in d.terms]:
                     if seen.setdefault(axis.lower(), axis) != axis:
@@ -112,7 +119,8 @@ class Fusion:
             for i, d in enumerate(dims):
                 if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
                     raise ShapeError(self._misfit(name, shapes[name], sizes))
-        every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims}
+        sizes |= self.follow(sizes, params)
+        every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims} | {a: sizes[a] for a in self.axes}
         if long := [a for a, n in every.items() if n > LONGEST]:
             raise ShapeError(
                 f"{self.name}: axis {long[0]} has {every[long[0]]} elements; kernels count to {LONGEST}, so split the call"
@@ -142,6 +150,19 @@ class Fusion:
                 if axis not in sizes:
                     raise DeclarationError(f"{self.name}: no operand says the size of {axis} in {name} ({d.text})")
         return sizes
+
+    def follow(self, sizes: Mapping[str, int], params: Mapping[str, object]) -> dict[str, int]:
+        """The sizes of the axes that follow from others and from static parameters."""
+        known, found = {**sizes, **params}, {}
+        for axis, rule in self.axes.items():
+            names = inspect.signature(rule).parameters
+            if lacking := [n for n in names if n not in known]:
+                raise DeclarationError(f"{self.name}: the size of {axis} follows from {lacking[0]}, no axis or parameter")
+            size = rule(**{n: known[n] for n in names})
+            if size < 0:
+                raise ShapeError(f"{self.name}: axis {axis} would have {size} elements; sizes are 0 or more")
+            known[axis] = found[axis] = size
+        return found
 
     def _misfit(self, name: str, shape: tuple, sizes: dict[str, int]) -> str:
         wanted = ", ".join(f"{d.text} = {d.size(sizes)}" if d.terms else str(d.constant) for d in self._dims[name])
@@ -187,7 +208,7 @@ class Fusion:
     def _trace_uncached(self, sizes: tuple, dtypes: tuple, params: tuple, ones: tuple, spelled: str) -> Graph:
         ones_of, dtype_of = dict(ones), dict(dtypes)
         tensors = {n: Tensor(n, s.role, self._dims[n], dtype_of[n], ones_of[n]) for n, s in self.tensors.items()}
-        order = [d.axis for dims in self._dims.values() for d in dims]
+        order = [*self.axes, *(d.axis for dims in self._dims.values() for d in dims)]
         known = dict(sizes)
         axes = {a: known[a] for a in dict.fromkeys([*order, *known])}
         builder = Builder(self.name, axes, self.fn.__code__)
@@ -259,10 +280,19 @@ def _either(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
-def fusion(reference: Callable | None = None, /, *, dynamic: str = "T", **tensors: Spec) -> Callable[[Callable], Fusion]:
+def fusion(
+    reference: Callable | None = None,
+    /,
+    *,
+    dynamic: str = "T",
+    axes: Mapping[str, Callable[..., int]] = MappingProxyType({}),
+    **tensors: Spec,
+) -> Callable[[Callable], Fusion]:
     """Declare a fusion: `@fusion(reference, x=In("T H"), residual=InOut("T H"), weight=In("H"))`.
 
     `reference` takes the operands as numpy arrays in their own dtypes and the parameters by name, computes in float64
     and returns the outputs by name. Axes listed in `dynamic` are run-time sizes; all others are constants of a compiled kernel.
+    `axes`: axes that no operand need have, each with a function of sizes and static parameters, by name, that gives its size:
+    `axes={"B": lambda T, K: T * K}`. In blocks and outputs they come before the others.
     """
-    return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()))
+    return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()), axes)

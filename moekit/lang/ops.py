@@ -143,14 +143,17 @@ def mean(x, over: str) -> Value:
 
 
 def cumsum(x, over: str) -> Value:
-    """Running sum along one axis, inclusive, in float32 for floats."""
+    """Running sum along the named axes, the last one's elements following each other; inclusive, in float32 for floats."""
     x = as_value(x, "float32")
     x = convert(x, "float32") if is_float(x.dtype) else _summable(x)
-    if over not in x.axes:
-        raise DeclarationError(f"{x.builder.name}: cumsum over {over!r}, but the value varies over {x.axes}")
-    if x.builder.axis_size(over) is None:
-        raise DeclarationError(f"{x.builder.name}: cumsum over the dynamic axis {over!r} cannot be held in one block")
-    return x.builder.add("cumsum", (x.node,), (("axis", over),), x.dtype)
+    *outer, axis = _axes(over)
+    if axis not in x.axes:
+        raise DeclarationError(f"{x.builder.name}: cumsum over {axis!r}, but the value varies over {x.axes}")
+    running = x.builder.add("cumsum", (x.node,), (("axis", axis),), x.dtype)
+    if not outer:
+        return running
+    row = sum(x, axis)
+    return running + (cumsum(row, " ".join(outer)) - row)
 
 
 def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> Value:
@@ -322,6 +325,24 @@ def put(value: Value, ids: Value, over: str) -> Put:
     if not isinstance(ids, Value) or is_float(ids.dtype) or ids.dtype == "bool":
         raise DtypeError(f"{current().name}: put needs integer ids, got {ids!r}")
     return Put(value, _summable(ids), over)
+
+
+def place(value: Value, **at: Value) -> Value:
+    """`value` at other places: what it is where `at` says, `place(rows, T=pairs // K, K=pairs % K)`.
+
+    The result varies over the axes named in `at`, in place of those that the indices vary over. An index outside its axis
+    places nothing, and no two may be the same (a precondition). What nothing is placed at is no particular number: keep it out
+    by `where`. A launch of its own does it.
+    """
+    builder, gone = value.builder, {a for index in at.values() for a in index.axes}
+    for axis, index in at.items():
+        builder.axis_size(axis)
+        if is_float(index.dtype) or index.dtype == "bool":
+            raise DtypeError(f"{builder.name}: place needs integer indices, got {index.dtype} for {axis}")
+        if axis in value.axes and axis not in gone:
+            raise DeclarationError(f"{builder.name}: place along {axis!r}, which the value varies over; give it another name")
+    indices = [_summable(index).node for index in at.values()]
+    return builder.add("place", (value.node, *indices), (("over", tuple(at)),), value.dtype)
 
 
 def silu(x) -> Value:

@@ -36,6 +36,13 @@ def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int
         )
     if inner & set(new_axes):
         raise DeclarationError(f"{b.name}: axis {sorted(inner)[0]!r} is summed inside the sliced value; use another name")
+    if n.op == "place":
+        inner = set(n.attr("over")) | {a for x in n.args[1:] for a in b.nodes[x].axes}
+        if inner & {axis, *new_axes}:
+            raise DeclarationError(
+                f"{b.name}: what is placed along {', '.join(n.attr('over'))} cannot be sliced or gathered along it, or by what "
+                f"is along one of {', '.join(sorted(inner))}; slice or gather what is placed"
+            )
     if n.op == "read":
         return _read(b, node, axis, by, done)
     if n.op == "iota":

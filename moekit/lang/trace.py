@@ -108,6 +108,8 @@ class Builder:
         found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
         found |= {a for x in args for a in self.nodes[x].axes}
         reduced = {attrs.get("axis")} if op != "cumsum" else set()
+        if op == "place":
+            return found - {a for x in args[1:] for a in self.nodes[x].axes} | set(attrs["over"])
         return (found - reduced) | ({attrs["into"]} if "into" in attrs else set())
 
     def new_axis(self, axis: str, size: int | None) -> None:
@@ -133,13 +135,15 @@ class Builder:
             self.lines[node] = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
     def names(self) -> dict[int, str]:
-        """Node names: the declaration's own local variables."""
+        """Node names: the declaration's own local variables, and the fields of those that are named tuples."""
         if self.frame is None:
             return {}
         found: dict[int, str] = {}
         for name, value in self.frame.f_locals.items():
-            if isinstance(value, Value) and value.builder is self:
-                found.setdefault(value.node, name)
+            fields = value._asdict() if hasattr(value, "_asdict") else {name: value}
+            for own, each in fields.items():
+                if isinstance(each, Value) and each.builder is self and own not in found.values():
+                    found.setdefault(each.node, own)
         return found
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Along, Graph, Node, Write
-from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation
+from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation, placed
 
 
 def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:
@@ -62,6 +62,8 @@ class _Evaluation(Evaluation):
 
     def _lost(self, node: Node, args: list[Bound]) -> np.ndarray:
         """Where an operand, or one it is added up with, is unknown."""
+        if node.op == "place":
+            return placed(self, node, [a.value for a in args[1:]], np.isinf(args[0].noise))
         lost = np.zeros((1,) * len(self.order), bool)
         for a in args[:1] if node.op == "pick" else args:
             lost = lost | np.isinf(a.noise)

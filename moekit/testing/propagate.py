@@ -361,6 +361,23 @@ def _pick(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     return replace(values, noise=taken.noise, flips=taken.flips)
 
 
+def placed(ev: Evaluation, node: Node, at: list[np.ndarray], x: np.ndarray) -> np.ndarray:
+    """`x` where indices `at` place it; zeros elsewhere."""
+    places = dict(zip(node.attr("over"), at, strict=True))
+    moved = {a: ev.along(np.arange(n), a) for a, n in ev.sizes.items() if a in node.axes and a not in places}
+    index = [places.get(a, moved.get(a, np.zeros((1,) * len(ev.order), np.int64))) for a in ev.order]
+    x, *index = np.broadcast_arrays(x, *index)
+    out = np.zeros([n if a in node.axes else 1 for a, n in ev.sizes.items()], x.dtype)
+    inside = np.logical_and.reduce([(i >= 0) & (i < n) for i, n in zip(index, out.shape, strict=True)])
+    out[tuple(i[inside] for i in index)] = x[inside]
+    return out
+
+
+def _place(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
+    """Every value with its errors at its place; what nothing is placed at is not looked at."""
+    return args[0].each(functools.partial(placed, ev, node, [a.value for a in args[1:]]))
+
+
 def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     safe = np.where(b == 0, 1, b)
     return np.where(b == 0, 0, np.abs(a) // np.abs(safe) * np.sign(a) * np.sign(safe))
@@ -389,6 +406,7 @@ RULES: dict[str, Callable] = {
     "extent": _extent,
     "cast": _cast, "bitcast": _bitcast, "where": _where,
     "reduce": _reduce, "cumsum": _cumsum, "contract": _contract, "exp_sum": _exp_sum, "top_k": _top_k, "pick": _pick,
+    "place": _place,
     **dict.fromkeys(g.UNARY, _unary),
     **dict.fromkeys(g.BINARY, _binary),
 }  # fmt: skip

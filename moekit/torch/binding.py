@@ -72,6 +72,8 @@ def bind(fusion: Fusion, operands: Mapping[str, torch.Tensor], params: Mapping[s
     _refuse_empty(fusion, shapes)
     graph = fusion.trace(binding)
     sizes = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None} | symbols
+    if symbols:
+        sizes |= fusion.follow(sizes, dict(binding.params))
     return Bound(binding, graph, sizes)
 
 

@@ -83,7 +83,7 @@ def _warmed(fusion: Fusion, in_place: bool, sizes: Mapping[str, int], dtype: str
 
 def _classes(fusion: Fusion, binding: Binding, sizes: Mapping[str, int], device: torch.device) -> list[dict[str, int]]:
     """A size of the dynamic axes for each class of rows that has kernels of its own; nothing where there is one."""
-    free = [a for a in fusion.dynamic if a not in sizes]
+    free = [a for a in fusion.dynamic if a not in sizes and a not in fusion.axes]
     graph, found = fusion.trace(binding), {}
     for least in buckets(graph):
         rows = dict.fromkeys(free, least)

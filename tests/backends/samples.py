@@ -71,6 +71,7 @@ def viewed(graph, sizes) -> dict:
 
 _DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b": (4, 4), "A_log": (4,), "dt_bias": (4,),
           "state": (4, 4, 128, 128)}  # fmt: skip
+_EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
 _GATES = {"gate_up": (128, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
 
 SAMPLES = {
@@ -113,6 +114,9 @@ SAMPLES = {
         "attention_decode",
         {"q": (4, 2, 8, 256), "k_cache": (4, 2, 4096, 256), "v_cache": (4, 2, 4096, 256), "lengths": (4,)},
     ),
+    "experts": Sample("experts", _EXPERTS, f32=("weights",)),
+    "experts_sorted": Sample("experts", _EXPERTS, {"block": 16}, f32=("weights",)),
+    "moe_align": Sample("moe_align", {"ids": (4, 10)}, {"experts": 512, "block": 16}),
     "expert_down": Sample(
         "expert_down",
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},

@@ -30,10 +30,12 @@ SIZES = {
     "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
     "qk_norm_rope": [dict(T=2, Q=2, K=1, D=10, R=2)],
     "causal_conv1d_step": [dict(T=3, C=19, S=3), dict(T=1, C=4, S=4)],
+    "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
+    "moe_align": [dict(T=40, K=3)],
 }
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {"k": 10} if "k" in fusion.params else {}
+    params = {n: v for n, v in dict(k=10, experts=7, block=4).items() if n in fusion.params}
     for sizes in SIZES[name]:
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)

@@ -158,6 +158,13 @@ def sum_over_an_axis_of_the_grid():
 
 
 @breaks("reductions_whole")
+def running_sum_that_is_not_carried_on():
+    program = good.running_program()
+    (scan,) = good.operations(program, t.Scan)
+    return with_ops(program, t.Binary, lambda op: scan.out in (op.left, op.right), op="sub")
+
+
+@breaks("reductions_whole")
 def running_sum_of_one_block():
     program = good.looped_program()
     loop = next(op for op in good.operations(program, t.Loop) if op.yields)

@@ -12,7 +12,7 @@ from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
-from moekit.lang import In, InOut, cast, concat, f32, fusion, gather, mean, put, rsqrt, size, slice, sum
+from moekit.lang import In, InOut, cast, concat, cumsum, f32, fusion, gather, mean, put, rsqrt, size, slice, sum
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph
 
@@ -41,6 +41,12 @@ def window(x, state):
 def lookup(table, ids):
     """Rows of a table."""
     return {"out": gather(table, ids, over="E")}
+
+
+@fusion(x=In("T H"))
+def running(x):
+    """A running sum along a run-time axis."""
+    return cumsum(x, over="T")
 
 
 def _both_updated(a, b):
@@ -88,6 +94,12 @@ def norm_program(schedule: str = "tile:T:4 whole:H:64") -> t.TileProgram:
 def looped_program() -> t.TileProgram:
     """RMS norm of rows of 50 in blocks of 16: two passes."""
     return norm_program("tile:T:4 loop:H:16")
+
+
+def running_program() -> t.TileProgram:
+    """A running sum from turn to turn of a loop."""
+    graph = graph_of(running, {"x": (20, 5)})
+    return planned(graph, "loop:T:8 tile:H:4").programs[0]
 
 
 def gemm_program() -> t.TileProgram:

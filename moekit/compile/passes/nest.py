@@ -101,11 +101,16 @@ class Nest(Writer):
         return home.binary(sign, value, home.const(abs(entry.start))) if entry.start else value
 
     def scan(self, node: int, n: Node, home: Scope) -> t.Value:
-        """A running sum; that of one element is itself."""
-        value, axis = self.value(n.args[0], home), n.attr("axis")
-        if axis not in value.axes:
-            return value
-        return home.emit(t.Scan, self.graph.names.get(node, "running"), value=value, axis=axis)
+        """A running sum, along a looped axis with what came before the turn; that of one element is itself."""
+        value, axis, name = self.value(n.args[0], home), n.attr("axis"), self.graph.names.get(node, "running")
+        held = axis in value.axes
+        if axis not in self.looped or home.parent is None:
+            return home.emit(t.Scan, name, value=value, axis=axis) if held else value
+        begun = home.parent.const(0, n.dtype, set(value.axes) - {axis})
+        before = self.numbers.like(begun, f"{name}_before")
+        total = home.emit(t.Reduce, f"{name}_turn", op="sum", value=value, axis=axis) if held else value
+        home.running.append((before, begun, home.binary("add", before, total)))
+        return home.binary("add", before, home.emit(t.Scan, value=value, axis=axis) if held else value, name)
 
     def extent(self, node: int, n: Node, home: Scope) -> t.Value:
         """The size of an axis: a constant where it is known after all."""

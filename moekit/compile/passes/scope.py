@@ -31,14 +31,16 @@ Layouts = Mapping[str, t.Strided | t.Viewed]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes. `ended`: by the axis that a loop goes over,
-    the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is
-    worth now, and exp(score - largest so far).
+    `bound` has the elements of axes known from here, `made` the blocks of nodes. `running`: the running sums of a loop, each as
+    what came before the turn, what that begins with, what comes before the next. `ended`: by the axis that a loop goes over,
+    the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is worth
+    now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int, t.Value] = field(default_factory=dict)
+    running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
     ended: dict[str, int] = field(default_factory=dict)
     weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
@@ -132,6 +134,8 @@ class Writer(ABC):
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
         unroll = end is None and axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
         yields = tuple(body(scope, carries))
+        before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
+        carries, inits, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))
-        home.ops.append(t.Loop((turn,), (axis,), carries, tuple(inits), tuple(scope.ops), yields, outs, unroll, end))
-        return outs
+        home.ops.append(t.Loop((turn,), (axis,), carries, inits, tuple(scope.ops), yields, outs, unroll, end))
+        return outs[: len(outs) - len(before)]

@@ -8,10 +8,11 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import gathered_product
+from moekit.compile.rules.gathers import gathered_product, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
+from moekit.compile.rules.tables import table_launch, tables, wide
 from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
 from moekit.compile.schedule.directives import (
@@ -31,7 +32,7 @@ from moekit.compile.schedule.directives import (
 )
 from moekit.compile.schedule.facts import axis_uses, first_gemm, gemms, once, shares
 from moekit.compile.schedule.legal import axis_problem, legal, taking_turns
-from moekit.lang.dtypes import itemsize
+from moekit.lang.dtypes import INTS, itemsize
 from moekit.lang.graph import Graph
 
 MANY_PROGRAMS = 2048  # of one warp: each has to wait, which from here on costs more than is saved once for the launch
@@ -81,8 +82,10 @@ def _classes(graph: Graph) -> dict[int, Schedule]:
 
 def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
     """Numbers of rows from which on there are other kernels, ascending from 0, with their schedules."""
-    if found := _gathered(graph) or weighed(graph) or _staged(graph):
+    if found := _tabled(graph) or _gathered(graph) or weighed(graph) or _staged(graph):
         yield 0, found
+    elif launch := grouped(graph):
+        yield 0, Schedule((launch,))
     elif gemms(graph):
         yield from ((tile.least, _tiled(graph, tile)) for tile in tiles(graph))
     else:
@@ -131,6 +134,17 @@ def _gathered(graph: Graph) -> Schedule | None:
         return None
     schedule = spread(graph, launch)
     return schedule if legal(graph, schedule) is None else None
+
+
+def _tabled(graph: Graph) -> Schedule | None:
+    """Tables of integers, and what is placed, in launches before those that read them."""
+    if (stage := tables(graph)) is None:
+        return None
+    first, rest, left = cut(graph, stage)
+    integers = all(s.dtype in INTS for s in left)
+    before = Schedule((table_launch(first),)) if integers else heuristic(first)
+    after = heuristic(rest) if integers or gemms(rest) else spread(rest, wide(rest))
+    return Schedule((*before.launches[:-1], before.launches[-1].but(stage), *after.launches))
 
 
 @once

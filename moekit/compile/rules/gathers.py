@@ -1,20 +1,26 @@
-"""Good schedules for products with gathered matrices that are then added up: a routed expert's down projection.
+"""Good schedules for products with gathered matrices.
 
-Every pair of a row and one of its matrices has programs of its own, so that one row alone gives programs enough, and a second
-launch adds up a row's pairs in their order. A program reads 128 bytes of each of a matrix's rows.
+Those that are added up, as a routed expert's down projection is for few tokens: every pair of a row and one of its matrices has
+programs of its own, so that one row alone gives programs enough, and a second launch adds up a row's pairs in their order. A
+program reads 128 bytes of each of a matrix's rows. And those of blocks of rows that share a matrix: one block a program, on the
+matrix unit, which has 16 rows even where a block has one.
 """
 
 from __future__ import annotations
 
-from moekit.compile.rules.rows import alone, other_axis
+from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Split, Tile, Whole, pow2
-from moekit.compile.schedule.facts import axis_uses, equally_deep, once
+from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
+from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Along, By, Graph, Node
 
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64
+FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
+DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
+WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
 
 
 @once
@@ -36,9 +42,37 @@ def gathered_product(graph: Graph) -> Launch | None:
     return None
 
 
+@once
+def grouped(graph: Graph) -> Launch | None:
+    """Programs of products of blocks of rows with one gathered matrix each; the same order of sums whatever the block."""
+    gemm = first_gemm(graph)
+    found = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
+    if gemm is None or not all(_chosen(graph, n) for n in found):
+        return None
+    uses, size = axis_uses(graph), max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args)
+    rows = max(MEASURED.matrix, min(MANY, pow2(uses[gemm.m].extent or MANY)))
+    many = rows >= FEW and size == 2
+    columns, depth = MANY if many else FEW // len(found), SHALLOW if many or any(_columns(graph, n) for n in found) else DEEP
+    if size > 2:
+        rows, columns, depth = MEASURED.matrix, WIDE_BLOCK // len(found), WIDE_BLOCK
+    columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
+    depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
+    said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
+    axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
+    return shrunk(graph, alone(axes, warps=8 if many else 4, stages=3 if many else 4))
+
+
+def _chosen(graph: Graph, product: Node) -> bool:
+    """Whether each block of rows of a product has a matrix of its own, which data choose."""
+    shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
+    reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
+    by = {a for n in reads for i in n.attr("index") if isinstance(i, By) for a in graph.nodes[n.args[i.operand]].axes}
+    return bool(shared) and shared <= by
+
+
 def _columns(graph: Graph, node: Node) -> str | None:
     """The innermost axis of a gathered operand of a contraction, if that does not run along it."""
-    for read in (graph.nodes[a] for a in node.args):
+    for read in (loaded(graph, a) for a in node.args):
         if read.op != "read" or not any(isinstance(i, By) for i in read.attr("index")):
             continue
         inner = read.attr("index")[-1]

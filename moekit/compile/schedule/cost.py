@@ -12,7 +12,7 @@ from math import prod
 
 from moekit.compile.schedule.cuts import launched, section_graphs
 from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Tile
-from moekit.compile.schedule.facts import PART, reach, shares
+from moekit.compile.schedule.facts import PART, loaded, reach, shares
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph, Node
 
@@ -155,8 +155,8 @@ def _in_flight(graph: Graph, section: Section) -> int:
     found = set()
     for n in map(graph.nodes.__getitem__, graph.live()):
         if n.op == "contract" and isinstance(section.axis(n.attr("axis")), Loop):
-            found |= {a for a in n.args if graph.nodes[a].op == "read"}
-    return sum(prod(map(section.block, graph.nodes[a].axes)) * itemsize(graph.nodes[a].dtype) for a in found)
+            found |= {x for a in n.args if (x := loaded(graph, a)).op == "read"}
+    return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found)
 
 
 def _bytes(n: int) -> str:

@@ -58,14 +58,14 @@ def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
 
 
 def stageable(graph: Graph) -> dict[str, int]:
-    """The values that may be staged, by name or number (`v12`): results of products and sums, and narrowing casts."""
+    """The values that may be staged, by name or number (`v12`): products, sums, narrowing casts, and what is placed."""
     kept = {w.value for w in graph.writes} | {graph.nodes[i].args[2] for i in graph.live() if graph.nodes[i].op == "exp_sum"}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
     found = {}
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
-        if i not in kept and (node.op in FOLDS or narrows):
+        if i not in kept and (node.op in (*FOLDS, "place") or narrows):
             found[graph.names.get(i, f"v{i}")] = i
     return found
 
@@ -74,11 +74,12 @@ def stageable(graph: Graph) -> dict[str, int]:
 def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, ...]]:
     """The graph of one launch, that of the rest, and the scratch between.
 
-    A `Split` cuts at all reductions over its axis: partial results, then their sums. A `Stage` cuts at one value.
+    A `Split` cuts at all reductions over its axis: partial results, then their sums. A `Stage` cuts at values.
     """
     if isinstance(how, Stage):
-        name = _unused(graph, f"{STAGED}_{how.value}")
-        return _cut(graph, {stageable(graph)[how.value]: name}, name, None)
+        names = {stageable(graph)[v]: _unused(graph, f"{STAGED}_{v}") for v in how.values}
+        first = "_".join((STAGED, *how.values)) if len(names) > 1 else next(iter(names.values()))
+        return _cut(graph, names, first, None)
     targets = [i for i in graph.live() if folded(graph.nodes[i]) == how.axis]
     names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
     return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count), how)
@@ -103,7 +104,7 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
         scratch[i] = Scratch(name, node.dtype, (*extra, *node.axes), (*extra.values(), *(graph.axes[a] for a in node.axes)))
     made = {s.name: _tensor(s, "Out", extra) for s in scratch.values()}
     tensors = {n: replace(x, role="In") for n, x in graph.tensors.items() if x.role != "Out"} | made
-    writes = tuple(Write(s.name, i, tuple(Along(a) for a in s.axes)) for i, s in scratch.items())
+    writes = tuple(_made(graph, i, s) for i, s in scratch.items())
     ending = _ending(graph, targets, how)
     nodes = list(graph.nodes)
     if ending:
@@ -153,6 +154,15 @@ def _of_parts(node: Node, axis: str, reads: Mapping[int, int], moved: Mapping[in
         return Node("exp_sum", (reads[top], part, moved[top]), (("axis", axis), ("weights", "float32")), node.axes, node.dtype)
     kind = "sum" if node.op == "contract" else node.attr("kind")
     return Node("reduce", (part,), (("kind", kind), ("axis", axis)), node.axes, node.dtype)
+
+
+def _made(graph: Graph, node: int, s: Scratch) -> Write:
+    """How a value is written to its scratch: along its axes, or where it is placed."""
+    n = graph.nodes[node]
+    if n.op != "place":
+        return Write(s.name, node, tuple(Along(a) for a in s.axes))
+    over = n.attr("over")
+    return Write(s.name, n.args[0], tuple(By(over.index(a)) if a in over else Along(a) for a in s.axes), n.args[1:])
 
 
 def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:

@@ -143,11 +143,17 @@ class Split:
 class Stage:
     """`stage:hidden`. A value is made anew wherever it is needed → one launch makes it, the next reads it from scratch.
 
-    It ends a launch. Legal for the result of a product or sum, or of a narrowing cast, alone: anything else could be contracted
-    with what uses it (a product and a sum to one rounding) in one kernel and not across two. Bits: none.
+    It ends a launch; `stage:counts,starts` makes several. Legal for the result of a product or sum, or of a narrowing cast, and
+    for what is placed: anything else could be contracted with what uses it (a product and a sum to one rounding) in one kernel
+    and not across two. Bits: none.
     """
 
     value: str
+
+    @property
+    def values(self) -> list[str]:
+        """The values, by name."""
+        return self.value.split(",")
 
 
 Axis = Tile | Whole | Loop

@@ -27,13 +27,14 @@ def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
 
 @dataclass(frozen=True)
 class AxisUse:
-    """How a graph uses one axis."""
+    """How a graph uses one axis. `scanned`: running sums go along it, in one block where its size is static."""
 
     name: str
     extent: int | None
     reduced: bool
     whole: bool
     parallel: bool
+    scanned: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def twice_axis(axis: str) -> str:
 
 @once
 def scattered(graph: Graph) -> set[str]:
-    """The axes along which `put` ids vary."""
-    return {a for w in graph.writes for n in w.ids for a in graph.nodes[n].axes}
+    """The axes along which `put` ids vary; what is placed goes to scratch, where blocks of any size can be stored."""
+    put = [w for w in graph.writes if w.declared or graph.tensors[w.tensor].role != "Out"]
+    return {a for w in put for n in w.ids for a in graph.nodes[n].axes}
 
 
 def reach(graph: Graph, write) -> set[str]:
@@ -78,12 +80,14 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     used: set[str] = set()
     reduced: set[str] = set()
     whole: set[str] = set()
+    scanned: set[str] = set()
     for node in (graph.nodes[i] for i in graph.live()):
         used |= set(node.axes)
         if node.op in FOLDS:
             reduced.add(node.attr("axis"))
         elif node.op == "cumsum":
-            whole.add(node.attr("axis"))
+            scanned.add(node.attr("axis"))
+            whole |= {a for a in scanned if graph.axes[a] is not None}
         elif node.op == "top_k":
             whole |= {node.attr("axis"), node.attr("into")}
     whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
@@ -91,7 +95,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     used |= set().union(*spreads)
     everywhere = set.intersection(*spreads)
     return {
-        a: AxisUse(a, size, a in reduced, a in whole, a in everywhere and a not in reduced and a not in whole)
+        a: AxisUse(a, size, a in reduced, a in whole, a in everywhere and a not in reduced | whole | scanned, a in scanned)
         for a, size in graph.axes.items()
         if a in used
     }
@@ -187,6 +191,12 @@ def ragged(graph: Graph) -> frozenset[str]:
     """The axes along which the ends of folds vary: a program with one element of each can stop at its own."""
     found = (ends(graph, i) for i in graph.live() if folded(graph.nodes[i]))
     return frozenset(a for end in found if end is not None for a in graph.nodes[end].axes)
+
+
+def loaded(graph: Graph, node: int) -> Node:
+    """What an operand is, behind a choice of whether there is any."""
+    n = graph.nodes[node]
+    return loaded(graph, n.args[1]) if n.op == "where" else n
 
 
 def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:

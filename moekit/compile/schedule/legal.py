@@ -145,6 +145,7 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
         yield why
         return
     yield from _parts_problems(graph, section, launch)
+    yield from _running_problems(graph, section)
     for axis in scattered(graph):
         if axis in uses and section.block(axis) != 1:
             yield f"an output is put at ids along {axis}, so its block must be 1, not {section.block(axis)}"
@@ -200,14 +201,26 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
             yield f"axis {axis} cannot be cut every {each} elements: its blocks of {section.block(axis)} do not divide that"
 
 
+def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
+    """A running sum goes from turn to turn of one loop: it begins at the axis's first element, and has no other loop within."""
+    looped = {d.axis for d in section.all(Loop)}
+    for n in (graph.nodes[i] for i in graph.live()):
+        if n.op == "cumsum" and n.attr("axis") in looped:
+            if others := sorted(looped & set(n.axes) - {n.attr("axis")}):
+                along = n.attr("axis")
+                yield f"a running sum along {along} also varies over {others[0]}, which cannot be looped over beside it"
+        elif n.op == "place":
+            yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
+
+
 def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:
     if isinstance(how, Split):
         why = _divisible(graph, how.axis, how.count, how.each)
         return f"axis {how.axis} cannot be split in {how.count}: {why}" if why else None
-    if how.value in stageable(graph):
+    if not (unknown := [v for v in how.values if v not in stageable(graph)]):
         return None
     may = ", ".join(stageable(graph)) or "nothing here"
-    return f"{how.value} cannot be staged; results of products and sums and narrowing casts can: {may}"
+    return f"{unknown[0]} cannot be staged; results of products and sums and narrowing casts can, and what is placed: {may}"
 
 
 def _divisible(graph: Graph, axis: str, count: int, each: int) -> str | None:

@@ -148,11 +148,23 @@ def reductions_masked(f: Facts) -> Claims:
 
 
 def reductions_whole(f: Facts) -> Claims:
-    """No reduction, scan or dot runs along a grid axis, of which a program has a part; a scan's axis is whole."""
-    for op in f.only(t.Reduce | t.Scan | t.Dot | t.Accumulate | t.TopK):
-        mode = f.program.axis(op.axis).mode
-        held = mode == "whole" or (mode != "grid" and not isinstance(op, t.Scan | t.TopK))
-        yield op, held, f"a program holds only a part of {op.axis}, which is in {mode} mode"
+    """No reduction, scan or dot runs along a grid axis, of which a program has a part.
+
+    A scan's axis is whole, or looped over, and then what came before the turn is added to it.
+    """
+    for op, around in f.ops:
+        if isinstance(op, t.Reduce | t.Scan | t.Dot | t.Accumulate | t.TopK):
+            mode = f.program.axis(op.axis).mode
+            held = mode == "whole" or (mode != "grid" and not isinstance(op, t.Scan | t.TopK))
+            carried = isinstance(op, t.Scan) and mode == "loop" and _carried(f, op, around)
+            yield op, held or carried, f"a program holds only a part of {op.axis}, which is in {mode} mode"
+
+
+def _carried(f: Facts, op: t.Scan, around: tuple[t.Loop | t.AtEnd, ...]) -> bool:
+    """Whether what a loop over its axis carries is added to a scan, which nothing else reads."""
+    carries = {v for x in around[-1:] if isinstance(x, t.Loop) and op.axis in x.over for v in x.carries}
+    readers = [x for x, _ in f.ops if op.out in t.operands(x)]
+    return bool(readers) and all(isinstance(x, t.Binary) and x.op == "add" and {x.left, x.right} & carries for x in readers)
 
 
 def wide_offsets(f: Facts) -> Claims:

@@ -1,0 +1,46 @@
+"""Grouped experts as they are compiled for sm_90: products on the matrix unit, no spills, one arithmetic for every block."""
+
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+
+from moekit.compile.plan import plan
+from moekit.fusions.experts import experts
+from moekit.lang.arguments import example
+
+from .samples import strided
+from .sm_90 import build, compiled
+
+
+def kernels(block, width):
+    """The last three launches: what is activated, what each pair gives, the sum."""
+    sizes = {"T": 4, "D": 2048, "I": width, "H": 2048, "E": 512, "K": 10}
+    binding = example(experts, sizes, "bfloat16", {"block": block})
+    graph = experts.trace(binding)
+    return plan(graph, None, strided(graph, dict(binding.sizes))).programs
+
+
+@pytest.mark.parametrize("width", [512, 64])
+@pytest.mark.parametrize("block", [1, 16, 128])
+def test_products_run_on_the_matrix_unit(block, width):
+    *tables, up, down, total = kernels(block, width)
+    for program in (*tables, up, down, total):
+        assert build(program).spills == 0
+    for program in (up, down):
+        assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled(program).asm["ptx"])
+        assert not build(program).serial
+
+
+def arithmetic(program):
+    """How often each kind of float instruction stands in a kernel, for each element of its block."""
+    found = Counter(re.findall(r"\s(mma\.sync|fma|mul|add|sub)\.[\w.]*f32", compiled(program).asm["ptx"]))
+    return {name: found[name] for name in ("mma.sync", "fma", "mul", "add", "sub")}
+
+
+def test_one_pair_a_block_and_sixteen_are_computed_alike():
+    """A product and a sum that become one rounding in one kernel, and two in the other, would show here."""
+    for few, many in zip(kernels(1, 512)[-3:], kernels(16, 512)[-3:], strict=True):
+        assert arithmetic(few) == arithmetic(many)
