@@ -24,6 +24,8 @@ from moekit.compile.schedule.facts import (
 from moekit.compile.schedule.legal import uses_dot
 from moekit.lang.graph import Graph
 
+FEW = 16  # turns of one element each that are written out
+
 Layouts = Mapping[str, t.Strided | t.Viewed]
 
 
@@ -124,15 +126,17 @@ class Writer(ABC):
     ) -> tuple[t.Value, ...]:
         """A loop over the blocks of `axis`, those of one part where it has parts; what its carries, begun from `inits`, become.
 
-        A loop over parts that another launch has made is unrolled: all are loaded at once. `end`: the number of elements after
-        which there is nothing more to do, where a program has one.
+        A loop over parts that another launch has made is unrolled, and one over a few elements one by one: all are loaded at
+        once. `end`: the number of elements after which there is nothing more to do, where a program has one.
         """
         scope, block = Scope(self.program, self.numbers, parent=home), self.program.axis(axis)
         several = block.block > 1 or block.parts > 1
         turn = self.numbers.value("int32", (), f"{identifier(axis)}_start" if several else identifier(axis))
         carries = tuple(map(self.numbers.like, inits, names))
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
-        unroll = end is None and axis.endswith(PART) and axis.removesuffix(PART) not in self.section.parts
+        part = axis.endswith(PART)
+        few = axis.removesuffix(PART) not in self.section.parts if part else not several and 1 < (block.length or 0) <= FEW
+        unroll = end is None and few
         yields = tuple(body(scope, carries))
         before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
         carries, inits, yields = (*carries, *before), (*inits, *begun), (*yields, *after)

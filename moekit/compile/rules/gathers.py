@@ -9,7 +9,7 @@ matrix unit, which has 16 rows even where a block has one.
 from __future__ import annotations
 
 from moekit.compile.rules.rows import alone, other_axis, shrunk
-from moekit.compile.schedule.directives import Axis, Launch, Loop, Split, Tile, Whole, pow2
+from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
@@ -59,7 +59,8 @@ def grouped(graph: Graph) -> Launch | None:
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
-    return shrunk(graph, alone(axes, warps=8 if many else 4, stages=3 if many else 4))
+    launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=3 if many else 4))
+    return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 
 def _chosen(graph: Graph, product: Node) -> bool:

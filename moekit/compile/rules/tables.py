@@ -81,6 +81,7 @@ def _held(graph: Graph) -> tuple[Axis, ...]:
 
 
 def wide(graph: Graph) -> Launch:
-    """What adds up placed rows: as many columns a program as are worth its few rows."""
-    columns = [u for u in axis_uses(graph).values() if u.parallel][-1:]
-    return alone((Tile(u.name, min(COLUMNS, pow2(u.extent or COLUMNS))) for u in columns), stages=1)
+    """What adds up placed rows: one after the other, as many columns a program as are worth its few rows."""
+    uses = axis_uses(graph).values()
+    columns = [Tile(u.name, min(COLUMNS, pow2(u.extent or COLUMNS))) for u in uses if u.parallel][-1:]
+    return alone((*columns, *(Loop(u.name, 1) for u in uses if u.reduced)), stages=1)
