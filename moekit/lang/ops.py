@@ -265,7 +265,7 @@ def halves(x: Value, into: str) -> tuple[Value, Value]:
     return slice(x, over, 0, n, into), slice(x, over, n, n, into)
 
 
-def concat(*values: Value, over: str, into: str) -> Value:
+def concat(*values: Value | float, over: str, into: str) -> Value:
     """Values one after the other along axis `into`: along `over`, one axis for all or one for each (`over="R R P"`).
 
     "1" in the place of an axis: the value is one element. Values that do not vary along their axis are repeated along it.

@@ -139,7 +139,7 @@ class Writer(ABC):
         unroll = end is None and few
         yields = tuple(body(scope, carries))
         before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
-        carries, inits, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
+        carries, begins, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))
-        home.ops.append(t.Loop((turn,), (axis,), carries, inits, tuple(scope.ops), yields, outs, unroll, end))
+        home.ops.append(t.Loop((turn,), (axis,), carries, begins, tuple(scope.ops), yields, outs, unroll, end))
         return outs[: len(outs) - len(before)]

@@ -86,8 +86,9 @@ class Facts:
         own = self.program.bounded(op.axis)
         if full is None or own == full:
             return True
-        known = own.extent is not None and full.extent is not None
-        return known and at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent
+        if own.extent is None or full.extent is None:
+            return False
+        return at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent
 
     def masks(self, masks: Iterable[Value]) -> set[str]:
         """The axes of which some masks keep out what lies past the end of the block along them."""

@@ -186,16 +186,17 @@ def stores_last(f: Facts) -> Claims:
 
     program and turn store it; behind a barrier where another lane may.
     """
-    stored: dict[str, int] = {}
+    stored: dict[str, tuple[int, t.Store]] = {}
     for n, (op, _) in enumerate(f.ops):
         if isinstance(op, t.Load | t.Store):
             yield op, op.at.tensor not in stored, f"{op.at.tensor} was stored before"
         if isinstance(op, t.Store):
-            stored[op.at.tensor] = n
+            stored[op.at.tensor] = n, op
     for n, (op, around) in enumerate(f.ops):
         if not isinstance(op, t.Load) or op.at.tensor not in stored:
             continue
-        store, outside = f.ops[stored[op.at.tensor]]
+        last, store = stored[op.at.tensor]
+        outside = f.ops[last][1]
         pairs = [(i, j) for i, j in zip(op.at.index, store.at.index, strict=True)]
         own = {base.axis for i, j in pairs if i == j for base in f.bases(i.value)}
         for axis in f.program.grid:
@@ -207,7 +208,7 @@ def stores_last(f: Facts) -> Claims:
         for axis in (a for x in around if x in outside and isinstance(x, t.Loop) for a in x.over):
             yield op, axis in own, f"the loop stores {op.at.tensor} at another index, which a later turn would read"
         if around == outside and any(i != j for i, j in pairs):
-            waits = any(isinstance(x, t.Barrier) and at == outside for x, at in f.ops[n : stored[op.at.tensor]])
+            waits = any(isinstance(x, t.Barrier) and at == outside for x, at in f.ops[n:last])
             yield op, waits, f"{op.at.tensor} is stored at another index by other lanes; put a barrier before the store"
 
 
