@@ -234,6 +234,14 @@ def engine(result: dict) -> str:
     return listed(result["rows"], columns)
 
 
+def beside_floor(result: dict) -> str:
+    """µs of every side by case, tokens and what a cache holds, and in parentheses the share of the floor's time."""
+    by = {"case": text("case"), "T": text("T"), "tokens in the cache": text("length"), "room for": text("room")}
+    rows = [row for row in result["rows"] if "us" in row]
+    by = {head: cell for head, cell in by.items() if any(cell(row) for row in rows)}
+    return crossed(rows, by, text("side"), lambda row: number("us")(row) + text("of floor", " ({:.2f})")(row))
+
+
 def _calls(result: dict, key: str, title: str, floors: Mapping[str, str]) -> str:
     """Calls of the whole model: a row per size (`key`) and side; a ratio to XLA's kernels only where those were measured."""
     rows = [r for r in result["rows"] if key in r and "side" in r]
@@ -275,7 +283,7 @@ def _calls(result: dict, key: str, title: str, floors: Mapping[str, str]) -> str
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
     "patched": patched, "accuracy": accuracy, "beside": beside, "ratios": ratios, "step": step, "prefill": prefill,
-    "engine": engine,
+    "engine": engine, "floors": beside_floor,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
