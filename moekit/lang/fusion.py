@@ -122,8 +122,8 @@ class Fusion:
         found = self.follow(sizes, params)
         if wrong := [a for a, n in found.items() if sizes.get(a, n) != n]:
             raise ShapeError(
-                f"{self.name}: axis {wrong[0]} has {sizes[wrong[0]]} elements in the operands; it must have {found[wrong[0]]} as "
-                "its rule says"
+                f"{self.name}: axis {wrong[0]} has {sizes[wrong[0]]} elements in the operands; it must have {found[wrong[0]]} "
+                "as its rule says"
             )
         sizes |= found
         every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims} | {a: sizes[a] for a in self.axes}

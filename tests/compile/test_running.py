@@ -62,9 +62,11 @@ def test_sizes_that_cannot_follow():
     def square(x):
         return x
 
-    for size in (3, 4):
-        with pytest.raises(ShapeError, match=f"half: axis B would have {size / 2} elements; sizes are 0 or more, and integers"):
-            half.bind({"x": (size,)}, {"x": "float32"}, {})
+    for tokens in (3, 4):
+        with pytest.raises(
+            ShapeError, match=f"half: axis B would have {tokens / 2} elements; sizes are 0 or more, and integers"
+        ):
+            half.bind({"x": (tokens,)}, {"x": "float32"}, {})
     assert dict(square.bind({"x": (2, 4)}, {"x": "float32"}, {}).sizes) == {"T": 2, "B": 4}
     with pytest.raises(ShapeError, match="square: axis B has 9 elements in the operands; it must have 4 as its rule says"):
         square.bind({"x": (2, 9)}, {"x": "float32"}, {})
