@@ -14,7 +14,7 @@ from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
 from moekit.lang.graph import Along, By, Graph, Tensor, Write
 from moekit.lang.ops import Put
 from moekit.lang.spec import Dim, Spec
-from moekit.lang.trace import Builder, Value, constant, tracing
+from moekit.lang.trace import Builder, Value, as_value, tracing
 
 LONGEST = 2**31 - 2**20  # elements of an axis: kernels count in int32, to the end of the last block
 
@@ -119,7 +119,13 @@ class Fusion:
             for i, d in enumerate(dims):
                 if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
                     raise ShapeError(self._misfit(name, shapes[name], sizes))
-        sizes |= self.follow(sizes, params)
+        found = self.follow(sizes, params)
+        if wrong := [a for a, n in found.items() if sizes.get(a, n) != n]:
+            raise ShapeError(
+                f"{self.name}: axis {wrong[0]} has {sizes[wrong[0]]} elements in the operands; it must have {found[wrong[0]]} "
+                "as its rule says"
+            )
+        sizes |= found
         every = {d.text: d.size(sizes) for dims in self._dims.values() for d in dims} | {a: sizes[a] for a in self.axes}
         if long := [a for a, n in every.items() if n > LONGEST]:
             raise ShapeError(
@@ -159,8 +165,8 @@ class Fusion:
             if lacking := [n for n in names if n not in known]:
                 raise DeclarationError(f"{self.name}: the size of {axis} follows from {lacking[0]}, no axis or parameter")
             size = rule(**{n: known[n] for n in names})
-            if size < 0:
-                raise ShapeError(f"{self.name}: axis {axis} would have {size} elements; sizes are 0 or more")
+            if size is None or isinstance(size, bool | float) or size < 0:  # under torch.compile a symbol
+                raise ShapeError(f"{self.name}: axis {axis} would have {size!r} elements; sizes are 0 or more, and integers")
             known[axis] = found[axis] = size
         return found
 
@@ -230,7 +236,7 @@ class Fusion:
 
     def _write(self, builder: Builder, tensors: dict[str, Tensor], name: str, value) -> Write:
         target = value if isinstance(value, Put) else Put(value, None, "")
-        out = target.value if isinstance(target.value, Value) else constant(target.value, "float32")
+        out = as_value(target.value, "float32")
         if name not in tensors:
             dims = self.out_specs[name].dims if name in self.out_specs else tuple(Dim.parse(a) for a in out.axes)
             tensors[name] = Tensor(name, "Out", dims, out.dtype)

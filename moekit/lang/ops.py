@@ -161,6 +161,7 @@ def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> 
 
     `upto`: of the first so many elements alone.
     """
+    a, b = as_value(a, "float32"), as_value(b, "float32")
     if not (is_float(a.dtype) and is_float(b.dtype)):
         raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
     if a.dtype != b.dtype:
@@ -180,6 +181,7 @@ def softmax_sum(scores: Value, values: Value, over: str, upto: Value | int | Non
     `upto`: of the first so many elements alone. Products are of the values' dtype: where that is narrow the weights exp(score -
     largest) are rounded to it, against the largest score so far, which the order of sums says.
     """
+    scores, values = as_value(scores, "float32"), as_value(values, "float32")
     for x in (scores, values):
         if not is_float(x.dtype) or over not in x.axes:
             raise DeclarationError(f"{x.builder.name}: softmax_sum over {over!r} needs floats that vary over it, got {x}")
@@ -302,6 +304,7 @@ def gather(table: Value, ids: Value, over: str) -> Value:
 
     An id outside the axis reads zero from the tensor, and never memory that is not the tensor's.
     """
+    table, ids = as_value(table, "float32"), as_value(ids, "int32")
     if is_float(ids.dtype) or ids.dtype == "bool":
         raise DtypeError(f"{table.builder.name}: gather needs integer ids, got {ids.dtype}")
     table.builder.axis_size(over)
@@ -334,7 +337,10 @@ def place(value: Value, **at: Value) -> Value:
     places nothing, and no two may be the same (a precondition). What nothing is placed at is no particular number: keep it out
     by `where`. A launch of its own does it.
     """
+    value, at = as_value(value, "float32"), {axis: as_value(index, "int32") for axis, index in at.items()}
     builder, gone = value.builder, {a for index in at.values() for a in index.axes}
+    if not at:
+        raise DeclarationError(f"{builder.name}: place names no axis; give each with its index, as in place(x, B=index)")
     for axis, index in at.items():
         builder.axis_size(axis)
         if is_float(index.dtype) or index.dtype == "bool":

@@ -140,6 +140,31 @@ def test_a_product_over_the_first_elements(schedule):
         assert any(isinstance(op, t.Dot) for op, _ in t.walk(made.programs[0].body))
 
 
+def two_ends_reference(x, lengths):
+    """float64: all of the axis, and the first elements of it."""
+    return {"whole": x.astype(np.float64).sum(1), "first": reference(x, lengths)["total"]}
+
+
+@fusion(two_ends_reference, x=In("T L H", dtype="float32"), lengths=LENGTHS)
+def two_ends(x, lengths):
+    """Two sums of one loop, which do not end at one element."""
+    return {"whole": sum(x, "L"), "first": sum(x, "L", upto=lengths)}
+
+
+@pytest.mark.parametrize("tile", ["T:1", "T:4"])
+@pytest.mark.parametrize("declared", [extremes, two_ends])
+def test_the_last_part_has_what_is_left(declared, tile):
+    """Blocks divide the axis and parts of 16 do not: nothing past its end is read, whatever ends where."""
+    values = given(size=40)
+    values["x"] = np.nan_to_num(values["x"], posinf=0)
+    first = f"tile:{tile} loop:L:8 tile:H:16 warps:1 stages:1"
+    then = f"loop:L.part:1 tile:{tile} tile:H:16 warps:1 stages:1"
+    for schedule in (f"{first} parts:L:3:16", f"tile:L.part:1 {first} split:L:3:16 then {then}"):
+        got, _ = outputs(declared, values, schedule)
+        for name, expected in declared.reference(**values).items():
+            np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("implementation", implementations())
 def test_every_implementation(implementation):
     values = given()

@@ -54,6 +54,22 @@ def test_sizes_that_cannot_follow():
     def unknown(x):
         return gather(x, iota("B"), over="T")
 
+    @fusion(x=In("T"), axes={"B": lambda T: T / 2})
+    def half(x):
+        return gather(x, iota("B"), over="T")
+
+    @fusion(x=In("T B"), axes={"B": lambda T: 2 * T})
+    def square(x):
+        return x
+
+    for tokens in (3, 4):
+        with pytest.raises(
+            ShapeError, match=f"half: axis B would have {tokens / 2} elements; sizes are 0 or more, and integers"
+        ):
+            half.bind({"x": (tokens,)}, {"x": "float32"}, {})
+    assert dict(square.bind({"x": (2, 4)}, {"x": "float32"}, {}).sizes) == {"T": 2, "B": 4}
+    with pytest.raises(ShapeError, match="square: axis B has 9 elements in the operands; it must have 4 as its rule says"):
+        square.bind({"x": (2, 9)}, {"x": "float32"}, {})
     assert dict(shorter.bind({"x": (5,)}, {"x": "float32"}, {}).sizes) == {"T": 5, "B": 2}
     with pytest.raises(ShapeError, match="shorter: axis B would have -1 elements; sizes are 0 or more"):
         shorter.bind({"x": (2,)}, {"x": "float32"}, {})

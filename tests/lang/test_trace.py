@@ -205,6 +205,38 @@ def test_declaration_errors(declare, error, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: ml.softmax_sum(x, 1.0, over="H"),
+        lambda x: ml.softmax_sum(2, x, over="H"),
+        lambda x: ml.contract(x, 1.0, over="H"),
+        lambda x: ml.place(x),
+        lambda x: None,
+        lambda x: (x, x),
+    ],
+)
+def test_numbers_and_nothing_are_refused_in_a_sentence(body):
+    declared = fusion(None, x=In("T H"))(body)
+    with pytest.raises(MoekitError, match=r"^unnamed: "):
+        declared.trace(declared.bind({"x": (2, 3)}, {"x": "float32"}, {}))
+
+
+def test_an_index_may_be_a_number():
+    """Of a gather it is one element; what is placed at one is there."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    @fusion(
+        lambda x: {"one": x[:, 2], "there": np.where(np.arange(3) == 1, x.sum(1)[:, None], 0)}, x=In("T H", dtype="float32")
+    )
+    def numbered(x):
+        there = ml.place(ml.sum(x, "H"), H=1)
+        return {"one": ml.gather(x, 2, over="H"), "there": ml.where(ml.iota("H") == 1, there, 0.0)}
+
+    for implementation in ("numpy", "interpret"):
+        check(implementation, Call(numbered, {"x": x}))
+
+
 def test_updates_must_be_read_where_they_are_written():
     """An InOut read at elements that another program writes would race; one program holds all of a static axis."""
 

@@ -115,13 +115,19 @@ def _in_parts(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.V
 
 
 def _looped(low: Writer, totals: list[Total], axis: str, home: Scope, end: t.Value | None) -> Iterable[t.Value]:
-    """One loop over the blocks of `axis`, and what it leaves of each reduction brought together."""
-    if end is not None and (block := home.program.axis(axis)).parts > 1:
+    """One loop over the blocks of `axis`, and what it leaves of each reduction brought together.
+
+    Parts of a number of elements each end with the axis at the latest: the last one may have fewer.
+    """
+    block, ended = home.program.axis(axis), end is not None
+    if not ended and block.each and (block.extent or 0) % block.each:
+        end = home.const(block.extent or 0)
+    if end is not None and block.parts > 1:
         left = home.binary("sub", end, home.binary("mul", home.elements(part_axis(axis)), home.const(block.share)))
         end = home.binary("minimum", left, home.const(block.share), f"{identifier(axis)}_left")
 
     def body(scope: Scope, carries: tuple[t.Value, ...]) -> list[t.Value]:
-        if end is not None:
+        if ended:
             scope.ended[axis] = ends(low.graph, totals[0].first) or 0
         return [_turn(low, total, axis, scope, carry) for total, carry in zip(totals, carries, strict=True)]
 
