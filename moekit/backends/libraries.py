@@ -139,7 +139,7 @@ def torch_library() -> Library:
         return torch.where(ok, picked, torch.zeros((), dtype=array.dtype, device=array.device))
 
     def scatter(base, index, value):
-        """What is outside goes behind the rest and is cut off: no shape follows from values, which vmap and compiling refuse."""
+        """What is outside goes behind the rest and is cut off: no shape follows from values, which vmap refuses."""
         ok, place = _in_range(index, base.shape), 0
         for i, size in zip(index, base.shape, strict=True):
             place = place * size + i.long()

@@ -93,7 +93,7 @@ def test_every_fusion_is_exported_or_refused():
     """A size that follows from others at the call is worked out by moekit alone."""
     assert {*SIZES, *FOLLOWS} == {*FUSIONS}
     for name, axis in FOLLOWS.items():
-        said = f"^{name}: the size of {axis} follows from others at the call, which a file of its own does not work out; call it"
+        said = f"^{name}: the size of {axis} follows from others at the call, which a file of its own does not work out; call"
         with pytest.raises(MoekitError, match=said):
             export(FUSIONS[name])
 
