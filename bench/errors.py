@@ -21,6 +21,7 @@ sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 from bench import report, runner
 from moekit.fusions import FUSIONS
+from moekit.lang.arguments import PARAMETERS
 from moekit.lang.dtypes import FLOATS
 from moekit.lang.graph import Graph
 from moekit.testing import Call, compare, operands, run
@@ -39,6 +40,8 @@ SIZES = {
     "expert_gate_up": [{"T": 4, "D": 2048, "I": 64, "E": 16, "K": 10}],
     "attention_decode": [{"T": 4, "K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256}],
     "expert_down": [{"T": 4, "H": 2048, "I": 64, "E": 16, "K": 10}],
+    "experts": [{"T": 4, "D": 2048, "H": 2048, "I": 64, "E": 16, "K": 10}],
+    "moe_align": [{"T": 64, "K": 10}],
 }
 
 
@@ -46,7 +49,7 @@ def measure(name: str, dtype: str, implementation: str, seeds: int) -> Iterator[
     """The worst error of one fusion, dtype and implementation."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
     fusion, found = FUSIONS[name], {"ulps": 0.0, "ratio": 0.0, "problems": []}
-    params = {"k": 10} if "k" in fusion.params else {}
+    params = {n: x for n, x in PARAMETERS.items() if n in fusion.params}
     for sizes in SIZES[name]:
         for seed in range(seeds):
             values = operands(fusion, sizes, dtype, "normal", seed)

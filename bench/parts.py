@@ -11,7 +11,8 @@ PARTS = (EXPERTS, GATES, DELTA, NORMS, ATTENTION, REST, COLLECTIVES)
 
 # Of the prefixes that a name begins with, the first one counts.
 PREFIXES = {
-    "expert_": EXPERTS,
+    "expert": EXPERTS,
+    "moe_align": EXPERTS,
     "gate_": GATES,  # gate_projections, gate_gemm
     "topk_softmax": GATES,
     "silu_and_mul": GATES,

@@ -8,8 +8,6 @@ import numpy as np
 
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
-from moekit.fusions.experts import experts
-from moekit.fusions.moe_align import moe_align
 from moekit.lang import (
     In,
     InOut,
@@ -144,8 +142,6 @@ def qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, eps: float = 
 DECLARATIONS = {
     **FUSIONS,
     "gate_block": gate_block,
-    "experts": experts,
-    "moe_align": moe_align,
     "causal_conv1d_step": causal_conv1d_step,
     "qk_norm_rope": qk_norm_rope,
 }

@@ -139,8 +139,12 @@ def torch_library() -> Library:
         return torch.where(ok, picked, torch.zeros((), dtype=array.dtype, device=array.device))
 
     def scatter(base, index, value):
-        ok = _in_range(index, base.shape)
-        return base.clone().index_put(tuple(i[ok].long() for i in index), value[ok])
+        """What is outside goes behind the rest and is cut off: no shape follows from values, which vmap refuses."""
+        ok, place = _in_range(index, base.shape), 0
+        for i, size in zip(index, base.shape, strict=True):
+            place = place * size + i.long()
+        longer = torch.cat((base.reshape(-1), base.new_zeros(1)))
+        return longer.index_put((torch.where(ok, place, base.numel()),), value)[:-1].reshape(base.shape)
 
     def rounded(v, dtype):
         """What overflows is infinite, as everywhere else."""

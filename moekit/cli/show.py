@@ -10,6 +10,7 @@ import click
 
 from moekit.cli.output import print_source
 from moekit.errors import ScheduleError
+from moekit.lang.arguments import PARAMETERS
 from moekit.lang.dtypes import FLOATS
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 #: The sizes shown where none are given: one decode step of Qwen3-Next on one of 8 ranks.
 SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128}
 CHOSEN = {"K": 10}  # experts of a token, where K does not count key heads
-PARAMETERS = {"k": 10}
 OTHER_SIZE = 64
 
 

@@ -45,7 +45,12 @@ def tune(
     run, where = _ready(), output
     if where is None:
         where = run.table_path()
-    jobs = [(n, s, d) for n in fusions or FUSIONS for s in run.SIZES[n] if sizes.items() <= s.items() for d in dtypes]
+    chosen = fusions or tuple(FUSIONS)
+    if untimed := ", ".join(n for n in chosen if n not in run.SIZES):
+        notes().print(f"passed over, as moekit tune has no operands to time them on: {untimed}", soft_wrap=True)
+    jobs = [(n, s, d) for n in chosen for s in run.SIZES.get(n, ()) if sizes.items() <= s.items() for d in dtypes]
+    if not any(n in run.SIZES for n in chosen):
+        raise click.UsageError(f"there is nothing to tune; name one of {', '.join(run.SIZES)}")
     if not jobs:
         raise click.UsageError(f"none of the model's sizes has {', '.join(f'{a}={n}' for a, n in sizes.items())}")
     _check_kept(where, json_file)

@@ -6,9 +6,11 @@ from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
 from moekit.fusions.expert_down import expert_down
 from moekit.fusions.expert_gate_up import expert_gate_up
+from moekit.fusions.experts import experts
 from moekit.fusions.gate_gemm import gate_gemm
 from moekit.fusions.gate_projections import gate_projections
 from moekit.fusions.gated_rms_norm import gated_rms_norm
+from moekit.fusions.moe_align import moe_align
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -28,5 +30,7 @@ FUSIONS = {
         expert_gate_up,
         expert_down,
         attention_decode,
+        experts,
+        moe_align,
     )
 }

@@ -28,6 +28,8 @@ down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
 attention_decode = op(_FUSIONS["attention_decode"])
+experts = op(_FUSIONS["experts"])
+moe_align = op(_FUSIONS["moe_align"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
     _function.__module__ = __name__  # where it is found again when it is pickled
@@ -43,10 +45,12 @@ __all__ = [
     "down_combine",
     "expert_down",
     "expert_gate_up",
+    "experts",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",
     "gated_rms_norm",
+    "moe_align",
     "op",
     "pack_gate",
     "shared_expert_combine",

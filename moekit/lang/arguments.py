@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 
 from moekit.errors import DeclarationError, DtypeError, MoekitError, ScheduleError, ShapeError
+from moekit.lang.dtypes import FLOATS
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 
@@ -90,7 +91,8 @@ def example(
     Operands have `dtype` (or dtypes by name; float32 if not said) where their declaration allows it, else the first;
     `?` dimensions have their full size, or 1 where `sizes` has `"NAME?": 1`. Required parameters that are not given are
     those of a model (`k = 10`), or the zero of their type.
-    Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have.
+    Raises ShapeError for an axis the fusion does not have and DtypeError for a dtype no operand can have, but for a float dtype
+    of a fusion without floats, of which it says nothing.
     """
     axes = [axis for s in fusion.tensors.values() for d in s.dims for _, axis in d.terms]
     if unknown := [a for a in sizes or {} if a.removesuffix("?") not in axes]:
@@ -103,7 +105,8 @@ def example(
         for n, s in fusion.tensors.items()
     }
     wanted = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(fusion.tensors, dtype or "float32")
-    if isinstance(dtype, str) and not any(dtype in s.dtypes for s in fusion.tensors.values()):
+    several = {d for s in fusion.tensors.values() for d in s.dtypes}
+    if isinstance(dtype, str) and dtype not in several and (dtype not in FLOATS or several & {*FLOATS}):
         raise DtypeError(f"{fusion.name}: no operand can be {dtype}; {next(iter(fusion.tensors))} can be "
                          f"{', '.join(next(iter(fusion.tensors.values())).dtypes)}")  # fmt: skip
     dtypes = {n: wanted[n] if wanted.get(n) in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}

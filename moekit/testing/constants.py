@@ -16,6 +16,8 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("topk_softmax", None): 3.25,
     ("expert_gate_up", None): 2.75,
     ("expert_down", None): 2.75,
+    ("experts", None): 0.7,
+    ("attention_decode", None): 0.19,
 }
 
 

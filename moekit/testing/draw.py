@@ -7,6 +7,7 @@ which shrinks them: every list below starts with what is simplest, and every int
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -61,13 +62,18 @@ def draw_call(name: str, source: Source, limits: Limits) -> FuzzCase:
     for _ in range(200):
         case = FuzzCase(name, _sizes(fusion, source), _dtypes(fusion, source, limits))
         case = replace(case, params=_params(fusion, source, case))
-        if case.problem() is None and _fits(case, limits):
+        if _operands_fit(case, limits) and case.problem() is None and _fits(case, limits):
             return case
     for size in (8, 4, 2, 1, 16, 64):  # when chance gives none
         case = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
         if case.problem() is None:
             return case
     raise MoekitError(f"{fusion.name}: no sizes found for which it can be traced; say them with FuzzCase(sizes=…)")
+
+
+def _operands_fit(case: FuzzCase, limits: Limits) -> bool:
+    """What `_fits` asks of the operands alone, for which nothing is traced."""
+    return all(math.prod(max(1, n) for n in shape) <= limits.elements for shape in case.shapes.values())
 
 
 def _fits(case: FuzzCase, limits: Limits) -> bool:

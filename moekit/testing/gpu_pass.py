@@ -35,6 +35,7 @@ from moekit.testing.schedules import variants
 ODD = dict(T=5, S=9, H=200, D=200, P=40, I=50, E=60, K=2, V=4, Dk=24, Dv=17, R=21, A=3, B=11)  # noqa: C408
 EVEN = dict(T=33, S=40, H=256, D=128, P=64, I=64, E=64, K=2, V=4, Dk=16, Dv=32, R=32, A=4, B=16)  # noqa: C408
 OTHER = 24
+ALSO = {"block": 16}  # values of parameters that make other kernels than the defaults
 COMPILED = "compiled"  # the door of Pallas's kernels
 KINDS = ("dense", "padded", "strided", "transposed", "apart", "arbitrary")
 
@@ -55,7 +56,7 @@ def _cases(name: str) -> Iterator[FuzzCase]:
     params, ones = dict(example(fusion, dtype=dtypes[0]).params), {f"{d.text}?": 1 for d in dims if d.optional}
 
     def case(sizes: dict[str, int], turn: int, **more: Any) -> FuzzCase:
-        return plain_case(name, sizes | ones, dtypes[turn % len(dtypes)], OTHER, params=params, **more)
+        return plain_case(name, sizes | ones, dtypes[turn % len(dtypes)], OTHER, **{"params": params, **more})
 
     for i in range(len(dtypes)):
         yield case(ODD, i)
@@ -64,6 +65,9 @@ def _cases(name: str) -> Iterator[FuzzCase]:
         yield once if i != 1 else replace(once, sizes={a: n for a, n in once.sizes.items() if a not in ones})
         if any(s.role == "InOut" for s in fusion.tensors.values()):
             yield case(ODD, i, mode="in place")
+    if also := {n: x for n, x in ALSO.items() if n in params}:
+        yield case(ODD, 0, params=params | also)
+        yield case(EVEN, 1, params=params | also)
     plain = case(ODD, 0)
     for i, kind in enumerate(KINDS[1:]):
         made = case(ODD, i)

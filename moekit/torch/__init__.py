@@ -35,6 +35,8 @@ down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
 attention_decode = op(_FUSIONS["attention_decode"])
+experts = op(_FUSIONS["experts"])
+moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -55,10 +57,12 @@ __all__ = [
     "down_combine_",
     "expert_down",
     "expert_gate_up",
+    "experts",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",
     "gated_rms_norm",
+    "moe_align",
     "op",
     "pack_gate",
     "patch",

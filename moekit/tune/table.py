@@ -180,8 +180,7 @@ def order_of(graph: Graph, schedule: Schedule) -> Order:
 
 
 def _contiguous(graph: Graph, schedule: Schedule) -> Plan:
-    axis = rows_axis(graph)
-    return plan(graph, schedule, contiguous(graph, {axis: 8} if axis else {}))
+    return plan(graph, schedule, contiguous(graph, {a: 8 for a, s in graph.axes.items() if s is None}))
 
 
 def _texts(planned: Plan) -> set[str]:

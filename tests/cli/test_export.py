@@ -44,6 +44,15 @@ def test_export_asked_wrongly(moekit):
         assert refused.stderr
 
 
+def test_export_of_what_only_moekit_can_call(moekit, tmp_path):
+    """One sentence, and no file."""
+    for name in ("experts", "moe_align"):
+        refused = moekit("export", name, "-o", str(tmp_path / "kernel.py"))
+        assert refused.exit_code == 1
+        assert f"{name}: the size of B follows from others at the call" in " ".join(refused.stderr.split())
+        assert not list(tmp_path.iterdir())
+
+
 def test_doctor_warm(moekit, monkeypatch):
     """At small sizes: those of Qwen3-Next are warmup's own default, and its tests'."""
     small = {"T": 2, "H": 32, "D": 32, "I": 32, "E": 16}

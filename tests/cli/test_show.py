@@ -11,7 +11,7 @@ from moekit.fusions import FUSIONS
 FORMS = {
     "reference": r"def reference\(",
     "graph": r"graph {name}\(",
-    "schedule": r"(?m)^# {name}\w*: \d+ programs, .*\n.*tile:T:\d+",
+    "schedule": r"(?m)^# {name}\w*: \d+ programs, .*\n.*tile:\w+:\d+",
     "tile": r"program {name}\w*\(",
     "triton": "@triton.jit",
     "pallas": r"def {name}\w*_kernel\(",  # a launch of several says which it is

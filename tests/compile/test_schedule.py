@@ -207,7 +207,7 @@ def test_heuristic_is_legal_for_every_size(fusion, size):
     wanted = {a: sizes[a] for spec in fusion.tensors.values() for d in spec.dims for _, a in d.terms}
     if fusion.name == "delta_rule_step":
         wanted |= {"Dk": min(size, 256), "Dv": min(size, 256)}
-    params = {"k": min(wanted["E"], 32)} if "k" in fusion.params else {}
+    params = {n: x for n, x in {"k": min(sizes["E"], 32), "experts": sizes["E"]}.items() if n in fusion.params}
     shapes = {n: tuple(d.size(wanted) for d in s.dims) for n, s in fusion.tensors.items()}
     graph = good.graph_of(fusion, shapes, **params)
     assert legal(graph, heuristic(graph)) is None

@@ -14,6 +14,7 @@ from moekit.jax import op
 from moekit.lang.arguments import example
 
 SIZES = {"T": 4, "H": 16, "D": 16, "P": 24, "I": 8, "E": 8, "V": 4, "K": 2, "Dk": 8, "Dv": 8, "G": 1, "H?": 1}
+PARAMS = {"k": 3, "experts": 8}
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -78,20 +79,28 @@ def call_of(name: str, seed: int = 0) -> Call:
     fusion, rng = FUSIONS[name], np.random.default_rng(seed)
     axes = {axis for spec in fusion.tensors.values() for d in spec.dims for _, axis in d.terms}
     optional = {f"{d.text}?" for spec in fusion.tensors.values() for d in spec.dims if d.optional}
-    binding = example(fusion, {a: SIZES.get(a, 8) for a in axes | optional}, params={"k": 3} if "k" in fusion.params else None)
+    params = {n: x for n, x in PARAMS.items() if n in fusion.params}
+    binding = example(fusion, {a: SIZES.get(a, 8) for a in axes | optional}, params=params)
     sizes, ones = dict(binding.sizes), dict(binding.ones)
     shapes = {n: tuple(1 if i in ones[n] else d.size(sizes) for i, d in enumerate(s.dims)) for n, s in fusion.tensors.items()}
     arrays = tuple(
         rng.standard_normal(shapes[n]) if "float32" in s.dtypes else rng.integers(0, 2, shapes[n]).astype(np.int32)
         for n, s in fusion.tensors.items()
     )
-    return Call(name, arrays, {"k": 3} if "k" in fusion.params else {})
+    return Call(name, arrays, params)
 
 
 @pytest.fixture(params=list(FUSIONS))
 def call(request: pytest.FixtureRequest) -> Call:
     """A call of each fusion."""
     return call_of(request.param)
+
+
+@pytest.fixture
+def smooth(call: Call) -> None:
+    """The fusion of this test has an operand with derivatives."""
+    if not call.moving:
+        pytest.skip(f"{call.name} has no operand with derivatives")
 
 
 @pytest.fixture

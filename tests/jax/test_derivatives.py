@@ -38,6 +38,7 @@ def weighted(function, weights):
     return lambda *arrays: sum((out * weights[n]).sum() for n, out in function(*arrays).items())
 
 
+@pytest.mark.usefixtures("smooth")
 def test_first_derivatives(call, platform):
     """jvp, linearize, vjp: each tangent is the reference's slope, each gradient its transpose."""
     face, x = call.face("pallas"), narrow(call.floats)
@@ -62,6 +63,7 @@ def test_first_derivatives(call, platform):
         close((np.asarray(grad, np.float64) * by[i]).sum(), sum((mine[n] * w).sum() for n, w in weights.items()), atol=2e-3)
 
 
+@pytest.mark.usefixtures("smooth")
 def test_second_derivatives(call, platform):
     """Forward over reverse, reverse over forward and forward over forward: the reference's curvature along a direction."""
     x, by = narrow(call.floats), random_like(call.floats, 1)
@@ -181,6 +183,7 @@ def test_derivatives_under_checkpoint_and_vmap(platform):
     close(jax.jvp(whole, (x,), (jnp.ones_like(x),))[1], jax.vmap(along("xla"))(x).sum())
 
 
+@pytest.mark.usefixtures("smooth")
 def test_a_gradient_keeps_the_operands_alone(call):
     """What waits for the backward pass is no more than the operands, and the kernels run once."""
     x = narrow(call.floats)

@@ -29,6 +29,7 @@ def narrow(arrays):
     return tuple(jnp.asarray(a, jnp.int32 if a.dtype == np.int32 else jnp.float32) for a in arrays)
 
 
+@pytest.mark.usefixtures("smooth")
 def test_shard_map_with_its_check(call, platform):
     """Rows on each device, weights on all: values, gradients (summed for the weights) and tangents as on one device."""
     arrays = narrow(call.arrays)
@@ -46,6 +47,7 @@ def test_shard_map_with_its_check(call, platform):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("smooth")
 def test_outputs_vary_where_array_evaluation_does(call):
     """Whichever operand alone differs from device to device, outputs that do not depend on it are the same on all."""
     mesh = mesh_of("cpu")
@@ -102,6 +104,7 @@ def put(mesh, arrays, specs):
     return [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(narrow(arrays), specs, strict=True)]
 
 
+@pytest.mark.usefixtures("smooth")
 def test_cut_over_an_explicit_mesh(call, platform):
     """Array evaluation keeps rows where they are, eagerly, under jit and in gradients; kernels say what they need."""
     mesh = mesh_of(platform, AxisType.Explicit)

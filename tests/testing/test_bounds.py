@@ -257,7 +257,10 @@ def test_a_router_never_takes_subnormals_for_zeros():
     assert not Oracle.of(tiny).chosen
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+FLOATING = [n for n, f in FUSIONS.items() if any("float32" in s.dtypes for s in f.tensors.values())]
+
+
+@pytest.mark.parametrize("name", FLOATING)
 def test_no_constant_is_above_four_times_the_worst_that_was_seen(name):
     worst = worst_seen()[name]
     assert constant(name) <= 4 * worst["ratio"]

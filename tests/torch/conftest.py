@@ -115,8 +115,10 @@ SIZES = {
     "expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
     "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 20, "D": 16, "Dv": 8},
     "expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
+    "experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
+    "moe_align": {"T": 5, "K": 3},
 }
-PARAMS = {"topk_softmax": {"k": 4}}
+PARAMS = {"topk_softmax": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
 
 
 @pytest.fixture
@@ -136,6 +138,15 @@ def tensors():
 def fused(request):
     """Every fusion's name in turn."""
     return request.param
+
+
+@pytest.fixture
+def smooth(fused) -> None:
+    """The fusion of this test has an operand with derivatives."""
+    from moekit.fusions import FUSIONS
+
+    if not any("float32" in spec.dtypes for spec in FUSIONS[fused].tensors.values()):
+        pytest.skip(f"{fused} has no operand with derivatives")
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_one_graph_for_every_number_of_tokens():
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("smooth")
 def test_gradients(fused, params, tensors):
     face = mt.op(FUSIONS[fused])
     grads = []

@@ -110,6 +110,7 @@ def calls(name: str, params: dict, operands) -> dict:
     }
 
 
+@pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 def test_tangents(fused, params, tensors, way, device):
@@ -130,6 +131,7 @@ def test_tangents_under_torch_compile(tensors, name, way, device):
     close(way(calls(name, params, primals)["function"], primals, wanted.directions(primals)), wanted.tangents())
 
 
+@pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives(fused, params, tensors, device):
     """vᵀHv by every order of modes: of torch.func, of dual numbers and of autograd."""
@@ -177,6 +179,7 @@ def test_jacobians_and_hessians(tensors, device):
     close([found], [torch.func.hessian(lambda y: by_hand(y).sum())(x.double()).cpu()])
 
 
+@pytest.mark.usefixtures("smooth")
 def test_tangents_of_fake_tensors(fused, params, tensors):
     with FakeTensorMode() as mode:
         operands = [torch.empty_like(mode.from_tensor(x)) for x in tensors(fused)]
@@ -187,6 +190,7 @@ def test_tangents_of_fake_tensors(fused, params, tensors):
             assert [t.shape for t in found] == [x.shape for x in outs]
 
 
+@pytest.mark.usefixtures("smooth")
 def test_kernels_seen_before_lose_no_tangent(fused, params, tensors, emulated):
     """The short way, which calls on the operands' layout alone, is not taken."""
     operands, face = tensors(fused), mt.op(FUSIONS[fused])

@@ -24,9 +24,10 @@ SIZES = {
     "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
     "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
     "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
+    "experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "moe_align": {"T": 5, "K": 3},
 }
 for name, sizes in SIZES.items():
-    params = {"k": 3} if "k" in FUSIONS[name].params else {}
+    params = {n: x for n, x in {"k": 3, "experts": 7}.items() if n in FUSIONS[name].params}
     for dtype, tolerance in (("float32", 2e-5), ("float16", 4e-3)):
         for layout in ("dense", "padded", "transposed"):
             for in_place in (False, True):

@@ -126,6 +126,7 @@ SMALL = {
     "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
     "attention_decode": {"T": 2, "K": 1, "G": 2, "L": 4, "D": 3, "Dv": 2},
     "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
+    "experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")
@@ -135,6 +136,7 @@ def differentiable(x) -> bool:
     return x.is_floating_point()
 
 
+@pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("through", ["function", "operator"])
 def test_gradcheck(fused, params, tensors, through):
     """Against finite differences, in float32: so a wide step and a wide tolerance."""

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from moekit.cli.app import cli
 from moekit.compile.schedule import Schedule
+from moekit.fusions import FUSIONS
 from moekit.tune import run, table
 from moekit.tune.search import Timed, Trial
 from moekit.tune.table import Entry
@@ -77,6 +78,19 @@ def test_a_graph_that_loses_its_entry(tuning, tmp_path):
 def test_asked_wrongly(tuning):
     """Sizes that the model does not have, and no GPU."""
     assert "none of the model's sizes has I=3" in tuning("silu_and_mul", "--sizes", "I=3").output
+
+
+def test_what_cannot_be_timed_is_passed_over(tuning, tmp_path):
+    """It is named; others are tuned, and where there is no other nothing is written."""
+    path, untimed = tmp_path / "table.json", [n for n in FUSIONS if n not in run.SIZES]
+    assert {"experts", "moe_align"} <= set(untimed)
+    alone = tuning("experts", "moe_align", "-o", str(path))
+    assert alone.exit_code == 2
+    assert "there is nothing to tune; name one of gate_gemm" in alone.output
+    assert not path.exists()
+    done = tuning("-o", str(path))
+    assert done.exit_code == 0, done.output
+    assert f"operands to time them on: {', '.join(untimed)}\n" in done.stderr
 
 
 def test_without_a_gpu(monkeypatch):

@@ -15,7 +15,7 @@ from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Schedule, Split, Stages, Tile, Warps
 from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
-from moekit.lang.arguments import example
+from moekit.lang.arguments import PARAMETERS, example
 from moekit.testing import Call, operands
 from moekit.tune import search as searching
 from moekit.tune import table
@@ -35,6 +35,8 @@ SIZES = {
     "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},
     "attention_decode": {"K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256},
     "expert_down": {"I": 64, "H": 2048, "E": 512, "K": 10},
+    "experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
+    "moe_align": {"K": 10},
 }
 shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}
@@ -43,7 +45,8 @@ FEW = {1: (1, 16), 17: (64,)}
 def graph(name: str, dtype: str = "bfloat16", sizes: Mapping[str, int] | None = None):
     """The graph of a fusion, at a decode step's sizes where nothing is said."""
     values = operands(FUSIONS[name], {"T": 3, **(sizes or SIZES[name])}, dtype, "normal", 1)
-    return Call(FUSIONS[name], values, {"k": 10} if "k" in FUSIONS[name].params else {}).graph
+    params = {n: x for n, x in PARAMETERS.items() if n in FUSIONS[name].params}
+    return Call(FUSIONS[name], values, params).graph
 
 
 def heuristics(traced, *rows: int) -> set[Schedule]:
