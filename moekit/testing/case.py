@@ -256,9 +256,14 @@ def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def read_ids(graph: Graph) -> set[str]:
-    """Operands of which a `gather` takes its ids, as they are: they stay where a reference may index with them."""
-    by = {a for n in graph.nodes if n.op == "read" for a in n.args}
-    return {graph.nodes[i].attr("tensor") for i in by if graph.nodes[i].op == "read"}
+    """Operands that decide what a `gather` reads or where a `place` puts: they stay where a reference may index with them."""
+    indices = [a for n in graph.nodes if n.op == "read" for a in n.args]
+    left, found = indices + [a for n in graph.nodes if n.op == "place" for a in n.args[1:]], set()
+    while left:
+        if (i := left.pop()) not in found:
+            found.add(i)
+            left += graph.nodes[i].args
+    return {graph.nodes[i].attr("tensor") for i in found if graph.nodes[i].op == "read"}
 
 
 def unique_ids(graph: Graph) -> dict[str, str]:
