@@ -15,8 +15,10 @@ def reference(q, k_cache, v_cache, lengths, *, scale):
         for head in range(q.shape[1] if n else 0):
             keys, values = (cache[t, head, :n].astype(np.float64) for cache in (k_cache, v_cache))
             scores = q[t, head].astype(np.float64) @ keys.T * scale
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            out[t, head] = weights @ values / weights.sum(-1, keepdims=True)
+            top = scores.max(-1, keepdims=True)
+            weights = np.exp(scores - np.where(top == -np.inf, 0, top))
+            total = weights.sum(-1, keepdims=True)
+            out[t, head] = np.where(total == 0, 0, weights @ values / np.where(total == 0, 1, total))
     return {"out": out}
 
 

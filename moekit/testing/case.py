@@ -256,9 +256,11 @@ def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def read_ids(graph: Graph) -> set[str]:
-    """Operands that decide what a `gather` reads or where a `place` puts: they stay where a reference may index with them."""
-    indices = [a for n in graph.nodes if n.op == "read" for a in n.args]
-    left, found = indices + [a for n in graph.nodes if n.op == "place" for a in n.args[1:]], set()
+    """Operands that decide what a `gather` reads, where a `place` puts or how far `upto` goes: a reference indexes with them."""
+    nodes, found = graph.nodes, set()
+    counted = [n for n in nodes if n.op in ("lt", "le", "gt", "ge", "eq", "ne") and "iota" in {nodes[a].op for a in n.args}]
+    left = [a for n in counted for a in n.args] + [a for n in nodes if n.op == "read" for a in n.args]
+    left += [a for n in nodes if n.op == "place" for a in n.args[1:]]
     while left:
         if (i := left.pop()) not in found:
             found.add(i)

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from moekit.compile.plan import plan
+from moekit.compile.schedule.targets import MEASURED
 from moekit.fusions.experts import experts
 from moekit.lang.arguments import example
 
@@ -44,3 +45,12 @@ def test_one_pair_a_block_and_sixteen_are_computed_alike():
     """A product and a sum that become one rounding in one kernel, and two in the other, would show here."""
     for few, many in zip(kernels(1, 512)[-3:], kernels(16, 512)[-3:], strict=True):
         assert arithmetic(few) == arithmetic(many)
+
+
+@pytest.mark.parametrize("sizes", [{"E": 60, "I": 50, "D": 200, "H": 200}, {"E": 64, "I": 64, "D": 128, "H": 256}])
+def test_float32_fits_in_shared_memory(sizes):
+    """Beside the matrix unit a block of products is large: there is no room for the loads of the next turns."""
+    binding = example(experts, {"T": 5, "K": 2, **sizes}, "float32", {"block": 1})
+    graph = experts.trace(binding)
+    for program in plan(graph, None, strided(graph, dict(binding.sizes))).programs:
+        assert compiled(program).metadata.shared <= MEASURED.shared_memory

@@ -125,3 +125,15 @@ def test_parts_of_256_and_the_matrix_unit():
         "tile:L.part:1 tile:T:1 tile:K:1 tile:G:16 whole:D:256 loop:L:64 whole:Dv:256 warps:4 stages:3 dependent "
         "split:L:16:256 then loop:L.part:1 tile:T:1 tile:K:1 tile:G:1 tile:Dv:64 warps:2 stages:1 dependent"
     )
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_no_score_above_minus_infinity_is_nothing(implementation):
+    """As the language says of `softmax_sum`: a softmax of such scores would be no number."""
+    q, keys = np.ones((2, 1, 2, 4), np.float32), np.full((2, 1, 3, 4), -np.inf, np.float32)
+    keys[1, 0, 2] = 0.5
+    values = np.random.default_rng(1).normal(size=(2, 1, 3, 5)).astype(np.float32)
+    given = {"q": q, "k_cache": keys, "v_cache": values, "lengths": np.array([3, 3], np.int32)}
+    got = run(implementation, Call(FUSION, given)).outputs["out"]
+    np.testing.assert_array_equal(got[0], 0)
+    np.testing.assert_allclose(got[1], np.broadcast_to(values[1, 0, 2], (1, 2, 5)), rtol=1e-6)

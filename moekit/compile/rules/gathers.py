@@ -59,7 +59,8 @@ def grouped(graph: Graph) -> Launch | None:
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
-    launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=3 if many else 4))
+    stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
+    launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 
