@@ -22,6 +22,7 @@ from moekit.testing.layouts import READ_ONLY, Layout, lay
 from moekit.testing.values import make, shapes_of
 
 RANDOM = "random:"
+COMPARED = ("lt", "le", "gt", "ge", "eq", "ne")
 PAST_32_BITS = 2**32
 _named: dict[str, Fusion] = {}
 
@@ -256,9 +257,9 @@ def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def read_ids(graph: Graph) -> set[str]:
-    """Operands that decide what a `gather` reads, where a `place` puts or how far `upto` goes: a reference indexes with them."""
+    """Operands that decide what a `gather` reads, where a `place` puts or how far `upto` goes: references index with them."""
     nodes, found = graph.nodes, set()
-    counted = [n for n in nodes if n.op in ("lt", "le", "gt", "ge", "eq", "ne") and "iota" in {nodes[a].op for a in n.args}]
+    counted = [n for n in nodes if n.op in COMPARED and "iota" in {nodes[a].op for a in n.args}]
     left = [a for n in counted for a in n.args] + [a for n in nodes if n.op == "read" for a in n.args]
     left += [a for n in nodes if n.op == "place" for a in n.args[1:]]
     while left:
