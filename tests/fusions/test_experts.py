@@ -154,9 +154,9 @@ def test_all_blocks_add_up_in_one_order(dtype, tp):
 def test_what_few_tokens_launch():
     """Products of a block's rows on the matrix unit, staged where they are rounded; a program for each block and 32 columns."""
     assert str(heuristic(graph_of(1)[0])) == (
-        "tile:B:1 tile:J:16 loop:D:128 tile:I:32 warps:4 stages:4 dependent stage:activated then "
-        "tile:B:1 tile:J:16 loop:I:64 tile:H:64 warps:4 stages:4 dependent stage:placed then "
-        "tile:T:1 whole:K:16 tile:H:256 warps:4 stages:1 dependent"
+        "tile:B:1 tile:J:16 loop:D:128 tile:I:32 warps:4 stages:4 stage:activated then "
+        "tile:B:1 tile:J:16 loop:I:64 tile:H:64 warps:4 stages:4 stage:placed then "
+        "tile:T:1 loop:K:1 tile:H:256 warps:4 stages:1 dependent"
     )
 
 

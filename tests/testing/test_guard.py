@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.compile.tile import Strided, interpret
+from moekit.errors import ScheduleError
 from moekit.testing.batch import run_case, run_cases
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, executor
@@ -108,17 +112,25 @@ def test_far_memory_touches_what_it_must_only():
 
 
 def test_a_race_between_programs_is_seen_in_one_order_at_least():
-    """Each row is the next one, written over where it was read: right from the first row on, wrong from the last."""
-    case = FuzzCase("probe_shuffled", {"T": 4, "H": 3}, {"x": "float32", "ids": "int32"}, mode="over:out:x", schedule="small")
-    made, wanted = executor("interpret"), {}
+    """Each row is the next one, written over where it was read by a plan that knows no alias: right from the first row on."""
+    case = FuzzCase("probe_shuffled", {"T": 4, "H": 3}, {"x": "float32", "ids": "int32"})
+    layouts = {**dict.fromkeys(("x", "out", "turned"), Strided(("any", "unit"))), "ids": Strided(("unit",))}
+    made = plan(case.graph, Schedule.parse("tile:T:1 whole:H:4 warps:1 stages:1"), layouts)
+    wanted = {}
     for backwards in (False, True):
         x = np.arange(12, dtype=np.float32).reshape(4, 3)
-        made.backwards = backwards
-        turned = np.empty_like(x)
-        made.call(case, {"x": x, "ids": np.array([1, 2, 3, 3], np.int32), "turned": turned})
+        tensors = {"x": x, "out": x, "turned": np.empty_like(x), "ids": np.array([1, 2, 3, 3], np.int32)}
+        interpret.run(made, tensors, case.extents, backwards)
         wanted[backwards] = x[:, 0].tolist()
     assert wanted[False] == [3, 6, 9, 9]
     assert wanted[True] == [9, 9, 9, 9]
+
+
+def test_the_plan_that_knows_of_the_alias_is_refused():
+    case = FuzzCase("probe_shuffled", {"T": 4, "H": 3}, {"x": "float32", "ids": "int32"}, mode="over:out:x", schedule="small")
+    tensors = {"x": np.ones((4, 3), np.float32), "ids": np.zeros(4, np.int32), "turned": np.ones((4, 3), np.float32)}
+    with pytest.raises(ScheduleError, match="an update that reads other elements of it"):
+        executor("interpret").call(case, tensors)
 
 
 def test_tensors_that_take_turns_have_their_own_elements():

@@ -93,7 +93,7 @@ LOWERING = (
          'scope.ops.extend(t.Store(at, value) for value, at in values[:1])', "only the first of several outputs is stored"),
     _one("index-leaves", "lang/reindex.py", 'new != entry and not _inside(', 'False and not _inside(', "an index past an end is not checked"),
     _one("joined-late", "lang/ops.py", 'Along(into, -begin)', 'Along(into, -begin + (begin > 0))', "what comes after the first begins one element late"),
-    _one("longer-axis-unmasked", "compile/tile/facts.py", 'return known and at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent', 'return known', "elements of a longer axis are read past an end"),
+    _one("longer-axis-unmasked", "compile/tile/facts.py", 'return at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent', 'return True', "elements of a longer axis are read past an end"),
     _one("read-elsewhere-unseen", "compile/schedule/facts.py", 'for name, dims in graph.elsewhere.items() for d in dims}', 'for name, dims in () for d in dims}', "programs read what others update"),
     _one("indices-swapped", "compile/passes/nest.py", '        return t.Access(tensor, tuple(found))', '        return t.Access(tensor, tuple(found[::-1]))', "rows for columns"),
     _one("max-from-zero", "lang/elementwise.py", '("max", "float32"): float("-inf")', '("max", "float32"): 0.0', "the maximum of negative numbers is zero"),
@@ -323,7 +323,7 @@ PALLAS = (
 ARRAY = (
     _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
     _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
-    _one("array-old-rows-lost", "backends/libraries.py", "base.clone().index_put", "torch.zeros_like(base).index_put", "rows that are not put are zero"),
+    _one("array-old-rows-lost", "backends/libraries.py", "torch.cat((base.reshape(-1), ", "torch.cat((torch.zeros_like(base).reshape(-1), ", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
     _one('array-le-lt', 'backends/libraries.py', '"le": "less_equal"', '"le": "less"', 'at most is less than in JAX'),
     _one('array-remainder-floors', 'backends/libraries.py', '"rem": lambda a, b: a - div(a, b) * b,', '"rem": torch.remainder,', 'remainders of negative numbers are positive in PyTorch'),
