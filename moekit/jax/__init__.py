@@ -21,6 +21,7 @@ silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
@@ -40,6 +41,7 @@ __all__ = [
     "PackedGate",
     "View",
     "add_rms_norm",
+    "all_reduce_add_rms_norm",
     "attention_decode",
     "delta_rule_step",
     "down_combine",

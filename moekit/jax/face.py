@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
+PSUM = "psum"  # the one more that a sum over a mesh axis has
 
 
 class Call:
@@ -85,23 +87,24 @@ class Call:
                         f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements, or to another array"
                     )
 
-    def xla(self) -> dict[str, jax.Array]:
-        """The outputs by array evaluation; a base written to is returned whole."""
+    def xla(self, library: str = "jax") -> dict[str, jax.Array]:
+        """The outputs by array evaluation; a base written to is returned whole. `library`: "jax", or "psum" (libraries.py)."""
+        evaluating = partial(self._evaluated, library)
         every = (*self.views.values(), *self.out.values())
         bases = {id(a): a for v in every for a in (v.base, *(at for _, at in v.picked))}
         if not self.cut:
-            return self._evaluated(bases)
+            return evaluating(bases)
         dims = {n: [d.text for d in tensor.dims] for n, tensor in self.graph.tensors.items()}
         operands = [(dims[n], v) for n, v in self.views.items()]
         outs = {n: jax.typeof(self.out[n].base).sharding.spec if n in self.out else kept(operands, dims[n], self.shape(n))
                 for n in self.names}  # fmt: skip
-        return automatically(self._evaluated, bases, outs)
+        return automatically(evaluating, bases, outs)
 
-    def _evaluated(self, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
+    def _evaluated(self, library: str, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
         def lying(v: View) -> View:
             return replace(v, base=bases[id(v.base)], picked=tuple((axis, bases[id(at)]) for axis, at in v.picked))
 
-        outs = evaluated(self.fusion, self.binding)({n: lying(v).array() for n, v in self.views.items()})
+        outs = evaluated(self.fusion, self.binding, library)({n: lying(v).array() for n, v in self.views.items()})
         for n, v in self.out.items():  # outputs that go to one base are written one after the other
             bases = bases | {id(v.base): lying(v).set(outs[n])}
         return {n: bases[id(self.out[n].base)] if n in self.out else x for n, x in outs.items()}
@@ -236,15 +239,22 @@ def op(fusion: Fusion) -> Callable:
 
 
 def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
-    if implementation not in (None, *IMPLEMENTATIONS):
+    known = (*IMPLEMENTATIONS, PSUM) if call.fusion.mesh else IMPLEMENTATIONS
+    if implementation not in (None, *known):
         raise UnavailableError(
-            f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(IMPLEMENTATIONS)}"
+            f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(known)}"
         )
+    if implementation == PSUM:
+        return call.xla(PSUM)
+    if implementation == "pallas" and call.graph.ranks:
+        raise UnavailableError(f"{call.fusion.name}: no kernel adds up over {', '.join(call.graph.ranks)} here; choose xla or psum")
     if implementation == "pallas" and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"
         )
-    if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut)):
+    if implementation == "xla" or (
+        implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)
+    ):
         return call.xla()
     return call.pallas()

@@ -147,13 +147,13 @@ def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) ->
 
 
 @lru_cache(maxsize=MOST_KEPT)
-def evaluated(fusion: Fusion, binding: Binding) -> Callable[[dict], dict]:
-    """The function from operands by name to outputs by name, by array evaluation."""
+def evaluated(fusion: Fusion, binding: Binding, library: str = "jax") -> Callable[[dict], dict]:
+    """The function from operands by name to outputs by name, by array evaluation with `library` (libraries.py)."""
     graph = fusion.trace(binding)
     sizes = sizes_of(graph, binding)
 
     def run(arrays: dict) -> dict:
-        return evaluate(graph, arrays, sizes, "jax")
+        return evaluate(graph, arrays, sizes, library)
 
     run.__name__ = fusion.name
     return jax.jit(run, inline=True)

@@ -3,6 +3,7 @@
 from moekit.lang.dtypes import bfloat16, float16, float32, int8, int16, int32, int64, round_to
 from moekit.lang.fusion import Binding, Fusion, fusion
 from moekit.lang.graph import Graph
+from moekit.lang.mesh import all_reduce
 from moekit.lang.ops import (
     abs,
     argmax,
@@ -54,6 +55,7 @@ __all__ = [
     "Out",
     "Value",
     "abs",
+    "all_reduce",
     "argmax",
     "argmin",
     "bfloat16",

@@ -142,6 +142,12 @@ class Graph:
     def _meaning(entry: Index, args: tuple[int, ...]) -> Along | int:
         return entry if isinstance(entry, Along) else args[entry.operand]
 
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The mesh axes over which live nodes add up, each with its number of ranks; empty where one rank does all."""
+        live = (self.nodes[i] for i in self.live())
+        return {n.attr("over"): n.attr("ranks") for n in live if n.op == "all_reduce"}
+
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""
         return [t for t in self.tensors.values() if t.role in ("In", "InOut")]

@@ -26,6 +26,8 @@ topk_softmax = op(_FUSIONS["topk_softmax"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
+all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
@@ -50,6 +52,8 @@ __all__ = [
     "Warmed",
     "add_rms_norm",
     "add_rms_norm_",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_",
     "attention_decode",
     "delta_rule_step",
     "delta_rule_step_",

@@ -74,7 +74,9 @@ class Form:
         if self.dispatched is not None and foreign(tensors):
             return self.dispatched(tensors, params, out, implementation, schedule)
         call = Call(self.fusion, operands, given, self.in_place, out, schedule)
-        if implementation == "eager" or (implementation is None and call.device.type != "cuda"):
+        if implementation == "triton" and call.graph.ranks:
+            raise UnavailableError(f"{name}: no kernel adds up over {', '.join(call.graph.ranks)} here; choose eager")
+        if implementation == "eager" or (implementation is None and (call.device.type != "cuda" or call.graph.ranks)):
             return call.eager()
         launch.require_available(name, call.operands)
         if needs_grad(tensors):
