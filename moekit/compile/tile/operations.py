@@ -140,6 +140,48 @@ class Prefetch:
 
 
 @dataclass(frozen=True)
+class AllReduce:
+    """Σ over `ranks` ranks of each one's `value`, in float32 and in their order; a pass makes packets of it.
+
+    `at` has the elements of the value in the mailbox of mesh axis `axis`.
+    """
+
+    out: Value
+    value: Value
+    at: Access
+    axis: str
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Put `value` into the mailbox of rank `peer`: a packet for each element, its data and the number `epoch` at once.
+
+    `out` is the value again: what reads it comes after.
+    """
+
+    out: Value
+    value: Value
+    epoch: Value
+    at: Access
+    peer: int
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Wait until the packets from rank `sender` have the number `epoch`, and take their data; 0 where they are masked.
+
+    `after`: what was sent before.
+    """
+
+    out: Value
+    after: Value
+    epoch: Value
+    at: Access
+    sender: int
+
+
+@dataclass(frozen=True)
 class Barrier:
     """What any lane has loaded before is loaded before any lane stores what comes after."""
 
@@ -288,9 +330,10 @@ class AtEnd:
 
 Op = (
     Const | Extent | Elements | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where | Reduce
-    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd
+    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Send | Receive
 )  # fmt: skip
-Memory = Load | Store | Prefetch
+Packet = Send | Receive
+Memory = Load | Store | Prefetch | AllReduce | Packet
 
 
 def results(op: Op) -> tuple[Value, ...]:
