@@ -221,6 +221,15 @@ class Printer(ABC):
         text = self.word("where", first, *(self.word("element", n) for n in (0, more)))
         return text if len(axes) == 1 else text + dimensions(value, axes)
 
+    def packets(self, op: t.Packet) -> str:
+        """Arguments that say where packets are: by what way, and of which row, epoch and column."""
+        axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
+        row, *others = (self.at(i.value, axes) if i.value is not None else "0" for i in op.at.index)
+        column = others[0] if others else "0"
+        for axis, text in zip(mail.axes[2:], others[1:], strict=True):
+            column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
+        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {mail.mailbox.width}"
+
     def extent(self, axis: str) -> str:
         """An axis's extent: a number, or the kernel argument that carries it."""
         a = self.program.axis(axis)

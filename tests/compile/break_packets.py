@@ -87,3 +87,9 @@ def epoch_that_is_no_rows():
     changed = [replace(op, epoch=row) if isinstance(op, t.Packet) else replace(op, value=row) if op in epochs else op
                for op in program.body]  # fmt: skip
     return replace(program, body=tuple(changed))
+
+
+@breaks("packets")
+def packets_by_the_way_to_another_rank():
+    program, sends, _ = packets()
+    return with_ops(program, t.Send, way=sends[1].way)

@@ -50,7 +50,7 @@ class Played:
         self.graph, _ = bound(ranks, width, dtype)
         self.plan = made or lowered(ranks, width, dtype, schedule)
         self.epochs = [np.full(ROWS, begin, np.int32) for _ in range(ranks)]
-        self.boxes = Mailboxes(ranks, (ROWS, width), dtype, slots)
+        self.boxes = Mailboxes(ranks, (ROWS, width), slots)
         mails = [Mail(self.boxes, r) for r in range(ranks)]
         self.sizes = [{"T": n, "H": width} for n in rows]
         self.given = [operands(rng, ranks, n, width, dtype) for n in rows]
@@ -125,11 +125,12 @@ def test_faults_are_seen():
     stands = changed(made, lambda op: replace(op, value=op.value - 1) if isinstance(op, t.Const) and op.value == 1 and op.out.dtype == "int32" else op)
     assert not seen(still, ranks=3)  # counting down is counting
     assert seen(stands, ranks=3)
-    other = changed(made, lambda op: replace(op, sender=0) if isinstance(op, t.Receive) and op.sender == 1 else op)
+    ways = next(op.outs for op in made.programs[0].body if isinstance(op, t.Ways))
+    other = changed(made, lambda op: replace(op, way=ways[3]) if isinstance(op, t.Receive) and op.sender == 1 else op)
     assert "sent for call" in seen(other, ranks=3)
-    elsewhere = changed(made, lambda op: replace(op, peer=0) if isinstance(op, t.Send) and op.peer == 1 else op)
+    elsewhere = changed(made, lambda op: replace(op, way=ways[0]) if isinstance(op, t.Send) and op.peer == 1 else op)
     assert seen(elsewhere, ranks=3)
-    turned = changed(made, lambda op: replace(op, sender=2 - op.sender) if isinstance(op, t.Receive) else op)
+    turned = changed(made, lambda op: replace(op, way=ways[5 - op.sender]) if isinstance(op, t.Receive) else op)
     assert seen(turned, ranks=3)
 
 

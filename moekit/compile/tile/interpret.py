@@ -94,18 +94,18 @@ class Program:
     def send(self, op: t.Send) -> np.ndarray:
         mail, at, mask, epoch = self.packet(op)
         value = np.broadcast_to(self.at(op.value, self.program.ordered(op.at.axes)), mask.shape)
-        mail.send(op.peer, at, epoch, value[mask])
+        mail.send(int(self.values[op.way]), at, epoch, value[mask])
         return self.values[op.value]
 
     def arrived(self, op: t.Receive) -> bool:
         """Whether what a receive waits for is there."""
         mail, at, _, epoch = self.packet(op)
-        return mail.arrived(op.sender, at, epoch)
+        return mail.arrived(int(self.values[op.way]), at, epoch)
 
     def receive(self, op: t.Receive) -> np.ndarray:
         mail, at, mask, epoch = self.packet(op)
         out = np.zeros(mask.shape, numpy_dtype(op.out.dtype))
-        out[mask] = mail.receive(op.sender, at, epoch)
+        out[mask] = mail.receive(int(self.values[op.way]), at, epoch)
         return out
 
     def ops(self, ops: Iterable[t.Op]) -> None:
@@ -246,6 +246,7 @@ EXECUTE = {
     t.Store: Program.store,
     t.Prefetch: Program.prefetch,
     t.Barrier: lambda p, op: None,
+    t.Ways: lambda p, op: [*p.memory[op.tensor].ways],
     t.Send: Program.send,
     t.Receive: Program.receive,
     t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),

@@ -154,8 +154,17 @@ class AllReduce:
 
 
 @dataclass(frozen=True)
+class Ways:
+    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends,
+    its word of errors; and how many times a wait looks."""
+
+    outs: tuple[Value, ...]
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Send:
-    """Put `value` into the mailbox of rank `peer`: a packet for each element, its data and the number `epoch` at once.
+    """Put `value` into the mailbox of rank `peer`, by `way`: a packet for each element, its data and number `epoch` at once.
 
     `out` is the value again: what reads it comes after.
     """
@@ -164,6 +173,7 @@ class Send:
     value: Value
     epoch: Value
     at: Access
+    way: Value
     peer: int
 
 
@@ -171,13 +181,16 @@ class Send:
 class Receive:
     """Wait until the packets from rank `sender` have the number `epoch`, and take their data; 0 where they are masked.
 
-    `after`: what was sent before.
+    `after`: what was sent before. A wait that has looked `most` times notes `errors`, and takes what there is.
     """
 
     out: Value
     after: Value
     epoch: Value
     at: Access
+    way: Value
+    errors: Value
+    most: Value
     sender: int
 
 
@@ -330,7 +343,8 @@ class AtEnd:
 
 Op = (
     Const | Extent | Elements | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where | Reduce
-    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Send | Receive
+    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
+    | Receive
 )  # fmt: skip
 Packet = Send | Receive
 Memory = Load | Store | Prefetch | AllReduce | Packet
@@ -338,7 +352,7 @@ Memory = Load | Store | Prefetch | AllReduce | Packet
 
 def results(op: Op) -> tuple[Value, ...]:
     """The values an operation defines for those after it."""
-    if isinstance(op, Halves | TopK | Loop | AtEnd):
+    if isinstance(op, Halves | TopK | Loop | AtEnd | Ways):
         return op.outs
     return () if isinstance(op, Store | Prefetch | Barrier) else (op.out,)
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from moekit.compile import tile as t
 from moekit.compile.tile.interpret import poison, programs
-from moekit.lang.dtypes import numpy_dtype
 
 SLOTS = 2
 
@@ -25,10 +24,10 @@ class Mailboxes:
     """The mailboxes of all ranks: a packet for each receiver, sender, slot and element of `shape`, with the number of the call
     that sent it, 0 before the first and from there on where it has been received."""
 
-    def __init__(self, ranks: int, shape: tuple[int, ...], dtype: str, slots: int = SLOTS):
+    def __init__(self, ranks: int, shape: tuple[int, ...], slots: int = SLOTS):
         self.shape, self.slots = shape, slots
         every = (ranks, ranks, slots, *shape)
-        self.data, self.epoch = np.zeros(every, numpy_dtype(dtype)), np.zeros(every, np.int32)
+        self.data, self.epoch = np.zeros(every, np.int32), np.zeros(every, np.int32)
         self.call, self.unread = np.zeros(every, np.int64), np.zeros(every, bool)
 
     def slot(self, epoch: np.ndarray) -> np.ndarray:
@@ -48,6 +47,12 @@ class Mail:
     def shape(self) -> tuple[int, ...]:
         """Rows, and packets of a row."""
         return self.boxes.shape
+
+    @property
+    def ways(self) -> list[int]:
+        """What leads to each rank, and from each: its number."""
+        ranks = list(range(len(self.boxes.data)))
+        return [*ranks, *ranks, 0, 0]
 
     def send(self, peer: int, at: tuple[np.ndarray, ...], epoch: np.ndarray, value: np.ndarray) -> None:
         """Packets to `peer`; IndexError where one is still to be received."""

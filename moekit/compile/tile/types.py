@@ -127,10 +127,12 @@ def _store(p: TileProgram, op: t.Store) -> Demand:
 def _packet(p: TileProgram, op: t.AllReduce | t.Packet) -> Demand:
     param, value = p.param(op.at.tensor), op.after if isinstance(op, t.Receive) else op.value
     yield isinstance(param.layout, Mailbox), f"{param.name} is no mailbox"
-    yield value.dtype == param.dtype, f"{param.name} has packets of {param.dtype}, the value is {value.dtype}; cast it"
+    bits = is_float(value.dtype) if isinstance(op, t.AllReduce) else value.dtype == param.dtype
+    yield bits, f"{param.name} has packets of {param.dtype}, the value is {value.dtype}; bitcast it"
     yield set(value.axes) == op.at.axes, f"the value varies over {value.axes}, the index over {p.ordered(op.at.axes)}"
     if not isinstance(op, t.AllReduce):
         yield op.epoch.dtype == "int32", f"the epoch is {op.epoch.dtype}; it must be int32"
+        yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
     yield from _access(p, op.at, value, *op.at.mask)
 
 

@@ -258,7 +258,10 @@ def packets(f: Facts) -> Claims:
         yield op, [*sends] == everyone, f"packets go to ranks {[*sends]}; they must go to each of {everyone} once"
         senders = [x.sender for x in receives]
         yield op, senders == everyone, f"packets come from ranks {senders}; they must come from each of {everyone} once"
-        rows, *others = param.axes
+        ways = [x.outs for x in f.only(t.Ways) if x.tensor == param.name]
+        way = ways[0][op.peer if isinstance(op, t.Send) else param.mailbox.ranks + op.sender] if len(ways) == 1 else None
+        yield op, op.way == way, f"{op.way.label} is not its way to or from that rank"
+        rows = param.axes[0]
         for axis in f.program.grid:
             yield op, axis == rows, f"programs along {axis} would share the packets and epochs of a row; hold it whole"
         yield from _epochs_kept(f, op)
