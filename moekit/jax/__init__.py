@@ -13,8 +13,10 @@ except ModuleNotFoundError as _missing:
 
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
-from moekit.jax.face import IMPLEMENTATIONS, op
+from moekit.jax.channel import Channel
+from moekit.jax.face import IMPLEMENTATIONS, exchange, op
 from moekit.jax.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate
+from moekit.jax.link import Link
 from moekit.jax.view import View, view
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
@@ -37,7 +39,9 @@ for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Channel",
     "GateOutputs",
+    "Link",
     "PackedGate",
     "View",
     "add_rms_norm",
@@ -45,6 +49,7 @@ __all__ = [
     "attention_decode",
     "delta_rule_step",
     "down_combine",
+    "exchange",
     "expert_down",
     "expert_gate_up",
     "experts",

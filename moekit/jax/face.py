@@ -18,6 +18,7 @@ from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
 from moekit.jax.explicit import automatically, axes_cut, kept
+from moekit.jax.link import Link
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, held, in_range, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
@@ -30,11 +31,17 @@ PSUM = "psum"  # the one more that a sum over a mesh axis has
 
 
 class Call:
-    """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction."""
+    """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction.
 
-    def __init__(self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule):
+    `link`: by what kernels reach the other ranks, where there are any. `pallas` keeps the link for the next call there.
+    """
+
+    def __init__(
+        self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule,
+        link: Link | None = None,
+    ):  # fmt: skip
         refuse_schedule(fusion.name, schedule, Schedule)
-        self.fusion, self.schedule = fusion, schedule
+        self.fusion, self.schedule, self.link = fusion, schedule, link
         self.views = {n: _operand(fusion, n, x) for n, x in operands.items()}
         shapes = {n: v.shape for n, v in self.views.items()}
         dtypes = {n: v.dtype.name for n, v in self.views.items()}
@@ -125,12 +132,24 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        form = out_of_place(self.graph, frozenset(separate))
-        chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self.schedule or settled(form, chosen, layouts))  # fmt: skip
+                        self._scheduled(separate, layouts))  # fmt: skip
         results = launched(static)(*bases.values())
+        if self.link is not None:
+            self.link = self.link.after(results)
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
+
+    def _scheduled(self, separate: frozenset[str], layouts: Mapping) -> Schedule:
+        """The schedule that was given, or the rules' for the form of this call."""
+        form = out_of_place(self.graph, separate)
+        chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
+        return self.schedule or settled(form, chosen, layouts)
+
+    def unlinked(self) -> str | None:
+        """Why packets do not serve this call; None where they do."""
+        if self.link is None:
+            return f"no link reaches the other ranks of {', '.join(self.graph.ranks)}"
+        return self.link.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
 
     def _keep_rows(self) -> None:
         """Where a `put` does not go in place, put the old rows there first: the kernel writes those at its ids only."""
@@ -145,7 +164,7 @@ class Call:
     def _buffers(self):
         """Every base array once, the layout of every tensor in them, and the InOut tensors not updated in place."""
         bases: dict[str, jax.Array] = {}
-        layouts: dict[str, t.Viewed] = {}
+        layouts: dict[str, t.Viewed | t.Mailbox] = {}
 
         def buffer(name: str, v: View) -> str:
             known = next((b for b, base in bases.items() if base is v.base), name)
@@ -168,6 +187,9 @@ class Call:
 
         for n, v in self.views.items():
             layouts[n] = layout(n, v)
+        if self.link is not None:
+            held, lying = self.link.buffers(self.graph)
+            bases, layouts = bases | held, layouts | lying
         separate, fresh = set(), []
         for n in self.names:
             is_update = n in self.views
@@ -247,7 +269,8 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
     if implementation == PSUM:
         return call.xla(PSUM)
     if implementation == "pallas" and call.graph.ranks:
-        raise UnavailableError(f"{call.fusion.name}: no kernel adds up over {', '.join(call.graph.ranks)} here; choose xla or psum")
+        over = ", ".join(call.graph.ranks)
+        raise UnavailableError(f"{call.fusion.name}: kernels reach the ranks of {over} by a link; call moekit.jax.exchange")
     if implementation == "pallas" and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
@@ -258,3 +281,24 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
     ):
         return call.xla()
     return call.pallas()
+
+
+def exchange(face: Callable, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs):
+    """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
+    for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
+
+    `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call (more
+    rows than there is room for, say), the same on all ranks, and "pallas" raises UnavailableError with the reason; "xla" and
+    "psum" leave the link as it is.
+    """
+    operands, params = bind_arguments(face.fusion, args, kwargs)
+    call = Call(face.fusion, operands, params, None, schedule, link)
+    why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
+    if implementation == "pallas" and why and call.graph.ranks:
+        raise UnavailableError(f"{call.fusion.name}: {why}")
+    if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
+        outs = call.pallas()
+    else:
+        outs = _serve(Call(face.fusion, operands, params, None, schedule), implementation or ("xla" if call.graph.ranks else None))
+    results = tuple(outs[n] for n in call.names)
+    return results[0] if len(results) == 1 else results, call.link

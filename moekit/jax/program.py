@@ -39,7 +39,7 @@ class Static:
     fusion: Fusion
     binding: Binding
     buffers: tuple[str, ...]
-    layouts: tuple[tuple[str, t.Viewed], ...]
+    layouts: tuple[tuple[str, t.Viewed | t.Mailbox], ...]
     separate: frozenset[str]
     given: frozenset[str]
     fresh: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -143,7 +143,7 @@ def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) ->
         if n in static.given:  # outputs that go to one base are written one after the other
             x = lying(at, written.get(at.buffer, memory[at.buffer]), n).set(x)
         written[at.buffer] = x
-    return {b: written[b] for b in launch.written(planned)}
+    return {b: written.get(b, memory.get(b)) for b in launch.written(planned)}  # what counts packets stays as it is
 
 
 @lru_cache(maxsize=MOST_KEPT)
