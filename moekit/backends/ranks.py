@@ -13,7 +13,7 @@ from moekit.errors import ShapeError, UnavailableError
 
 def numpy_parts(name: str, x: Any, over: str, ranks: int) -> list[Any]:
     """numpy has one rank: all are played by `array.evaluate_ranks`."""
-    raise UnavailableError(f"{name}: one process of numpy is one rank of {ranks} over {over}; use evaluate_ranks with every rank's")
+    raise UnavailableError(f"{name}: one process of numpy is one rank of {ranks} over {over}; use evaluate_ranks")
 
 
 def jax_parts(name: str, x: Any, over: str, ranks: int) -> list[Any]:
@@ -40,7 +40,7 @@ def _jax_ranks(name: str, over: str, ranks: int) -> None:
     try:
         found = lax.axis_size(over)
     except NameError:
-        raise UnavailableError(f"{name}: there is no mesh axis {over!r} here; call it inside jax.shard_map over {over!r}") from None
+        raise UnavailableError(f"{name}: there is no mesh axis {over!r} here; call it inside jax.shard_map over it") from None
     if found != ranks:
         raise ShapeError(f"{name}: mesh axis {over!r} has {found} ranks, the call says {over}={ranks}; pass {over}={found}")
 
@@ -51,7 +51,7 @@ def torch_parts(name: str, x: Any, over: str, ranks: int) -> list[Any]:
     from torch import distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        raise UnavailableError(f"{name}: {over}={ranks}, but there is no process group; call torch.distributed.init_process_group")
+        raise UnavailableError(f"{name}: {over}={ranks}, but no process group; call torch.distributed.init_process_group")
     if (found := dist.get_world_size()) != ranks:
         raise ShapeError(f"{name}: the process group has {found} ranks, the call says {over}={ranks}; pass {over}={found}")
     if torch.is_grad_enabled() and x.requires_grad:

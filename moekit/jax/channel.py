@@ -38,11 +38,11 @@ def added(x, tp: int = 1):
 
 
 class Channel:
-    """Mailboxes on every device of a mesh with the axis `tp`, with room for `rows` rows of `width` elements of at most 32 bits.
+    """Mailboxes on every device of a mesh with the axis `tp`, with room for `rows` rows of `width` floats.
 
-    `link` is what a jitted step takes along, cut as `link.specs` says, and gives back: keep the new one with `keep`, or the next
-    step would send numbers that have been sent. `lock`: hold it while a step is dispatched; two threads that dispatch steps on
-    the same devices in different orders would make them wait for each other for ever. `check` says if a rank did not come.
+    `link` is what a jitted step takes along, cut as `link.specs` says, and gives back: `keep` the new one, or the next step
+    would send numbers that have been sent. `lock`: hold it while a step is dispatched; two threads that dispatch steps on the
+    same devices in different orders would make them wait for each other for ever. `check` says if a rank did not come.
     Raises UnavailableError in one sentence where the devices cannot reach each other's memory, ArgumentError for no room.
     """
 
@@ -52,7 +52,7 @@ class Channel:
         if rows < 1 or width < 1 or not 1 <= looks < 2**31:
             raise ArgumentError(f"channel: {rows} rows of {width} elements and {looks} looks; each must be 1 or more")
         self.mesh, self.rows, self.width, self.looks = mesh, rows, width, looks
-        self.devices = [d for d in mesh.devices.flat]
+        self.devices = list(mesh.devices.flat)
         self.ranks = len(self.devices)
         with _making:
             self.lock = _locks.setdefault(tuple(sorted(d.id for d in self.devices)), threading.RLock())

@@ -287,9 +287,9 @@ def exchange(face: Callable, link: Link, *args, implementation: str | None = Non
     """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
     for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
 
-    `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call (more
-    rows than there is room for, say), the same on all ranks, and "pallas" raises UnavailableError with the reason; "xla" and
-    "psum" leave the link as it is.
+    `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
+    (more rows than there is room for, say), on all ranks alike, and "pallas" raises UnavailableError with the reason; "xla"
+    and "psum" leave the link as it is.
     """
     operands, params = bind_arguments(face.fusion, args, kwargs)
     call = Call(face.fusion, operands, params, None, schedule, link)
@@ -299,6 +299,7 @@ def exchange(face: Callable, link: Link, *args, implementation: str | None = Non
     if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
         outs = call.pallas()
     else:
-        outs = _serve(Call(face.fusion, operands, params, None, schedule), implementation or ("xla" if call.graph.ranks else None))
+        plain = implementation or ("xla" if call.graph.ranks else None)
+        outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)
     results = tuple(outs[n] for n in call.names)
     return results[0] if len(results) == 1 else results, call.link

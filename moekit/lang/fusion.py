@@ -81,7 +81,7 @@ class Fusion:
         """A static parameter says how many ranks a mesh axis has; no array has such an axis."""
         for axis in self.mesh:
             if (p := self.params.get(axis)) is None or p.annotation not in (int, "int"):
-                raise DeclarationError(f"{self.name}: no parameter says how many ranks mesh axis {axis!r} has; add {axis}: int = 1")
+                raise DeclarationError(f"{self.name}: nothing says how many ranks mesh axis {axis!r} has; add {axis}: int = 1")
             if any(axis in (name for _, name in d.terms) for dims in self._dims.values() for d in dims):
                 raise DeclarationError(f"{self.name}: {axis!r} is an axis of operands and of the mesh; give one another name")
 

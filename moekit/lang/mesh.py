@@ -20,7 +20,7 @@ def all_reduce(x: Value, over: str) -> Value:
     builder, known = x.builder, ", ".join(x.builder.mesh) or "none"
     if over not in builder.mesh:
         of = f"an axis of arrays; sum(x, over={over!r}) adds up along it" if over in builder.sizes else "no mesh axis"
-        raise DeclarationError(f"{builder.name}: all_reduce over {over!r}, which is {of} (mesh axes: {known}; say mesh={over!r})")
+        raise DeclarationError(f"{builder.name}: all_reduce over {over!r}, which is {of} (mesh axes: {known})")
     ranks = builder.mesh[over]
     if not 1 <= ranks <= MOST_RANKS:
         raise ShapeError(f"{builder.name}: mesh axis {over} has {ranks} ranks; it must have 1 to {MOST_RANKS}")

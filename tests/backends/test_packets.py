@@ -87,8 +87,8 @@ POLL = re.compile(r"POLL: @wait ld\.relaxed\.sys\.global\.b64 packet, \[(%\w+)\]
 @pytest.mark.parametrize("backend", ["triton", "xla"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_packets(backend, case, tmp_path):
-    """Every element goes to every rank in one access of 64 bits, none is merged with another or left out; then it is waited for,
-    in a loop around each load."""
+    """Every element goes to every rank in one access of 64 bits, none is merged with another or left out; then each is waited
+    for in a loop around its load."""
     ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
     sends, polls = list(SEND.finditer(ptx)), list(POLL.finditer(ptx))
     lanes = max(1, np.prod(program.block(("T", "H"))) // (32 * program.warps))
@@ -110,4 +110,5 @@ def test_epochs_are_read_before_they_are_kept(backend, tmp_path):
     ptx, _ = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
     after = ptx[[*POLL.finditer(ptx)][-1].end() :]
     kept = re.search(r"st\.global\.b32", after)
-    assert kept and "bar.sync" in after[: kept.start()]
+    assert kept
+    assert "bar.sync" in after[: kept.start()]

@@ -58,7 +58,7 @@ def wait_that_nothing_keeps_behind_a_send():
 
 @breaks("packets")
 def rank_that_gets_nothing():
-    program, (first, second), receives = packets()
+    program, (first, _), receives = packets()
     return in_order(program, [first, *(replace(op, after=first.out) for op in receives)])
 
 

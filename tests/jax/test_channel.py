@@ -65,7 +65,7 @@ def test_what_the_driver_says():
 
 
 def test_table_of_addresses():
-    """Where each rank sends, at every peer its own region; where its own packets arrive; the word of errors; how long it waits."""
+    """Where each rank sends, at every peer its own region; where its own packets arrive; the word of errors; the looks."""
     at, region = [0x7F_1234_5678_00, 0x7F_FFFF_0000_00, 0x10_0000_0000], 0x2_0000
     table = addresses(at, region, 77).view(np.int64).reshape(3, 8)
     for me in range(3):
@@ -79,7 +79,8 @@ def test_table_of_addresses():
 
 def linked(ranks: int, rows: int = 16, width: int = 64, resident: int = 132) -> Link:
     """A link that leads nowhere."""
-    return Link(jnp.zeros(ranks * (4 * ranks + 4), jnp.int32), jnp.zeros(ranks * rows, jnp.int32), "tp", ranks, rows, width, resident)
+    table, epochs = (jnp.zeros(ranks * n, jnp.int32) for n in (4 * ranks + 4, rows))
+    return Link(table, epochs, "tp", ranks, rows, width, resident)
 
 
 def called(link: Link, rows: int, width: int, implementation=None, said: int = 2):
@@ -109,7 +110,7 @@ def test_a_call_that_packets_do_not_serve_goes_without():
     [
         (linked(2, rows=16), 17, 8, "the mailboxes have room for 16 rows, the call has 17"),
         (linked(2, width=64), 3, 65, "the mailboxes have room for rows of 64 elements, the call's have 65"),
-        (linked(2, rows=64, width=4096, resident=4), 5, 4096, "5 programs wait for each other, of which a device has 4 at once"),
+        (linked(2, width=4096, resident=4), 5, 4096, "5 programs wait for each other, of which a device has 4 at once"),
         (linked(4), 3, 8, "it adds up over 2 ranks over tp, the link reaches 4 ranks over tp"),
         (linked(2), 3, 8, "in interpret mode no rank reaches another's memory; choose xla or psum"),
     ],
@@ -123,7 +124,7 @@ def test_named_kernels_say_why_not(link, rows, width, why):
 def test_kernels_need_a_link():
     """The plain function has none."""
     x = jnp.ones((2, 8))
-    with pytest.raises(UnavailableError, match="kernels reach the ranks of tp by a link; call moekit.jax.exchange"):
+    with pytest.raises(UnavailableError, match=r"kernels reach the ranks of tp by a link; call moekit\.jax\.exchange"):
         all_reduce_add_rms_norm(x, x, jnp.ones(8), tp=2, implementation="pallas")
 
 
@@ -135,8 +136,8 @@ def test_room_is_asked_for(monkeypatch):
 
 
 def test_a_chain_compiles_to_kernels_alone():
-    """Three calls in a row on two H200s that are not there: three kernels in one command buffer, no collective, no copy of rows;
-    addresses are arguments of the program."""
+    """Three calls in a row on two H200s that are not there: three kernels, no collective, no copy of rows; addresses are
+    arguments of the program."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
     mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
     link, rows, width = linked(2, width=2048), 4, 2048

@@ -1,4 +1,5 @@
-"""A sum over ranks becomes packets: a program sends its rows to every rank, waits for theirs, and adds them up in order. A packet is the bits of one element and an epoch.
+"""A sum over ranks becomes packets: a program sends its rows to every rank, waits for theirs, and adds them up in order. A
+packet is the bits of one element and an epoch.
 
 Each row has an epoch of its own, the number of times it has been sent, which its program counts up: nothing else does, and a
 call without the row counts nothing. docs/collectives.md says why two slots then suffice.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
 from moekit.compile.passes.pairs import Twins, paired
-from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import (
     PART,
@@ -23,6 +22,7 @@ from moekit.compile.schedule.facts import (
     twice_axis,
 )
 from moekit.compile.schedule.legal import uses_dot
+from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph
 
 FEW = 16  # turns of one element each that are written out

@@ -178,7 +178,7 @@ def axis_problem(use: AxisUse, d: Axis) -> str | None:
     if d.block < 1 or d.block & (d.block - 1):
         return "a block is a power of two"
     if use.whole and not isinstance(d, Whole):
-        return "a scan or top_k runs along it, an update reads other elements of it, or ranks add up its rows, so it must be whole"
+        return "a scan or top_k runs along it, an update reads other elements of it, or ranks add up its rows: it must be whole"
     if isinstance(d, Tile) and not use.parallel:
         return "it is reduced, scanned or missing from an output, so one program must see all of it"
     if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):

@@ -162,7 +162,7 @@ class Program:
     def address(
         self, op: t.Memory, axes: tuple[str, ...], extents: tuple[int, ...] = ()
     ) -> tuple[Any, tuple[np.ndarray, ...], np.ndarray]:
-        """What an access touches: memory, an index for each of its dimensions (of `extents`, where it is no array), the mask."""
+        """What an access touches: memory, an index for each dimension (of `extents`, where it is no array), the mask."""
         array, shape, name = self.memory[op.at.tensor], self.program.block(axes), type(op).__name__
         mask = np.ones(shape, bool)
         for each in op.at.mask:

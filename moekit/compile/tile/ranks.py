@@ -1,8 +1,7 @@
 """All ranks of a mesh played by one process: the meaning of packets, with any interleaving of ranks and programs.
 
-A rank's calls follow each other; all programs of a call are under way at once; ranks do not wait for each other but for packets.
-What must never happen is an error: a packet that nobody has received is overwritten, one of another call is taken, nobody can
-go on.
+A rank's calls follow each other; all programs of a call are under way at once; ranks wait for packets alone. What must never
+happen is an error: a packet that nobody has received is overwritten, one of another call is taken, nobody can go on.
 """
 
 from __future__ import annotations
@@ -112,9 +111,11 @@ class _Run:
         return not isinstance(self.before, t.Receive) or self.program.arrived(self.before)
 
 
-def play(calls: Sequence[Any], memories: Sequence[Sequence[Mapping[str, Any]]], sizes: Sequence[Mapping[str, int]],
-         order: Random) -> None:  # fmt: skip
-    """Every rank's calls, one after the other: `calls[c]` is a plan, `memories[r][c]` and `sizes[c]` what rank r's call c is on.
+Memories = Sequence[Mapping[str, Any]]
+
+
+def play(calls: Sequence[Any], memories: Sequence[Memories], sizes: Sequence[Mapping[str, int]], order: Random) -> None:
+    """Every rank's calls, one after the other: `calls[c]` is a plan, `memories[r][c]` and `sizes[c]` are rank r's for it.
 
     Of what can go on, `order` draws what does, packet by packet. Raises IndexError for what must not happen.
     """
@@ -128,7 +129,7 @@ def play(calls: Sequence[Any], memories: Sequence[Sequence[Mapping[str, Any]]], 
             rank.running.remove(run)
 
 
-def _launches(calls: Sequence[Any], memories: Sequence[Mapping[str, Any]], sizes: Sequence[Mapping[str, int]]) -> Iterator[list]:
+def _launches(calls: Sequence[Any], memories: Memories, sizes: Sequence[Mapping[str, int]]) -> Iterator[list[_Run]]:
     """The programs of each launch of one rank; none is begun before all of the one before have ended."""
     for plan, mine, size in zip(calls, memories, sizes, strict=True):
         memory = dict(mine) | {s.name: poison(s.shape(size), s.dtype) for s in plan.scratch}

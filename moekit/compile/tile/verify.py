@@ -270,8 +270,8 @@ def packets(f: Facts) -> Claims:
 def _epochs_kept(f: Facts, op: t.Packet) -> Claims:
     """An epoch is made of its rows' last one, and kept when every thread has read that."""
     read = [x for x in f.only(t.Load) if _depends(f, op.epoch, {x.out}, set())]
-    ops = [x for x, _ in f.ops]
-    kept = [n for n, x in enumerate(ops) if isinstance(x, t.Store) and x.value == op.epoch and x.at == read[0].at] if read else []
+    ops, row = [x for x, _ in f.ops], read[0].at if read else None
+    kept = [n for n, x in enumerate(ops) if isinstance(x, t.Store) and x.value == op.epoch and x.at == row]
     yield op, bool(kept), f"{op.epoch.label} is not made of the rows' last epoch, and kept in its place"
     waited = any(isinstance(x, t.Barrier) for x in ops[ops.index(read[0]) : kept[0]])
     yield op, waited, "another thread may have the last epoch still to read when this one is kept; put a barrier between"
