@@ -15,6 +15,7 @@ from moekit import __version__
 from moekit.cli import platform
 from moekit.cli.output import console, print_json, table
 from moekit.errors import UnavailableError
+from moekit.peers import unreachable
 
 PACKAGES = (
     "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "jax-cuda13-plugin", "safetensors",
@@ -47,6 +48,7 @@ def doctor(as_json: bool, warm: bool) -> None:
         "python": host.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices(),
+        "peers": peers(),
         "implementations": [asdict(finding) for finding in findings()],
     }
     if warm:
@@ -61,6 +63,8 @@ def doctor(as_json: bool, warm: bool) -> None:
         versions.add_row(name, version or "[dim]not installed[/dim]")
     out.print(versions)
     _print_devices(report["devices"])
+    out.print(f"ranks of one process {'send each other packets' if report['peers']['reach'] else 'go by psum'}: "
+              f"{report['peers']['why']}")  # fmt: skip
     rows = table("implementation", "framework", "here", "why", title="")
     for row in report["implementations"]:
         colour = {"runs": "green", "compiles": "yellow", "no": "red"}[row["state"]]
@@ -100,6 +104,13 @@ def devices() -> dict:
         "cuda": platform.cuda_version(),
         "gpus": [asdict(gpu) for gpu in platform.gpus()],
     }
+
+
+def peers() -> dict:
+    """Whether all-reduces of several GPUs can be one kernel, and why not: what `moekit.jax.Channel` asks before its own probe."""
+    count = platform.gpu_count()
+    why = unreachable(range(count)) if count else "no NVIDIA GPU here"
+    return {"reach": why is None, "why": why or f"each of {count} GPUs reaches the others' memory"}
 
 
 def findings() -> list[Finding]:

@@ -206,7 +206,7 @@ def test_sends_behind_a_wait_lock():
 @pytest.mark.parametrize(
     ("schedule", "why"),
     [
-        ("tile:T:1 loop:H:8", "ranks add up its rows, so it must be whole"),
+        ("tile:T:1 loop:H:8", "ranks add up its rows: it must be whole"),
         ("loop:T:1 whole:H:32", "ranks add up rows along T over tp, so it must be tiled, not loop:T:1"),
     ],
 )
