@@ -107,7 +107,7 @@ def devices() -> dict:
 
 
 def peers() -> dict:
-    """Whether all-reduces of several GPUs can be one kernel, and why not: what `moekit.jax.Channel` asks before its own probe."""
+    """Whether ranks on several GPUs can send each other packets, and why not: what `moekit.jax.Channel` asks first."""
     count = platform.gpu_count()
     why = unreachable(range(count)) if count else "no NVIDIA GPU here"
     return {"reach": why is None, "why": why or f"each of {count} GPUs reaches the others' memory"}

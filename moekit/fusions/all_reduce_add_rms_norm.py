@@ -7,7 +7,7 @@ from moekit.lang import In, InOut, all_reduce, cast, f32, fusion, mean, round_to
 
 def reference(partial, residual, weight, *, eps, offset, tp):
     """Of one rank's operands, but that `partial` has every rank's, first axis tp (none where tp is 1); float64."""
-    parts = partial.reshape(tp, *residual.shape).astype(np.float64)
+    parts = partial.astype(np.float64).reshape(tp, *residual.shape)
     total = round_to(parts.sum(0) + residual.astype(np.float64), residual.dtype)
     scale = 1 / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + eps)
     return {"out": total * scale * (offset + weight.astype(np.float64)), "residual": total}

@@ -15,7 +15,7 @@ from moekit.compile import tile as t
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.cost import programs
 from moekit.compile.schedule.cuts import launched
-from moekit.compile.tile.layouts import channels, epochs_name, mail_name
+from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph
 
 META = ("axis", "ranks", "rows", "width", "resident")
@@ -63,7 +63,7 @@ class Link:
     def buffers(self, graph: Graph) -> tuple[dict[str, Any], dict[str, t.Viewed | t.Mailbox]]:
         """The arrays that a kernel takes besides its operands, and how they lie."""
         mail, epochs = mail_name(self.axis), epochs_name(self.axis)
-        if not channels(graph):
+        if not graph.ranks:
             return {}, {}
         lying = {mail: t.Mailbox(mail, self.ranks, self.width), epochs: t.Viewed(epochs, (self.rows,), (0,), (0,), (1,))}
         return {mail: self.table, epochs: self.epochs}, lying

@@ -13,7 +13,7 @@ from moekit.backends import packet
 from moekit.backends.array import evaluate_ranks
 from moekit.compile.plan import plan
 from moekit.compile.tile.interpret import poison
-from moekit.compile.tile.layouts import channels, contiguous, epochs_name, mail_name
+from moekit.compile.tile.layouts import contiguous, epochs_name, mail_name
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
 from moekit.lang.graph import Graph
 from moekit.testing.case import FuzzCase
@@ -53,7 +53,7 @@ def played(graph: Graph, given: list[list[Mapping[str, np.ndarray]]], sizes: Map
     made = plan(graph, None, contiguous(graph, sizes))
     memories: list[list[dict]] = []
     axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in (graph.nodes[i] for i in graph.live()) if n.op == "all_reduce"}
-    boxes = {a: Mailboxes(ranks, tuple(sizes[x] for x in own)) for a, own in axes.items()} if channels(graph) else {}
+    boxes = {a: Mailboxes(ranks, tuple(sizes[x] for x in own)) for a, own in axes.items()}
     for r in range(ranks):
         link = {mail_name(a): Mail(box, r) for a, box in boxes.items()}
         link |= {epochs_name(a): np.full(box.shape[0], BEGIN[seed % len(BEGIN)], np.int32) for a, box in boxes.items()}

@@ -28,7 +28,7 @@ def strided(
     return t.Strided(tuple(kinds), wide=reach >= 2**31)
 
 
-def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided | t.Mailbox]:
+def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided]:
     """The layouts of every tensor of a graph, all contiguous, as a launch has them; `sizes` of all axes, dynamic ones too."""
     extents = dict(sizes) | {a: s for a, s in graph.axes.items() if s is not None}
     dynamic, found = {a for a, s in graph.axes.items() if s is None}, {}
@@ -36,17 +36,23 @@ def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided | 
         shape = [1 if a is None else extents[a] for a in x.axes]
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         found[x.name] = strided(shape, strides, x.axes, dynamic, itemsize(x.dtype))
-    return found | channels(graph)
+    return found
 
 
-def channels(graph: Graph) -> dict[str, t.Strided | t.Mailbox]:
-    """The layouts of what all-reduces go by: mailboxes as wide as a row, and the epoch of each row."""
-    found: dict[str, t.Strided | t.Mailbox] = {}
+def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
+    """The layouts of what sums over ranks go by, if a call has no others: mailboxes as wide as a row, and each row's epoch.
+
+    Epochs are behind a pointer, or in an array where `sizes` says of how many rows.
+    """
+    found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
     for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
-        mail, width = mail_name(n.attr("over")), prod(graph.axes[a] or 1 for a in graph.nodes[n.args[0]].axes[1:])
+        (rows, *others), over = graph.nodes[n.args[0]].axes, n.attr("over")
+        mail, epochs, width = mail_name(over), epochs_name(over), prod(graph.axes[a] or 1 for a in others)
         known = found.get(mail)
         width = max(width, known.width if isinstance(known, t.Mailbox) else 0)
-        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs_name(n.attr("over")): t.Strided(("unit",))}
+        extent = None if sizes is None else graph.axes[rows] or sizes[rows]
+        lying = t.Strided(("unit",)) if extent is None else t.Viewed(epochs, (extent,), (0,), (0,), (1,))
+        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs: lying}
     return found
 
 

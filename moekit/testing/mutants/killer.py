@@ -104,8 +104,8 @@ def hunt(stage: str, seconds: float) -> dict:
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_ranks(stage), _tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _over(stage),
-             _classes(stage), _chance(stage)]  # fmt: skip
+    kinds = [_ranks(stage), _tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage),
+             _over(stage), _classes(stage), _chance(stage)]  # fmt: skip
     for turn in itertools.zip_longest(*kinds):
         yield from (attempt for attempt in turn if attempt is not None)
 
