@@ -24,7 +24,7 @@ from moekit.peers import unreachable
 AXIS = "tp"  # what moekit's fusions add up over
 ROWS, WIDTH = 128, 2048  # of a mailbox, if nothing is said
 LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
-PROBED = 2**20  # of those of the probe
+PROBED = 2**22  # of those of the probe, whose program is only just being loaded
 WORD = 4  # bytes of the arrays that mailboxes lie in
 
 _locks: dict[tuple, threading.RLock] = {}
@@ -54,11 +54,12 @@ class Channel:
         self.mesh, self.rows, self.width, self.looks = mesh, rows, width, looks
         self.devices = list(mesh.devices.flat)
         self.ranks = len(self.devices)
+        self.left: list[jax.Array] = []  # mailboxes that a late packet may still go to
         with _making:
             self.lock = _locks.setdefault(tuple(sorted(d.id for d in self.devices)), threading.RLock())
         self._open(PROBED)
         self._prove()
-        self._open(looks)
+        self.reset()
 
     @property
     def region(self) -> int:
@@ -93,8 +94,12 @@ class Channel:
                             "what the step made is no result, and the channel was made anew")  # fmt: skip
 
     def reset(self) -> None:
-        """Wait for the devices, then begin anew with empty mailboxes, at other addresses: links of before are of no use."""
+        """Wait for the devices, then begin anew with empty mailboxes, at other addresses: links of before are of no use.
+
+        The old mailboxes stay where they are, for what may still be on its way to them.
+        """
         jax.block_until_ready((self.mail, self.link))
+        self.left.append(self.mail)
         self._open(self.looks)
 
     def _prove(self) -> None:

@@ -89,6 +89,31 @@ def test_schedules(schedule):
     Played(2, 20, (7, 3, 9), schedule=schedule).hold()
 
 
+def strided(x: np.ndarray) -> np.ndarray:
+    """The same numbers in memory where neither rows nor columns lie side by side."""
+    held = np.full((*(2 * n for n in x.shape[::-1]),), np.nan, x.dtype)
+    out = held[tuple(slice(None, None, 2) for _ in x.shape)].T
+    out[...] = x
+    return out
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_strides(dtype):
+    """Operands and outputs of any strides, each rank's its own."""
+    graph, sizes = bound(2, 20, dtype, rows=5)
+    given = operands(np.random.default_rng(1), 2, 5, 20, dtype)
+    boxes, memories = Mailboxes(2, (ROWS, 20)), []
+    for r, mine in enumerate(given):
+        here = {n: strided(x) if r else x.copy() for n, x in mine.items()}
+        out = strided(poison((5, 20), dtype)) if r else poison((5, 20), dtype)
+        memories.append([{**here, "out": out, "tp_mail": Mail(boxes, r), "tp_epochs": np.zeros(ROWS, np.int32)}])
+    play([lowered(2, 20, dtype)], memories, [sizes], Random(0))
+    expected = evaluate_ranks(graph, given, sizes, "numpy")
+    for r, (mine,) in enumerate(memories):
+        np.testing.assert_array_equal(mine["residual"], expected[r]["residual"])
+        np.testing.assert_array_equal(mine["out"], memories[0][0]["out"])
+
+
 @pytest.mark.parametrize("begin", [-3, -2, -1, 2**31 - 2])
 def test_epochs_go_round(begin):
     """Past the last epoch comes neither 0, which no packet has, nor a slot that is in use."""
