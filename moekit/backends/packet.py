@@ -7,6 +7,8 @@ operands, so each has all that it depends on among them: a receive has what was 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 BYTES = 8  # of a packet
 LOOKS = 1023  # turns of a wait, less one, between looks at whether another wait has given up: of a power of two
 
@@ -45,6 +47,14 @@ setp.ne.and.u32 more, left, 0, wait;
 mov.b32 $0, data;
 }}"""
 RECEIVE_OPERANDS = "=r,r,l,r,r,l,l,r"
+
+
+def addresses(at: Sequence[int], me: int, region: int, looks: int) -> list[int]:
+    """What rank `me` reaches, as `tile.Ways` has it: mailboxes begin at `at`, with `region` bytes for each sender and the word
+    of errors behind them; a wait looks so many times."""
+    ranks = len(at)
+    to, own = [base + me * region for base in at], [at[me] + other * region for other in range(ranks)]
+    return [*to, *own, at[me] + ranks * region, looks]
 
 
 def literal(text: str, depth: int) -> str:

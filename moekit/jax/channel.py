@@ -11,13 +11,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moekit.backends import packet
 from moekit.backends.packet import BYTES
 from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
+from moekit.fusions.added import added
 from moekit.jax.face import exchange, op
 from moekit.jax.link import Link
-from moekit.lang import In, all_reduce, fusion
 from moekit.lang.mesh import MOST_RANKS
 from moekit.peers import unreachable
 
@@ -29,12 +30,6 @@ WORD = 4  # bytes of the arrays that mailboxes lie in
 
 _locks: dict[tuple, threading.RLock] = {}
 _making = threading.Lock()
-
-
-@fusion(lambda x, tp: {"out": x.reshape(tp, -1, x.shape[-1]).astype(np.float64).sum(0)}, mesh="tp", x=In("T H"))
-def added(x, tp: int = 1):
-    """The sum over ranks alone: what a channel is proved with."""
-    return all_reduce(x, over="tp")
 
 
 class Channel:
@@ -132,12 +127,7 @@ def _last(mail: jax.Array, ranks: int) -> jax.Array:
 
 def addresses(at: list[int], region: int, looks: int) -> np.ndarray:
     """The table of every rank, one after the other, from the addresses of the mailboxes: `tile.Ways`, in halves of 32 bits."""
-    ranks = len(at)
-    rows = []
-    for me in range(ranks):
-        to, own = [base + me * region for base in at], [at[me] + other * region for other in range(ranks)]
-        rows.append([*to, *own, at[me] + ranks * region, looks])
-    return np.array(rows, "<i8").view("<i4").reshape(-1)
+    return np.array([packet.addresses(at, me, region, looks) for me in range(len(at))], "<i8").view("<i4").reshape(-1)
 
 
 def refusal(mesh: Mesh) -> str | None:

@@ -149,7 +149,7 @@ class Call:
         """Why packets do not serve this call; None where they do."""
         if self.link is None:
             return f"no link reaches the other ranks of {', '.join(self.graph.ranks)}"
-        return self.link.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
+        return self.link.room.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
 
     def _keep_rows(self) -> None:
         """Where a `put` does not go in place, put the old rows there first: the kernel writes those at its ids only."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from moekit.compile import tile as t
-from moekit.compile.schedule import Schedule
-from moekit.compile.schedule.cost import programs
-from moekit.compile.schedule.cuts import launched
+from moekit.compile.schedule.room import Room
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph
 
@@ -44,21 +41,10 @@ class Link:
         """How a link is cut: what `shard_map` takes for it."""
         return replace(self, table=PartitionSpec(self.axis), epochs=PartitionSpec(self.axis))
 
-    def refuses(self, graph: Graph, sizes: Mapping[str, int], schedule: Schedule) -> str | None:
-        """Why a graph cannot add up by this link, in a sentence; None if it can."""
-        if graph.ranks != {self.axis: self.ranks}:
-            said = ", ".join(f"{n} ranks over {a}" for a, n in graph.ranks.items())
-            return f"it adds up over {said}, the link reaches {self.ranks} ranks over {self.axis}"
-        for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
-            rows, *others = graph.nodes[n.args[0]].axes
-            if sizes[rows] > self.rows:
-                return f"the mailboxes have room for {self.rows} rows, the call has {sizes[rows]}"
-            if (width := prod(sizes[a] for a in others)) > self.width:
-                return f"the mailboxes have room for rows of {self.width} elements, the call's have {width}"
-        most = max(programs(g, launch, sizes) for launch, g, _ in launched(graph, schedule) if g.ranks)
-        if most > self.resident:
-            return f"{most} programs wait for each other, of which a device has {self.resident} at once"
-        return None
+    @property
+    def room(self) -> Room:
+        """What there is room for."""
+        return Room(self.axis, self.ranks, self.rows, self.width, self.resident)
 
     def buffers(self, graph: Graph) -> tuple[dict[str, Any], dict[str, t.Viewed | t.Mailbox]]:
         """The arrays that a kernel takes besides its operands, and how they lie."""

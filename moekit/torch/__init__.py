@@ -11,6 +11,7 @@ except ModuleNotFoundError as _missing:
 
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
+from moekit.torch.channel import Channel
 from moekit.torch.face import IMPLEMENTATIONS, op
 from moekit.torch.ops import register
 
@@ -46,6 +47,7 @@ for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Channel",
     "GateOutputs",
     "PackedGate",
     "PatchReport",

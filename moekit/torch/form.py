@@ -74,13 +74,15 @@ class Form:
         if self.dispatched is not None and foreign(tensors):
             return self.dispatched(tensors, params, out, implementation, schedule)
         call = Call(self.fusion, operands, given, self.in_place, out, schedule)
-        if implementation == "triton" and call.graph.ranks:
-            raise UnavailableError(f"{name}: no kernel adds up over {', '.join(call.graph.ranks)} here; choose eager")
-        if implementation == "eager" or (implementation is None and (call.device.type != "cuda" or call.graph.ranks)):
+        if implementation == "eager" or (implementation is None and call.device.type != "cuda"):
+            return call.eager()
+        if call.graph.ranks and (why := call.unlinked()):
+            if implementation == "triton":
+                raise UnavailableError(f"{name}: {why}")
             return call.eager()
         launch.require_available(name, call.operands)
         if needs_grad(tensors):
-            return self._recorded(tensors, params, schedule)
+            return call.eager() if call.graph.ranks else self._recorded(tensors, params, schedule)
         return self._remembered(call, tensors, params, out, schedule)
 
     def _recorded(self, tensors: tuple, params: tuple, schedule) -> Outputs:
@@ -109,7 +111,7 @@ class Form:
         made = call.prepare()
         compiled = launch.start(made.launches, made.memory, call.device)
         written(call.outs.values())
-        if all(c is not None for c in compiled) and not call.partial():
+        if all(c is not None for c in compiled) and not call.partial() and not call.graph.ranks:
             given, static = _flat(tensors, params, out, schedule)
             entry = self._entry(call, given, made, compiled)
             if entry is not None and all(type(x) in fast.PLAIN for x in given):

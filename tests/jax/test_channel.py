@@ -111,7 +111,7 @@ def test_a_call_that_packets_do_not_serve_goes_without():
         (linked(2, rows=16), 17, 8, "the mailboxes have room for 16 rows, the call has 17"),
         (linked(2, width=64), 3, 65, "the mailboxes have room for rows of 64 elements, the call's have 65"),
         (linked(2, width=4096, resident=4), 5, 4096, "5 programs wait for each other, of which a device has 4 at once"),
-        (linked(4), 3, 8, "it adds up over 2 ranks over tp, the link reaches 4 ranks over tp"),
+        (linked(4), 3, 8, "it adds up over 2 ranks over tp, the mailboxes are those of 4 ranks over tp"),
         (linked(2), 3, 8, "in interpret mode no rank reaches another's memory; choose xla or psum"),
     ],
 )
