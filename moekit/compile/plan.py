@@ -35,7 +35,7 @@ class Plan:
 def plan(
     graph: Graph,
     schedule: Schedule | None,
-    layouts: Mapping[str, t.Strided | t.Viewed | t.Mailbox],
+    layouts: Mapping[str, t.Layout],
     sizes: Mapping[str, int] | None = None,
 ) -> Plan:
     """Lower `graph` under `schedule` (the rules' if None) and verify every program.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,8 @@ class Channel:
 
     def _prove(self) -> None:
         """Send a row of numbers, twice through both slots, and see that it comes."""
-        face, width = op(added), min(self.width, 64)
-        specs = self.link.specs
-        shared = partial(jax.shard_map, mesh=self.mesh, in_specs=specs, out_specs=(PartitionSpec(AXIS), specs), check_vma=False)
-        run = jax.jit(shared(partial(_proof, face, width)))
+        width = min(self.width, 64)
+        run = proof(self.mesh, self.link, width)
         for _ in range(SLOTS + 1):
             with self.lock:
                 got, link = run(self.link)
@@ -113,10 +112,15 @@ class Channel:
                 raise UnavailableError("channel: packets came with other numbers than were sent; choose xla or psum")
 
 
-def _proof(face, width: int, link: Link):
-    """Numbers times the rank, counted from 1, on their way."""
-    x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
-    return exchange(face, link, x, implementation="pallas", tp=link.ranks)
+def proof(mesh: Mesh, link: Link, width: int) -> Any:
+    """A function of a link: every rank's sum of `width` numbers times the rank, counted from 1, and the link after it."""
+
+    def sent(link: Link) -> tuple[jax.Array, Link]:
+        x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
+        return exchange(op(added), link, x, implementation="pallas", tp=link.ranks)
+
+    outs = PartitionSpec(AXIS), link.specs
+    return jax.jit(jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +284,9 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
     return call.pallas()
 
 
-def exchange(face: Callable, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs):
+def exchange(
+    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs
+) -> tuple[Any, Link]:
     """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
     for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
 
@@ -302,4 +305,4 @@ def exchange(face: Callable, link: Link, *args, implementation: str | None = Non
         plain = implementation or ("xla" if call.graph.ranks else None)
         outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)
     results = tuple(outs[n] for n in call.names)
-    return results[0] if len(results) == 1 else results, call.link
+    return results[0] if len(results) == 1 else results, call.link or link

@@ -129,7 +129,8 @@ def _moved(outs: dict, array_form: Callable[..., dict], arrays: tuple, tangents:
 
 def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:
     """What a launch computes, by array evaluation: every buffer that is written, whole."""
-    memory, layouts = dict(zip(static.buffers, arrays, strict=True)), dict(static.layouts)
+    memory = dict(zip(static.buffers, arrays, strict=True))
+    layouts = {n: at for n, at in static.layouts if isinstance(at, t.Viewed)}
     graph, sizes = static.graph, static.sizes
 
     def lying(at: t.Viewed, base: jax.Array, name: str) -> View:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -15,10 +15,11 @@ from moekit.compile.plan import plan
 from moekit.compile.tile.interpret import poison
 from moekit.compile.tile.layouts import contiguous, epochs_name, mail_name
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, Node
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor
 
+Operands = Sequence[Mapping[str, np.ndarray]]  # of a call, by rank
 CALLS = 3  # one after the other: with two slots the third uses the first one's again
 CLOSE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of a sum in another order
 BEGIN = (0, -2, 5)  # the last epochs: none, the last but one there is, any
@@ -47,7 +48,7 @@ def _packet_problems() -> list[str]:
     return [] if whole else [f"a packet is written by {stores} and read by {loads}, not each by one access of 64 bits"]
 
 
-def played(graph: Graph, given: list[list[Mapping[str, np.ndarray]]], sizes: Mapping[str, int], seed: int) -> list[list[dict]]:
+def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], seed: int) -> list[list[dict]]:
     """What every rank has after every call: `given[c][r]` are the operands of call c on rank r, which are left as they are."""
     ranks, calls = len(given[0]), len(given)
     made = plan(graph, None, contiguous(graph, sizes))
@@ -65,7 +66,7 @@ def played(graph: Graph, given: list[list[Mapping[str, np.ndarray]]], sizes: Map
     return memories
 
 
-def _differ(case: FuzzCase, given: list[Mapping[str, np.ndarray]], found: list[dict]) -> list[str]:
+def _differ(case: FuzzCase, given: Operands, found: list[dict]) -> list[str]:
     """Where ranks have something else than array evaluation: other bits of what no sum within a rank reaches."""
     problems, graph = [], case.graph
     for rank, wanted in enumerate(evaluate_ranks(graph, given, case.extents, "numpy")):
@@ -79,7 +80,7 @@ def _differ(case: FuzzCase, given: list[Mapping[str, np.ndarray]], found: list[d
     return problems
 
 
-def _behind(graph: Graph, output: str):
+def _behind(graph: Graph, output: str) -> Iterator[Node]:
     """The nodes that an output is made of."""
     left = [w.value for w in graph.writes if w.tensor == output]
     while left:

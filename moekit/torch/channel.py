@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed as dist
 
@@ -39,7 +41,7 @@ class Channel:
         if why := refusal(group):
             raise UnavailableError(f"Channel: {why}; implementation='eager' gathers by torch.distributed")
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
-        self.group = dist.group.WORLD if group is None else group
+        self.group: Any = dist.group.WORLD if group is None else group
         self.ranks, self.me, self.looks = dist.get_world_size(self.group), dist.get_rank(self.group), looks
         resident = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.room = Room(AXIS, self.ranks, rows, width, resident)

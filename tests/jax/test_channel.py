@@ -12,9 +12,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.errors import ArgumentError, UnavailableError
+from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
-from moekit.jax.channel import addresses, refusal
+from moekit.jax.channel import addresses, proof, refusal
 from moekit.peers import unreachable
 
 DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
@@ -133,6 +133,50 @@ def test_room_is_asked_for(monkeypatch):
     monkeypatch.setattr("moekit.jax.channel.refusal", lambda mesh: None)
     with pytest.raises(ArgumentError, match="0 rows of 2048 elements"):
         Channel(meshed(2), rows=0)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A channel of two CPU devices that was not proved, as no kernel runs there."""
+    monkeypatch.setattr("moekit.jax.channel.refusal", lambda mesh: None)
+    monkeypatch.setattr(Channel, "_prove", lambda self: None)
+    return Channel(meshed(2), rows=4, width=8, looks=9)
+
+
+def test_mailboxes_and_links(opened):
+    """Each device has its own, with room for all ranks; the table leads there; links change, mailboxes do not."""
+    region = 4 * 2 * 8 * 8
+    at = {s.device: s.data.unsafe_buffer_pointer() for s in opened.mail.addressable_shards}
+    assert {s.data.nbytes for s in opened.mail.addressable_shards} == {2 * region + 16}
+    table = np.asarray(opened.link.table).view(np.int64).reshape(2, 6)
+    assert [*table[1]] == [at[opened.devices[0]] + region, at[opened.devices[1]] + region, at[opened.devices[1]],
+                           at[opened.devices[1]] + region, at[opened.devices[1]] + 2 * region, 9]  # fmt: skip
+    assert opened.link.epochs.shape == (8,)
+    assert opened.lock is Channel(meshed(2)).lock  # one for the devices, whichever channel
+    opened.check()
+
+
+def test_a_rank_that_did_not_come(opened):
+    """It is named, and the channel has other mailboxes then; the old ones stay."""
+    word = np.zeros((2, opened.mail.size // 2), np.int32)
+    word[1, -4:-2] = 17, 1
+    opened.mail = jax.device_put(word.reshape(-1), opened.spread)
+    old = opened.mail
+    with pytest.raises(RankError, match="rank 0 did not come: rank 1 waited for packet 17 of a row in vain"):
+        opened.check()
+    assert any(x is old for x in opened.left)
+    assert opened.mail is not old
+    opened.check()
+
+
+def test_the_proof_compiles():
+    """What a channel sends before it is used."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
+    mesh, link = Mesh(np.array(topology.devices).reshape(-1), ("tp",)), linked(2)
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("tp"))), link)
+    with jax.set_mesh(mesh):
+        text = proof(mesh, link, 64).lower(given).compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
 
 
 def test_a_chain_compiles_to_kernels_alone():

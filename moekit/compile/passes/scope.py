@@ -27,7 +27,7 @@ from moekit.lang.graph import Graph
 
 FEW = 16  # turns of one element each that are written out
 
-Layouts = Mapping[str, t.Strided | t.Viewed | t.Mailbox]
+Layouts = Mapping[str, t.Layout]
 
 
 @dataclass

@@ -41,7 +41,7 @@ from moekit.compile.tile.operations import (
     results,
     text_of,
 )
-from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Mailbox, Param, Strided, TileProgram, Viewed
+from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Layout, Mailbox, Param, Strided, TileProgram, Viewed
 from moekit.compile.tile.walk import Draft, Numbers, rewrite, substitute, used, walk
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "InBounds",
     "Joined",
     "Kernel",
+    "Layout",
     "Load",
     "Loop",
     "Mailbox",

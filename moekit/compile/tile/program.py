@@ -86,6 +86,9 @@ class Mailbox:
     width: int
 
 
+Layout = Strided | Viewed | Mailbox
+
+
 @dataclass(frozen=True)
 class Param:
     """A tensor of a program. `axes`: the axis of each dimension (None: a dimension of size 1)."""
@@ -94,7 +97,7 @@ class Param:
     role: str
     dtype: str
     axes: tuple[str | None, ...]
-    layout: Strided | Viewed | Mailbox
+    layout: Layout
 
     @property
     def strided(self) -> Strided:

@@ -252,8 +252,8 @@ def packets(f: Facts) -> Claims:
         yield op, not waits, "it comes after a wait for other ranks, which wait for it; send everything first"
         alike = (op.at, op.epoch) == (found[0][0].at, found[0][0].epoch)
         yield op, alike, "its elements or epoch are not those of the program's other packets"
-        for sent in sends.values() if isinstance(op, t.Receive) else ():
-            after = _depends(f, op.after, {sent.out}, set())
+        for sent in sends.values():
+            after = not isinstance(op, t.Receive) or _depends(f, op.after, {sent.out}, set())
             yield op, after, f"nothing keeps it behind what is sent to rank {sent.peer}; let it read {sent.out.label}"
         yield op, [*sends] == everyone, f"packets go to ranks {[*sends]}; they must go to each of {everyone} once"
         senders = [x.sender for x in receives]
