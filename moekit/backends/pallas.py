@@ -65,16 +65,19 @@ HELPERS = {
     args = value, at, epoch, mask.astype(jnp.int32)
     return elementwise(put, "{packet.SEND_OPERANDS}", args, value.shape)
 ''',
-    "receive": f'''def receive(after, at, epoch, mask, errors, most, sender):
-    """Wait for the packets of an epoch; their data. What comes too late is said in the word of errors."""
-    wait = {packet.literal(packet.RECEIVE, 1)}
+    **{
+        f"receive_{n}": f'''def receive_{n}(after, at, epoch, mask, errors, most, sender):
+    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
+    wait = {packet.literal(packet.receive(n), 1)}
     args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
-    return elementwise(wait, "{packet.RECEIVE_OPERANDS}", args, after.shape)
-''',
-    "elementwise": """def elementwise(text, operands, args, shape):
+    return elementwise(wait, "{packet.receive_operands(n)}", args, after.shape, {n})
+'''
+        for n in (1, 2, packet.TOGETHER)
+    },
+    "elementwise": """def elementwise(text, operands, args, shape, pack=1):
     args = [jnp.broadcast_to(x, shape) for x in args]
     out = [jax.ShapeDtypeStruct(shape, jnp.int32)]
-    return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=1, result_shape_dtypes=out)[0]
+    return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
 """,
     "barrier": """def barrier():
     plt.debug_barrier()
@@ -313,7 +316,7 @@ def _send(p: PallasPrinter, op: t.Send) -> str:
 
 def _receive(p: PallasPrinter, op: t.Receive) -> str:
     at, late = f"{p.helper('packets')}({p.packets(op)})", f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{p.helper('receive')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
+    return f"{p.helper(f'receive_{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
 
 
 def _ways(p: PallasPrinter, op: t.Ways) -> str:

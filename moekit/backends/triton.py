@@ -55,13 +55,6 @@ def send(value, at, epoch, there):
     args = [value, at, epoch, there]
     return tl.inline_asm_elementwise(put, "{packet.SEND_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
 ''',
-    "receive": f'''@triton.jit
-def receive(after, at, epoch, there, errors, most, sender: tl.constexpr):
-    """Wait for the packets of an epoch; their data. What comes too late is said in the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.RECEIVE, 1)}
-    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    return tl.inline_asm_elementwise(wait, "{packet.RECEIVE_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
-''',
     "nan_max": """@triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -76,6 +69,18 @@ def prefetch(lines):
     ask: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(ask, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 ''',
+}
+
+
+HELPERS |= {
+    f"receive_{n}": f'''@triton.jit
+def receive_{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
+    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
+    wait: tl.constexpr = {packet.literal(packet.receive(n), 1)}
+    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
+    return tl.inline_asm_elementwise(wait, "{packet.receive_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+'''
+    for n in (1, 2, packet.TOGETHER)
 }
 
 
@@ -278,9 +283,9 @@ def _send(p: TritonPrinter, op: t.Send) -> str:
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", "receive"}
+    p.helpers |= {"packets", helper := f"receive_{p.together(op)}"}
     late = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"receive({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
+    return f"{helper}({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
 
 
 def _ways(p: TritonPrinter, op: t.Ways) -> str:

@@ -42,7 +42,7 @@ def ranks_add_up(executor: Executor, case: FuzzCase) -> list[str]:
 
 def _packet_problems() -> list[str]:
     """What is wrong with the text of a packet, which no CPU runs: data and epoch are one access, both ways."""
-    stores, loads = (re.findall(r"@\w+ ((?:st|ld)\S+) [^;]*packet", text) for text in (packet.SEND, packet.RECEIVE))
+    stores, loads = (re.findall(r"@\w+ ((?:st|ld)\S+) [^;]*packet", text) for text in (packet.SEND, packet.receive(1)))
     loads = [word for word in loads if word.startswith("ld")]
     whole = stores == ["st.relaxed.sys.global.b64"] and loads == ["ld.relaxed.sys.global.b64"]
     return [] if whole else [f"a packet is written by {stores} and read by {loads}, not each by one access of 64 bits"]

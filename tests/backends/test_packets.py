@@ -81,7 +81,8 @@ def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Pat
 
 
 SEND = re.compile(r"@there st\.relaxed\.sys\.global\.b64 \[(%\w+)\], packet;")
-POLL = re.compile(r"POLL: @wait ld\.relaxed\.sys\.global\.b64 packet, \[(%\w+)\];.*?@more bra POLL;", re.S)
+POLL = re.compile(r"POLL:.*?@more bra POLL;", re.S)
+LOAD = re.compile(r"@wait\d+ ld\.relaxed\.sys\.global\.b64 packet\d+, \[(%\w+)\];")
 
 
 @pytest.mark.parametrize("backend", ["triton", "xla"])
@@ -92,13 +93,16 @@ def test_packets(backend, case, tmp_path):
     ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
     sends, polls = list(SEND.finditer(ptx)), list(POLL.finditer(ptx))
     lanes = max(1, np.prod(program.block(("T", "H"))) // (32 * program.warps))
-    assert len(sends) == len(polls) == lanes * case[1]
+    loads = [load for poll in polls for load in LOAD.findall(poll[0])]
+    assert len(sends) == len(loads) == lanes * case[1]
+    assert len(loads) == len(polls) * min(4, lanes), "a lane waits for one packet after the other"
     assert len({m[1] for m in sends}) == len(sends), "two elements go to one place"
-    assert len({m[1] for m in polls}) == len(polls), "two elements come from one place"
+    assert len(set(loads)) == len(loads), "two elements come from one place"
+    assert len(LOAD.findall(ptx)) == len(loads), "a load left its loop"
     assert sends[-1].end() < polls[0].start(), "something is sent after a wait"
     relaxed = re.findall(r"(?:st|ld)\.relaxed\.\S+", ptx)
     assert {*relaxed} == {"st.relaxed.sys.global.b64", "ld.relaxed.sys.global.b64", "ld.relaxed.sys.global.b32"}
-    assert all("@wait st.relaxed.sys.global.b64" in ptx[m.end() : m.end() + 200] for m in polls), "a wait that nobody hears of"
+    assert all("@wait0 st.relaxed.sys.global.b64" in ptx[m.end() : m.end() + 400] for m in polls), "a wait that nobody hears of"
     if backend == "triton":
         assert ptx.index("griddepcontrol.wait") < sends[0].start()
 

@@ -61,7 +61,7 @@ EXCHANGE = (
     _one("another-peers-slot", "compile/passes/exchange.py", "way=ways[op.ranks + n]", "way=ways[op.ranks + (n + 1) % op.ranks]", "what one rank sent is taken for another's"),
     _one("sent-to-one", "compile/passes/exchange.py", "way=ways[peer]", "way=ways[0]", "every packet goes to rank 0"),
     _one("epoch-before-data", "backends/packet.py", "@there st.relaxed.sys.global.b64 [$2], packet;", "@there st.relaxed.sys.global.b32 [$2+4], $3;\n@there st.relaxed.sys.global.b32 [$2], $1;", "an epoch is there before its data"),
-    _one("packet-read-twice", "backends/packet.py", "@wait ld.relaxed.sys.global.b64 packet, [$2];", "@wait ld.relaxed.sys.global.v2.b32 {{data, epoch}}, [$2];\n@wait mov.b64 packet, {{data, epoch}};", "data and epoch are read by a vector access, which is not promised to be one"),
+    _one("packet-read-twice", "backends/packet.py", 'f"@wait{i} ld.relaxed.sys.global.b64 packet{i}, [{at[i]}];"', 'f"@wait{i} ld.relaxed.sys.global.v2.b32 {{data{i}, epoch{i}}}, [{at[i]}];"', "data and epoch are read by a vector access, which is not promised to be one"),
 )  # fmt: skip
 
 LOWERING = (
