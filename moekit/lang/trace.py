@@ -105,7 +105,7 @@ class Builder:
     def _varies(self, op: str, args: Sequence[int], attrs: dict) -> set[str]:
         """The axes of a node: its operands' and its indices', but for one that is reduced, and the one in its place."""
         index = attrs.get("index", ())
-        found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
+        found = {a for i in ((index,) if isinstance(index, g.Index) else index) for a in i.axes}
         found |= {a for x in args for a in self.nodes[x].axes}
         reduced = {attrs.get("axis")} if op != "cumsum" else set()
         if op == "place":

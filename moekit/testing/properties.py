@@ -14,7 +14,7 @@ import numpy as np
 from moekit.compile.schedule.facts import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
-from moekit.lang.graph import Along, Graph
+from moekit.lang.graph import Graph
 from moekit.testing.batch import run_alone, run_case
 from moekit.testing.case import FuzzCase, read_ids, unique_ids
 from moekit.testing.executors import JAX, Executor, Torch, to_numpy
@@ -235,7 +235,7 @@ def token_axis(case: FuzzCase) -> str | None:
     if any(w.ids for w in graph.writes) or any(n.op == "extent" for n in graph.nodes):
         return None
     free = [a for a in free if a not in gathered(graph)]
-    indexed = {n.attr("index").axis for n in graph.nodes if n.op == "iota" and isinstance(n.attr("index"), Along)}
+    indexed = {a for n in graph.nodes if n.op == "iota" for a in n.attr("index").axes}
     return next((a for a in free if a not in indexed), None)
 
 

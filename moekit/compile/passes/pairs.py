@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moekit.compile.schedule.directives import Pair, Section
 from moekit.compile.schedule.facts import apart
 from moekit.compile.schedule.legal import pairable
-from moekit.lang.graph import Along, Graph
+from moekit.lang.graph import Graph, Index
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Twins:
     left: int
     right: int
     dim: int
-    first: Along
-    second: Along
+    first: Index
+    second: Index
 
     @property
     def column(self) -> str:
         """The axis of the columns, of which a program holds two blocks."""
-        return str(self.first.axis)
+        return self.first.axes[0]
 
 
 def paired(graph: Graph, section: Section) -> list[Twins]:

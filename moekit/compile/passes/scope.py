@@ -99,7 +99,7 @@ class Writer(ABC):
         """The block of a node, made in its home scope if it is not there yet."""
 
     @abstractmethod
-    def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
+    def read(self, node: int, home: Scope, instead: Mapping[int, t.Index] = {}) -> t.Value:
         """The load that a read node says, some indices replaced."""
 
     def is_dot(self, node: int) -> bool:

@@ -13,7 +13,7 @@ from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Sp
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Along, By, Graph, Node
+from moekit.lang.graph import Graph, Node
 
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
@@ -68,15 +68,15 @@ def _chosen(graph: Graph, product: Node) -> bool:
     """Whether each block of rows of a product has a matrix of its own, which data choose."""
     shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
     reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
-    by = {a for n in reads for i in n.attr("index") if isinstance(i, By) for a in graph.nodes[n.args[i.operand]].axes}
+    by = {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
     return bool(shared) and shared <= by
 
 
 def _columns(graph: Graph, node: Node) -> str | None:
     """The innermost axis of a gathered operand of a contraction, if that does not run along it."""
     for read in (loaded(graph, a) for a in node.args):
-        if read.op != "read" or not any(isinstance(i, By) for i in read.attr("index")):
+        if read.op != "read" or not any(i.operands for i in read.attr("index")):
             continue
-        inner = read.attr("index")[-1]
-        return inner.axis if isinstance(inner, Along) and inner.axis != node.attr("axis") else None
+        inner = read.attr("index")[-1].axes
+        return inner[-1] if inner and inner[-1] != node.attr("axis") else None
     return None

@@ -214,7 +214,7 @@ def _rows(graph: Graph, section: Section, product: int, column: str) -> int:
 def _lines(graph: Graph, section: Section, node: int, along: int) -> float:
     """Lines of memory of a weight that a program reads."""
     n = graph.nodes[node]
-    axis = n.attr("index")[along].axis
+    (axis,) = n.attr("index")[along].axes
     share = (graph.axes[axis] or 0) // shares(graph).get(axis, 1)
     return prod(section.block(a) for a in n.axes if a != axis) * share * itemsize(n.dtype) / MEASURED.line
 

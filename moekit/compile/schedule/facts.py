@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
-from moekit.lang.dtypes import widened
-from moekit.lang.elementwise import IDENTITY
-from moekit.lang.graph import Along, By, Graph, Node
+from moekit.lang.graph import Graph, Node, end_of
 
 
 def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
@@ -70,7 +68,7 @@ def scattered(graph: Graph) -> set[str]:
 
 def reach(graph: Graph, write) -> set[str]:
     """The axes along which a write spreads."""
-    axes = {i.axis for i in write.index if isinstance(i, Along) and i.axis}
+    axes = {a for i in write.index for a in i.axes}
     return axes | {a for n in write.ids for a in graph.nodes[n].axes}
 
 
@@ -108,9 +106,9 @@ def gathered(graph: Graph) -> dict[str, int | None]:
     for node in (graph.nodes[i] for i in graph.live()):
         if node.op == "read":
             tensor = graph.tensors[node.attr("tensor")]
-            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if isinstance(e, By)}
+            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if e.operands}
     for w in graph.writes:
-        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if isinstance(e, By)}
+        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
     return {a: graph.axes[a] for a in found}
 
 
@@ -168,8 +166,8 @@ def ends(graph: Graph, node: int) -> int | None:
     """
     n = graph.nodes[node]
     kinds = {"reduce": lambda: (n.attr("kind"),), "contract": lambda: ("sum", "sum"), "exp_sum": lambda: ("max", "sum")}[n.op]()
-    pairs = [(graph.nodes[a], kind) for a, kind in zip(operands(n), kinds, strict=True)]
-    found = {_end(graph, x, n.attr("axis"), kind) for x, kind in pairs if x.op != "const"}
+    pairs = [(a, kind) for a, kind in zip(operands(n), kinds, strict=True) if graph.nodes[a].op != "const"]
+    found = {end_of(graph.nodes, a, n.attr("axis"), kind) for a, kind in pairs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -197,25 +195,6 @@ def loaded(graph: Graph, node: int) -> Node:
     """What an operand is, behind a choice of whether there is any."""
     n = graph.nodes[node]
     return loaded(graph, n.args[1]) if n.op == "where" else n
-
-
-def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
-    """The end that a choice has along an axis; None for what is no such choice."""
-    if n.op != "where":
-        return None
-    other = graph.nodes[n.args[2]]
-    if other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
-        return None
-    return below(graph, n.args[0], axis)
-
-
-def below(graph: Graph, node: int, axis: str) -> int | None:
-    """The int32 value that a condition says the elements of an axis are below; None where it says no such thing."""
-    if graph.nodes[node].op != "lt":
-        return None
-    first, end = graph.nodes[node].args
-    along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
-    return end if along and axis not in graph.nodes[end].axes and graph.nodes[end].dtype == "int32" else None
 
 
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
@@ -258,7 +237,7 @@ def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
             if alike and len(right & other) == 1:
                 one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
                 if (dim := apart(one, two)) is not None:
-                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axis))
+                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axes[0]))
     return found
 
 
@@ -268,7 +247,7 @@ def apart(one: Node, other: Node) -> int | None:
         return None
     pairs = list(zip(one.attr("index"), other.attr("index"), strict=True))
     differ = [d for d, (i, j) in enumerate(pairs) if i != j]
-    if len(differ) != 1 or not all(isinstance(i, Along) for i in pairs[differ[0]]):
+    if len(differ) != 1:
         return None
     i, j = pairs[differ[0]]
-    return differ[0] if i.axis and (i.axis, i.step) == (j.axis, j.step) else None
+    return differ[0] if i.terms == j.terms and len(i.axes) == len(i.terms) == 1 else None
