@@ -224,8 +224,7 @@ TRITON = (
     _one("triton-half-turned", "backends/triton.py", '{(*places, at)}))"', '{(*places, at)}))[::-1]"', "of two products made as one each gets the other's half"),
     _one("triton-unit-lost", "backends/triton.py", "= {a.name} * {a.unit}\"", "= {a.name}\"", "strides in units of 16 bytes taken for elements"),
     _one("triton-32-bit", "backends/triton.py",
-         '        if wide:\n',
-         '        if False:\n', "the 64-bit product is printed in 32 bits"),
+         'if wide and not terms:', 'if False:', "the 64-bit product is printed in 32 bits"),
     _one("triton-store-mask", "backends/triton.py", '{f\', mask={mask}\' if mask else \'\'})"', '{\'\'})"', "stores are not masked"),
     _one("triton-load-mask", "backends/triton.py", "{f', mask={mask}, other={number(op.fill)}' if mask else ''}", "{''}", "loads are not masked"),
     _one("triton-load-fill", "backends/triton.py", "other={number(op.fill)}'", "other=1'", "masked lanes read as one"),
@@ -275,7 +274,7 @@ PALLAS = (
     _one("pallas-section-offset", "backends/pallas.py", 'passed = [call.own, ', 'passed = ["pid", ', "a later section's programs are numbered from the launch's first"),
     _one("pallas-mask-le", "backends/printer.py", '({value} < {self.extent(op.axis)})", AND', '({value} <= {self.extent(op.axis)})", AND', "one element past the end"),
     _one("pallas-start-lost", "backends/pallas.py", 'first = str(index.start * step + start)', 'first = str(index.start * step)', "a View's start is ignored"),
-    _one("pallas-step-lost", "backends/pallas.py", 'text, factor = self.at(index.value, axes), index.step * step', 'text, factor = self.at(index.value, axes), index.step', "a View's step is ignored"),
+    _one("pallas-step-lost", "backends/pallas.py", '{own * step}" if own * step != 1', '{own}" if own != 1', "a View's step is ignored"),
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", '{self.spread(op.value, axes)}{self.masked(op.at, axes)})"', '{self.spread(op.value, axes)})"', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "f', other={fill}' if mask", "', other=1' if mask", "masked lanes read as one"),
@@ -316,7 +315,7 @@ PALLAS = (
 )  # fmt: skip
 
 ARRAY = (
-    _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
+    _one("array-slice-start", "backends/array.py", "slice(entry.start, last + 1, steps[-1])", "slice(0, last - entry.start + 1, steps[-1])", "the second half is the first"),
     _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/libraries.py", "torch.cat((base.reshape(-1), ", "torch.cat((torch.zeros_like(base).reshape(-1), ", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
@@ -329,7 +328,7 @@ ARRAY = (
 
 EQUIVALENT = (
     _one("store-axes-forgotten", "compile/tile/operations.py",
-         'for a in i.value.axes)\n'
+         'for a in v.axes)\n'
          '\n'
          '\n'
          '@dataclass(frozen=True)\n'
