@@ -69,12 +69,10 @@ class _Evaluation:
         return self.lib.arange(self.sizes[axis], self.like)[tuple(slice(None) if a == axis else None for a in axes)]
 
     def part(self, entry: Index) -> tuple[Any, list[str]] | None:
-        """An index along axes of which each goes over whole turns of the next, as a slice and the axes it is taken apart in.
-
-        None where it is none such, or has data in it.
-        """
-        if entry.operands or not entry.terms:
-            return None if entry.operands else (entry.start, [])
+        """An index along axes of which each goes over whole turns of the next, as a slice and the axes it is taken apart in;
+        None where it is none such."""
+        if not entry.terms:
+            return entry.start, []
         axes, steps = zip(*sorted(entry.terms, key=lambda term: -term[1]), strict=True)
         sizes = [self.sizes[a] for a in axes]
         if any(step != n * inner for step, n, inner in zip(steps, sizes[1:], steps[1:], strict=False)):
@@ -85,7 +83,8 @@ class _Evaluation:
 
 def _read(e: _Evaluation, _: int, n: Node):
     array, index = e.arrays[n.attr("tensor")], n.attr("index")
-    parts, axes = [p for p in map(e.part, index) if p is not None], [a for i in index for a in i.axes]
+    inside = [i for d, i in enumerate(index) if e.graph.inside(n.attr("tensor"), d, i)]
+    parts, axes = [p for p in map(e.part, inside) if p is not None], [a for i in index for a in i.axes]
     if len(parts) < len(index) or len(set(axes)) < len(axes):
         shape = tuple(e.sizes[a] for a in n.axes)
         return e.lib.take(array, tuple(e.lib.expand(e.index(i, n.args, n.axes), shape) for i in index))

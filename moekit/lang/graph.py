@@ -19,7 +19,7 @@ COMPARE = tuple(op for op, row in ELEMENTWISE.items() if row.domain == "compare"
 
 @dataclass(frozen=True)
 class Index[T]:
-    """One index of a read, a write or an access of memory: `start + Σ step · term`; no terms: the element `start`.
+    """One index of a read, a write or an access of memory: `start + Σ step · term`; without terms the element `start`.
 
     In a Graph a term is the elements of an axis, by its name, or a value of integers, by the number of the operand that it is.
     In a program (`compile/tile`) terms are blocks: the elements of an axis, or integers that are data.
@@ -169,6 +169,16 @@ class Graph:
                 differ = {d for d, pair in enumerate(zip(own, read, strict=True)) if pair[0] != pair[1]}
                 found |= {name: found.get(name, frozenset()) | differ} if differ else {}
         return found
+
+    def inside(self, tensor: str, dim: int, index: Index) -> bool:
+        """Whether an index along axes stays within dimension `dim` of a tensor; where not, zero is read past the ends."""
+        axis = self.tensors[tensor].axes[dim]
+        full, sizes = self.axes[axis] if axis else 1, [self.axes[a] for a in index.axes]
+        if index.operands or full is None or None in sizes:
+            return index == Index.of(axis)
+        reach = [step * ((n or 0) - 1) for (_, step), n in zip(index.terms, sizes, strict=True)]
+        least, most = (index.start + sum(f(0, r) for r in reach) for f in (min, max))
+        return 0 in sizes or 0 <= least <= most < full
 
     @cached_property
     def needy(self) -> frozenset[int]:

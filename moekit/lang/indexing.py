@@ -58,8 +58,10 @@ def blocks(x: Value, over: str, size: int, into: str) -> Value:
         raise DeclarationError(
             f"{builder.name}: blocks into {met[0]!r}, which the value varies over already; choose another name"
         )
-    block, element = axes
-    builder.new_axis(block, -(-full // size))
+    (block, element), count = axes, -(-full // size)
+    if (there := builder.sizes.get(block, count)) != count:
+        raise ShapeError(f"{builder.name}: axis {block} has {there} elements; {over} has {count} blocks of {size}; pass that")
+    builder.new_axis(block, count)
     builder.new_axis(element, size)
     return reindex(x, over, Index(((block, size), (element, 1))))
 

@@ -67,27 +67,13 @@ def _iota(b: Builder, index: Index) -> Value:
 def _read(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
     args, found = [], []
-    for dim, entry in enumerate(n.attr("index")):
+    for entry in n.attr("index"):
         new: Index | int = entry
         if entry.operands:  # which stand alone
             new = _visit(b, n.args[entry.alone], axis, by, done)
             new = b.nodes[new].attr("index") if b.nodes[new].op == "iota" else new
         elif axis in entry.axes:
             new = entry.put(axis, by) if isinstance(by, Index) else _affine(b, entry, axis, by).node
-        if isinstance(new, Index) and new != entry and not _inside(b, n.attr("tensor"), dim, new):
-            new = _iota(b, new).node
         args += [new] if isinstance(new, int) else []
         found.append(Index.of(len(args) - 1) if isinstance(new, int) else new)
     return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(found))), n.dtype).node
-
-
-def _inside(b: Builder, tensor: str, dim: int, index: Index) -> bool:
-    """Whether an index along axes stays within dimension `dim` of a tensor; else it is checked as ids are, and zero outside."""
-    whole = next(n for n in b.nodes if n.op == "read" and n.attr("tensor") == tensor).attr("index")[dim]
-    full = b.axis_size(whole.alone) if whole.alone else 1
-    sizes = [b.axis_size(a) for a in index.axes]
-    if full is None or None in sizes:
-        return index == whole
-    reach = [step * ((n or 0) - 1) for (_, step), n in zip(index.terms, sizes, strict=True)]
-    least, most = (index.start + sum(f(0, r) for r in reach) for f in (min, max))
-    return 0 in sizes or 0 <= least <= most < full

@@ -99,10 +99,8 @@ def _read(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     index, keep = [], np.ones((1,) * len(ev.order), bool)
     for dim, entry in enumerate(node.attr("index")):
         at = _index(ev, entry, args)
-        if entry.operands:
-            keep = keep & (at >= 0) & (at < array.shape[dim])
-            at = np.clip(at, 0, max(0, array.shape[dim] - 1))
-        index.append(at)
+        keep = keep & (at >= 0) & (at < array.shape[dim])
+        index.append(np.clip(at, 0, max(0, array.shape[dim] - 1)))
     shape = np.broadcast_shapes(keep.shape, *(i.shape for i in index))
     got = np.zeros(shape, array.dtype) if 0 in array.shape else np.broadcast_to(array[tuple(index)], shape)
     got = np.where(keep, got, np.zeros((), array.dtype))

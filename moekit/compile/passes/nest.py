@@ -77,7 +77,14 @@ class Nest(Writer):
         def block(term: str | int) -> t.Value:
             return scope.elements(term) if isinstance(term, str) else self.value(args[term], scope)
 
-        found = [instead[d] if d in instead else entry.each(block) for d, entry in enumerate(index)]
+        found = []
+        for d, entry in enumerate(index):
+            if d in instead:
+                found.append(instead[d])
+            elif entry.operands or self.graph.inside(tensor, d, entry):
+                found.append(entry.each(block))
+            else:
+                found.append(t.Index.of(self.along(entry, scope)))
         return t.Access(tensor, tuple(found))
 
     def const(self, node: int, n: Node, home: Scope) -> t.Value:
@@ -85,9 +92,15 @@ class Nest(Writer):
         value = n.attr("value")
         return home.const(value, n.dtype, name=KNOWN.get(value, "") if n.dtype == "int32" else "")
 
-    def along(self, node: int, n: Node, home: Scope) -> t.Value:
-        """An index along axes as a value."""
-        entry, terms = n.attr("index"), []
+    def along(self, entry: Index, scope: Scope) -> t.Value:
+        """An index along axes as a value, made once in its home."""
+        home = self.home(entry.axes, scope)
+        if entry not in home.made:
+            home.made[entry] = self._along(entry, home)
+        return home.made[entry]
+
+    def _along(self, entry: Index, home: Scope) -> t.Value:
+        terms = []
         for axis, step in entry.terms:
             value = home.elements(axis)
             terms.append(home.binary("mul", value, home.const(step)) if step != 1 else value)
@@ -168,7 +181,7 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "read": lambda low, node, n, home: low.read(node, home),
     "const": Nest.const,
     "pick": lambda low, node, n, home: low.value(n.args[0], home),
-    "iota": Nest.along,
+    "iota": lambda low, node, n, home: low.along(n.attr("index"), home),
     "extent": Nest.extent,
     "cumsum": Nest.scan,
     "top_k": Nest.top_k,

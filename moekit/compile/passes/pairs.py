@@ -42,7 +42,7 @@ def _twins(graph: Graph, a: int, b: int) -> Twins:
     nodes = graph.nodes
     (left,) = set(nodes[a].args) & set(nodes[b].args)
     right, other = (next(x for x in nodes[m].args if x != left) for m in (a, b))
-    dim = apart(nodes[right], nodes[other])
+    dim = apart(graph, nodes[right], nodes[other])
     if dim is None:
         raise ValueError(f"{graph.name}: products {a} and {b} are no pair")
     return Twins((a, b), left, right, dim, nodes[right].attr("index")[dim], nodes[other].attr("index")[dim])

@@ -101,12 +101,12 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
 
 @once
 def gathered(graph: Graph) -> dict[str, int | None]:
-    """Axes of tensors that are indexed by values, with their sizes: in no block, but needed for range checks."""
+    """Axes of tensors that are indexed by values, or past their ends, with their sizes: needed for range checks."""
     found = {}
     for node in (graph.nodes[i] for i in graph.live()):
         if node.op == "read":
-            tensor = graph.tensors[node.attr("tensor")]
-            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if e.operands}
+            name, index = node.attr("tensor"), node.attr("index")
+            found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
     for w in graph.writes:
         found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
     return {a: graph.axes[a] for a in found}
@@ -236,12 +236,12 @@ def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
             alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
             if alike and len(right & other) == 1:
                 one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
-                if (dim := apart(one, two)) is not None:
+                if (dim := apart(graph, one, two)) is not None:
                     found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axes[0]))
     return found
 
 
-def apart(one: Node, other: Node) -> int | None:
+def apart(graph: Graph, one: Node, other: Node) -> int | None:
     """The one dimension in which two reads of a tensor are along the same axis from different elements on."""
     if one.op != "read" or other.op != "read" or one.attr("tensor") != other.attr("tensor") or one.args != other.args:
         return None
@@ -250,4 +250,5 @@ def apart(one: Node, other: Node) -> int | None:
     if len(differ) != 1:
         return None
     i, j = pairs[differ[0]]
-    return differ[0] if i.terms == j.terms and len(i.axes) == len(i.terms) == 1 else None
+    inside = all(graph.inside(one.attr("tensor"), differ[0], x) for x in (i, j))
+    return differ[0] if inside and i.terms == j.terms and len(i.terms) == 1 else None

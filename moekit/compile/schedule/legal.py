@@ -297,5 +297,5 @@ def _along(graph: Graph, section: Section, node: int, axis: str, looped: set[str
         return None
     index = n.attr("index")
     along = [d for d, e in enumerate(index) if e.terms == Index.of(axis).terms]
-    free = all(not e.operands and not looped & {*e.axes} - {axis} for e in index)
+    free = all(graph.inside(n.attr("tensor"), d, e) and not looped & {*e.axes} - {axis} for d, e in enumerate(index))
     return along[0] if len(along) == 1 and free and (graph.axes[axis] or 0) % (section.block(axis) * parts) == 0 else None
