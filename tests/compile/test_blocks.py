@@ -73,6 +73,32 @@ def test_rows_have_the_same_bits_in_every_class():
     np.testing.assert_array_equal(many[:7], few)
 
 
+def chosen_reference(x, ids, weight, scale):
+    """Matrix by matrix."""
+    whole = weight.astype(np.float64) * np.repeat(scale, 128, axis=2)[:, :, : weight.shape[2]]
+    return {"out": np.stack([rows.astype(np.float64) @ whole[i].T for rows, i in zip(x, ids, strict=True)])}
+
+
+@fusion(chosen_reference, x=In("T J D"), ids=In("T", dtype="int32"), weight=In("E N D"), scale=In("E N B", dtype="float32"))
+def chosen(x, ids, weight, scale):
+    """Blocks of rows times a matrix each, which has a scale for every 128 columns of a row."""
+    parts, kept = ml.blocks(x, "D", 128, into="B I"), ml.gather(ml.blocks(weight, "D", 128, into="B I"), ids, over="E")
+    scales = ml.gather(scale, ids, over="E")
+    return {"out": ml.cast(ml.sum(ml.contract(parts, kept, over="I") * scales, over="B"), x.dtype)}
+
+
+@pytest.mark.parametrize("deep", [512, 500])
+def test_matrices_that_data_choose(deep):
+    """Row block by row block on the matrix unit, a block of the matrix a turn."""
+    values = operands(chosen, {"T": 3, "J": 16, "D": deep, "E": 4, "N": 40, "B": 4}, "bfloat16", "normal", 2)
+    values["ids"] = np.array([3, 0, 3], np.int32)
+    made = Call(chosen, values)
+    (launch,) = heuristic(made.graph).launches
+    assert (launch.sections[0].mode("B"), launch.sections[0].block("B"), launch.sections[0].block("I")) == ("loop", 1, 128)
+    assert any(isinstance(op, t.Dot) for op, _ in t.walk(good.planned(made.graph).programs[0].body))
+    check("interpret", made)
+
+
 def nested_reference(x, ids):
     """By reshaping a padded copy."""
     padded = np.zeros((len(x), 30), np.float64)

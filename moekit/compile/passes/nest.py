@@ -66,6 +66,10 @@ class Nest(Writer):
 
     def read(self, node: int, home: Scope, instead: Mapping[int, t.Index] = {}) -> t.Value:
         n = self.graph.nodes[node]
+        if n.op == "where":
+            inner, (condition, _, other) = self.read(n.args[1], home, instead), n.args
+            certain = self._certain(condition, home)
+            return inner if certain else home.where(self.value(condition, home), inner, self.value(other, home))
         at = self._access(n.attr("tensor"), n.attr("index"), n.args, home, instead)
         return home.emit(t.Load, self.graph.names.get(node) or at.tensor, at=at)
 

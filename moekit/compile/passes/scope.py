@@ -100,7 +100,7 @@ class Writer(ABC):
 
     @abstractmethod
     def read(self, node: int, home: Scope, instead: Mapping[int, t.Index] = {}) -> t.Value:
-        """The load that a read node says, some indices replaced."""
+        """The load that a read node says, some indices replaced; behind the choices around it."""
 
     def is_dot(self, node: int) -> bool:
         """Whether a node is a product for the matrix unit."""

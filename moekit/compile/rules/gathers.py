@@ -8,6 +8,7 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
@@ -58,6 +59,9 @@ def grouped(graph: Graph) -> Launch | None:
     columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
+    if outer := turns(graph, gemm):
+        whole = Whole(gemm.k, depth) if depth >= (uses[gemm.k].extent or depth + 1) else said[gemm.k]
+        said |= {gemm.k: whole, **{a: Loop(a, 1) for a in outer}}
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
     launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))

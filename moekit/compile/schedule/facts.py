@@ -193,8 +193,16 @@ def ragged(graph: Graph) -> frozenset[str]:
 
 def loaded(graph: Graph, node: int) -> Node:
     """What an operand is, behind a choice of whether there is any."""
+    return behind(graph, node)[0]
+
+
+def behind(graph: Graph, node: int) -> tuple[Node, tuple[tuple[int, int], ...]]:
+    """What an operand is behind choices, and these: each condition, with what there is where it does not hold."""
     n = graph.nodes[node]
-    return loaded(graph, n.args[1]) if n.op == "where" else n
+    if n.op != "where":
+        return n, ()
+    inner, choices = behind(graph, n.args[1])
+    return inner, ((n.args[0], n.args[2]), *choices)
 
 
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
@@ -226,7 +234,7 @@ def read(graph: Graph) -> frozenset[str]:
 def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
     """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
 
-    The two reads begin at different elements of one dimension, and are alike in all else.
+    The two reads begin at different elements of one dimension, and are alike in all else, choices around them too.
     """
     found: dict[str, tuple[int, int, str]] = {}
     products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
@@ -235,9 +243,11 @@ def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
             right, other = (set(graph.nodes[i].args) for i in (a, b))
             alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
             if alike and len(right & other) == 1:
-                one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
-                if (dim := apart(graph, one, two)) is not None:
-                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axes[0]))
+                (one, choices), (two, others) = (behind(graph, (x - (right & other)).pop()) for x in (right, other))
+                if choices == others and (dim := apart(graph, one, two)) is not None:
+                    (column,) = one.attr("index")[dim].axes
+                    if not any(column in graph.nodes[i].axes for choice in choices for i in choice):
+                        found.setdefault(one.attr("tensor"), (a, b, column))
     return found
 
 
