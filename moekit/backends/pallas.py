@@ -106,7 +106,10 @@ class PallasPrinter(Printer):
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, name = "    " * depth, f"{self.names[op.vars[0]]}_body"
         plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
-        lines = ["", f"{pad}def {name}({self.names[op.vars[0]] if plain else 'turn'}, carry):"]
+        number = self.names[op.vars[0]] if plain else "turn"
+        lines = ["", f"{pad}def {name}({number}, carry):"]
+        if isinstance(op.over[0], str) and not op.unroll and op.end is None and (plain or len(op.over) > 1):
+            lines.append(f"{pad}    {number} = jnp.int32({number})")  # which JAX counts in 64 bits where it has those
         lines += [] if plain else self.turn(op, depth + 1)
         lines += [f"{pad}    {self.listed(op.carries)} = carry"] if op.carries else []
         lines += [*self.body(op.body, depth + 1), f"{pad}    return {self.tuple(op.yields)}", ""]
@@ -122,7 +125,8 @@ class PallasPrinter(Printer):
         over = op.over[0]
         if op.end is not None and isinstance(over, str):
             block = self.program.axis(over).block
-            return self.word("div", f"{self.text(op.end, PLUS)} + {block - 1}", block) if block > 1 else self.text(op.end)
+            end = self.typed(op.end, PLUS)
+            return self.word("div", f"{end} + {block - 1}", block) if block > 1 else end
         if isinstance(over, str) and self.program.axis(over).length is None:
             return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))

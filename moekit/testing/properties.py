@@ -105,12 +105,7 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
-    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace.
-
-    Not asked of JAX for int64, which it narrows as it takes an array in, and the bytes that nobody may write with it.
-    """
-    if executor.name in JAX and "int64" in case.dtypes.values():
-        return []
+    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace."""
     mode = "in place" if any(n in case.shapes for n in case.names) else "out"
     case = replace(case, layouts={}, mode=mode, woven=True)
     return run_case(executor, case).problems
