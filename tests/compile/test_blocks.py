@@ -175,3 +175,17 @@ def test_scales_that_do_not_fit():
         good.graph_of(FUSION, shapes)
     with pytest.raises(ShapeError, match="scale has 2 rows; 40 rows of the weight need 1"):
         good.graph_of(FUSION, shapes | {"scale": (2, 3)})
+
+
+def test_many_rows_without_spills():
+    """The product, the sum and a part's sum are held at once; what lies side by side is loaded 16 bytes at a time."""
+    pytest.importorskip("triton")
+    from moekit.compile.plan import plan
+    from tests.backends.samples import SAMPLES, strided
+    from tests.backends.sm_90 import build
+
+    _, binding, made = SAMPLES["scaled_product"].bound()
+    rows = max(n for n in row_classes(made) if "warps:8" in str(heuristic(made, n)))
+    (program,) = plan(made, heuristic(made, rows), strided(made, dict(binding.sizes))).programs
+    built = build(program)
+    assert (built.spills, built.stack, built.serial, set(built.narrow)) == (0, 0, False, {"scale"})

@@ -138,7 +138,7 @@ class Writer(ABC):
         part = axis.endswith(PART)
         few = axis.removesuffix(PART) not in self.section.parts if part else not several and 1 < (block.length or 0) <= FEW
         yields = tuple(body(scope, carries))
-        unroll = end is None and few and not any(isinstance(op, t.Dot) for op in scope.ops)
+        unroll = end is None and few and not any(isinstance(op, t.Dot) for op, _ in t.walk(scope.ops))
         before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
         carries, begins, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))

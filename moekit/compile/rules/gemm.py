@@ -51,6 +51,7 @@ WIDE = 4  # bytes of float32, which the matrix unit does not take
 WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
 MANY_ROWS = 128
+HELD, MOST_WARPS = 1024, 8  # elements of a block for each warp, where three such blocks are held
 PAIRED_ROWS = 64  # from here on the matrix unit takes its left operand from shared memory
 MOST_LINES = 4  # of a weight that a lane asks for ahead: larger blocks are those of many rows, whose programs share a weight
 
@@ -208,8 +209,9 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
         rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
     elif columns == GEMM_COLUMNS[0]:
         columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
-    if outer and not wide:  # one element of the outer axis at a time, with all that is added up there
+    if outer and not wide:  # all of one element of the outer axis at a time; its product, the sum and a part's are held
         k_block, stages = pow2(depth), max(2, min(stages, stages * k_block // pow2(depth)))
+        warps = MOST_WARPS if rows * columns > HELD * warps else warps
     elif not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(g == gemm for g in gemms(graph).values())
