@@ -15,9 +15,7 @@ from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
 from moekit.lang.graph import Graph, Index, Tensor, Write
 from moekit.lang.indexing import Put
 from moekit.lang.spec import Dim, Spec
-from moekit.lang.trace import Builder, Value, as_value, tracing
-
-LONGEST = 2**31 - 2**20  # elements of an axis: kernels count in int32, to the end of the last block
+from moekit.lang.trace import LONGEST, Builder, Value, as_value, tracing
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,8 @@ def _adds(graph: Graph, node: int) -> bool:
 def turns(graph: Graph, gemm: GemmAxes) -> tuple[str, ...]:
     """The static axes along which a GEMM is one product after another, added up as they come: each in a scale of its own."""
     products = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
-    uses = axis_uses(graph)
-    return tuple(a for a, u in uses.items() if u.reduced and u.extent and all(a in n.axes for n in products))
+    found = (a for a, u in axis_uses(graph).items() if u.reduced and u.extent and a not in (gemm.m, gemm.n))
+    return tuple(a for a in found if all(a in n.axes for n in products))
 
 
 def _depth(graph: Graph, gemm: GemmAxes) -> tuple[str, int]:

@@ -195,7 +195,7 @@ EXECUTE = {
     t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
     t.Extent: lambda p, op: p.sizes[op.axis],
     t.Elements: _Program.elements,
-    t.Sides: lambda p, op: np.repeat([0, op.apart], p.program.axis(op.axis).block // 2),
+    t.Sides: lambda p, op: np.repeat(np.array([0, op.apart], np.int32), p.program.axis(op.axis).block // 2),
     t.InBounds: _Program.in_bounds,
     t.Load: _Program.load,
     t.Store: _Program.store,
