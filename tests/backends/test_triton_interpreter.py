@@ -32,11 +32,12 @@ SIZES = {
     "causal_conv1d_step": [dict(T=3, C=19, S=3), dict(T=1, C=4, S=4)],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],
+    "scaled_product": [dict(T=3, D=35, P=9, Pb=2, Db=5)],
 }
 LONG = {"attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)]}  # in parts by the rules, for which others take minutes
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {n: v for n, v in dict(k=10, experts=7, block=4).items() if n in fusion.params}
+    params = {n: v for n, v in dict(k=10, experts=7, block=8 if name == "scaled_product" else 4).items() if n in fusion.params}
     for sizes in SIZES[name] + LONG.get(name, []):
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)

@@ -45,4 +45,4 @@ def _side_by_side(program: t.TileProgram, load: t.Load) -> set[str]:
     layout = program.param(load.at.tensor).layout
     last = len(layout.base) - 1 if isinstance(layout, t.Viewed) else -1
     near = [a == last for a in layout.axes] if isinstance(layout, t.Viewed) else [s == "unit" for s in layout.strides]
-    return {a for i, unit in zip(load.at.index, near, strict=True) if unit and i.value is not None for a in i.value.axes}
+    return {a for i, unit in zip(load.at.index, near, strict=True) if unit for v in i.values for a in v.axes}

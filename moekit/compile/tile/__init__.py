@@ -8,7 +8,6 @@ from moekit.compile.tile.operations import (
     LINE,
     Access,
     Accumulate,
-    At,
     AtEnd,
     Barrier,
     Binary,
@@ -27,6 +26,7 @@ from moekit.compile.tile.operations import (
     Prefetch,
     Reduce,
     Scan,
+    Sides,
     Store,
     TopK,
     Unary,
@@ -38,12 +38,12 @@ from moekit.compile.tile.operations import (
 )
 from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Param, Strided, TileProgram, Viewed
 from moekit.compile.tile.walk import Draft, Numbers, rewrite, substitute, used, walk
+from moekit.lang.graph import Index
 
 __all__ = [
     "LINE",
     "Access",
     "Accumulate",
-    "At",
     "AtEnd",
     "AxisBlock",
     "Barrier",
@@ -57,6 +57,7 @@ __all__ = [
     "Extent",
     "Halves",
     "InBounds",
+    "Index",
     "Joined",
     "Kernel",
     "Load",
@@ -68,6 +69,7 @@ __all__ = [
     "Prefetch",
     "Reduce",
     "Scan",
+    "Sides",
     "Store",
     "Strided",
     "TileProgram",
