@@ -34,7 +34,9 @@ settings.load_profile(PROFILE)
 if PROFILE == "nightly":
     os.environ.setdefault("PYTEST_TIMEOUT", "0")  # a test runs until it is stopped, or has had its million examples
 
-FIRST = ("tests/regressions/", "tests/models/")  # what once failed, then the longest
+FIRST = (  # what once failed, then the longest
+    "tests/regressions/", "tests/models/", "tests/backends/test_triton_interpreter.py", "tests/torch/test_export.py",
+)  # fmt: skip
 _seconds: Counter[str] = Counter()
 _tests: Counter[str] = Counter()
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from moekit.backends.libraries import LIBRARIES, Library
 from moekit.errors import ShapeError, UnavailableError
-from moekit.lang.elementwise import ELEMENTWISE
-from moekit.lang.graph import Along, By, Graph, Node, Write
+from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
+from moekit.lang.graph import Graph, Index, Node, Write
 
 
 class _Evaluation:
@@ -47,46 +47,58 @@ class _Evaluation:
     def _written(self, w: Write):
         dims = self.graph.tensors[w.tensor].dims
         if w.ids:
-            return self._put(w, dims)
+            return self._put(w)
         axes = self.graph.ordered(d.axis for d in dims)
         full = self.lib.expand(self.aligned(w.value, axes), tuple(self.sizes[a] for a in axes))
         return self.lib.transpose(full, tuple(axes.index(d.axis) for d in dims))
 
-    def _put(self, w: Write, dims):
-        along = [i.axis for i in w.index if isinstance(i, Along)]
-        axes = self.graph.ordered({*along, *self.graph.nodes[w.ids[0]].axes})
-        index = tuple(self._index(e, d.axis, w.ids, axes) for e, d in zip(w.index, dims, strict=True))
+    def _put(self, w: Write):
+        axes = self.graph.ordered({a for i in w.index for a in i.axes} | {*self.graph.nodes[w.ids[0]].axes})
+        index = tuple(self.index(e, w.ids, axes) for e in w.index)
         shape = tuple(self.sizes[a] for a in axes)
         value = self.lib.expand(self.aligned(w.value, axes), shape)
         base = self.arrays[w.tensor]
         return self.lib.scatter(base, tuple(self.lib.expand(i, shape) for i in index), value)
 
-    def _index(self, entry, axis: str, args: tuple[int, ...], axes: tuple[str, ...]):
+    def index(self, entry: Index, args: tuple[int, ...], axes: tuple[str, ...]):
         """An index array over `axes` for one dimension of a tensor."""
-        if isinstance(entry, By):
-            return self.aligned(args[entry.operand], axes)
-        if entry.axis is None:
+        found: Any = None
+        for term, step in entry.terms:
+            at = self.along(term, axes) if isinstance(term, str) else self.aligned(args[term], axes)
+            at = at if step == 1 else at * step
+            found = at if found is None else found + at
+        if found is None:
             return self.lib.constant(entry.start, "int32", self.like)
-        return self.along(entry, axes)
+        return found + entry.start if entry.start else found
 
-    def along(self, entry: Along, axes: tuple[str, ...]):
-        """The elements of an index along an axis, aligned with `axes`."""
-        return self.iota(entry)[tuple(slice(None) if a == entry.axis else None for a in axes)]
+    def along(self, axis: str, axes: tuple[str, ...]):
+        """The elements of an axis, aligned with `axes`."""
+        return self.lib.arange(self.sizes[axis], self.like)[tuple(slice(None) if a == axis else None for a in axes)]
 
-    def iota(self, entry: Along):
-        return self.lib.arange(self.sizes[str(entry.axis)], self.like) * entry.step + entry.start
+    def part(self, entry: Index) -> tuple[Any, list[str]] | None:
+        """An index along axes of which each goes over whole turns of the next, as a slice and the axes it is taken apart in;
+        None where it is none such."""
+        if not entry.terms:
+            return entry.start, []
+        axes, steps = zip(*sorted(entry.terms, key=lambda term: -term[1]), strict=True)
+        sizes = [self.sizes[a] for a in axes]
+        if any(step != n * inner for step, n, inner in zip(steps, sizes[1:], steps[1:], strict=False)):
+            return None
+        last = entry.start + sum(step * (n - 1) for step, n in zip(steps, sizes, strict=True))
+        return (slice(entry.start, last + 1, steps[-1]) if 0 not in sizes else slice(0, 0)), [*axes]
 
 
 def _read(e: _Evaluation, _: int, n: Node):
-    tensor, index = e.graph.tensors[n.attr("tensor")], n.attr("index")
-    array, axes = e.arrays[tensor.name], [i.axis for i in index if isinstance(i, Along) and i.axis]
-    if any(isinstance(i, By) for i in index) or len(set(axes)) < len(axes):
+    array, index = e.arrays[n.attr("tensor")], n.attr("index")
+    inside = [i for d, i in enumerate(index) if e.graph.inside(n.attr("tensor"), d, i)]
+    parts, axes = [p for p in map(e.part, inside) if p is not None], [a for i in index for a in i.axes]
+    if len(parts) < len(index) or len(set(axes)) < len(axes):
         shape = tuple(e.sizes[a] for a in n.axes)
-        at = [e.lib.expand(e._index(i, d.axis, n.args, n.axes), shape) for i, d in zip(index, tensor.dims, strict=True)]
-        return e.lib.take(array, tuple(at))
-    part = tuple(i.start if i.axis is None else slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)
-                 if e.sizes[i.axis] else slice(0, 0) for i in index)  # fmt: skip
-    return e.lib.transpose(array[part], tuple(axes.index(a) for a in n.axes))
+        return e.lib.take(array, tuple(e.lib.expand(e.index(i, n.args, n.axes), shape) for i in index))
+    found, axes = array[tuple(at for at, _ in parts)], [a for _, own in parts for a in own]
+    if any(len(own) > 1 for _, own in parts):
+        found = found.reshape(tuple(e.sizes[a] for a in axes))
+    return e.lib.transpose(found, tuple(axes.index(a) for a in n.axes))
 
 
 def _elementwise(e: _Evaluation, _: int, n: Node):
@@ -94,10 +106,12 @@ def _elementwise(e: _Evaluation, _: int, n: Node):
     return function(*(e.aligned(a, n.axes) for a in n.args))
 
 
-def _reduce(e: _Evaluation, _: int, n: Node):
-    if n.attr("kind") != "sum" and e.sizes[n.attr("axis")] == 0:
-        axis, kind = n.attr("axis"), n.attr("kind")
-        raise ShapeError(f"{e.graph.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
+def _reduce(e: _Evaluation, i: int, n: Node):
+    axis, kind = n.attr("axis"), n.attr("kind")
+    if kind != "sum" and e.sizes[axis] == 0:
+        if i in e.graph.needy:
+            raise ShapeError(f"{e.graph.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
+        return e.lib.expand(e.lib.constant(IDENTITY[kind, n.dtype], n.dtype, e.like), tuple(e.sizes[a] for a in n.axes))
     return e.lib.reduce[n.attr("kind")](e.values[n.args[0]], e.graph.nodes[n.args[0]].axes.index(n.attr("axis")))
 
 
@@ -145,7 +159,7 @@ def _place(e: _Evaluation, _: int, n: Node):
     rest = [a for a in n.axes if a not in n.attr("over")]
     axes = e.graph.ordered({*gone, *rest})
     at = dict(zip(n.attr("over"), (e.aligned(x, axes) for x in n.args[1:]), strict=True))
-    at |= {a: e.along(Along(a), axes) for a in rest}
+    at |= {a: e.along(a, axes) for a in rest}
     shape = tuple(e.sizes[a] for a in axes)
     value = e.lib.expand(e.aligned(n.args[0], axes), shape)
     base = e.lib.expand(e.lib.constant(0, n.dtype, e.like), tuple(e.sizes[a] for a in n.axes))
@@ -159,7 +173,7 @@ def _pick(e: _Evaluation, _: int, n: Node):
     index = []
     shape = tuple(e.sizes[a] for a in n.axes)
     for a in have:
-        at = e.values[ids] if a == axis else e.along(Along(a), n.axes)
+        at = e.values[ids] if a == axis else e.along(a, n.axes)
         index.append(e.lib.expand(at, shape))
     return e.lib.take(e.values[x], tuple(index))
 
@@ -187,7 +201,7 @@ OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
     "pick": _pick,
     "place": _place,
     "bitcast": lambda e, i, n: e.lib.bitcast(e.values[n.args[0]], n.dtype),
-    "iota": lambda e, i, n: e.iota(n.attr("index")),
+    "iota": lambda e, i, n: e.index(n.attr("index"), (), n.axes),
     "const": lambda e, i, n: e.lib.constant(n.attr("value"), n.dtype, e.like),
     "extent": lambda e, i, n: e.lib.constant(e.sizes[n.attr("axis")], "int32", e.like),
     "cumsum": lambda e, i, n: e.lib.cumsum(e.values[n.args[0]], e.graph.nodes[n.args[0]].axes.index(n.attr("axis"))),

@@ -142,7 +142,10 @@ class PallasPrinter(Printer):
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, name = "    " * depth, f"{self.names[op.vars[0]]}_body"
         plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
-        lines = ["", f"{pad}def {name}({self.names[op.vars[0]] if plain else 'turn'}, carry):"]
+        number = self.names[op.vars[0]] if plain else "turn"
+        lines = ["", f"{pad}def {name}({number}, carry):"]
+        if isinstance(op.over[0], str) and not op.unroll and op.end is None and (plain or len(op.over) > 1):
+            lines.append(f"{pad}    {number} = jnp.int32({number})")  # which JAX counts in 64 bits where it has those
         lines += [] if plain else self.turn(op, depth + 1)
         lines += [f"{pad}    {self.listed(op.carries)} = carry"] if op.carries else []
         lines += [*self.body(op.body, depth + 1), f"{pad}    return {self.tuple(op.yields)}", ""]
@@ -158,7 +161,8 @@ class PallasPrinter(Printer):
         over = op.over[0]
         if op.end is not None and isinstance(over, str):
             block = self.program.axis(over).block
-            return self.word("div", f"{self.text(op.end, PLUS)} + {block - 1}", block) if block > 1 else self.text(op.end)
+            end = self.typed(op.end, PLUS)
+            return self.word("div", f"{end} + {block - 1}", block) if block > 1 else end
         if isinstance(over, str) and self.program.axis(over).length is None:
             return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))
@@ -207,7 +211,7 @@ class PallasPrinter(Printer):
     def chosen(self, at: t.Access) -> int | None:
         """The first dimension along which a masked block is stored at data, which may say the same of several lanes."""
         elements = {op.out for op, _ in t.walk(self.program.body) if isinstance(op, t.Elements)}
-        data = (d for d, i in enumerate(at.index) if i.value is not None and i.value.axes and i.value not in elements)
+        data = (d for d, i in enumerate(at.index) if any(v.axes and v not in elements for v in i.values))
         return next(data, None) if at.mask else None
 
     def const(self, op: t.Const) -> str | Text:
@@ -248,21 +252,20 @@ class PallasPrinter(Printer):
             texts[axis] = f"jnp.where({self.mask(at, axes)}, {texts[axis]}, {layout.base[axis]})"
         return ", ".join(texts[axis] for axis in range(len(layout.base))) or "..."
 
-    def element(self, tensor: str, index: t.At, axes: tuple[str, ...], start: int, step: int) -> str:
+    def element(self, tensor: str, index: t.Index, axes: tuple[str, ...], start: int, step: int) -> str:
         """One index of an access as one along its base's axis, of which it is every `step`-th element from `start` on."""
         if told := self.starts.get((tensor, index)):
             first = told + (f" * {step}" if step != 1 else "") + (f" + {start}" if start else "")
         else:
             first = str(index.start * step + start)
-        if index.value is None or self.text(index.value) == "0":
+        terms = []
+        for value, own in index.terms:
+            if (text := self.at(value, axes)) != "0":
+                text = self.fixed(text, axes) if value in self.literals else text
+                terms.append(f"{text} * {own * step}" if own * step != 1 else text)
+        if not terms:
             return self.fixed(first, axes)
-        text, factor = self.at(index.value, axes), index.step * step
-        text = self.fixed(text, axes) if index.value in self.literals else text
-        text = f"{text} * {factor}" if factor != 1 else text
-        text = f"{text} + {first}" if first != "0" else text
-        if index.side:
-            text += " + " + self.side(index.value, index.side * step, axes)
-        return text
+        return " + ".join([*terms, first] if first != "0" else terms)
 
     def fixed(self, at: str, axes: tuple[str, ...]) -> str:
         """A fixed index, traced: JAX 0.11's interpret mode refuses a literal beside a mask."""

@@ -30,7 +30,7 @@ SIGNS = {"neg": "-", "not": "~"}
 SILENT = (t.Load, t.Elements, t.InBounds, t.Const, t.Extent)  # what they are for is said where they are used
 LONGEST = 120  # characters of a line
 Text = tuple[str, int]  # and how tightly it binds
-Starts = Mapping[tuple[str, t.At], str]
+Starts = Mapping[tuple[str, t.Index], str]
 
 
 class Printer(ABC):
@@ -215,17 +215,16 @@ class Printer(ABC):
             return f"{first} + {lanes}", PLUS
         return lanes, TIMES if axis.of and "%" in self.words["rem"] else ATOM
 
-    def side(self, value: t.Value, more: int, axes: tuple[str, ...]) -> str:
-        """Nothing in the first half of an axis that is another one twice, `more` in the second, lined up with `axes`."""
-        block = self.program.block(value.axes)[0]
+    def sides(self, op: t.Sides) -> str:
+        """Nothing in the first half of an axis that is another one twice, a number in the second."""
+        block = self.program.axis(op.axis).block
         first = f"{self.word('lanes', block)} < {block // 2}"
-        text = self.word("where", first, *(self.word("element", n) for n in (0, more)))
-        return text if len(axes) == 1 else text + dimensions(value, axes)
+        return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
 
     def packets(self, op: t.Packet) -> str:
         """Arguments that say where packets are: by what way, and of which row, epoch and column."""
         axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
-        row, *others = (self.at(i.value, axes) if i.value is not None else "0" for i in op.at.index)
+        row, *others = (self.at(*i.values, axes) for i in op.at.index)
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
@@ -277,6 +276,7 @@ COMMON: dict[type, Callable[[Any, Any], str | Text]] = {
     t.Const: lambda p, op: p.const(op),
     t.Elements: lambda p, op: p.elements(op),
     t.Extent: lambda p, op: p.extent(op.axis),
+    t.Sides: lambda p, op: p.sides(op),
     t.InBounds: lambda p, op: p.in_bounds(op),
     t.Cast: lambda p, op: p.converted(op),
     t.Bitcast: lambda p, op: p.converted(op),

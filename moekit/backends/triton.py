@@ -207,10 +207,10 @@ class TritonPrinter(Printer):
         terms, single = [f"{at.tensor}_ptr"], {a.name for a in self.program.axes if a.extent == 1}
         wides = at.wide or (False,) * len(at.index)
         for axis, index, wide, kind in zip(param.axes, at.index, wides, param.strided.strides, strict=True):
-            if index.value is None and not index.start and (at.tensor, index) not in self.starts:
+            if not index.terms and not index.start and (at.tensor, index) not in self.starts:
                 continue
             text, level = self.index(at.tensor, index, axes, wide)
-            if index.value and index.value.axes and axis in single:
+            if axis in single and any(v.axes for v in index.values):
                 factor = "0"  # as neighbours in memory its masked lanes would decide how all is loaded: one by one
             else:
                 factor = "" if kind == "unit" else stride(at.tensor, axis or "")
@@ -218,23 +218,19 @@ class TritonPrinter(Printer):
             terms.append(f"{text} * {factor}" if factor else text)
         return " + ".join(terms)
 
-    def index(self, tensor: str, index: t.At, axes: tuple[str, ...], wide: bool) -> Text:
-        """One index of an access."""
-        start = self.starts.get((tensor, index), str(index.start))
-        if index.value is None:
+    def index(self, tensor: str, index: t.Index, axes: tuple[str, ...], wide: bool) -> Text:
+        """One index of an access: a sum, whose first term makes it one of 64 bits."""
+        start, terms = self.starts.get((tensor, index), str(index.start)), []
+        for value, step in index.terms:
+            text = self.at(value, axes)
+            if wide and not terms:
+                plain = value in self.inline or self.names.owner(value) in self.counted
+                text = f"tl.cast({text}, tl.int64)" if plain else f"{text}.to(tl.int64)"
+            terms.append(f"{text} * {step}" if step != 1 else text)
+        if not terms:
             return (f"tl.cast({start}, tl.int64)" if wide else start), ATOM
-        text = self.at(index.value, axes)
-        if wide:
-            plain = index.value in self.inline or self.names.owner(index.value) in self.counted
-            text = f"tl.cast({text}, tl.int64)" if plain else f"{text}.to(tl.int64)"
-        level = ATOM
-        if index.step != 1:
-            text, level = f"{text} * {index.step}", TIMES
-        if start != "0":
-            text, level = f"{text} + {start}", PLUS
-        if index.side:
-            text, level = f"{text} + {self.side(index.value, index.side, axes)}", PLUS
-        return text, level
+        terms += [start] if start != "0" else []
+        return " + ".join(terms), PLUS if len(terms) > 1 else TIMES if index.terms[0][1] != 1 else ATOM
 
 
 def _load(p: TritonPrinter, op: t.Load) -> str:

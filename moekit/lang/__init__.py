@@ -3,6 +3,7 @@
 from moekit.lang.dtypes import bfloat16, float16, float32, int8, int16, int32, int64, round_to
 from moekit.lang.fusion import Binding, Fusion, fusion
 from moekit.lang.graph import Graph
+from moekit.lang.indexing import blocks, concat, gather, halves, place, put, slice
 from moekit.lang.mesh import all_reduce
 from moekit.lang.ops import (
     abs,
@@ -10,15 +11,12 @@ from moekit.lang.ops import (
     argmin,
     bitcast,
     cast,
-    concat,
     contract,
     cos,
     cumsum,
     exp,
     extent,
     f32,
-    gather,
-    halves,
     iota,
     isnan,
     log,
@@ -27,14 +25,11 @@ from moekit.lang.ops import (
     mean,
     min,
     minimum,
-    place,
-    put,
     rsqrt,
     sigmoid,
     silu,
     sin,
     size,
-    slice,
     softmax,
     softmax_sum,
     softplus,
@@ -60,6 +55,7 @@ __all__ = [
     "argmin",
     "bfloat16",
     "bitcast",
+    "blocks",
     "cast",
     "concat",
     "contract",

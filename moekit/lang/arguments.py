@@ -53,8 +53,8 @@ def refuse_empty(graph: Graph, sizes: Mapping[str, int]) -> None:
     """Raise ShapeError for a maximum or minimum over an axis of no elements: there is no largest of nothing."""
     if 0 not in sizes.values():
         return
-    for node in (graph.nodes[i] for i in graph.live()):
-        if node.op == "reduce" and node.attr("kind") != "sum" and sizes.get(axis := node.attr("axis")) == 0:
+    for node in (graph.nodes[i] for i in sorted(graph.needy)):
+        if sizes.get(axis := node.attr("axis")) == 0:
             raise ShapeError(f"{graph.name}: {node.attr('kind')} over {axis} needs at least one element, got {axis} = 0")
 
 

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
-from moekit.lang.graph import Along, By, Graph, Tensor, Write
-from moekit.lang.ops import Put
+from moekit.lang.graph import Graph, Index, Tensor, Write
+from moekit.lang.indexing import Put
 from moekit.lang.spec import Dim, Spec
-from moekit.lang.trace import Builder, Value, as_value, tracing
-
-LONGEST = 2**31 - 2**20  # elements of an axis: kernels count in int32, to the end of the last block
+from moekit.lang.trace import LONGEST, Builder, Value, as_value, tracing
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,24 @@ class Fusion:
             names = inspect.signature(rule).parameters
             if lacking := [n for n in names if n not in known]:
                 raise DeclarationError(f"{self.name}: the size of {axis} follows from {lacking[0]}, no axis or parameter")
-            size = rule(**{n: known[n] for n in names})
+            size = self._ruled(axis, rule, {n: known[n] for n in names})
             if size is None or isinstance(size, bool | float) or size < 0:  # under torch.compile a symbol
                 raise ShapeError(f"{self.name}: axis {axis} would have {size!r} elements; sizes are 0 or more, and integers")
             known[axis] = found[axis] = size
         return found
+
+    def _ruled(self, axis: str, rule: Callable[..., int], given: Mapping[str, Any]) -> int:
+        """What the rule of an axis gives; a rule that fails is the declaration's fault, or the sizes'."""
+        try:
+            return rule(**given)
+        except MoekitError:
+            raise
+        except Exception as error:
+            sizes = ", ".join(f"{n} = {value}" for n, value in given.items()) or "nothing"
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ShapeError(
+                f"{self.name}: the rule for axis {axis} fails for {sizes} ({why}); pass sizes that it has a number for"
+            ) from error
 
     def _misfit(self, name: str, shape: tuple, sizes: dict[str, int]) -> str:
         wanted = ", ".join(f"{d.text} = {d.size(sizes)}" if d.terms else str(d.constant) for d in self._dims[name])
@@ -233,6 +245,8 @@ class Fusion:
             operands = {n: _read(builder, t) for n, t in tensors.items()}
             result = self.fn(**operands, **dict(params))
             results = result if isinstance(result, dict) else {"out": result}
+            if not results:
+                raise DeclarationError(f"{self.name}: it returns nothing; return a value, or values by name")
             writes = tuple(self._write(builder, tensors, name, value) for name, value in results.items())
         self._check_updates(tensors, writes, builder)
         return Graph(
@@ -256,8 +270,8 @@ class Fusion:
             raise DeclarationError(f"{self.name}: it returns {name!r}, which is declared In; declare it InOut")
         if out.dtype != t.dtype:
             raise DeclarationError(f"{self.name}: {name} is {t.dtype} but is given {out.dtype}; cast it")
-        index = tuple(By(0) if target.over == d.axis and target.over else Along(d.axis) for d in t.dims)
-        reach = {i.axis for i in index if isinstance(i, Along)} | set(target.ids.axes if target.ids is not None else ())
+        index = tuple(Index.of(0 if target.over == d.axis and target.over else d.axis) for d in t.dims)
+        reach = {a for i in index for a in i.axes} | set(target.ids.axes if target.ids is not None else ())
         if extra := set(out.axes) - reach:
             raise DeclarationError(f"{self.name}: {name} has axes {t.axes}, but its value also varies over {sorted(extra)}")
         for d in t.dims:
@@ -278,7 +292,7 @@ class Fusion:
             t, axis = tensors[name], tensors[name].dims[d].axis
             reasons = {
                 f"{axis} is dynamic": builder.axis_size(axis) is None,
-                "it is put there at ids": isinstance(written[name].index[d], By),
+                "it is put there at ids": bool(written[name].index[d].operands),
                 "it came with size 1": d in t.ones,
             }
             if why := next((why for why, holds in reasons.items() if holds), None):
@@ -289,7 +303,7 @@ class Fusion:
 
 
 def _read(builder: Builder, t: Tensor) -> Value:
-    index = tuple(Along(None, 0) if i in t.ones else Along(d.axis) for i, d in enumerate(t.dims))
+    index = tuple(Index() if i in t.ones else Index.of(d.axis) for i, d in enumerate(t.dims))
     return builder.add("read", (), (("tensor", t.name), ("index", index)), t.dtype)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from moekit.lang.elementwise import ELEMENTWISE
+from moekit.lang.dtypes import widened
+from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.spec import Dim
 
 UNARY = tuple(op for op, row in ELEMENTWISE.items() if row.arity == 1)
@@ -16,31 +18,61 @@ COMPARE = tuple(op for op, row in ELEMENTWISE.items() if row.domain == "compare"
 
 
 @dataclass(frozen=True)
-class Along:
-    """One index of a `read`: element `start + step * i` for every i of `axis` (axis None: the element `start`)."""
+class Index[T]:
+    """One index of a read, a write or an access of memory: `start + Σ step · term`; without terms the element `start`.
 
-    axis: str | None
+    In a Graph a term is the elements of an axis, by its name, or a value of integers, by the number of the operand that it is.
+    In a program (`compile/tile`) terms are blocks: the elements of an axis, or integers that are data.
+    """
+
+    terms: tuple[tuple[T, int], ...] = ()
     start: int = 0
-    step: int = 1
+
+    @classmethod
+    def of(cls, term: T, start: int = 0, step: int = 1) -> Index[T]:
+        """The index of one term."""
+        return cls(((term, step),), start)
+
+    @property
+    def values(self) -> tuple[T, ...]:
+        """The terms, without their steps."""
+        return tuple(value for value, _ in self.terms)
+
+    @property
+    def alone(self) -> T | None:
+        """The term that is all of the index; None where there are more, a step or a start."""
+        return self.terms[0][0] if len(self.terms) == 1 and self.terms[0][1] == 1 and not self.start else None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of an index in a Graph, the axes among its terms."""
+        return tuple(value for value in self.values if isinstance(value, str))
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Of an index in a Graph, the numbers of the operands among its terms."""
+        return tuple(value for value in self.values if isinstance(value, int))
+
+    def each[S](self, f: Callable[[T], S]) -> Index[S]:
+        """The index with other terms in place of its own."""
+        return Index(tuple((f(value), step) for value, step in self.terms), self.start)
+
+    def put(self, term: T, by: Index[T]) -> Index[T]:
+        """The index with `by` in the place of a term."""
+        found: dict[T, int] = {}
+        start = self.start
+        for value, step in self.terms:
+            inner = by if value == term else self.of(value)
+            start += step * inner.start
+            for each, own in inner.terms:
+                found[each] = found.get(each, 0) + step * own
+        return Index(tuple(found.items()), start)
 
     def __str__(self) -> str:
-        if self.axis is None:
-            return str(self.start)
-        scaled = self.axis if self.step == 1 else f"{self.step}*{self.axis}"
-        return f"{self.start}+{scaled}" if self.start else scaled
-
-
-@dataclass(frozen=True)
-class By:
-    """One index of a `read`: the integer value that is operand number `operand` of the node."""
-
-    operand: int
-
-    def __str__(self) -> str:
-        return f"[{self.operand}]"
-
-
-Index = Along | By
+        terms = [
+            f"{step}*" * (step != 1) + (f"[{value}]" if isinstance(value, int) else str(value)) for value, step in self.terms
+        ]
+        return "+".join([*([str(self.start)] if self.start or not terms else []), *terms])
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Write:
-    """An output: node `value` written to tensor `tensor` at `index` (one entry per dimension; `By` counts in `ids`).
+    """An output: node `value` written to tensor `tensor` at `index` (one per dimension; its operands are those in `ids`).
 
     `declared`: what the declaration calls the output, where this form of it writes to another tensor.
     """
@@ -129,18 +161,32 @@ class Graph:
     @cached_property
     def elsewhere(self) -> dict[str, frozenset[int]]:
         """The updated tensors that are also read at other elements than the one written, with the dimensions that differ."""
-        written = {w.tensor: [self._meaning(e, w.ids) for e in w.index] for w in self.writes}
+        written = {w.tensor: [_meaning(e, w.ids) for e in w.index] for w in self.writes}
         found: dict[str, frozenset[int]] = {}
         for n in (self.nodes[i] for i in self.live()):
             if n.op == "read" and (own := written.get(name := n.attr("tensor"))) is not None:
-                read = [self._meaning(e, n.args) for e in n.attr("index")]
+                read = [_meaning(e, n.args) for e in n.attr("index")]
                 differ = {d for d, pair in enumerate(zip(own, read, strict=True)) if pair[0] != pair[1]}
                 found |= {name: found.get(name, frozenset()) | differ} if differ else {}
         return found
 
-    @staticmethod
-    def _meaning(entry: Index, args: tuple[int, ...]) -> Along | int:
-        return entry if isinstance(entry, Along) else args[entry.operand]
+    def inside(self, tensor: str, dim: int, index: Index) -> bool:
+        """Whether an index along axes stays within dimension `dim` of a tensor; where not, zero is read past the ends."""
+        axis = self.tensors[tensor].axes[dim]
+        full, sizes = self.axes[axis] if axis else 1, [self.axes[a] for a in index.axes]
+        if index.operands or full is None or None in sizes:
+            return index == Index.of(axis)
+        reach = [step * ((n or 0) - 1) for (_, step), n in zip(index.terms, sizes, strict=True)]
+        least, most = (index.start + sum(f(0, r) for r in reach) for f in (min, max))
+        return 0 in sizes or 0 <= least <= most < full
+
+    @cached_property
+    def needy(self) -> frozenset[int]:
+        """The maxima and minima that need one element at least: not those that end, nor the largest score of a weighted sum."""
+        live = [(i, self.nodes[i]) for i in self.live()]
+        tops = {n.args[2] for _, n in live if n.op == "exp_sum"}
+        folds = [(i, n) for i, n in live if n.op == "reduce" and n.attr("kind") != "sum" and i not in tops]
+        return frozenset(i for i, n in folds if end_of(self.nodes, n.args[0], n.attr("axis"), n.attr("kind")) is None)
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -195,6 +241,32 @@ class Graph:
         attrs = ", ".join(f"{k}={_plain(v)}" for k, v in node.attrs)
         inner = "; ".join(part for part in (args, attrs) if part)
         return f"{self._label(i)} = {node.op}({inner}) : {node.dtype}[{', '.join(node.axes)}]"
+
+
+def _meaning(entry: Index, args: tuple[int, ...]) -> Index:
+    """An index whose operands are said by the numbers of nodes."""
+    return entry.each(lambda term: term if isinstance(term, str) else args[term])
+
+
+def below(nodes: Sequence[Node], node: int, axis: str) -> int | None:
+    """The int32 value that a condition says the elements of an axis are below; None where it says no such thing."""
+    if nodes[node].op != "lt":
+        return None
+    first, end = nodes[node].args
+    along = nodes[first].op == "iota" and nodes[first].attr("index") == Index.of(axis)
+    return end if along and axis not in nodes[end].axes and nodes[end].dtype == "int32" else None
+
+
+def end_of(nodes: Sequence[Node], node: int, axis: str, kind: str) -> int | None:
+    """The value of the element from which on a node is what a fold of a kind begins from; None where it is no such choice.
+
+    `where(iota(axis) < end, x, identity)` says so.
+    """
+    n = nodes[node]
+    other = nodes[n.args[2]] if n.op == "where" else None
+    if other is None or other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
+        return None
+    return below(nodes, n.args[0], axis)
 
 
 def _plain(value) -> str:

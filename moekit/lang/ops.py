@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import int_of_width, is_float, itemsize, promote, widened
+from moekit.lang.dtypes import ALL, int_of_width, is_float, itemsize, promote, widened
 from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
-from moekit.lang.graph import Along
-from moekit.lang.reindex import reindex
+from moekit.lang.graph import Index, end_of
 from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
+
+
+def _known(dtype: str) -> str:
+    """The name of a dtype of the language; DtypeError for any other."""
+    if dtype not in ALL:
+        raise DtypeError(f"{current().name}: {dtype!r} is no dtype of the language; it has {', '.join(ALL)}")
+    return dtype
+
+
+def traced(x, word: str) -> Value:
+    """What only a traced value can be given; DeclarationError for a Python number."""
+    if not isinstance(x, Value):
+        raise DeclarationError(f"{current().name}: {word} takes a traced value, got {x!r}; declare it as an operand, or f32 it")
+    return x
 
 
 def cast(x, dtype: str) -> Value:
     """`x` in `dtype`. Narrowing is a rounding point (to nearest, ties to even), and no compiler may drop it."""
-    return convert(as_value(x, dtype), dtype)
+    return convert(as_value(x, _known(dtype)), dtype)
 
 
 def f32(x) -> Value:
@@ -27,7 +38,7 @@ def f32(x) -> Value:
 
 def bitcast(x: Value, dtype: str) -> Value:
     """The bits of `x` read as a dtype of the same width."""
-    if itemsize(x.dtype) != itemsize(dtype):
+    if itemsize(traced(x, "bitcast").dtype) != itemsize(_known(dtype)):
         raise DtypeError(f"{x.builder.name}: bitcast from {x.dtype} to {dtype} changes the width")
     return x if x.dtype == dtype else x.builder.add("bitcast", (x.node,), (), dtype)
 
@@ -63,14 +74,14 @@ def where(condition: Value, a, b) -> Value:
     return a.builder.add("where", (condition.node, a.node, b.node), (), a.dtype)
 
 
-def _axes(over: str) -> list[str]:
+def names_of(over: str) -> list[str]:
     names = over.split()
     if not names:
         raise DeclarationError(f"{current().name}: over= names no axis")
     return names
 
 
-def _summable(x: Value) -> Value:
+def summable(x: Value) -> Value:
     """Bools and narrow integers in int32, wider ones as they are."""
     return convert(x, "int32") if x.dtype in ("bool", "int8", "int16") else x
 
@@ -83,7 +94,7 @@ def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
     """
     if upto is None:
         return x
-    if len(_axes(over)) != 1:
+    if len(names_of(over)) != 1:
         raise DeclarationError(
             f"{current().name}: upto= counts elements of one axis, but over={over!r} names several; fold one by one"
         )
@@ -102,11 +113,11 @@ def _reduce(kind: str, x, over: str, upto: Value | int | None = None) -> Value:
     if is_float(x.dtype):
         x = convert(x, "float32")
     else:
-        x = _summable(x)
+        x = summable(x)
     x = _first(x, over, upto, kind)
-    for axis in _axes(over):
+    for axis in names_of(over):
         size = builder.axis_size(axis)
-        if kind != "sum" and size == 0:
+        if kind != "sum" and size == 0 and end_of(builder.nodes, x.node, axis, kind) is None:
             raise ShapeError(f"{builder.name}: {kind} over {axis} needs at least one element, got {axis} = 0")
         if axis in x.axes:
             x = builder.add("reduce", (x.node,), (("kind", kind), ("axis", axis)), x.dtype)
@@ -132,7 +143,7 @@ def min(x, over: str, upto: Value | int | None = None) -> Value:
 
 def mean(x, over: str) -> Value:
     """Arithmetic mean over the named axes, in float32."""
-    builder, axes = current(), _axes(over)
+    builder, axes = current(), names_of(over)
     known = prod(n for a in axes if (n := builder.axis_size(a)) is not None)
     counts = [extent(a) for a in axes if builder.axis_size(a) is None]
     counts += [constant(known, "int32" if known < 2**31 else "int64")] if known != 1 or not counts else []
@@ -145,8 +156,8 @@ def mean(x, over: str) -> Value:
 def cumsum(x, over: str) -> Value:
     """Running sum along the named axes, the last one's elements following each other; inclusive, in float32 for floats."""
     x = as_value(x, "float32")
-    x = convert(x, "float32") if is_float(x.dtype) else _summable(x)
-    *outer, axis = _axes(over)
+    x = convert(x, "float32") if is_float(x.dtype) else summable(x)
+    *outer, axis = names_of(over)
     if axis not in x.axes:
         raise DeclarationError(f"{x.builder.name}: cumsum over {axis!r}, but the value varies over {x.axes}")
     running = x.builder.add("cumsum", (x.node,), (("axis", axis),), x.dtype)
@@ -166,7 +177,7 @@ def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> 
         raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
     if a.dtype != b.dtype:
         a, b = convert(a, "float32"), convert(b, "float32")
-    *rest, axis = _axes(over)
+    *rest, axis = names_of(over)
     for name in (*rest, axis):
         if name not in a.axes or name not in b.axes:
             raise DeclarationError(f"{a.builder.name}: contract over {name!r} needs it in both operands, got {a} and {b}")
@@ -186,7 +197,7 @@ def softmax_sum(scores: Value, values: Value, over: str, upto: Value | int | Non
         if not is_float(x.dtype) or over not in x.axes:
             raise DeclarationError(f"{x.builder.name}: softmax_sum over {over!r} needs floats that vary over it, got {x}")
     scores, values = _first(f32(scores), over, upto, "max"), _first(values, over, upto, "sum")
-    top = max(scores, over)
+    top = scores.builder.add("reduce", (scores.node,), (("kind", "max"), ("axis", over)), "float32")
 
     def weighed(x: Value) -> Value:
         """Σ exp(score - top)·x; compilers make it and `top` in one go."""
@@ -203,7 +214,7 @@ def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
 
     Numbers come before NaN; equal values (-0 equals +0) go by lower index; ids are unique and in range for any input.
     """
-    builder = x.builder
+    builder = traced(x, "top_k").builder
     size = builder.axis_size(over)
     if not is_float(x.dtype):
         raise DtypeError(f"{builder.name}: top_k ranks floats, got {x.dtype}; cast first")
@@ -226,7 +237,7 @@ def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
 def iota(axis: str) -> Value:
     """0, 1, 2, … along `axis`, int32."""
     current().axis_size(axis)
-    return current().add("iota", (), (("index", Along(axis)),), "int32")
+    return current().add("iota", (), (("index", Index.of(axis)),), "int32")
 
 
 def size(axis: str) -> int:
@@ -241,114 +252,6 @@ def extent(axis: str) -> Value:
     """The size of an axis as an int32 value: a constant, or a run-time argument if the axis is dynamic."""
     n = current().axis_size(axis)
     return constant(n, "int32") if n is not None else current().add("extent", (), (("axis", axis),), "int32")
-
-
-def slice(x: Value, over: str, start: int, size: int, into: str, step: int = 1) -> Value:
-    """Elements start, start+step, … (`size` of them) of axis `over`, along the new axis `into`."""
-    builder = x.builder
-    full = builder.axis_size(over)
-    if full is None:
-        raise DeclarationError(f"{builder.name}: slice of the dynamic axis {over!r} could leave it; use gather (zero outside)")
-    if step < 1 or size < 0:
-        raise ShapeError(f"{builder.name}: slice takes step >= 1 and size >= 0, got {step} and {size}; gather goes backwards")
-    last = start + step * (size - 1)
-    if size > 0 and not (0 <= start < full and 0 <= last < full):
-        raise ShapeError(f"{builder.name}: slice {start}:{last + 1}:{step} leaves axis {over} of size {full}")
-    builder.new_axis(into, size)
-    return reindex(x, over, Along(into, start, step))
-
-
-def halves(x: Value, into: str) -> tuple[Value, Value]:
-    """The two halves of an axis `2*I`, each along `I`: for `In("T 2*I")`, `gate, up = halves(x, "I")`."""
-    over = f"2*{into}"
-    if over not in x.axes:
-        raise DeclarationError(f"{x.builder.name}: halves into {into!r} needs an axis {over!r}, the value has {x.axes}")
-    n = size(over) // 2
-    return slice(x, over, 0, n, into), slice(x, over, n, n, into)
-
-
-def concat(*values: Value | float, over: str, into: str) -> Value:
-    """Values one after the other along axis `into`: along `over`, one axis for all or one for each (`over="R R P"`).
-
-    "1" in the place of an axis: the value is one element. Values that do not vary along their axis are repeated along it.
-    An element of the result is chosen among all the values at its place, so these should be cheap; nothing is stored.
-    """
-    builder, axes = current(), _axes(over)
-    axes = axes * len(values) if len(axes) == 1 else axes
-    if not values or len(axes) != len(values):
-        raise DeclarationError(
-            f"{builder.name}: concat of {len(values)} values over {over!r}; name one axis for all or one for each"
-        )
-    counts = [1 if axis == "1" else builder.axis_size(axis) for axis in axes]
-    for x, axis, n in zip(values, axes, counts, strict=True):
-        if n is None:
-            raise DeclarationError(
-                f"{builder.name}: concat over the dynamic axis {axis!r}: where the next value begins must be static"
-            )
-        if axis != into and isinstance(x, Value) and into in x.axes:
-            raise DeclarationError(f"{builder.name}: concat into {into!r}, which the value along {axis!r} varies over already")
-    ends = list(accumulate(n or 0 for n in counts))
-    builder.new_axis(into, ends[-1])
-    parts = [
-        reindex(as_value(x, "float32"), axis, Along(into, -begin))
-        for x, axis, begin in zip(values, axes, [0, *ends], strict=False)
-    ]
-    found = parts[-1]
-    for part, end in zip(parts[-2::-1], ends[-2::-1], strict=True):
-        found = where(iota(into) < end, part, found)
-    return found
-
-
-def gather(table: Value, ids: Value, over: str) -> Value:
-    """`table` at index `ids` of axis `over`; the result varies over the rest of `table` and over `ids`.
-
-    An id outside the axis reads zero from the tensor, and never memory that is not the tensor's.
-    """
-    table, ids = as_value(table, "float32"), as_value(ids, "int32")
-    if is_float(ids.dtype) or ids.dtype == "bool":
-        raise DtypeError(f"{table.builder.name}: gather needs integer ids, got {ids.dtype}")
-    table.builder.axis_size(over)
-    return reindex(table, over, _summable(ids))
-
-
-@dataclass(frozen=True)
-class Put:
-    """An output written at `ids` of axis `over` of its InOut tensor; see `put`."""
-
-    value: Value
-    ids: Value | None
-    over: str
-
-
-def put(value: Value, ids: Value, over: str) -> Put:
-    """Return this for an InOut tensor to write `value` at rows `ids` of axis `over`.
-
-    Ids must be unique (a precondition); one outside the axis writes nothing.
-    """
-    if not isinstance(ids, Value) or is_float(ids.dtype) or ids.dtype == "bool":
-        raise DtypeError(f"{current().name}: put needs integer ids, got {ids!r}")
-    return Put(value, _summable(ids), over)
-
-
-def place(value: Value, **at: Value) -> Value:
-    """`value` at other places: what it is where `at` says, `place(rows, T=pairs // K, K=pairs % K)`.
-
-    The result varies over the axes named in `at`, in place of those that the indices vary over. An index outside its axis
-    places nothing, and no two may be the same (a precondition). What nothing is placed at is no particular number: keep it out
-    by `where`. A launch of its own does it.
-    """
-    value, at = as_value(value, "float32"), {axis: as_value(index, "int32") for axis, index in at.items()}
-    builder, gone = value.builder, {a for index in at.values() for a in index.axes}
-    if not at:
-        raise DeclarationError(f"{builder.name}: place names no axis; give each with its index, as in place(x, B=index)")
-    for axis, index in at.items():
-        builder.axis_size(axis)
-        if is_float(index.dtype) or index.dtype == "bool":
-            raise DtypeError(f"{builder.name}: place needs integer indices, got {index.dtype} for {axis}")
-        if axis in value.axes and axis not in gone:
-            raise DeclarationError(f"{builder.name}: place along {axis!r}, which the value varies over; give it another name")
-    indices = [_summable(index).node for index in at.values()]
-    return builder.add("place", (value.node, *indices), (("over", tuple(at)),), value.dtype)
 
 
 def silu(x) -> Value:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from moekit.errors import DeclarationError
-from moekit.lang.graph import Along, By
+from moekit.lang.graph import Index
 from moekit.lang.trace import Builder, Value, constant
 
 
-def reindex(x: Value, axis: str, by: Along | Value) -> Value:
-    """`x` with index i of `axis` replaced by `by`: an affine index along another axis, or an integer value.
+def reindex(x: Value, axis: str, by: Index | Value) -> Value:
+    """`x` with index i of `axis` replaced by `by`: an index along other axes, or an integer value.
 
     Element-wise values, and reductions over other axes, are recomputed at the new index, so nothing is copied.
     """
@@ -16,7 +16,7 @@ def reindex(x: Value, axis: str, by: Along | Value) -> Value:
     return Value(x.builder, _visit(x.builder, x.node, axis, by, done))
 
 
-def _visit(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+def _visit(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
     if axis not in n.axes:
         return node
@@ -25,9 +25,9 @@ def _visit(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, 
     return done[node]
 
 
-def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+def _replace(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
-    new_axes = (by.axis,) if isinstance(by, Along) else by.axes
+    new_axes = by.axes
     inner = {str(value) for name, value in n.attrs if name in ("axis", "into")}
     if n.op in ("cumsum", "top_k", "pick") and axis in inner:
         raise DeclarationError(
@@ -46,45 +46,34 @@ def _replace(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int
     if n.op == "read":
         return _read(b, node, axis, by, done)
     if n.op == "iota":
-        return _affine(b, n.attr("index"), by).node
+        return _affine(b, n.attr("index"), axis, by).node
     return b.add(n.op, [_visit(b, a, axis, by, done) for a in n.args], n.attrs, n.dtype).node
 
 
-def _affine(b: Builder, index: Along, by: Along | Value) -> Value:
-    """The value start + step·(what replaces the axis)."""
-    if isinstance(by, Along):
-        return b.add("iota", (), (("index", _along(index, by)),), "int32")
-    value = by
-    if index.step != 1:
-        value = value * constant(index.step, by.dtype)
+def _affine(b: Builder, index: Index, axis: str, by: Index | Value) -> Value:
+    """The value of an index with `by` in the place of an axis."""
+    if isinstance(by, Index):
+        return _iota(b, index.put(axis, by))
+    step, rest = dict(index.terms)[axis], Index(tuple(term for term in index.terms if term[0] != axis))
+    value = by * constant(step, by.dtype) if step != 1 else by
+    value = value + _iota(b, rest) if rest.terms else value
     return value + constant(index.start, by.dtype) if index.start else value
 
 
-def _read(b: Builder, node: int, axis: str, by: Along | Value, done: dict[int, int]) -> int:
+def _iota(b: Builder, index: Index) -> Value:
+    return b.add("iota", (), (("index", index),), "int32")
+
+
+def _read(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
-    args, index = [], []
-    for dim, entry in enumerate(n.attr("index")):
-        new: Along | int = entry if isinstance(entry, Along) else _visit(b, n.args[entry.operand], axis, by, done)
-        if isinstance(new, int) and b.nodes[new].op == "iota":
-            new = b.nodes[new].attr("index")
-        elif isinstance(new, Along) and new.axis == axis:
-            new = _along(new, by) if isinstance(by, Along) else _affine(b, new, by).node
-        if isinstance(new, Along) and new != entry and not _inside(b, n.attr("tensor"), dim, new):
-            new = b.add("iota", (), (("index", new),), "int32").node
+    args, found = [], []
+    for entry in n.attr("index"):
+        new: Index | int = entry
+        if entry.operands:  # which stand alone
+            new = _visit(b, n.args[entry.alone], axis, by, done)
+            new = b.nodes[new].attr("index") if b.nodes[new].op == "iota" else new
+        elif axis in entry.axes:
+            new = entry.put(axis, by) if isinstance(by, Index) else _affine(b, entry, axis, by).node
         args += [new] if isinstance(new, int) else []
-        index.append(By(len(args) - 1) if isinstance(new, int) else new)
-    return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(index))), n.dtype).node
-
-
-def _inside(b: Builder, tensor: str, dim: int, index: Along) -> bool:
-    """Whether an affine index stays within dimension `dim` of a tensor; else it is checked as ids are, and zero outside."""
-    whole = next(n for n in b.nodes if n.op == "read" and n.attr("tensor") == tensor).attr("index")[dim]
-    full, size = (b.axis_size(i.axis) if i.axis else 1 for i in (whole, index))
-    if full is None or size is None:
-        return index == whole
-    return size == 0 or 0 <= index.start <= index.start + index.step * (size - 1) < full
-
-
-def _along(index: Along, by: Along) -> Along:
-    """An index along an axis of which `by` takes the place."""
-    return Along(by.axis, index.start + index.step * by.start, index.step * by.step)
+        found.append(Index.of(len(args) - 1) if isinstance(new, int) else new)
+    return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(found))), n.dtype).node

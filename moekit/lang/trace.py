@@ -11,10 +11,12 @@ from functools import reduce
 from math import copysign
 from types import MappingProxyType
 
-from moekit.errors import DeclarationError, DtypeError
+from moekit.errors import DeclarationError, DtypeError, ShapeError
 from moekit.lang import graph as g
 from moekit.lang.dtypes import INTS, is_float, itemsize, promote, widened
 from moekit.lang.elementwise import ELEMENTWISE, REFUSED, fold
+
+LONGEST = 2**31 - 2**20  # elements of an axis: kernels count in int32, to the end of the last block
 
 _builder: contextvars.ContextVar[Builder | None] = contextvars.ContextVar("moekit_builder", default=None)
 
@@ -106,7 +108,7 @@ class Builder:
     def _varies(self, op: str, args: Sequence[int], attrs: dict) -> set[str]:
         """The axes of a node: its operands' and its indices', but for one that is reduced, and the one in its place."""
         index = attrs.get("index", ())
-        found = {i.axis for i in (index if op == "read" else [index] if index else []) if isinstance(i, g.Along) and i.axis}
+        found = {a for i in ((index,) if isinstance(index, g.Index) else index) for a in i.axes}
         found |= {a for x in args for a in self.nodes[x].axes}
         reduced = {attrs.get("axis")} if op != "cumsum" else set()
         if op == "place":
@@ -115,6 +117,8 @@ class Builder:
 
     def new_axis(self, axis: str, size: int | None) -> None:
         """Declare an axis the operands do not have (`into=`)."""
+        if size is not None and size > LONGEST:
+            raise ShapeError(f"{self.name}: axis {axis} would have {size} elements; kernels count to {LONGEST}")
         if axis in self.sizes and self.sizes[axis] != size:
             raise DeclarationError(
                 f"{self.name}: axis {axis!r} is {self.sizes[axis]} already and cannot also be {size}; choose another name"

@@ -24,7 +24,7 @@ from dataclasses import replace
 import numpy as np
 
 from moekit.lang.fusion import Fusion
-from moekit.lang.graph import Along, Graph, Node, Write
+from moekit.lang.graph import Graph, Node, Write
 from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation, placed
 
 
@@ -75,12 +75,12 @@ class _Evaluation(Evaluation):
         bound, tensor = self.unrounded[w.value], self.graph.tensors[w.tensor]
         shape = tuple(self.sizes[d.axis] for d in tensor.dims)
         if not w.ids:
-            return bound.each(lambda x: self._spread(x, [i.axis for i in w.index if isinstance(i, Along)], shape))
-        return self._put(bound, w, next(i for i, e in enumerate(w.index) if not isinstance(e, Along)), shape)
+            return bound.each(lambda x: self._spread(x, [a for i in w.index for a in i.axes], shape))
+        return self._put(bound, w, next(i for i, e in enumerate(w.index) if e.operands), shape)
 
     def _put(self, bound: Bound, w: Write, dim: int, shape: tuple[int, ...]) -> Bound:
         """The operand's own values, with rows `ids` replaced; ids out of range write nothing."""
-        names = [i.axis for i in w.index if isinstance(i, Along) and i.axis is not None]
+        names = [a for i in w.index for a in i.axes]
         full = (*self.graph.nodes[w.ids[0]].axes, *names)
         inner = tuple(self.sizes[a] for a in full)
         ids = self._spread(self.nodes[w.ids[0]].value, full, inner).astype(np.int64)

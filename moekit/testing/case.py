@@ -17,7 +17,7 @@ from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError, UnavailableError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import By, Graph
+from moekit.lang.graph import Graph
 from moekit.testing.layouts import READ_ONLY, Layout, lay
 from moekit.testing.values import make, shapes_of
 
@@ -229,7 +229,7 @@ class FuzzCase:
     def problem(self) -> str | None:
         """Why the case is no call at all, None if it is one."""
         try:
-            nodes = [n for n in self.graph.nodes if n.op == "reduce" and n.attr("kind") != "sum"]
+            nodes = [self.graph.nodes[i] for i in sorted(self.graph.needy)]
         except (MoekitError, TypeError) as error:
             return str(error)
         empty = [n.attr("axis") for n in nodes if self.extents[n.attr("axis")] == 0]
@@ -278,5 +278,5 @@ def unique_ids(graph: Graph) -> dict[str, str]:
                 node = graph.nodes[node.args[0]]
             if node.op == "read":
                 dims = zip(graph.tensors[w.tensor].dims, w.index, strict=True)
-                found[node.attr("tensor")] = next(d.axis for d, e in dims if isinstance(e, By))
+                found[node.attr("tensor")] = next(d.axis for d, e in dims if e.operands)
     return found

@@ -5,6 +5,7 @@ One function is compiled for all cases that differ in values alone; outputs come
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,6 +76,10 @@ class Jax(Executor):
 
     def call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the case through a function compiled for it."""
+        with widths(case):
+            self._call(case, tensors)
+
+    def _call(self, case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> None:
         bases, text = arrays(case, tensors), (case.declaration, key(case))
         if text not in self.functions:
             if len(self.functions) == PROGRAMS:
@@ -90,6 +95,11 @@ class Jax(Executor):
                 mine[...] = np.where((mine != mine) & (after != after), mine, after)  # XLA may give a NaN other bits
                 elements[...] = _elements(case, target, after)
         launches[self.name] += kernels if self.name == "pallas" else 1
+
+
+def widths(case: FuzzCase) -> contextlib.AbstractContextManager:
+    """Where JAX has the int64 that is among a case's operands: it would narrow numbers past 2³¹, and say nothing."""
+    return jax.enable_x64(True) if "int64" in case.dtypes.values() else contextlib.nullcontext()
 
 
 def arrays(case: FuzzCase, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

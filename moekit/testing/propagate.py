@@ -15,7 +15,8 @@ import numpy as np
 
 from moekit.lang import graph as g
 from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
-from moekit.lang.graph import COMPARE, Along, Graph, Node
+from moekit.lang.elementwise import IDENTITY
+from moekit.lang.graph import COMPARE, Graph, Index, Node
 from moekit.testing.constants import DEFAULT
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
@@ -97,14 +98,9 @@ def _read(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     array = ev.inputs[node.attr("tensor")]
     index, keep = [], np.ones((1,) * len(ev.order), bool)
     for dim, entry in enumerate(node.attr("index")):
-        if isinstance(entry, Along):
-            steps = np.arange(ev.sizes[entry.axis]) if entry.axis else np.zeros(1, np.int64)
-            at = ev.along(entry.start + entry.step * steps, entry.axis)
-        else:
-            at = args[entry.operand].value.astype(np.int64)
-            keep = keep & (at >= 0) & (at < array.shape[dim])
-            at = np.clip(at, 0, max(0, array.shape[dim] - 1))
-        index.append(at)
+        at = _index(ev, entry, args)
+        keep = keep & (at >= 0) & (at < array.shape[dim])
+        index.append(np.clip(at, 0, max(0, array.shape[dim] - 1)))
     shape = np.broadcast_shapes(keep.shape, *(i.shape for i in index))
     got = np.zeros(shape, array.dtype) if 0 in array.shape else np.broadcast_to(array[tuple(index)], shape)
     got = np.where(keep, got, np.zeros((), array.dtype))
@@ -115,9 +111,17 @@ def _read(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     return Bound(got, zero, np.where(np.abs(got) < TINY, np.abs(got), 0.0), got)
 
 
+def _index(ev: Evaluation, index: Index, args: list[Bound]) -> np.ndarray:
+    """The elements that an index says."""
+    found = np.full((1,) * len(ev.order), index.start, np.int64)
+    for term, step in index.terms:
+        along = isinstance(term, str)
+        found = found + step * (ev.along(np.arange(ev.sizes[term]), term) if along else args[term].value.astype(np.int64))
+    return found
+
+
 def _iota(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
-    index = node.attr("index")
-    return _integer(ev.along(index.start + index.step * np.arange(ev.sizes[index.axis], dtype=np.int32), index.axis))
+    return _integer(_index(ev, node.attr("index"), args).astype(np.int32))
 
 
 def _extent(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
@@ -265,7 +269,8 @@ def _where(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
 
 def _reduce(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     (x,), axis, n = args, ev.order[node.attr("axis")], ev.sizes[node.attr("axis")]
-    over = functools.partial({"sum": np.sum, "max": np.max, "min": np.min}[node.attr("kind")], axis=axis, keepdims=True)
+    more = {"initial": IDENTITY[node.attr("kind"), node.dtype]} if n == 0 else {}  # of no elements
+    over = functools.partial({"sum": np.sum, "max": np.max, "min": np.min}[node.attr("kind")], axis=axis, keepdims=True, **more)
     if is_float(node.dtype) and node.attr("kind") == "sum":
         total = functools.partial(np.sum, axis=axis, keepdims=True)
         noise = total(x.noise) + _added(n, total(np.abs(x.value)), total(x.value))

@@ -14,7 +14,7 @@ import numpy as np
 from moekit.compile.schedule.facts import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
-from moekit.lang.graph import Along, Graph
+from moekit.lang.graph import Graph
 from moekit.testing.batch import run_alone, run_case
 from moekit.testing.case import FuzzCase, read_ids, unique_ids
 from moekit.testing.exchange import ranks_add_up
@@ -106,12 +106,7 @@ def in_place_is_out_of_place(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def neighbours_are_apart(executor: Executor, case: FuzzCase) -> list[str]:
-    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace.
-
-    Not asked of JAX for int64, which it narrows as it takes an array in, and the bytes that nobody may write with it.
-    """
-    if executor.name in JAX and "int64" in case.dtypes.values():
-        return []
+    """Tensors that take turns in one array, element by element, overlap nowhere: they are accepted and left in peace."""
     mode = "in place" if any(n in case.shapes for n in case.names) else "out"
     case = replace(case, layouts={}, mode=mode, woven=True)
     return run_case(executor, case).problems
@@ -236,7 +231,7 @@ def token_axis(case: FuzzCase) -> str | None:
     if any(w.ids for w in graph.writes) or any(n.op == "extent" for n in graph.nodes):
         return None
     free = [a for a in free if a not in gathered(graph)]
-    indexed = {n.attr("index").axis for n in graph.nodes if n.op == "iota" and isinstance(n.attr("index"), Along)}
+    indexed = {a for n in graph.nodes if n.op == "iota" for a in n.attr("index").axes}
     return next((a for a in free if a not in indexed), None)
 
 

@@ -203,6 +203,14 @@ def _slice(b: _Body) -> Value:
     return (ml.sum if b.rng.integers(2) else ml.max)(part, over=into)
 
 
+def _blocks(b: _Body) -> Value:
+    """What there is in each block, the last of which may reach past the end, each weighed by its place."""
+    x, block, element = b.pick(), f"B{len(b.values)}", f"E{len(b.values)}"
+    parts = ml.blocks(x, b.axis(x), b.any((2, 3, 4)), into=f"{block} {element}")
+    each = (ml.sum if b.rng.integers(2) else ml.max)(parts, over=element)
+    return ml.sum(each * ml.f32(ml.iota(block) % 3 + 1), over=block)
+
+
 def _concat(b: _Body) -> Value:
     """A sum over values one after the other, each element weighed by its place."""
     x, y, into = b.pick(), b.pick(), f"C{len(b.values)}"
@@ -225,4 +233,4 @@ def _top(b: _Body) -> Value:
 STEPS: tuple[Step, ...] = (
     _unary, _unary, _binary, _binary, _binary, _reduce, _reduce, _contract, _cumsum, _cast, _where, _softmax, _gather,
 )  # fmt: skip
-MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _wave, _slice, _slice, _concat, _top)
+MORE: tuple[Step, ...] = (_residual, _residual, _chosen, _wave, _slice, _slice, _concat, _top, _blocks)

@@ -128,6 +128,7 @@ SAMPLES = {
         {"q": (4, 16, 256), "k": (4, 2, 256), "q_weight": (256,), "k_weight": (256,), "positions": (4,), "frequencies": (32,)},
         f32=("frequencies",),
     ),
+    "scaled_product": Sample("scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",)),
 }
 GOLDEN = {
     **SAMPLES,

@@ -15,7 +15,7 @@ from moekit.testing.schedules import variants
 from tests.declarations import DECLARATIONS
 
 SIZES = {
-    "gate_gemm": [dict(T=5, P=35, D=70), dict(T=17, P=8, D=16)],
+    "gate_gemm": [dict(T=5, P=19, D=38), dict(T=17, P=8, D=16)],
     "silu_and_mul": [dict(T=7, I=37)],
     "topk_softmax": [dict(T=5, E=60), dict(T=3, E=128)],
     "shared_expert_combine": [dict(T=5, H=50)],
@@ -26,20 +26,22 @@ SIZES = {
     "gate_block": [dict(T=3, D=35, I=5, E=9, G=1)],
     "down_combine": [dict(T=3, H=19, I=33, **{"H?": 1})],
     "expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
-    "attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)],
+    "attention_decode": [dict(T=3, K=2, G=3, L=20, D=6, Dv=9)],
     "expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
     "qk_norm_rope": [dict(T=2, Q=2, K=1, D=10, R=2)],
     "causal_conv1d_step": [dict(T=3, C=19, S=3), dict(T=1, C=4, S=4)],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],
+    "scaled_product": [dict(T=3, D=35, P=9, Pb=2, Db=5)],
 }
+LONG = {"attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)]}  # in parts by the rules, for which others take minutes
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {n: v for n, v in dict(k=10, experts=7, block=4).items() if n in fusion.params}
-    for sizes in SIZES[name]:
+    params = {n: v for n, v in dict(k=10, experts=7, block=8 if name == "scaled_product" else 4).items() if n in fusion.params}
+    for sizes in SIZES[name] + LONG.get(name, []):
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)
-            schedules = {None} | set(variants(fusion.trace(call.binding)).values())
+            schedules = {None} | set(variants(fusion.trace(call.binding)).values() if sizes in SIZES[name] else ())
             cases = [(s, {}) for s in schedules] if dtype != "bfloat16" else [(None, {})]
             for layout in ("padded", "strided", "transposed padded", "shifted") if dtype != "bfloat16" else ():
                 cases.append((None, dict.fromkeys([*call.operands, *call.names], layout)))
@@ -51,10 +53,10 @@ print(count, "cases")
 """
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_emitted_triton_runs_in_its_interpreter():
     """Every fusion, several schedules and layouts, outputs poisoned and guarded."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=1100)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 100

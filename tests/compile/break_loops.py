@@ -102,7 +102,7 @@ def end_that_loads():
     program = good.tall_program()
     end = good.operations(program, t.AtEnd)[0]
     load = good.operations(program, t.Load)[0]
-    plain = t.Access(load.at.tensor, tuple(t.At() for _ in load.at.index), (), load.at.wide)
+    plain = t.Access(load.at.tensor, tuple(t.Index() for _ in load.at.index), (), load.at.wide)
     more = t.Load(t.Value(900, load.out.dtype), plain)
     return with_ops(program, t.AtEnd, body=(more, *end.body))
 

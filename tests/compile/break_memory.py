@@ -38,7 +38,7 @@ def index_that_is_data():
     rows = next(op.out for op in good.operations(program, t.Elements) if op.axis == "T")
     square = t.Binary(t.Value(900, "int32", rows.axes), "mul", rows, rows)
     load = next(op for op in program.body if isinstance(op, t.Load) and op.at.tensor == "x")
-    moved = replace(load, at=replace(load.at, index=(t.At(square.out), load.at.index[1])))
+    moved = replace(load, at=replace(load.at, index=(t.Index.of(square.out), load.at.index[1])))
     at = program.body.index(load)
     return replace(program, body=(*program.body[:at], square, moved, *program.body[at + 1 :]))
 
@@ -179,7 +179,7 @@ def elements_that_another_program_stores():
     load = next(op for op in good.operations(program, t.Load) if op.at.tensor == "state")
     other = t.Binary(t.Value(900, "int32", rows.axes), "xor", rows, rows)
     valid = t.InBounds(t.Value(901, "bool", rows.axes), other.out, "T", signed=True)
-    at = replace(load.at, index=(t.At(other.out), *load.at.index[1:]), mask=(*load.at.mask, valid.out))
+    at = replace(load.at, index=(t.Index.of(other.out), *load.at.index[1:]), mask=(*load.at.mask, valid.out))
     place = program.body.index(load)
     return replace(program, body=(*program.body[:place], other, valid, replace(load, at=at), *program.body[place + 1 :]))
 
@@ -223,11 +223,11 @@ def store_to_an_input():
 def every_program_stores_the_same_row():
     program = good.norm_program("tile:T:1 whole:H:64")
     op = good.operations(program, t.Store)[0]
-    return with_ops(program, t.Store, at=replace(op.at, index=(t.At(), op.at.index[1])))
+    return with_ops(program, t.Store, at=replace(op.at, index=(t.Index(), op.at.index[1])))
 
 
 @breaks("outputs_written")
 def first_column_only():
     program = good.norm_program("tile:T:4 loop:H:1")
     op = good.operations(program, t.Store)[0]
-    return with_ops(program, t.Store, at=replace(op.at, index=(op.at.index[0], t.At())))
+    return with_ops(program, t.Store, at=replace(op.at, index=(op.at.index[0], t.Index())))

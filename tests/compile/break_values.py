@@ -126,9 +126,7 @@ def dot_of_swapped_operands():
 
 @breaks("types")
 def second_half_of_an_axis_that_is_not_twice_another():
-    op = next(x for x in good.operations(good.norm_program(), t.Load) if x.at.tensor == "x")
-    at = replace(op.at, index=(op.at.index[0], replace(op.at.index[1], side=8)))
-    return with_ops(good.norm_program(), t.Load, lambda x: x == op, at=at)
+    return with_ops(good.tall_program(), t.Sides, axis="I")
 
 
 @breaks("types")

@@ -13,8 +13,8 @@ from moekit.compile.plan import plan
 from moekit.compile.schedule.directives import Schedule
 from moekit.compile.tile import interpret
 from moekit.compile.tile.layouts import contiguous
-from moekit.errors import DeclarationError
-from moekit.lang import In, cast, contract, extent, f32, fusion, max, min, sum, where
+from moekit.errors import DeclarationError, ShapeError
+from moekit.lang import In, cast, contract, extent, f32, fusion, max, min, softmax_sum, sum, where
 from moekit.testing import Call, implementations, run
 
 LENGTHS = In("T", dtype=("int32", "int64"))
@@ -165,9 +165,11 @@ def test_the_last_part_has_what_is_left(declared, tile):
             np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
 @pytest.mark.parametrize("implementation", implementations())
-def test_every_implementation(implementation):
-    values = given()
+def test_every_implementation(implementation, kind):
+    """Lengths past 2³¹, too, which JAX has where it is told to."""
+    values = given(kind)
     got = run(implementation, Call(extremes, values)).outputs
     for name, expected in reference(**values).items():
         np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-5, err_msg=name)
@@ -267,3 +269,48 @@ def test_all_of_a_product_or_nothing(tile):
     (loop,) = (op for op, _ in t.walk(made.programs[0].body) if isinstance(op, t.Loop))
     assert (loop.end is not None) == (tile == "T:1")
     assert any(isinstance(op, t.Where) and "D" in op.condition.axes for op in loop.body) == (tile == "T:2")
+
+
+@fusion(reference, x=In("T L H", dtype="float32"), lengths=LENGTHS, dynamic="T L")
+def far_extremes(x, lengths):
+    """The same along an axis whose size is known at a call only."""
+    return {"total": sum(x, "L", upto=lengths), "largest": max(x, "L", upto=lengths), "smallest": min(x, "L", upto=lengths)}
+
+
+def declared_weighed(dynamic):
+    """Sums weighed by scores, to an end and to the axis's."""
+
+    @fusion(None, scores=In("T L", dtype="float32"), values=In("T L H", dtype="float32"), lengths=LENGTHS, dynamic=dynamic)
+    def weighed(scores, values, lengths):
+        return {"ended": softmax_sum(scores, values, "L", upto=lengths), "whole": softmax_sum(scores, values, "L")}
+
+    return weighed
+
+
+EMPTY = np.zeros((2, 0, 3), np.float32)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_an_axis_of_no_elements(implementation):
+    """Of nothing a maximum with an end is -inf, a minimum inf, a weighed sum zero, as of rows that have no elements.
+
+    PyTorch's face takes no elements along a dynamic axis alone.
+    """
+    ends, known = {"lengths": np.array([0, 5], np.int32)}, implementation.split()[0] not in ("eager", "triton")
+    for declared in (extremes, far_extremes) if known else (far_extremes,):
+        got = run(implementation, Call(declared, {"x": EMPTY, **ends})).outputs
+        for name, wanted in {"total": 0.0, "largest": -np.inf, "smallest": np.inf}.items():
+            np.testing.assert_array_equal(got[name], np.full((2, 3), wanted, np.float32))
+    for dynamic in ("T", "T L") if known else ("T L",):
+        got = run(implementation, Call(declared_weighed(dynamic), {"scores": EMPTY[..., 0], "values": EMPTY, **ends})).outputs
+        assert not any(out.any() for out in got.values())
+
+
+@pytest.mark.parametrize("dynamic", ["T", "T L"])
+def test_of_nothing_there_is_no_largest(dynamic):
+    """Without an end a maximum is refused, whether or not another has one."""
+    declared = fusion(None, x=In("T L H", dtype="float32"), lengths=LENGTHS, dynamic=dynamic)(
+        lambda x, lengths: max(x, "L", upto=lengths) + max(x, "L")
+    )
+    with pytest.raises(ShapeError, match="max over L needs at least one element, got L = 0"):
+        run("numpy", Call(declared, {"x": EMPTY, "lengths": np.array([0, 5], np.int32)}))

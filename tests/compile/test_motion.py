@@ -53,10 +53,10 @@ def test_what_is_read_elsewhere_or_later_is_stored_last(read, again, order):
     total = t.Value(4, "float32")
 
     def load(out: t.Value, index: t.Value) -> t.Load:
-        return t.Load(out, t.Access("a", (t.At(index),), (), (False,)))
+        return t.Load(out, t.Access("a", (t.Index.of(index),), (), (False,)))
 
     ops: list = [t.Elements(h, "H"), t.Elements(g, "H"), load(x, {"h": h, "g": g}[read]), t.Reduce(total, "sum", x, "H")]
     ops += [load(y, {"h": h}.get(again, total))] if again else []
-    ops.append(t.Store(t.Access("a", (t.At(h),), (), (False,)), x))
+    ops.append(t.Store(t.Access("a", (t.Index.of(h),), (), (False,)), x))
     axes = (t.AxisBlock("H", 1024, 1024, "whole"),)
     assert _order(list(motion(t.TileProgram("made", (), axes, (), tuple(ops), 4, 1)).body)) == order

@@ -11,13 +11,14 @@ import pytest
 from moekit.backends import triton
 from moekit.compile import tile
 from moekit.compile.rules import heuristic, row_classes, spread
+from moekit.compile.schedule import Schedule
 from moekit.compile.tile import interpret
 from moekit.compile.tile.verify import verify
 from moekit.errors import VerifyError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, fusion, slice
 from moekit.lang.dtypes import numpy_dtype
-from moekit.testing import Call, check, operands
+from moekit.testing import Call, check, operands, run
 
 SIZES = {"T": 70, "D": 90, "I": 25, "E": 40, "G": 1}
 TALL = "tile:T:64 loop:D:16 tile:E:16 tile:G:16 tile:I:16 parts:D:2 warps:4 stages:2"
@@ -92,6 +93,24 @@ def test_pairs_that_step():
     interpret.run(found, memory, {"T": 70})
     product = x.astype(np.float64) @ weight.astype(np.float64).T
     np.testing.assert_allclose(memory["out"].astype(np.float64), product[:, 4:44:2] - product[:, 5:45:2], rtol=2**-7, atol=1e-4)
+
+
+def test_pairs_of_a_product_with_an_end():
+    """Gate and up of an expert that data choose, or of none: the choice stands around both blocks of columns; the same bits."""
+    fused, sizes = FUSIONS["experts"], {"T": 20, "D": 40, "I": 24, "H": 24, "E": 3, "K": 2}
+    values = operands(fused, sizes, "bfloat16", "normal", 1)
+    values["ids"] = np.random.default_rng(2).integers(-1, 4, values["ids"].shape).astype(values["ids"].dtype)
+    tables = str(heuristic(Call(fused, values, {"block": 64}).graph)).rpartition("stage:order,chosen,filled then ")
+    got = []
+    for pair in ("", "pair:gate_up "):
+        text = f"tile:B:1 tile:J:64 loop:D:16 tile:I:16 {pair}warps:4 stages:2 stage:activated then "
+        text += "tile:B:1 tile:J:64 loop:I:16 tile:H:16 warps:4 stages:2 stage:placed then tile:T:1 loop:K:1 tile:H:16"
+        call = Call(fused, values, {"block": 64}, schedule=Schedule.parse("".join(tables[:2]) + text))
+        products = accumulators(good.planned(call.graph, call.schedule).programs[2])
+        assert products == ([("J", "I.twice")] if pair else [("J", "I")] * 2)
+        check("interpret", call)
+        got.append(run("interpret", call).outputs["out"].astype(np.float32))
+    np.testing.assert_array_equal(*got)
 
 
 def test_columns_outermost():

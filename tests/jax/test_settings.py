@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import moekit.lang as ml
+from moekit.compile.schedule import Schedule
 from moekit.errors import DtypeError
 from moekit.jax import op, silu_and_mul, topk_softmax, view
 from moekit.lang import In, fusion
+from moekit.testing import Call, check
 
 SETTINGS = {
     "rank promotion": ("jax_numpy_rank_promotion", "raise"),
@@ -45,6 +47,45 @@ def test_faces_under_settings(setting, name, call_named):
         for got in outs:
             for n, out in got.items():
                 np.testing.assert_allclose(out, wanted[n], rtol=1e-4, atol=1e-4)
+
+
+@fusion(lambda x, w: {"out": x.astype(float) @ w.astype(float)}, x=In("T D"), w=In("D N"))
+def product(x, w):
+    """x·w."""
+    return ml.contract(x, w, over="D")
+
+
+@fusion(lambda x, n: {"out": x[:, :5].astype(float).sum(1) + [r[:k].astype(float).sum() for r, k in zip(x, n, strict=True)]},
+        x=In("T H"), n=In("T", dtype="int64"))  # fmt: skip
+def ended(x, n):
+    """Sums of the first five elements of a row, and of so many as data say."""
+    return ml.sum(ml.f32(x), "H", upto=5) + ml.sum(ml.f32(x), "H", upto=n)
+
+
+@fusion(lambda x: {"out": x.astype(float) * x.astype(float).sum(1, keepdims=True)}, x=In("T H"))
+def scaled(x):
+    """Rows times what they add up to."""
+    return x * ml.sum(x, over="H")
+
+
+LOOPS = {
+    "turn by turn": (product, "tile:T:16 loop:D:16 tile:N:16"),
+    "one by one": (scaled, "tile:T:1 loop:H:1"),
+    "flat": (product, "tile:T:64 loop:D:16 tile:N:16 parts:D:2"),
+    "as far as data say": (ended, "tile:T:1 loop:H:16"),
+    "to the end, one by one": (ended, "tile:T:1 loop:H:1"),
+}
+
+
+@pytest.mark.parametrize("loop", list(LOOPS))
+def test_loops_in_64_bits(loop):
+    """Numbers of turns are int32 in kernels, whatever JAX counts in; lengths of 64 bits are not cut."""
+    (declared, schedule), rng = LOOPS[loop], np.random.default_rng(3)
+    values = {n: rng.standard_normal(s).astype(np.float32) for n, s in (("x", (3, 40)), ("w", (40, 5)))}
+    values |= {"n": np.array([-(2**40), 37, 2**32 + 1])}
+    values = {n: values[n] for n in declared.tensors}
+    with jax.enable_x64(True):
+        check("pallas", Call(declared, values, schedule=Schedule.parse(schedule)))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32"])

@@ -118,3 +118,39 @@ def test_parameters_have_the_declared_types(params, message):
     with pytest.raises(TypeError, match=message):
         FUSIONS["topk_softmax"].bind_params(params)
     assert repr(FUSIONS["add_rms_norm"].bind_params({"eps": 0})["eps"]) == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x: ml.slice(2.0, "H", 0, 1, "R"), DeclarationError, "slice takes a traced value, got 2.0"),
+        (lambda x: ml.halves(2.0, "I"), DeclarationError, "halves takes a traced value, got 2.0"),
+        (lambda x: ml.top_k(2, 1, over="H", into="K")[0], DeclarationError, "top_k takes a traced value, got 2"),
+        (lambda x: ml.bitcast(2, "int32"), DeclarationError, "bitcast takes a traced value, got 2"),
+        (lambda x: ml.cast(x, "float64"), DtypeError, "'float64' is no dtype of the language; it has float32, "),
+        (lambda x: ml.bitcast(x, "uint32"), DtypeError, "'uint32' is no dtype of the language"),
+        (lambda x: ml.slice(x, "H", 1.0, 2, "R"), ShapeError, "slice takes whole numbers as start, size and step, got 1.0"),
+        (
+            lambda x: ml.slice(x, "H", 0, 2, "R", step=True),
+            ShapeError,
+            "slice takes whole numbers as start, size and step, got ",
+        ),
+        (lambda x: {}, DeclarationError, "it returns nothing; return a value, or values by name"),
+    ],
+)
+def test_what_a_word_does_not_take(call, error, said):
+    """One sentence, not a traceback of Python's."""
+    with pytest.raises(error, match=said):
+        run(call)
+
+
+def test_a_rule_that_fails():
+    """It is named, with the sizes that it was given."""
+
+    @fusion(None, x=In("T H"), axes={"B": lambda H, block: H // block})
+    def counted(x, block):
+        return ml.f32(x) + ml.iota("B")
+
+    said = r"counted: the rule for axis B fails for H = 3, block = 0 \(ZeroDivisionError: .*\); pass sizes that "
+    with pytest.raises(ShapeError, match=said):
+        run(counted, block=0)

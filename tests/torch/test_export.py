@@ -32,6 +32,7 @@ SIZES = {
     "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 16, "Dv": 24},
     "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
 }
+MANY_ROWS = ("add_rms_norm", "gated_rms_norm", "silu_and_mul", "shared_expert_combine", "combine_wide")
 FOLLOWS = {"experts": "B", "moe_align": "B"}  # fusions with an axis whose size follows from others at the call
 SPLIT = Schedule.parse(
     "tile:D.part:1 tile:T:16 tile:P:16 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
@@ -68,10 +69,12 @@ def run(paths, folder, **environment):
 
 
 def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
+    """In float16 those alone whose rows have one class: thousands of rows take long, and a GPU runs them all."""
     paths = write(tmp_path, ("float32", "float16"))
+    paths = [p for p in paths if "_float32" in p or not any(name in p for name in MANY_ROWS)]
     done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 34
+    assert done.stdout.count(": right") == len(paths) == 28
 
 
 @pytest.mark.gpu

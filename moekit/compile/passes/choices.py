@@ -47,4 +47,4 @@ def _side_by_side(program: t.TileProgram, load: t.Load) -> set[str]:
         near = [a == len(layout.base) - 1 for a in layout.axes]
     else:
         near = [s == "unit" for s in param.strided.strides]
-    return {a for i, unit in zip(load.at.index, near, strict=True) if unit and i.value is not None for a in i.value.axes}
+    return {a for i, unit in zip(load.at.index, near, strict=True) if unit for v in i.values for a in v.axes}

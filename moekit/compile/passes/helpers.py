@@ -17,7 +17,7 @@ class Helper:
     """
 
     section: t.TileProgram
-    starts: dict[tuple[str, t.At], str]
+    starts: dict[tuple[str, t.Index], str]
     calls: tuple[tuple[t.TileProgram, tuple[int, ...]], ...]
 
 
@@ -39,7 +39,7 @@ def _helper(group: list[t.TileProgram]) -> Helper:
     tensors = {names[0]: _common(names) for names in zip(*([p.name for p in s.params] for s in group), strict=True)}
     if len(set(tensors.values())) < len(tensors):
         tensors = {name: name for name in tensors}
-    starts: dict[tuple[str, t.At], str] = {}
+    starts: dict[tuple[str, t.Index], str] = {}
     for tensor, at in apart:
         name, before = tensors[tensor], sum(other == tensors[tensor] for other, _ in starts)
         starts[name, at] = f"{name}_first" + (f"_{before}" if before else "")
@@ -68,12 +68,12 @@ def _values(section: t.TileProgram) -> Iterator[t.Value]:
         yield from (*op.vars, *op.carries, *op.outs) if isinstance(op, t.Loop) else t.results(op)
 
 
-def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.At], tuple[int, ...]] | None:
+def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.Index], tuple[int, ...]] | None:
     """Indices of the first section that begin elsewhere in others, and where in each.
 
     None where one index of the first stands for several of another.
     """
-    found: dict[tuple[str, t.At], tuple[int, ...]] = {}
+    found: dict[tuple[str, t.Index], tuple[int, ...]] = {}
     for (tensor, at), *others in zip(*map(_indices, group), strict=True):
         starts = (at.start, *(other.start for _, other in others))
         if found.setdefault((tensor, at), starts) != starts:
@@ -81,7 +81,7 @@ def _apart(group: list[t.TileProgram]) -> dict[tuple[str, t.At], tuple[int, ...]
     return {index: starts for index, starts in found.items() if len(set(starts)) > 1}
 
 
-def _indices(section: t.TileProgram) -> Iterator[tuple[str, t.At]]:
+def _indices(section: t.TileProgram) -> Iterator[tuple[str, t.Index]]:
     for op, _ in t.walk(section.body):
         if isinstance(op, t.Memory):
             yield from ((op.at.tensor, at) for at in op.at.index)
@@ -100,7 +100,7 @@ def _on[T](part: T, tensors: Mapping[str, str], begun: int | None = None) -> T:
     def visit(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(visit, x))
-        if isinstance(x, t.At) and begun is not None:
+        if isinstance(x, t.Index) and begun is not None:
             x = replace(x, start=begun)
         if isinstance(x, t.Access):
             x = replace(x, tensor=tensors[x.tensor])

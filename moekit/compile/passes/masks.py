@@ -51,12 +51,12 @@ class _Masks:
         """A load, store or prefetch behind its masks, after those of them that are its own."""
         param, f, needed, own = self.program.param(op.at.tensor), self.facts, [], []
         for axis, index in zip(param.axes, op.at.index, strict=True):
-            if (value := index.value) is None:
+            if not index.terms:
                 continue
-            bases = {*(base.out for base in f.bases(value)), *(elements[a] for a in value.axes)}
+            bases = {*(base.out for base in f.bases(*index.values)), *(elements[a] for v in index.values for a in v.axes)}
             along = sorted(bases, key=lambda v: v.number)
             needed += [masks[v] for v in along if v in masks]
-            if not f.inside(axis, index):
+            if (value := index.alone) is not None and not f.inside(axis, index):
                 valid = self.numbers.value("bool", value.axes, f"{value.name or 'index'}_valid")
                 own.append(t.InBounds(valid, value, axis or "", signed=True))
                 needed.append(valid)

@@ -103,7 +103,7 @@ def _choose_inline(found: Names, ops: Sequence[t.Op], uses: Counter[t.Value]) ->
             size[out] = 1 + sum(size.get(v, 0) for v in t.operands(op) if v in found.inline)
             once = uses[out] == here[out] == 1 and (not out.name or out in inits) and size[out] <= LARGEST
             number = isinstance(op, t.Const) and (bool(out.axes) or not out.name)
-            if number or isinstance(op, t.Extent) or (isinstance(op, PURE) and once):
+            if number or isinstance(op, t.Extent | t.Sides) or (isinstance(op, PURE) and once):
                 found.inline.add(out)
     for op in ops:
         if isinstance(op, t.Elements) and op.turn and not op.part and not op.out.axes:

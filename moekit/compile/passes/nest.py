@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 
 from moekit.compile import tile as t
 from moekit.compile.passes.reductions import reduction
 from moekit.compile.passes.scope import Layouts, Scope, Writer
 from moekit.compile.schedule.directives import Section
-from moekit.compile.schedule.facts import all_or_nothing, below
+from moekit.compile.schedule.facts import all_or_nothing
 from moekit.compile.schedule.stores import in_order
 from moekit.compile.tile.layouts import mail_name
-from moekit.lang.graph import BINARY, UNARY, Along, Graph, Index, Node, Write
+from moekit.lang.graph import BINARY, UNARY, Graph, Index, Node, Write, below
 
 #: Integers with a meaning, most of them of the keys that floats are ranked by (lang/ops.py).
 KNOWN = {-(2**31): "LOWEST", 2**31 - 1: "HIGHEST", -(2**31) + 2**16: "NAN_KEY", -(2**31) + 1: "NAN_KEY"}
@@ -62,27 +63,33 @@ class Nest(Writer):
     def _certain(self, node: int, home: Scope) -> bool:
         """Whether a condition holds wherever a loop goes that has all of its axis or nothing: that the end is not reached."""
         ended = {a: e for scope in home.chain() for a, e in scope.ended.items()}
-        return any(below(self.graph, node, a) == e and all_or_nothing(self.graph, e, a) for a, e in ended.items())
+        return any(below(self.graph.nodes, node, a) == e and all_or_nothing(self.graph, e, a) for a, e in ended.items())
 
-    def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
+    def read(self, node: int, home: Scope, instead: Mapping[int, t.Index] = {}) -> t.Value:
         n = self.graph.nodes[node]
+        if n.op == "where":
+            inner, (condition, _, other) = self.read(n.args[1], home, instead), n.args
+            certain = self._certain(condition, home)
+            return inner if certain else home.where(self.value(condition, home), inner, self.value(other, home))
         at = self._access(n.attr("tensor"), n.attr("index"), n.args, home, instead)
         return home.emit(t.Load, self.graph.names.get(node) or at.tensor, at=at)
 
     def _access(
-        self, tensor: str, index: tuple[Index, ...], args: tuple[int, ...], scope: Scope, instead: Mapping[int, t.At] = {}
+        self, tensor: str, index: tuple[Index, ...], args: tuple[int, ...], scope: Scope, instead: Mapping[int, t.Index] = {}
     ) -> t.Access:
         """What a read or write of the graph is in `scope`."""
+
+        def block(term: str | int) -> t.Value:
+            return scope.elements(term) if isinstance(term, str) else self.value(args[term], scope)
+
         found = []
         for d, entry in enumerate(index):
             if d in instead:
                 found.append(instead[d])
-            elif not isinstance(entry, Along):
-                found.append(t.At(self.value(args[entry.operand], scope)))
-            elif entry.axis is None:
-                found.append(t.At(None, entry.start))
+            elif entry.operands or self.graph.inside(tensor, d, entry):
+                found.append(entry.each(block))
             else:
-                found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))
+                found.append(t.Index.of(self.along(entry, scope)))
         return t.Access(tensor, tuple(found))
 
     def const(self, node: int, n: Node, home: Scope) -> t.Value:
@@ -90,14 +97,21 @@ class Nest(Writer):
         value = n.attr("value")
         return home.const(value, n.dtype, name=KNOWN.get(value, "") if n.dtype == "int32" else "")
 
-    def along(self, node: int, n: Node, home: Scope) -> t.Value:
-        """start + step · (elements of the axis), as a value; the constant `start` where there is no axis."""
-        entry = n.attr("index")
-        if entry.axis is None:
+    def along(self, entry: Index, scope: Scope) -> t.Value:
+        """An index along axes as a value, made once in its home."""
+        home = self.home(entry.axes, scope)
+        if entry not in home.made:
+            home.made[entry] = self._along(entry, home)
+        return home.made[entry]
+
+    def _along(self, entry: Index, home: Scope) -> t.Value:
+        terms = []
+        for axis, step in entry.terms:
+            value = home.elements(axis)
+            terms.append(home.binary("mul", value, home.const(step)) if step != 1 else value)
+        if not terms:
             return home.const(entry.start)
-        value = home.elements(entry.axis)
-        if entry.step != 1:
-            value = home.binary("mul", value, home.const(entry.step))
+        value = reduce(lambda a, b: home.binary("add", a, b, "index"), terms)
         sign = "sub" if entry.start < 0 else "add"
         return home.binary(sign, value, home.const(abs(entry.start))) if entry.start else value
 
@@ -133,7 +147,7 @@ class Nest(Writer):
 
     def all_reduce(self, node: int, n: Node, home: Scope) -> t.Value:
         """A sum over ranks, of a value that a program has whole rows of."""
-        index = tuple(t.At(home.elements(a)) for a in self.graph.nodes[n.args[0]].axes)
+        index = tuple(t.Index.of(home.elements(a)) for a in self.graph.nodes[n.args[0]].axes)
         at, name = t.Access(mail_name(n.attr("over")), index), self.graph.names.get(node, "reduced")
         value = self.value(n.args[0], home)
         return home.emit(t.AllReduce, name, value=value, at=at, axis=n.attr("over"), ranks=n.attr("ranks"))
@@ -179,7 +193,7 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "read": lambda low, node, n, home: low.read(node, home),
     "const": Nest.const,
     "pick": lambda low, node, n, home: low.value(n.args[0], home),
-    "iota": Nest.along,
+    "iota": lambda low, node, n, home: low.along(n.attr("index"), home),
     "extent": Nest.extent,
     "cumsum": Nest.scan,
     "top_k": Nest.top_k,

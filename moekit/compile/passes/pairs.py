@@ -10,26 +10,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moekit.compile.schedule.directives import Pair, Section
-from moekit.compile.schedule.facts import apart
+from moekit.compile.schedule.facts import apart, loaded
 from moekit.compile.schedule.legal import pairable
-from moekit.lang.graph import Along, Graph
+from moekit.lang.graph import Graph, Index
 
 
 @dataclass(frozen=True)
 class Twins:
-    """Contractions `nodes` of node `left` with node `right`, and with another read that begins elsewhere in dimension `dim`."""
+    """Contractions `nodes` of node `left` with node `right`, a read behind choices or not, and with another one, which begins
+
+    elsewhere in dimension `dim`.
+    """
 
     nodes: tuple[int, int]
     left: int
     right: int
     dim: int
-    first: Along
-    second: Along
+    first: Index
+    second: Index
 
     @property
     def column(self) -> str:
         """The axis of the columns, of which a program holds two blocks."""
-        return str(self.first.axis)
+        return self.first.axes[0]
 
 
 def paired(graph: Graph, section: Section) -> list[Twins]:
@@ -42,7 +45,8 @@ def _twins(graph: Graph, a: int, b: int) -> Twins:
     nodes = graph.nodes
     (left,) = set(nodes[a].args) & set(nodes[b].args)
     right, other = (next(x for x in nodes[m].args if x != left) for m in (a, b))
-    dim = apart(nodes[right], nodes[other])
+    one, two = loaded(graph, right), loaded(graph, other)
+    dim = apart(graph, one, two)
     if dim is None:
         raise ValueError(f"{graph.name}: products {a} and {b} are no pair")
-    return Twins((a, b), left, right, dim, nodes[right].attr("index")[dim], nodes[other].attr("index")[dim])
+    return Twins((a, b), left, right, dim, one.attr("index")[dim], two.attr("index")[dim])

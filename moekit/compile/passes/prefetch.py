@@ -36,20 +36,22 @@ def _asked(f: Facts, load: t.Load, axis: str) -> Iterator[t.Prefetch]:
     """
     p, param = f.program, f.program.param(load.at.tensor)
     block, line = p.axis(axis), t.LINE // itemsize(param.dtype)
-    made = {d: f.made_by.get(i.value) for d, i in enumerate(load.at.index) if i.value is not None}
+    if any(len(i.terms) > 1 for i in load.at.index):
+        return
+    made = {d: f.made_by.get(i.values[0]) for d, i in enumerate(load.at.index) if i.terms}
     elements = {d: op for d, op in made.items() if isinstance(op, t.Elements)}
     looped = [d for d, op in elements.items() if p.axis(op.axis).mode == "loop"]
     if len(elements) < len(made) or [elements[d].axis for d in looped] != [axis] or block.partial:
         return
     (d,), layout = looped, param.layout
-    if load.at.index[d].step != 1 or not isinstance(layout, t.Strided) or layout.strides[d] != "unit":
+    if load.at.index[d].terms[0][1] != 1 or not isinstance(layout, t.Strided) or layout.strides[d] != "unit":
         return
     part, start = elements[d].part, load.at.index[d].start
     shared = part is not None and p.axis(f"{axis}.part").mode == "grid"
     size = block.share if shared else block.extent or 0
     while size >= line:
         some = line << (size // line).bit_length() - 1  # the largest power of two of lines
-        begin = t.At(part, start, block.share) if shared else t.At(None, start)
+        begin = t.Index.of(part, start, block.share) if part and shared else t.Index((), start)
         index = tuple(begin if i == d else each for i, each in enumerate(load.at.index))
         yield t.Prefetch(t.Access(load.at.tensor, index), d, some)
         start, size = start + some, size - some

@@ -217,8 +217,10 @@ def _columns(low: Writer, pair: Twins, scope: Scope) -> t.Value:
     twice = twice_axis(pair.column)
     if twice not in low.root.bound:
         low.root.bind(twice)
-    start, side = pair.first.start, pair.second.start - pair.first.start
-    return low.read(pair.right, scope, {pair.dim: t.At(low.root.bound[twice], start, pair.first.step, side)})
+    ((_, step),) = pair.first.terms
+    sides = low.root.emit(t.Sides, axis=twice, apart=pair.second.start - pair.first.start)
+    index = t.Index(((low.root.bound[twice], step), (sides, 1)), pair.first.start)
+    return low.read(pair.right, scope, {pair.dim: index})
 
 
 def _halves(low: Writer, pair: Twins, product: t.Value, home: Scope) -> dict[int, t.Value]:

@@ -23,7 +23,7 @@ from moekit.compile.schedule.facts import (
 )
 from moekit.compile.schedule.legal import uses_dot
 from moekit.compile.tile.layouts import epochs_name, mail_name
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, Index
 
 FEW = 16  # turns of one element each that are written out
 
@@ -34,15 +34,15 @@ Layouts = Mapping[str, t.Layout]
 class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
-    `bound` has the elements of axes known from here, `made` the blocks of nodes. `running`: the running sums of a loop, each as
-    what came before the turn, what that begins with, what comes before the next. `ended`: by the axis that a loop goes over,
-    the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials so far is worth
-    now, and exp(score - largest so far).
+    `bound` has the elements of axes known from here, `made` the blocks of nodes and of indices. `running`: the running sums of
+    a loop, each as what came before the turn, what that begins with, what comes before the next. `ended`: by the axis that a
+    loop goes over, the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials
+    so far is worth now, and exp(score - largest so far).
     """
 
     parent: Scope | None = None
     bound: dict[str, t.Value] = field(default_factory=dict)
-    made: dict[int, t.Value] = field(default_factory=dict)
+    made: dict[int | Index, t.Value] = field(default_factory=dict)
     running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
     ended: dict[str, int] = field(default_factory=dict)
     weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
@@ -106,8 +106,8 @@ class Writer(ABC):
         """The block of a node, made in its home scope if it is not there yet."""
 
     @abstractmethod
-    def read(self, node: int, home: Scope, instead: Mapping[int, t.At] = {}) -> t.Value:
-        """The load that a read node says, some indices replaced."""
+    def read(self, node: int, home: Scope, instead: Mapping[int, t.Index] = {}) -> t.Value:
+        """The load that a read node says, some indices replaced; behind the choices around it."""
 
     def is_dot(self, node: int) -> bool:
         """Whether a node is a product for the matrix unit."""
@@ -134,7 +134,8 @@ class Writer(ABC):
         """A loop over the blocks of `axis`, those of one part where it has parts; what its carries, begun from `inits`, become.
 
         A loop over parts that another launch has made is unrolled, and one over a few elements one by one: all are loaded at
-        once. `end`: the number of elements after which there is nothing more to do, where a program has one.
+        once, where no product waits for them. `end`: the number of elements after which there is nothing more to do, where a
+        program has one.
         """
         scope, block = Scope(self.program, self.numbers, parent=home), self.program.axis(axis)
         several = block.block > 1 or block.parts > 1
@@ -143,8 +144,8 @@ class Writer(ABC):
         scope.bind(axis, turn, home.elements(part_axis(axis)) if block.parts > 1 else None)
         part = axis.endswith(PART)
         few = axis.removesuffix(PART) not in self.section.parts if part else not several and 1 < (block.length or 0) <= FEW
-        unroll = end is None and few
         yields = tuple(body(scope, carries))
+        unroll = end is None and few and not any(isinstance(op, t.Dot) for op, _ in t.walk(scope.ops))
         before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
         carries, begins, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))

@@ -8,12 +8,13 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Along, By, Graph, Node
+from moekit.lang.graph import Graph, Node
 
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
@@ -58,6 +59,9 @@ def grouped(graph: Graph) -> Launch | None:
     columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
+    if outer := turns(graph, gemm):
+        whole = Whole(gemm.k, depth) if depth >= (uses[gemm.k].extent or depth + 1) else said[gemm.k]
+        said |= {gemm.k: whole, **{a: Loop(a, 1) for a in outer}}
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
     launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))
@@ -68,15 +72,15 @@ def _chosen(graph: Graph, product: Node) -> bool:
     """Whether each block of rows of a product has a matrix of its own, which data choose."""
     shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
     reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
-    by = {a for n in reads for i in n.attr("index") if isinstance(i, By) for a in graph.nodes[n.args[i.operand]].axes}
+    by = {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
     return bool(shared) and shared <= by
 
 
 def _columns(graph: Graph, node: Node) -> str | None:
     """The innermost axis of a gathered operand of a contraction, if that does not run along it."""
     for read in (loaded(graph, a) for a in node.args):
-        if read.op != "read" or not any(isinstance(i, By) for i in read.attr("index")):
+        if read.op != "read" or not any(i.operands for i in read.attr("index")):
             continue
-        inner = read.attr("index")[-1]
-        return inner.axis if isinstance(inner, Along) and inner.axis != node.attr("axis") else None
+        inner = read.attr("index")[-1].axes
+        return inner[-1] if inner and inner[-1] != node.attr("axis") else None
     return None

@@ -12,7 +12,20 @@ from typing import NamedTuple
 from moekit.compile.rules.rows import TOGETHER, alone, other_axis, shrunk
 from moekit.compile.rules.sections import sections
 from moekit.compile.schedule.cuts import cut
-from moekit.compile.schedule.directives import Axis, Launch, Loop, Pair, Parts, Prefetch, Section, Split, Stages, Tile, pow2
+from moekit.compile.schedule.directives import (
+    Axis,
+    Launch,
+    Loop,
+    Pair,
+    Parts,
+    Prefetch,
+    Section,
+    Split,
+    Stages,
+    Tile,
+    Whole,
+    pow2,
+)
 from moekit.compile.schedule.facts import (
     GemmAxes,
     axis_uses,
@@ -38,6 +51,7 @@ WIDE = 4  # bytes of float32, which the matrix unit does not take
 WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
 LEAST_BLOCK = 64  # of the contracted axis, where a block of few rows has more columns than 32
 MANY_ROWS = 128
+HELD, MOST_WARPS = 1024, 8  # elements of a block for each warp, where three such blocks are held
 PAIRED_ROWS = 64  # from here on the matrix unit takes its left operand from shared memory
 MOST_LINES = 4  # of a weight that a lane asks for ahead: larger blocks are those of many rows, whose programs share a weight
 
@@ -119,8 +133,25 @@ def _products_alone(graph: Graph) -> bool:
 
 
 def _adds(graph: Graph, node: int) -> bool:
-    """Whether a node brings floats together."""
-    return graph.nodes[node].op in TOGETHER and is_float(graph.nodes[node].dtype)
+    """Whether a node brings floats together, but for products of one row and column added up one by one."""
+    n = graph.nodes[node]
+    one_by_one = n.op == "reduce" and any(n.attr("axis") in turns(graph, gemm) for gemm in gemms(graph).values())
+    return n.op in TOGETHER and is_float(n.dtype) and not one_by_one
+
+
+@once
+def turns(graph: Graph, gemm: GemmAxes) -> tuple[str, ...]:
+    """The static axes along which a GEMM is one product after another, added up as they come: each in a scale of its own."""
+    products = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
+    found = (a for a, u in axis_uses(graph).items() if u.reduced and u.extent and a not in (gemm.m, gemm.n))
+    return tuple(a for a in found if all(a in n.axes for n in products))
+
+
+def _depth(graph: Graph, gemm: GemmAxes) -> tuple[str, int]:
+    """The axis of a GEMM that can be split, and all that is added up along it and within."""
+    outer = turns(graph, gemm)
+    sizes = [graph.axes[a] or 0 for a in (*outer, gemm.k)]
+    return outer[0] if outer else gemm.k, prod(sizes)
 
 
 def _itemsize(graph: Graph, gemm: GemmAxes) -> int:
@@ -139,16 +170,17 @@ def splitting(graph: Graph) -> tuple[Split | None, int]:
     products, the second has programs of other kinds.
     """
     for gemm in gemms(graph).values():
-        if {gemm.m, gemm.n} & scattered(graph) or not equally_deep(graph, gemm.k) or graph.axes[gemm.k] is None:
+        axis, depth = _depth(graph, gemm)
+        if {gemm.m, gemm.n} & scattered(graph) or not equally_deep(graph, axis) or graph.axes[gemm.k] is None:
             continue
-        if not any(first_gemm(g) for g in sections(cut(graph, Split(gemm.k, 2))[0])):
+        if not any(first_gemm(g) for g in sections(cut(graph, Split(axis, 2))[0])):
             continue
-        outputs, depth = _gemm_outputs(graph, gemm), graph.axes[gemm.k] or 0
+        outputs = _gemm_outputs(graph, gemm)
         most = {columns: _parts(-(-outputs // columns), depth) for columns in GEMM_COLUMNS}
         columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
         alone = any(first_gemm(g) for g in sections(graph))
         parts = most[columns] if alone else max(2, most[columns])
-        return (Split(gemm.k, parts) if parts > 1 else None), columns
+        return (Split(axis, parts) if parts > 1 else None), columns
     return None, GEMM_COLUMNS[0]
 
 
@@ -169,15 +201,18 @@ def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
 def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: Split | None) -> Launch:
     """One GEMM's programs: `few` columns a block where there are few rows; the parts of `in_a_row` one after the other."""
     uses, wide = axis_uses(graph), _itemsize(graph, gemm) == WIDE
-    depth = uses[gemm.k].extent or 64
-    several = in_a_row.count if in_a_row and in_a_row.axis == gemm.k else shares(graph).get(gemm.k, 1)
+    depth, outer, split = uses[gemm.k].extent or 64, turns(graph, gemm), _depth(graph, gemm)[0]
+    several = in_a_row.count if in_a_row and in_a_row.axis == split else shares(graph).get(split, 1)
     _, rows, columns, k_block, warps, stages, _ = tile
     fills = several > 1 and columns == GEMM_COLUMNS[0] and not wide
     if wide:
         rows, columns, k_block, warps, stages = 16, GEMM_COLUMNS[0], 32, 4, 3
     elif columns == GEMM_COLUMNS[0]:
         columns, k_block = few, max(LEAST_BLOCK, k_block * columns // few)  # as much of the weight at a time
-    if not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
+    if outer and not wide:  # all of one element of the outer axis at a time; its product, the sum and a part's are held
+        k_block, stages = pow2(depth), max(2, min(stages, stages * k_block // pow2(depth)))
+        warps = MOST_WARPS if rows * columns > HELD * warps else warps
+    elif not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(g == gemm for g in gemms(graph).values())
     columns = max(16, min(columns // accumulators, pow2(uses[gemm.n].extent or columns)))
@@ -185,6 +220,8 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
     if not uses[gemm.k].whole:
         k_block = max(16, min(pow2(depth), k_block))
         wanted[gemm.k] = Loop(gemm.k, 1 if gemm.k in scattered(graph) else k_block)
+    if outer:
+        wanted |= {a: Loop(a, 1) for a in outer} | ({gemm.k: Whole(gemm.k, k_block)} if k_block >= depth else {})
     launch = alone((wanted.get(a) or other_axis(use) for a, use in uses.items()), warps, stages)
     if fills:
         launch = launch.but(Stages(_filling(graph, launch.sections[0], gemm, stages)))
@@ -214,7 +251,7 @@ def _rows(graph: Graph, section: Section, product: int, column: str) -> int:
 def _lines(graph: Graph, section: Section, node: int, along: int) -> float:
     """Lines of memory of a weight that a program reads."""
     n = graph.nodes[node]
-    axis = n.attr("index")[along].axis
+    (axis,) = n.attr("index")[along].axes
     share = (graph.axes[axis] or 0) // shares(graph).get(axis, 1)
     return prod(section.block(a) for a in n.axes if a != axis) * share * itemsize(n.dtype) / MEASURED.line
 

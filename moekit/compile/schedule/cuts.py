@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
 from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis
 from moekit.lang.elementwise import IDENTITY
-from moekit.lang.graph import Along, By, Graph, Node, Tensor, Write
+from moekit.lang.graph import Graph, Index, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
 PARTIAL, STAGED = "partial", "staged"  # what a cut leaves to the next launch is called so
@@ -110,7 +110,7 @@ def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[st
     if ending:
         number, begun = _begun(nodes, axes, *ending)
         place = _node(nodes, axes, "where", (begun, number, _node(nodes, axes, "const", attrs=(("value", -1),))))
-        writes = tuple(replace(w, index=(By(0), *w.index[1:]), ids=(place,)) for w in writes)
+        writes = tuple(replace(w, index=(Index.of(0), *w.index[1:]), ids=(place,)) for w in writes)
     each = {how.axis: how.each} if how and how.each else {}
     named = f"{graph.name}_{first_name}"
     first = replace(graph, name=named, axes=axes, tensors=tensors, nodes=tuple(nodes), writes=writes, each=each)
@@ -126,7 +126,7 @@ def _ending(graph: Graph, targets: Iterable[int], how: Split | None) -> tuple[Sp
 
 def _node(nodes: list[Node], order: Iterable[str], op: str, args: tuple = (), attrs: tuple = (), dtype: str = "int32") -> int:
     """The number of a new node, which varies over what its operands, or its index, vary over."""
-    varies = {a for i in args for a in nodes[i].axes} | {x.axis for _, x in attrs if isinstance(x, Along)}
+    varies = {a for i in args for a in nodes[i].axes} | {a for _, x in attrs if isinstance(x, Index) for a in x.axes}
     nodes.append(Node(op, args, attrs, tuple(a for a in order if a in varies), dtype))
     return len(nodes) - 1
 
@@ -137,7 +137,7 @@ def _begun(nodes: list[Node], axes: Mapping[str, int | None], how: Split, end: i
     def const(value: int) -> int:
         return _node(nodes, axes, "const", attrs=(("value", value),))
 
-    number = _node(nodes, axes, "iota", attrs=(("index", Along(part_axis(how.axis))),))
+    number = _node(nodes, axes, "iota", attrs=(("index", Index.of(part_axis(how.axis))),))
     there = _node(nodes, axes, "minimum", (end, const(axes[how.axis] or 0)))
     parts = _node(nodes, axes, "floordiv", (_node(nodes, axes, "add", (there, const(how.each - 1))), const(how.each)))
     return number, _node(nodes, axes, "lt", (number, parts), dtype="bool")
@@ -160,9 +160,9 @@ def _made(graph: Graph, node: int, s: Scratch) -> Write:
     """How a value is written to its scratch: along its axes, or where it is placed."""
     n = graph.nodes[node]
     if n.op != "place":
-        return Write(s.name, node, tuple(Along(a) for a in s.axes))
+        return Write(s.name, node, tuple(Index.of(a) for a in s.axes))
     over = n.attr("over")
-    return Write(s.name, n.args[0], tuple(By(over.index(a)) if a in over else Along(a) for a in s.axes), n.args[1:])
+    return Write(s.name, n.args[0], tuple(Index.of(over.index(a) if a in over else a) for a in s.axes), n.args[1:])
 
 
 def _tensor(s: Scratch, role: str, parts: Mapping[str, int]) -> Tensor:
@@ -179,7 +179,7 @@ def _rest(graph: Graph, scratch: Mapping[int, Scratch], axes, parts: Mapping[str
     for i, node in enumerate(graph.nodes):
         if i in scratch:
             s = scratch[i]
-            index = tuple(Along(a) for a in s.axes)
+            index = tuple(Index.of(a) for a in s.axes)
             ordered = tuple(a for a in axes if a in s.axes)
             nodes.append(Node("read", (), (("tensor", s.name), ("index", index)), ordered, s.dtype))
             reads[i] = len(nodes) - 1

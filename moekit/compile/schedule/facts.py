@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
-from moekit.lang.dtypes import widened
-from moekit.lang.elementwise import IDENTITY
-from moekit.lang.graph import Along, By, Graph, Node
+from moekit.lang.graph import Graph, Node, end_of
 
 
 def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
@@ -70,7 +68,7 @@ def scattered(graph: Graph) -> set[str]:
 
 def reach(graph: Graph, write) -> set[str]:
     """The axes along which a write spreads."""
-    axes = {i.axis for i in write.index if isinstance(i, Along) and i.axis}
+    axes = {a for i in write.index for a in i.axes}
     return axes | {a for n in write.ids for a in graph.nodes[n].axes}
 
 
@@ -105,14 +103,14 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
 
 @once
 def gathered(graph: Graph) -> dict[str, int | None]:
-    """Axes of tensors that are indexed by values, with their sizes: in no block, but needed for range checks."""
+    """Axes of tensors that are indexed by values, or past their ends, with their sizes: needed for range checks."""
     found = {}
     for node in (graph.nodes[i] for i in graph.live()):
         if node.op == "read":
-            tensor = graph.tensors[node.attr("tensor")]
-            found |= {tensor.dims[d].axis: 0 for d, e in enumerate(node.attr("index")) if isinstance(e, By)}
+            name, index = node.attr("tensor"), node.attr("index")
+            found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
     for w in graph.writes:
-        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if isinstance(e, By)}
+        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
     return {a: graph.axes[a] for a in found}
 
 
@@ -170,8 +168,8 @@ def ends(graph: Graph, node: int) -> int | None:
     """
     n = graph.nodes[node]
     kinds = {"reduce": lambda: (n.attr("kind"),), "contract": lambda: ("sum", "sum"), "exp_sum": lambda: ("max", "sum")}[n.op]()
-    pairs = [(graph.nodes[a], kind) for a, kind in zip(operands(n), kinds, strict=True)]
-    found = {_end(graph, x, n.attr("axis"), kind) for x, kind in pairs if x.op != "const"}
+    pairs = [(a, kind) for a, kind in zip(operands(n), kinds, strict=True) if graph.nodes[a].op != "const"]
+    found = {end_of(graph.nodes, a, n.attr("axis"), kind) for a, kind in pairs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -197,27 +195,16 @@ def ragged(graph: Graph) -> frozenset[str]:
 
 def loaded(graph: Graph, node: int) -> Node:
     """What an operand is, behind a choice of whether there is any."""
+    return behind(graph, node)[0]
+
+
+def behind(graph: Graph, node: int) -> tuple[Node, tuple[tuple[int, int], ...]]:
+    """What an operand is behind choices, and these: each condition, with what there is where it does not hold."""
     n = graph.nodes[node]
-    return loaded(graph, n.args[1]) if n.op == "where" else n
-
-
-def _end(graph: Graph, n: Node, axis: str, kind: str) -> int | None:
-    """The end that a choice has along an axis; None for what is no such choice."""
     if n.op != "where":
-        return None
-    other = graph.nodes[n.args[2]]
-    if other.op != "const" or other.attr("value") != IDENTITY[kind, widened(other.dtype)]:
-        return None
-    return below(graph, n.args[0], axis)
-
-
-def below(graph: Graph, node: int, axis: str) -> int | None:
-    """The int32 value that a condition says the elements of an axis are below; None where it says no such thing."""
-    if graph.nodes[node].op != "lt":
-        return None
-    first, end = graph.nodes[node].args
-    along = graph.nodes[first].op == "iota" and graph.nodes[first].attr("index") == Along(axis)
-    return end if along and axis not in graph.nodes[end].axes and graph.nodes[end].dtype == "int32" else None
+        return n, ()
+    inner, choices = behind(graph, n.args[1])
+    return inner, ((n.args[0], n.args[2]), *choices)
 
 
 def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[int]]:
@@ -249,7 +236,7 @@ def read(graph: Graph) -> frozenset[str]:
 def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
     """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
 
-    The two reads begin at different elements of one dimension, and are alike in all else.
+    The two reads begin at different elements of one dimension, and are alike in all else, choices around them too.
     """
     found: dict[str, tuple[int, int, str]] = {}
     products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
@@ -258,19 +245,22 @@ def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
             right, other = (set(graph.nodes[i].args) for i in (a, b))
             alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
             if alike and len(right & other) == 1:
-                one, two = (graph.nodes[(x - (right & other)).pop()] for x in (right, other))
-                if (dim := apart(one, two)) is not None:
-                    found.setdefault(one.attr("tensor"), (a, b, one.attr("index")[dim].axis))
+                (one, choices), (two, others) = (behind(graph, (x - (right & other)).pop()) for x in (right, other))
+                if choices == others and (dim := apart(graph, one, two)) is not None:
+                    (column,) = one.attr("index")[dim].axes
+                    if not any(column in graph.nodes[i].axes for choice in choices for i in choice):
+                        found.setdefault(one.attr("tensor"), (a, b, column))
     return found
 
 
-def apart(one: Node, other: Node) -> int | None:
+def apart(graph: Graph, one: Node, other: Node) -> int | None:
     """The one dimension in which two reads of a tensor are along the same axis from different elements on."""
     if one.op != "read" or other.op != "read" or one.attr("tensor") != other.attr("tensor") or one.args != other.args:
         return None
     pairs = list(zip(one.attr("index"), other.attr("index"), strict=True))
     differ = [d for d, (i, j) in enumerate(pairs) if i != j]
-    if len(differ) != 1 or not all(isinstance(i, Along) for i in pairs[differ[0]]):
+    if len(differ) != 1:
         return None
     i, j = pairs[differ[0]]
-    return differ[0] if i.axis and (i.axis, i.step) == (j.axis, j.step) else None
+    inside = all(graph.inside(one.attr("tensor"), differ[0], x) for x in (i, j))
+    return differ[0] if inside and i.terms == j.terms and len(i.terms) == 1 else None

@@ -42,7 +42,7 @@ from moekit.compile.schedule.stores import in_order
 from moekit.compile.schedule.targets import MEASURED
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Along, Graph
+from moekit.lang.graph import Graph, Index
 
 MOST_PARTS = 64
 
@@ -312,6 +312,6 @@ def _along(graph: Graph, section: Section, node: int, axis: str, looped: set[str
     if {**graph.each, **section.each}.get(axis):
         return None
     index = n.attr("index")
-    along = [d for d, e in enumerate(index) if isinstance(e, Along) and e.axis == axis and e.step == 1]
-    free = all(isinstance(e, Along) and (e.axis == axis or e.axis not in looped) for e in index)
+    along = [d for d, e in enumerate(index) if e.terms == Index.of(axis).terms]
+    free = all(graph.inside(n.attr("tensor"), d, e) and not looped & {*e.axes} - {axis} for d, e in enumerate(index))
     return along[0] if len(along) == 1 and free and (graph.axes[axis] or 0) % (section.block(axis) * parts) == 0 else None

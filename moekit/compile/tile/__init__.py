@@ -9,7 +9,6 @@ from moekit.compile.tile.operations import (
     Access,
     Accumulate,
     AllReduce,
-    At,
     AtEnd,
     Barrier,
     Binary,
@@ -31,6 +30,7 @@ from moekit.compile.tile.operations import (
     Reduce,
     Scan,
     Send,
+    Sides,
     Store,
     TopK,
     Unary,
@@ -43,13 +43,13 @@ from moekit.compile.tile.operations import (
 )
 from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Layout, Mailbox, Param, Strided, TileProgram, Viewed
 from moekit.compile.tile.walk import Draft, Numbers, rewrite, substitute, used, walk
+from moekit.lang.graph import Index
 
 __all__ = [
     "LINE",
     "Access",
     "Accumulate",
     "AllReduce",
-    "At",
     "AtEnd",
     "AxisBlock",
     "Barrier",
@@ -63,6 +63,7 @@ __all__ = [
     "Extent",
     "Halves",
     "InBounds",
+    "Index",
     "Joined",
     "Kernel",
     "Layout",
@@ -79,6 +80,7 @@ __all__ = [
     "Reduce",
     "Scan",
     "Send",
+    "Sides",
     "Store",
     "Strided",
     "TileProgram",

@@ -8,7 +8,6 @@ from typing import Any
 
 from moekit.compile.tile.operations import (
     Accumulate,
-    At,
     AtEnd,
     Binary,
     Bitcast,
@@ -21,6 +20,7 @@ from moekit.compile.tile.operations import (
     Op,
     Reduce,
     Scan,
+    Sides,
     Value,
     Where,
     operands,
@@ -28,6 +28,7 @@ from moekit.compile.tile.operations import (
 )
 from moekit.compile.tile.program import TileProgram
 from moekit.compile.tile.walk import walk
+from moekit.lang.graph import Index
 
 SIDES = {"add": ("left", "right"), "maximum": ("left", "right"), "minimum": ("left", "right"), "shl": ("left",)}
 
@@ -53,14 +54,15 @@ class Facts:
         """The operations of some kinds, in order."""
         return (op for op, _ in self.ops if isinstance(op, kinds))
 
-    def bases(self, value: Value | None) -> set[Elements]:
-        """The elements of axes that a value is computed from, loads included; a reduction is none of them any more."""
-        op = self.made_by.get(value) if value is not None else None
-        if isinstance(op, Elements):
-            return {op}
-        if op is None or isinstance(op, Reduce | Scan):
-            return set()
-        return {base for v in operands(op) for base in self.bases(v)}
+    def bases(self, *values: Value) -> set[Elements]:
+        """The elements of axes that values are computed from, loads included; a reduction is none of them any more."""
+        found: set[Elements] = set()
+        for op in map(self.made_by.get, values):
+            if isinstance(op, Elements):
+                found.add(op)
+            elif op is not None and not isinstance(op, Reduce | Scan):
+                found |= self.bases(*operands(op))
+        return found
 
     def kept(self, masks: Iterable[Value]) -> set[tuple[str, Value]]:
         """The (axis, index) pairs that all of some masks keep in bounds."""
@@ -73,22 +75,23 @@ class Facts:
                 found |= self.kept((op.left, op.right))
         return found
 
-    def inside(self, axis: str | None, at: At) -> bool:
-        """Whether an index of an access stays within dimension `axis` of its tensor where its block's own axis has elements.
+    def inside(self, axis: str | None, at: Index[Value]) -> bool:
+        """Whether an index of an access stays within dimension `axis` of its tensor where its block's own axes have elements.
 
-        Data need not; elements of another axis do where that is short enough. What the program says nothing of is sliced, and
-        tracing has looked at that.
+        Data need not; elements of other axes do where these are short enough. What the program says nothing of is sliced, or in
+        blocks, and tracing has looked at that.
         """
-        op = self.made_by.get(at.value) if at.value else None
+        made = [self.made_by.get(v) for v in at.values]
+        if not all(isinstance(op, Elements | Sides) for op in made):
+            return False
         full = next((a for a in self.program.axes if a.name == axis), None)
-        if not isinstance(op, Elements):
-            return False
-        own = self.program.bounded(op.axis)
-        if full is None or own == full:
+        own = [self.program.bounded(op.axis) for op in made if isinstance(op, Elements)]
+        if full is None or own == [full]:
             return True
-        if own.extent is None or full.extent is None:
+        most = [op.apart if isinstance(op, Sides) else (self.program.bounded(op.axis).extent or 0) - 1 for op in made]
+        if full.extent is None or any(a.extent is None for a in own):
             return False
-        return at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent
+        return at.start >= 0 and at.start + sum(n * step for n, (_, step) in zip(most, at.terms, strict=True)) < full.extent
 
     def masks(self, masks: Iterable[Value]) -> set[str]:
         """The axes of which some masks keep out what lies past the end of the block along them."""

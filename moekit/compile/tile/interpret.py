@@ -179,15 +179,11 @@ class Program:
             index.append(np.where(mask, i, 0))
         return array, tuple(index), mask
 
-    def _index(self, at: t.At, axes: tuple[str, ...]) -> np.ndarray:
-        if at.value is None:
-            return np.full([1] * len(axes), at.start, np.int64)
-        index = self.at(at.value, axes).astype(np.int64) * at.step + at.start
-        if not at.side:
-            return index
-        (axis,) = at.value.axes
-        lanes = np.repeat([0, at.side], self.program.axis(axis).block // 2)
-        return index + lanes.reshape([-1 if a == axis else 1 for a in axes])
+    def _index(self, at: t.Index, axes: tuple[str, ...]) -> np.ndarray:
+        found = np.full([1] * len(axes), at.start, np.int64)
+        for value, step in at.terms:
+            found = found + self.at(value, axes).astype(np.int64) * step
+        return found
 
     def load(self, op: t.Load) -> np.ndarray:
         array, index, mask = self.address(op, op.out.axes)
@@ -241,6 +237,7 @@ EXECUTE = {
     t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
     t.Extent: lambda p, op: p.sizes[op.axis],
     t.Elements: Program.elements,
+    t.Sides: lambda p, op: np.repeat(np.array([0, op.apart], np.int32), p.program.axis(op.axis).block // 2),
     t.InBounds: Program.in_bounds,
     t.Load: Program.load,
     t.Store: Program.store,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from moekit.lang.graph import Index
+
 LINE = 128  # bytes of memory that come at once
 
 
@@ -37,36 +39,22 @@ class Value:
 
 
 @dataclass(frozen=True)
-class At:
-    """One index of an access: `start + step · value`, `side` more in the second half of an axis that is another one twice.
-
-    `value` is the elements of an axis, or integers that are data; None: the element `start`. Step 0 stays at element `start`
-    and keeps the block's shape.
-    """
-
-    value: Value | None = None
-    start: int = 0
-    step: int = 1
-    side: int = 0
-
-
-@dataclass(frozen=True)
 class Access:
-    """Elements of `tensor`, one index per dimension.
+    """Elements of `tensor`, one index per dimension. Step 0 of a term keeps the block's shape.
 
     Two things are derived from it by a pass (`passes/masks.py`): `mask`, bools that must all hold for memory to be touched, and
     `wide`, per dimension whether index × stride is computed in 64 bits.
     """
 
     tensor: str
-    index: tuple[At, ...]
+    index: tuple[Index[Value], ...]
     mask: tuple[Value, ...] = ()
     wide: tuple[bool, ...] = ()
 
     @property
     def axes(self) -> frozenset[str]:
         """The axes of the block of addresses."""
-        return frozenset(a for i in self.index if i.value is not None for a in i.value.axes)
+        return frozenset(a for i in self.index for v in i.values for a in v.axes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +85,15 @@ class Elements:
     axis: str
     turn: Value | None = None
     part: Value | None = None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """0 in the first half of a block of `axis`, which is another one twice, and `apart` in the second, int32."""
+
+    out: Value
+    axis: str
+    apart: int
 
 
 @dataclass(frozen=True)
@@ -342,8 +339,8 @@ class AtEnd:
 
 
 Op = (
-    Const | Extent | Elements | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where | Reduce
-    | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
+    Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
+    | Reduce | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
     | Receive
 )  # fmt: skip
 Packet = Send | Receive
@@ -370,8 +367,8 @@ def values_in(part) -> Iterator[Value]:
     """The values in a field of an operation."""
     if isinstance(part, Value):
         yield part
-    elif isinstance(part, At):
-        yield from values_in(part.value)
+    elif isinstance(part, Index):
+        yield from part.values
     elif isinstance(part, Access):
         yield from values_in((*part.index, *part.mask))
     elif isinstance(part, tuple):
@@ -406,10 +403,9 @@ def _short(part) -> str:
         return part.label
     if isinstance(part, tuple):
         return "(" + ", ".join(map(_short, part)) + ")"
-    if isinstance(part, At):
-        scaled = (f"{part.step}*" if part.step != 1 else "") + part.value.label if part.value else ""
-        text = " + ".join(filter(None, (scaled, str(part.start) if part.start or not scaled else "")))
-        return text + (f" (+ {part.side})" if part.side else "")
+    if isinstance(part, Index):
+        terms = [f"{step}*" * (step != 1) + value.label for value, step in part.terms]
+        return " + ".join([*terms, *([str(part.start)] if part.start or not terms else [])])
     if isinstance(part, Access):
         mask = f" if {' & '.join(m.label for m in part.mask)}" if part.mask else ""
         wide = " in 64 bits along " + ", ".join(str(d) for d, w in enumerate(part.wide) if w) if any(part.wide) else ""

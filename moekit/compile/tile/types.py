@@ -26,8 +26,9 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Const: lambda p, op: (op.out.dtype, op.out.axes),
     t.Extent: lambda p, op: ("int32", ()),
     t.Elements: lambda p, op: ("int32", (op.axis,) if p.axis(op.axis).block > 1 else ()),
+    t.Sides: lambda p, op: ("int32", (op.axis,)),
     t.InBounds: lambda p, op: ("bool", op.value.axes),
-    t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(i.value for i in op.at.index), *op.at.mask)),
+    t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(v for i in op.at.index for v in i.values), *op.at.mask)),
     t.AllReduce: lambda p, op: ("float32", op.value.axes),
     t.Send: _like,
     t.Receive: lambda p, op: (op.after.dtype, op.after.axes),
@@ -106,10 +107,8 @@ def _access(p: TileProgram, at: t.Access, *others: t.Value) -> Demand:
     yield fits, f"{param.name} has {len(param.axes)} dimensions, the index {len(at.index)}"
     for v in at.mask:
         yield v.dtype == "bool", f"the mask is {v.dtype}; it must be bool"
-    for i, v in ((i, i.value) for i in at.index if i.value is not None):
+    for v in (v for i in at.index for v in i.values):
         yield v.dtype in ("int32", "int64"), f"the index {v.label} is {v.dtype}; it must be an integer"
-        twice = any(p.axis(a).of for a in v.axes)
-        yield twice or not i.side, f"{v.label} is along no axis twice, so it has no second half"
     extra = {a for v in others for a in v.axes} - at.axes
     yield not extra, f"the value or the mask varies over {', '.join(sorted(extra))}, the index does not"
 
@@ -145,8 +144,8 @@ def _prefetch(p: TileProgram, op: t.Prefetch) -> Demand:
     yield strided, f"{param.name} has no strided dimension {op.along}"
     unit = param.strided.strides[op.along] == "unit"
     yield unit, f"the elements of {param.name} do not lie side by side along dimension {op.along}"
-    begin = op.at.index[op.along].value
-    yield begin is None or not begin.axes, "it begins at a block of elements, which must be one number"
+    one = not any(v.axes for v in op.at.index[op.along].values)
+    yield one, "it begins at a block of elements, which must be one number"
     yield from _access(p, op.at, *op.at.mask)
 
 
@@ -177,6 +176,7 @@ DEMANDS: dict[type, Callable[[TileProgram, Any], Demand]] = {
     t.Accumulate: _accumulate,
     t.Dot: _dot,
     t.Halves: _halves,
+    t.Sides: lambda p, op: iter([(p.axis(op.axis).of is not None, f"{op.axis} is no axis twice, so it has no sides")]),
     t.TopK: _top_k,
     t.Load: _load,
     t.Store: _store,

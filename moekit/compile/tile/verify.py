@@ -127,14 +127,15 @@ def memory_masked(f: Facts) -> Claims:
         kept = f.kept(op.at.mask)
         ranges = [m for m in map(f.made_by.get, op.at.mask) if isinstance(m, t.InBounds) and m.signed]
         for axis, index in zip(f.program.param(op.at.tensor).axes, op.at.index, strict=True):
-            if (value := index.value) is None:
+            if not index.terms:
                 continue
-            for base in f.bases(value):
+            for base in f.bases(*index.values):
                 owner = f.program.bounded(base.axis)
                 masked = not owner.partial or (owner.name, base.out) in kept
                 yield op, masked, f"the block of {owner.name} reaches past its end; mask it with {owner.name}'s own mask"
-            checked = f.inside(axis, index) or any((m.axis, m.value) == (axis, value) for m in ranges)
-            yield op, checked, f"{value.label} may be no element of {axis}; mask it to its range"
+            checked = f.inside(axis, index) or any((m.axis, m.value) == (axis, index.alone) for m in ranges)
+            label = " and ".join(v.label for v in index.values)
+            yield op, checked, f"{label} may be no element of {axis}; mask it to its range"
 
 
 def reductions_masked(f: Facts) -> Claims:
@@ -198,7 +199,7 @@ def stores_last(f: Facts) -> Claims:
         last, store = stored[op.at.tensor]
         outside = f.ops[last][1]
         pairs = [(i, j) for i, j in zip(op.at.index, store.at.index, strict=True)]
-        own = {base.axis for i, j in pairs if i == j for base in f.bases(i.value)}
+        own = {base.axis for i, j in pairs if i == j for base in f.bases(*i.values)}
         for axis in f.program.grid:
             yield (
                 op,
@@ -232,11 +233,11 @@ def outputs_written(f: Facts) -> Claims:
         elif op is None:
             yield None, False, f"{param.name} is never stored"
         else:
-            spread = {base.axis for i in op.at.index for base in f.bases(i.value)}
+            spread = {base.axis for i in op.at.index for base in f.bases(*i.values)}
             for axis in f.program.grid:
                 yield op, axis in spread, f"programs along {axis} would all write the same elements"
             for axis, i in zip(param.axes, op.at.index, strict=True):
-                yield op, i.value is not None or axis is None, f"only element 0 of {axis} is stored"
+                yield op, bool(i.terms) or axis is None, f"only element 0 of {axis} is stored"
 
 
 def packets(f: Facts) -> Claims:

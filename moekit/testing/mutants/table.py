@@ -84,11 +84,10 @@ LOWERING = (
     _one("parts-start-wrong", "backends/printer.py", '(f" * {owner.share}" if owner.share > 1 else "")', '(f" * {owner.block}" if owner.share > 1 else "")', "the parts of a split axis begin too early"),
     _one("share-rounds-down", "compile/tile/program.py", "return self.each or -(-self.blocks // self.parts) * self.block", "return max(1, self.blocks // self.parts) * self.block", "the parts of a split axis do not reach its end"),
     _one("slice-start-ignored", "compile/passes/nest.py",
-         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
-         'found.append(t.At(scope.elements(entry.axis), 0, entry.step))', "the second half is the first"),
+         'found.append(entry.each(block))', 'found.append(replace(entry.each(block), start=0))', "the second half is the first"),
     _one("slice-step-ignored", "compile/passes/nest.py",
-         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
-         'found.append(t.At(scope.elements(entry.axis), entry.start))', "interleaved slices are read side by side"),
+         'found.append(entry.each(block))',
+         'found.append(t.Index(tuple((block(v), 1) for v in entry.values), entry.start))', "interleaved slices are read side by side"),
     _one("ids-unchecked", "compile/passes/masks.py",
          '                needed.append(valid)\n',
          '', "ids out of range reach memory"),
@@ -102,9 +101,9 @@ LOWERING = (
     _one("second-output-lost", "compile/passes/nest.py",
          'scope.ops.extend(t.Store(at, value) for value, at in values)',
          'scope.ops.extend(t.Store(at, value) for value, at in values[:1])', "only the first of several outputs is stored"),
-    _one("index-leaves", "lang/reindex.py", 'new != entry and not _inside(', 'False and not _inside(', "an index past an end is not checked"),
-    _one("joined-late", "lang/ops.py", 'Along(into, -begin)', 'Along(into, -begin + (begin > 0))', "what comes after the first begins one element late"),
-    _one("longer-axis-unmasked", "compile/tile/facts.py", 'return at.start >= 0 and at.start + at.side + at.step * (own.extent - 1) < full.extent', 'return True', "elements of a longer axis are read past an end"),
+    _one("index-leaves", "lang/graph.py", '0 <= least <= most < full', 'True', "an index past an end is not checked"),
+    _one("joined-late", "lang/indexing.py", 'Index.of(into, -begin)', 'Index.of(into, -begin + (begin > 0))', "what comes after the first begins one element late"),
+    _one("longer-axis-unmasked", "compile/tile/facts.py", 'return at.start >= 0 and at.start + sum(n * step for n, (_, step) in zip(most, at.terms, strict=True)) < full.extent', 'return True', "elements of a longer axis are read past an end"),
     _one("read-elsewhere-unseen", "compile/schedule/facts.py", 'for name, dims in graph.elsewhere.items() for d in dims}', 'for name, dims in () for d in dims}', "programs read what others update"),
     _one("indices-swapped", "compile/passes/nest.py", '        return t.Access(tensor, tuple(found))', '        return t.Access(tensor, tuple(found[::-1]))', "rows for columns"),
     _one("max-from-zero", "lang/elementwise.py", '("max", "float32"): float("-inf")', '("max", "float32"): 0.0', "the maximum of negative numbers is zero"),
@@ -194,16 +193,13 @@ LOWERING = (
     _one('ids-past-the-end', "backends/printer.py", 'return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND', 'return f"({value} >= 0) & ({value} >= 0)", AND', 'ids are checked at zero only'),
     _one('ids-32-bit', "compile/passes/masks.py",
          'wide=wide(self.program, param))',
-         'wide=tuple(w and (i.value is None or isinstance(f.made_by.get(i.value), t.Elements)) for w, i in zip(wide(self.program, param), op.at.index)))', 'offsets of rows chosen by ids are computed in 32 bits'),
+         'wide=tuple(w and all(isinstance(f.made_by.get(v), t.Elements) for v in i.values) for w, i in zip(wide(self.program, param), op.at.index)))', 'offsets of rows chosen by ids are computed in 32 bits'),
     _one('ids-narrowed', "compile/passes/nest.py",
-         '                found.append(t.At(self.value(args[entry.operand], scope)))',
-         '                ids = self.value(args[entry.operand], scope)\n'
-         "                if ids.dtype == 'int64':\n"
-         "                    ids = scope.cast(ids, 'int32')\n"
-         '                found.append(t.At(ids))', 'ids of 64 bits are cut to 32 before they are checked'),
+         'else self.value(args[term], scope)',
+         "else scope.cast(v, 'int32' if v.dtype == 'int64' else v.dtype) if (v := self.value(args[term], scope)) else v", 'ids of 64 bits are cut to 32 before they are checked'),
     _one('start-times-step', "compile/passes/nest.py",
-         'found.append(t.At(scope.elements(entry.axis), entry.start, entry.step))',
-         'found.append(t.At(scope.elements(entry.axis), entry.start * entry.step, entry.step))', "a slice's start is multiplied by its step"),
+         'found.append(entry.each(block))',
+         'found.append(replace(entry.each(block), start=entry.start * max((n for _, n in entry.terms), default=1)))', "a slice's start is multiplied by its step"),
     _one('second-block-lost', "compile/tile/program.py",
          'return tuple(a if a.extent is None else a.blocks for a in map(self.axis, self.grid))',
          'return tuple(a if a.extent is None else 1 if a.extent < 2 * a.block else a.blocks for a in map(self.axis, self.grid))', 'an axis of less than two blocks has no program for the second'),
@@ -212,9 +208,8 @@ LOWERING = (
     _one('parallel-if-any', 'compile/schedule/facts.py', 'everywhere = set.intersection(*spreads)', 'everywhere = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
     _one('over-what-others-read', 'compile/passes/form.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
     _one('twins-step-lost', "compile/passes/reductions.py",
-         't.At(low.root.bound[twice], start, pair.first.step, side)',
-         't.At(low.root.bound[twice], start, 1, side)', 'of two products made as one every column is taken for every second'),
-    _one('twins-of-other-steps', "compile/schedule/facts.py", '(i.axis, i.step) == (j.axis, j.step)', 'i.axis == j.axis', 'products of side by side and of interleaved columns are made as one'),
+         '(low.root.bound[twice], step)', '(low.root.bound[twice], 1)', 'of two products made as one every column is taken for every second'),
+    _one('twins-of-other-steps', "compile/schedule/facts.py", 'i.terms == j.terms', 'i.axes == j.axes', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', "compile/schedule/facts.py", ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
     _one('parts-for-few-rows-only', 'compile/rules/choose.py', '_launch(graph, tile, columns, split)', '_launch(graph, tile, columns)', "with many rows a sum is not made in parts: a row's bits depend on T"),
     _one('tile-decides-a-sum', 'compile/rules/gemm.py', 'if gemm is None or not _products_alone(graph):', 'if gemm is None:', "a sum beside a product goes by its tile: a row's bits depend on T"),
@@ -240,8 +235,7 @@ TRITON = (
     _one("triton-half-turned", "backends/triton.py", '{(*places, at)}))"', '{(*places, at)}))[::-1]"', "of two products made as one each gets the other's half"),
     _one("triton-unit-lost", "backends/triton.py", "= {a.name} * {a.unit}\"", "= {a.name}\"", "strides in units of 16 bytes taken for elements"),
     _one("triton-32-bit", "backends/triton.py",
-         '        if wide:\n',
-         '        if False:\n', "the 64-bit product is printed in 32 bits"),
+         'if wide and not terms:', 'if False:', "the 64-bit product is printed in 32 bits"),
     _one("triton-store-mask", "backends/triton.py", '{f\', mask={mask}\' if mask else \'\'})"', '{\'\'})"', "stores are not masked"),
     _one("triton-load-mask", "backends/triton.py", "{f', mask={mask}, other={number(op.fill)}' if mask else ''}", "{''}", "loads are not masked"),
     _one("triton-load-fill", "backends/triton.py", "other={number(op.fill)}'", "other=1'", "masked lanes read as one"),
@@ -291,7 +285,7 @@ PALLAS = (
     _one("pallas-section-offset", "backends/pallas.py", 'passed = [call.own, ', 'passed = ["pid", ', "a later section's programs are numbered from the launch's first"),
     _one("pallas-mask-le", "backends/printer.py", '({value} < {self.extent(op.axis)})", AND', '({value} <= {self.extent(op.axis)})", AND', "one element past the end"),
     _one("pallas-start-lost", "backends/pallas.py", 'first = str(index.start * step + start)', 'first = str(index.start * step)', "a View's start is ignored"),
-    _one("pallas-step-lost", "backends/pallas.py", 'text, factor = self.at(index.value, axes), index.step * step', 'text, factor = self.at(index.value, axes), index.step', "a View's step is ignored"),
+    _one("pallas-step-lost", "backends/pallas.py", '{own * step}" if own * step != 1', '{own}" if own != 1', "a View's step is ignored"),
     _one("pallas-axes-reversed", "backends/pallas.py", "for axis in range(len(layout.base)))", "for axis in reversed(range(len(layout.base))))", "a View's axes in the wrong order"),
     _one("pallas-store-mask", "backends/pallas.py", '{self.spread(op.value, axes)}{self.masked(op.at, axes)})"', '{self.spread(op.value, axes)})"', "stores are not masked"),
     _one("pallas-load-fill", "backends/pallas.py", "f', other={fill}' if mask", "', other=1' if mask", "masked lanes read as one"),
@@ -332,7 +326,7 @@ PALLAS = (
 )  # fmt: skip
 
 ARRAY = (
-    _one("array-slice-start", "backends/array.py", "slice(i.start, i.start + i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "slice(0, i.step * (e.sizes[i.axis] - 1) + 1, i.step)", "the second half is the first"),
+    _one("array-slice-start", "backends/array.py", "slice(entry.start, last + 1, steps[-1])", "slice(0, last - entry.start + 1, steps[-1])", "the second half is the first"),
     _one("array-ids-unchecked", "backends/libraries.py", "ok = ok & (i >= 0) & (i < size)", "ok = ok & (i < size)", "ids below zero count from the end"),
     _one("array-old-rows-lost", "backends/libraries.py", "torch.cat((base.reshape(-1), ", "torch.cat((torch.zeros_like(base).reshape(-1), ", "rows that are not put are zero"),
     _one("array-division-floors", "backends/libraries.py", '"floordiv": div, "rem": whole(', '"floordiv": jnp.floor_divide, "rem": whole(', "integer division in JAX rounds down"),
@@ -345,7 +339,7 @@ ARRAY = (
 
 EQUIVALENT = (
     _one("store-axes-forgotten", "compile/tile/operations.py",
-         'for a in i.value.axes)\n'
+         'for a in v.axes)\n'
          '\n'
          '\n'
          '@dataclass(frozen=True)\n'
