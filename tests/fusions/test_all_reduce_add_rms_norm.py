@@ -13,18 +13,27 @@ from moekit.fusions import FUSIONS
 from moekit.jax import all_reduce_add_rms_norm
 from moekit.lang import In, InOut, all_reduce, cast, f32, fusion, mean, rsqrt, sum
 from moekit.lang.dtypes import FLOATS, MANTISSA, numpy_dtype
-from moekit.testing import FusionSuite
+from moekit.testing import Call, check, implementations
+from moekit.testing import operands as drawn
 from moekit.testing.bounds import bounds
 
 FUSION = FUSIONS["all_reduce_add_rms_norm"]
 
 
-class TestOneRank(FusionSuite):
-    """The suite, where the sum is of one rank."""
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_of_one_rank_it_is_add_rms_norm(dtype):
+    """The same graph, whose suite then holds for both."""
+    alone, given = bind(operands(1, 3, 50, dtype), 1)[0], {"x": (3, 50), "residual": (3, 50), "weight": (50,)}
+    other = FUSIONS["add_rms_norm"]
+    plain = other.trace(other.bind(given, dict.fromkeys(given, dtype), other.bind_params({})))
+    assert repr(alone.nodes).replace("'partial'", "'x'") == repr(plain.nodes)
+    assert not alone.ranks
 
-    fusion = FUSION
-    sizes = ({"T": 5, "H": 50}, {"T": 0, "H": 16}, {"T": 1, "H": 1}, {"T": 33, "H": 31})
-    params = ({}, {"offset": 0.0, "eps": 1e-5})
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_one_rank(implementation):
+    """Every implementation serves it."""
+    check(implementation, Call(FUSION, drawn(FUSION, {"T": 3, "H": 50}, "float16")))
 
 
 @fusion(lambda parts, residual, weight: {}, parts=In("R T H"), residual=InOut("T H"), weight=In("H"))
