@@ -33,6 +33,7 @@ from moekit.lang.dtypes import is_float
 DTYPES = {
     "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
     "int32": "jnp.int32", "int16": "jnp.int16", "int8": "jnp.int8", "bool": "jnp.bool_",
+    "float8_e4m3fn": "jnp.float8_e4m3fn",
 }  # fmt: skip
 WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",

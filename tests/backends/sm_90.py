@@ -21,7 +21,7 @@ from moekit.lang.dtypes import itemsize
 from moekit.torch.launch import kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "float8_e4m3fn": "*fp8e4nv"}
 CUOBJDUMP, PTXAS = (Path(triton.__file__).parent / "backends/nvidia/bin" / name for name in ("cuobjdump", "ptxas"))
 WIDE = 16  # bytes of the widest load a lane can make
 

@@ -10,6 +10,7 @@ import pytest
 from moekit.backends import triton as emitter
 from moekit.compile.plan import plan
 from moekit.testing import Call, operands
+from moekit.testing.probes import PROBES
 from moekit.torch.launch import kernel
 from tests.compile import unseen
 
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "float8_e4m3fn": "*fp8e4nv"}
 
 
 def compiled(program, target: str):
@@ -85,3 +86,18 @@ def test_declared_roundings_survive(name):
     rounded = set(re.findall(r"(%\S+) = arith.truncf", ttir))
     widened = re.findall(r"arith.extf (%\S+) ", ttir)
     assert rounded & set(widened)
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_weights_of_one_byte(target, tmp_path):
+    """Loaded 16 at a time, converted, and multiplied in the other operand's dtype: FP8 products add up in fewer bits."""
+    sizes = {"T": 4, "N": 512, "D": 2048}
+    call = Call(PROBES["probe_stored"], operands(PROBES["probe_stored"], sizes, "bfloat16"))
+    built = [compiled(program, target) for program in plan(call.graph, None, strided(call.graph, sizes)).programs]
+    if target == "gfx942":
+        return
+    text = "\n".join(x.asm["ptx"] for x in built)
+    assert "ld.global.v4.b32" in text
+    assert "cvt.rn.f16x2.e4m3x2" in text
+    assert set(re.findall(r"mma\.sync\S*", text)) == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
+    assert not any(resources(x.asm["cubin"], tmp_path)["STACK"] for x in built if target == "sm_90")
