@@ -31,8 +31,8 @@ FUSIONS = (
 class Kernels:
     """One callable per fusion. Hashable, so that a compiled step may depend on it.
 
-    fused: whether the gate's three products are one `gate_projections`, the routed experts kernels that read those chosen alone,
-    and the delta nets' states one stack.
+    fused: whether the gate's three products are one `gate_projections`, the routed experts kernels that read no others than
+    those chosen, and the delta nets' states one stack.
     all_reduce: from one rank's part of a sum to the sum over all ranks. all_gather: from a rank's array to a stack of all.
     """
 

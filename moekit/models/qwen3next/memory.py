@@ -94,11 +94,12 @@ def temporaries(config: Config, tp: int, dtype: Any, room: Room) -> int:
 
 
 def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, seen: int) -> int:
-    """About the bytes that are alive together as a call reads `new` tokens of each of `batch` sequences, behind `seen` in all."""
+    """About the bytes that are alive together as a call reads `new` tokens of each of `batch` sequences, the last of `seen`."""
     size, wide, tokens = np.dtype(dtype).itemsize, 4, batch * new
     heads, keys, values = config.linear_num_value_heads // tp, config.linear_key_head_dim, config.linear_value_head_dim
     together = min(tokens, max(AT_ONCE, batch * CHUNK))
-    delta = together * heads * wide * (6 * keys + 5 * values + 4 * CHUNK + 4 * keys * (keys + values) // CHUNK) if new > 1 else 0
+    states = 4 * keys * (keys + values) // CHUNK
+    delta = together * heads * wide * (6 * keys + 5 * values + 4 * CHUNK + states) if new > 1 else 0
     pairs = seen if new == 1 else min(new, BLOCK) * min(seen, BLOCK)
     scores = 2 * wide * batch * config.num_attention_heads // tp * pairs
     copied = 2 * size * kv_heads_per_rank(config, tp) * config.head_dim * seen  # XLA does so where there is one sequence

@@ -7,6 +7,7 @@ since the shared and the routed part are added before.
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 from moekit.models.qwen3next.sharding import AXIS
 
-# With kernels (docs/performance_kernels.md, an H200): experts for each pair from which on reading them pair by pair is as fast as
-# sorting; pairs for each expert up to which a block of so many is.
-FEW, BLOCKS = 4, ((16, 16), (48, 64))
+# With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
+# expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
+FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
 # With arrays: experts for each choice of a token up to which all of them are computed, and pairs of a block, and of a turn.
 DENSE, SORTED, TOGETHER = 4, 128, 4096
 
@@ -76,7 +77,7 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
 
 def _block(pairs: int, count: int) -> int:
     """How many pairs of one expert a program takes: the fewer it leaves empty, the oftener it reads that expert's weights."""
-    return next((block for most, block in BLOCKS if pairs <= most * count), SORTED)
+    return next(block for most, block in BLOCKS if pairs <= most * count)
 
 
 def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
@@ -104,8 +105,8 @@ def _taken(a: jax.Array, at: jax.Array) -> jax.Array:
 def _blocks(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pairs in blocks of one expert each: whose they are, and where each pair stands.
 
-    ids [n] of `count` experts -> pairs [turns, blocks, SORTED], experts [turns, blocks], places [n] in pairs flattened, past its
-    end for an id of no expert. What fills a block up is any pair, whose product nobody reads.
+    ids [n] of `count` experts -> pairs [turns, blocks, SORTED], experts [turns, blocks], places [n] among all of pairs, past
+    their end for an id of no expert. What fills a block up is any pair, whose product nobody reads.
     """
     known = (ids >= 0) & (ids < count)
     keys = jnp.where(known, ids, count)
