@@ -98,8 +98,7 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
         close(out, expected[np.arange(B), lengths + step])
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+@pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_of_experts(zoo, case, kernels, tp):
     model, config = zoo.model(case, tp=tp), zoo.config(case)
@@ -111,7 +110,7 @@ def test_mixture_of_experts(zoo, case, kernels, tp):
 
     rows = x.reshape(B * S, -1)
     close(summed(model, 1, block, rows[:20])[0], expected[:20])
-    close(summed(model, 1, block, rows[:2])[0], expected[:2])  # few tokens gather their experts
+    close(summed(model, 1, block, rows[:1])[0], expected[:1])  # few tokens gather their experts
 
 
 def stacked(gate_up, down):
@@ -153,17 +152,16 @@ def test_all_experts_at_once_where_a_token_chooses_many_of_them():
     close(moe.experts(x, chosen, ids, layer, named("xla")), expected, 1e-6)
 
 
-@pytest.mark.parametrize("count", [3, 40])
-def test_an_expert_that_nobody_chose_may_hold_infinities(count):
+@pytest.mark.parametrize(("kernels", "count"), [("pallas", 40), ("xla", 3), ("xla", 40)])
+def test_an_expert_that_nobody_chose_may_hold_infinities(kernels, count):
     x = jnp.ones((40, 8))
     gate_up, down = np.ones((count, 4, 8), np.float32), np.ones((count, 2, 8), np.float32)
     gate_up[2] = np.inf
     ids = np.tile(np.array([[0, 1]], np.int32), (40, 1))
     chosen = np.ones((40, 2), np.float32)
-    for kernels in ("pallas", "xla"):
-        for tokens in (1, 40):
-            some = x[:tokens], chosen[:tokens], ids[:tokens]
-            assert np.isfinite(moe.experts(*some, stacked(gate_up, down), named(kernels))).all()
+    for tokens in (1, 40):
+        some = x[:tokens], chosen[:tokens], ids[:tokens]
+        assert np.isfinite(moe.experts(*some, stacked(gate_up, down), named(kernels))).all()
 
 
 def test_a_step_reads_its_cache_alone_and_no_further(zoo):

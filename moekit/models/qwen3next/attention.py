@@ -33,8 +33,11 @@ def decode(
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
         memory.values.at[rows, :, lengths].set(v[:, 0]),
     )
-    read = kernels.attention_decode(q[:, 0], memory.keys, memory.values, lengths + 1)
-    return _output(read, gate[:, 0], weights), memory
+    if kernels.fused:
+        read = kernels.attention_decode(q[:, 0], memory.keys, memory.values, lengths + 1)[:, None]
+    else:
+        read = _whole(q, memory.keys, memory.values, lengths[:, None])
+    return _output(read, gate, weights)[:, 0], memory
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config"))
