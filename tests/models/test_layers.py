@@ -98,6 +98,23 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
         close(out, expected[np.arange(B), lengths + step])
 
 
+def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(monkeypatch):
+    """Of a length that no block divides."""
+    rng, length = np.random.default_rng(9), 11
+    q = rng.standard_normal((2, length, 2, 3, 8)).astype(np.float32)
+    keys, values = rng.standard_normal((2, 2, 2, length, 8)).astype(np.float32)
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+
+    def of(*given):
+        return jnp.sum(attention._causal(*given) * weights)
+
+    wanted = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    found = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(mine, np.asarray(theirs))
+
+
 @pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_of_experts(zoo, case, kernels, tp):
