@@ -115,7 +115,7 @@ def _routed(config: Config, tp: int, size: int, tokens: int) -> int:
     held, own = c.num_experts // c.ep, c.moe_intermediate_size * c.ep // tp
     if pairs <= c.num_experts:
         return pairs * (c.hidden_size + 3 * own) * 4
-    if c.num_experts <= DENSE * c.num_experts_per_tok:
+    if tokens <= SORTED or c.num_experts <= DENSE * c.num_experts_per_tok:
         return tokens * held * 2 * own * (size + 4)
     turn = TOGETHER // SORTED * 3 * own * c.hidden_size * size
     return (2 * pairs + min(held, pairs) * SORTED) * c.hidden_size * size + turn

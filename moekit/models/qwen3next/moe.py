@@ -22,7 +22,8 @@ from moekit.models.qwen3next.sharding import AXIS
 # With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
 # expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
 FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
-# With arrays: experts for each choice of a token up to which all of them are computed, and pairs of a block, and of a turn.
+# With arrays: pairs of a block of one expert, and of a turn; up to as many tokens as a block has all experts run over all of
+# them, which reads each once, as they do where there are no more experts for each that a token chooses than DENSE.
 DENSE, SORTED, TOGETHER = 4, 128, 4096
 
 
@@ -70,7 +71,7 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
         return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
     if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
-    if count <= DENSE * ids.shape[1]:
+    if x.shape[0] <= SORTED or count <= DENSE * ids.shape[1]:
         return round_to(_dense(x, chosen, ids, weights[names[0]], weights[names[1]]), x.dtype)
     return round_to(_sorted(x, chosen, ids, weights), x.dtype)
 
