@@ -22,8 +22,8 @@ from moekit.models.qwen3next.sharding import AXIS
 # With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
 # expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
 FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
-# With arrays: pairs of a block of one expert, and of a turn; up to as many tokens as a block has all experts run over all of
-# them, which reads each once, as they do where there are no more experts for each that a token chooses than DENSE.
+# With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
+# chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
 DENSE, SORTED, TOGETHER = 4, 128, 4096
 
 
@@ -59,8 +59,8 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
-    nothing. How it is computed follows from the shapes alone, so a row's bits never depend on the rows beside it; with another
-    number of rows its products may be added up in another order.
+    nothing. How it is computed follows from the shapes alone, and with kernels a row's bits do not depend on the rows beside it;
+    with another number of rows its products may be added up in another order.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
