@@ -59,8 +59,8 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
-    nothing. How it is computed follows from the shapes alone, and with kernels a row's bits do not depend on the rows beside it;
-    with another number of rows its products may be added up in another order.
+    nothing. How it is computed follows from the shapes alone. With kernels a row's bits do not depend on the rows beside it, but
+    with another number of them its products may be added up in another order.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
