@@ -59,8 +59,8 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
-    nothing. How it is computed follows from the shapes alone. With kernels a row's bits do not depend on the rows beside it, but
-    with another number of them its products may be added up in another order.
+    nothing. How it is computed follows from the shapes alone. With kernels a row's bits do not depend on the rows beside it;
+    with another number of rows its products may be added up in another order.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
@@ -88,13 +88,15 @@ def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> 
     rows, down = weights.rows.reshape(-1, width, x.shape[1]), weights["experts_down"]
     pairs, experts, place = _blocks(ids.reshape(-1), count)
 
-    def products(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        pairs, experts = piece
+    def turn(held: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        n, pairs, experts = piece
         both = einsum("bjd,bnd->bjn", _taken(x, pairs // ids.shape[1]), _taken(rows, experts))
         active = _activation(round_to(both, x.dtype), 1.0, x.dtype)
-        return round_to(einsum("bji,bih->bjh", active, _taken(down, experts)), x.dtype)
+        each = round_to(einsum("bji,bih->bjh", active, _taken(down, experts)), x.dtype)
+        return lax.dynamic_update_index_in_dim(held, each, n, 0), None
 
-    each = lax.map(products, (pairs, experts)).reshape(-1, x.shape[1])
+    begin = jnp.broadcast_to(x[0], (*pairs.shape, x.shape[1]))  # there by then: zeros XLA would make for all layers at once
+    each = lax.scan(turn, begin, (jnp.arange(len(pairs)), pairs, experts))[0].reshape(-1, x.shape[1])
     each = jnp.take(each, place, axis=0, mode="fill", fill_value=0).reshape(*ids.shape, -1)
     return jnp.sum(each.astype(jnp.float32) * chosen[..., None].astype(jnp.float32), axis=1)
 
