@@ -192,7 +192,7 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
         if kind == GDN:
             out, memory = gdn.decode(x, layer, *memories.delta(), config, kernels)
         else:
-            out, memory = attention.decode(x, layer, memories.attention(), cache.lengths, config)
+            out, memory = attention.decode(x, layer, memories.attention(), cache.lengths, config, kernels)
         memories.keep(kind, memory)
         return out
 
