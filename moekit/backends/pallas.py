@@ -109,7 +109,8 @@ class PallasPrinter(Printer):
         plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
         number = self.names[op.vars[0]] if plain else "turn"
         lines = ["", f"{pad}def {name}({number}, carry):"]
-        if isinstance(op.over[0], str) and not op.unroll and op.end is None and (plain or len(op.over) > 1):
+        counted = [a for a in op.over if isinstance(a, str)]
+        if counted and not op.unroll and op.end is None and (plain or len(counted) > 1):
             lines.append(f"{pad}    {number} = jnp.int32({number})")  # which JAX counts in 64 bits where it has those
         lines += [] if plain else self.turn(op, depth + 1)
         lines += [f"{pad}    {self.listed(op.carries)} = carry"] if op.carries else []

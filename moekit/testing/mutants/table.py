@@ -92,7 +92,7 @@ LOWERING = (
          'scope.ops.extend(t.Store(at, value) for value, at in values[:1])', "only the first of several outputs is stored"),
     _one("index-leaves", "lang/graph.py", '0 <= least <= most < full', 'True', "an index past an end is not checked"),
     _one("joined-late", "lang/indexing.py", 'Index.of(into, -begin)', 'Index.of(into, -begin + (begin > 0))', "what comes after the first begins one element late"),
-    _one("longer-axis-unmasked", "compile/tile/facts.py", 'return at.start >= 0 and at.start + sum(n * step for n, (_, step) in zip(most, at.terms, strict=True)) < full.extent', 'return True', "elements of a longer axis are read past an end"),
+    _one("longer-axis-unmasked", "compile/tile/facts.py", 'at.start >= 0 and last < (full.extent or 0)', 'True', "elements of a longer axis are read past an end"),
     _one("read-elsewhere-unseen", "compile/schedule/facts.py", 'for name, dims in graph.elsewhere.items() for d in dims}', 'for name, dims in () for d in dims}', "programs read what others update"),
     _one("indices-swapped", "compile/passes/nest.py", '        return t.Access(tensor, tuple(found))', '        return t.Access(tensor, tuple(found[::-1]))', "rows for columns"),
     _one("max-from-zero", "lang/elementwise.py", '("max", "float32"): float("-inf")', '("max", "float32"): 0.0', "the maximum of negative numbers is zero"),
