@@ -189,6 +189,12 @@ def test_widths_are_attributed_to_operands():
 \t.loc\t1 1 4
 \t@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
 \tld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];
+\t// begin inline asm
+\t.loc\t1 2 4
+\tmov.u32 %r1, %r2;
+\t.loc\t1 3 4
+\t@%p1 ld.global.b64 { %rd1 }, [ %rd1 + 0 ];
+\t// end inline asm
 \t.loc\t1 2 4
 \tcp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
 \tcp.async.commit_group;

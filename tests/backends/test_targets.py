@@ -7,29 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moekit.backends import triton as emitter
 from moekit.compile.plan import plan
 from moekit.testing import Call, operands
-from moekit.torch.launch import kernel
 from tests.compile import unseen
 
 from .samples import SAMPLES, strided
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
-
-
-def compiled(program, target: str):
-    """The kernel of a program compiled for a target, pointers 16-byte aligned."""
-    args = emitter.arguments(program)
-    kinds = {a.name: POINTERS[program.param(a.subject).dtype] if a.kind == "pointer" else "i32" for a in args}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if a.kind == "pointer"}
-    options = {"num_warps": program.warps, "num_stages": program.stages}
-    return triton.compile(ASTSource(kernel(program), kinds, {}, aligned), target=TARGETS[target], options=options)
+from .sm_90 import compiled  # noqa: E402
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -46,7 +31,7 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 def test_sm_90_without_spills(name, dtype, tmp_path):
     """The default schedules keep everything in registers, float32 is never TF32, and aligned rows load 16 bytes."""
     for program in replace(SAMPLES[name], dtype=dtype).strided().programs:
-        built = compiled(program, "sm_90")
+        built = compiled(program)
         used = resources(built.asm["cubin"], tmp_path)
         assert used["STACK"] == (32 if name == "qk_norm_rope" else 0)  # libdevice's sine: the digits of an angle times 2/π
         assert used["REG"] <= 255
@@ -81,7 +66,7 @@ def test_large_angles_are_reduced_by_all_of_two_over_pi(target):
 def test_declared_roundings_survive(name):
     """A narrowing cast that is widened again is still two conversions in the compiled program."""
     (program,) = SAMPLES[name].strided().programs
-    ttir = compiled(program, "sm_90").asm["ttgir"]
+    ttir = compiled(program).asm["ttgir"]
     rounded = set(re.findall(r"(%\S+) = arith.truncf", ttir))
     widened = re.findall(r"arith.extf (%\S+) ", ttir)
     assert rounded & set(widened)
