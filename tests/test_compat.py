@@ -20,8 +20,9 @@ def locked(name: str) -> dict[str, str]:
 def required() -> dict[str, str]:
     """Package → what every extra of the project wants of it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = ["python" + project["requires-python"], *sum(project["optional-dependencies"].values(), [])]
-    return dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?([><=].*)", line).groups() for line in lines if not line.startswith("moekit["))
+    lines = ["python" + project["requires-python"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
+    found = (re.fullmatch(r"([\w-]+)(?:\[\w+\])?([><=].*)", line) for line in lines)
+    return dict(one.groups() for one in found if one)
 
 
 def test_the_locks_are_the_ends_of_what_is_tested():
@@ -61,8 +62,6 @@ def test_the_page_shows_both_tables():
     assert [row for row in rows if row[0] in TESTED] == tested + differ
 
 
-@pytest.mark.parametrize(
-    ("version", "found"), [("3.12.1", (3, 12)), ("2.14.1+cu130", (2, 14)), ("0.13.0.dev20", (0, 13)), ("4", (4, 0)), ("2.15rc1", (2, 15))]
-)
-def test_the_release_of_a_version(version, found):
-    assert release(version) == found
+def test_the_release_of_a_version():
+    given = ["3.12.1", "2.14.1+cu130", "0.13.0.dev20", "4", "2.15rc1"]
+    assert [release(v) for v in given] == [(3, 12), (2, 14), (0, 13), (4, 0), (2, 15)]

@@ -258,7 +258,8 @@ def test_tritons_launcher_takes_what_it_is_handed():
     from triton.backends.nvidia.driver import CudaLauncher
 
     named = [*inspect.signature(CudaLauncher.__call__).parameters][1:]
-    first, hooks = ["gridX", "gridY", "gridZ", "stream", "function"], ["launch_metadata", "launch_enter_hook", "launch_exit_hook"]
+    first = ["gridX", "gridY", "gridZ", "stream", "function"]
+    hooks = ["launch_metadata", "launch_enter_hook", "launch_exit_hook"]
     assert named in ([*first, "args"], [*first, "kernel_metadata", *hooks, "args"])  # to Triton 3.6, from 3.7 on
 
 
