@@ -35,16 +35,18 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_sm_90_without_spills(name, dtype, tmp_path):
     """The default schedules keep everything in registers, float32 is never TF32, and aligned rows load 16 bytes."""
+    stacks = []
     for program in replace(SAMPLES[name], dtype=dtype).strided().programs:
         built = compiled(program)
         used = resources(built.asm["cubin"], tmp_path)
-        assert used["STACK"] == STACK.get((name, dtype), STACK.get(name, 0))
+        stacks.append(used["STACK"])
         assert used["REG"] <= 255
         ptx = built.asm["ptx"]
         if dtype == "float32":
             assert "tf32" not in ptx
         if name == "add_rms_norm":
             assert set(re.findall(r"ld\.global\.\S*", ptx)) == {"ld.global.v4.b32"}
+    assert max(stacks) == STACK.get((name, dtype), STACK.get(name, 0))
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
