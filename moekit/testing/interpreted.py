@@ -73,7 +73,7 @@ def mend() -> None:
     def mended_place(self, x, y, z):
         place(self, self.grid_dim[0] - 1 - x if ORDER["backwards"] else x, y, z)
 
-    def mended_patch(tensor, scope):
+    def mended_patch(tensor, scope):  # for Triton 3.6
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -90,6 +90,7 @@ def mend() -> None:
 
     builder.cast_impl, builder.create_dot, builder.set_grid_idx = mended_cast, mended_dot, mended_place
     builder.create_fp_to_fp = widened  # from float8 alone: the language rounds nothing to it
+    # for Triton 3.6 and 3.7
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter._patch_lang_tensor, reducer.generic_reduce = mended_patch, mended_reduce

@@ -133,17 +133,14 @@ def _gathered(
 ) -> jax.Array:
     """elsewhere: whether an id may be of no expert here, which stands for weights of zero."""
     # Sums of products, not dots: XLA then multiplies while it gathers rows, and stores none of them. To that end it wants a
-    # flat list of experts, and for the last sum, if there is one token, one sum over all rows.
+    # flat list of experts, and each expert's sum for itself, which for one token it would merge with the last.
     flat, wide = ids.reshape(-1), jnp.float32
     take = partial(jnp.take, axis=0, mode="fill", fill_value=0) if elsewhere else partial(jnp.take, axis=0, mode="clip")
     rows = take(gate_up, flat).astype(wide)
     both = jnp.sum(jnp.repeat(x, ids.shape[1], axis=0)[:, None].astype(wide) * rows, axis=2)
     active = _activation(round_to(both, x.dtype), chosen.reshape(-1, 1), x.dtype).astype(wide)
-    if x.shape[0] == 1:
-        rows = take(down, ids).astype(wide)
-        return jnp.sum(active[None, ..., None] * rows, axis=(1, 2))
     rows = take(down, flat).astype(wide)
-    each = jnp.sum(active[..., None] * rows, axis=1)
+    each = lax.optimization_barrier(jnp.sum(active[..., None] * rows, axis=1))
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 
 
