@@ -33,6 +33,7 @@ SIZES = {
     "topk_softmax": [{"T": 64, "E": 512}, {"T": 64, "E": 60}],
     "shared_expert_combine": [{"T": 16, "H": 2048}],
     "add_rms_norm": [{"T": 16, "H": 2048}, {"T": 2, "H": 16384}],
+    "all_reduce_add_rms_norm": [{"T": 16, "H": 2048}],
     "gated_rms_norm": [{"T": 8, "V": 32, "D": 128}],
     "delta_rule_step": [{"T": 4, "K": 2, "V": 4, "Dk": 128, "Dv": 128}],
     "gate_projections": [{"T": 16, "D": 2048, "I": 64, "E": 512, "G": 1}],

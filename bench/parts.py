@@ -21,6 +21,7 @@ PREFIXES = {
     "delta_rule": DELTA,
     "gated_rms_norm": DELTA,
     "add_rms_norm": NORMS,
+    "all_reduce_add_rms_norm": NORMS,
     "attention_decode": ATTENTION,
     "psum": COLLECTIVES,  # XLA's own kernel, fused with what stands around the sum
     "nccl": COLLECTIVES,

@@ -49,5 +49,9 @@ class VerifyError(MoekitError):
     """A TileProgram breaks a rule of the IR."""
 
 
+class RankError(MoekitError, RuntimeError):
+    """A rank of a mesh did not take part in a call."""
+
+
 class MissingExtraError(MoekitError, ModuleNotFoundError):
     """A face is imported without its framework."""

@@ -137,13 +137,16 @@ def export(
     `sizes`, `dtype` and `params` as `moekit.lang.arguments.example` takes them. Without a `schedule` it has the heuristic's: of
     a GEMM one for each class of rows, among which the launcher chooses as moekit does.
     Raises ShapeError, DtypeError or ScheduleError for what does not fit, MoekitError for a reference that cannot be taken
-    along.
+    along, and for what several ranks do.
     """
     if follows := [a for a in fusion.axes if a in fusion.dynamic]:
         what = f"the size of {follows[0]} follows from others at the call, which a file of its own does not work out"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit")
     binding = example(fusion, sizes, dtype, params)
     graph = fusion.trace(binding)
+    if graph.ranks:
+        what = f"it adds up over {', '.join(graph.ranks)}, whose ranks a file of its own does not reach"
+        raise MoekitError(f"{fusion.name}: {what}; call it through moekit, or export what one rank does")
     extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}

@@ -5,19 +5,19 @@ It is the fallback, the autodiff path and the unfused baseline. A node's array h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moekit.backends.libraries import LIBRARIES, Library
-from moekit.errors import ShapeError
+from moekit.errors import ShapeError, UnavailableError
 from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.graph import Graph, Index, Node, Write
 
 
 class _Evaluation:
-    """One evaluation: arrays by node."""
+    """One evaluation: arrays by node. `all`: those of all ranks of a mesh, where one process plays them, in order."""
 
     def __init__(self, graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], lib: Library):
         self.graph, self.arrays, self.lib = graph, arrays, lib
@@ -25,11 +25,18 @@ class _Evaluation:
         self.like = next(iter(arrays.values()))
         self.values: dict[int, Any] = {}
         self.used = {a for i in graph.live() for a in graph.nodes[i].args}
+        self.all: Sequence[_Evaluation] = ()
 
     def run(self) -> dict[str, Any]:
         for i in self.graph.live():
-            node = self.graph.nodes[i]
-            self.values[i] = OPS[node.op](self, i, node)
+            self.make(i)
+        return self.written()
+
+    def make(self, i: int) -> None:
+        node = self.graph.nodes[i]
+        self.values[i] = OPS[node.op](self, i, node)
+
+    def written(self) -> dict[str, Any]:
         return {w.tensor: self._written(w) for w in self.graph.writes}
 
     def aligned(self, node: int, axes: tuple[str, ...]):
@@ -171,7 +178,20 @@ def _pick(e: _Evaluation, _: int, n: Node):
     return e.lib.take(e.values[x], tuple(index))
 
 
+def _all_reduce(e: _Evaluation, _: int, n: Node):
+    """The parts of all ranks, added up in float32 in the order of ranks: a gather in place of a sum that has its own order."""
+    (part,) = n.args
+    parts = [peer.values[part] for peer in e.all] or e.lib.parts(
+        e.graph.name, e.values[part], n.attr("over"), n.attr("ranks")
+    )
+    total, *others = (e.lib.cast(x, "float32", True) for x in parts)
+    for x in others:
+        total = e.lib.elementwise["add"](total, x)
+    return total
+
+
 OPS: dict[str, Callable[[_Evaluation, int, Node], Any]] = {
+    "all_reduce": _all_reduce,
     "read": _read,
     "reduce": _reduce,
     "contract": _contract,
@@ -196,3 +216,18 @@ def evaluate(graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], 
     """
     with np.errstate(all="ignore"):
         return _Evaluation(graph, arrays, sizes, LIBRARIES[library]()).run()
+
+
+def evaluate_ranks(
+    graph: Graph, arrays: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], library: str
+) -> list[dict[str, Any]]:
+    """The outputs of every rank of a mesh, all played by this process: `arrays` has each rank's operands, in order."""
+    if (ranks := set(graph.ranks.values())) - {len(arrays)}:
+        raise UnavailableError(f"{graph.name}: it adds up over {max(ranks)} ranks, but there are operands of {len(arrays)}")
+    every = [_Evaluation(graph, each, sizes, LIBRARIES[library]()) for each in arrays]
+    with np.errstate(all="ignore"):
+        for i in graph.live():
+            for e in every:
+                e.all = every
+                e.make(i)
+        return [e.written() for e in every]

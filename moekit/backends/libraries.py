@@ -7,12 +7,13 @@ drops plain convert pairs on GPU; float32 contractions are never TF32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from moekit.backends.ranks import jax_parts, jax_sum, numpy_parts, torch_parts
 from moekit.compile.tile import interpret
 from moekit.lang.dtypes import ALL, is_float, numpy_dtype
 from moekit.lang.elementwise import ELEMENTWISE
@@ -47,6 +48,7 @@ class Library:
     expand: Callable
     take: Callable
     scatter: Callable
+    parts: Callable  # of all ranks of a mesh axis (ranks.py)
 
 
 def _in_range(index, shape) -> Any:
@@ -96,6 +98,7 @@ def numpy_library() -> Library:
         expand=np.broadcast_to,
         take=_take(np),
         scatter=scatter,
+        parts=numpy_parts,
     )
 
 
@@ -176,6 +179,7 @@ def torch_library() -> Library:
         expand=lambda x, shape: x.expand(shape),
         take=take,
         scatter=scatter,
+        parts=torch_parts,
     )
 
 
@@ -245,11 +249,19 @@ def jax_library() -> Library:
         expand=jnp.broadcast_to,
         take=_take(jnp),
         scatter=scatter,
+        parts=jax_parts,
     )
+
+
+@lru_cache(maxsize=1)
+def psum_library() -> Library:
+    """jax.numpy, sums over a mesh by `lax.psum`."""
+    return replace(jax_library(), parts=jax_sum)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {
     "numpy": numpy_library,
     "torch": torch_library,
     "jax": jax_library,
+    "psum": psum_library,
 }

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
+from moekit.backends import packet
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -47,6 +48,38 @@ WORDS = {
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
 HELPERS = {
+    "ways": '''def ways(mail_ref, n):
+    """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
+    halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
+    with jax.enable_x64(True):
+        pairs = zip(halves[0::2], halves[1::2], strict=True)
+        return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
+''',
+    "packets": f'''def packets(way, row, epoch, column, width):
+    """The addresses of packets: two slots for each row."""
+    with jax.enable_x64(True):
+        return way + ((row.astype(jnp.int64) * 2 + (epoch & 1).astype(jnp.int64)) * width + column) * {packet.BYTES}
+''',
+    "send": f'''def send(value, at, epoch, mask):
+    """Put packets into a mailbox, each at once; the value again."""
+    put = {packet.literal(packet.SEND, 1)}
+    args = value, at, epoch, mask.astype(jnp.int32)
+    return elementwise(put, "{packet.SEND_OPERANDS}", args, value.shape)
+''',
+    **{
+        f"receive_{n}": f'''def receive_{n}(after, at, epoch, mask, errors, most, sender):
+    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
+    wait = {packet.literal(packet.receive(n), 1)}
+    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
+    return elementwise(wait, "{packet.receive_operands(n)}", args, after.shape, {n})
+'''
+        for n in (1, 2, packet.TOGETHER)
+    },
+    "elementwise": """def elementwise(text, operands, args, shape, pack=1):
+    args = [jnp.broadcast_to(x, shape) for x in args]
+    out = [jax.ShapeDtypeStruct(shape, jnp.int32)]
+    return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
+""",
     "barrier": """def barrier():
     plt.debug_barrier()
 """,
@@ -83,6 +116,9 @@ def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
     """The arrays a kernel reads and the arrays it writes, each once; one in both lists is aliased."""
     read, written = [], []
     for p in program.params:
+        if isinstance(p.layout, t.Mailbox):
+            read.append(p.layout.buffer)
+            continue
         if p.role != "Out" or p.viewed.buffer != p.name:
             read.append(p.viewed.buffer)
         read += [picked for _, picked in p.viewed.picked]
@@ -198,6 +234,11 @@ class PallasPrinter(Printer):
             mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
         return f", mask={mask}" if mask else ""
 
+    def packet_epoch(self, op: t.Packet) -> str:
+        """The epoch of packets and which of them there are, as arguments."""
+        axes = self.program.ordered(op.at.axes)
+        return f"{self.at(op.epoch, axes)}, {self.mask(op.at, axes) or f'jnp.full({self.shape(axes)}, True)'}"
+
     def index(self, at: t.Access, axes: tuple[str, ...], chosen: int | None = None) -> str:
         """One index per axis of the base array; past the end along dimension `chosen` in masked lanes, for JAX's interpret mode
 
@@ -273,6 +314,20 @@ def _halves(p: PallasPrinter, op: t.Halves) -> str:
     return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
 
 
+def _send(p: PallasPrinter, op: t.Send) -> str:
+    p.helper("elementwise")
+    return f"{p.helper('send')}({p.text(op.value)}, {p.helper('packets')}({p.packets(op)}), {p.packet_epoch(op)})"
+
+
+def _receive(p: PallasPrinter, op: t.Receive) -> str:
+    at, late = f"{p.helper('packets')}({p.packets(op)})", f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
+    return f"{p.helper(f'receive_{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
+
+
+def _ways(p: PallasPrinter, op: t.Ways) -> str:
+    return f"{p.helper('ways')}({p.program.param(op.tensor).mailbox.buffer}_ref, {len(op.outs)})"
+
+
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
@@ -280,6 +335,9 @@ EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     t.Binary: _binary,
     t.Reduce: _reduce,
     t.Dot: _dot,
+    t.Ways: _ways,
+    t.Send: _send,
+    t.Receive: _receive,
 }
 
 
@@ -293,6 +351,7 @@ def emit(kernel: t.Kernel) -> str:
     bodies = [[*_picked(p.program), *p.body(p.program.body, 1)] for p in printers]
     lines = [
         *header(kernel, __version__),
+        *(["import jax"] if any("packets" in p.helpers for p in printers) else []),
         "import jax.numpy as jnp",
         "from jax import lax",
         "from jax.experimental import pallas as pl",
@@ -311,7 +370,7 @@ def emit(kernel: t.Kernel) -> str:
 
 def _picked(section: t.TileProgram) -> list[str]:
     """What says at run time where some operands lie, each loaded once."""
-    names = dict.fromkeys(name for p in section.params for _, name in p.viewed.picked)
+    names = dict.fromkeys(name for p in section.params if not isinstance(p.layout, t.Mailbox) for _, name in p.viewed.picked)
     return [f"    {name} = plt.load({name}_ref.at[pid * 0])" for name in names]
 
 

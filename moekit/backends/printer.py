@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from moekit.backends import packet
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper
 from moekit.compile.passes.names import extent_name, names
@@ -219,6 +220,20 @@ class Printer(ABC):
         block = self.program.axis(op.axis).block
         first = f"{self.word('lanes', block)} < {block // 2}"
         return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
+
+    def packets(self, op: t.Packet) -> str:
+        """Arguments that say where packets are: by what way, and of which row, epoch and column."""
+        axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
+        row, *others = (self.at(*i.values, axes) for i in op.at.index)
+        column = others[0] if others else "0"
+        for axis, text in zip(mail.axes[2:], others[1:], strict=True):
+            column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
+        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {mail.mailbox.width}"
+
+    def together(self, op: t.Receive) -> int:
+        """How many packets a lane waits for at once: as many as it has, if that is few."""
+        lanes = prod(self.program.block(self.program.ordered(op.at.axes))) // (32 * self.program.warps)
+        return max(1, min(packet.TOGETHER, lanes))
 
     def extent(self, axis: str) -> str:
         """An axis's extent: a number, or the kernel argument that carries it."""

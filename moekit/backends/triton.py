@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
+from moekit.backends import packet
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -42,6 +43,18 @@ WORDS = {
 }  # fmt: skip
 
 HELPERS = {
+    "packets": f'''@triton.jit
+def packets(way, row, epoch, column, width: tl.constexpr):
+    """The addresses of packets: two slots for each row."""
+    return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * width + column) * {packet.BYTES}
+''',
+    "send": f'''@triton.jit
+def send(value, at, epoch, there):
+    """Put packets into a mailbox, each at once; the value again."""
+    put: tl.constexpr = {packet.literal(packet.SEND, 1)}
+    args = [value, at, epoch, there]
+    return tl.inline_asm_elementwise(put, "{packet.SEND_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
+''',
     "nan_max": """@triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -56,6 +69,18 @@ def prefetch(lines):
     ask: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(ask, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 ''',
+}
+
+
+HELPERS |= {
+    f"receive_{n}": f'''@triton.jit
+def receive_{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
+    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
+    wait: tl.constexpr = {packet.literal(packet.receive(n), 1)}
+    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
+    return tl.inline_asm_elementwise(wait, "{packet.receive_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+'''
+    for n in (1, 2, packet.TOGETHER)
 }
 
 
@@ -85,7 +110,7 @@ def arguments(program: t.Kernel) -> tuple[Argument, ...]:
     dynamic = dict.fromkeys(a.name for a in program.axes if a.extent is None)
     args += [Argument(extent_name(a), "extent", a) for a in dynamic]
     for p in program.params:
-        for d, axis in enumerate(p.axes):
+        for d, axis in enumerate(() if isinstance(p.layout, t.Mailbox) else p.axes):
             if axis is None or p.strided.strides[d] == "unit":
                 continue
             unit = 16 // itemsize(p.dtype) if p.strided.strides[d] == "aligned" else 1
@@ -170,6 +195,12 @@ class TritonPrinter(Printer):
         mask = self.mask(op.at, axes)
         return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
 
+    def packet_epoch(self, op: t.Packet) -> str:
+        """The epoch of packets and which of them there are, as arguments."""
+        axes = self.program.ordered(op.at.axes)
+        mask = self.mask(op.at, axes)
+        return f"{self.at(op.epoch, axes)}, {f'tl.cast({mask}, tl.int32)' if mask else 'tl.full((), 1, tl.int32)'}"
+
     def pointer(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the access says so."""
         param = self.program.param(at.tensor)
@@ -243,6 +274,21 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
 
 
+def _send(p: TritonPrinter, op: t.Send) -> str:
+    p.helpers |= {"packets", "send"}
+    return f"send({p.text(op.value)}, packets({p.packets(op)}), {p.packet_epoch(op)})"
+
+
+def _receive(p: TritonPrinter, op: t.Receive) -> str:
+    p.helpers |= {"packets", helper := f"receive_{p.together(op)}"}
+    late = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
+    return f"{helper}({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
+
+
+def _ways(p: TritonPrinter, op: t.Ways) -> str:
+    return f"({', '.join(f'tl.load({op.tensor}_ptr + {i})' for i in range(len(op.outs)))})"
+
+
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
@@ -250,6 +296,9 @@ EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     t.Binary: _binary,
     t.Reduce: _reduce,
     t.Dot: _dot,
+    t.Ways: _ways,
+    t.Send: _send,
+    t.Receive: _receive,
 }
 
 

@@ -125,6 +125,7 @@ def decode(
         "tokens": [list(t) for t in runs[kernels].tokens],
         "timing": {which: _timing(generation) for which, generation in runs.items()},
         "served": run.served(model, len(prompts), kernels),
+        "all_reduce": run.channel_of(model.mesh, len(prompts), config.hidden_size, kernels)[1],
         "ends": list(ends),
         "agreement": {"agree": agree, **_agreement(found), **_logits(close)},
     }
@@ -254,6 +255,7 @@ def _show(report: dict[str, Any]) -> None:
     out.print()
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
+    out.print(f"sums over ranks: {report['all_reduce']}", soft_wrap=True, markup=False)
     _show_agreement(report["agreement"], report["tokens"], report["dtype"])
 
 

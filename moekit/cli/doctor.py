@@ -14,6 +14,7 @@ from moekit import __version__, compat
 from moekit.cli import platform
 from moekit.cli.output import console, print_json, table
 from moekit.errors import UnavailableError
+from moekit.peers import unreachable
 
 PACKAGES = (
     "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "jax-cuda13-plugin", "safetensors",
@@ -46,6 +47,7 @@ def doctor(as_json: bool, warm: bool) -> None:
         "python": host.python_version(),
         "packages": {name: compat.version(name) for name in PACKAGES},
         "devices": devices(),
+        "peers": peers(),
         "implementations": [asdict(finding) for finding in findings()],
     }
     report["untested"] = compat.untested({"python": report["python"], **report["packages"]})
@@ -63,6 +65,8 @@ def doctor(as_json: bool, warm: bool) -> None:
     for sentence in report["untested"]:
         out.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
     _print_devices(report["devices"])
+    out.print(f"ranks of one process {'send each other packets' if report['peers']['reach'] else 'go by psum'}: "
+              f"{report['peers']['why']}")  # fmt: skip
     rows = table("implementation", "framework", "here", "why", title="")
     for row in report["implementations"]:
         colour = {"runs": "green", "compiles": "yellow", "no": "red"}[row["state"]]
@@ -102,6 +106,13 @@ def devices() -> dict:
         "cuda": platform.cuda_version(),
         "gpus": [asdict(gpu) for gpu in platform.gpus()],
     }
+
+
+def peers() -> dict:
+    """Whether ranks on several GPUs can send each other packets, and why not: what `moekit.jax.Channel` asks first."""
+    count = platform.gpu_count()
+    why = unreachable(range(count)) if count else "no NVIDIA GPU here"
+    return {"reach": why is None, "why": why or f"each of {count} GPUs reaches the others' memory"}
 
 
 def findings() -> list[Finding]:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from moekit import compat
+from moekit.peers import driver
 
 VIRTUAL_DEVICES = 8
 _HOST_DEVICES = "--xla_force_host_platform_device_count"
@@ -21,49 +22,40 @@ class Gpu:
     gigabytes: float
 
 
-def _driver() -> ctypes.CDLL | None:
-    """The CUDA driver, initialised; None where there is none that works."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    return driver if driver.cuInit(0) == 0 else None
-
-
 def gpu_count() -> int:
     """How many NVIDIA GPUs the driver shows to this process; 0 without a driver."""
-    count, driver = ctypes.c_int(0), _driver()
-    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    count, cuda = ctypes.c_int(0), driver()
+    if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
 
 
 def gpus() -> list[Gpu]:
     """The NVIDIA GPUs that the driver shows to this process."""
-    driver = _driver()
-    if driver is None:
+    cuda = driver()
+    if cuda is None:
         return []
     found = []
     for ordinal in range(gpu_count()):
         device, name, size = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        driver.cuDeviceGetName(name, len(name), device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-        capability = (_attribute(driver, device, _MAJOR), _attribute(driver, device, _MINOR))
+        cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+        cuda.cuDeviceGetName(name, len(name), device)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        capability = (_attribute(cuda, device, _MAJOR), _attribute(cuda, device, _MINOR))
         found.append(Gpu(name.value.decode(), capability, size.value / 2**30))
     return found
 
 
-def _attribute(driver: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:
+def _attribute(cuda: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:
     value = ctypes.c_int(0)
-    driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(value), which, device)
     return value.value
 
 
 def cuda_version() -> str | None:
     """The newest CUDA that the driver serves, such as `13.0`; None without a driver."""
-    value, driver = ctypes.c_int(0), _driver()
-    if driver is None or driver.cuDriverGetVersion(ctypes.byref(value)) != 0:
+    value, cuda = ctypes.c_int(0), driver()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
         return None
     return f"{value.value // 1000}.{value.value % 1000 // 10}"
 

@@ -12,6 +12,7 @@ from moekit.compile.rules.choose import heuristic
 from moekit.compile.schedule.cuts import Scratch, launched, section_graphs
 from moekit.compile.schedule.directives import Abreast, Launch, Schedule
 from moekit.compile.schedule.legal import legal
+from moekit.compile.tile.layouts import channels
 from moekit.compile.tile.verify import verify
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
@@ -34,7 +35,7 @@ class Plan:
 def plan(
     graph: Graph,
     schedule: Schedule | None,
-    layouts: Mapping[str, t.Strided | t.Viewed],
+    layouts: Mapping[str, t.Layout],
     sizes: Mapping[str, int] | None = None,
 ) -> Plan:
     """Lower `graph` under `schedule` (the rules' if None) and verify every program.
@@ -45,7 +46,8 @@ def plan(
     if why := legal(graph, schedule):
         raise ScheduleError(why)
     viewed = any(isinstance(layout, t.Viewed) for layout in layouts.values())
-    known, kernels, scratch, digest = dict(layouts), [], [], graph.digest()
+    known = channels(graph, (sizes or {}) if viewed else None) | dict(layouts)
+    kernels, scratch, digest = [], [], graph.digest()
     for launch, g, left in launched(graph, schedule):
         known |= {s.name: _dense(s, viewed, sizes or {}) for s in left}
         scratch += left

@@ -1,6 +1,7 @@
 """The fusions moekit ships, one file each. `FUSIONS` maps their names to their declarations."""
 
 from moekit.fusions.add_rms_norm import add_rms_norm
+from moekit.fusions.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from moekit.fusions.attention_decode import attention_decode
 from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
@@ -32,5 +33,6 @@ FUSIONS = {
         attention_decode,
         experts,
         moe_align,
+        all_reduce_add_rms_norm,
     )
 }

@@ -13,14 +13,17 @@ except ModuleNotFoundError as _missing:
 
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
-from moekit.jax.face import IMPLEMENTATIONS, op
+from moekit.jax.channel import Channel
+from moekit.jax.face import IMPLEMENTATIONS, exchange, op
 from moekit.jax.gate import GateOutputs, PackedGate, gate_gemm, pack_gate, split_gate
+from moekit.jax.link import Link
 from moekit.jax.view import View, view
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
@@ -36,13 +39,17 @@ for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Channel",
     "GateOutputs",
+    "Link",
     "PackedGate",
     "View",
     "add_rms_norm",
+    "all_reduce_add_rms_norm",
     "attention_decode",
     "delta_rule_step",
     "down_combine",
+    "exchange",
     "expert_down",
     "expert_gate_up",
     "experts",

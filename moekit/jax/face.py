@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
 from moekit.jax.explicit import automatically, axes_cut, kept
+from moekit.jax.link import Link
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
 from moekit.jax.view import View, held, in_range, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
@@ -27,14 +30,21 @@ from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
+PSUM = "psum"  # the one more that a sum over a mesh axis has
 
 
 class Call:
-    """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction."""
+    """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction.
 
-    def __init__(self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule):
+    `link`: by what kernels reach the other ranks, where there are any. `pallas` keeps the link for the next call there.
+    """
+
+    def __init__(
+        self, fusion: Fusion, operands: Mapping[str, object], params: Mapping[str, object], out, schedule,
+        link: Link | None = None,
+    ):  # fmt: skip
         refuse_schedule(fusion.name, schedule, Schedule)
-        self.fusion, self.schedule = fusion, schedule
+        self.fusion, self.schedule, self.link = fusion, schedule, link
         self.views = {n: _operand(fusion, n, x) for n, x in operands.items()}
         shapes = {n: v.shape for n, v in self.views.items()}
         dtypes = {n: v.dtype.name for n, v in self.views.items()}
@@ -87,23 +97,24 @@ class Call:
                         f"{self.fusion.name}: out for {n} overlaps {m}; write to other elements, or to another array"
                     )
 
-    def xla(self) -> dict[str, jax.Array]:
-        """The outputs by array evaluation; a base written to is returned whole."""
+    def xla(self, library: str = "jax") -> dict[str, jax.Array]:
+        """The outputs by array evaluation; a base written to is returned whole. `library`: "jax", or "psum" (libraries.py)."""
+        evaluating = partial(self._evaluated, library)
         every = (*self.views.values(), *self.out.values())
         bases = {id(a): a for v in every for a in (v.base, *(at for _, at in v.picked))}
         if not self.cut:
-            return self._evaluated(bases)
+            return evaluating(bases)
         dims = {n: [d.text for d in tensor.dims] for n, tensor in self.graph.tensors.items()}
         operands = [(dims[n], v) for n, v in self.views.items()]
         outs = {n: jax.typeof(self.out[n].base).sharding.spec if n in self.out else kept(operands, dims[n], self.shape(n))
                 for n in self.names}  # fmt: skip
-        return automatically(self._evaluated, bases, outs)
+        return automatically(evaluating, bases, outs)
 
-    def _evaluated(self, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
+    def _evaluated(self, library: str, bases: dict[int, jax.Array]) -> dict[str, jax.Array]:
         def lying(v: View) -> View:
             return replace(v, base=bases[id(v.base)], picked=tuple((axis, bases[id(at)]) for axis, at in v.picked))
 
-        outs = evaluated(self.fusion, self.binding)({n: lying(v).array() for n, v in self.views.items()})
+        outs = evaluated(self.fusion, self.binding, library)({n: lying(v).array() for n, v in self.views.items()})
         for n, v in self.out.items():  # outputs that go to one base are written one after the other
             bases = bases | {id(v.base): lying(v).set(outs[n])}
         return {n: bases[id(self.out[n].base)] if n in self.out else x for n, x in outs.items()}
@@ -124,12 +135,24 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
-        form = out_of_place(self.graph, frozenset(separate))
-        chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self.schedule or settled(form, chosen, layouts))  # fmt: skip
+                        self._scheduled(separate, layouts))  # fmt: skip
         results = launched(static)(*bases.values())
+        if self.link is not None:
+            self.link = self.link.after(results)
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
+
+    def _scheduled(self, separate: frozenset[str], layouts: Mapping) -> Schedule:
+        """The schedule that was given, or the rules' for the form of this call."""
+        form = out_of_place(self.graph, separate)
+        chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
+        return self.schedule or settled(form, chosen, layouts)
+
+    def unlinked(self) -> str | None:
+        """Why packets do not serve this call; None where they do."""
+        if self.link is None:
+            return f"no link reaches the other ranks of {', '.join(self.graph.ranks)}"
+        return self.link.room.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
 
     def _keep_rows(self) -> None:
         """Where a `put` does not go in place, put the old rows there first: the kernel writes those at its ids only."""
@@ -144,7 +167,7 @@ class Call:
     def _buffers(self):
         """Every base array once, the layout of every tensor in them, and the InOut tensors not updated in place."""
         bases: dict[str, jax.Array] = {}
-        layouts: dict[str, t.Viewed] = {}
+        layouts: dict[str, t.Viewed | t.Mailbox] = {}
 
         def buffer(name: str, v: View) -> str:
             known = next((b for b, base in bases.items() if base is v.base), name)
@@ -167,6 +190,9 @@ class Call:
 
         for n, v in self.views.items():
             layouts[n] = layout(n, v)
+        if self.link is not None:
+            held, lying = self.link.buffers(self.graph)
+            bases, layouts = bases | held, layouts | lying
         separate, fresh = set(), []
         for n in self.names:
             is_update = n in self.views
@@ -243,15 +269,47 @@ def op(fusion: Fusion) -> Callable:
 
 
 def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
-    if implementation not in (None, *IMPLEMENTATIONS):
+    known = (*IMPLEMENTATIONS, PSUM) if call.fusion.mesh else IMPLEMENTATIONS
+    if implementation not in (None, *known):
         raise UnavailableError(
-            f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(IMPLEMENTATIONS)}"
+            f"{call.fusion.name}: there is no implementation {implementation!r} for JAX; choose {' or '.join(known)}"
         )
+    if implementation == PSUM:
+        return call.xla(PSUM)
+    if implementation == "pallas" and call.graph.ranks:
+        over = ", ".join(call.graph.ranks)
+        raise UnavailableError(f"{call.fusion.name}: kernels reach the ranks of {over} by a link; call moekit.jax.exchange")
     if implementation == "pallas" and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"
         )
-    if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut)):
+    if implementation == "xla" or (
+        implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)
+    ):
         return call.xla()
     return call.pallas()
+
+
+def exchange(
+    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs
+) -> tuple[Any, Link]:
+    """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
+    for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
+
+    `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
+    (more rows than there is room for, say), on all ranks alike, and "pallas" raises UnavailableError with the reason; "xla"
+    and "psum" leave the link as it is.
+    """
+    operands, params = bind_arguments(face.fusion, args, kwargs)
+    call = Call(face.fusion, operands, params, None, schedule, link)
+    why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
+    if implementation == "pallas" and why and call.graph.ranks:
+        raise UnavailableError(f"{call.fusion.name}: {why}")
+    if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
+        outs = call.pallas()
+    else:
+        plain = implementation or ("xla" if call.graph.ranks else None)
+        outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)
+    results = tuple(outs[n] for n in call.names)
+    return results[0] if len(results) == 1 else results, call.link or link

@@ -19,6 +19,7 @@ from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstr
 from moekit.backends import pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
+from moekit.errors import UnavailableError
 
 NOWHERE = ManualAxisType()
 
@@ -31,8 +32,12 @@ def kernel(program: t.Kernel, interpret: bool):
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     names: dict = {}
     exec(compile(source, filename, "exec"), names)
-    names |= {"barrier": lambda: None} if interpret else {}
+    names |= {"barrier": lambda: None, "ways": partial(_unreachable, program.name)} if interpret else {}
     return names[pallas.kernel_name(program)]
+
+
+def _unreachable(name: str, *_):
+    raise UnavailableError(f"{name}: in interpret mode no rank reaches another's memory; choose xla or psum")
 
 
 def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple], sizes: Mapping[str, int], varying) -> dict:

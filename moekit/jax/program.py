@@ -39,7 +39,7 @@ class Static:
     fusion: Fusion
     binding: Binding
     buffers: tuple[str, ...]
-    layouts: tuple[tuple[str, t.Viewed], ...]
+    layouts: tuple[tuple[str, t.Viewed | t.Mailbox], ...]
     separate: frozenset[str]
     given: frozenset[str]
     fresh: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -129,7 +129,8 @@ def _moved(outs: dict, array_form: Callable[..., dict], arrays: tuple, tangents:
 
 def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:
     """What a launch computes, by array evaluation: every buffer that is written, whole."""
-    memory, layouts = dict(zip(static.buffers, arrays, strict=True)), dict(static.layouts)
+    memory = dict(zip(static.buffers, arrays, strict=True))
+    layouts = {n: at for n, at in static.layouts if isinstance(at, t.Viewed)}
     graph, sizes = static.graph, static.sizes
 
     def lying(at: t.Viewed, base: jax.Array, name: str) -> View:
@@ -143,17 +144,17 @@ def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) ->
         if n in static.given:  # outputs that go to one base are written one after the other
             x = lying(at, written.get(at.buffer, memory[at.buffer]), n).set(x)
         written[at.buffer] = x
-    return {b: written[b] for b in launch.written(planned)}
+    return {b: written.get(b, memory.get(b)) for b in launch.written(planned)}  # what counts packets stays as it is
 
 
 @lru_cache(maxsize=MOST_KEPT)
-def evaluated(fusion: Fusion, binding: Binding) -> Callable[[dict], dict]:
-    """The function from operands by name to outputs by name, by array evaluation."""
+def evaluated(fusion: Fusion, binding: Binding, library: str = "jax") -> Callable[[dict], dict]:
+    """The function from operands by name to outputs by name, by array evaluation with `library` (libraries.py)."""
     graph = fusion.trace(binding)
     sizes = sizes_of(graph, binding)
 
     def run(arrays: dict) -> dict:
-        return evaluate(graph, arrays, sizes, "jax")
+        return evaluate(graph, arrays, sizes, library)
 
     run.__name__ = fusion.name
     return jax.jit(run, inline=True)

@@ -4,6 +4,7 @@ from moekit.lang.dtypes import bfloat16, float8_e4m3fn, float16, float32, int8, 
 from moekit.lang.fusion import Binding, Fusion, fusion
 from moekit.lang.graph import Graph
 from moekit.lang.indexing import blocks, concat, gather, halves, place, put, slice
+from moekit.lang.mesh import all_reduce
 from moekit.lang.ops import (
     abs,
     argmax,
@@ -49,6 +50,7 @@ __all__ = [
     "Out",
     "Value",
     "abs",
+    "all_reduce",
     "argmax",
     "argmin",
     "bfloat16",

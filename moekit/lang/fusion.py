@@ -42,7 +42,9 @@ class Fusion:
         specs: Mapping[str, Spec],
         dynamic: tuple[str, ...],
         axes: Mapping[str, Callable[..., int]] = MappingProxyType({}),
+        mesh: tuple[str, ...] = (),
     ):
+        self.mesh = mesh
         self.fn, self.reference, self.dynamic, self.axes = fn, reference, dynamic, MappingProxyType(dict(axes))
         self.name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # a lambda
         self.doc = inspect.getdoc(fn) or ""
@@ -60,6 +62,7 @@ class Fusion:
         self.params = MappingProxyType({n: self.signature.parameters[n] for n in names[len(operands) :]})
         self._dims = {n: s.dims for n, s in operands.items()}
         self._check_names()
+        self._check_mesh()
         self._trace = functools.lru_cache(maxsize=512)(self._trace_uncached)
 
     def _check_names(self) -> None:
@@ -72,6 +75,14 @@ class Fusion:
                         raise DeclarationError(f"{self.name}: axes {seen[axis.lower()]!r} and {axis!r} differ only in case")
             if twice := [d.text for i, d in enumerate(dims) if d.terms and d.text in [e.text for e in dims[:i]]]:
                 raise DeclarationError(f"{self.name}: {tensor} has axis {twice[0]!r} twice; give each dimension its own name")
+
+    def _check_mesh(self) -> None:
+        """A static parameter says how many ranks a mesh axis has; no array has such an axis."""
+        for axis in self.mesh:
+            if (p := self.params.get(axis)) is None or p.annotation not in (int, "int"):
+                raise DeclarationError(f"{self.name}: nothing says how many ranks mesh axis {axis!r} has; add {axis}: int = 1")
+            if any(axis in (name for _, name in d.terms) for dims in self._dims.values() for d in dims):
+                raise DeclarationError(f"{self.name}: {axis!r} is an axis of operands and of the mesh; give one another name")
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{n}={s}" for n, s in self.tensors.items())
@@ -229,7 +240,7 @@ class Fusion:
         order = [*self.axes, *(d.axis for dims in self._dims.values() for d in dims)]
         known = dict(sizes)
         axes = {a: known[a] for a in dict.fromkeys([*order, *known])}
-        builder = Builder(self.name, axes, self.fn.__code__)
+        builder = Builder(self.name, axes, self.fn.__code__, {a: dict(params).get(a, 1) for a in self.mesh})
         with tracing(builder):
             operands = {n: _read(builder, t) for n, t in tensors.items()}
             result = self.fn(**operands, **dict(params))
@@ -306,6 +317,7 @@ def fusion(
     *,
     dynamic: str = "T",
     axes: Mapping[str, Callable[..., int]] = MappingProxyType({}),
+    mesh: str = "",
     **tensors: Spec,
 ) -> Callable[[Callable], Fusion]:
     """Declare a fusion: `@fusion(reference, x=In("T H"), residual=InOut("T H"), weight=In("H"))`.
@@ -314,5 +326,7 @@ def fusion(
     and returns the outputs by name. Axes listed in `dynamic` are run-time sizes; all others are constants of a compiled kernel.
     `axes`: axes that no operand need have, each with a function of sizes and static parameters, by name, that gives its size:
     `axes={"B": lambda T, K: T * K}`. In blocks and outputs they come before the others.
+    `mesh`: axes of a mesh of devices that the declaration may `all_reduce` over; operands are then one rank's, and a static
+    parameter of the same name says how many ranks there are.
     """
-    return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()), axes)
+    return lambda fn: Fusion(fn, reference, tensors, tuple(dynamic.split()), axes, tuple(mesh.split()))

@@ -188,6 +188,12 @@ class Graph:
         folds = [(i, n) for i, n in live if n.op == "reduce" and n.attr("kind") != "sum" and i not in tops]
         return frozenset(i for i, n in folds if end_of(self.nodes, n.args[0], n.attr("axis"), n.attr("kind")) is None)
 
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The mesh axes over which live nodes add up, each with its number of ranks; empty where one rank does all."""
+        live = (self.nodes[i] for i in self.live())
+        return {n.attr("over"): n.attr("ranks") for n in live if n.op == "all_reduce"}
+
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""
         return [t for t in self.tensors.values() if t.role in ("In", "InOut")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextvars
 import linecache
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from math import copysign
+from types import MappingProxyType
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
 from moekit.lang import graph as g
@@ -81,10 +82,10 @@ class Value:
 
 
 class Builder:
-    """Records nodes while a declaration runs; equal nodes are one node."""
+    """Records nodes while a declaration runs; equal nodes are one node. `mesh`: how many ranks each mesh axis has."""
 
-    def __init__(self, name: str, sizes: dict[str, int | None], code=None):
-        self.name, self.sizes, self.code = name, dict(sizes), code
+    def __init__(self, name: str, sizes: dict[str, int | None], code=None, mesh: Mapping[str, int] = MappingProxyType({})):
+        self.name, self.sizes, self.code, self.mesh = name, dict(sizes), code, mesh
         self.nodes: list[g.Node] = []
         self.lines: dict[int, str] = {}
         self.frame = None

@@ -108,6 +108,8 @@ def _dtypes(fusion: Fusion, source: Source, limits: Limits) -> dict[str, str]:
 def _params(fusion: Fusion, source: Source, case: FuzzCase) -> dict[str, object]:
     found, largest = {}, max(case.sizes.values())
     for name, p in fusion.params.items():
+        if name in fusion.mesh:
+            continue  # one rank: several are for `ranks_add_up`
         kind, default = parameter_type(p), None if p.default is p.empty else p.default
         options = [] if default is None else [default]
         if kind is bool:

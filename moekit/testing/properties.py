@@ -17,6 +17,7 @@ from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Graph
 from moekit.testing.batch import run_alone, run_case
 from moekit.testing.case import FuzzCase, read_ids, unique_ids
+from moekit.testing.exchange import ranks_add_up
 from moekit.testing.executors import JAX, Executor, Torch, to_numpy
 from moekit.testing.executors import executor as make_executor
 from moekit.testing.guard import POISONS, Arena, Placed, place
@@ -276,4 +277,5 @@ PROPERTIES: dict[str, Callable[[Executor, FuzzCase], list[str]]] = {
     "operands may be one": operands_may_be_one,
     "neighbours are apart": neighbours_are_apart,
     "rows between rows": rows_between_rows,
+    "ranks add up": ranks_add_up,
 }

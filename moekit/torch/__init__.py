@@ -11,6 +11,7 @@ except ModuleNotFoundError as _missing:
 
 from moekit.fusions import FUSIONS as _FUSIONS
 from moekit.fusions.packing import gate_refusal
+from moekit.torch.channel import Channel
 from moekit.torch.face import IMPLEMENTATIONS, op
 from moekit.torch.ops import register
 
@@ -26,6 +27,8 @@ topk_softmax = op(_FUSIONS["topk_softmax"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
+all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
@@ -44,12 +47,15 @@ for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Channel",
     "GateOutputs",
     "PackedGate",
     "PatchReport",
     "Warmed",
     "add_rms_norm",
     "add_rms_norm_",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_",
     "attention_decode",
     "delta_rule_step",
     "delta_rule_step_",

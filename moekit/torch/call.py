@@ -22,6 +22,7 @@ from moekit.lang.graph import Graph
 from moekit.torch import launch
 from moekit.torch.autograd import carries_tangent
 from moekit.torch.binding import DTYPES, bind, checked
+from moekit.torch.channel import Channel, channel_of
 from moekit.torch.overlap import Region, overlap, overlaps_itself
 from moekit.tune.table import scheduled, serves, untuned
 
@@ -140,18 +141,32 @@ class Call:
         for n in self.partial():
             results[n].copy_(self.operands[n])  # the kernel writes the rows at its ids only
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
+        reached, lying = self.channel.reaches(self.graph) if self.channel else ({}, {})
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
-        layouts = self._layouts(separate, tensors, dynamic)
-        given = self.schedule
+        layouts = (*self._layouts(separate, tensors, dynamic), *lying.items())
+        tensors |= reached
         call = self.fusion, _static(self.fusion, self.bound.binding), separate, self.over
-        form, usual = _form(*call)
-        schedule = given or (
-            scheduled(device_name(self.device), self.graph, self.sizes) if usual else untuned(form, self.sizes)
-        )
-        planned = _planned(*call, layouts, schedule, not given)
+        planned = _planned(*call, layouts, self._scheduled(call), not self.schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
+
+    def _scheduled(self, call: tuple) -> Schedule:
+        """The schedule that was given, else what the table or the rules have for the form of this call."""
+        form, usual = _form(*call)
+        chosen = scheduled(device_name(self.device), self.graph, self.sizes) if usual else untuned(form, self.sizes)
+        return self.schedule or chosen
+
+    @property
+    def channel(self) -> Channel | None:
+        """By what kernels reach the other ranks, where there are any."""
+        return channel_of(self.device) if self.graph.ranks else None
+
+    def unlinked(self) -> str | None:
+        """Why packets do not serve a call of several ranks; None where they do."""
+        if self.channel is None:
+            return f"no channel reaches the other ranks of {', '.join(self.graph.ranks)}; make a moekit.torch.Channel"
+        return self.channel.room.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
 
     def partial(self) -> list[str]:
         """The outputs that take an operand's new value elsewhere, and of which only the rows at some ids are new."""
@@ -242,7 +257,7 @@ def _form(fusion: Fusion, binding: Binding, separate: frozenset[str], over: tupl
 @lru_cache(maxsize=8192)
 def _planned(
     fusion: Fusion, binding: Binding, separate: frozenset[str], over: tuple[tuple[str, str], ...],
-    layouts: tuple[tuple[str, t.Strided], ...], schedule: Schedule, by_rows: bool,
+    layouts: tuple[tuple[str, t.Strided | t.Mailbox], ...], schedule: Schedule, by_rows: bool,
 ) -> Plan:  # fmt: skip
     """The plan of a call. `by_rows`: its schedule was chosen by their number, and serves only where it adds up as others do."""
     graph, _ = _form(fusion, binding, separate, over)

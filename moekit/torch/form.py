@@ -76,9 +76,13 @@ class Form:
         call = Call(self.fusion, operands, given, self.in_place, out, schedule)
         if implementation == "eager" or (implementation is None and call.device.type != "cuda"):
             return call.eager()
+        if call.graph.ranks and (why := call.unlinked()):
+            if implementation == "triton":
+                raise UnavailableError(f"{name}: {why}")
+            return call.eager()
         launch.require_available(name, call.operands)
         if needs_grad(tensors):
-            return self._recorded(tensors, params, schedule)
+            return call.eager() if call.graph.ranks else self._recorded(tensors, params, schedule)
         return self._remembered(call, tensors, params, out, schedule)
 
     def _recorded(self, tensors: tuple, params: tuple, schedule) -> Outputs:
@@ -107,7 +111,7 @@ class Form:
         made = call.prepare()
         compiled = launch.start(made.launches, made.memory, call.device)
         written(call.outs.values())
-        if all(c is not None for c in compiled) and not call.partial():
+        if all(c is not None for c in compiled) and not call.partial() and not call.graph.ranks:
             given, static = _flat(tensors, params, out, schedule)
             entry = self._entry(call, given, made, compiled)
             if entry is not None and all(type(x) in fast.PLAIN for x in given):

@@ -78,6 +78,7 @@ def test_with_no_arguments_at_all():
     served = report["served"]
     assert {name: how["kernels"] for name, how in served.items()} == PER_STEP
     assert {how["implementation"] for how in served.values()} == {"pallas, interpreted"}
+    assert report["all_reduce"].startswith("psum: channel: ")
     for timing in report["timing"].values():
         assert timing["steady_steps"] > 1
         assert timing["steady_tokens_per_second"] > 0

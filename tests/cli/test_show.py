@@ -91,3 +91,11 @@ def test_what_is_asked_wrongly_is_one_sentence_and_exit_code_2(moekit, arguments
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert not result.stdout
+
+
+@pytest.mark.parametrize("backend", ["triton", "pallas"])
+def test_packets_of_a_call_without_a_channel(moekit, backend):
+    """Two ranks: mailboxes as wide as a row."""
+    arguments = ("show", "all_reduce_add_rms_norm", "--as", backend, "--sizes", "H=64,T=2", "--params", "tp=2")
+    text = moekit(*arguments).stdout
+    assert text.count("= send(") == text.count("= receive_") == 2

@@ -11,6 +11,7 @@ from moekit.compile import tile as t
 from moekit.compile.plan import Plan, plan
 from moekit.compile.rules import spread
 from moekit.compile.schedule import Schedule
+from moekit.compile.tile.layouts import contiguous
 from moekit.fusions import FUSIONS
 from moekit.lang import In, InOut, cast, concat, cumsum, f32, fusion, gather, mean, put, rsqrt, size, slice, sum
 from moekit.lang.fusion import Fusion
@@ -142,6 +143,15 @@ def accumulate_program() -> t.TileProgram:
 def window_program() -> t.TileProgram:
     """Rows of a state that move up by one, in place."""
     return planned(graph_of(window, {"x": (3,), "state": (3, 6)}), "tile:T:2 whole:H:8").programs[0]
+
+
+def exchange_program() -> t.TileProgram:
+    """Rows added up over two ranks."""
+    graph = graph_of(FUSIONS["all_reduce_add_rms_norm"], {"partial": (7, 50), "residual": (7, 50), "weight": (50,)}, tp=2)
+    sizes = {"T": 7, "H": 50}
+    (program,) = plan(graph, Schedule.parse("tile:T:2 whole:H:64"), contiguous(graph, sizes)).programs
+    assert isinstance(program, t.TileProgram)
+    return program
 
 
 def edit(program: t.TileProgram, change: Callable[[t.Op], t.Op | None]) -> t.TileProgram:

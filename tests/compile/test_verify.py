@@ -2,6 +2,7 @@
 
 import break_loops  # noqa: F401  (each notes its programs)
 import break_memory  # noqa: F401
+import break_packets  # noqa: F401
 import break_values  # noqa: F401
 import breakers
 import programs as good
@@ -42,6 +43,7 @@ def test_every_rule_has_a_program_that_breaks_it():
         good.lookup_program,
         good.accumulate_program,
         good.window_program,
+        good.exchange_program,
     ],
     ids=lambda make: make.__name__,
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moekit.errors import ArgumentError
+from moekit.jax import Link
 from moekit.models.qwen3next import decode_step, generate, greedy_step, most_likely, prefill
 
 CASE = "two-layers"
@@ -99,3 +100,18 @@ def test_the_greedy_step_is_a_decode_step_and_its_arg_max(zoo):
     logits, same = decode_step(model, now, cache, kernels="xla")
     assert np.array_equal(chosen, np.asarray(logits).argmax(-1))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(same), strict=True))
+
+
+def test_a_step_with_a_link_makes_the_same_tokens(zoo):
+    """On a CPU, where packets do not go, the ranks gather and add up in their order; the link comes back as it was."""
+    model = zoo.model(CASE, tp=2)
+    tokens, lengths = jnp.ones((2, 16), jnp.int32), jnp.array([16, 9], jnp.int32)
+    now = jnp.array([3, 4], jnp.int32)
+    _, cache = prefill(model, tokens, lengths, cache_length=64, kernels="xla")
+    chosen, after = greedy_step(model, now, jax.tree.map(jnp.copy, cache), kernels="xla")
+    link = Link(jnp.zeros(24, jnp.int32), jnp.zeros(32, jnp.int32), "tp", 2, 16, 2048, 132)
+    same, linked, link = greedy_step(model, now, cache, kernels="xla", link=link)
+    assert np.array_equal(chosen, same)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(linked), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    assert not np.asarray(link.epochs).any()

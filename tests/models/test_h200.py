@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.model_jax import WIDTHS
 from moekit.compat import release
-from moekit.jax import View
+from moekit.jax import Link, View
 from moekit.models.qwen3next import abstract_model, cache_shapes, greedy_step, moe, prefill
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
@@ -327,3 +327,20 @@ def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
         text = jax.jit(first).lower(*given, layers).compile().as_text()
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter)", text[text.index("ENTRY") :])
     assert max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made) <= tokens * 10 * 2048
+
+
+def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
+    """With a link each all-reduce is one kernel with the norm behind it; what is gathered are the best tokens.
+
+    Compiled, which takes four times as long, that is two command buffers, before the gather and after it.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # which it is not where this is lowered
+    mesh, model, tokens = arguments(CONFIG.layer_types[:1])
+    spread = NamedSharding(mesh, P("tp"))
+    table, epochs = (jax.ShapeDtypeStruct((TP * n,), jnp.int32, sharding=spread) for n in (4 * TP + 4, 16))
+    link = Link(table, epochs, "tp", TP, 16, 2048, 132)
+    with jax.set_mesh(mesh):
+        cache = cache_shapes(model.config, mesh, BATCH, ROOM, jnp.bfloat16)
+        text = greedy_step.lower(model, tokens, cache, kernels="pallas", link=link).as_text()
+    assert Counter(re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)) == {"all_gather": 1}
+    assert len(re.findall(r"call @all_reduce_add_rms_norm\w*\(|name = \"all_reduce_add_rms_norm\"", text)) >= 2

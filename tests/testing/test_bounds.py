@@ -208,11 +208,11 @@ def test_ulp(dtype):
     assert ulp(np.float64(0.0), dtype) == float(ml_dtypes.finfo(one.dtype).smallest_subnormal)
 
 
-@pytest.mark.parametrize("name", ["add_rms_norm", "gated_rms_norm", "gate_gemm"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "all_reduce_add_rms_norm", "gated_rms_norm", "gate_gemm"])
 def test_equal_terms_added_up_in_order_are_within_the_bound(name):
     """A block of one adds up one term after another, and rounds equal terms the same way each time."""
     sizes = {"gate_gemm": {"T": 1, "D": 500, "P": 2}, "add_rms_norm": {"T": 2, "H": 500},
-             "gated_rms_norm": {"T": 2, "V": 1, "D": 500}}[name]  # fmt: skip
+             "all_reduce_add_rms_norm": {"T": 2, "H": 500}, "gated_rms_norm": {"T": 2, "V": 1, "D": 500}}[name]  # fmt: skip
     for seed in range(3):
         case = FuzzCase(
             name, sizes, dict.fromkeys(FUSIONS[name].tensors, "float32"), recipe="equal", seed=seed, schedule="small"

@@ -108,6 +108,7 @@ SIZES = {
     "topk_softmax": {"T": 5, "E": 40},
     "shared_expert_combine": {"T": 5, "H": 24},
     "add_rms_norm": {"T": 5, "H": 24},
+    "all_reduce_add_rms_norm": {"T": 5, "H": 24},
     "gated_rms_norm": {"T": 3, "V": 4, "D": 16},
     "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
     "gate_projections": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},

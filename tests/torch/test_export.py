@@ -23,6 +23,7 @@ SIZES = {
     "topk_softmax": {"E": 40},
     "shared_expert_combine": {"H": 40, "H?": 1},
     "add_rms_norm": {"H": 40},
+    "all_reduce_add_rms_norm": {"H": 40},
     "gated_rms_norm": {"V": 3, "D": 16},
     "delta_rule_step": {"K": 1, "V": 2, "Dk": 16, "Dv": 16},
     "gate_projections": {"D": 64, "I": 12, "E": 20, "G": 1},
@@ -73,7 +74,7 @@ def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
     paths = [p for p in paths if "_float32" in p or not any(name in p for name in MANY_ROWS)]
     done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 27
+    assert done.stdout.count(": right") == len(paths) == 28
 
 
 @pytest.mark.gpu
@@ -81,7 +82,7 @@ def test_exported_files_run_on_the_gpu(tmp_path):
     paths = write(tmp_path, ("float32", "float16", "bfloat16"))
     done = run(paths, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 48
+    assert done.stdout.count(": right") == len(paths) == 51
 
 
 def test_self_test_catches_a_wrong_kernel(tmp_path):
@@ -99,6 +100,8 @@ def test_every_fusion_is_exported_or_refused():
         said = f"^{name}: the size of {axis} follows from others at the call, which a file of its own does not work out; call"
         with pytest.raises(MoekitError, match=said):
             export(FUSIONS[name])
+    with pytest.raises(MoekitError, match=r"^all_reduce_add_rms_norm: it adds up over tp, whose ranks a file of its own"):
+        export(FUSIONS["all_reduce_add_rms_norm"], params={"tp": 2})
 
 
 @pytest.mark.parametrize("name", list(SIZES))

@@ -119,6 +119,7 @@ SMALL = {
     "topk_softmax": {"T": 2, "E": 6},
     "shared_expert_combine": {"T": 2, "H": 5},
     "add_rms_norm": {"T": 2, "H": 5},
+    "all_reduce_add_rms_norm": {"T": 2, "H": 5},
     "gated_rms_norm": {"T": 2, "V": 2, "D": 5},
     "delta_rule_step": {"T": 1, "K": 1, "V": 2, "Dk": 3, "Dv": 3},
     "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},

@@ -28,6 +28,7 @@ SIZES = {
     "topk_softmax": {"E": 512},
     "shared_expert_combine": {"H": 2048},
     "add_rms_norm": {"H": 2048},
+    "all_reduce_add_rms_norm": {"H": 2048},
     "gated_rms_norm": {"V": 4, "D": 128},
     "delta_rule_step": {"K": 2, "V": 4, "Dk": 128, "Dv": 128},
     "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},

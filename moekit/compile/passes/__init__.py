@@ -17,6 +17,7 @@ from pathlib import Path
 from moekit.compile import tile as t
 from moekit.compile.passes.choices import choices
 from moekit.compile.passes.decompose import decompose
+from moekit.compile.passes.exchange import exchange
 from moekit.compile.passes.flatten import flatten
 from moekit.compile.passes.legalise import legalise
 from moekit.compile.passes.masks import masks
@@ -43,6 +44,7 @@ class How:
 Pass = Callable[[t.TileProgram, How], t.TileProgram]
 PASSES: dict[str, Pass] = {
     "decompose": lambda program, how: decompose(program),
+    "exchange": lambda program, how: exchange(program),
     "prefetch": lambda program, how: prefetch(program, {d.tensor for d in how.section.all(Prefetch)}),
     "masks": lambda program, how: masks(program),
     "choices": lambda program, how: choices(program),

@@ -42,7 +42,9 @@ def choices(program: t.TileProgram) -> t.TileProgram:
 
 def _side_by_side(program: t.TileProgram, load: t.Load) -> set[str]:
     """The axes along which a load's elements lie side by side in memory."""
-    layout = program.param(load.at.tensor).layout
-    last = len(layout.base) - 1 if isinstance(layout, t.Viewed) else -1
-    near = [a == last for a in layout.axes] if isinstance(layout, t.Viewed) else [s == "unit" for s in layout.strides]
+    param = program.param(load.at.tensor)
+    if isinstance(layout := param.layout, t.Viewed):
+        near = [a == len(layout.base) - 1 for a in layout.axes]
+    else:
+        near = [s == "unit" for s in param.strided.strides]
     return {a for i, unit in zip(load.at.index, near, strict=True) if unit for v in i.values for a in v.axes}

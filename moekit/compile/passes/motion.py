@@ -7,7 +7,7 @@ from math import prod
 
 from moekit.compile import tile as t
 
-WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop)
+WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 MOST_LANES = 1024  # of a program: 32 warps
 

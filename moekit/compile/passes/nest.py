@@ -17,6 +17,7 @@ from moekit.compile.passes.scope import Layouts, Scope, Writer
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import all_or_nothing
 from moekit.compile.schedule.stores import in_order
+from moekit.compile.tile.layouts import mail_name
 from moekit.lang.graph import BINARY, UNARY, Graph, Index, Node, Write, below
 
 #: Integers with a meaning, most of them of the keys that floats are ranked by (lang/ops.py).
@@ -144,6 +145,13 @@ class Nest(Writer):
                 home.made[other] = outs[m.attr("part") == "ids"]
         return home.made[node]
 
+    def all_reduce(self, node: int, n: Node, home: Scope) -> t.Value:
+        """A sum over ranks, of a value that a program has whole rows of."""
+        index = tuple(t.Index.of(home.elements(a)) for a in self.graph.nodes[n.args[0]].axes)
+        at, name = t.Access(mail_name(n.attr("over")), index), self.graph.names.get(node, "reduced")
+        value = self.value(n.args[0], home)
+        return home.emit(t.AllReduce, name, value=value, at=at, axis=n.attr("over"), ranks=n.attr("ranks"))
+
     def _stores(self) -> None:
         """Everything is computed first; then outputs along looped axes are stored loop by loop, then the others.
 
@@ -189,6 +197,7 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "extent": Nest.extent,
     "cumsum": Nest.scan,
     "top_k": Nest.top_k,
+    "all_reduce": Nest.all_reduce,
     "reduce": reduction,
     "contract": reduction,
     "exp_sum": reduction,

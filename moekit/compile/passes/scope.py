@@ -22,11 +22,12 @@ from moekit.compile.schedule.facts import (
     twice_axis,
 )
 from moekit.compile.schedule.legal import uses_dot
+from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph, Index
 
 FEW = 16  # turns of one element each that are written out
 
-Layouts = Mapping[str, t.Strided | t.Viewed]
+Layouts = Mapping[str, t.Layout]
 
 
 @dataclass
@@ -79,6 +80,12 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
         for x in graph.tensors.values()
         if x.name in read(graph) or x.role != "In"
     )
+    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+        value, mail, epochs = graph.nodes[n.args[0]], mail_name(n.attr("over")), epochs_name(n.attr("over"))
+        params += (
+            t.Param(mail, "In", "int32", value.axes, layouts[mail]),
+            t.Param(epochs, "InOut", "int32", value.axes[:1], layouts[epochs]),
+        )
     # dynamic axes outermost: only the outermost needs no division by its number of blocks
     grid = sorted((a.name for a in axes.values() if a.mode == "grid"), key=lambda a: graph.axes[a] is not None)
     return t.TileProgram(graph.name, params, tuple(axes.values()), tuple(grid))

@@ -11,7 +11,7 @@ from moekit.compile.schedule.facts import axis_uses
 from moekit.lang.graph import Graph
 
 
-def settled(graph: Graph, schedule: Schedule, layouts: Mapping[str, t.Strided | t.Viewed]) -> Schedule:
+def settled(graph: Graph, schedule: Schedule, layouts: Mapping[str, t.Layout]) -> Schedule:
     """`schedule`, which was chosen by the number of rows, or few rows' where its kernels would add up otherwise than those."""
     few = heuristic(graph)
     return schedule if alike(graph, layouts) or _kernels(schedule) == _kernels(few) else few
@@ -21,7 +21,7 @@ def _kernels(schedule: Schedule) -> list:
     return [launch.without(Dependent) for launch in schedule.launches]
 
 
-def alike(graph: Graph, layouts: Mapping[str, t.Strided | t.Viewed]) -> bool:
+def alike(graph: Graph, layouts: Mapping[str, t.Layout]) -> bool:
     """Whether schedules of one order add up alike with these layouts, too.
 
     An order (order.py) is read off contiguous tensors. Lanes follow memory: where elements of different rows lie side by side
@@ -36,9 +36,11 @@ def alike(graph: Graph, layouts: Mapping[str, t.Strided | t.Viewed]) -> bool:
     return all(_side_by_side(graph, layouts[x.name], x.axes, inner) for x in rows)
 
 
-def _side_by_side(graph: Graph, layout: t.Strided | t.Viewed, axes: tuple[str | None, ...], inner: str) -> bool:
+def _side_by_side(graph: Graph, layout: t.Layout, axes: tuple[str | None, ...], inner: str) -> bool:
     at = axes.index(inner)
     if isinstance(layout, t.Viewed):
         return layout.axes[at] == len(layout.base) - 1 and layout.steps[at] == 1
+    if not isinstance(layout, t.Strided):
+        return False
     others = [k for d, k in enumerate(layout.strides) if d != at and axes[d] is not None and graph.axes[axes[d] or ""] != 1]
     return layout.strides[at] == "unit" and "unit" not in others

@@ -12,6 +12,7 @@ from math import prod
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Section, Stages, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import PART, PRODUCTS, AxisUse, axis_uses, ragged, scattered
 from moekit.compile.schedule.legal import largest_tile, uses_dot
+from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.graph import Graph, Node
 
 WHOLE_TILE = 2**14
@@ -23,6 +24,7 @@ MANY_SUMMED = 2**19  # elements of short rows that are summed up, from which on 
 SUMMED_COLUMNS = 256  # of one row in a program that adds up parts
 # Elements of the largest block for each warp, by what is done with it
 ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64, 1024, 512, 128, 256
+OF_PACKETS = 128  # as many for a lane as it waits for at once
 
 
 def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:
@@ -150,6 +152,8 @@ def _warps(graph: Graph, given: int, section: Section, tile: int) -> int:
     """Warps for the largest block: as few elements a lane as that kind of work wants."""
     if any(graph.nodes[i].op in PRODUCTS and uses_dot(graph, section, i) for i in graph.live()):
         return given
+    if graph.ranks:
+        return max(1, min(max(MEASURED.warps), tile // OF_PACKETS))
     kinds = {n.op for n in _live(graph) if n.op in TOGETHER and not n.attr("axis").endswith(PART)}  # that bring lanes together
     if not kinds:
         return max(1, min(8, tile // (OF_PARTS if any(a.endswith(PART) for a in axis_uses(graph)) else ELEMENTWISE)))

@@ -88,6 +88,8 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
             whole |= {a for a in scanned if graph.axes[a] is not None}
         elif node.op == "top_k":
             whole |= {node.attr("axis"), node.attr("into")}
+        elif node.op == "all_reduce":
+            whole |= {*graph.nodes[node.args[0]].axes[1:]}
     whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
     spreads = [reach(graph, w) for w in graph.writes]
     used |= set().union(*spreads)

@@ -79,6 +79,8 @@ def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
     if found:
         yield from found
         return
+    if len(launch.sections) > 1 and graph.ranks:
+        yield f"a launch that adds up over {', '.join(graph.ranks)} has one section, not {len(launch.sections)}"
     if (why := runaway(graph, launch)) is not None:
         yield why
     for d in launch.all(Abreast):
@@ -146,6 +148,7 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
         return
     yield from _parts_problems(graph, section, launch)
     yield from _running_problems(graph, section)
+    yield from _exchange_problems(graph, section)
     for axis in scattered(graph):
         if axis in uses and section.block(axis) != 1:
             yield f"an output is put at ids along {axis}, so its block must be 1, not {section.block(axis)}"
@@ -175,7 +178,7 @@ def axis_problem(use: AxisUse, d: Axis) -> str | None:
     if d.block < 1 or d.block & (d.block - 1):
         return "a block is a power of two"
     if use.whole and not isinstance(d, Whole):
-        return "a scan or top_k runs along it, or an update that reads other elements of it, so it must be whole"
+        return "a scan or top_k runs along it, an update reads other elements of it, or ranks add up its rows: it must be whole"
     if isinstance(d, Tile) and not use.parallel:
         return "it is reduced, scanned or missing from an output, so one program must see all of it"
     if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):
@@ -211,6 +214,19 @@ def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
                 yield f"a running sum along {along} also varies over {others[0]}, which cannot be looped over beside it"
         elif n.op == "place":
             yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
+
+
+def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
+    """A program sends all of its rows, which are its own, before it waits for those of others; once."""
+    exchanges = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"]
+    for n in exchanges:
+        rows, over = graph.nodes[n.args[0]].axes[0], n.attr("over")
+        if not isinstance(section.axis(rows), Tile):
+            yield f"ranks add up rows along {rows} over {over}, so it must be tiled, not {text_of(section.axis(rows))}"
+        if others := [d.axis for d in section.all(Tile) if d.axis != rows]:
+            yield f"programs along {others[0]} would each send the same rows over {over}; it must be whole"
+    if len(exchanges) > 1:
+        yield f"a launch adds up {len(exchanges)} values over {exchanges[0].attr('over')}, and may one; stage the first sum"
 
 
 def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:

@@ -6,7 +6,7 @@ Every access is bounds-checked, masked lanes never touch memory, scratch and out
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,22 @@ def run(plan: Any, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], 
         execute(program, memory, sizes, backwards)
 
 
-def execute(kernel: t.Kernel, memory: Mapping[str, np.ndarray], sizes: Mapping[str, int], backwards: bool = False) -> None:
+def execute(kernel: t.Kernel, memory: Mapping[str, Any], sizes: Mapping[str, int], backwards: bool = False) -> None:
     """Run every program of one launch, in order (the order must not matter)."""
+    for program in programs(kernel, memory, sizes, backwards):
+        with np.errstate(all="ignore"):
+            program.ops(program.program.body)
+
+
+def programs(
+    kernel: t.Kernel, memory: Mapping[str, Any], sizes: Mapping[str, int], backwards: bool = False
+) -> Iterator[Program]:
+    """Every program of one launch, yet to be run."""
     number, used = itertools.count(), {p.name: Used(memory[p.name].shape) for p in kernel.params if p.role == "InOut"}
     for section in kernel.sections[::-1] if backwards else kernel.sections:
         counts = [n if isinstance(n, int) else -(-sizes[n.name] // n.block) for n in section.counts]
         for ids in itertools.product(*(range(n)[:: -1 if backwards else 1] for n in counts)):
-            with np.errstate(all="ignore"):
-                program = _Program(section, memory, sizes, dict(zip(section.grid, ids, strict=True)), next(number), used)
-                program.ops(section.body)
+            yield Program(section, memory, sizes, dict(zip(section.grid, ids, strict=True)), next(number), used)
 
 
 class Used:
@@ -62,13 +69,44 @@ class Used:
         return bool(np.isin(self.readers[at], (-1, number)).all())
 
 
-class _Program:
+class Program:
     """One program of a launch: its values, which axes are in their last turn, and what of updated tensors is used by whom."""
 
     def __init__(self, program: t.TileProgram, memory: Mapping, sizes: Mapping, ids: Mapping, number: int, used: Mapping):
         self.program, self.memory, self.sizes, self.ids, self.number, self.used = program, memory, sizes, ids, number, used
         self.values: dict[t.Value, np.ndarray] = {}
         self.last: dict[str | int, bool] = {}
+
+    def steps(self) -> Iterator[t.Op]:
+        """Run the program, but stop before each packet that it sends or waits for until asked on."""
+        for op in self.program.body:
+            if isinstance(op, t.Packet):
+                yield op
+            with np.errstate(all="ignore"):
+                self.ops((op,))
+
+    def packet(self, op: t.Packet) -> tuple[Any, tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+        """The mailboxes, the elements of a packet in them, where there are any, and their epochs."""
+        mail, axes = self.memory[op.at.tensor], self.program.ordered(op.at.axes)
+        _, index, mask = self.address(op, axes, mail.shape)
+        return mail, tuple(i[mask] for i in index), mask, np.broadcast_to(self.at(op.epoch, axes), mask.shape)[mask]
+
+    def send(self, op: t.Send) -> np.ndarray:
+        mail, at, mask, epoch = self.packet(op)
+        value = np.broadcast_to(self.at(op.value, self.program.ordered(op.at.axes)), mask.shape)
+        mail.send(int(self.values[op.way]), at, epoch, value[mask])
+        return self.values[op.value]
+
+    def arrived(self, op: t.Receive) -> bool:
+        """Whether what a receive waits for is there."""
+        mail, at, _, epoch = self.packet(op)
+        return mail.arrived(int(self.values[op.way]), at, epoch)
+
+    def receive(self, op: t.Receive) -> np.ndarray:
+        mail, at, mask, epoch = self.packet(op)
+        out = np.zeros(mask.shape, numpy_dtype(op.out.dtype))
+        out[mask] = mail.receive(int(self.values[op.way]), at, epoch)
+        return out
 
     def ops(self, ops: Iterable[t.Op]) -> None:
         for op in ops:
@@ -121,14 +159,18 @@ class _Program:
             self.ops(op.body)
         return [self.values[v] for v in (op.yields if self.last[op.axis] else op.otherwise)]
 
-    def address(self, op: t.Memory, axes: tuple[str, ...]) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+    def address(
+        self, op: t.Memory, axes: tuple[str, ...], extents: tuple[int, ...] = ()
+    ) -> tuple[Any, tuple[np.ndarray, ...], np.ndarray]:
+        """What an access touches: memory, an index for each dimension (of `extents`, where it is no array), the mask."""
         array, shape, name = self.memory[op.at.tensor], self.program.block(axes), type(op).__name__
         mask = np.ones(shape, bool)
         for each in op.at.mask:
             mask = mask & self.at(each, axes)
         index = []
         strided = isinstance(self.program.param(op.at.tensor).layout, t.Strided)
-        for size, step, at, wide in zip(array.shape, array.strides, op.at.index, op.at.wide, strict=True):
+        extents, strides = (extents, (0,) * len(extents)) if extents else (array.shape, array.strides)
+        for size, step, at, wide in zip(extents, strides, op.at.index, op.at.wide, strict=True):
             i = np.broadcast_to(self._index(at, axes), shape)
             if (mask & ((i < 0) | (i >= size))).any():
                 raise IndexError(f"{self.program.name}: {name} of {op.at.tensor} leaves its bounds")
@@ -194,22 +236,25 @@ REDUCE = {"sum": np.add.reduce, "max": np.maximum.reduce, "min": np.minimum.redu
 EXECUTE = {
     t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
     t.Extent: lambda p, op: p.sizes[op.axis],
-    t.Elements: _Program.elements,
+    t.Elements: Program.elements,
     t.Sides: lambda p, op: np.repeat(np.array([0, op.apart], np.int32), p.program.axis(op.axis).block // 2),
-    t.InBounds: _Program.in_bounds,
-    t.Load: _Program.load,
-    t.Store: _Program.store,
-    t.Prefetch: _Program.prefetch,
+    t.InBounds: Program.in_bounds,
+    t.Load: Program.load,
+    t.Store: Program.store,
+    t.Prefetch: Program.prefetch,
     t.Barrier: lambda p, op: None,
+    t.Ways: lambda p, op: [*p.memory[op.tensor].ways],
+    t.Send: Program.send,
+    t.Receive: Program.receive,
     t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),
     t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),
     t.Unary: lambda p, op: ELEMENTWISE[op.op].meaning(p.values[op.value]),
     t.Binary: lambda p, op: ELEMENTWISE[op.op].meaning(p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)),
-    t.Where: _Program.where,
-    t.Reduce: _Program.reduce,
-    t.Scan: _Program.scan,
-    t.Dot: _Program.dot,
-    t.Halves: _Program.halves,
-    t.Loop: _Program.loop,
-    t.AtEnd: _Program.at_end,
+    t.Where: Program.where,
+    t.Reduce: Program.reduce,
+    t.Scan: Program.scan,
+    t.Dot: Program.dot,
+    t.Halves: Program.halves,
+    t.Loop: Program.loop,
+    t.AtEnd: Program.at_end,
 }

@@ -37,3 +37,30 @@ def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided]:
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         found[x.name] = strided(shape, strides, x.axes, dynamic, itemsize(x.dtype))
     return found
+
+
+def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
+    """The layouts of what sums over ranks go by, if a call has no others: mailboxes as wide as a row, and each row's epoch.
+
+    Epochs are behind a pointer, or in an array where `sizes` says of how many rows.
+    """
+    found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
+    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+        (rows, *others), over = graph.nodes[n.args[0]].axes, n.attr("over")
+        mail, epochs, width = mail_name(over), epochs_name(over), prod(graph.axes[a] or 1 for a in others)
+        known = found.get(mail)
+        width = max(width, known.width if isinstance(known, t.Mailbox) else 0)
+        extent = None if sizes is None else graph.axes[rows] or sizes[rows]
+        lying = t.Strided(("unit",)) if extent is None else t.Viewed(epochs, (extent,), (0,), (0,), (1,))
+        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs: lying}
+    return found
+
+
+def mail_name(axis: str) -> str:
+    """What a kernel calls the mailboxes of a mesh axis."""
+    return f"{axis}_mail"
+
+
+def epochs_name(axis: str) -> str:
+    """What a kernel calls the numbers of the last packets of each row over a mesh axis."""
+    return f"{axis}_epochs"

@@ -137,6 +137,61 @@ class Prefetch:
 
 
 @dataclass(frozen=True)
+class AllReduce:
+    """Σ over `ranks` ranks of each one's `value`, in float32 and in their order; a pass makes packets of it.
+
+    `at` has the elements of the value in the mailbox of mesh axis `axis`.
+    """
+
+    out: Value
+    value: Value
+    at: Access
+    axis: str
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends,
+    its word of errors; and how many times a wait looks."""
+
+    outs: tuple[Value, ...]
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Send:
+    """Put `value` into the mailbox of rank `peer`, by `way`: a packet for each element, its data and number `epoch` at once.
+
+    `out` is the value again: what reads it comes after.
+    """
+
+    out: Value
+    value: Value
+    epoch: Value
+    at: Access
+    way: Value
+    peer: int
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Wait until the packets from rank `sender` have the number `epoch`, and take their data; 0 where they are masked.
+
+    `after`: what was sent before. A wait that has looked `most` times notes `errors`, and takes what there is.
+    """
+
+    out: Value
+    after: Value
+    epoch: Value
+    at: Access
+    way: Value
+    errors: Value
+    most: Value
+    sender: int
+
+
+@dataclass(frozen=True)
 class Barrier:
     """What any lane has loaded before is loaded before any lane stores what comes after."""
 
@@ -285,14 +340,16 @@ class AtEnd:
 
 Op = (
     Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
-    | Reduce | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd
+    | Reduce | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
+    | Receive
 )  # fmt: skip
-Memory = Load | Store | Prefetch
+Packet = Send | Receive
+Memory = Load | Store | Prefetch | AllReduce | Packet
 
 
 def results(op: Op) -> tuple[Value, ...]:
     """The values an operation defines for those after it."""
-    if isinstance(op, Halves | TopK | Loop | AtEnd):
+    if isinstance(op, Halves | TopK | Loop | AtEnd | Ways):
         return op.outs
     return () if isinstance(op, Store | Prefetch | Barrier) else (op.out,)
 

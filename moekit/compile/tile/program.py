@@ -77,6 +77,19 @@ class Viewed:
 
 
 @dataclass(frozen=True)
+class Mailbox:
+    """Where every rank's packets for this one arrive: for each rank, row and slot `width` packets, of which a row of the tensor
+    takes the first. Reached through the addresses that `buffer` holds."""
+
+    buffer: str
+    ranks: int
+    width: int
+
+
+Layout = Strided | Viewed | Mailbox
+
+
+@dataclass(frozen=True)
 class Param:
     """A tensor of a program. `axes`: the axis of each dimension (None: a dimension of size 1)."""
 
@@ -84,7 +97,7 @@ class Param:
     role: str
     dtype: str
     axes: tuple[str | None, ...]
-    layout: Strided | Viewed
+    layout: Layout
 
     @property
     def strided(self) -> Strided:
@@ -98,6 +111,13 @@ class Param:
         """The layout of a tensor that is part of an array; TypeError if it is behind a pointer."""
         if not isinstance(self.layout, Viewed):
             raise TypeError(f"{self.name} is {self.layout}, which is part of no array")
+        return self.layout
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """Where packets of a tensor arrive; TypeError if it is an ordinary one."""
+        if not isinstance(self.layout, Mailbox):
+            raise TypeError(f"{self.name} is {self.layout}, where no packets arrive")
         return self.layout
 
 

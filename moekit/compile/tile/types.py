@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moekit.compile.tile import operations as t
-from moekit.compile.tile.program import Strided, TileProgram
+from moekit.compile.tile.program import Mailbox, Strided, TileProgram
 from moekit.lang.dtypes import is_float, itemsize
 from moekit.lang.elementwise import ELEMENTWISE
 
@@ -29,6 +29,9 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Sides: lambda p, op: ("int32", (op.axis,)),
     t.InBounds: lambda p, op: ("bool", op.value.axes),
     t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(v for i in op.at.index for v in i.values), *op.at.mask)),
+    t.AllReduce: lambda p, op: ("float32", op.value.axes),
+    t.Send: _like,
+    t.Receive: lambda p, op: (op.after.dtype, op.after.axes),
     t.Cast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Bitcast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Unary: _like,
@@ -120,6 +123,18 @@ def _store(p: TileProgram, op: t.Store) -> Demand:
     yield from _access(p, op.at, op.value, *op.at.mask)
 
 
+def _packet(p: TileProgram, op: t.AllReduce | t.Packet) -> Demand:
+    param, value = p.param(op.at.tensor), op.after if isinstance(op, t.Receive) else op.value
+    yield isinstance(param.layout, Mailbox), f"{param.name} is no mailbox"
+    bits = is_float(value.dtype) if isinstance(op, t.AllReduce) else value.dtype == param.dtype
+    yield bits, f"{param.name} has packets of {param.dtype}, the value is {value.dtype}; bitcast it"
+    yield set(value.axes) == op.at.axes, f"the value varies over {value.axes}, the index over {p.ordered(op.at.axes)}"
+    if not isinstance(op, t.AllReduce):
+        yield op.epoch.dtype == "int32", f"the epoch is {op.epoch.dtype}; it must be int32"
+        yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
+    yield from _access(p, op.at, value, *op.at.mask)
+
+
 def _prefetch(p: TileProgram, op: t.Prefetch) -> Demand:
     param = p.param(op.at.tensor)
     lines, rest = divmod(op.size * itemsize(param.dtype), t.LINE)
@@ -166,6 +181,9 @@ DEMANDS: dict[type, Callable[[TileProgram, Any], Demand]] = {
     t.Load: _load,
     t.Store: _store,
     t.Prefetch: _prefetch,
+    t.AllReduce: _packet,
+    t.Send: _packet,
+    t.Receive: _packet,
     t.Loop: _loop,
     t.AtEnd: lambda p, op: _alike(op.yields, op.otherwise, op.outs),
 }

@@ -240,6 +240,44 @@ def outputs_written(f: Facts) -> Claims:
                 yield op, bool(i.terms) or axis is None, f"only element 0 of {axis} is stored"
 
 
+def packets(f: Facts) -> Claims:
+    """A program sends whole rows of its own to every rank once, before it waits for anyone's; then it keeps the rows' epoch."""
+    found = [(op, around) for op, around in f.ops if isinstance(op, t.Packet)]
+    sends = {op.peer: op for op, _ in found if isinstance(op, t.Send)}
+    receives = [op for op, _ in found if isinstance(op, t.Receive)]
+    for n, (op, around) in enumerate(found):
+        param = f.program.param(op.at.tensor)
+        everyone = list(range(param.mailbox.ranks))
+        yield op, not around, "it is in a loop, whose turns would wait for each other's packets; put it outside"
+        waits = isinstance(op, t.Send) and any(isinstance(x, t.Receive) for x, _ in found[:n])
+        yield op, not waits, "it comes after a wait for other ranks, which wait for it; send everything first"
+        alike = (op.at, op.epoch) == (found[0][0].at, found[0][0].epoch)
+        yield op, alike, "its elements or epoch are not those of the program's other packets"
+        for sent in sends.values():
+            after = not isinstance(op, t.Receive) or _depends(f, op.after, {sent.out}, set())
+            yield op, after, f"nothing keeps it behind what is sent to rank {sent.peer}; let it read {sent.out.label}"
+        yield op, [*sends] == everyone, f"packets go to ranks {[*sends]}; they must go to each of {everyone} once"
+        senders = [x.sender for x in receives]
+        yield op, senders == everyone, f"packets come from ranks {senders}; they must come from each of {everyone} once"
+        ways = [x.outs for x in f.only(t.Ways) if x.tensor == param.name]
+        way = ways[0][op.peer if isinstance(op, t.Send) else param.mailbox.ranks + op.sender] if len(ways) == 1 else None
+        yield op, op.way == way, f"{op.way.label} is not its way to or from that rank"
+        rows = param.axes[0]
+        for axis in f.program.grid:
+            yield op, axis == rows, f"programs along {axis} would share the packets and epochs of a row; hold it whole"
+        yield from _epochs_kept(f, op)
+
+
+def _epochs_kept(f: Facts, op: t.Packet) -> Claims:
+    """An epoch is made of its rows' last one, and kept when every thread has read that."""
+    read = [x for x in f.only(t.Load) if _depends(f, op.epoch, {x.out}, set())]
+    ops, row = [x for x, _ in f.ops], read[0].at if read else None
+    kept = [n for n, x in enumerate(ops) if isinstance(x, t.Store) and x.value == op.epoch and x.at == row]
+    yield op, bool(kept), f"{op.epoch.label} is not made of the rows' last epoch, and kept in its place"
+    waited = any(isinstance(x, t.Barrier) for x in ops[ops.index(read[0]) : kept[0]])
+    yield op, waited, "another thread may have the last epoch still to read when this one is kept; put a barrier between"
+
+
 RULES: dict[str, Callable[[Facts], Claims]] = {
     rule.__name__: rule
     for rule in (
@@ -256,6 +294,7 @@ RULES: dict[str, Callable[[Facts], Claims]] = {
         stores_last,
         hints_first,
         outputs_written,
+        packets,
     )
 }
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from moekit.errors import DtypeError, NonFiniteError, ShapeError
+from moekit.jax import Channel
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.files import brief, read_json, shown
@@ -64,24 +65,26 @@ def generate(
     eos: Any = None,
     kernels: str | Kernels = "pallas",
     progress: Callable[[Progress], None] | None = None,
+    channel: Channel | None = None,
 ) -> Generation:
     """Continue each prompt greedily.
 
     prompts: for each sequence its token ids, at least one: lists of any lengths, or arrays or tensors of integers
     of any framework; an array [B, S] is B prompts. eos: the token ids that end a sequence, an int or a collection
     or array of them (none by default; `end_tokens` are the checkpoint's). kernels: 'pallas' or 'xla'. progress is
-    called once per new token.
+    called once per new token. channel: of the model's mesh, by which its ranks add up without psum.
 
     Raises, before anything is compiled, DtypeError for what is no integer (text, 1.5, True), ShapeError for an empty
     or nested prompt, and ArgumentError for an id outside the vocabulary or no token to make; and NonFiniteError, at
-    the first token that has none, where the logits of a running sequence hold NaN or an infinity.
+    the first token that has none, where the logits of a running sequence hold NaN or an infinity; and RankError, at
+    the end, where a rank of the channel did not come.
     """
     prompts = _checked_prompts(prompts, model.config.vocab_size)
     max_new_tokens = positive("max_new_tokens", max_new_tokens)
     stops = frozenset(() if eos is None else token_ids("eos", eos, model.config.vocab_size))
     kernels = resolve(kernels)
     run = _Run(len(prompts), max_new_tokens, stops, progress)
-    calls = _calls(model, prompts, max_new_tokens, kernels)
+    calls = _calls(model, prompts, max_new_tokens, kernels, channel)
     for stage in ("prefill", "decode"):  # each compiles, so each is awaited before the next is dispatched
         if not run.finished:
             run.take(stage, next(calls))
@@ -90,10 +93,14 @@ def generate(
         following = next(calls, None)  # runs on the devices while the host waits for the one before
         run.take("decode", waiting)
         waiting = None if run.finished else following
+    if channel is not None:
+        channel.check()
     return run.result()
 
 
-def _calls(model: Model, prompts: list[list[int]], total: int, kernels: Kernels) -> Iterator[jax.Array]:
+def _calls(
+    model: Model, prompts: list[list[int]], total: int, kernels: Kernels, channel: Channel | None
+) -> Iterator[jax.Array]:
     """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
     tokens, lengths, room = padded(prompts, total)
     logits, memory = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
@@ -101,7 +108,12 @@ def _calls(model: Model, prompts: list[list[int]], total: int, kernels: Kernels)
     del logits
     yield current
     for _ in range(total - 1):
-        current, memory = greedy_step(model, current, memory, kernels=kernels)
+        if channel is None:
+            current, memory = greedy_step(model, current, memory, kernels=kernels)
+        else:
+            with channel.lock:
+                current, memory, link = greedy_step(model, current, memory, kernels=kernels, link=channel.link)
+                channel.keep(link)
         yield current
 
 

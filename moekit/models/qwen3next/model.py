@@ -19,10 +19,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moekit.jax import Link
 from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, Memories, cache_specs
 from moekit.models.qwen3next.checkpoint import Checkpoint, load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
+from moekit.models.qwen3next.exchanged import Exchanged, unsummed
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.memory import NO_ROOM, Room
@@ -142,36 +144,46 @@ def prefill(
 
 @checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
-def decode_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
+def decode_step(
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
+) -> tuple[Any, ...]:
     """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp; new cache.
 
     The cache is donated: its buffers become the new one's. A row whose memory is full (its length is the cache's)
     or whose token is outside the vocabulary gets NaN logits and the length -1, now and in every later step; the
     others are as without it. Such a token in a numpy array is refused (ArgumentError) before anything runs; what a
     device holds is not looked at, so that a step never waits.
+
+    link: a channel's, by which each all-reduce is one kernel with the norm behind it (docs/collectives.md); the link for the
+    next step then comes third.
     """
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
-    specs = cache_specs(model.config, cache.stacked)
-    return sharded(model, step, (P(), specs), (logit_spec(model, P(None)), specs))(model.params, tokens, cache)
+    specs, way = cache_specs(model.config, cache.stacked), link.specs if link else P()
+    run = sharded(model, step, (P(), specs, way), (logit_spec(model, P(None)), specs, way))
+    logits, cache, link = run(model.params, tokens, cache, link)
+    return (logits, cache, link) if link else (logits, cache)
 
 
 @checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
-def greedy_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas") -> tuple[jax.Array, Cache]:
-    """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated.
+def greedy_step(
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
+) -> tuple[Any, ...]:
+    """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated. link: as there.
 
     The token is -1 where a logit is NaN or infinite, as in a row that decode_step spoils.
     """
     kernels = resolve(kernels)
     cut = vocabulary_spec(model.config, model.tp) != P()
 
-    def step(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits, cache = _decode(params, tokens, cache, config=model.config, kernels=kernels)
-        return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache
+    def step(params: Any, tokens: jax.Array, cache: Cache, link: Link | None) -> tuple[jax.Array, Cache, Link | None]:
+        logits, cache, link = _decode(params, tokens, cache, link, config=model.config, kernels=kernels)
+        return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache, link
 
-    specs = cache_specs(model.config, cache.stacked)
-    return sharded(model, step, (P(), specs), (P(), specs))(model.params, tokens, cache)
+    specs, way = cache_specs(model.config, cache.stacked), link.specs if link else P()
+    tokens, cache, link = sharded(model, step, (P(), specs, way), (P(), specs, way))(model.params, tokens, cache, link)
+    return (tokens, cache, link) if link else (tokens, cache)
 
 
 @jax.jit
@@ -185,7 +197,11 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
     return jax.shard_map(local, mesh=model.mesh, in_specs=logit_spec(model, P(None)), out_specs=P(), check_vma=False)(logits)
 
 
-def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, kernels: Kernels) -> tuple[jax.Array, Cache]:
+def _decode(
+    params: Any, tokens: jax.Array, cache: Cache, link: Link | None, *, config: Config, kernels: Kernels
+) -> tuple[jax.Array, Cache, Link | None]:
+    norm = Exchanged(_norm(config, kernels), link, config.rms_norm_eps) if link else None
+    kernels = unsummed(kernels) if norm else kernels
     memories = Memories(config, cache)
 
     def mix(kind: str, x: jax.Array, layer: Layer) -> jax.Array:
@@ -197,8 +213,8 @@ def _decode(params: Any, tokens: jax.Array, cache: Cache, *, config: Config, ker
         return out
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
-    hidden = through_layers(params, tokens, mix, config, kernels)
-    return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
+    hidden = through_layers(params, tokens, mix, config, kernels, norm)
+    return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths), norm.link if norm else None
 
 
 def through_layers(
@@ -207,12 +223,14 @@ def through_layers(
     mix: Callable[[str, jax.Array, Layer], jax.Array],
     config: Config,
     kernels: Kernels,
+    norm: Callable[..., Any] | None = None,
 ) -> jax.Array:
     """All layers over tokens [T]: the normed hidden states [T, H].
 
-    mix(kind, x, layer) is one rank's share of the next layer's attention or delta net.
+    mix(kind, x, layer) is one rank's share of the next layer's attention or delta net. norm: of the layers, if it is not the
+    kernels' own.
     """
-    norm = _norm(config, kernels)
+    norm = norm or _norm(config, kernels)
     hidden = checks.embedded(params["embed_tokens"], tokens)
     residual = jnp.zeros_like(hidden)
     for kind, layer in zip(config.layer_types, params["layers"], strict=True):

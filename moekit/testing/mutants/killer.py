@@ -104,8 +104,8 @@ def hunt(stage: str, seconds: float) -> dict:
 
 def directed(stage: str) -> Iterator[Attempt]:
     """What to try in a stage: kinds of cases in turn, so that each has had a few before any has had all."""
-    kinds = [_tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage), _over(stage),
-             _classes(stage), _chance(stage)]  # fmt: skip
+    kinds = [_ranks(stage), _tall(stage), _rows(stage), _top_k(stage), _scheduled(stage), _related(stage), _far(stage),
+             _over(stage), _classes(stage), _chance(stage)]  # fmt: skip
     for turn in itertools.zip_longest(*kinds):
         yield from (attempt for attempt in turn if attempt is not None)
 
@@ -186,6 +186,12 @@ def _tall(stage: str) -> Iterator[Attempt]:
     names = ("probe_braided", "gate_gemm", "gate_projections", "probe_gated") if stage not in PLAIN else ()
     for recipe, name, dtype in itertools.product(("integers", "normal"), names, ("float16", "bfloat16")):
         yield RUN, plain_case(name, _sized(T=67), dtype, recipe=recipe, schedule="tall")
+
+
+def _ranks(stage: str) -> Iterator[Attempt]:
+    """Sums over two, three and four ranks, whose packets come in other orders each time."""
+    for seed, dtype in itertools.product(range(12) if stage == "interpret" else (), (F32, "float16")):
+        yield "ranks add up", plain_case("all_reduce_add_rms_norm", {"T": 3, "H": 6}, dtype, seed=seed)
 
 
 def _chance(stage: str) -> Iterator[Attempt]:

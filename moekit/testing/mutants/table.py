@@ -53,6 +53,17 @@ HISTORICAL = (
          "more than 256 experts ignored (SGLang 23609's neighbours)"),
 )  # fmt: skip
 
+EXCHANGE = (
+    _one("epoch-stands-still", "compile/passes/exchange.py", 'at=row), d.const(1), "later")', 'at=row), d.const(0), "later")', "every call sends the same epoch, and takes what an earlier one sent"),
+    _one("epoch-zero", "compile/passes/exchange.py", "FIRST_AGAIN = 2", "FIRST_AGAIN = 1", "past the last epoch comes one whose slot is in use"),
+    _one("one-slot", "compile/tile/ranks.py", "SLOTS = 2", "SLOTS = 1", "a packet of the next call overwrites one that has not been received"),
+    _one("ranks-backwards", "compile/passes/exchange.py", "    for part in received:", "    for part in received[::-1]:", "parts are added up in another order than that of ranks"),
+    _one("another-peers-slot", "compile/passes/exchange.py", "way=ways[op.ranks + n]", "way=ways[op.ranks + (n + 1) % op.ranks]", "what one rank sent is taken for another's"),
+    _one("sent-to-one", "compile/passes/exchange.py", "way=ways[peer]", "way=ways[0]", "every packet goes to rank 0"),
+    _one("epoch-before-data", "backends/packet.py", "@there st.relaxed.sys.global.b64 [$2], packet;", "@there st.relaxed.sys.global.b32 [$2+4], $3;\n@there st.relaxed.sys.global.b32 [$2], $1;", "an epoch is there before its data"),
+    _one("packet-read-twice", "backends/packet.py", 'f"@wait{i} ld.relaxed.sys.global.b64 packet{i}, [{at[i]}];"', 'f"@wait{i} ld.relaxed.sys.global.v2.b32 {{data{i}, epoch{i}}}, [{at[i]}];"', "data and epoch are read by a vector access, which is not promised to be one"),
+)  # fmt: skip
+
 LOWERING = (
     _one("no-mask-dynamic", "compile/tile/program.py", "        return self.extent is None or self.extent %", "        return self.extent is not None and self.extent %",
          "tokens past the last are loaded and stored"),
@@ -341,4 +352,4 @@ EQUIVALENT = (
          "an index of a store has one axis at most: it runs along that axis, or is the ids of a put, along whose axes `legal` allows blocks of 1 only"),
 )  # fmt: skip
 
-TABLE: tuple[Mutant, ...] = (*HISTORICAL, *LOWERING, *PRINTER, *TRITON, *TORCH, *PALLAS, *ARRAY)
+TABLE: tuple[Mutant, ...] = (*HISTORICAL, *EXCHANGE, *LOWERING, *PRINTER, *TRITON, *TORCH, *PALLAS, *ARRAY)

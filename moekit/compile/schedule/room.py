@@ -1,0 +1,40 @@
+"""How much a sum over ranks may be of: what mailboxes have room for, and how many programs wait for each other at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moekit.compile.schedule.cost import programs
+from moekit.compile.schedule.cuts import launched
+from moekit.compile.schedule.directives import Schedule
+from moekit.lang.graph import Graph
+
+
+@dataclass(frozen=True)
+class Room:
+    """Mailboxes of `ranks` ranks over mesh axis `axis`, for `rows` rows of `width` packets; `resident` programs of a kernel are
+    on a device at once."""
+
+    axis: str
+    ranks: int
+    rows: int
+    width: int
+    resident: int
+
+    def refuses(self, graph: Graph, sizes: Mapping[str, int], schedule: Schedule) -> str | None:
+        """Why a graph cannot add up by these mailboxes, in a sentence; None if it can."""
+        if graph.ranks != {self.axis: self.ranks}:
+            said = ", ".join(f"{n} ranks over {a}" for a, n in graph.ranks.items())
+            return f"it adds up over {said}, the mailboxes are those of {self.ranks} ranks over {self.axis}"
+        for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+            rows, *others = graph.nodes[n.args[0]].axes
+            if sizes[rows] > self.rows:
+                return f"the mailboxes have room for {self.rows} rows, the call has {sizes[rows]}"
+            if (width := prod(sizes[a] for a in others)) > self.width:
+                return f"the mailboxes have room for rows of {self.width} elements, the call's have {width}"
+        most = max((programs(g, launch, sizes) for launch, g, _ in launched(graph, schedule) if g.ranks), default=0)
+        if most > self.resident:
+            return f"{most} programs wait for each other, of which a device has {self.resident} at once"
+        return None

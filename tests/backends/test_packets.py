@@ -1,0 +1,118 @@
+"""Packets in PTX, as Triton and XLA compile them for an H200 without one: each a single access, all sent before any wait."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moekit.backends import triton as emitter
+from moekit.compile import tile as t
+from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.compile.tile.layouts import contiguous
+from moekit.fusions import FUSIONS
+from moekit.jax import launch
+from moekit.torch.launch import kernel
+
+from .samples import viewed
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+FUSION = FUSIONS["all_reduce_add_rms_norm"]
+DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+CASES = [
+    ("bfloat16", 2, 2048, None),
+    ("float32", 3, 50, "tile:T:4 whole:H:64"),
+    ("float16", 8, 257, None),
+]
+
+
+def bound(dtype: str, ranks: int, width: int):
+    """The graph of one rank, and its sizes."""
+    shapes = {"partial": (6, width), "residual": (6, width), "weight": (width,)}
+    binding = FUSION.bind(shapes, dict.fromkeys(shapes, dtype), FUSION.bind_params({"tp": ranks}))
+    return FUSION.trace(binding), dict(binding.sizes)
+
+
+def by_triton(dtype: str, ranks: int, width: int, schedule: str | None) -> tuple[str, t.TileProgram]:
+    """The PTX for sm_90, launched dependently."""
+    graph, sizes = bound(dtype, ranks, width)
+    (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, contiguous(graph, sizes)).programs
+    args = emitter.arguments(program)
+    params = {a.name: program.param(a.subject) for a in args if a.kind == "pointer"}
+    pointers = {n: "*i64" if isinstance(p.layout, t.Mailbox) else POINTERS[p.dtype] for n, p in params.items()}
+    kinds = {a.name: pointers.get(a.name, "i32") for a in args}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if a.name in pointers}
+    source = ASTSource(kernel(program), {**kinds, "PDL": "constexpr"}, {"PDL": True}, aligned)
+    options = {"num_warps": program.warps, "num_stages": program.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert built.asm["cubin"]
+    return built.asm["ptx"], program
+
+
+def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Path) -> tuple[str, t.TileProgram]:
+    """The PTX of the Pallas kernel in a jitted function."""
+    graph, sizes = bound(dtype, ranks, width)
+    channel = {"tp_mail": t.Mailbox("tp_mail", ranks, width), "tp_epochs": t.Viewed("tp_epochs", (16,), (0,), (0,), (1,))}
+    made = plan(graph, Schedule.parse(schedule) if schedule else None, viewed(graph, sizes) | channel, sizes)
+    (program,) = made.programs
+    own = {n: (tuple(sizes[a] for a in graph.tensors[n].axes), jnp.dtype(dtype)) for n in ("partial", "residual", "weight")}
+    kinds = own | {"tp_mail": ((4 * ranks + 4,), jnp.int32), "tp_epochs": ((16,), jnp.int32)}
+
+    def run(*arrays):
+        return launch.launch(made, dict(zip(kinds, arrays, strict=True)), {"out": own["partial"]}, sizes, {})
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
+    args = [jax.ShapeDtypeStruct(*kind, sharding=NamedSharding(mesh, PartitionSpec())) for kind in kinds.values()]
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(*args)
+        lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"})
+    (dumped,) = folder.glob("*.ptx")
+    return dumped.read_text(), program
+
+
+SEND = re.compile(r"@there st\.relaxed\.sys\.global\.b64 \[(%\w+)\], packet;")
+POLL = re.compile(r"POLL:.*?@more bra POLL;", re.S)
+LOAD = re.compile(r"@wait\d+ ld\.relaxed\.sys\.global\.b64 packet\d+, \[(%\w+)\];")
+
+
+@pytest.mark.parametrize("backend", ["triton", "xla"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_packets(backend, case, tmp_path):
+    """Every element goes to every rank in one access of 64 bits, none is merged with another or left out; then each is waited
+    for in a loop around its load."""
+    ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
+    sends, polls = list(SEND.finditer(ptx)), list(POLL.finditer(ptx))
+    lanes = max(1, np.prod(program.block(("T", "H"))) // (32 * program.warps))
+    loads = [load for poll in polls for load in LOAD.findall(poll[0])]
+    assert len(sends) == len(loads) == lanes * case[1]
+    assert len(loads) == len(polls) * min(4, lanes), "a lane waits for one packet after the other"
+    assert len({m[1] for m in sends}) == len(sends), "two elements go to one place"
+    assert len(set(loads)) == len(loads), "two elements come from one place"
+    assert len(LOAD.findall(ptx)) == len(loads), "a load left its loop"
+    assert sends[-1].end() < polls[0].start(), "something is sent after a wait"
+    relaxed = re.findall(r"(?:st|ld)\.relaxed\.\S+", ptx)
+    assert {*relaxed} == {"st.relaxed.sys.global.b64", "ld.relaxed.sys.global.b64", "ld.relaxed.sys.global.b32"}
+    assert all("@wait0 st.relaxed.sys.global.b64" in ptx[m.end() : m.end() + 400] for m in polls), "a wait that nobody hears of"
+    if backend == "triton":
+        assert ptx.index("griddepcontrol.wait") < sends[0].start()
+
+
+@pytest.mark.parametrize("backend", ["triton", "xla"])
+def test_epochs_are_read_before_they_are_kept(backend, tmp_path):
+    """All threads pass a barrier between the load of a row's epoch and its store."""
+    case = ("bfloat16", 2, 2048, None)
+    ptx, _ = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
+    after = ptx[[*POLL.finditer(ptx)][-1].end() :]
+    kept = re.search(r"st\.global\.b32", after)
+    assert kept
+    assert "bar.sync" in after[: kept.start()]
