@@ -3,6 +3,7 @@
 #   PYTHON=…       the interpreter that makes the environment (default: the first of python3.12 … python3 that is new enough)
 #   VENV=…         where the environment lives (default .venv)
 #   NO_INSTALL=1   install nothing: use the python3 on the path, as it is
+#   LOCK=newest    the newest versions that are tested, in .venv-newest, on the newest Python that is found
 #   JOBS=…         test processes (default 2);  ARGS=…  handed on to `moekit decode` or pytest
 
 SHELL := /bin/bash
@@ -11,17 +12,17 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test against sanitize lint lock clean
 
-VENV ?= .venv
+VENV ?= .venv$(LOCK:%=-%)
 JOBS ?= 2
 ARGS ?=
 
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 12))
-CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3)
+CANDIDATES := $(or $(PYTHON),$(if $(LOCK),python3.14 python3.13 python3.12,python3.12 python3.13 python3.14) python3)
 FOUND = $(shell for p in $(CANDIDATES); do $$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && break; done)
 WRONG = moekit needs Python 3.12 or newer with venv, and none of these is one: $(CANDIDATES); name one with PYTHON=…
 
-DEMO_LOCK = requirements/$(if $(shell nvidia-smi -L 2>/dev/null),demo-cuda,demo).lock
-TEST_LOCK = requirements/test.lock
+TEST_LOCK = requirements/test$(LOCK:%=-%).lock
+DEMO_LOCK = $(if $(LOCK),$(TEST_LOCK),requirements/$(if $(shell nvidia-smi -L 2>/dev/null),demo-cuda,demo).lock)
 # A stamp is named after what it stands for, so a changed lock installs anew and nothing else does.
 stamp = $(VENV)/.$(basename $(notdir $(1)))-$(shell cat $(1) pyproject.toml | sha256sum | cut -c1-16)
 
@@ -60,7 +61,7 @@ lock: $(TEST_READY) ## resolve the lock files anew
 	@$(PY) requirements/lock.py
 
 clean: ## remove the environment and all caches
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What a stamp stands for is read off its name: .venv/.demo-cuda-1234 is requirements/demo-cuda.lock.

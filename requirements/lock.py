@@ -1,7 +1,8 @@
-"""Resolve moekit's extras and write the lock files beside this script.
+"""Resolve moekit's extras and write the lock files beside this script: all of them, or those named.
 
 Run by `make lock`. Each lock lists exact versions, one a line, and nothing else: no index address, no path.
-The test lock is resolved first and constrains the others, so that one environment can grow from demo to test.
+The test lock constrains those of the demo, so that one environment can grow from demo to test. The newest lock is the other
+end of the range of versions that is tested (docs/versions.md); it goes into an environment of its own.
 """
 
 import json
@@ -14,12 +15,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
 
-#: What the figures in docs/ were measured with: held back until they are measured anew.
-PINS = ("torch==2.11.0", "triton==3.6.0", "jax==0.11.2")
+#: lock file → what is held in it: what the figures in docs/ were measured with, and the newest that the tests pass with
+PINS = {
+    "test.lock": ("torch==2.11.0", "triton==3.6.0", "jax==0.11.2"),
+    "test-newest.lock": ("torch==2.14.1", "jax==0.12.0.1", "transformers==5.24.0"),
+}
 
 #: lock file → the extras it holds
 LOCKS = {
     "test.lock": ("dev",),
+    "test-newest.lock": ("dev",),
     "demo.lock": ("jax", "cli"),
     "demo-cuda.lock": ("jax", "cuda", "cli"),
 }
@@ -45,17 +50,18 @@ def resolve(wanted: list[str], constraint: Path) -> list[str]:
     return sorted(f"{re.sub(r'[-_.]+', '-', m['name']).lower()}=={m['version']}" for m in found)
 
 
-def main() -> None:
-    """Write every lock file."""
-    test_lock = HERE / "test.lock"
-    for name, extras in LOCKS.items():
-        if name == test_lock.name:
-            test_lock.write_text("\n".join(PINS) + "\n")
-        pins = resolve(requirements(extras), test_lock)
+def main(names: list[str]) -> None:
+    """Write these lock files, or all of them: those without pins of their own hold what the test lock holds."""
+    for name in names or LOCKS:
+        constraint = HERE / (name if name in PINS else "test.lock")
+        if name in PINS:
+            constraint.write_text("\n".join(PINS[name]) + "\n")
+        extras = LOCKS[name]
+        pins = resolve(requirements(extras), constraint)
         header = f"# moekit[{','.join(extras)}], resolved by `make lock` for Linux and Python 3.12"
         (HERE / name).write_text("\n".join([header, *pins]) + "\n")
         print(f"requirements/{name}: {len(pins)} packages")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

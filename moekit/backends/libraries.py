@@ -15,7 +15,7 @@ import numpy as np
 
 from moekit.backends.ranks import jax_parts, jax_sum, numpy_parts, torch_parts
 from moekit.compile.tile import interpret
-from moekit.lang.dtypes import is_float, numpy_dtype
+from moekit.lang.dtypes import ALL, is_float, numpy_dtype
 from moekit.lang.elementwise import ELEMENTWISE
 
 #: What the libraries call operations that they do not call as moekit does.
@@ -110,9 +110,7 @@ def torch_library() -> Library:
 
     from moekit.backends.torch_product import product
 
-    dtypes = {
-        name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")
-    }
+    dtypes = {name: getattr(torch, name) for name in ALL}
 
     def top_k(keys, k):
         best, ids = torch.sort(keys, dim=-1, descending=True, stable=True)

@@ -34,6 +34,7 @@ from moekit.lang.dtypes import is_float
 DTYPES = {
     "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
     "int32": "jnp.int32", "int16": "jnp.int16", "int8": "jnp.int8", "bool": "jnp.bool_",
+    "float8_e4m3fn": "jnp.float8_e4m3fn",
 }  # fmt: skip
 WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
@@ -144,7 +145,8 @@ class PallasPrinter(Printer):
         plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
         number = self.names[op.vars[0]] if plain else "turn"
         lines = ["", f"{pad}def {name}({number}, carry):"]
-        if isinstance(op.over[0], str) and not op.unroll and op.end is None and (plain or len(op.over) > 1):
+        counted = [a for a in op.over if isinstance(a, str)]
+        if counted and not op.unroll and op.end is None and (plain or len(counted) > 1):
             lines.append(f"{pad}    {number} = jnp.int32({number})")  # which JAX counts in 64 bits where it has those
         lines += [] if plain else self.turn(op, depth + 1)
         lines += [f"{pad}    {self.listed(op.carries)} = carry"] if op.carries else []

@@ -27,11 +27,11 @@ from moekit.backends.printer import (
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import extent_name, identifier
-from moekit.lang.dtypes import itemsize
+from moekit.lang.dtypes import STORED, itemsize
 
 DTYPES = {
     "float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16", "int64": "tl.int64", "int32": "tl.int32",
-    "int16": "tl.int16", "int8": "tl.int8", "bool": "tl.int1",
+    "int16": "tl.int16", "int8": "tl.int8", "bool": "tl.int1", "float8_e4m3fn": "tl.float8e4nv",
 }  # fmt: skip
 
 WORDS = {
@@ -236,7 +236,8 @@ class TritonPrinter(Printer):
 def _load(p: TritonPrinter, op: t.Load) -> str:
     axes = op.out.axes
     mask = p.mask(op.at, axes)
-    return f"tl.load({p.pointer(op.at, axes)}{f', mask={mask}, other={number(op.fill)}' if mask else ''})"
+    fill = number(float(op.fill) if op.out.dtype in STORED else op.fill)  # which Triton makes of no integer
+    return f"tl.load({p.pointer(op.at, axes)}{f', mask={mask}, other={fill}' if mask else ''})"
 
 
 def _binary(p: TritonPrinter, op: t.Binary) -> str | Text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform as host
 import subprocess
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from moekit import __version__
+from moekit import __version__, compat
 from moekit.cli import platform
 from moekit.cli.output import console, print_json, table
 from moekit.errors import UnavailableError
@@ -46,11 +45,12 @@ def doctor(as_json: bool, warm: bool) -> None:
     report = {
         "moekit": __version__,
         "python": host.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: compat.version(name) for name in PACKAGES},
         "devices": devices(),
         "peers": peers(),
         "implementations": [asdict(finding) for finding in findings()],
     }
+    report["untested"] = compat.untested({"python": report["python"], **report["packages"]})
     if warm:
         report["warm"] = warmed()
     if as_json:
@@ -62,6 +62,8 @@ def doctor(as_json: bool, warm: bool) -> None:
     for name, version in report["packages"].items():
         versions.add_row(name, version or "[dim]not installed[/dim]")
     out.print(versions)
+    for sentence in report["untested"]:
+        out.print(f"[yellow]{sentence}[/yellow]", soft_wrap=True)
     _print_devices(report["devices"])
     out.print(f"ranks of one process {'send each other packets' if report['peers']['reach'] else 'go by psum'}: "
               f"{report['peers']['why']}")  # fmt: skip
@@ -181,13 +183,6 @@ def jax_sees_cuda() -> bool:
 def _says_yes(program: str) -> bool:
     asked = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     return asked.stdout.strip().endswith(b"True")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _print_devices(found: dict) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
+from moekit import compat
 from moekit.peers import driver
 
 VIRTUAL_DEVICES = 8
@@ -79,6 +80,7 @@ def prepare_jax() -> bool:
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if use_gpu else "cpu")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.environ.get("XLA_FLAGS", "")
-    if _HOST_DEVICES not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_HOST_DEVICES}={VIRTUAL_DEVICES}".strip()
+    wanted = {_HOST_DEVICES: VIRTUAL_DEVICES} | (compat.xla_flags() if use_gpu else {})
+    more = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *more])
     return use_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
+COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
 PSUM = "psum"  # the one more that a sum over a mesh axis has
 
 
@@ -233,6 +235,11 @@ def _refuse_wide(graph: Graph) -> None:
 def _layout(buffer: str, v: View) -> t.Viewed:
     if long := [n for n in v.base.shape if n > LONGEST]:
         raise ShapeError(f"{buffer}: the base has {long[0]} elements along one axis; kernels count to {LONGEST}, so reshape it")
+    if (elements := prod(v.base.shape)) > COUNTED and elements * v.dtype.itemsize <= 2 * COUNTED:
+        raise ShapeError(
+            f"{buffer}: the base has {elements} elements of one byte, and Pallas counts offsets in 32 bits up to {2 * COUNTED} "
+            f"bytes; cut it into arrays of at most {COUNTED} elements"
+        )
     return t.Viewed(buffer, tuple(v.base.shape), v.axes, v.starts, v.steps, v.fixed)
 
 

@@ -1,6 +1,6 @@
 """The language of declarations: named axes, tensors, traced values. See docs/language.md."""
 
-from moekit.lang.dtypes import bfloat16, float16, float32, int8, int16, int32, int64, round_to
+from moekit.lang.dtypes import bfloat16, float8_e4m3fn, float16, float32, int8, int16, int32, int64, round_to
 from moekit.lang.fusion import Binding, Fusion, fusion
 from moekit.lang.graph import Graph
 from moekit.lang.indexing import blocks, concat, gather, halves, place, put, slice
@@ -64,6 +64,7 @@ __all__ = [
     "exp",
     "extent",
     "f32",
+    "float8_e4m3fn",
     "float16",
     "float32",
     "fusion",

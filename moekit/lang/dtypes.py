@@ -5,15 +5,19 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from moekit.errors import DtypeError
+
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64", "int16", "int8")
-ALL = (*FLOATS, *INTS, "bool")
+STORED = ("float8_e4m3fn",)  # floats that are read, and computed with as float32, into which every one of them fits
+ALL = (*FLOATS, *STORED, *INTS, "bool")
 
 float32, float16, bfloat16 = FLOATS
 int32, int64, int16, int8 = INTS
+(float8_e4m3fn,) = STORED
 
 _NUMPY = {name: np.dtype(name) for name in (*INTS, "bool", "float32", "float16", "float64")}
-_NUMPY["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+_NUMPY |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", *STORED)}
 
 # explicit mantissa bits (without the hidden one) and smallest normal exponent of each float format
 MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -21,13 +25,13 @@ MIN_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype called `name`; bfloat16 comes from ml_dtypes."""
+    """The numpy dtype called `name`; bfloat16 and float8_e4m3fn come from ml_dtypes."""
     return _NUMPY[name]
 
 
 def is_float(name: str) -> bool:
     """Whether `name` is a floating-point dtype."""
-    return name in FLOATS
+    return name in FLOATS or name in STORED
 
 
 def itemsize(name: str) -> int:
@@ -42,7 +46,7 @@ def int_of_width(name: str) -> str:
 
 def widened(name: str) -> str:
     """The dtype in which arithmetic on `name` is done: narrow floats compute in float32."""
-    return "float32" if name in FLOATS else name
+    return "float32" if is_float(name) else name
 
 
 def promote(a: str, b: str) -> str:
@@ -59,6 +63,8 @@ def promote(a: str, b: str) -> str:
 def round_to(x: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
     """Round float64 `x` once to `dtype` and return it as float64: a rounding point of a reference."""
     x, name = np.asarray(x, np.float64), dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in ("float64", *FLOATS):
+        raise DtypeError(f"round_to: nothing is rounded to {name!r}; it takes float64, {', '.join(FLOATS)}")
     if name == "float64":
         return x
     if name in ("float32", "float16"):

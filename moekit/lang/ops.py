@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import ALL, int_of_width, is_float, itemsize, promote, widened
+from moekit.lang.dtypes import ALL, STORED, int_of_width, is_float, itemsize, promote, widened
 from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.graph import Index, end_of
 from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
@@ -27,7 +27,13 @@ def traced(x, word: str) -> Value:
 
 
 def cast(x, dtype: str) -> Value:
-    """`x` in `dtype`. Narrowing is a rounding point (to nearest, ties to even), and no compiler may drop it."""
+    """`x` in `dtype`. Narrowing is a rounding point (to nearest, ties to even), and no compiler may drop it.
+
+    Raises DtypeError for a dtype that is only stored: nothing is rounded to it, as libraries and GPUs differ in what overflows.
+    """
+    if dtype in STORED:
+        may = ", ".join(d for d in ALL if d not in STORED)
+        raise DtypeError(f"{current().name}: nothing is cast to {dtype}, which is a dtype of operands; cast to one of {may}")
     return convert(as_value(x, _known(dtype)), dtype)
 
 
@@ -68,7 +74,7 @@ def where(condition: Value, a, b) -> Value:
         raise DtypeError(f"{current().name}: where needs a bool condition, got {condition!r}")
     a = as_value(a, b.dtype if isinstance(b, Value) else "float32")
     b = as_value(b, a.dtype)
-    if a.dtype != b.dtype:
+    if a.dtype != b.dtype or a.dtype in STORED:
         dtype = promote(a.dtype, b.dtype)
         a, b = convert(a, dtype), convert(b, dtype)
     return a.builder.add("where", (condition.node, a.node, b.node), (), a.dtype)
@@ -167,14 +173,21 @@ def cumsum(x, over: str) -> Value:
     return running + (cumsum(row, " ".join(outer)) - row)
 
 
+def _computed(x: Value, like: str = "bfloat16") -> Value:
+    """A value of a dtype that is only stored in the dtype `like`, or in bfloat16 where that is one of those too."""
+    return convert(x, "bfloat16" if like in STORED else like) if x.dtype in STORED else x
+
+
 def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> Value:
     """Sum over the named axes of a·b, accumulated in float32; float32 operands are never rounded to TF32.
 
-    `upto`: of the first so many elements alone.
+    An operand of a dtype that is only stored is taken in the other's, two of them in bfloat16: they fit. `upto`: of the first
+    so many elements alone.
     """
     a, b = as_value(a, "float32"), as_value(b, "float32")
     if not (is_float(a.dtype) and is_float(b.dtype)):
         raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
+    a, b = _computed(a, b.dtype), _computed(b, a.dtype)
     if a.dtype != b.dtype:
         a, b = convert(a, "float32"), convert(b, "float32")
     *rest, axis = names_of(over)
@@ -196,7 +209,7 @@ def softmax_sum(scores: Value, values: Value, over: str, upto: Value | int | Non
     for x in (scores, values):
         if not is_float(x.dtype) or over not in x.axes:
             raise DeclarationError(f"{x.builder.name}: softmax_sum over {over!r} needs floats that vary over it, got {x}")
-    scores, values = _first(f32(scores), over, upto, "max"), _first(values, over, upto, "sum")
+    scores, values = _first(f32(scores), over, upto, "max"), _first(_computed(values), over, upto, "sum")
     top = scores.builder.add("reduce", (scores.node,), (("kind", "max"), ("axis", over)), "float32")
 
     def weighed(x: Value) -> Value:
@@ -218,6 +231,7 @@ def top_k(x: Value, k: int, over: str, into: str) -> tuple[Value, Value]:
     size = builder.axis_size(over)
     if not is_float(x.dtype):
         raise DtypeError(f"{builder.name}: top_k ranks floats, got {x.dtype}; cast first")
+    x = _computed(x)
     if size is None:
         raise DeclarationError(f"{builder.name}: top_k over the dynamic axis {over!r} cannot be held in one block")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:

@@ -1,10 +1,11 @@
 """Triton's interpreter, with what it gets wrong put right, for the process that uses it (seen with triton 3.6.0, numpy 2.5).
 
-It cuts bits off where a cast to bfloat16 rounds, multiplies the bits of bfloat16 operands of a dot as if they were integers,
-adds up a dot in an order that hangs on the block's shape, where a matrix unit goes along the contracted axis step by step, and
-asks an array of one element for an int where a loop goes to a run-time extent, which numpy 2.4 and later refuse. Its maximum
-and minimum give NaN where a GPU's drop it unless told otherwise; its dot never rounds float32 operands to TF32. And it makes a
-reduction by a function element by element, which takes a minute instead of a second.
+It cuts bits off where a cast to bfloat16 rounds, makes 480 of float8's NaN, multiplies the bits of bfloat16
+operands of a dot as if they were integers, adds up a dot in an order that hangs on the block's shape, where a matrix unit goes
+along the contracted axis step by step, and asks an array of one element for an int where a loop goes to a run-time extent,
+which numpy 2.4 and later refuse. Its maximum and minimum give NaN where a GPU's drop it unless told otherwise; its dot never
+rounds float32 operands to TF32. And it makes a reduction by a function element by element, which takes a minute instead of a
+second.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ def mend() -> None:
         return
     builder.mended = True
     cast, dot, place, reduce = builder.cast_impl, builder.create_dot, builder.set_grid_idx, reducer.generic_reduce
-    patch = interpreter._patch_lang_tensor
+    patch, TensorHandle = interpreter._patch_lang_tensor, interpreter.TensorHandle
+
+    own = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}  # which it has as integers
 
     def numbers(handle) -> np.ndarray:
-        return handle.data.view(ml_dtypes.bfloat16) if handle.dtype.scalar == tl.bfloat16 else handle.data
+        return handle.data.view(own.get(handle.dtype.scalar, handle.data.dtype))
 
     def mended_cast(self, src, dst_type):
         if tl.bfloat16 not in (src.dtype.scalar, dst_type.scalar):
@@ -53,7 +56,11 @@ def mend() -> None:
         narrow = dst_type.scalar == tl.bfloat16
         wanted = ml_dtypes.bfloat16 if narrow else interpreter._get_np_dtype(dst_type)
         data = numbers(src).astype(wanted)
-        return interpreter.TensorHandle(data.view(np.uint16) if narrow else data, dst_type.scalar)
+        return TensorHandle(data.view(np.uint16) if narrow else data, dst_type.scalar)
+
+    def widened(self, src, dst_type, rounding):
+        as_float32 = TensorHandle(numbers(src).astype(np.float32), tl.float32)
+        return mended_cast(self, as_float32, dst_type)
 
     def mended_dot(self, a, b, d, precision, *rest):
         coarse = a.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32
@@ -61,12 +68,12 @@ def mend() -> None:
             return dot(self, a, b, d, precision, *rest)
         left, right = (numbers(x).astype(np.float32) for x in (a, b))
         left, right = map(tf32, (left, right)) if coarse else (left, right)
-        return interpreter.TensorHandle(product(left, right, d.data), d.dtype.scalar)
+        return TensorHandle(product(left, right, d.data), d.dtype.scalar)
 
     def mended_place(self, x, y, z):
         place(self, self.grid_dim[0] - 1 - x if ORDER["backwards"] else x, y, z)
 
-    def mended_patch(tensor, scope):
+    def mended_patch(tensor, scope):  # for Triton 3.6
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -82,6 +89,8 @@ def mend() -> None:
         return [self.to_tensor(x[0], dtype)]
 
     builder.cast_impl, builder.create_dot, builder.set_grid_idx = mended_cast, mended_dot, mended_place
+    builder.create_fp_to_fp = widened  # from float8 alone: the language rounds nothing to it
+    # for Triton 3.6 and 3.7
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter._patch_lang_tensor, reducer.generic_reduce = mended_patch, mended_reduce

@@ -171,6 +171,20 @@ def probe_residual(x, y):
     return {"lost": x - coarse, "rest": (y - fine) * coarse}
 
 
+def _stored(x, w, scale, ids):
+    valid = (ids >= 0) & (ids < len(w))
+    rows = w[np.where(valid, ids, 0)] if len(w) else np.zeros((len(ids), w.shape[1]))
+    return {"out": x @ w.T * scale, "rows": np.where(valid[:, None], rows, 0)}
+
+
+@probe(
+    _stored, x=In("T D"), w=In("N D", dtype="float8_e4m3fn"), scale=In("N", dtype="float32"), ids=In("T", dtype="int32"),
+)  # fmt: skip
+def probe_stored(x, w, scale, ids):
+    """Weights of one byte each: in a product, scaled by row, and looked up."""
+    return {"out": ml.contract(x, w, over="D") * scale, "rows": ml.f32(ml.gather(w, ids, over="N"))}
+
+
 def _shuffled(x, ids):
     valid = (ids >= 0) & (ids < len(x))
     chosen = x[np.where(valid, ids, 0)] if len(x) else np.zeros((len(ids), *x.shape[1:]), x.dtype)

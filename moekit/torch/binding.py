@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from moekit.errors import DtypeError, MoekitError, ShapeError
+from moekit.lang.dtypes import ALL
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 
-DTYPES = {getattr(torch, n): n for n in ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "bool")}
+DTYPES = {getattr(torch, n): n for n in ALL}
 STAND_IN = 7919  # what a symbolic size is to the declaration, which never looks at the size of a dynamic axis
 
 

@@ -27,8 +27,12 @@ increment_version = torch.autograd.graph.increment_version
 
 @dataclass(frozen=True)
 class Ready:
-    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all, `rest` are its other arguments."""
+    """A compiled kernel, ready to go: `pick` takes its pointers out of the list of all, `rest` are its other arguments.
 
+    `kernel` is held for its code alone, which Triton unloads with it (from 3.8 on).
+    """
+
+    kernel: object
     run: Any
     function: object
     metadata: object
@@ -184,4 +188,4 @@ def ready(one: Launch, compiled: object, order: Sequence[str], device: torch.dev
     at = [order.index(n) for n in one.pointers]
     pick = itemgetter(*at) if len(at) > 1 else lambda pointers, i=at[0]: (pointers[i],)
     run, function, metadata = parts
-    return Ready(run, function, metadata, one.count, pick, (*one.integers, one.overlaps(device)))
+    return Ready(compiled, run, function, metadata, one.count, pick, (*one.integers, one.overlaps(device)))

@@ -1,4 +1,4 @@
-"""Kernels compiled for sm_90 by Triton's own compiler, without a GPU, and what can be read off the result."""
+"""Kernels compiled by Triton's own compiler, without a GPU, and what can be read off the result for sm_90."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moekit.compile import tile as t
 from moekit.lang.dtypes import itemsize
 from moekit.torch.launch import kernel
 
-TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "float8_e4m3fn": "*fp8e4nv"}
 CUOBJDUMP, PTXAS = (Path(triton.__file__).parent / "backends/nvidia/bin" / name for name in ("cuobjdump", "ptxas"))
 WIDE = 16  # bytes of the widest load a lane can make
 
@@ -53,13 +53,14 @@ class Built:
 
 
 @cache
-def compiled(program: t.Kernel):
-    """A kernel as a launch on an H200 compiles it: pointers 16-byte aligned, with programmatic dependent launch."""
+def compiled(program: t.Kernel, target: str = "sm_90"):
+    """A kernel as a launch compiles it: pointers 16-byte aligned, and on NVIDIA with programmatic dependent launch."""
     args = emitter.arguments(program)
     kinds = {a.name: POINTERS[program.param(a.subject).dtype] if a.kind == "pointer" else "i32" for a in args}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if a.kind == "pointer"}
-    source = ASTSource(kernel(program), {**kinds, "PDL": "constexpr"}, {"PDL": True}, aligned)
-    return triton.compile(source, target=TARGET, options={"num_warps": program.warps, "num_stages": program.stages})
+    source = ASTSource(kernel(program), {**kinds, "PDL": "constexpr"}, {"PDL": TARGETS[target].backend == "cuda"}, aligned)
+    options = {"num_warps": program.warps, "num_stages": program.stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 @cache
@@ -121,13 +122,19 @@ def row_bytes(program: t.Kernel, name: str) -> int:
 
 
 def widths(ptx: str, source: str) -> dict[str, int]:
-    """Operand → bytes of its narrowest load, found by the line of the emitted source that each instruction is marked with."""
-    lines, found, operand = ["", *source.splitlines()], {}, None
+    """Operand → bytes of its narrowest load, found by the line of the emitted source that each instruction is marked with.
+
+    Inline assembly is where it begins: Triton 3.8 marks each of its lines as one further down in our source.
+    """
+    lines, found, operand, inline = ["", *source.splitlines()], {}, None, False
     ours = set(OURS.findall(ptx))
     for line in ptx.splitlines():
         if "ld.global.nc" in line:
             continue  # 2/π, of which libdevice's sine has a table
+        inline = (inline or "// begin inline asm" in line) and "// end inline asm" not in line
         if place := PLACE.match(line):
+            if inline:
+                continue
             named = POINTER.search(lines[int(place[2])]) if place[1] in ours else None
             operand = named[1] if named else None
         elif load := LOAD.search(line):

@@ -1,7 +1,8 @@
 """What each default schedule may cost, compiled for sm_90 at the models' sizes in bfloat16: tests/data/limits.json.
 
 After a change that is meant, write the figures anew with `MOEKIT_WRITE_LIMITS=1 pytest tests/backends/test_limits.py`, each the
-one measured and a tenth more, and read their diff. Which loads may be narrow, and why, is written by hand.
+one measured and a tenth more, and read their diff. Which loads may be narrow, and why, is written by hand. Kernels that Triton
+3.8 makes larger than that have figures of their own, written the same way where it is installed (`make test LOCK=newest`).
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moekit.compat import release
 from moekit.compile import tile as t
 from moekit.compile.passes.flatten import flatten
 from moekit.compile.plan import plan
@@ -21,11 +23,13 @@ from moekit.lang import In, cast, contract, fusion
 
 from .samples import SAMPLES, Sample, strided
 
-pytest.importorskip("triton")
-from .sm_90 import WIDE, build, widths
+triton = pytest.importorskip("triton")
+from .sm_90 import WIDE, Built, build, widths  # noqa: E402
 
 PATH = Path(__file__).parents[1] / "data" / "limits.json"
 LIMITS = json.loads(PATH.read_text())["triton sm_90"]
+LATER = "kernels from triton 3.8"
+IS_LATER = release(triton.__version__) >= (3, 8)
 MARGIN, MOST_REGISTERS = 1.1, 255
 HIDDEN, EXPERTS = 2048, 512
 
@@ -97,13 +101,24 @@ def _limit(value: float, digits: int) -> float:
     return math.ceil(value * MARGIN * 10**digits) / 10**digits
 
 
+def _excess(one: Built, limit: dict) -> dict:
+    """What a kernel takes more of than its limit says: name → both."""
+    taken = {"registers": one.registers, "per element": one.per_element, "stack": one.stack, "spills": one.spills}
+    return {n: (value, limit.get(n, 0)) for n, value in taken.items() if value > limit.get(n, 0)}
+
+
 def _write(name: str, built: list) -> None:
     everything = json.loads(PATH.read_text())
     rows = [
-        {"registers": min(MOST_REGISTERS, int(_limit(b.registers, 0))), "per element": _limit(b.per_element, 2)} for b in built
+        {"registers": min(MOST_REGISTERS, int(_limit(b.registers, 0))), "per element": _limit(b.per_element, 2)}
+        | ({"stack": b.stack, "spills": b.spills} if IS_LATER and b.spills else {})
+        for b in built
     ]
-    kernels = everything["triton sm_90"]["kernels"] | {name: rows}
-    everything["triton sm_90"]["kernels"] = {n: kernels[n] for n in CASES if n in kernels}
+    section = LATER if IS_LATER else "kernels"
+    kernels = everything["triton sm_90"][section] | {name: rows}
+    if IS_LATER and all(_excess(one, limit) == {} for one, limit in zip(built, LIMITS["kernels"][name], strict=True)):
+        del kernels[name]
+    everything["triton sm_90"][section] = {n: kernels[n] for n in CASES if n in kernels}
     text = json.dumps(everything, indent=1, ensure_ascii=False)
     one_line = re.sub(
         r"\[[^\[\]{}]*\]|\[\s*\{[^\[\]]*\}\s*\]|\{[^{}]*\}", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text
@@ -115,6 +130,8 @@ def test_every_call_has_its_limits():
     """No call goes unseen, no limit stays behind."""
     if not os.environ.get("MOEKIT_WRITE_LIMITS"):
         assert set(LIMITS["kernels"]) == set(CASES)
+    for name, rows in LIMITS[LATER].items():
+        assert any(row[n] > limit.get(n, 0) for row, limit in zip(rows, LIMITS["kernels"][name], strict=True) for n in row)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -125,13 +142,12 @@ def test_a_call_within_its_limits(name):
     if os.environ.get("MOEKIT_WRITE_LIMITS"):
         _write(name, built)
         return
-    limits = LIMITS["kernels"][name]
+    limits = (LIMITS[LATER] if IS_LATER else {}).get(name) or LIMITS["kernels"][name]
     excused = LIMITS["narrow loads"].get(CALLS[name.split(" T>=")[0]].fusion, {})
     assert len(built) == len(limits)
     for one, limit in zip(built, limits, strict=True):
-        assert (one.stack, one.spills, one.serial) == (0, 0, False)
-        assert one.registers <= limit["registers"]
-        assert one.per_element <= limit["per element"]
+        assert _excess(one, limit) == {}
+        assert not one.serial
         assert {n: width for n, width in one.narrow.items() if width < excused.get(n, {"bytes": WIDE})["bytes"]} == {}
 
 
@@ -189,6 +205,12 @@ def test_widths_are_attributed_to_operands():
 \t.loc\t1 1 4
 \t@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
 \tld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];
+\t// begin inline asm
+\t.loc\t1 2 4
+\tmov.u32 %r1, %r2;
+\t.loc\t1 3 4
+\t@%p1 ld.global.b64 { %rd1 }, [ %rd1 + 0 ];
+\t// end inline asm
 \t.loc\t1 2 4
 \tcp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
 \tcp.async.commit_group;

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from moekit import compat
 from moekit.cli import doctor, platform
 from moekit.cli.app import exit_code
 from moekit.errors import MoekitError, ScheduleError, UnavailableError
@@ -30,6 +31,18 @@ def test_doctor_says_of_every_implementation_what_it_can_do(moekit):
     shown = moekit("doctor").stdout
     for name in IMPLEMENTATIONS:
         assert name in shown
+
+
+def test_doctor_names_versions_that_were_not_tested(moekit, monkeypatch):
+    installed = {"torch": "2.10.0+cu130", "triton": "3.8.0", "jax": "0.13.0.dev1", "transformers": "5.10.2"}
+    monkeypatch.setattr(compat, "version", installed.get)
+    monkeypatch.setattr(doctor.host, "python_version", lambda: "3.12.9")
+    sentences = [
+        "torch 2.10.0+cu130 is older than 2.11, the oldest that moekit's tests have passed with",
+        "jax 0.13.0.dev1 is newer than 0.12, the newest that moekit's tests have passed with",
+    ]
+    assert json.loads(moekit("doctor", "--json").stdout)["untested"] == sentences
+    assert all(s in moekit("doctor").stdout for s in sentences)
 
 
 def without(monkeypatch, *modules):
@@ -142,3 +155,15 @@ def test_jax_is_told_what_there_is(monkeypatch):
     own = environment_after_preparing(fake)
     assert own["JAX_PLATFORMS"] == "cpu"
     assert own["XLA_FLAGS"].endswith("count=2")
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.11.2", ""), ("0.12.0.1", "=false"), ("0.12.0", "=true")])
+def test_jax_is_told_what_its_version_needs_on_gpus(monkeypatch, version, told):
+    """The all-reduce of 0.12 fails at the first step on some machines; what the user has set stays as it is."""
+    flag = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
+    monkeypatch.setenv("XLA_FLAGS", f"{flag}=true" if told == "=true" else "")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    gpus = f"platform.compat.version = dict(jax={version!r}).get; platform.jax_has_cuda = lambda: True"
+    for count in (0, 2):
+        flags = environment_after_preparing(f"{gpus}; platform.gpu_count = lambda: {count}")["XLA_FLAGS"].split()
+        assert [f for f in flags if f.startswith(flag)] == ([flag + told] if told == "=true" or (told and count) else [])

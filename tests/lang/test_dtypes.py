@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moekit import lang as ml
 from moekit.lang import In, Out, fusion
-from moekit.lang.dtypes import ALL, FLOATS, INTS, int_of_width, itemsize, numpy_dtype, promote, widened
+from moekit.lang.dtypes import ALL, FLOATS, INTS, STORED, int_of_width, itemsize, numpy_dtype, promote, widened
 from moekit.lang.ops import from_ordered_bits, ordered_bits
 from moekit.testing import Call, run
 
@@ -82,7 +82,7 @@ def test_round_to_rounds_once_where_two_steps_round_twice():
 def test_promotion(a, b):
     """A float makes float32, integers the wider one; the order does not matter."""
     joined = promote(a, b)
-    if a in FLOATS or b in FLOATS:
+    if {a, b} & {*FLOATS, *STORED}:
         assert joined == "float32"
     elif "bool" in (a, b):
         assert joined == (a if b == "bool" else b)
@@ -94,7 +94,7 @@ def test_promotion(a, b):
 
 def test_widths():
     """Narrow floats compute in float32, integers as they are; each dtype has an integer of its width."""
-    assert [widened(d) for d in FLOATS] == ["float32"] * 3
+    assert [widened(d) for d in (*FLOATS, *STORED)] == ["float32"] * 4
     assert [widened(d) for d in INTS] == list(INTS)
     assert all(itemsize(int_of_width(d)) == itemsize(d) for d in ALL)
 

@@ -6,21 +6,23 @@ import pytest
 import torch
 
 from moekit.errors import ArgumentError, DtypeError, ShapeError
-from moekit.models.qwen3next import empty_cache, extend, prefill
+from moekit.models.qwen3next import attention, empty_cache, extend, gdn, prefill
 
 CASE = "two-layers"
 
 
-def test_pieces_around_a_chunk_give_the_logits_of_transformers(zoo):
+def test_pieces_around_a_chunk_give_the_logits_of_transformers(zoo, monkeypatch):
     """One token more or less than a chunk of the delta rule, each piece continuing the cache of those before it.
 
-    Two rows are read together, in pieces that end at different places.
+    Two rows are read together, in pieces that end at different places; what is held at a time is less than a piece.
     """
+    monkeypatch.setattr(attention, "BLOCK", 48)
+    monkeypatch.setattr(gdn, "AT_ONCE", 128)
     tokens = np.random.default_rng(6).integers(0, 256, (2, 200))
     with torch.no_grad():
         wanted = zoo.transformers(CASE)(torch.tensor(tokens)).logits.numpy()
     places = np.array([[63, 64, 65, 127, 200], [64, 127, 128, 129, 193]])
-    cache, read = empty_cache(zoo.model(CASE), 2, 200, "xla"), np.zeros(2, int)
+    cache, read = empty_cache(zoo.model(CASE), 2, 201, "xla"), np.zeros(2, int)  # no other test's shape: traced anew
     for ends in places.T:
         piece = np.zeros((2, 80), np.int32)
         for row, start, end in zip(range(2), read, ends, strict=True):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moekit.jax import shared_expert_combine, view
-from moekit.models.qwen3next import greedy_step, most_likely, prefill
+from moekit.models.qwen3next import cache_shapes, greedy_step, most_likely, prefill
 from moekit.models.qwen3next.config import GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
 
@@ -32,6 +32,7 @@ def calls(jaxpr, found=None):
 
 
 def traced(model, kernels):
+    """The kernels of prompts of 16 tokens and of a step, of two sequences."""
     lengths = jax.ShapeDtypeStruct((2,), np.int32)
     tokens = jax.ShapeDtypeStruct((2, 16), np.int32)
     fill = prefill.trace(model, tokens, lengths, cache_length=64, kernels=kernels)
@@ -40,26 +41,32 @@ def traced(model, kernels):
     return calls(fill.jaxpr.jaxpr), calls(step.jaxpr.jaxpr)
 
 
+def by_fusion(found):
+    """How often each fusion is called, from the calls of its launches, all of which are called as often."""
+    counts = {}
+    for name, n in found.items():
+        fusion = max((f for f in FUSIONS if name.startswith(f)), key=len)
+        assert counts.setdefault(fusion, n) == n, name
+    return counts
+
+
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("case", [CASE, "eight-kv-heads", "odd-experts"])
 def test_kernel_calls_by_fusion(zoo, case, tp):
+    """Of one sequence and of two, whose pairs are too many to gather an expert for each."""
     model, kinds = zoo.model(case, tp=tp), zoo.config(case).layer_types
     layers, deltas = len(kinds), kinds.count(GDN)
-    expected = {
-        "add_rms_norm": 2 * layers + 1,
-        "gate_projections": layers,
-        "topk_softmax": layers,
-        "down_combine": layers,
-        "expert_gate_up": layers,
-        "expert_down_partial": layers,
-        "expert_down_combine": layers,
-        "gated_rms_norm": deltas,
-        "delta_rule_step": deltas,
-    }
-    fill, step = traced(model, "pallas")
-    assert step == expected
-    assert fill == {name: n for name, n in expected.items() if not name.startswith(("delta_rule_step", "expert_"))}
-    assert {next(f for f in FUSIONS if name.startswith(f)) for name in expected} == set(FUSIONS)
+    every = dict.fromkeys(("gate_projections", "topk_softmax", "down_combine"), layers)
+    every |= {"add_rms_norm": 2 * layers + 1, "gated_rms_norm": deltas}
+    steps = {"delta_rule_step": deltas, "attention_decode": layers - deltas}
+    gathered, grouped = {"expert_gate_up": layers, "expert_down": layers}, {"experts": layers}
+    fill, step = map(by_fusion, traced(model, "pallas"))
+    assert fill == every | grouped
+    assert step == every | steps | grouped
+    alone = cache_shapes(model.config, model.mesh, 1, 64, np.float32)
+    step = greedy_step.trace(model, alone.lengths, alone, kernels="pallas")
+    assert by_fusion(calls(step.jaxpr.jaxpr)) == every | steps | gathered
+    assert every.keys() | steps.keys() | gathered.keys() | grouped.keys() == set(FUSIONS)
 
 
 def test_xla_calls_no_kernel(zoo):
@@ -78,6 +85,8 @@ OUTPUTS = [
     ("down_combine", 0),
     ("expert_gate_up", 0),
     ("expert_down", 0),
+    ("experts", 0),
+    ("attention_decode", 0),
     ("gated_rms_norm", 0),
     ("delta_rule_step", 0),
     ("delta_rule_step", 1),
@@ -105,9 +114,12 @@ def signed(signs):
     return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in FUSIONS})
 
 
+GATHERED = ("expert_gate_up", "expert_down")  # of one sequence; of more `experts`
+
+
 @pytest.fixture(scope="module")
 def short(zoo):
-    """From tp and signs to the greedy tokens of a model of one delta-net and one attention layer."""
+    """From tp, a number of sequences and signs to the greedy tokens of a model of one delta-net and one attention layer."""
     tokens = np.random.default_rng(2).integers(0, 256, (2, 16)).astype(np.int32)
     lengths = np.array([16, 5], np.int32)
 
@@ -116,12 +128,12 @@ def short(zoo):
         return greedy_step(model, tokens, cache, kernels=signed(signs))
 
     @cache
-    def started(tp):
+    def started(tp, batch):
         model = zoo.model("two-layers", tp=tp)
-        return model, prefill(model, tokens, lengths, cache_length=64, kernels="xla")
+        return model, prefill(model, tokens[:batch], lengths[:batch], cache_length=64, kernels="xla")
 
-    def continued(tp, signs):
-        model, (logits, memory) = started(tp)
+    def continued(tp, batch, signs):
+        model, (logits, memory) = started(tp, batch)
         current, made = most_likely(model, logits), []
         for _ in range(8):
             current, memory = step(model, current, memory, signs)
@@ -131,12 +143,14 @@ def short(zoo):
     return continued
 
 
-@pytest.mark.parametrize("tp", TPS)
-def test_negating_any_kernels_output_changes_the_tokens(short, tp):
-    plain = short(tp, np.ones(len(OUTPUTS), np.float32))
+@pytest.mark.parametrize(("tp", "batch"), [(1, 1), *((tp, 2) for tp in TPS)])
+def test_negating_any_kernels_output_changes_the_tokens(short, tp, batch):
+    plain = short(tp, batch, np.ones(len(OUTPUTS), np.float32))
     for i, output in enumerate(OUTPUTS):
+        if (output[0] in GATHERED) != (batch == 1):  # of one sequence what two have been asked, too
+            continue
         signs = np.where(np.arange(len(OUTPUTS)) == i, -1, 1).astype(np.float32)
-        assert not np.array_equal(plain, short(tp, signs)), output
+        assert not np.array_equal(plain, short(tp, batch, signs)), output
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])

@@ -69,10 +69,10 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
         close(out, expected[np.arange(B), lengths + step])
 
 
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(("tp", "kernels"), [(1, "pallas"), (4, "pallas"), (1, "xla")])
 @pytest.mark.parametrize("case", CASES)
-def test_gated_attention_prefill_then_steps(zoo, case, tp, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)  # 67 tokens are more than four
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     layer = config.layer_types.index("full_attention")
     reference = zoo.transformers(case).model
@@ -86,7 +86,7 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, monkeypatch):
         return attention.prefill(x, weights, 80, config)
 
     def token(weights, x, memory, lengths):
-        return attention.decode(x, weights, memory, lengths, config)
+        return attention.decode(x, weights, memory, lengths, config, named(kernels))
 
     lengths = np.array([S - 3, S - 5], np.int32)
     out, memory = summed(model, layer, prompt, x, out=(memory_spec,))
@@ -98,8 +98,24 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, monkeypatch):
         close(out, expected[np.arange(B), lengths + step])
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(monkeypatch):
+    """Of a length that no block divides."""
+    rng, length = np.random.default_rng(9), 11
+    q = rng.standard_normal((2, length, 2, 3, 8)).astype(np.float32)
+    keys, values = rng.standard_normal((2, 2, 2, length, 8)).astype(np.float32)
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+
+    def of(*given):
+        return jnp.sum(attention._causal(*given) * weights)
+
+    wanted = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    found = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(mine, np.asarray(theirs))
+
+
+@pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_of_experts(zoo, case, kernels, tp):
     model, config = zoo.model(case, tp=tp), zoo.config(case)
@@ -111,7 +127,7 @@ def test_mixture_of_experts(zoo, case, kernels, tp):
 
     rows = x.reshape(B * S, -1)
     close(summed(model, 1, block, rows[:20])[0], expected[:20])
-    close(summed(model, 1, block, rows[:2])[0], expected[:2])  # few tokens gather their experts
+    close(summed(model, 1, block, rows[:1])[0], expected[:1])  # few tokens gather their experts
 
 
 def stacked(gate_up, down):
@@ -122,38 +138,66 @@ def stacked(gate_up, down):
     return Layer(rows, jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.asarray(down), jnp.int32(0), layout)
 
 
-def test_experts_gathered_dense_and_in_pieces_agree(monkeypatch):
-    rng = np.random.default_rng(5)
-    tokens, hidden_size, count, width, k = 37, 24, 11, 10, 3
-    x = jnp.asarray(rng.standard_normal((tokens, hidden_size)), jnp.float32)
+def routed(tokens, count=11, width=10, hidden_size=24, k=3, seed=5):
+    """Operands of routed experts, some ids of no expert here, and their weighted sum in float64."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, hidden_size)).astype(np.float32)
     gate_up = rng.standard_normal((count, 2 * width, hidden_size)).astype(np.float32)
     down = rng.standard_normal((count, width, hidden_size)).astype(np.float32)
-    ids = np.argsort(rng.random((tokens, count)))[:, :k].astype(np.int32)
+    ids = np.argsort(rng.random((tokens, count + 2)))[:, :k].astype(np.int32)
     chosen = rng.random((tokens, k)).astype(np.float32)
     expected = np.zeros((tokens, hidden_size))
     for t in range(tokens):
         for weight, e in zip(chosen[t], ids[t], strict=True):
-            both = gate_up[e].astype(np.float64) @ np.asarray(x[t], np.float64)
-            first, second = both[:width], both[width:]
-            expected[t] += weight * (first / (1 + np.exp(-first)) * second) @ down[e]
-    close(moe._gathered(x, chosen, ids, gate_up, down), expected, 1e-6)
-    close(moe._gathered(x[:1], chosen[:1], ids[:1], gate_up, down), expected[:1], 1e-6)
-    close(moe._dense(x, chosen, ids, gate_up, down), expected, 1e-6)
-    monkeypatch.setattr(moe, "CHUNK_ELEMENTS", 1)  # 16 tokens at a time
-    close(moe.experts(x, chosen, ids, stacked(gate_up, down), named("xla")), expected, 1e-6)
-    close(moe.experts(x[:3], chosen[:3], ids[:3], stacked(gate_up, down), named("pallas")), expected[:3], 1e-6)
+            if e < count:
+                first, second = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
+                expected[t] += weight * (first / (1 + np.exp(-first)) * second) @ down[e]
+    return (jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(ids)), stacked(gate_up, down), expected
 
 
-def test_an_expert_that_nobody_chose_may_hold_infinities():
+@pytest.mark.parametrize(("kernels", "tokens"), [("pallas", 1), ("pallas", 37), *(("xla", n) for n in (1, 3, 37, 300))])
+def test_routed_experts_of_few_tokens_and_of_many(kernels, tokens, monkeypatch):
+    """Those of no expert here, as of another group of ranks, add nothing."""
+    monkeypatch.setattr(moe, "SORTED", 8)  # many blocks, and many turns
+    monkeypatch.setattr(moe, "TOGETHER", 16)
+    given, layer, expected = routed(tokens)
+    close(moe.experts(*given, layer, named(kernels), ep=2), expected, 1e-6)
+
+
+def test_all_experts_at_once_where_a_token_chooses_many_of_them():
+    (x, chosen, ids), layer, expected = routed(20, count=5, k=2)
+    close(moe.experts(x, chosen, ids, layer, named("xla")), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("kernels", "count"), [("pallas", 40), ("xla", 3), ("xla", 40)])
+def test_an_expert_that_nobody_chose_may_hold_infinities(kernels, count, monkeypatch):
+    monkeypatch.setattr(moe, "SORTED", 16)
     x = jnp.ones((40, 8))
-    gate_up, down = np.ones((3, 4, 8), np.float32), np.ones((3, 2, 8), np.float32)
+    gate_up, down = np.ones((count, 4, 8), np.float32), np.ones((count, 2, 8), np.float32)
     gate_up[2] = np.inf
     ids = np.tile(np.array([[0, 1]], np.int32), (40, 1))
     chosen = np.ones((40, 2), np.float32)
-    for kernels in ("pallas", "xla"):
-        for tokens in (1, 40):
-            some = x[:tokens], chosen[:tokens], ids[:tokens]
-            assert np.isfinite(moe.experts(*some, stacked(gate_up, down), named(kernels))).all()
+    for tokens in (1, 40):
+        some = x[:tokens], chosen[:tokens], ids[:tokens]
+        assert np.isfinite(moe.experts(*some, stacked(gate_up, down), named(kernels))).all()
+
+
+def test_a_step_reads_its_cache_alone_and_no_further(zoo):
+    """What stands behind a sequence's last token may be anything; a capacity of several parts, and lengths around one."""
+    config, model = zoo.config("two-layers"), zoo.model("two-layers")
+    layer, room = model.params["layers"][config.layer_types.index("full_attention")], 600
+    rng, lengths = np.random.default_rng(8), np.array([0, 255, 256, 599], np.int32)
+    x = rng.standard_normal((4, config.hidden_size)).astype(np.float32)
+    shape = (4, config.num_key_value_heads, room, config.head_dim)
+    keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    wanted, _ = attention.decode(x, layer, KeyValues(keys, values), lengths, config, named("xla"))
+    behind = (np.arange(room) > lengths[:, None])[:, None, :, None]
+    loud = KeyValues(*(jnp.where(behind, jnp.nan, held) for held in (keys, values)))
+    found, after = attention.decode(x, layer, loud, lengths, config, named("pallas"))
+    close(found, wanted, 1e-5)
+    same = np.arange(room) != lengths[:, None]
+    for mine, before in ((after.keys, loud.keys), (after.values, loud.values)):
+        assert np.array_equal(np.moveaxis(mine, 2, 1)[same], np.moveaxis(before, 2, 1)[same], equal_nan=True)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130])

@@ -76,11 +76,12 @@ def test_one_graph_for_every_number_of_tokens():
 
     counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(lambda x, r, w: mt.add_rms_norm(x, r, w), fullgraph=True, dynamic=True, backend=counter)
-    weight = torch.randn(32)
+    weight, compiled = torch.randn(32), []
     for tokens in (3, 4, 17, 300):
         x, residual = torch.randn(tokens, 32), torch.randn(tokens, 32)
         torch.testing.assert_close(call(x, residual, weight), mt.add_rms_norm(x, residual, weight))
-    assert counter.frame_count == 1
+        compiled.append(counter.frame_count)
+    assert compiled in ([1] * 4, [2] * 4)  # torch 2.14 begins anew within the first call, with its floats as constants
 
 
 @pytest.mark.usefixtures("smooth")

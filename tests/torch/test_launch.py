@@ -1,5 +1,6 @@
 """The short way to a kernel: the same results as the front door, and how many kernels are compiled."""
 
+import inspect
 import itertools
 from types import SimpleNamespace
 
@@ -243,6 +244,23 @@ def test_launches_are_dependent_where_the_schedule_says_so(monkeypatch):
         given = Schedule.parse(text) if text else None
         call = Call(FUSIONS["topk_softmax"], {"logits": torch.zeros(rows, 512)}, {"k": 10}, False, None, given)
         assert [one.dependent for one in call.prepare().launches] == [dependent], (text, rows)
+
+
+def test_a_kernel_that_is_launched_again_stays_loaded():
+    """Triton 3.8 unloads a compiled kernel's code when nobody holds the object."""
+    one = launch.Launch(t.TileProgram("made_up", (), (), (), (), 8, 1), 1, ("x",), (), False)
+    compiled = SimpleNamespace(run=1, function=2, packed_metadata=3)
+    assert fast.ready(one, compiled, ("x",), torch.device("cpu")).kernel is compiled
+
+
+def test_tritons_launcher_takes_what_it_is_handed():
+    """The short way calls it by position; `Emulated` stands in for it here."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    named = [*inspect.signature(CudaLauncher.__call__).parameters][1:]
+    first = ["gridX", "gridY", "gridZ", "stream", "function"]
+    hooks = ["launch_metadata", "launch_enter_hook", "launch_exit_hook"]
+    assert named in ([*first, "args"], [*first, "kernel_metadata", *hooks, "args"])  # to Triton 3.6, from 3.7 on
 
 
 def test_rows_that_lie_across_memory_have_one_schedule():

@@ -26,7 +26,7 @@ from moekit.compile.tile.operations import (
     operands,
     results,
 )
-from moekit.compile.tile.program import TileProgram
+from moekit.compile.tile.program import AxisBlock, TileProgram
 from moekit.compile.tile.walk import walk
 from moekit.lang.graph import Index
 
@@ -81,17 +81,22 @@ class Facts:
         Data need not; elements of other axes do where these are short enough. What the program says nothing of is sliced, or in
         blocks, and tracing has looked at that.
         """
-        made = [self.made_by.get(v) for v in at.values]
-        if not all(isinstance(op, Elements | Sides) for op in made):
-            return False
         full = next((a for a in self.program.axes if a.name == axis), None)
-        own = [self.program.bounded(op.axis) for op in made if isinstance(op, Elements)]
-        if full is None or own == [full]:
+        own: list[AxisBlock] = []
+        last = at.start
+        for value, step in at.terms:
+            op = self.made_by.get(value)
+            if isinstance(op, Elements):
+                own.append(self.program.bounded(op.axis))
+                last += step * ((own[-1].extent or 0) - 1)
+            elif isinstance(op, Sides):
+                last += step * op.apart
+            else:
+                return False
+        if full is None or (own == [full] and at.alone is not None):
             return True
-        most = [op.apart if isinstance(op, Sides) else (self.program.bounded(op.axis).extent or 0) - 1 for op in made]
-        if full.extent is None or any(a.extent is None for a in own):
-            return False
-        return at.start >= 0 and at.start + sum(n * step for n, (_, step) in zip(most, at.terms, strict=True)) < full.extent
+        static = all(a.extent is not None for a in (full, *own))
+        return static and at.start >= 0 and last < (full.extent or 0)
 
     def masks(self, masks: Iterable[Value]) -> set[str]:
         """The axes of which some masks keep out what lies past the end of the block along them."""

@@ -6,21 +6,26 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
 
-BLOCK = 1024  # query rows whose scores are held at a time
+BLOCK = 1024  # queries, and keys, whose scores are held at a time
 
 
-@partial(jax.jit, static_argnames=("config",))
-def decode(x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config) -> tuple[jax.Array, KeyValues]:
+@partial(jax.jit, static_argnames=("config", "kernels"))
+def decode(
+    x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
+) -> tuple[jax.Array, KeyValues]:
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
     q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
     rows = jnp.arange(x.shape[0])
@@ -28,10 +33,11 @@ def decode(x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, 
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
         memory.values.at[rows, :, lengths].set(v[:, 0]),
     )
-    visible = jnp.arange(memory.keys.shape[2])[None, None] <= lengths[:, None, None]
-    read = _attend(q, memory.keys, memory.values, visible)
-    out = _output(read, gate, weights)
-    return out[:, 0], memory
+    if kernels.fused:
+        read = kernels.attention_decode(q[:, 0], memory.keys, memory.values, lengths + 1)[:, None]
+    else:
+        read = _whole(q, memory.keys, memory.values, lengths[:, None])
+    return _output(read, gate, weights)[:, 0], memory
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config"))
@@ -40,12 +46,7 @@ def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> 
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
-    reads = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        causal = jnp.arange(stop)[None] <= jnp.arange(start, stop)[:, None]
-        reads.append(_attend(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], causal[None]))
-    out = _output(jnp.concatenate(reads, axis=1), gate, weights)
+    out = _output(_causal(q, k, v), gate, weights)
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
@@ -65,14 +66,13 @@ def extend(
     kept = jnp.where(steps < lengths[:, None], positions, memory.keys.shape[2])  # out of range: dropped
     rows = jnp.arange(batch)[:, None]
     keys, values = (held.at[rows, :, kept].set(new, mode="drop") for held, new in ((memory.keys, k), (memory.values, v)))
-    visible = jnp.arange(keys.shape[2])[None, None] <= positions[..., None]
-    return _output(_attend(q, keys, values, visible), gate, weights), KeyValues(keys, values)
+    return _output(_behind(q, keys, values, positions), gate, weights), KeyValues(keys, values)
 
 
 def _project(
     x: jax.Array, weights: Layer, positions: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """q [B, S, heads, dim], its gate, k and v [B, S, kv heads, dim]; q and k normed and rotated."""
+    """q and its gate [B, S, kv heads, queries of each, dim], k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
     columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
@@ -83,7 +83,8 @@ def _project(
     v = columns[..., queries + keys :].reshape(batch, length, -1, dim)
     q = _rotate(rms_norm(q, weights["q_norm"], eps), positions, config)
     k = _rotate(rms_norm(k, weights["k_norm"], eps), positions, config)
-    return round_to(q, x.dtype), gate, round_to(k, x.dtype), v
+    grouped = (batch, length, k.shape[2], -1, dim)
+    return round_to(q, x.dtype).reshape(grouped), gate.reshape(grouped), round_to(k, x.dtype), v
 
 
 def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
@@ -96,20 +97,78 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax attention in float32, [B, S, heads·dim].
+def _causal(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Each of q [B, S, kv heads, queries, dim] reads keys and values [B, kv heads, S, dim] up to its own place."""
+    length = q.shape[1]
+    positions = jnp.arange(length)[None]
+    if length <= BLOCK:
+        return _whole(q, keys, values, positions)
+    places = np.array([(i, j) for i in range(-(-length // BLOCK)) for j in range(i + 1)], np.int32)
+    turn = jax.checkpoint(_turn(q, keys, values, positions), prevent_cse=False)  # a gradient keeps no scores either
+    return lax.scan(lambda held, place: (turn(held, place), None), _begin(q), places)[0][0]
 
-    q [B, S, heads, dim] reads keys, values [B, kv heads, L, dim] where visible [B or 1, S or 1, L] allows.
-    """
-    batch, length, heads, dim = q.shape
-    kv = keys.shape[1]
-    grouped = q.reshape(batch, length, kv, heads // kv, dim)
-    scores = einsum("bskgd,bkld->bkgsl", grouped, keys) * dim**-0.5
+
+def _behind(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Each of q [B, S, kv heads, queries, dim] reads keys and values [B, kv heads, L, dim] up to its position, [B, S]."""
+    length, room = q.shape[1], keys.shape[2]
+    if max(length, room) <= BLOCK:
+        return _whole(q, keys, values, positions)
+    # As many keys as the longest sequence has: a row's sums go block by block, whatever the others' lengths.
+    seen = jnp.clip(jnp.max(positions) // BLOCK + 1, 1, -(-room // BLOCK))
+    turn = _turn(q, keys, values, positions)
+    turns = -(-length // BLOCK) * seen
+    return lax.fori_loop(0, turns, lambda t, held: turn(held, (t // seen, t % seen)), _begin(q))[0]
+
+
+def _whole(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Softmax attention, all scores at once."""
+    scores = einsum("bskgd,bkld->bkgsl", q, keys) * q.shape[-1] ** -0.5
+    visible = jnp.arange(keys.shape[2])[None, None] <= positions[..., None]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = round_to(jax.nn.softmax(scores, axis=-1), values.dtype)
-    return einsum("bkgsl,bkld->bskgd", weights, values).reshape(batch, length, heads * dim)
+    return round_to(einsum("bkgsl,bkld->bskgd", weights, values), values.dtype)
+
+
+def _begin(q: jax.Array) -> tuple[jax.Array, ...]:
+    """What turns carry: the output so far, and of one block of queries the weighted sum, the weights' sum and the top score.
+
+    The output begins as what was asked, which is there by then: zeros XLA would make for all layers at once.
+    """
+    batch, length, kv, queries, dim = q.shape
+    sums = jnp.zeros((batch, kv, queries, min(length, BLOCK)), jnp.float32)
+    return q, jnp.zeros((*sums.shape, dim), jnp.float32), sums, sums
+
+
+def _turn(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> Any:
+    """A block of queries reads a block of keys, for each i those j from 0 on; what was read is their softmax's at every turn.
+
+    Online softmax: Milakov and Gimelshein 2018. The last block of each may begin before the one before it ends: queries are
+    computed again, keys are not looked at again.
+    """
+    rows, columns = min(q.shape[1], BLOCK), min(keys.shape[2], BLOCK)
+
+    def turn(held: tuple[jax.Array, ...], place: Any) -> tuple[jax.Array, ...]:
+        (out, weighed, total, top), (i, j) = held, place
+        row, column = jnp.minimum(i * rows, q.shape[1] - rows), jnp.minimum(j * columns, keys.shape[2] - columns)
+        asked, at = (lax.dynamic_slice_in_dim(a, row, rows, 1) for a in (q, positions))
+        k, v = (lax.dynamic_slice_in_dim(a, column, columns, 2) for a in (keys, values))
+        seen = column + jnp.arange(columns)[None, None]
+        visible = (seen >= j * columns) & (seen <= at[..., None])
+        scores = einsum("bskgd,bkld->bkgsl", asked, k) * q.shape[-1] ** -0.5
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        before = jnp.where(j == 0, -jnp.inf, top)
+        top = jnp.maximum(before, lax.stop_gradient(jnp.max(scores, axis=-1)))  # finite: every query sees the first key
+        weights, kept = jnp.exp(scores - top[..., None]), jnp.exp(before - top)
+        total = jnp.where(j == 0, 0.0, total) * kept + jnp.sum(weights, axis=-1)
+        more = einsum("bkgsl,bkld->bkgsd", round_to(weights, v.dtype), v)
+        weighed = jnp.where(j == 0, 0.0, weighed) * kept[..., None] + more
+        read = jnp.moveaxis(weighed / total[..., None], 3, 1)
+        return lax.dynamic_update_slice_in_dim(out, round_to(read, out.dtype), row, 1), weighed, total, top
+
+    return turn
 
 
 def _output(read: jax.Array, gate: jax.Array, weights: Layer) -> jax.Array:
-    open_ = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(read.shape)
-    return linear(round_to(read * open_, gate.dtype), weights["o_proj"])
+    """What was read, [..., kv heads, queries, dim], past its gate and back: [..., H]."""
+    open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
+    return linear(round_to(read * open_, gate.dtype).reshape(*gate.shape[:-3], -1), weights["o_proj"])

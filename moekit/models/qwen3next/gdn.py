@@ -21,6 +21,7 @@ from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 
 CHUNK = 64
+AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -70,39 +71,64 @@ def prefill(
     """
     batch, length, _ = x.shape
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
-    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-    keys = (channels - value_heads * value_dim) // 2
+    value_dim = config.linear_value_head_dim
     mixed, first = _projected(x, weights, value_dim)
-    gates = mixed[..., first : first + 2 * value_heads].astype(jnp.float32)
+    gates = mixed[..., first : first + 2 * value_heads]
     convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths, None if before is None else before.conv)
-    q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
-    beta = jnp.where(real, jax.nn.sigmoid(gates[..., :value_heads]), 0.0)
-    decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., value_heads:] + weights["dt_bias"][None, None])
-    read, recurrent = chunked_delta_rule(
-        _normalised(q.reshape(batch, length, -1, key_dim)) * key_dim**-0.5,
-        _normalised(k.reshape(batch, length, -1, key_dim)),
-        v.reshape(batch, length, value_heads, value_dim),
-        jnp.where(real, decay, 0.0),
-        beta,
-        None if before is None else before.recurrent,
-    )
+    state, reads = None if before is None else before.recurrent, []
+    for some in _pieces(length, max(1, AT_ONCE // (batch * CHUNK)) * CHUNK):
+        given = convolved[:, some], gates[:, some], real[:, some]
+        if reads:  # one after the other, or XLA may begin with all of them
+            given, state = lax.optimization_barrier((given, state))
+        read, state = _remembered(*given, state, weights, config)
+        reads.append(read)
     tokens = batch * length
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
-    read = round_to(read, x.dtype).reshape(tokens, value_heads, value_dim)
+    read = jnp.concatenate(reads, axis=1).reshape(tokens, value_heads, value_dim)
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(batch, length, -1), weights["out_proj"])
-    return out, DeltaState(conv, recurrent)
+    return out, DeltaState(conv, state)
+
+
+def _pieces(length: int, most: int) -> list[slice]:
+    return [slice(start, min(start + most, length)) for start in range(0, length, most)]
+
+
+def _remembered(
+    convolved: jax.Array, gates: jax.Array, real: jax.Array, state: jax.Array | None, weights: Layer, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """What is read of the memory at each token, [B, S, V, Dv], and the state after the last real one.
+
+    convolved [B, S, C], gates b | a [B, S, 2V], real [B, S, 1].
+    """
+    batch, length, channels = convolved.shape
+    heads, key_dim, value_dim = gates.shape[-1] // 2, config.linear_key_head_dim, config.linear_value_head_dim
+    keys = (channels - heads * value_dim) // 2
+    q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
+    gates = gates.astype(jnp.float32)
+    beta = jnp.where(real, jax.nn.sigmoid(gates[..., :heads]), 0.0)
+    decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., heads:] + weights["dt_bias"][None, None])
+    read, state = chunked_delta_rule(
+        _normalised(q.reshape(batch, length, -1, key_dim)) * key_dim**-0.5,
+        _normalised(k.reshape(batch, length, -1, key_dim)),
+        v.reshape(batch, length, heads, value_dim),
+        jnp.where(real, decay, 0.0),
+        beta,
+        state,
+    )
+    return round_to(read, convolved.dtype), state
 
 
 def chunked_delta_rule(
     q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array, state: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over whole sequences, up to CHUNK tokens at a time, from a state, zero where None, in float32.
+    """The gated delta rule over sequences, in chunks of up to CHUNK tokens, from a state, zero where None, in float32.
 
     q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
     -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
-    Formula: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), section 3.3.
+    Formula: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), section 3.3. What a chunk makes of a state is a product
+    and a sum, and two in a row are again; so the states between chunks are a prefix sum (Blelloch 1990), in few large steps.
     """
     batch, length, value_heads, value_dim = v.shape
     ratio, chunk = value_heads // q.shape[2], min(CHUNK, length)
@@ -122,19 +148,30 @@ def chunked_delta_rule(
     )
     fresh, seen = solved[..., :value_dim], solved[..., value_dim:]
     last = total[..., -1:, :]
-    steps = (fresh, seen, q * jnp.exp(total), k * jnp.exp(last - total), attend, jnp.exp(last))
-
-    def step(state: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        fresh, seen, q, k, attend, fade = piece
-        update = fresh - einsum("bhtk,bhkv->bhtv", seen, state)
-        read = einsum("bhtk,bhkv->bhtv", q, state) + einsum("bhts,bhsv->bhtv", attend, update)
-        return state * fade + einsum("bhtk,bhtv->bhkv", k, update), read
-
+    fade, k = jnp.exp(last), k * jnp.exp(last - total)
     if state is None:
         state = jnp.zeros((batch, value_heads, q.shape[-1], value_dim), jnp.float32)
-    state, read = lax.scan(step, state, tuple(jnp.moveaxis(a, 2, 0) for a in steps))
-    read = jnp.moveaxis(read, 0, 2).reshape(batch, value_heads, -1, value_dim)[:, :, :length]
-    return jnp.swapaxes(read, 1, 2), state
+    states = _between(state, seen[:, :, :-1], fresh[:, :, :-1], k[:, :, :-1], fade[:, :, :-1])
+    update = fresh - einsum("bhntk,bhnkv->bhntv", seen, states)
+    read = einsum("bhntk,bhnkv->bhntv", q * jnp.exp(total), states) + einsum("bhnts,bhnsv->bhntv", attend, update)
+    state = states[:, :, -1] * fade[:, :, -1] + einsum("bhtk,bhtv->bhkv", k[:, :, -1], update[:, :, -1])
+    return jnp.swapaxes(read.reshape(batch, value_heads, -1, value_dim)[:, :, :length], 1, 2), state
+
+
+def _between(state: jax.Array, seen: jax.Array, fresh: jax.Array, k: jax.Array, fade: jax.Array) -> jax.Array:
+    """The state before each chunk, [B, heads, chunks + 1, Dk, Dv], from the first one and what is known of all but the last."""
+    if not seen.shape[2]:
+        return state[:, :, None]
+    kept = fade * jnp.eye(k.shape[-1]) - einsum("bhnti,bhntj->bhnij", k, seen)
+    added = einsum("bhntk,bhntv->bhnkv", k, fresh)
+    added = added.at[:, :, 0].add(einsum("bhij,bhjv->bhiv", kept[:, :, 0], state))
+
+    def both(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (kept, added), (later, more) = one, other
+        return einsum("bhnij,bhnjk->bhnik", later, kept), einsum("bhnij,bhnjv->bhniv", later, added) + more
+
+    _, states = lax.associative_scan(both, (kept, added), axis=2)
+    return jnp.concatenate([state[:, :, None], states], axis=2)
 
 
 def _chunks(a: jax.Array, chunk: int) -> jax.Array:

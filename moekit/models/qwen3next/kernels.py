@@ -20,6 +20,8 @@ FUSIONS = (
     "down_combine",
     "expert_gate_up",
     "expert_down",
+    "experts",
+    "attention_decode",
     "gated_rms_norm",
     "delta_rule_step",
 )
@@ -29,8 +31,8 @@ FUSIONS = (
 class Kernels:
     """One callable per fusion. Hashable, so that a compiled step may depend on it.
 
-    fused: whether the gate's three products are one `gate_projections`, few tokens' experts two kernels that gather, and
-    the delta nets' states one stack.
+    fused: whether the gate's three products are one `gate_projections`, the routed experts kernels that read no others than
+    those chosen, and the delta nets' states one stack.
     all_reduce: from one rank's part of a sum to the sum over all ranks. all_gather: from a rank's array to a stack of all.
     """
 
@@ -44,13 +46,15 @@ class Kernels:
     down_combine: Callable[..., Any]
     expert_gate_up: Callable[..., Any]
     expert_down: Callable[..., Any]
+    experts: Callable[..., Any]
+    attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 
 
 @cache
 def named(name: str) -> Kernels:
-    """`pallas`: Pallas kernels. `xla`: array evaluation, three gate products, and experts as XLA gathers them best."""
+    """`pallas`: Pallas kernels. `xla`: array evaluation, three gate products, and experts as XLA does them best."""
     if name not in ("pallas", "xla"):
         raise ArgumentError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}

@@ -17,8 +17,8 @@ from moekit.errors import MoekitError
 from moekit.models.qwen3next.attention import BLOCK
 from moekit.models.qwen3next.cache import cache_shapes
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
-from moekit.models.qwen3next.gdn import CHUNK
-from moekit.models.qwen3next.moe import CHUNK_ELEMENTS
+from moekit.models.qwen3next.gdn import AT_ONCE, CHUNK
+from moekit.models.qwen3next.moe import DENSE, SORTED, TOGETHER
 from moekit.models.qwen3next.sharding import AXIS, Parameter, kv_heads_per_rank, parameters
 
 MEMINFO = Path("/proc/meminfo")
@@ -87,27 +87,38 @@ def cache_bytes(config: Config, tp: int, dtype: Any, room: Room) -> int:
 def temporaries(config: Config, tp: int, dtype: Any, room: Room) -> int:
     """About what a rank holds besides weights and cache: the most of a step, a prefill and a piece of a prompt."""
     batch, prompt, piece, length = room.batch, room.prompt, room.piece, room.length
-    step = _alive(config, tp, dtype, batch, 1, length, length)
-    whole = _alive(config, tp, dtype, batch, prompt, min(prompt, BLOCK) * prompt, prompt) if prompt else 0
-    part = _alive(config, tp, dtype, 1, piece, piece * length, length) if piece else 0
+    step = _alive(config, tp, dtype, batch, 1, length)
+    whole = _alive(config, tp, dtype, batch, prompt, prompt) if prompt else 0
+    part = _alive(config, tp, dtype, 1, piece, length) if piece else 0
     return max(step, whole, part)
 
 
-def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, pairs: int, seen: int) -> int:
-    """About the bytes that are alive together as a call reads `new` tokens of each of `batch` sequences.
-
-    pairs: queries times keys whose scores an attention layer holds at a time, of a sequence and a head. seen: keys of one.
-    """
+def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, seen: int) -> int:
+    """About the bytes that are alive together as a call reads `new` tokens of each of `batch` sequences, the last of `seen`."""
     size, wide, tokens = np.dtype(dtype).itemsize, 4, batch * new
     heads, keys, values = config.linear_num_value_heads // tp, config.linear_key_head_dim, config.linear_value_head_dim
-    delta = tokens * heads * wide * (6 * keys + 5 * values + 4 * CHUNK) if new > 1 else 0
+    together = min(tokens, max(AT_ONCE, batch * CHUNK))
+    states = 4 * keys * (keys + values) // CHUNK
+    delta = together * heads * wide * (6 * keys + 5 * values + 4 * CHUNK + states) if new > 1 else 0
+    pairs = seen if new == 1 else min(new, BLOCK) * min(seen, BLOCK)
     scores = 2 * wide * batch * config.num_attention_heads // tp * pairs
     copied = 2 * size * kv_heads_per_rank(config, tp) * config.head_dim * seen  # XLA does so where there is one sequence
-    width = config.num_experts * 2 * config.moe_intermediate_size // tp
-    experts = min(tokens, max(16, CHUNK_ELEMENTS // width)) * width * (size + wide)
-    kinds = [experts] + [delta] * (GDN in config.layer_types) + [scores + copied] * (ATTENTION in config.layer_types)
+    kinds = [_routed(config, tp, size, tokens)]
+    kinds += [delta] * (GDN in config.layer_types) + [scores + copied] * (ATTENTION in config.layer_types)
     logits = 2 * wide * batch * config.vocab_size // tp
     return SLACK * (max(kinds) + logits + 6 * tokens * config.hidden_size * size)
+
+
+def _routed(config: Config, tp: int, size: int, tokens: int) -> int:
+    """Of the routed experts, in the form that takes most of those that may be chosen."""
+    c, pairs = config, tokens * config.num_experts_per_tok
+    held, own = c.num_experts // c.ep, c.moe_intermediate_size * c.ep // tp
+    if pairs <= c.num_experts:
+        return pairs * (c.hidden_size + 3 * own) * 4
+    if tokens <= SORTED or c.num_experts <= DENSE * c.num_experts_per_tok:
+        return tokens * held * 2 * own * (size + 4)
+    turn = TOGETHER // SORTED * 3 * own * c.hidden_size * size
+    return (2 * pairs + min(held, pairs) * SORTED) * c.hidden_size * size + turn
 
 
 def free_bytes(devices: Iterable[Any]) -> int | None:

@@ -208,7 +208,7 @@ def _decode(
         if kind == GDN:
             out, memory = gdn.decode(x, layer, *memories.delta(), config, kernels)
         else:
-            out, memory = attention.decode(x, layer, memories.attention(), cache.lengths, config)
+            out, memory = attention.decode(x, layer, memories.attention(), cache.lengths, config, kernels)
         memories.keep(kind, memory)
         return out
 

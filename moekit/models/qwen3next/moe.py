@@ -7,6 +7,7 @@ since the shared and the routed part are added before.
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,12 @@ from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 from moekit.models.qwen3next.sharding import AXIS
 
-CHUNK_ELEMENTS = 1 << 26  # of the products of all experts that are held at a time
+# With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
+# expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
+FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
+# With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
+# chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
+DENSE, SORTED, TOGETHER = 4, 128, 4096
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -53,36 +59,73 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
-    nothing. Few tokens gather the weights of their experts; many run every expert, which then reads each weight once, some
-    tokens at a time.
+    nothing. How it is computed follows from the shapes alone. With kernels a row's bits do not depend on the rows beside it;
+    with another number of rows its products may be added up in another order.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
-    few = ids.size <= weights.layout[names[0]].shape[0] * ep
-    if few and kernels.fused:
+    count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
+    if kernels.fused:
         gate_up, down = map(weights.view, names)
-        return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
-    if few:
+        if FEW * pairs <= count:
+            return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
+        return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
+    if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
-    return round_to(_in_chunks(x, chosen, ids, weights), x.dtype)
+    if x.shape[0] <= SORTED or count <= DENSE * ids.shape[1]:
+        return round_to(_dense(x, chosen, ids, weights[names[0]], weights[names[1]]), x.dtype)
+    return round_to(_sorted(x, chosen, ids, weights), x.dtype)
 
 
-def _in_chunks(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
-    tokens = x.shape[0]
+def _block(pairs: int, count: int) -> int:
+    """How many pairs of one expert a program takes: the fewer it leaves empty, the oftener it reads that expert's weights."""
+    return next(block for most, block in BLOCKS if pairs <= most * count)
+
+
+def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
+    """Pairs sorted by expert into blocks of one each, some blocks at a time as one product with a matrix for each."""
     count, width, _ = weights.layout["experts_gate_up"].shape
-    chunk = max(16, CHUNK_ELEMENTS // (count * width))
+    # In a loop XLA (0.11.2) copies a slice of an array that a product reads; all rows are blocks of an expert's size.
+    rows, down = weights.rows.reshape(-1, width, x.shape[1]), weights["experts_down"]
+    pairs, experts, place = _blocks(ids.reshape(-1), count)
 
-    if tokens <= chunk:
-        return _dense(x, chosen, ids, weights["experts_gate_up"], weights["experts_down"])
+    def turn(held: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        n, pairs, experts = piece
+        both = einsum("bjd,bnd->bjn", _taken(x, pairs // ids.shape[1]), _taken(rows, experts))
+        active = _activation(round_to(both, x.dtype), 1.0, x.dtype)
+        each = round_to(einsum("bji,bih->bjh", active, _taken(down, experts)), x.dtype)
+        return lax.dynamic_update_index_in_dim(held, each, n, 0), None
 
-    def dense(piece: tuple[jax.Array, ...]) -> jax.Array:
-        # In a loop XLA (0.11.2) copies the slice of `rows` that a product reads; all rows are 3 % more than the experts'.
-        x, chosen, ids = piece
-        return _dense(x, chosen, ids, weights.rows, weights["experts_down"])
+    begin = jnp.broadcast_to(x[0], (*pairs.shape, x.shape[1]))  # there by then: zeros XLA would make for all layers at once
+    each = lax.scan(turn, begin, (jnp.arange(len(pairs)), pairs, experts))[0].reshape(-1, x.shape[1])
+    each = jnp.take(each, place, axis=0, mode="fill", fill_value=0).reshape(*ids.shape, -1)
+    return jnp.sum(each.astype(jnp.float32) * chosen[..., None].astype(jnp.float32), axis=1)
 
-    blocks = -(-tokens // chunk)
-    pieces = tuple(jnp.pad(a, ((0, blocks * chunk - tokens), (0, 0))).reshape(blocks, chunk, -1) for a in (x, chosen, ids))
-    out = lax.map(dense, pieces)
-    return out.reshape(blocks * chunk, -1)[:tokens]
+
+def _taken(a: jax.Array, at: jax.Array) -> jax.Array:
+    return jnp.take(a, at, axis=0, mode="clip")
+
+
+def _blocks(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs in blocks of one expert each: whose they are, and where each pair stands.
+
+    ids [n] of `count` experts -> pairs [turns, blocks, SORTED], experts [turns, blocks], places [n] among all of pairs, past
+    their end for an id of no expert. What fills a block up is any pair, whose product nobody reads.
+    """
+    known = (ids >= 0) & (ids < count)
+    keys = jnp.where(known, ids, count)
+    order = jnp.argsort(keys, stable=True)
+    counts = jnp.bincount(keys, length=count + 1)[:count]
+    padded = -(-counts // SORTED) * SORTED
+    stops = jnp.cumsum(padded)
+    ahead = jnp.append(stops - padded - (jnp.cumsum(counts) - counts), 0)  # places left empty before an expert's first pair
+    most = ids.size // SORTED + min(count, ids.size)
+    together = min(TOGETHER // SORTED, most)
+    blocks = -(-most // together) * together
+    at = jnp.where(known[order], jnp.arange(ids.size) + ahead[keys[order]], blocks * SORTED)
+    pairs = jnp.zeros(blocks * SORTED, jnp.int32).at[at].set(order.astype(jnp.int32), mode="drop")
+    experts = jnp.searchsorted(stops, jnp.arange(blocks) * SORTED, side="right").astype(jnp.int32)
+    places = jnp.zeros(ids.size, jnp.int32).at[order].set(at.astype(jnp.int32))
+    return pairs.reshape(-1, together, SORTED), experts.reshape(-1, together), places
 
 
 def _gathered(
@@ -90,26 +133,22 @@ def _gathered(
 ) -> jax.Array:
     """elsewhere: whether an id may be of no expert here, which stands for weights of zero."""
     # Sums of products, not dots: XLA then multiplies while it gathers rows, and stores none of them. To that end it wants a
-    # flat list of experts, and for the last sum, if there is one token, one sum over all rows.
+    # flat list of experts, and each expert's sum for itself, which for one token it would merge with the last.
     flat, wide = ids.reshape(-1), jnp.float32
     take = partial(jnp.take, axis=0, mode="fill", fill_value=0) if elsewhere else partial(jnp.take, axis=0, mode="clip")
     rows = take(gate_up, flat).astype(wide)
     both = jnp.sum(jnp.repeat(x, ids.shape[1], axis=0)[:, None].astype(wide) * rows, axis=2)
     active = _activation(round_to(both, x.dtype), chosen.reshape(-1, 1), x.dtype).astype(wide)
-    if x.shape[0] == 1:
-        rows = take(down, ids).astype(wide)
-        return jnp.sum(active[None, ..., None] * rows, axis=(1, 2))
     rows = take(down, flat).astype(wide)
-    each = jnp.sum(active[..., None] * rows, axis=1)
+    each = lax.optimization_barrier(jnp.sum(active[..., None] * rows, axis=1))
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 
 
-def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, rows: jax.Array, down: jax.Array) -> jax.Array:
-    """rows: experts_gate_up [E, 2I, H], or [R, H] that begin with it."""
-    count, width = down.shape[:2]
+def _dense(x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    count = down.shape[0]
     hit = ids[:, :, None] == jnp.arange(count)[None, None]
     share = jnp.sum(jnp.where(hit, chosen[:, :, None], 0.0), axis=1)[..., None]
-    both = linear(x, rows.reshape(-1, x.shape[1]))[:, : count * 2 * width].reshape(x.shape[0], count, -1)
+    both = linear(x, gate_up.reshape(-1, x.shape[1])).reshape(x.shape[0], count, -1)
     active = jnp.where(hit.any(axis=1)[..., None], _activation(both, share, x.dtype), 0)
     return einsum("tn,nh->th", active.reshape(x.shape[0], -1), down.reshape(-1, x.shape[1]))
 
