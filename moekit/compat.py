@@ -75,9 +75,9 @@ ONE_SHOT = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
 
 
 def xla_flags() -> dict[str, str]:
-    """What XLA is to be told on GPUs: flag → value."""
+    """What XLA is to be told on GPUs: flag → value. One that it does not know would end the process."""
     found = version("jax")
-    return {ONE_SHOT: "false"} if found and release(found) >= (0, 12) else {}
+    return {ONE_SHOT: "false"} if found and release(found) == (0, 12) else {}
 
 
 def version(package: str) -> str | None:

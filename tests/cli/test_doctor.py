@@ -157,7 +157,7 @@ def test_jax_is_told_what_there_is(monkeypatch):
     assert own["XLA_FLAGS"].endswith("count=2")
 
 
-@pytest.mark.parametrize(("version", "told"), [("0.11.2", ""), ("0.12.0.1", "=false"), ("0.12.0", "=true")])
+@pytest.mark.parametrize(("version", "told"), [("0.11.2", ""), ("0.12.0.1", "=false"), ("0.12.0", "=true"), ("0.13.0", "")])
 def test_jax_is_told_what_its_version_needs_on_gpus(monkeypatch, version, told):
     """The all-reduce of 0.12 fails at the first step on some machines; what the user has set stays as it is."""
     flag = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
