@@ -33,6 +33,22 @@ def pairs_without_the_mask_of_their_columns():
 
 
 @breaks("memory_masked")
+def every_second_element_past_the_end():
+    load = next(op for op in good.operations(good.norm_program(), t.Load) if op.at.tensor == "x")
+    (columns,) = load.at.index[1].values
+    at = replace(load.at, index=(load.at.index[0], t.Index.of(columns, step=2)))
+    return with_ops(good.norm_program(), t.Load, lambda op: op == load, at=at)
+
+
+@breaks("memory_masked")
+def index_of_two_terms_that_leaves_its_axis():
+    load = next(op for op in good.operations(good.norm_program(), t.Load) if op.at.tensor == "x")
+    rows, columns = load.at.index[0].values[0], load.at.index[1].values[0]
+    at = replace(load.at, index=(load.at.index[0], t.Index(((columns, 1), (rows, 1)))))
+    return with_ops(good.norm_program(), t.Load, lambda op: op == load, at=at)
+
+
+@breaks("memory_masked")
 def index_that_is_data():
     program = good.norm_program()
     rows = next(op.out for op in good.operations(program, t.Elements) if op.axis == "T")
