@@ -289,9 +289,6 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
     most = max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made)
     assert most <= BATCH * 512 * CONFIG.num_experts_per_tok * CONFIG.hidden_size
     assert most < math.prod(model.params["layers"].down[0].shape) // TP
-    solved = [i.name for i in filled.entry.values() if i.name.startswith("triangular-solve")]
-    used = max(user.at for name in solved for user in filled.users(name))
-    assert used < max(i.at for i in filled.kernels("add_rms_norm")), "what a state is made of is kept to the end"
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 51])
