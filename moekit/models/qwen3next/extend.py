@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,7 +51,7 @@ def extend(
             if kind == GDN:
                 held, at = memories.delta()
                 before = held if at is None else jax.tree.map(lambda a: a[at], held)
-                out, new = gdn.prefill(x, layer, lengths, config, kernels, before)
+                out, new = lax.optimization_barrier(gdn.prefill(x, layer, lengths, config, kernels, before))  # as in `prefill`
                 new = new if at is None else jax.tree.map(lambda a, b: a.at[at].set(b), held, new)
             else:
                 out, new = attention.extend(x, layer, memories.attention(), starts, lengths, config)

@@ -125,9 +125,11 @@ def prefill(
         def mix(kind: str, x: jax.Array, layer: Layer) -> jax.Array:
             x = x.reshape(batch, length, -1)
             if kind == GDN:
-                out, memory = gdn.prefill(x, layer, lengths, config, kernels)
+                made = gdn.prefill(x, layer, lengths, config, kernels)
             else:
-                out, memory = attention.prefill(x, layer, cache_length, config)
+                made = attention.prefill(x, layer, cache_length, config)
+            # Both before the next layer begins, or XLA keeps what all layers' memories are made of to the end.
+            out, memory = lax.optimization_barrier(made)
             memories.first(kind, memory)
             return out.reshape(batch * length, -1)
 
