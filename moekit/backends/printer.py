@@ -224,7 +224,7 @@ class Printer(ABC):
     def packets(self, op: t.Packet) -> str:
         """Arguments that say where packets are: by what way, and of which row, epoch and column."""
         axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
-        row, *others = (self.at(*i.values, axes) for i in op.at.index)
+        row, *others = (self.at(i.values[0], axes) for i in op.at.index)
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
