@@ -179,12 +179,13 @@ def test_the_proof_compiles():
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
 
 
-def test_a_chain_compiles_to_kernels_alone():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_chain_compiles_to_kernels_alone(rows):
     """Three calls in a row on two H200s that are not there: three kernels, no collective, no copy of rows; addresses are
     arguments of the program."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
     mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
-    link, rows, width = linked(2, width=2048), 4, 2048
+    link, width = linked(2, width=2048), 2048
 
     def body(x, residual, weight, link):
         for _ in range(3):
