@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.room import Room
 from moekit.errors import ArgumentError, RankError, ShapeError, UnavailableError
 from moekit.torch import Channel, all_reduce_add_rms_norm, all_reduce_add_rms_norm_
@@ -139,6 +140,14 @@ def test_calls_without_room(opened):
     assert "the mailboxes are those of 2 ranks over tp" in str(call(3, ranks=3).unlinked())
     opened.close()
     assert "no channel reaches the other ranks of tp" in str(call(5).unlinked())
+
+
+def test_programs_are_counted_of_the_schedule_that_is_taken(opened, monkeypatch):
+    """A table's, where it has one."""
+    opened.room = Room("tp", 2, 16, 64, 3)
+    assert call(5).unlinked() is None
+    monkeypatch.setattr("moekit.torch.call.scheduled", lambda *_: Schedule.parse("tile:T:1 whole:H:64"))
+    assert "5 programs wait for each other, of which a device has 3 at once" in str(call(5).unlinked())
 
 
 def test_a_rank_that_did_not_come(opened):
