@@ -294,10 +294,10 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
 def _refuse_link(call: Call, link: Link) -> None:
     """Raise ShapeError for what would give other sums in silence: a link that is not one rank's, a part taken for the sum."""
     name, ranks = call.fusion.name, link.ranks
-    if link.table.shape != link.shapes[0] or link.epochs.shape != link.shapes[1]:
+    if (held := (link.table.shape, link.epochs.shape)) != link.shapes:
         raise ShapeError(
-            f"{name}: the link is not one rank's: its table has {link.table.shape[0]} numbers, a rank's has {link.shapes[0][0]}; "
-            "call it inside jax.shard_map, whose in_specs have link.specs"
+            f"{name}: the link is not one rank's: its arrays are {held}, a rank's are {link.shapes}; call it inside "
+            "jax.shard_map, whose in_specs have link.specs"
         )
     if link.axis in call.fusion.mesh and not call.graph.ranks and ranks > 1:
         raise ShapeError(

@@ -136,7 +136,7 @@ def test_a_link_of_all_ranks_is_refused(implementation):
 
 
 def test_a_link_is_used_once(opened):
-    """A step that takes it by donation leaves nothing to send the same numbers with again; a channel is made anew all the same."""
+    """A step to which it is donated leaves nothing to send the same numbers with; a channel is made anew all the same."""
     jax.jit(lambda link: link, donate_argnums=0)(opened.link)
     with pytest.raises((RuntimeError, ValueError), match="deleted"):
         jax.jit(lambda link: link)(opened.link)

@@ -1,6 +1,7 @@
 """Sums over ranks in PyTorch: gathered by processes that are threads here, and what a kernel would be launched on."""
 
 import threading
+from copy import copy
 
 import numpy as np
 import pytest
@@ -90,6 +91,19 @@ def test_without_a_group():
         Channel()
     with pytest.raises(ArgumentError, match="0 rows of 2048 elements"):
         Channel(rows=0)
+
+
+def test_ranks_agree_on_a_channel(opened):
+    """What one rank's proof found is raised on all: the others would send where it gathers, and both wait."""
+    def run(rank):
+        mine = copy(opened)
+        mine.group, mine.ranks, mine.me = dist.group.WORLD, 2, rank
+        mine._agree(None)
+        with pytest.raises(UnavailableError, match="Channel: rank 0 says: it came to nothing"):
+            mine._agree(RankError("it came to nothing") if rank == 0 else None)
+
+    on_ranks(2, run)
+    assert channels.channel_of(opened.device) is opened
 
 
 def test_no_gradient_is_lost():
