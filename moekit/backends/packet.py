@@ -30,7 +30,7 @@ def receive(together: int) -> str:
 
     Results: their values, 0 where there is none. Operands, of each as many: what was sent, addresses, epochs, whether there is
     one, address of the word of errors, most turns, the sender's number from 1 on. The word of errors is the epoch that was
-    waited for and the sender; the first may be there already, and then nobody waits long.
+    waited for and the sender, of the first wait in vain: those after it follow from it, and do not look for long.
     """
     every = range(together)
     _, _, at, epoch, there, errors, most, sender = ([f"${k * together + i}" for i in every] for k in range(8))
@@ -48,7 +48,7 @@ def receive(together: int) -> str:
     lines += ["@look setp.ne.u32 look, low, 0;", "@look mov.b32 left, 0;"]
     lines += ["setp.ne.and.u32 more, left, 0, more;", "@more bra POLL;"]
     lines += [f"@wait{i} mov.b64 packet{i}, {{{epoch[i]}, {sender[i]}}};" for i in every]
-    lines += [f"@wait{i} st.relaxed.sys.global.b64 [{errors[i]}], packet{i};" for i in every]
+    lines += [f"@wait{i} atom.relaxed.sys.global.cas.b64 packet{i}, [{errors[i]}], 0, packet{i};" for i in every]
     lines += [f"mov.b32 ${i}, data{i};" for i in every]
     return "\n".join([*lines, "}"])
 

@@ -56,9 +56,9 @@ HELPERS = {
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
     "packets": f'''def packets(way, row, epoch, column, width):
-    """The addresses of packets: two slots for each row."""
+    """The addresses of packets: two slots for each row, which may be a literal."""
     with jax.enable_x64(True):
-        return way + ((row.astype(jnp.int64) * 2 + (epoch & 1).astype(jnp.int64)) * width + column) * {packet.BYTES}
+        return way + (((epoch & 1).astype(jnp.int64) + row + row) * width + column) * {packet.BYTES}
 ''',
     "send": f'''def send(value, at, epoch, mask):
     """Put packets into a mailbox, each at once; the value again."""

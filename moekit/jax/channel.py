@@ -29,16 +29,16 @@ LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
 PROBED = 2**22  # of those of the probe, whose program is only just being loaded
 WORD = 4  # bytes of the arrays that mailboxes lie in
 
-_locks: dict[tuple, threading.RLock] = {}
-_making = threading.Lock()
+_LOCK = threading.RLock()  # of all channels: two of them may have a device in common
 
 
 class Channel:
     """Mailboxes on every device of a mesh with the axis `tp`, with room for `rows` rows of `width` floats.
 
     `link` is what a jitted step takes along, cut as `link.specs` says, and gives back: `keep` the new one, or the next step
-    would send numbers that have been sent. `lock`: hold it while a step is dispatched; two threads that dispatch steps on the
-    same devices in different orders would make them wait for each other for ever. `check` says if a rank did not come.
+    would send numbers that have been sent, and take old packets for new ones. With a step to which the link is donated it
+    cannot: JAX refuses a link that was used. `lock`: hold it while a step is dispatched; two threads that dispatch steps on the
+    same devices in different orders would make them wait for each other. `check` says if a rank did not come.
     Raises UnavailableError in one sentence where the devices cannot reach each other's memory, ArgumentError for no room.
     """
 
@@ -51,8 +51,7 @@ class Channel:
         self.devices = list(mesh.devices.flat)
         self.ranks = len(self.devices)
         self.left: list[jax.Array] = []  # mailboxes that a late packet may still go to
-        with _making:
-            self.lock = _locks.setdefault(tuple(sorted(d.id for d in self.devices)), threading.RLock())
+        self.lock = _LOCK
         self._open(PROBED)
         self._prove()
         self.reset()
@@ -94,7 +93,7 @@ class Channel:
 
         The old mailboxes stay where they are, for what may still be on its way to them.
         """
-        jax.block_until_ready((self.mail, self.link))
+        jax.block_until_ready([x for x in jax.tree.leaves((self.mail, self.link)) if not x.is_deleted()])
         self.left.append(self.mail)
         self._open(self.looks)
 
@@ -113,14 +112,16 @@ class Channel:
 
 
 def proof(mesh: Mesh, link: Link, width: int) -> Any:
-    """A function of a link: every rank's sum of `width` numbers times the rank, counted from 1, and the link after it."""
+    """A function of a link, which is donated: every rank's sum of `width` numbers times the rank, counted from 1, and the link
+    after it."""
 
     def sent(link: Link) -> tuple[jax.Array, Link]:
         x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
         return exchange(op(added), link, x, implementation="pallas", tp=link.ranks)
 
     outs = PartitionSpec(AXIS), link.specs
-    return jax.jit(jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False))
+    run = jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False)
+    return jax.jit(run, donate_argnums=0)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -291,6 +291,20 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
     return call.pallas()
 
 
+def _refuse_link(call: Call, link: Link) -> None:
+    """Raise ShapeError for what would give other sums in silence: a link that is not one rank's, a part taken for the sum."""
+    name, ranks = call.fusion.name, link.ranks
+    if (held := (link.table.shape, link.epochs.shape)) != link.shapes:
+        raise ShapeError(
+            f"{name}: the link is not one rank's: its arrays are {held}, a rank's are {link.shapes}; call it inside "
+            "jax.shard_map, whose in_specs have link.specs"
+        )
+    if link.axis in call.fusion.mesh and not call.graph.ranks and ranks > 1:
+        raise ShapeError(
+            f"{name}: the link reaches {ranks} ranks over {link.axis}, the call says {link.axis}=1; pass {link.axis}={ranks}"
+        )
+
+
 def exchange(
     face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs
 ) -> tuple[Any, Link]:
@@ -299,10 +313,11 @@ def exchange(
 
     `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
     (more rows than there is room for, say), on all ranks alike, and "pallas" raises UnavailableError with the reason; "xla"
-    and "psum" leave the link as it is.
+    and "psum" leave the link as it is. Raises ShapeError for a link of all ranks, and where the call says nothing of them.
     """
     operands, params = bind_arguments(face.fusion, args, kwargs)
     call = Call(face.fusion, operands, params, None, schedule, link)
+    _refuse_link(call, link)
     why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
     if implementation == "pallas" and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")

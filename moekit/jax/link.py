@@ -42,6 +42,11 @@ class Link:
         return replace(self, table=PartitionSpec(self.axis), epochs=PartitionSpec(self.axis))
 
     @property
+    def shapes(self) -> tuple[tuple[int], tuple[int]]:
+        """The shapes of one rank's table, in halves of addresses, and epochs."""
+        return (2 * (2 * self.ranks + 2),), (self.rows,)
+
+    @property
     def room(self) -> Room:
         """What there is room for."""
         return Room(self.axis, self.ranks, self.rows, self.width, self.resident)

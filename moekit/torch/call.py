@@ -166,7 +166,8 @@ class Call:
         """Why packets do not serve a call of several ranks; None where they do."""
         if self.channel is None:
             return f"no channel reaches the other ranks of {', '.join(self.graph.ranks)}; make a moekit.torch.Channel"
-        return self.channel.room.refuses(self.graph, self.sizes, self.schedule or untuned(self.graph, self.sizes))
+        chosen = self.schedule or scheduled(device_name(self.device), self.graph, self.sizes)
+        return self.channel.room.refuses(self.graph, self.sizes, chosen)
 
     def partial(self) -> list[str]:
         """The outputs that take an operand's new value elsewhere, and of which only the rows at some ids are new."""

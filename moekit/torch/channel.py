@@ -12,7 +12,7 @@ from moekit.compile import tile as t
 from moekit.compile.schedule.room import Room
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.compile.tile.ranks import SLOTS
-from moekit.errors import ArgumentError, RankError, UnavailableError
+from moekit.errors import ArgumentError, MoekitError, RankError, UnavailableError
 from moekit.fusions.added import added
 from moekit.lang.graph import Graph
 from moekit.lang.mesh import MOST_RANKS
@@ -48,7 +48,7 @@ class Channel:
         self._begin()
         _open[self.device] = self
         try:
-            self._prove()
+            self._agree(self._wrong())
         except BaseException:
             self.close()
             raise
@@ -63,9 +63,12 @@ class Channel:
         from torch.distributed import _symmetric_memory as symmetric
 
         words = (self.ranks * self.region + 2 * packet.BYTES) // 8
-        self.mail = symmetric.empty(words, dtype=torch.int64, device=self.device)
-        self.mail.zero_()
-        self.held = symmetric.rendezvous(self.mail, self.group.group_name)
+        try:
+            self.mail = symmetric.empty(words, dtype=torch.int64, device=self.device)
+            self.mail.zero_()
+            self.held = symmetric.rendezvous(self.mail, self.group.group_name)
+        except RuntimeError as error:
+            raise UnavailableError(f"Channel: no symmetric memory: {error}; implementation='eager' gathers") from error
         self._reach(list(self.held.buffer_ptrs))
         torch.cuda.synchronize(self.device)
         dist.barrier(self.group)
@@ -87,6 +90,21 @@ class Channel:
             self.check()
             if not torch.equal(got, wanted):
                 raise UnavailableError("Channel: packets came with other numbers than were sent; choose eager")
+
+    def _wrong(self) -> Exception | None:
+        """What the proof found."""
+        try:
+            self._prove()
+        except (MoekitError, RuntimeError) as error:
+            return error
+        return None
+
+    def _agree(self, wrong: Exception | None) -> None:
+        """Raise UnavailableError on all ranks for what went wrong on one, which would gather while the others wait for it."""
+        said: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(said, None if wrong is None else str(wrong), self.group)
+        if found := [(rank, why) for rank, why in enumerate(said) if why is not None]:
+            raise UnavailableError(f"Channel: rank {found[0][0]} says: {found[0][1]}; choose eager") from wrong
 
     def reaches(self, graph: Graph) -> tuple[dict[str, torch.Tensor], dict[str, t.Strided | t.Mailbox]]:
         """What a kernel takes besides its operands, and how it lies."""
@@ -118,6 +136,8 @@ def refusal(group: dist.ProcessGroup | None = None) -> str | None:
     """Why the ranks of a group cannot send each other packets, in a sentence; None if nothing is known to be in the way."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "packets are written for NVIDIA GPUs, and this torch is for AMD's"
     if not (dist.is_available() and dist.is_initialized()):
         return "there is no process group; call torch.distributed.init_process_group"
     if not 2 <= dist.get_world_size(group) <= MOST_RANKS:

@@ -82,6 +82,7 @@ def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Pat
 
 SEND = re.compile(r"@there st\.relaxed\.sys\.global\.b64 \[(%\w+)\], packet;")
 POLL = re.compile(r"POLL:.*?@more bra POLL;", re.S)
+LATE = "atom.relaxed.sys.global.cas.b64"  # the first wait in vain is kept: later ones follow from it
 LOAD = re.compile(r"@wait\d+ ld\.relaxed\.sys\.global\.b64 packet\d+, \[(%\w+)\];")
 
 
@@ -100,9 +101,9 @@ def test_packets(backend, case, tmp_path):
     assert len(set(loads)) == len(loads), "two elements come from one place"
     assert len(LOAD.findall(ptx)) == len(loads), "a load left its loop"
     assert sends[-1].end() < polls[0].start(), "something is sent after a wait"
-    relaxed = re.findall(r"(?:st|ld)\.relaxed\.\S+", ptx)
-    assert {*relaxed} == {"st.relaxed.sys.global.b64", "ld.relaxed.sys.global.b64", "ld.relaxed.sys.global.b32"}
-    assert all("@wait0 st.relaxed.sys.global.b64" in ptx[m.end() : m.end() + 400] for m in polls), "a wait that nobody hears of"
+    relaxed = re.findall(r"(?:st|ld|atom)\.relaxed\.\S+", ptx)
+    assert {*relaxed} == {"st.relaxed.sys.global.b64", "ld.relaxed.sys.global.b64", "ld.relaxed.sys.global.b32", LATE}
+    assert all(f"@wait0 {LATE}" in ptx[m.end() : m.end() + 400] for m in polls), "a wait that nobody hears of"
     if backend == "triton":
         assert ptx.index("griddepcontrol.wait") < sends[0].start()
 

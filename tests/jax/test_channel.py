@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.errors import ArgumentError, RankError, UnavailableError
+from moekit.errors import ArgumentError, RankError, ShapeError, UnavailableError
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
 from moekit.jax.channel import addresses, proof, refusal
 from moekit.peers import unreachable
@@ -84,9 +84,9 @@ def linked(ranks: int, rows: int = 16, width: int = 64, resident: int = 132) -> 
 
 
 def called(link: Link, rows: int, width: int, implementation=None, said: int = 2):
-    """A call of two ranks by a link on CPU devices."""
-    mesh = meshed(2)
-    x = jnp.arange(2 * rows * width, dtype=jnp.float32).reshape(2, rows, width)
+    """A call of a link's ranks on CPU devices."""
+    mesh = meshed(link.ranks)
+    x = jnp.arange(link.ranks * rows * width, dtype=jnp.float32).reshape(-1, rows, width)
 
     def body(partial, residual, weight, link):
         given = {"tp": said, "implementation": implementation}
@@ -121,6 +121,29 @@ def test_named_kernels_say_why_not(link, rows, width, why):
         called(link, rows, width, "pallas")
 
 
+def test_a_forgotten_number_of_ranks_is_refused():
+    """tp is 1 if nothing is said, and a rank's part would be taken for the sum."""
+    with pytest.raises(ShapeError, match=r"the link reaches 2 ranks over tp, the call says tp=1; pass tp=2"):
+        called(linked(2), 3, 8, said=1)
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_a_link_of_all_ranks_is_refused(implementation):
+    """Outside of shard_map, or replicated in it, every rank would send by rank 0's addresses."""
+    x = jnp.ones((2, 8))
+    with pytest.raises(ShapeError, match=r"the link is not one rank's: .* inside jax\.shard_map, .* link\.specs"):
+        exchange(all_reduce_add_rms_norm, linked(2), x, x, jnp.ones(8), tp=2, implementation=implementation)
+
+
+def test_a_link_is_used_once(opened):
+    """A step to which it is donated leaves nothing to send the same numbers with; a channel is made anew all the same."""
+    jax.jit(lambda link: link, donate_argnums=0)(opened.link)
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        jax.jit(lambda link: link)(opened.link)
+    opened.reset()
+    assert not np.asarray(opened.link.epochs).any()
+
+
 def test_kernels_need_a_link():
     """The plain function has none."""
     x = jnp.ones((2, 8))
@@ -152,7 +175,8 @@ def test_mailboxes_and_links(opened):
     assert [*table[1]] == [at[opened.devices[0]] + region, at[opened.devices[1]] + region, at[opened.devices[1]],
                            at[opened.devices[1]] + region, at[opened.devices[1]] + 2 * region, 9]  # fmt: skip
     assert opened.link.epochs.shape == (8,)
-    assert opened.lock is Channel(meshed(2)).lock  # one for the devices, whichever channel
+    other = Channel(Mesh(np.array(jax.devices()[1:3]), ("tp",)))
+    assert opened.lock is other.lock  # a device of both would have steps of both, in another order than the others
     opened.check()
 
 
@@ -175,16 +199,19 @@ def test_the_proof_compiles():
     mesh, link = Mesh(np.array(topology.devices).reshape(-1), ("tp",)), linked(2)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("tp"))), link)
     with jax.set_mesh(mesh):
-        text = proof(mesh, link, 64).lower(given).compile().as_text()
+        lowered = proof(mesh, link, 64).lower(given)
+        text = lowered.compile().as_text()
+    assert lowered.out_info[0].shape == (2, 64), "what one of the ranks received is not looked at"
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
 
 
-def test_a_chain_compiles_to_kernels_alone():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_chain_compiles_to_kernels_alone(rows):
     """Three calls in a row on two H200s that are not there: three kernels, no collective, no copy of rows; addresses are
     arguments of the program."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
     mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
-    link, rows, width = linked(2, width=2048), 4, 2048
+    link, width = linked(2, width=2048), 2048
 
     def body(x, residual, weight, link):
         for _ in range(3):

@@ -1,12 +1,14 @@
 """Sums over ranks in PyTorch: gathered by processes that are threads here, and what a kernel would be launched on."""
 
 import threading
+from copy import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
 
+from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.room import Room
 from moekit.errors import ArgumentError, RankError, ShapeError, UnavailableError
 from moekit.torch import Channel, all_reduce_add_rms_norm, all_reduce_add_rms_norm_
@@ -92,6 +94,19 @@ def test_without_a_group():
         Channel(rows=0)
 
 
+def test_ranks_agree_on_a_channel(opened):
+    """What one rank's proof found is raised on all: the others would send where it gathers, and both wait."""
+    def run(rank):
+        mine = copy(opened)
+        mine.group, mine.ranks, mine.me = dist.group.WORLD, 2, rank
+        mine._agree(None)
+        with pytest.raises(UnavailableError, match="Channel: rank 0 says: it came to nothing"):
+            mine._agree(RankError("it came to nothing") if rank == 0 else None)
+
+    on_ranks(2, run)
+    assert channels.channel_of(opened.device) is opened
+
+
 def test_no_gradient_is_lost():
     """What requires grad is refused."""
     def run(rank):
@@ -140,6 +155,14 @@ def test_calls_without_room(opened):
     assert "the mailboxes are those of 2 ranks over tp" in str(call(3, ranks=3).unlinked())
     opened.close()
     assert "no channel reaches the other ranks of tp" in str(call(5).unlinked())
+
+
+def test_programs_are_counted_of_the_schedule_that_is_taken(opened, monkeypatch):
+    """A table's, where it has one."""
+    opened.room = Room("tp", 2, 16, 64, 3)
+    assert call(5).unlinked() is None
+    monkeypatch.setattr("moekit.torch.call.scheduled", lambda *_: Schedule.parse("tile:T:1 whole:H:64"))
+    assert "5 programs wait for each other, of which a device has 3 at once" in str(call(5).unlinked())
 
 
 def test_a_rank_that_did_not_come(opened):

@@ -145,7 +145,7 @@ def prefill(
 
 
 @checks.checked(checks.check_step)
-@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache", "link"))
 def decode_step(
     model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
 ) -> tuple[Any, ...]:
@@ -156,8 +156,8 @@ def decode_step(
     others are as without it. Such a token in a numpy array is refused (ArgumentError) before anything runs; what a
     device holds is not looked at, so that a step never waits.
 
-    link: a channel's, by which each all-reduce is one kernel with the norm behind it (docs/collectives.md); the link for the
-    next step then comes third.
+    link: a channel's, by which each all-reduce is one kernel with the norm behind it (docs/collectives.md); it is donated, and
+    the link for the next step then comes third.
     """
     kernels = resolve(kernels)
     step = partial(_decode, config=model.config, kernels=kernels)
@@ -168,7 +168,7 @@ def decode_step(
 
 
 @checks.checked(checks.check_step)
-@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache", "link"))
 def greedy_step(
     model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
 ) -> tuple[Any, ...]:
