@@ -60,6 +60,20 @@ def _affine(b: Builder, index: Index, axis: str, by: Index | Value) -> Value:
     return value + constant(index.start, by.dtype) if index.start else value
 
 
+def _chosen(b: Builder, index: Index, axis: str, by: Value, whole: Index) -> Value:
+    """What an integer stands for in an index of a read; where it is past the axis' ends, an element that no tensor has.
+
+    whole: the index of the tensor's own axis. Of an axis that is part of it an element past the ends may be the tensor's, and
+    so may be what a product of the integer wraps to.
+    """
+    value, size = _affine(b, index, axis, by), b.axis_size(axis)
+    beyond = index.terms == ((axis, 1),) and index.start <= 0  # so integers past the ends are past the tensor's, too
+    if size is None or (beyond and all(size + index.start >= (b.axis_size(own) or 0) for own in whole.axes)):
+        return value
+    inside, nowhere = (by >= 0) & (by < size), constant(-1, value.dtype)
+    return b.add("where", (inside.node, value.node, nowhere.node), (), value.dtype)
+
+
 def _iota(b: Builder, index: Index) -> Value:
     return b.add("iota", (), (("index", index),), "int32")
 
@@ -67,13 +81,14 @@ def _iota(b: Builder, index: Index) -> Value:
 def _read(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
     n = b.nodes[node]
     args, found = [], []
-    for entry in n.attr("index"):
+    whole = next(x for x in b.nodes if x.op == "read" and x.attr("tensor") == n.attr("tensor")).attr("index")
+    for entry, own in zip(n.attr("index"), whole, strict=True):
         new: Index | int = entry
         if entry.operands:  # which stand alone
             new = _visit(b, n.args[entry.alone], axis, by, done)
             new = b.nodes[new].attr("index") if b.nodes[new].op == "iota" else new
         elif axis in entry.axes:
-            new = entry.put(axis, by) if isinstance(by, Index) else _affine(b, entry, axis, by).node
+            new = entry.put(axis, by) if isinstance(by, Index) else _chosen(b, entry, axis, by, own).node
         args += [new] if isinstance(new, int) else []
         found.append(Index.of(len(args) - 1) if isinstance(new, int) else new)
     return b.add("read", args, (("tensor", n.attr("tensor")), ("index", tuple(found))), n.dtype).node

@@ -145,6 +145,42 @@ def test_blocks_of_slices_and_of_blocks(implementation, layout):
     assert "index=(T, 9+12*E+I)" in text
 
 
+@fusion(None, x=In("T 2*N"), ids=In("K", dtype=("int32", "int64")))
+def parts_by_number(x, ids):
+    """Elements of parts of an axis, beside which the tensor has others."""
+    first, second = ml.halves(x, "N")
+    parts = ml.blocks(x, "2*N", 4, into="B I")
+    odd = ml.slice(x, "2*N", 1, 4, into="S", step=2)
+    return {
+        "first": ml.gather(first, ids, over="N"),
+        "second": ml.gather(second, ids, over="N"),
+        "block": ml.gather(parts, ids, over="B"),
+        "element": ml.gather(parts, ids, over="I"),
+        "odd": ml.gather(odd, ids, over="S"),
+    }
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_ids_past_the_ends_of_a_part_read_zero(implementation, dtype):
+    """And no element of the tensor that the part has not, nor one to which the product with a block's size wraps."""
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    ids = np.array([0, 3, -1, 4, 5, 2, -2, least, most, most // 2 + 1, least // 4 * 3], dtype)
+    x = np.random.default_rng(4).standard_normal((3, 10)).astype(np.float32)
+    padded = np.zeros((3, 12), np.float32)
+    padded[:, :10] = x
+    whole = {"first": x[:, :5], "second": x[:, 5:], "block": padded.reshape(3, 3, 4),
+             "element": padded.reshape(3, 3, 4).transpose(0, 2, 1), "odd": x[:, 1:9:2]}  # fmt: skip
+    got = run(implementation, Call(parts_by_number, {"x": x, "ids": ids})).outputs
+    axes = Call(parts_by_number, {"x": x, "ids": ids}).graph.tensors
+    for name, part in whole.items():
+        wanted = np.zeros((3, len(ids), *part.shape[2:]), np.float32)
+        for n, i in enumerate(ids.tolist()):
+            wanted[:, n] = part[:, i] if 0 <= i < part.shape[1] else 0
+        own = [d.text for d in axes[name].dims]
+        np.testing.assert_array_equal(np.moveaxis(got[name], own.index("K"), 1), wanted, err_msg=name)
+
+
 def test_blocks_are_taken_apart_without_a_copy():
     """Array evaluation views blocks that fill an axis, and gathers no element."""
     jax = pytest.importorskip("jax")
