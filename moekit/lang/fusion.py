@@ -270,7 +270,7 @@ class Fusion:
         if t.role == "In":
             raise DeclarationError(f"{self.name}: it returns {name!r}, which is declared In; declare it InOut")
         if out.dtype != t.dtype:
-            hint = "cast it" if t.dtype not in STORED else "nothing is cast to that, so give it an operand's elements as they are"
+            hint = "nothing is cast to that, so give it an operand's elements" if t.dtype in STORED else "cast it"
             raise DeclarationError(f"{self.name}: {name} is {t.dtype} but is given {out.dtype}; {hint}")
         index = tuple(Index.of(0 if target.over == d.axis and target.over else d.axis) for d in t.dims)
         reach = {a for i in index for a in i.axes} | set(target.ids.axes if target.ids is not None else ())
