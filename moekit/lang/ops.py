@@ -69,7 +69,7 @@ def isnan(x: Value) -> Value:
 
 
 def where(condition: Value, a, b) -> Value:
-    """`a` where `condition` holds, else `b`. Two values of one dtype keep it."""
+    """`a` where `condition` holds, else `b`. Two values of one dtype keep it, but for one that is only stored: float32 then."""
     if not isinstance(condition, Value) or condition.dtype != "bool":
         raise DtypeError(f"{current().name}: where needs a bool condition, got {condition!r}")
     a = as_value(a, b.dtype if isinstance(b, Value) else "float32")

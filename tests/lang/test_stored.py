@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moekit.errors import DeclarationError, DtypeError
-from moekit.lang import In, bitcast, cast, contract, f32, fusion, gather, round_to, sum, top_k, where
+from moekit.lang import In, InOut, bitcast, cast, contract, f32, fusion, gather, round_to, sum, top_k, where
 from moekit.testing import Call, implementations, run
 
 FLOAT8 = "float8_e4m3fn"
@@ -92,6 +92,13 @@ def traced(body, **operands):
 def test_nothing_is_rounded_to_it():
     with pytest.raises(DtypeError, match="nothing is cast to float8_e4m3fn, which is a dtype of operands; cast to one of"):
         traced(lambda w: {"out": cast(f32(w), FLOAT8)})
+
+
+def test_an_update_in_it_is_not_told_to_cast():
+    """Which would be refused in turn."""
+    declared = fusion(None, w=InOut("T N", dtype=FLOAT8))(lambda w: {"w": where(w > 1.0, w, w)})
+    with pytest.raises(DeclarationError, match="w is float8_e4m3fn but is given float32; nothing is cast to that, so give it"):
+        declared.trace(declared.bind({"w": (3, 4)}, {"w": FLOAT8}, {}))
 
 
 def test_no_reference_rounds_to_it():

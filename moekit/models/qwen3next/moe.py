@@ -58,9 +58,9 @@ def _among_held(ids: jax.Array, config: Config) -> jax.Array:
 def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, ep: int = 1) -> jax.Array:
     """Weighted sum of the chosen experts, [T, H] in x's dtype.
 
-    x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here add
-    nothing. How it is computed follows from the shapes alone. With kernels a row's bits do not depend on the rows beside it;
-    with another number of rows its products may be added up in another order.
+    x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here, which
+    there are where ep is above 1 alone, add nothing. How it is computed follows from the shapes alone. With kernels a row's
+    bits do not depend on the rows beside it; with another number of rows its products may be added up in another order.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
