@@ -32,7 +32,6 @@ sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 from bench import runner
 from bench.model_jax import mesh_of, profile, stream
-from moekit.errors import UnavailableError
 from moekit.jax import Channel, Link, add_rms_norm, all_reduce_add_rms_norm, exchange
 
 HIDDEN = 2048
