@@ -189,14 +189,19 @@ def check(rank: Rank, channel: Channel | None, links: int, calls: int) -> list[d
     return rows
 
 
-def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way: tuple, checked: bool) -> list[dict]:
-    """The rows of one rank. `at`: the file in which ranks find each other."""
-    gpu = torch.cuda.is_available()
-    if gpu:
+def joined(me: int, tp: int, at: str) -> None:
+    """Make this process one of a group, with a GPU of its own. `at`: the file in which ranks find each other."""
+    where, backend = {}, "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(me)
-    where = {"device_id": torch.device("cuda", me)} if gpu else {}
-    dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{at}", rank=me, world_size=tp, **where)
-    channel = Channel(width=width) if gpu and (checked or "packets" in way[0]) else None
+        where, backend = {"device_id": torch.device("cuda", me)}, "nccl"
+    dist.init_process_group(backend, init_method=f"file://{at}", rank=me, world_size=tp, **where)
+
+
+def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way: tuple, checked: bool) -> list[dict]:
+    """The rows of one rank."""
+    joined(me, tp, at)
+    channel = Channel(width=width) if DEVICE == "cuda" and (checked or "packets" in way[0]) else None
     try:
         rank, (sides, links, rounds, calls) = drawn(me, tp, tokens, width, getattr(torch, dtype)), way
         return check(rank, channel, links, calls) if checked else measure(rank, sides, links, rounds)
@@ -206,19 +211,23 @@ def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way:
         dist.destroy_process_group()
 
 
-def answer(tp: int, *of: Any) -> list[dict]:
-    """The first rank's rows, or what went wrong on one. A single rank is this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        at = str(Path(folder) / "ranks")
-        if tp == 1:
-            return on_rank(0, 1, at, *of)
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        ranks = [Child(on_rank, PATIENCE) for _ in range(tp)]
-        with ThreadPoolExecutor(tp) as pool:
-            found = list(pool.map(lambda rank: ranks[rank].rows(rank, tp, at, *of), range(tp)))
-        for rank in ranks:
-            rank.close()
+def on_ranks(run: Callable[..., list[dict]], tp: int, patience: float, *of: Any) -> list[dict]:
+    """The first rank's rows of `run(rank, tp, file, *of)`, a process for each, or what went wrong on one of them."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    ranks = [Child(run, patience) for _ in range(tp)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(tp) as pool:
+        found = list(pool.map(lambda rank: ranks[rank].rows(rank, tp, str(Path(folder) / "ranks"), *of), range(tp)))
+    for rank in ranks:
+        rank.close()
     return next((rows for rows in found if "all" in (row["side"] for row in rows)), found[0])
+
+
+def answer(tp: int, *of: Any) -> list[dict]:
+    """The rows of a case. A single rank needs no process of its own."""
+    if tp > 1:
+        return on_ranks(on_rank, tp, PATIENCE, *of)
+    with tempfile.TemporaryDirectory() as folder:
+        return on_rank(0, 1, str(Path(folder) / "ranks"), *of)
 
 
 def cases(args: argparse.Namespace) -> Iterator[runner.Case]:

@@ -187,7 +187,7 @@ QUESTION = runner.Question(
     __doc__,
     cases,
     answer,
-    smoke="--tokens 3 --tp 2 --width 32 --kinds gather,psum --links 2 --chains 1 --dtype float32",
+    smoke="--tokens 3 --tp 2 --width 32 --kinds gather,psum --links 1 --chains 1 --dtype float32",
     options=(
         runner.Option("tokens", (1, 8, 64, 128, 512, 4096)),
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
