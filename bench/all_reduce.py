@@ -223,8 +223,8 @@ def on_ranks(run: Callable[..., list[dict]], tp: int, patience: float, *of: Any)
 
 
 def answer(tp: int, *of: Any) -> list[dict]:
-    """The rows of a case. A single rank needs no process of its own."""
-    if tp > 1:
+    """The rows of a case. Without a GPU a single rank needs no process of its own."""
+    if tp > 1 or DEVICE == "cuda":
         return on_ranks(on_rank, tp, PATIENCE, *of)
     with tempfile.TemporaryDirectory() as folder:
         return on_rank(0, 1, str(Path(folder) / "ranks"), *of)

@@ -17,7 +17,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 from bench import runner
 from bench.model_jax import mesh_of, profile, stream
+from moekit.cli.platform import gpu_count
 from moekit.jax import Channel, Link, add_rms_norm, all_reduce_add_rms_norm, exchange
 
 HIDDEN = 2048
@@ -115,7 +116,7 @@ def measure(tp: int, tokens: int, width: int, dtype: str, sides: tuple[str, ...]
             channel.check()
         return {"bits": float(np.mean(got == wanted))}, lambda: many(*given)
 
-    def timed(ready: dict[str, Callable[[], tuple]]) -> dict[str, dict]:
+    def timed(ready: Mapping[str, Any]) -> dict[str, dict]:
         found = {}
         for side, call in ready.items():
             ms, dispatch = stream(call, calls)
@@ -177,7 +178,7 @@ def answer(checked: bool, *of: Any) -> list[dict]:
 
 def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     """A case per number of tokens."""
-    tp = args.tp or len(jax.devices())
+    tp = args.tp or gpu_count()  # JAX would take the GPUs' memory for this process, which measures nothing
     for t in args.tokens:
         head = {"case": f"all_reduce_add_rms_norm {args.width}", "tp": tp, "T": t, "dtype": args.dtype}
         yield head, (args.check, tp, t, args.width, args.dtype, args.kinds, args.links, args.chains, args.calls)
