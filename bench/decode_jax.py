@@ -10,7 +10,9 @@ name; its arguments, memory and compile time; the bytes that it must move, at th
 
 `without collectives` is the same step with its collectives left out (so with another result): what it saves is theirs. It is
 one command buffer, which XLA records anew whenever one of its arrays has moved; so there the tokens are donated, too, and none
-moves. (With collectives it is one buffer of 98 that holds the tokens.) Beside each time stands the share of sequences that get
+moves. (With collectives it is one buffer of 98 that holds the tokens.) `pallas with packets` is the step that has a
+channel's link, so that each sum over ranks is one kernel with the norm behind it (docs/collectives.md), where the others have
+`psum`; where ranks cannot have that, its row says why. Beside each time stands the share of sequences that get
 the same next token from the same cache with either kind of kernels; in bfloat16 near-equal logits fall either way.
 """
 
@@ -30,35 +32,51 @@ from jax.sharding import Mesh
 sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 from bench import runner
+from bench.child import said
 from bench.device_jax import timed
 from bench.model_jax import OPTIONS, PATIENCE, SMOKE, Setting, clocked, copy_rate, drawn, model_of, moved, setting_of
+from moekit.cli.run import channel_of
+from moekit.errors import UnavailableError
+from moekit.jax import Channel
 from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
 
 ROOM = 1024  # tokens for which a cache has room; half of it is filled
 KINDS = ("pallas", "xla")
+CUT, PACKETS = " without collectives", " with packets"
 
 
 class Steps:
     """Decode steps one after the other: each goes on from the tokens and the cache of the one before."""
 
-    def __init__(self, model: Model, tokens: jax.Array, cache: Any, kernels: Kernels, donated: bool = False):
-        """donated: the tokens as well as the cache, so that no array of the step ever moves."""
-        self.model, self.tokens, self.cache = model, tokens, jax.tree.map(jnp.copy, cache)
+    def __init__(
+        self, model: Model, tokens: jax.Array, cache: Any, kernels: Kernels, donated: bool = False,
+        channel: Channel | None = None,
+    ):  # fmt: skip
+        """donated: the tokens as well as the cache, so that no array of the step ever moves. channel: what ranks add up by."""
+        self.model, self.tokens, self.cache, self.channel = model, tokens, jax.tree.map(jnp.copy, cache), channel
         step = jax.jit(partial(greedy_step, kernels=kernels), donate_argnums=(1, 2) if donated else 2)
         begin = time.perf_counter()
-        self.program = step.lower(model, self.tokens, self.cache).compile()
+        self.program = step.lower(model, self.tokens, self.cache, **self._link()).compile()
         self.compile_seconds = time.perf_counter() - begin
+
+    def _link(self) -> dict[str, Any]:
+        return {"link": self.channel.link} if self.channel else {}
 
     def __call__(self) -> jax.Array:
         """Do the next step."""
-        self.tokens, self.cache = self.program(self.model, self.tokens, self.cache)
+        if self.channel is None:
+            self.tokens, self.cache = self.program(self.model, self.tokens, self.cache)
+            return self.tokens
+        with self.channel.lock:
+            self.tokens, self.cache, link = self.program(self.model, self.tokens, self.cache, **self._link())
+            self.channel.keep(link)
         return self.tokens
 
     @property
     def arguments(self) -> int:
         """How many arrays a step is given."""
-        return len(jax.tree.leaves((self.model, self.tokens, self.cache)))
+        return len(jax.tree.leaves((self.model, self.tokens, self.cache, self._link())))
 
 
 def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) -> tuple[jax.Array, Any]:
@@ -69,32 +87,47 @@ def begin(config: Config, mesh: Mesh, dtype: str, batch: int, kernels: Kernels) 
     return tokens, cache if kernels.fused else cache.apart()
 
 
-def steps_of(model: Model, dtype: str, batch: int, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, Steps]]:
-    """Steps with each kind of kernels, from the same weights, tokens and cache; `KIND without collectives` is a kind, too."""
-    for kind in kinds:
-        name, _, cut = kind.partition(" without ")
-        kernels = replace(named(name), all_reduce=lambda x: x, all_gather=lambda x: x[None]) if cut else named(name)
-        tokens, cache = begin(model.config, model.mesh, dtype, batch, kernels)
-        yield kind, Steps(model, tokens, cache, kernels, donated=bool(cut))
+def steps_of(model: Model, dtype: str, batch: int, kind: str) -> Steps:
+    """Steps with a kind of kernels, of all kinds from the same weights, tokens and cache.
+
+    `KIND without collectives` is a kind, too, and so is `pallas with packets`; raises UnavailableError where there are none.
+    """
+    name = kind.removesuffix(CUT).removesuffix(PACKETS)
+    kernels, cut, channel = named(name), kind.endswith(CUT), None
+    if kind.endswith(PACKETS):
+        channel, how = channel_of(model.mesh, batch, model.config.hidden_size, name)
+        if channel is None:
+            raise UnavailableError(f"no packets: {how}")
+    if cut:
+        kernels = replace(kernels, all_reduce=lambda x: x, all_gather=lambda x: x[None])
+    tokens, cache = begin(model.config, model.mesh, dtype, batch, kernels)
+    return Steps(model, tokens, cache, kernels, donated=cut, channel=channel)
 
 
 def measure(setting: Setting, batch: int, kinds: Sequence[str], calls: int) -> list[dict]:
     """One row per kind of kernels."""
     rate, model, tp, dtype = copy_rate(), model_of(setting), setting.tp, setting.dtype
-    config, rows, first = model.config, [], np.array(())
+    config, rows, first = model.config, [], None
     bytes_moved = moved(config, tp, batch, batch, ROOM // 2, dtype)
     every = {"copy TB/s": round(rate, 3), "floor ms": round(sum(bytes_moved.values()) / rate / 1e9, 3)}
     every["floor by part"] = {n: round(b / rate / 1e9, 4) for n, b in bytes_moved.items()}
-    for kind, steps in steps_of(model, dtype, batch, kinds):
+    for kind in kinds:
+        try:
+            steps = steps_of(model, dtype, batch, kind)
+        except UnavailableError as error:
+            rows.append({"side": kind, "problem": said(error)})
+            continue
         tokens = np.asarray(steps())
-        first = first if rows else tokens
+        first = tokens if first is None else first
         row = {"side": kind, "compile s": round(steps.compile_seconds, 1), "arguments": steps.arguments}
         row |= clocked(steps, steps.program, calls, 8, 4) | every
         row["tokens/s"] = round(batch / row["ms"] * 1e3, 1)
         if tp == 1:
             row["device ms"] = round(timed({kind: steps}, 1, 15)[kind]["us"] / 1e3, 4)
-        if "without" not in kind:
+        if not kind.endswith(CUT):
             row["same tokens"] = float(np.mean(tokens == first))
+        if steps.channel:
+            steps.channel.check()
         rows.append(row)
         del steps
     return rows
@@ -114,7 +147,7 @@ QUESTION = runner.Question(
     smoke=f"{SMOKE} --batch 2 --steps 2",
     options=(
         *OPTIONS,
-        runner.Option("kinds", KINDS, "of kernels; 'pallas without collectives' is one, too"),
+        runner.Option("kinds", KINDS, "of kernels; 'pallas with packets', 'pallas without collectives' are, too"),
         runner.Option("batch", (1, 16, 64), "sequences"),
         runner.Option("steps", 20, "in a stream"),
     ),

@@ -71,8 +71,13 @@ def _flush_buffer() -> torch.Tensor:
     return torch.ones(FLUSHED_BYTES // 4, device="cuda", dtype=torch.float32)
 
 
-def replay(sides: Mapping[str, Captured], rounds: int = 30) -> dict[str, Timing]:
-    """The time of one call of each side. A round replays every side once, each after the L2 was filled with something else."""
+def replay(
+    sides: Mapping[str, Captured], rounds: int = 30, before: Callable[[], object] | None = None
+) -> dict[str, Timing]:
+    """The time of one call of each side. A round replays every side once, each after the L2 was filled with something else.
+
+    before: dispatched ahead of each replay, outside its time.
+    """
     flush, times = _flush_buffer(), {name: [] for name in sides}
     for side in sides.values():
         side.graph.replay()
@@ -80,6 +85,8 @@ def replay(sides: Mapping[str, Captured], rounds: int = 30) -> dict[str, Timing]
         events = {}
         for name, side in sides.items():
             flush.sum()  # takes longer than the host needs to launch what follows, so no gap is timed
+            if before is not None:
+                before()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             side.graph.replay()

@@ -21,13 +21,13 @@ def test_without_collectives_nothing_is_summed_over_ranks(monkeypatch):
     texts, model = [], abstract_model(replace(TINY, layer_types=(GDN,)), mesh_of(2), "float32")
 
     class Steps:
-        def __init__(self, model, tokens, cache, kernels, donated=False):
+        def __init__(self, model, tokens, cache, kernels, donated=False, channel=None):
             step = jax.jit(lambda *given: decode_jax.greedy_step(*given, kernels=kernels))
             texts.append(step.lower(model, tokens, cache).as_text())
 
     monkeypatch.setattr(decode_jax, "Steps", Steps)
-    kinds = ("xla", "xla without collectives")
-    assert [kind for kind, _ in steps_of(model, "float32", 2, kinds)] == list(kinds)
+    for kind in ("xla", "xla without collectives"):
+        steps_of(model, "float32", 2, kind)
     assert texts[0].count("all_reduce") >= 2
     assert "all_reduce" not in texts[1]
 

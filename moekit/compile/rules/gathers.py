@@ -46,7 +46,7 @@ def gathered_product(graph: Graph) -> Launch | None:
 @once
 def grouped(graph: Graph) -> Launch | None:
     """Programs of products of blocks of rows with one gathered matrix each; the same order of sums whatever the block."""
-    gemm = first_gemm(graph)
+    gemm = first_gemm(graph, 1)  # fewer than the unit takes, too: as lanes would add them up, a block's other rows would matter
     found = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
     if gemm is None or not all(_chosen(graph, n) for n in found):
         return None
@@ -62,6 +62,8 @@ def grouped(graph: Graph) -> Launch | None:
     if outer := turns(graph, gemm):
         whole = Whole(gemm.k, depth) if depth >= (uses[gemm.k].extent or depth + 1) else said[gemm.k]
         said |= {gemm.k: whole, **{a: Loop(a, 1) for a in outer}}
+    shallow = {g.k for g in gemms(graph).values() if (uses[g.k].extent or MEASURED.matrix) < MEASURED.matrix}
+    said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
     launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))

@@ -134,11 +134,11 @@ def _gemm(graph: Graph, n: Node) -> GemmAxes | None:
 
 
 @once
-def first_gemm(graph: Graph) -> GemmAxes | None:
-    """The first contraction that can run on the matrix unit, its rows and columns on the grid."""
+def first_gemm(graph: Graph, least: int = 16) -> GemmAxes | None:
+    """The first contraction of `least` elements that can run on the matrix unit, its rows and columns on the grid."""
     uses = axis_uses(graph)
     for gemm in gemms(graph).values():
-        if all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or 16) >= 16:
+        if all(uses[a].parallel for a in (gemm.m, gemm.n)) and (uses[gemm.k].extent or least) >= least:
             return gemm
     return None
 
