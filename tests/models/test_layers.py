@@ -200,9 +200,9 @@ def test_a_step_reads_its_cache_alone_and_no_further(zoo):
         assert np.array_equal(np.moveaxis(mine, 2, 1)[same], np.moveaxis(before, 2, 1)[same], equal_nan=True)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 130])
-def test_chunked_delta_rule_is_the_recurrence(length):
-    """Against the recurrence itself, token by token in float64."""
+@pytest.mark.parametrize(("length", "wide"), [(1, False), (63, False), (64, False), (130, False), (130, True)])
+def test_chunked_delta_rule_is_the_recurrence(length, wide):
+    """Against the recurrence itself, token by token in float64; where JAX has 64 bits, too."""
     rng = np.random.default_rng(length)
     keys, values, key_dim, value_dim = 2, 6, 8, 5
     q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
@@ -210,7 +210,9 @@ def test_chunked_delta_rule_is_the_recurrence(length):
     v = rng.standard_normal((1, length, values, value_dim))
     decay, beta = -rng.exponential(1.0, (1, length, values)), rng.random((1, length, values))
     arguments = (jnp.asarray(a, jnp.float32) for a in (q, k, v, decay, beta))
-    read, state = jax.jit(gdn.chunked_delta_rule)(*arguments)
+    with jax.enable_x64(wide):
+        read, state = jax.jit(gdn.chunked_delta_rule)(*arguments)
+    assert (read.dtype, state.dtype) == (np.float32, np.float32)
     memory, expected = np.zeros((values, key_dim, value_dim)), np.zeros((length, values, value_dim))
     for t in range(length):
         for h in range(values):
