@@ -22,7 +22,7 @@ def test_wrong_sums_are_counted_in_jax(monkeypatch):
     assert [(row["side"], row["calls"], row["wrong"]) for row in right] == [("in a row", 200, 0), ("late", 2, 0)]
     real = all_reduce_jax.joined
     monkeypatch.setattr(all_reduce_jax, "joined", lambda side, *of: real("psum", *of))
-    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 2, 4)[0]["wrong"] == 4
+    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 1, 4)[0]["wrong"] == 4
 
 
 def test_wrong_sums_are_counted_in_torch(monkeypatch):
