@@ -134,12 +134,12 @@ def repeated(late: bool, tp: int, links: int, parts: jax.Array, residual: jax.Ar
     """So many calls in a row on one rank, each of other parts [tp, T, H]: in how many the residual is not the sum in order."""
     me = lax.axis_index("tp")
     every = lax.optimization_barrier([jnp.roll(parts, k, axis=-1) for k in range(links)])
-    draws = jax.random.split(jax.random.key(seed), links)
     found = []
     for k, mine in enumerate(every):
         x = mine[me]
         if late:
-            who, turns = jax.random.randint(draws[k], (2,), 0, jnp.array([tp, LATEST]))
+            key = jax.random.fold_in(jax.random.key(seed), k)
+            who, turns = jax.random.randint(key, (2,), 0, jnp.array([tp, LATEST]))
             x = lax.fori_loop(0, jnp.where(me == who, turns, 0), lambda _, x: lax.optimization_barrier(x), x)
             x, link = lax.optimization_barrier((x, link))
         weight = jnp.zeros(x.shape[-1], x.dtype)

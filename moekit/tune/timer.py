@@ -71,9 +71,7 @@ def _flush_buffer() -> torch.Tensor:
     return torch.ones(FLUSHED_BYTES // 4, device="cuda", dtype=torch.float32)
 
 
-def replay(
-    sides: Mapping[str, Captured], rounds: int = 30, before: Callable[[], object] | None = None
-) -> dict[str, Timing]:
+def replay(sides: Mapping[str, Captured], rounds: int = 30, before: Callable[[], object] | None = None) -> dict[str, Timing]:
     """The time of one call of each side. A round replays every side once, each after the L2 was filled with something else.
 
     before: dispatched ahead of each replay, outside its time.

@@ -22,11 +22,12 @@ def test_wrong_sums_are_counted_in_jax(monkeypatch):
     assert [(row["side"], row["calls"], row["wrong"]) for row in right] == [("in a row", 200, 0), ("late", 2, 0)]
     real = all_reduce_jax.joined
     monkeypatch.setattr(all_reduce_jax, "joined", lambda side, *of: real("psum", *of))
-    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 2, 4)[0]["wrong"] == 4
+    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 1, 4)[0]["wrong"] == 4
 
 
 def test_wrong_sums_are_counted_in_torch(monkeypatch):
     """One of each chain's calls."""
+
     def counted() -> list[int]:
         with tempfile.TemporaryDirectory() as folder:
             rows = all_reduce.on_rank(0, 1, f"{folder}/ranks", 3, 32, "bfloat16", ((), 3, 1, 300), True)
@@ -61,6 +62,7 @@ def test_a_step_by_packets_says_why_not():
 
 def test_steps_by_packets_go_on_with_the_link(monkeypatch):
     """Each has the link of the one before."""
+
     class Held:
         lock, link = threading.RLock(), jnp.zeros(2, jnp.int32)
 
