@@ -184,5 +184,6 @@ def _contiguous(graph: Graph, schedule: Schedule) -> Plan:
 
 
 def _texts(planned: Plan) -> set[str]:
+    """What is launched, without the line on top: it says how the graph is written down, which is no part of a kernel."""
     launches = zip(planned.schedule.launches, planned.programs, strict=True)
-    return {f"{launch.dependent} {p.warps} {p.stages}\n{emitter.emit(p)}" for launch, p in launches}
+    return {f"{launch.dependent} {p.warps} {p.stages}\n{emitter.emit(p).partition(chr(10))[2]}" for launch, p in launches}
