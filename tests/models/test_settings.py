@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moekit.models.qwen3next import decode_step, prefill
+from moekit.models.qwen3next import attention, decode_step, gdn, prefill
 from moekit.models.qwen3next import moe as mixture
 
 
@@ -20,10 +20,11 @@ def setting(request):
 
 @pytest.mark.parametrize("kernels", ["pallas", "xla"])
 def test_prefill_and_step_broadcast_nothing_by_themselves(setting, kernels, zoo, monkeypatch):
-    """One token and many, experts gathered, all of them, and in chunks."""
+    """One token and many; all that is done in blocks of very many tokens is done in more than one."""
     model = zoo.model("two-layers")
     for batch, length in ((1, 1), (3, 70)):
-        monkeypatch.setattr(mixture, "CHUNK_ELEMENTS", 1)
+        for module, name, few in ((mixture, "SORTED", 16), (mixture, "DENSE", 0), (attention, "BLOCK", 32), (gdn, "AT_ONCE", 64)):
+            monkeypatch.setattr(module, name, few)
         tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, length), (batch,)))
         logits, cache = jax.eval_shape(lambda t, n: prefill(model, t, n, cache_length=128, kernels=kernels), tokens, lengths)
         assert logits.shape == (batch, 256)

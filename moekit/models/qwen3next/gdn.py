@@ -162,7 +162,7 @@ def _between(state: jax.Array, seen: jax.Array, fresh: jax.Array, k: jax.Array, 
     """The state before each chunk, [B, heads, chunks + 1, Dk, Dv], from the first one and what is known of all but the last."""
     if not seen.shape[2]:
         return state[:, :, None]
-    kept = fade * jnp.eye(k.shape[-1], dtype=jnp.float32) - einsum("bhnti,bhntj->bhnij", k, seen)
+    kept = fade * jnp.eye(k.shape[-1], dtype=jnp.float32)[None, None, None] - einsum("bhnti,bhntj->bhnij", k, seen)
     added = einsum("bhntk,bhntv->bhnkv", k, fresh)
     added = added.at[:, :, 0].add(einsum("bhij,bhjv->bhiv", kept[:, :, 0], state))
 
