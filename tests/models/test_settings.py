@@ -23,8 +23,9 @@ def test_prefill_and_step_broadcast_nothing_by_themselves(setting, kernels, zoo,
     """One token and many; all that is done in blocks of very many tokens is done in more than one."""
     model = zoo.model("two-layers")
     for batch, length in ((1, 1), (3, 70)):
-        for module, name, few in ((mixture, "SORTED", 16), (mixture, "DENSE", 0), (attention, "BLOCK", 32), (gdn, "AT_ONCE", 64)):
-            monkeypatch.setattr(module, name, few)
+        few = ((mixture, "SORTED", 16), (mixture, "DENSE", 0), (attention, "BLOCK", 32), (gdn, "AT_ONCE", 64))
+        for module, name, number in few:
+            monkeypatch.setattr(module, name, number)
         tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, length), (batch,)))
         logits, cache = jax.eval_shape(lambda t, n: prefill(model, t, n, cache_length=128, kernels=kernels), tokens, lengths)
         assert logits.shape == (batch, 256)
