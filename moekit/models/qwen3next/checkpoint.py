@@ -78,7 +78,7 @@ class Checkpoint:
 
     def content(self, tensor: Tensor) -> np.ndarray:
         """The bytes of a tensor of any dtype, mapped."""
-        return np.frombuffer(self._maps[tensor.file], np.uint8, tensor.stop - tensor.start, tensor.start)
+        return np.ndarray(tensor.stop - tensor.start, np.uint8, self._maps[tensor.file], tensor.start)
 
     def _piece(self, piece: Piece) -> np.ndarray:
         part = self.whole(self.tensors[piece.key], piece.expert)
