@@ -140,8 +140,8 @@ def _show(report: dict[str, Any]) -> None:
     made.add_row("files", f"{report['files']}, {report['tensors']} tensors, {in_bytes(report['bytes'])} of {report['dtype']}")
     if fp8 := report["fp8"]:
         blocks = " × ".join(map(str, fp8["block"]))
-        read = f"{in_bytes(fp8['bytes'])} beside {in_bytes(fp8['scales'])} of scales for {blocks}, read to {report['weights_dtype']}"
-        made.add_row("FP8", f"{fp8['tensors']} of them, {read}")
+        held = f"{in_bytes(fp8['bytes'])} beside {in_bytes(fp8['scales'])} of scales for {blocks}"
+        made.add_row("FP8", f"{fp8['tensors']} of them, {held}, read to {report['weights_dtype']}")
     for start, found in report["skipped"].items():
         made.add_row("skipped", f"{start}*: {found['tensors']} tensors, {in_bytes(found['bytes'])}")
     out.print(made)
