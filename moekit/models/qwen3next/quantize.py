@@ -31,7 +31,7 @@ BLOCK = 128
 BLOCKS = Blocks(BLOCK, BLOCK)
 SHARD = 4 * 10**9  # bytes of a file
 SOURCES = ("BF16", "F32")
-STAYS = re.compile(r".*\.in_proj_(ba|b|a)\.weight")  # a gate for each head: too few rows for blocks, in Qwen's own too
+STAYS = re.compile(r".*\.in_proj_(ba|b|a)\.weight")  # a few rows for each head, and servers have them so
 BESIDE = (".json", ".jinja", ".txt", ".md", ".model")  # what is copied: tokenizer, template, generation_config, …
 
 
