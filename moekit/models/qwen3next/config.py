@@ -351,7 +351,7 @@ class _Fields:
         kept = [] if kept is None else kept
         if not (isinstance(kept, (list, tuple)) and all(isinstance(name, str) for name in kept)):
             refuse("modules_to_not_convert", "a list of modules' names")
-        return Blocks(*size, frozenset(kept))
+        return Blocks(size[0], size[1], frozenset(kept))
 
     def eos(self) -> tuple[int, ...]:
         eos = self.raw.get("eos_token_id")

@@ -204,7 +204,8 @@ def _write_file(path: Path, jobs: Sequence[_Job], pool: ThreadPoolExecutor) -> I
     Wide elements stand before narrow ones, so that all are aligned, as the safetensors library has them.
     """
     entries = sorted((e for job in jobs for e in job.entries), key=lambda e: -(e.size // max(1, prod(e.shape))))
-    header, starts, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
     for entry in entries:
         starts[entry.name], end = end, end + entry.size
         place = [starts[entry.name], end]
