@@ -25,7 +25,7 @@ def write_text(path: str | Path, text: str) -> None:
                 stream.write(content)
             return
         target = _checked(path)
-        scratch = _beside(target)
+        scratch = beside(target)
         try:
             with open(scratch, "wb") as stream:
                 stream.write(content)
@@ -52,7 +52,7 @@ def check_writable(path: str | Path) -> None:
     try:
         if _is_special(path):
             return
-        scratch = _beside(_checked(path))
+        scratch = beside(_checked(path))
         scratch.touch()
         scratch.unlink()
     except OSError as error:
@@ -86,7 +86,8 @@ def _checked(path: str | Path) -> Path:
     return target
 
 
-def _beside(target: Path) -> Path:
+def beside(target: Path) -> Path:
+    """A name beside a file or folder, for what is put in its place when it is whole."""
     return target.with_name(f".moekit-{os.getpid()}-{secrets.token_hex(4)}")
 
 

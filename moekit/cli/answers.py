@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.models.qwen3next import Model, generate, reference
+from moekit.models.qwen3next import Config, Model, generate, reference
 from moekit.models.qwen3next.model import layer_output
 from moekit.models.qwen3next.questions import TASKS, Question
 from moekit.models.qwen3next.save import tensors_of
@@ -46,13 +46,17 @@ def by(model: Model, kernels: str, prompts: Ids, batch: int, new: int, ends: Seq
 def by_transformers(directory: Path, dtype: str, prompts: Ids, new: int, ends: Sequence[int], advance: Advance) -> Ids:
     """The greedy tokens of transformers' model, prompts of one length at a time, so that none is padded."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **plain).eval()
+    kind, plain = getattr(torch, dtype), {"attn_implementation": "eager", "experts_implementation": "eager"}
+    if Config.from_json(directory).blocks is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, **plain).eval()
+    else:  # as moekit reads FP8; what is not FP8 keeps its dtype there
+        read = FineGrainedFP8Config(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=kind, quantization_config=read, **plain).to(kind).eval()
     alike = defaultdict(list)
     for at, prompt in enumerate(prompts):
         alike[len(prompt)].append(at)

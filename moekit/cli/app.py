@@ -14,6 +14,7 @@ from moekit.cli.fuzz import fuzz
 from moekit.cli.generate import generate
 from moekit.cli.inspect import inspect
 from moekit.cli.mutants import mutants
+from moekit.cli.quantize import quantize
 from moekit.cli.show import show
 from moekit.cli.tune import tune
 from moekit.errors import ArgumentError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
@@ -58,5 +59,5 @@ def cli(ctx: click.Context) -> None:
         raise KeyboardInterrupt
 
 
-for _command in (decode, generate, evaluate, inspect, list_fusions, show, export, doctor, tune, fuzz, mutants):
+for _command in (decode, generate, evaluate, inspect, quantize, list_fusions, show, export, doctor, tune, fuzz, mutants):
     cli.add_command(_command)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moekit.cli.output import console, print_json, table
+from moekit.cli.output import console, in_bytes, print_json, table
 from moekit.cli.platform import gpus, installed, prepare_jax
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
     from moekit.models.qwen3next.checkpoint import Checkpoint
+    from moekit.models.qwen3next.files import Tensor
 
 MOST_MEMORY = 1e12  # GB
 PROMPT = 1024  # tokens of a prompt that are read at once
@@ -98,15 +99,33 @@ def _held(checkpoint: Checkpoint) -> dict[str, Any]:
         "experts": "fused" if form.fused else "apart",
         "prefix": form.prefix,
         "dtype": checkpoint.dtype,
+        "fp8": _fp8(checkpoint),
         "parameters": total,
         "active": total - experts + experts * config.num_experts_per_tok // config.num_experts,
-        "bytes": sum(tensor.stop - tensor.start for name, tensor in checkpoint.tensors.items() if name in part),
+        "bytes": sum(map(_size, (*(checkpoint.tensors[name] for name in part), *checkpoint.scales.values()))),
         "skipped": {
-            start: {"tensors": len(found), "bytes": sum(tensor.stop - tensor.start for tensor in found)}
+            start: {"tensors": len(found), "bytes": sum(map(_size, found))}
             for start, found in checkpoint.skipped.items()
             if found
         },
     }
+
+
+def _fp8(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The weights that are in FP8, and their scales; None where there are none."""
+    scales, blocks = checkpoint.scales, checkpoint.config.blocks
+    if blocks is None or not scales:
+        return None
+    return {
+        "tensors": len(scales),
+        "bytes": sum(_size(checkpoint.tensors[name]) for name in scales),
+        "scales": sum(map(_size, scales.values())),
+        "block": [blocks.rows, blocks.columns],
+    }
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.stop - tensor.start
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -118,22 +137,22 @@ def _show(report: dict[str, Any]) -> None:
     made.add_row("model", f"{report['model_type']}, {report['layers']['linear_attention']} delta nets, {attention} attentions")
     made.add_row("parameters", f"{billions[0]}, {billions[1]} of them for a token")
     made.add_row("experts", f"{config['num_experts']}, {chosen}, {report['experts']}")
-    made.add_row("files", f"{report['files']}, {report['tensors']} tensors, {_gb(report['bytes'])} of {report['dtype']}")
+    made.add_row("files", f"{report['files']}, {report['tensors']} tensors, {in_bytes(report['bytes'])} of {report['dtype']}")
+    if fp8 := report["fp8"]:
+        blocks = " × ".join(map(str, fp8["block"]))
+        held = f"{in_bytes(fp8['bytes'])} beside {in_bytes(fp8['scales'])} of scales for {blocks}"
+        made.add_row("FP8", f"{fp8['tensors']} of them, {held}, read to {report['weights_dtype']}")
     for start, found in report["skipped"].items():
-        made.add_row("skipped", f"{start}*: {found['tensors']} tensors, {_gb(found['bytes'])}")
+        made.add_row("skipped", f"{start}*: {found['tensors']} tensors, {in_bytes(found['bytes'])}")
     out.print(made)
     out.print()
     title = f"each of {report['tp']} ranks, {report['weights_dtype']}, {report['batch']} × {report['length']} tokens"
     need = table("", "", title=title)
-    need.add_row("weights", f"{_gb(rank['weights'])}, of which {_gb(rank['copied'])} on every rank")
-    need.add_row("cache", f"{_gb(rank['cache'])}, {_gb(rank['one_sequence'])} a sequence")
-    need.add_row("temporaries", f"about {_gb(rank['temporaries'])}")
-    need.add_row("in all", _gb(rank["total"]))
+    need.add_row("weights", f"{in_bytes(rank['weights'])}, of which {in_bytes(rank['copied'])} on every rank")
+    need.add_row("cache", f"{in_bytes(rank['cache'])}, {in_bytes(rank['one_sequence'])} a sequence")
+    need.add_row("temporaries", f"about {in_bytes(rank['temporaries'])}")
+    need.add_row("in all", in_bytes(rank["total"]))
     if report["memory"] is not None:
         fits = "[green]fits[/green]" if report["fits"] else "[red]does not fit[/red]"
-        need.add_row("", f"{fits} in {_gb(report['memory'])}, where {report['sequences']} sequences would")
+        need.add_row("", f"{fits} in {in_bytes(report['memory'])}, where {report['sequences']} sequences would")
     out.print(need)
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -81,3 +81,8 @@ def table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         made.add_column(column, overflow="fold")
     return made
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in GB, or in MB where it is small."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

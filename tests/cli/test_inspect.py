@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moekit.models.qwen3next import FitError, Room, load, memory, prefill, write_random_checkpoint
+from moekit.models.qwen3next import FitError, Room, load, memory, prefill, quantize, write_random_checkpoint
 from moekit.models.qwen3next.memory import needed
 from moekit.models.qwen3next.model import abstract_model
 from tests.models.conftest import CASES, mesh_of
+from tests.models.micro import load_tensors
 
 CONFIG = CASES["two-layers"]
 
@@ -86,3 +87,21 @@ def test_a_cache_is_of_xlas_size_and_the_estimate_of_temporaries_not_below_it_no
     assert held.temp_size_in_bytes <= need.temporaries <= 4 * held.temp_size_in_bytes
     logits = 2 * 4096 // 2 * 4
     assert held.output_size_in_bytes - logits == pytest.approx(need.cache, rel=1e-3)
+
+
+def test_fp8_is_told_of(moekit, folder, tmp_path):
+    quantize(folder, tmp_path / "fp8")
+    report, plain = (
+        json.loads(moekit("inspect", str(where), "--tp", "2", "--dtype", "bfloat16", "--json").stdout)
+        for where in (tmp_path / "fp8", folder)
+    )
+    fp8 = report["fp8"]
+    assert plain["fp8"] is None
+    scales = sum(value.nbytes for name, value in load_tensors(tmp_path / "fp8").items() if name.endswith("_scale_inv"))
+    assert (fp8["block"], fp8["tensors"], fp8["scales"]) == ([128, 128], report["tensors"] - plain["tensors"], scales)
+    assert report["bytes"] == 4 * (report["parameters"] - fp8["bytes"]) + fp8["bytes"] + fp8["scales"]
+    for same in ("parameters", "active", "skipped", "rank"):
+        assert report[same] == plain[same]
+    said = " ".join(moekit("inspect", str(tmp_path / "fp8")).stdout.split())
+    assert f"FP8 {fp8['tensors']} of them, " in said
+    assert "of scales for 128 × 128, read to float32" in said

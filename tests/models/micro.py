@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEm
 
 from moekit.models.qwen3next import Config, write_random_checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN, SIZES
+from moekit.models.qwen3next.files import DTYPES, read_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -46,6 +48,16 @@ def take_apart(file: Path) -> tuple[dict[str, Any], bytes]:
 def put_together(header: bytes, data: bytes) -> bytes:
     """A safetensors file of any header."""
     return struct.pack("<Q", len(header)) + header + data
+
+
+def load_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, of FP8 too, which the safetensors library does not read for numpy."""
+    found = {}
+    for key, tensor in read_tensors(folder).items():
+        found[key] = np.fromfile(tensor.file, DTYPES[tensor.dtype], prod(tensor.shape), offset=tensor.start).reshape(
+            tensor.shape
+        )
+    return found
 
 
 def micro(directory: Path, files: int = 1, **changes: Any) -> Path:

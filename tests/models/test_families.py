@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    FineGrainedFP8Config,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeForConditionalGeneration,
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from moekit.models.qwen3next import CheckpointError, Config, ConfigError, load, write_random_checkpoint
+from moekit.models.qwen3next import CheckpointError, Config, ConfigError, load, quantize, write_random_checkpoint
 from moekit.models.qwen3next.checkpoint import Checkpoint
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.files import read_tensors
@@ -138,6 +139,19 @@ def test_the_config_is_read(family):
     assert (config.rope_theta, config.rotary_dim, config.dtype) == (5e5, 8, "float32")
     assert (config.vocab_size, config.num_experts) == (theirs.vocab_size, theirs.num_experts)
     assert Config.from_json(config.to_json()) == config
+
+
+def test_in_fp8_it_is_what_transformers_reads(family, mesh, tmp_path):
+    """Of the fused form: experts taken apart, the tower as it was."""
+    quantize(family.fused, tmp_path / "fp8")
+    given = {"quantization_config": FineGrainedFP8Config(dequantize=True), "dtype": torch.float32}
+    theirs, other = type(family.model).from_pretrained(tmp_path / "fp8", **given), type(family.model)(family.model.config)
+    other.load_state_dict(theirs.state_dict())
+    other.save_pretrained(tmp_path / "plain")
+    fp8, plain, exact = (load(folder, mesh(2)).params for folder in (tmp_path / "fp8", tmp_path / "plain", family.fused))
+    for a, b in zip(jax.tree.leaves(fp8), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(fp8), jax.tree.leaves(exact), strict=True))
 
 
 def test_fused_experts_of_another_number_are_refused(family, mesh, tmp_path):

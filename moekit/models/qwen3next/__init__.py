@@ -16,6 +16,7 @@ from moekit.models.qwen3next.model import (
     most_likely,
     prefill,
 )
+from moekit.models.qwen3next.quantize import Quantised, quantize
 from moekit.models.qwen3next.sampling import Sampling
 from moekit.models.qwen3next.save import save
 from moekit.models.qwen3next.tiny import SHIPPED, TINY, write_random_checkpoint
@@ -33,6 +34,7 @@ __all__ = [
     "Generation",
     "Model",
     "Progress",
+    "Quantised",
     "Result",
     "Room",
     "Sampling",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "most_likely",
     "prefill",
+    "quantize",
     "save",
     "write_random_checkpoint",
 ]

@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from moekit.models.qwen3next.config import Config
-from moekit.models.qwen3next.files import DTYPES, CheckpointError, Tensor, read_tensors, said, shown
+from moekit.models.qwen3next.files import DTYPES, WHOLE, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.forms import FUSED, Form, Piece
+from moekit.models.qwen3next.fp8 import SCALE, dequantised, scales_of
 from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import AXIS, FLOAT32, REPLICATED, Parameter, Slab, Weight, parameters
@@ -38,8 +39,8 @@ class Checkpoint:
 
     The constructor reads headers only and raises CheckpointError on a file that is no safetensors, and on a missing,
     extra, mis-shaped, mistyped or truncated tensor. config: as given, but not tied where the files hold a head of
-    their own. dtype: the files' name of it. skipped: the tensors that are no part of the text model, by how their names
-    begin. A context manager: leaving it forgets the files.
+    their own. dtype: the files' name of it, of what is not FP8. scales: the tensor of scales of each weight in FP8. skipped:
+    the tensors that are no part of the text model, by how their names begin. A context manager: leaving it forgets the files.
     """
 
     def __init__(self, directory: str | Path, config: Config):
@@ -48,7 +49,7 @@ class Checkpoint:
         if HEAD in self.tensors:
             config = replace(config, tie_word_embeddings=False)
         self.config, self.form = config, Form.of(config, self.tensors)
-        self.dtype = _check(self.directory, self.tensors, self.form)
+        self.dtype, self.scales = _check(self.directory, self.tensors, self.form)
         self.skipped = {
             start: [tensor for name, tensor in self.tensors.items() if name.startswith(start)] for start in self.form.skipped
         }
@@ -62,7 +63,7 @@ class Checkpoint:
         self._maps.clear()
 
     def read(self, slab: Slab) -> np.ndarray:
-        """One slab, in the file's dtype, rows first: mapped where it is one piece of a tensor, else joined."""
+        """One slab, rows first, in the file's dtype: mapped where it is one piece of a tensor, else joined; of FP8 float32."""
         pieces = [self._piece(piece) for piece in self.form.pieces(slab)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -70,13 +71,25 @@ class Checkpoint:
         """Whether a tensor is in float32 though the checkpoint is not."""
         return self.tensors[self.form.pieces(slab)[0].key].dtype == "F32" != self.dtype
 
+    def whole(self, tensor: Tensor, expert: int | None = None) -> np.ndarray:
+        """A tensor as it stands in its file, mapped, or one expert's part of it."""
+        array = np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._maps[tensor.file], tensor.start)
+        return array if expert is None else array[expert]
+
+    def content(self, tensor: Tensor) -> np.ndarray:
+        """The bytes of a tensor of any dtype, mapped."""
+        return np.ndarray(tensor.stop - tensor.start, np.uint8, self._maps[tensor.file], tensor.start)
+
     def _piece(self, piece: Piece) -> np.ndarray:
-        tensor = self.tensors[piece.key]
-        whole = np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._maps[tensor.file], tensor.start)
-        part = whole if piece.expert is None else whole[piece.expert]
+        part = self.whole(self.tensors[piece.key], piece.expert)
         if piece.rows:
             part = part[slice(*piece.rows)]
-        return part[:, slice(*piece.columns)] if piece.columns else part
+        part = part[:, slice(*piece.columns)] if piece.columns else part
+        if piece.key not in self.scales:
+            return part
+        blocks, scales = self.config.blocks, self.whole(self.scales[piece.key], piece.expert)
+        assert blocks is not None  # or no scales would have been found
+        return dequantised(part, scales, blocks, ((piece.rows or (0,))[0], (piece.columns or (0,))[0]))
 
 
 def load_parameters(
@@ -220,8 +233,8 @@ def _mapped(file: Path, name: str) -> mmap.mmap:
         raise CheckpointError(f"{shown(name)} is no valid safetensors file: {said(error)}") from None
 
 
-def _check(directory: Path, tensors: Mapping[str, Tensor], form: Form) -> str:
-    """Compare the headers with what the config promises; return the checkpoint's dtype."""
+def _check(directory: Path, tensors: Mapping[str, Tensor], form: Form) -> tuple[str, dict[str, Tensor]]:
+    """Compare the headers with what the config promises; return the checkpoint's dtype, and the scales of FP8 weights."""
     config = form.config
     experts = 3 * config.num_layers * config.num_experts
     if form.fused:
@@ -235,18 +248,20 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], form: Form) -> str:
         if key not in tensors:
             raise CheckpointError(f"{shown(directory)}: tensor {key} of shape {list(shape)} is missing from every file")
         _check_shape(tensors[key], key, shape)
+    scales = scales_of(tensors, wanted, config.blocks)
+    known = wanted.keys() | {key + SCALE for key in scales}
     for key, tensor in tensors.items():
-        if key not in wanted and not key.startswith(form.skipped):
+        if key not in known and not key.startswith(form.skipped):
             got = f"tensor {shown(key)} is not part of the model that config.json describes"
             raise CheckpointError(f"{shown(tensor.name)}: {got}")
     dtype = tensors[f"{form.prefix}embed_tokens.weight"].dtype
     for key in wanted:
         allowed = {dtype, "F32"} if key.endswith(MAY_BE_F32) else {dtype}
-        if not (tensors[key].dtype in allowed and tensors[key].dtype in DTYPES):
-            needed = " or ".join(sorted(allowed & set(DTYPES))) or "F32, F16 or BF16"
+        if key not in scales and not (tensors[key].dtype in allowed and tensors[key].dtype in WHOLE):
+            needed = " or ".join(sorted(allowed & set(WHOLE))) or "F32, F16 or BF16"
             got = f"dtype {shown(tensors[key].dtype)} where {needed} is needed"
             raise CheckpointError(f"{shown(tensors[key].name)}: tensor {key} has {got}")
-    return dtype
+    return dtype, scales
 
 
 def _check_shape(tensor: Tensor, key: str, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from moekit.errors import MoekitError
 from moekit.models.qwen3next.files import brief, read_json, shown
+from moekit.models.qwen3next.fp8 import Blocks
 
 GDN = "linear_attention"
 ATTENTION = "full_attention"
@@ -57,13 +58,21 @@ SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "attention that sees later tokens is not supported"),
     "kv_sharing_modes": ((None,), "layers that share their keys and values are not supported"),
     "per_layer_config": ((None,), "layers of their own sizes are not supported"),
-    "quantization_config": ((None,), "quantised weights are not supported"),
     "quantization": ((None,), "quantised weights are not supported"),
     "compression_config": ((None,), "quantised weights are not supported"),
     "text_config": ((None,), "a config within the config is not read"),
     "attribute_map": ((), "other names for fields are not read"),
     "configuration_files": ((), "other config files than config.json are not read"),
     "transformers_weights": ((None,), "weights under another name than the usual are not read"),
+}
+# of quantization_config, as SERVED is of all: FP8 with a scale for each block, and activations as they come
+QUANTISED: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "activation_scheme": ("dynamic", None),
+    "fmt": ("e4m3", None),
+    "scale_fmt": ("float", None),
+    "expert_dtype": ("fp8", None),
+    "modules_to_convert": (None, []),
 }
 
 
@@ -76,6 +85,7 @@ class Config:
     """Sizes and constants of one model; hashable, so a compiled function may depend on it.
 
     model_type: 'qwen3_next' or 'qwen3_5_moe_text', which have their weights under other names in files and compute the same.
+    blocks: of files whose weights are FP8; the model has them in its dtype.
     ep: how many groups of ranks the experts are dealt to; no checkpoint says it. Within a group they are cut by their width.
     """
 
@@ -102,6 +112,7 @@ class Config:
     dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = field(default=QWEN3_NEXT, compare=False)
+    blocks: Blocks | None = field(default=None, compare=False)
     ep: int = 1
 
     @property
@@ -138,6 +149,7 @@ class Config:
             dtype=fields.dtype(),
             eos_token_ids=fields.eos(),
             model_type=fields.kind,
+            blocks=fields.blocks(),
         )
         _check_sizes(config, where)
         return config
@@ -235,7 +247,10 @@ class _Fields:
         beside = {name: value for name, value in self.raw.items() if name != "text_config"}
         _Fields(beside, self.where).refuse_what_is_not_served()
         above = {name: value for name, value in beside.items() if name in ABOVE}
-        return _Fields({**above, **inner, "model_type": TEXT}, self.where)
+        said, own = beside.get("quantization_config"), inner.get("quantization_config")
+        if own not in (None, said):
+            self.refuse("quantization_config of text_config is not read; it must stand beside text_config")
+        return _Fields({**above, **inner, "model_type": TEXT, "quantization_config": said}, self.where)
 
     def refuse_what_is_not_served(self) -> None:
         raw = self.raw
@@ -313,6 +328,30 @@ class _Fields:
         if value is not None and value not in DTYPES:
             self.wrong(name, value, f"one of {', '.join(DTYPES)}")
         return value
+
+    def blocks(self) -> Blocks | None:
+        """The blocks of FP8 weights; None where weights are not quantised. Other quantisations are refused."""
+        raw = self.raw.get("quantization_config")
+        if raw is None:
+            return None
+
+        def refuse(name: str, needed: str) -> NoReturn:
+            got = f"{name} is {brief(given[name])}" if name in given else f"{name} is missing"
+            self.refuse(f"quantization_config: {got}, and such quantised weights are not supported ({needed} is needed)")
+
+        given = raw if isinstance(raw, Mapping) else {}
+        for name, served in QUANTISED.items():
+            if given.get(name, served[-1] if None in served else None) not in served:
+                refuse(name, brief(served[0]))
+        size = given.get("weight_block_size")
+        if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and 0 < n <= LARGEST for n in size)):
+            refuse("weight_block_size", "a list of two positive integers, [128, 128],")
+        kept = given.get("modules_to_not_convert")
+        kept = given.get("ignored_layers") if kept is None else kept
+        kept = [] if kept is None else kept
+        if not (isinstance(kept, (list, tuple)) and all(isinstance(name, str) for name in kept)):
+            refuse("modules_to_not_convert", "a list of modules' names")
+        return Blocks(size[0], size[1], frozenset(kept))
 
     def eos(self) -> tuple[int, ...]:
         eos = self.raw.get("eos_token_id")

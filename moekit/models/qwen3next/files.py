@@ -25,11 +25,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 LONGEST = 100_000_000  # bytes of JSON: what the safetensors library allows a header
 MOST_DIMENSIONS = 32
+FP8 = "F8_E4M3"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    FP8: np.dtype(ml_dtypes.float8_e4m3fn),
 }
+WHOLE = ("F32", "F16", "BF16")  # which need no scales beside them
 AGAIN = "download or save it again"
 
 _short = Repr(maxstring=80, maxother=80, maxlong=40)
