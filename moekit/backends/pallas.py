@@ -29,7 +29,7 @@ from moekit.backends.printer import (
 )
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
-from moekit.lang.dtypes import is_float
+from moekit.lang.dtypes import STORED, is_float
 
 DTYPES = {
     "float32": "jnp.float32", "float16": "jnp.float16", "bfloat16": "jnp.bfloat16", "int64": "jnp.int64",
@@ -277,7 +277,7 @@ class PallasPrinter(Printer):
 def _load(p: PallasPrinter, op: t.Load) -> str:
     axes, mask = op.out.axes, p.masked(op.at, op.out.axes)
     ref = f"{p.program.param(op.at.tensor).viewed.buffer}_ref"
-    fill = number(bool(op.fill) if op.out.dtype == "bool" else op.fill)
+    fill = number(bool(op.fill) if op.out.dtype == "bool" else float(op.fill) if op.out.dtype in STORED else op.fill)
     return f"plt.load({ref}.at[{p.index(op.at, axes)}]{mask}{f', other={fill}' if mask else ''})"
 
 

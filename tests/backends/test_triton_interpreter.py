@@ -20,6 +20,7 @@ SIZES = {
     "topk_softmax": [dict(T=5, E=60), dict(T=3, E=128)],
     "shared_expert_combine": [dict(T=5, H=50)],
     "add_rms_norm": [dict(T=5, H=50), dict(T=3, H=300)],
+    "all_reduce_add_rms_norm": [dict(T=5, H=50)],
     "gated_rms_norm": [dict(T=3, V=4, D=33)],
     "delta_rule_step": [dict(T=3, K=2, V=4, Dk=8, Dv=9)],
     "gate_projections": [dict(T=3, D=35, I=5, E=9, G=1)],

@@ -20,8 +20,10 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "gate_projections": 4,
     "topk_softmax": 4,
     "down_combine": 4,
-    "expert_gate_up": 4,
-    "expert_down": 8,
+    "expert_gate_up": 0,
+    "expert_down": 0,
+    "experts": 16,
+    "attention_decode": 2,
     "gated_rms_norm": 2,
     "delta_rule_step": 2,
 }

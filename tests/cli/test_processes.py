@@ -119,13 +119,22 @@ def test_what_jax_says_of_others_is_a_sentence(moekit, small, monkeypatch):
     assert (code, said) == (3, f"{start}DEADLINE_EXCEEDED: Barrier timed out. Missing: 1\n")
 
 
-def test_whoever_else_knocks_at_the_port_is_nobody():
+def test_whoever_else_knocks_at_the_port_is_nobody(monkeypatch):
     """All of three are there when the three are; a stranger, and a process that asks again, make no difference."""
     port, over = free_port(), []
     first = threading.Thread(target=processes._gather, args=(port, 3))
     second, third = (threading.Thread(target=lambda i=i: over.append(processes._report("127.0.0.1", port, i))) for i in (1, 2))
+    knock, knocked = socket.create_connection, threading.Event()
+
+    def noted(*args, **kwargs):
+        connection = knock(*args, **kwargs)
+        knocked.set()
+        return connection
+
+    monkeypatch.setattr(socket, "create_connection", noted)
     first.start()
     second.start()
+    assert knocked.wait(20)  # before a stranger says its number
     for words in (b"GET / HTTP/1.1", b"1"):
         while True:
             try:

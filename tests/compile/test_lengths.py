@@ -95,7 +95,7 @@ def test_only_the_first_elements_are_folded(schedule, kind):
 def test_a_program_goes_as_far_as_its_row(monkeypatch):
     """Turns, counted: ceil(length / block), whatever the capacity; and with several rows a program all of them."""
     turns = []
-    loop = interpret._Program.loop
+    loop = interpret.Program.loop
 
     def counted(self, op):
         ran = []

@@ -119,7 +119,7 @@ def test_columns_outermost():
     turned = replace(program, axes=(program.axis("I"), *(a for a in program.axes if a.name != "I")))
     op = good.operations(program, tile.Halves)[0]
     value = RNG.standard_normal((64, 32)).astype(np.float32)
-    state = interpret._Program(turned, {}, {}, {}, 0, {})
+    state = interpret.Program(turned, {}, {}, {}, 0, {})
     state.values[op.value] = value
     first, second = state.halves(replace(op, outs=tuple(replace(v, axes=("I", "T")) for v in op.outs)))
     np.testing.assert_array_equal(first, value[:, :16].T)

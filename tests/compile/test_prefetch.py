@@ -58,7 +58,7 @@ def _touched(monkeypatch, program, shapes: dict, dtype) -> tuple[dict, dict]:
                 where[op.along] += i
                 asked[run.program.name, str(run.ids), op.at.tensor].add(tuple(where))
 
-    load = interpret._Program.load
+    load = interpret.Program.load
 
     def noted(run, op):
         read[run.program.name, str(run.ids), op.at.tensor] |= elements(run, op, op.out.axes)
