@@ -14,7 +14,7 @@ from moekit.models.qwen3next import TINY, Generation, generate, kernels, load, w
 from moekit.models.qwen3next.config import ATTENTION, GDN
 
 SMALL = replace(TINY, layer_types=(GDN, ATTENTION), num_experts=5, num_experts_per_tok=2, vocab_size=64)
-SEED = 1  # of weights whose greedy tokens part in bfloat16
+SEED, PARTING = 1, 10  # of weights: of most tests, and of those whose greedy tokens part in bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +30,17 @@ def small(tmp_path_factory):
     return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", SMALL, SEED)
 
 
-def test_tokens_that_rounding_parts_are_no_disagreement(moekit, small, capsys):
-    done = moekit("decode", "--checkpoint", str(small), "--tp", "1", "--dtype", "bfloat16", "--json")
+def test_tokens_that_rounding_parts_are_no_disagreement(moekit, tmp_path, capsys):
+    parting = write_random_checkpoint(tmp_path / "parting", SMALL, PARTING)
+    done = moekit("decode", "--checkpoint", str(parting), "--tp", "1", "--dtype", "bfloat16", "--new-tokens", "24", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["agreement"]
     assert found["agree"]
     assert not found["equal"]  # or the weights show nothing
     logits = found["logits"]
-    assert logits["rows"] == 32
+    assert logits["rows"] == 48
     for which in ("all", "worst"):
-        assert 0 < logits["pallas"][which] <= logits["bound"][which] < 0.05  # logits are of size 1
+        assert 0 < logits["pallas"][which] <= logits["bound"][which] < 0.1  # logits are of size 1
         assert 0.5 < logits["pallas"][which] / logits["xla"][which] < 2
     decode._show(json.loads(done.stdout))
     shown = capsys.readouterr().out

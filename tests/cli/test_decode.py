@@ -79,7 +79,7 @@ def test_with_no_arguments_at_all():
     assert report["agreement"] == {"agree": True, "equal": True}
     served = report["served"]
     assert {name: how["kernels"] for name, how in served.items()} == PER_STEP
-    assert {how["implementation"] for how in served.values()} == {"pallas, interpreted"}
+    assert {how["implementation"] for how in served.values() if how["kernels"]} == {"pallas, interpreted"}
     assert report["all_reduce"].startswith("psum: channel: ")
     for timing in report["timing"].values():
         assert timing["steady_steps"] > 1
