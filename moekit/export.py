@@ -266,10 +266,9 @@ def _fits(made: _Exported, x: t.Param) -> str | None:
 def _programs(section: t.TileProgram) -> str:
     """How many programs a section has, as text."""
     counts = []
-    for axis in section.grid:
-        a = section.axis(axis)
-        dynamic = axis if a.block == 1 else f"triton.cdiv({axis}, {a.block})"
-        counts.append(dynamic if a.extent is None else str(-(-a.extent // a.block)))
+    for n in section.counts:
+        dynamic = n if isinstance(n, int) else n.name if n.block == 1 else f"triton.cdiv({n.name}, {n.block})"
+        counts.append(str(dynamic))
     return " * ".join(c for c in counts if c != "1") or "1"
 
 

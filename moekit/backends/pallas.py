@@ -142,7 +142,8 @@ class PallasPrinter(Printer):
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, name = "    " * depth, f"{self.names[op.vars[0]]}_body"
-        plain = len(op.over) == 1 and (isinstance(op.over[0], int) or self.program.axis(op.over[0]).block == 1)
+        axis = self.program.axis(op.over[0]) if isinstance(op.over[0], str) else None
+        plain = len(op.over) == 1 and (axis is None or (axis.step == 1 and not axis.beside))
         number = self.names[op.vars[0]] if plain else "turn"
         lines = ["", f"{pad}def {name}({number}, carry):"]
         counted = [a for a in op.over if isinstance(a, str)]
@@ -161,10 +162,11 @@ class PallasPrinter(Printer):
     def turns(self, op: t.Loop) -> str:
         """How many turns a loop has."""
         over = op.over[0]
-        if op.end is not None and isinstance(over, str):
-            block = self.program.axis(over).block
-            end = self.typed(op.end, PLUS)
-            return self.word("div", f"{end} + {block - 1}", block) if block > 1 else end
+        axis = self.program.axis(over) if isinstance(over, str) else None
+        if axis and (op.end is not None or axis.beside):
+            end = self.typed(op.end, PLUS) if op.end is not None else str(axis.extent)
+            left = f"{end} - ({self.begin(axis.name)})" if axis.beside else end
+            return self.word("div", f"{left} + {axis.step - 1}", axis.step) if axis.step > 1 else left
         if isinstance(over, str) and self.program.axis(over).length is None:
             return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))

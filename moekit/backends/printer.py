@@ -247,6 +247,12 @@ class Printer(ABC):
             return f"{value} < {self.extent(op.axis)}", COMPARED
         return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND
 
+    def begin(self, over: str) -> str:
+        """The element at which this program's turns along an axis begin."""
+        axis = self.program.axis(over)
+        text, level = self.program_id(over) if axis.beside else ("0", ATOM)
+        return text if axis.block == 1 or text == "0" else f"{text if level >= TIMES else f'({text})'} * {axis.block}"
+
     def turn(self, op: t.Loop, depth: int) -> list[str]:
         """Where a turn begins along each axis."""
         lines = []
@@ -254,8 +260,9 @@ class Printer(ABC):
             inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
             text = self.word("div", "turn", inner) if inner > 1 else "turn"
             text = self.word("rem", text, self.program.turns(over)) if i else text
-            step = self.program.axis(over).block if isinstance(over, str) else 1
-            lines.append("    " * depth + f"{self.names[var]} = {text}" + (f" * {step}" if step > 1 else ""))
+            step = self.program.axis(over).step if isinstance(over, str) else 1
+            begin = f"{self.begin(over)} + " if isinstance(over, str) and self.program.axis(over).beside else ""
+            lines.append("    " * depth + f"{self.names[var]} = {begin}{text}" + (f" * {step}" if step > 1 else ""))
         return lines
 
     @abstractmethod
@@ -373,12 +380,13 @@ def header(kernel: t.Kernel, version: str) -> list[str]:
 
 def _own(section: t.TileProgram, axis: t.AxisBlock) -> bool:
     """Whether an axis is not said with another: what counts another one's parts, or is another one twice."""
-    counts = any(axis.mode == "loop" and axis.name == f"{a.name}.part" for a in section.axes)
+    counts = not axis.beside and any(axis.mode == "loop" and axis.name == f"{a.name}.part" for a in section.axes)
     return axis.mode != "gather" and axis.of is None and not counts
 
 
 def _held(axis: t.AxisBlock) -> str:
-    return f"{axis.name} {axis.mode} {axis.block}" + (f" in {axis.parts} parts" if axis.parts > 1 else "")
+    parts = f" in {axis.parts} parts" if axis.parts > 1 else ""
+    return f"{axis.name} {axis.mode} {axis.block}{parts}" + (f" by {axis.beside} programs" if axis.beside else "")
 
 
 def number(value: bool | int | float) -> str:

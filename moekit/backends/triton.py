@@ -154,7 +154,7 @@ class TritonPrinter(Printer):
         axis = self.program.axis(over)
         known = self.extent(over) if axis.length is None else str(axis.length)
         last = known if end is None else self.text(end)
-        return last if axis.block == 1 else f"0, {last}, {axis.block}"
+        return last if axis.step == 1 and not axis.beside else f"{self.begin(over)}, {last}, {axis.step}"
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
         count = self.program.turns(op.axis)

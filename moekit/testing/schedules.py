@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, spread
-from moekit.compile.schedule import Launch, Loop, Parts, Schedule, Section, Split, Tile, Whole, pow2
+from moekit.compile.schedule import Abreast, Launch, Loop, Parts, Rounds, Schedule, Section, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
 from moekit.compile.schedule.legal import legal
 from moekit.lang.fusion import Binding, Fusion
@@ -16,10 +16,10 @@ from moekit.testing.case import FuzzCase
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
-    """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole",
-    "split" (in three, blocks of eight), "parts" (the same, one after the other), "single parts" (in two, blocks of one), and
-    for products "tall" (blocks of 64 rows, in two parts one after the other); "apart" (blocks of four along whatever a section
-    can have programs along).
+    """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole", "rounds" (two
+    programs along an axis of more blocks), "split" (in three, blocks of eight), "parts" (the same, one after the other),
+    "single parts" (in two, blocks of one), and for products "tall" (blocks of 64 rows, in two parts one after the other);
+    "apart" (blocks of four along whatever a section can have programs along).
     """
     found: dict[str, Schedule | None] = {}
 
@@ -33,6 +33,7 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
     offer("rows", _spread(graph, None, 8))
     offer("small", _spread(graph, _loop(1), 1))
     offer("whole", _spread(graph, _whole, 4))
+    offer("rounds", _in_rounds(graph, _spread(graph, _loop(4), 2)))
     for axis, use in axis_uses(graph).items():
         if use.reduced and use.extent is not None:
             offer("split", _spread(graph, _loop(8), 4, Split(axis, 3)))
@@ -74,6 +75,16 @@ def _tall(graph: Graph, axis: str) -> Schedule | None:
     axes = {a: Tile(a, 1 if a in scattered(graph) else 16) if u.parallel else Loop(a, 16) for a, u in axis_uses(graph).items()}
     axes |= {g.n: Tile(g.n, 16) for g in products} | {products[0].m: Tile(products[0].m, 64)}
     return spread(graph, Launch((Section((), (*axes.values(), Parts(axis, 2))),)))
+
+
+def _in_rounds(graph: Graph, schedule: Schedule) -> Schedule:
+    """Two programs along an axis of each section of the first launch that has more blocks of it."""
+    first, *rest = schedule.launches
+    sections = []
+    for section in first.sections:
+        several = [d.axis for d in section.all(Tile) if (graph.axes.get(d.axis) or 0) > 2 * d.block]
+        sections.append(section.but(Rounds(several[-1], 2)) if several else section)
+    return Schedule((replace(first.without(Abreast), sections=tuple(sections)), *rest))
 
 
 def _apart(graph: Graph, section: Section) -> Section:

@@ -21,6 +21,7 @@ from moekit.compile.schedule import (
     Pair,
     Parts,
     Prefetch,
+    Rounds,
     Schedule,
     Section,
     Split,
@@ -33,12 +34,13 @@ from moekit.compile.schedule import (
 )
 from moekit.compile.schedule.cuts import launched, part, section_graphs, stageable
 from moekit.compile.schedule.directives import Axis
-from moekit.compile.schedule.facts import shares, twins
+from moekit.compile.schedule.facts import part_axis, shares, twins
 from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
 from moekit.lang.graph import Graph
 from moekit.tune.table import order_of, rows_axis
 
 LONGEST_PIPELINE = 8
+FEWEST_ROUNDS = 8  # parts that it can pay to take in turn
 BETTER = 0.99  # a step is taken if it takes at most so much of the time
 ALONE = 0.6  # of the time is for each bucket by itself
 MOST_ORDERS, MOST_STARTS = 8, 4  # that are tried for all buckets together
@@ -147,9 +149,20 @@ def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
             has = d in section.directives
             other = replace(section, directives=tuple(x for x in section.directives if x != d)) if has else section.but(d)
             yield replace(launch, sections=(*launch.sections[:n], other, *launch.sections[n + 1 :]))
+        for other in _rounds(mine, section):
+            yield replace(launch, sections=(*launch.sections[:n], other, *launch.sections[n + 1 :]))
     yield from (launch.without(kind) for kind in (Abreast, Dependent) if launch.all(kind))
     if not launch.dependent:
         yield launch.but(Dependent())
+
+
+def _rounds(graph: Graph, section: Section) -> Iterator[Section]:
+    """Fewer programs along the parts of an axis, and twice or half as many where programs take turns."""
+    for d in section.all(Tile):
+        if d.axis in map(part_axis, shares(graph)) and (count := graph.axes[d.axis] or 0) >= FEWEST_ROUNDS:
+            now = next((x.programs for x in section.all(Rounds)), count)
+            yield from (section.but(Rounds(d.axis, n)) for n in (now // 2, now * 2) if 0 < n < count)
+            yield from [section.without(Rounds)] if section.all(Rounds) else []
 
 
 def _cuts(graph: Graph, schedule: Schedule) -> Iterator[Schedule]:

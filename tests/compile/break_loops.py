@@ -8,6 +8,7 @@ import programs as good
 from breakers import breaks, with_axis, with_ops
 
 from moekit.compile import tile as t
+from moekit.compile.passes.rounds import rounds
 
 
 def flat_loop(program: t.TileProgram) -> t.Loop:
@@ -171,3 +172,28 @@ def running_sum_of_one_block():
     value = loop.body[-1].out
     scan = t.Scan(t.Value(900, value.dtype, value.axes), value, "H")
     return with_ops(program, t.Loop, lambda op: op == loop, body=(*loop.body, scan))
+
+
+def taking_turns() -> t.TileProgram:
+    """A product whose columns' blocks two programs take in turn."""
+    return rounds(good.gemm_program(), {"P": 2})
+
+
+@breaks("grid")
+def programs_in_rounds_of_more_than_there_are_blocks():
+    program = taking_turns()
+    return with_axis(program, "P", beside=100)
+
+
+@breaks("grid")
+def program_of_rounds_without_a_number():
+    return replace(taking_turns(), grid=("T",))
+
+
+@breaks("grid")
+def store_outside_of_the_rounds():
+    program = taking_turns()
+    nothing = t.Const(t.Value(900, "bfloat16"), 0.0)
+    out = next(p for p in program.params if p.role == "Out")
+    store = t.Store(t.Access(out.name, tuple(t.Index() for _ in out.axes)), nothing.out)
+    return replace(program, body=(*program.body, nothing, store))

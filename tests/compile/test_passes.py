@@ -125,8 +125,8 @@ def test_a_trace_has_a_file_for_every_pass(tmp_path, monkeypatch):
     program = good.norm_program()
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"norm.{program.digest}.triton.")
-    assert sorted(p.name for p in folder.iterdir()) == [f"{i}.{name}.txt" for i, name in enumerate(ORDER)]
-    assert (folder / f"{len(ORDER) - 1}.tidy.txt").read_text() == f"{program}\n"
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:02}.{name}.txt" for i, name in enumerate(ORDER)]
+    assert (folder / f"{len(ORDER) - 1:02}.tidy.txt").read_text() == f"{program}\n"
 
 
 def test_traces_of_two_targets_and_two_schedules_stand_side_by_side(tmp_path, monkeypatch):

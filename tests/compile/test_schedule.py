@@ -21,6 +21,7 @@ from moekit.compile.schedule import (
     Pair,
     Parts,
     Prefetch,
+    Rounds,
     Schedule,
     Section,
     Split,
@@ -179,7 +180,7 @@ def _of(*kinds):
 
 
 SECTIONS = st.builds(Section, st.lists(NAMES, max_size=3).map(tuple),
-                     st.lists(_of(Tile, Whole, Loop, Parts, Pair, Prefetch), max_size=4).map(tuple))  # fmt: skip
+                     st.lists(_of(Tile, Whole, Loop, Parts, Rounds, Pair, Prefetch), max_size=4).map(tuple))  # fmt: skip
 LAUNCHES = st.builds(Launch, st.lists(SECTIONS, min_size=1, max_size=3).map(tuple),
                      st.lists(_of(Warps, Stages, Dependent, Abreast, Split, Stage), max_size=4).map(tuple))  # fmt: skip
 

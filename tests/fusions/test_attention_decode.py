@@ -1,11 +1,18 @@
 """attention_decode in every implementation: ragged lengths, parts of a fixed length, bits that nothing beside a row moves."""
 
+import re
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from moekit.compile import tile
 from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic
+from moekit.compile.rules.choose import row_classes
+from moekit.compile.schedule import Rounds, Schedule
+from moekit.compile.schedule.legal import legal
 from moekit.compile.tile import interpret
 from moekit.compile.tile.layouts import contiguous
 from moekit.fusions import FUSIONS
@@ -137,3 +144,61 @@ def test_no_score_above_minus_infinity_is_nothing(implementation):
     got = run(implementation, Call(FUSION, given)).outputs["out"]
     np.testing.assert_array_equal(got[0], 0)
     np.testing.assert_allclose(got[1], np.broadcast_to(values[1, 0, 2], (1, 2, 5)), rtol=1e-6)
+
+
+def in_rounds(graph, programs):
+    """The schedule with so many programs along the parts."""
+    chosen = heuristic(graph)
+    (section,) = chosen.launches[0].sections
+    taking = replace(chosen.launches[0], sections=(section.but(Rounds("L.part", programs)),))
+    return replace(chosen, launches=(taking, *chosen.launches[1:]))
+
+
+@pytest.mark.parametrize("implementation", [i for i in implementations() if i.values[0] in ("interpret", "triton", "pallas")])
+@pytest.mark.parametrize("programs", [1, 3, 9])
+def test_parts_in_rounds(implementation, programs):
+    """Rows that end in the first round, at its end, in the last one, or nowhere: the bits of a program for each part."""
+    values = cache("float16", 2500, (0, 1, 255, 256, 700, 768, 2500, -3, 10**6), heads=(1, 3))
+    graph = Call(FUSION, values).graph
+    call = Call(FUSION, values, schedule=in_rounds(graph, programs))
+    check(implementation, call)
+    got, wanted = (run(implementation, c).outputs["out"] for c in (call, Call(FUSION, values)))
+    np.testing.assert_array_equal(bits(got), bits(wanted))
+
+
+def test_rounds_where_there_is_much_room():
+    """Fewer programs a row the more rows there are; and a program for each part where there are few of them."""
+    sizes = {"T": 1, "K": 1, "G": 8, "L": 131072, "D": 256, "Dv": 256}
+    graph = FUSION.trace(example(FUSION, sizes, "bfloat16"))
+    assert row_classes(graph) == (0, 4, 16)
+    found = [re.findall(r"rounds:L.part:(\d+)", str(heuristic(graph, rows))) for rows in (1, 3, 4, 64)]
+    assert found == [["256"], ["256"], ["64"], ["16"]]
+    near = FUSION.trace(example(FUSION, sizes | {"L": 4096}, "bfloat16"))
+    assert "rounds" not in str(heuristic(near))
+    assert row_classes(near) == (0,)
+
+
+def test_programs_past_the_last_round_go_through_none():
+    """A program whose first part begins behind the row's end does nothing at all: its loop has no turns."""
+    values = cache("float32", 5000, (300,), heads=(1, 2))
+    graph = Call(FUSION, values).graph
+    made = plan(graph, in_rounds(graph, 4), contiguous(graph, {"T": 1}))
+    (loop,) = [op for op in made.programs[0].body if isinstance(op, tile.Loop)]
+    assert loop.end is not None
+    assert made.programs[0].programs({"T": 1}) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("rounds:L.part:20", "needs a tile of L.part, of static size, in more than 20 blocks"),
+        ("rounds:L.part:0", "in more than 0 blocks"),
+        ("rounds:T:1", "needs a tile of T, of static size"),
+        ("rounds:L:1", "needs a tile of L, of static size"),
+    ],
+)
+def test_rounds_that_cannot_be(said, why):
+    """Refused before anything is compiled, in one sentence."""
+    graph = Call(FUSION, cache("float32", 5000, (300,), heads=(1, 2))).graph
+    text = str(heuristic(graph)).replace("warps:4", f"{said} warps:4", 1)
+    assert why in (legal(graph, Schedule.parse(text)) or "")

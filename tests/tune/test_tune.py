@@ -12,7 +12,8 @@ import pytest
 
 from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic, spread
-from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Schedule, Split, Stages, Tile, Warps
+from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Rounds, Schedule, Split, Stages, Tile, Warps
+from moekit.compile.schedule.directives import text_of
 from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import PARAMETERS, example
@@ -110,6 +111,10 @@ def test_every_directive_is_searched():
     found = neighbours(traced, many)
     assert {bool(s.launches[0].all(Abreast)) for s in found} == {True, False}
     assert {bool(s.launches[0].sections[0].all(Pair)) for s in found} == {True, False}
+    near = FUSIONS["attention_decode"]
+    parts = near.trace(example(near, {"T": 1, "K": 1, "G": 2, "L": 4096, "D": 16, "Dv": 16}, "bfloat16"))
+    taking = {text_of(d) for s in neighbours(parts, heuristic(parts)) for d in s.launches[0].sections[0].all(Rounds)}
+    assert taking == {"rounds:L.part:8"}
     few = heuristic(traced)
     second = [s.launches[1] for s in neighbours(traced, few) if len(s.launches) == 2]
     assert {launch.warps for launch in second} > {few.launches[1].warps}

@@ -24,9 +24,10 @@ from moekit.compile.passes.masks import masks
 from moekit.compile.passes.motion import motion
 from moekit.compile.passes.nest import nest
 from moekit.compile.passes.prefetch import prefetch
+from moekit.compile.passes.rounds import rounds
 from moekit.compile.passes.scope import Layouts
 from moekit.compile.passes.tidy import tidy
-from moekit.compile.schedule.directives import Prefetch, Section
+from moekit.compile.schedule.directives import Prefetch, Rounds, Section
 from moekit.files import make_folder, write_text
 from moekit.lang.graph import Graph
 
@@ -45,6 +46,7 @@ Pass = Callable[[t.TileProgram, How], t.TileProgram]
 PASSES: dict[str, Pass] = {
     "decompose": lambda program, how: decompose(program),
     "exchange": lambda program, how: exchange(program),
+    "rounds": lambda program, how: rounds(program, {d.axis: d.programs for d in how.section.all(Rounds)}),
     "prefetch": lambda program, how: prefetch(program, {d.tensor for d in how.section.all(Prefetch)}),
     "masks": lambda program, how: masks(program),
     "choices": lambda program, how: choices(program),
@@ -100,7 +102,7 @@ def _tracer(folder: str | None, first: t.TileProgram, how: How) -> Watch | None:
     names, own = ["nest", *PASSES], sha256(f"{how.section}\n{first}".encode()).hexdigest()[:8]
 
     def write(name: str, program: t.TileProgram) -> None:
-        path = Path(folder) / f"{program.name}.{program.digest}.{how.target}.{own}" / f"{names.index(name)}.{name}.txt"
+        path = Path(folder) / f"{program.name}.{program.digest}.{how.target}.{own}" / f"{names.index(name):02}.{name}.txt"
         make_folder(path.parent)
         write_text(path, f"{program}\n")
 

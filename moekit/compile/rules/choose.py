@@ -58,8 +58,11 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
 
 
 def class_axis(graph: Graph) -> str | None:
-    """The dynamic axis whose size says which class a call belongs to: a GEMM's rows, or the only one there is."""
-    found = [g.m for g in gemms(graph).values()]
+    """The dynamic axis whose size says which class a call belongs to: a GEMM's rows, or the only one there is.
+
+    The rows of a product with scores are heads, of which a row of the fusion has some.
+    """
+    found = [] if list(weighed(graph)) else [g.m for g in gemms(graph).values()]
     found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
     return next((a for a in found if graph.axes[a] is None), None)
 
@@ -82,7 +85,11 @@ def _classes(graph: Graph) -> dict[int, Schedule]:
 
 def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
     """Numbers of rows from which on there are other kernels, ascending from 0, with their schedules."""
-    if found := _tabled(graph) or _gathered(graph) or weighed(graph) or _staged(graph):
+    if found := _tabled(graph) or _gathered(graph):
+        yield 0, found
+    elif several := list(weighed(graph)):
+        yield from several
+    elif found := _staged(graph):
         yield 0, found
     elif launch := grouped(graph):
         yield 0, Schedule((launch,))

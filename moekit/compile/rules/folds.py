@@ -6,12 +6,14 @@ end, so that neither the rows beside it nor the capacity move a bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.rows import alone
 from moekit.compile.schedule.cuts import cut
-from moekit.compile.schedule.directives import Axis, Launch, Loop, Schedule, Split, Tile, Whole, pow2
-from moekit.compile.schedule.facts import axis_uses, equally_deep, once, operands
+from moekit.compile.schedule.directives import Axis, Launch, Loop, Rounds, Schedule, Split, Tile, Whole, pow2
+from moekit.compile.schedule.facts import axis_uses, equally_deep, once, operands, part_axis
 from moekit.compile.schedule.legal import legal
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import itemsize
@@ -23,11 +25,32 @@ MOST_ROWS = 64  # of a program, that share their values
 MOST_STAGES = 3
 FOR_LOADS = 9 * MEASURED.shared_memory // 10  # bytes that loads under way may take
 MERGED_COLUMNS = 64  # of a program that puts parts together
+ROUNDS = ((0, 256), (4, 64), (16, 16))  # from so many rows on, programs of each that take its parts in turn, of all its heads
+
+
+def weighed(graph: Graph) -> Iterator[tuple[int, Schedule]]:
+    """Numbers of rows from which on there are other schedules, ascending from 0, of a graph whose first softmax-weighted sum is
+
+    over a static axis, of rows that share values; none of another graph.
+    """
+    if (found := _weighed(graph)) is None:
+        return
+    split = found.launches[0].cut
+    if not isinstance(split, Split):
+        yield 0, found
+        return
+    (section,), axis = found.launches[0].sections, part_axis(split.axis)
+    others = (d for d in section.all(Tile) if d.axis != axis and graph.axes[d.axis])
+    heads = prod(-(-(graph.axes[d.axis] or 0) // d.block) for d in others)
+    for least, programs in ROUNDS:
+        taking = section.but(Rounds(axis, max(1, programs // heads)))
+        some = Schedule((replace(found.launches[0], sections=(taking,)), *found.launches[1:]))
+        yield least, some if legal(graph, some) is None else found
 
 
 @once
-def weighed(graph: Graph) -> Schedule | None:
-    """The schedule of a graph whose first softmax-weighted sum is over a static axis, of rows that share values; else None."""
+def _weighed(graph: Graph) -> Schedule | None:
+    """The schedule with a program for each part of a row."""
     for node in map(graph.nodes.__getitem__, graph.live()):
         if node.op == "exp_sum" and (sides := _sides(graph, node)) and graph.axes[node.attr("axis")]:
             schedule = _schedule(graph, node, *sides)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile.schedule.cuts import launched, section_graphs
-from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Tile
+from moekit.compile.schedule.directives import Launch, Loop, Rounds, Schedule, Section, Tile
 from moekit.compile.schedule.facts import PART, loaded, reach, shares
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph, Node
@@ -57,7 +57,7 @@ def cost(graph: Graph, schedule: Schedule, sizes: Mapping[str, int] | None = Non
 def programs(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> int:
     """How many programs a launch has."""
     extents = _extents(graph, launch, sizes)
-    return sum(_programs(section, extents) for section in launch.sections)
+    return sum(_programs(section, extents) // _turns(section, extents) for section in launch.sections)
 
 
 def runaway(graph: Graph, launch: Launch) -> str | None:
@@ -126,7 +126,13 @@ def _block(launch: Launch, axis: str) -> int:
     return max((d.block for s in launch.sections for d in s.axes if d.axis == axis), default=1)
 
 
+def _turns(section: Section, extents: Mapping[str, int]) -> int:
+    """How many blocks of an axis a program takes, one after the other."""
+    return prod(-(-extents[d.axis] // (d.programs * section.block(d.axis))) for d in section.all(Rounds))
+
+
 def _programs(section: Section, extents: Mapping[str, int]) -> int:
+    """Programs, or where they take turns what they would be without."""
     return prod(-(-extents[d.axis] // d.block) for d in section.all(Tile))
 
 

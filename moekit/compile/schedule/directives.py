@@ -64,6 +64,18 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """`rounds:L.part:16`. A program for each block of a tiled axis → sixteen along it, which take the blocks in turn.
+
+    A program ends where nothing more is stored: of rows that end early few programs have nothing to do. Legal for an axis of
+    static size that has more blocks. Bits: none.
+    """
+
+    axis: str
+    programs: int
+
+
+@dataclass(frozen=True)
 class Pair:
     """`pair:gate_up`. Two products of one left operand with two blocks of columns of a tensor → one product twice as wide.
 
@@ -157,7 +169,7 @@ class Stage:
 
 
 Axis = Tile | Whole | Loop
-OfSection = Tile | Whole | Loop | Parts | Pair | Prefetch
+OfSection = Tile | Whole | Loop | Parts | Rounds | Pair | Prefetch
 OfLaunch = Warps | Stages | Dependent | Abreast | Split | Stage
 WORDS = {d.__name__.lower(): d for d in (*OfSection.__args__, *OfLaunch.__args__)}
 

@@ -15,6 +15,7 @@ from moekit.compile.schedule.directives import (
     Loop,
     Pair,
     Prefetch,
+    Rounds,
     Schedule,
     Section,
     Split,
@@ -147,6 +148,7 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
         yield why
         return
     yield from _parts_problems(graph, section, launch)
+    yield from _rounds_problems(graph, section, launch)
     yield from _running_problems(graph, section)
     yield from _exchange_problems(graph, section)
     for axis in scattered(graph):
@@ -202,6 +204,17 @@ def _parts_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[
     for axis, each in {**graph.each, **section.each}.items():
         if axis in axis_uses(graph) and each % section.block(axis):
             yield f"axis {axis} cannot be cut every {each} elements: its blocks of {section.block(axis)} do not divide that"
+
+
+def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
+    """Programs take turns along one axis, all of what they do in one loop over it."""
+    for d in section.all(Rounds):
+        held = next((x for x in section.axes if x.axis == d.axis), None)
+        extent = graph.axes.get(d.axis) if isinstance(held, Tile) else None
+        if held is None or extent is None or not 0 < d.programs < -(-extent // held.block):
+            yield f"{text_of(d)} needs a tile of {d.axis}, of static size, in more than {d.programs} blocks"
+        elif section.all(Prefetch) or launch.all(Abreast) or graph.ranks:
+            yield f"{text_of(d)} cannot stand beside prefetch or abreast, nor where ranks add up"
 
 
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:

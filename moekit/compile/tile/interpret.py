@@ -137,7 +137,7 @@ class Program:
         if op.end is not None:
             if (end := int(self.values[op.end])) > steps[0].stop:
                 raise IndexError(f"{self.program.name}: a loop over {op.over[0]} goes to {end}, past its end")
-            steps = [range(0, end, steps[0].step)]
+            steps = [range(steps[0].start, end, steps[0].step)]
         for each in steps:
             turns = [(*outer, i) for outer in turns for i in each]
         for turn in turns:
@@ -152,7 +152,8 @@ class Program:
         if isinstance(over, int):
             return range(over)
         axis = self.program.axis(over)
-        return range(0, self.extent(over) if axis.length is None else axis.length, axis.block)
+        begin = self.ids[over] * axis.block if axis.beside else 0
+        return range(begin, self.extent(over) if axis.length is None else axis.length, axis.step)
 
     def at_end(self, op: t.AtEnd) -> list[np.ndarray]:
         if self.last[op.axis]:

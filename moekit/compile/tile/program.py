@@ -16,7 +16,7 @@ class AxisBlock:
 
     `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`,
     of `each` elements where a number is said, which is a multiple of the block. `of`: this block is one of that axis
-    twice, side by side.
+    twice, side by side. `beside` > 0: a looped axis of which so many programs, numbered along it, take blocks in turn.
     """
 
     name: str
@@ -26,6 +26,7 @@ class AxisBlock:
     parts: int = 1
     of: str | None = None
     each: int = 0
+    beside: int = 0
 
     @property
     def partial(self) -> bool:
@@ -40,6 +41,16 @@ class AxisBlock:
     def blocks(self) -> int:
         """How many blocks the axis has (static axes only)."""
         return -(-(self.extent or 0) // self.block)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether programs are numbered along the axis."""
+        return self.mode == "grid" or self.beside > 0
+
+    @property
+    def step(self) -> int:
+        """Elements from one turn of a loop over the axis to the next."""
+        return self.block * max(1, self.beside)
 
     @property
     def share(self) -> int:
@@ -174,8 +185,8 @@ class TileProgram:
 
     @property
     def counts(self) -> tuple[int | AxisBlock, ...]:
-        """The number of blocks of each grid axis; the axis itself where only a launch knows."""
-        return tuple(a if a.extent is None else a.blocks for a in map(self.axis, self.grid))
+        """The number of programs along each grid axis; the axis itself where only a launch knows."""
+        return tuple(a if a.extent is None else a.beside or a.blocks for a in map(self.axis, self.grid))
 
     def programs(self, sizes: Mapping[str, int]) -> int:
         """How many programs a launch has; `sizes` gives the dynamic extents."""
@@ -187,7 +198,8 @@ class TileProgram:
             lines.append(f"  {p.role.lower()} {p.name}: {p.dtype}[{', '.join(str(a) for a in p.axes)}] {p.layout}")
         for a in self.axes:
             extent = "dynamic" if a.extent is None else a.extent
-            lines.append(f"  axis {a.name}: {extent} in {a.mode} blocks of {a.block}" + (f", {a.parts} parts" * (a.parts > 1)))
+            more = f", {a.parts} parts" * (a.parts > 1) + f", {a.beside} programs" * a.numbered * (a.mode == "loop")
+            lines.append(f"  axis {a.name}: {extent} in {a.mode} blocks of {a.block}{more}")
         lines.append(f"  grid ({', '.join(self.grid)}), {self.warps} warps, {self.stages} stages")
         return "\n".join(lines + text_of(self.body, 1))
 

@@ -65,9 +65,18 @@ def types(f: Facts) -> Claims:
 
 
 def grid(f: Facts) -> Claims:
-    """All programs are on one launch dimension, the dynamic axis outermost; grid axes are in grid mode and no others."""
-    on = sorted(a.name for a in f.program.axes if a.mode == "grid")
+    """All programs are on one launch dimension, the dynamic axis outermost; along a looped axis they take turns."""
+    on = sorted(a.name for a in f.program.axes if a.numbered)
     yield None, sorted(f.program.grid) == on, f"the grid is {f.program.grid}, the axes in grid mode are {on}"
+    for a in (a for a in f.program.axes if a.beside):
+        fits = a.mode == "loop" and a.extent is not None and a.parts == 1 and a.beside <= a.blocks
+        yield None, fits, f"{a.beside} programs take turns along {a.name}, which must be static, looped over, of as many blocks"
+        loops = [(op, around) for op, around in f.ops if isinstance(op, t.Loop) and a.name in op.over]
+        one = len(loops) == 1 and not loops[0][1]
+        yield None, one, f"programs take turns along {a.name}, so one loop goes over it, outermost"
+        inside = {id(x) for op, _ in loops for x, _ in t.walk(op.body)}
+        for op in f.only(t.Store):
+            yield op, id(op) in inside, f"it is outside of the loop over {a.name}, along which programs take turns"
     dynamic = [f.program.axis(a).extent is None for a in f.program.grid]
     yield None, dynamic == sorted(dynamic, reverse=True), f"dynamic axes must be outermost in {f.program.grid}"
 

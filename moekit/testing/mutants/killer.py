@@ -45,7 +45,7 @@ SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "
              "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
              "gate_projections", "topk_softmax")  # fmt: skip
 UPDATING = ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange")  # those of them that are run in place
-SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "whole", "small", "rows")
+SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "rounds", "whole", "small", "rows")
 ALIKE = ("probe_residual", "probe_rounded")  # three tensors or more of one shape and dtype, to take turns in one array
 SLOW = ("small", "single parts", "looped")  # on a third of the sizes; 20 seconds each for a whole block of the model
 TOP_K = {"k": 10, "renormalize": True, "nan_to_zero": False}
