@@ -335,7 +335,9 @@ def _exp_sum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     size, largest, value = np.abs(v.value), _largest(v), dot(weights, v.value)
     made = Bound(value, dot(noise, largest) + dot(weights, v.noise) + _added(n, dot(weights, size), value),
                  dot(flips, largest) + dot(weights, v.flips))  # fmt: skip
-    return _unknown(made, dot(_tame(weights), _tame(v.value)) > LARGEST)
+    least = TINY if dtype == "float32" else max(TINY, 2.0 ** (MIN_EXPONENT[dtype] - MANTISSA[dtype]))
+    vanishing = dot(((weights > 0) & (weights < least)).astype(float), np.isinf(v.value).astype(float)) > 0
+    return _unknown(made, vanishing | (dot(_tame(weights), _tame(v.value)) > LARGEST))
 
 
 def _dot(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:

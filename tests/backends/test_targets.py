@@ -5,19 +5,24 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moekit.compat import release
 from moekit.compile.plan import plan
+from moekit.compile.schedule import Schedule
+from moekit.jax import launch
+from moekit.lang import In, contract, fusion
 from moekit.testing import Call, operands
 from moekit.testing.probes import PROBES
 from tests.compile import unseen
 
-from .samples import SAMPLES, strided
+from .samples import SAMPLES, strided, viewed
 
 triton = pytest.importorskip("triton")
 from .sm_90 import TARGETS, compiled  # noqa: E402
 
+H200 = Path(__file__).parents[1] / "data/h200.textproto"
 STACK = {"qk_norm_rope": 32}  # bytes: libdevice's sine has the digits of an angle times 2/π
 if release(triton.__version__) >= (3, 8):
     STACK["gate_block", "bfloat16"] = 8  # what does not fit into the 128 registers that it is given there
@@ -93,3 +98,44 @@ def test_weights_of_one_byte(target, tmp_path):
     assert "cvt.rn.f16x2.e4m3x2" in text
     assert set(re.findall(r"mma\.sync\S*", text)) == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
     assert not any(resources(x.asm["cubin"], tmp_path)["STACK"] for x in built if target == "sm_90")
+
+
+@fusion(x=In("T D", dtype="float32"), w=In("D P", dtype="float32"))
+def along_the_middle(x, w):
+    """A product that lanes add up, the sum's axis between the others."""
+    return contract(x, w, over="D")
+
+
+def ptx_by_xla(graph, sizes: dict[str, int], schedule: Schedule, folder: Path) -> str:
+    """The PTX of a Pallas kernel of float32 operands in a jitted function."""
+    jax, topologies = pytest.importorskip("jax"), pytest.importorskip("jax.experimental.topologies")
+    made = plan(graph, schedule, viewed(graph, sizes), sizes)
+    shapes = {n: tuple(sizes[a] for a in x.axes) for n, x in graph.tensors.items()}
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200.read_text(), topology="1x1x1")
+    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(-1), ("tp",))
+    alone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = [jax.ShapeDtypeStruct(shapes[n], "float32", sharding=alone) for n in ("x", "w")]
+
+    def run(x, w):
+        return launch.launch(made, {"x": x, "w": w}, {"out": (shapes["out"], jax.numpy.float32)}, sizes, {})
+
+    with jax.set_mesh(mesh):
+        options = {"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"}
+        jax.jit(run).lower(*args).compile(compiler_options=options)
+    (dumped,) = folder.glob("*.ptx")
+    return dumped.read_text()
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+@pytest.mark.parametrize("backend", ["triton", "xla"])
+def test_sums_along_the_middle_are_float32(backend, depth, tmp_path):
+    """Triton takes sum(x[:, :, None] * y[None, :, :], axis=1) for a product, which it makes in TF32, and wrongly if short."""
+    sizes = {"T": 16, "D": depth, "P": 32}
+    graph = Call(along_the_middle, operands(along_the_middle, sizes, "float32")).graph
+    schedule = Schedule.parse(f"tile:T:16 whole:D:{depth} tile:P:32")
+    if backend == "xla":
+        ptx = ptx_by_xla(graph, sizes, schedule, tmp_path)
+    else:
+        (program,) = plan(graph, schedule, strided(graph, sizes)).programs
+        ptx = compiled(program).asm["ptx"]
+    assert "mma" not in ptx

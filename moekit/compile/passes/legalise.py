@@ -45,7 +45,25 @@ def _negative_zero(d: t.Draft, op: t.Op) -> list[t.Op] | None:
     return d.becomes(op.out)
 
 
-RULES: dict[str, Rule] = {"narrowing": _narrowing, "negation": _negation, "negative zero": _negative_zero}
+def _rounded_product(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """The sum of x[:, :, None]·y[None, :, :] along the middle is made of y[None, :, :]·x[:, :, None].
+
+    Triton (3.6, no more in 3.8; not in XLA) takes the first for a product on the matrix unit, in TF32 whatever was asked for,
+    and over fewer than eight elements adds each up several times.
+    """
+    if not isinstance(op, t.Binary) or op.op != "mul" or len(op.out.axes) != 3:
+        return None
+    if (op.left.axes, op.right.axes) != (op.out.axes[:2], op.out.axes[1:]):
+        return None
+    return [replace(op, left=op.right, right=op.left)]
+
+
+RULES: dict[str, Rule] = {
+    "narrowing": _narrowing,
+    "negation": _negation,
+    "negative zero": _negative_zero,
+    "rounded product": _rounded_product,
+}
 
 
 def legalise(program: t.TileProgram, target: str) -> t.TileProgram:
