@@ -25,10 +25,12 @@ from moekit.backends.printer import (
     is_extreme,
     kernel_name,
     number,
+    woven,
     wrapped,
 )
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
+from moekit.compile.tile.layouts import PAIR
 from moekit.lang.dtypes import STORED, is_float
 
 DTYPES = {
@@ -55,31 +57,29 @@ HELPERS = {
         pairs = zip(halves[0::2], halves[1::2], strict=True)
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
-    "packets": f'''def packets(way, row, epoch, column, width):
-    """The addresses of packets: two slots for each row, which may be a literal."""
+    "packets": '''def packets(way, row, epoch, column, columns, size):
+    """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes."""
     with jax.enable_x64(True):
-        return way + (((epoch & 1).astype(jnp.int64) + row + row) * width + column) * {packet.BYTES}
+        return way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
 ''',
-    "send": f'''def send(value, at, epoch, mask):
-    """Put packets into a mailbox, each at once; the value again."""
-    put = {packet.literal(packet.SEND, 1)}
-    args = value, at, epoch, mask.astype(jnp.int32)
-    return elementwise(put, "{packet.SEND_OPERANDS}", args, value.shape)
-''',
-    **{
-        f"receive_{n}": f'''def receive_{n}(after, at, epoch, mask, errors, most, sender):
-    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
-    wait = {packet.literal(packet.receive(n), 1)}
-    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
-    return elementwise(wait, "{packet.receive_operands(n)}", args, after.shape, {n})
-'''
-        for n in (1, 2, packet.TOGETHER)
-    },
-    "elementwise": """def elementwise(text, operands, args, shape, pack=1):
+    "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
     args = [jnp.broadcast_to(x, shape) for x in args]
-    out = [jax.ShapeDtypeStruct(shape, jnp.int32)]
+    out = [jax.ShapeDtypeStruct(shape, dtype)]
     return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
 """,
+    "deinterleave": '''def deinterleave(x, n):
+    """Neighbours along the last dimension, n at a time, apart."""
+    if n == 1:
+        return (x,)
+    sides = jnp.split(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), 2, axis=-1)
+    first, second = (deinterleave(side.reshape(*x.shape[:-1], x.shape[-1] // 2), n // 2) for side in sides)
+    return tuple(x for pair in zip(first, second, strict=True) for x in pair)
+''',
+    "interleave": '''def interleave(a, b):
+    """An element of each in turn along the last dimension."""
+    pairs = lax.concatenate([a.reshape(*a.shape, 1), b.reshape(*b.shape, 1)], a.ndim)
+    return pairs.reshape(*a.shape[:-1], 2 * a.shape[-1])
+''',
     "barrier": """def barrier():
     plt.debug_barrier()
 """,
@@ -110,6 +110,36 @@ HELPERS = {
     return lax.bitcast_convert_type(jnp.where(best >= 0, best, best ^ 0x7FFFFFFF), jnp.float32)
 """,
 }
+
+
+def _send_text(words: int) -> str:
+    data = ", ".join(f"data_{w}" for w in range(words))
+    return f'''def send_{words}({data}, at, epoch, mask):
+    """Put packets into a mailbox, {words} at once; the first one's data again."""
+    put = {packet.literal(packet.send(words), 1)}
+    args = {data}, at, epoch, mask.astype(jnp.int32)
+    return elementwise(put, "{packet.send_operands(words)}", args, data_0.shape)
+'''
+
+
+def _receive_text(words: int, n: int) -> str:
+    data = f"    return elementwise(wait, kinds, args, after.shape, {n})"
+    if words == 2:  # which JAX's lowering has no two results for
+        data = f"""    with jax.enable_x64(True):
+        data = elementwise(wait, kinds, args, after.shape, {n}, jnp.int64)
+        return data.astype(jnp.int32), (data >> 32).astype(jnp.int32)"""
+    return f'''def receive_{words}x{n}(after, at, epoch, mask, errors, most, sender):
+    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
+    errors."""
+    wait = {packet.literal(packet.receive(words, n), 1)}
+    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
+    kinds = "{packet.receive_operands(words, n)}"
+{data}
+'''
+
+
+HELPERS |= {f"send_{words}": _send_text(words) for words in range(1, PAIR + 1)}
+HELPERS |= {f"receive_{words}x{n}": _receive_text(words, n) for words in range(1, PAIR + 1) for n in packet.TOGETHER}
 
 
 def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
@@ -314,14 +344,19 @@ def _halves(p: PallasPrinter, op: t.Halves) -> str:
     return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
 
 
+def _interleave(p: PallasPrinter, op: t.Interleave) -> str:
+    return woven([p.text(v) for v in op.values], f"{p.helper('interleave')}({{}}, {{}})")
+
+
 def _send(p: PallasPrinter, op: t.Send) -> str:
     p.helper("elementwise")
-    return f"{p.helper('send')}({p.text(op.value)}, {p.helper('packets')}({p.packets(op)}), {p.packet_epoch(op)})"
+    send, data = p.helper(f"send_{p.words_of(op)}"), ", ".join(map(p.text, op.values))
+    return f"{send}({data}, {p.helper('packets')}({p.packets(op)}), {p.packet_epoch(op)})"
 
 
 def _receive(p: PallasPrinter, op: t.Receive) -> str:
     at, late = f"{p.helper('packets')}({p.packets(op)})", f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{p.helper(f'receive_{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
+    return f"{p.helper(f'receive_{p.words_of(op)}x{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
 
 
 def _ways(p: PallasPrinter, op: t.Ways) -> str:
@@ -331,6 +366,8 @@ def _ways(p: PallasPrinter, op: t.Ways) -> str:
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
+    t.Deinterleave: lambda p, op: f"{p.helper('deinterleave')}({p.text(op.value)}, {len(op.outs)})",
+    t.Interleave: _interleave,
     t.Load: _load,
     t.Binary: _binary,
     t.Reduce: _reduce,

@@ -23,10 +23,12 @@ from moekit.backends.printer import (
     is_extreme,
     kernel_name,
     number,
+    woven,
 )
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import extent_name, identifier
+from moekit.compile.tile.layouts import PAIR
 from moekit.lang.dtypes import STORED, itemsize
 
 DTYPES = {
@@ -43,17 +45,18 @@ WORDS = {
 }  # fmt: skip
 
 HELPERS = {
-    "packets": f'''@triton.jit
-def packets(way, row, epoch, column, width: tl.constexpr):
-    """The addresses of packets: two slots for each row."""
-    return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * width + column) * {packet.BYTES}
+    "packets": '''@triton.jit
+def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
+    """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
+    return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * columns + column) * size
 ''',
-    "send": f'''@triton.jit
-def send(value, at, epoch, there):
-    """Put packets into a mailbox, each at once; the value again."""
-    put: tl.constexpr = {packet.literal(packet.SEND, 1)}
-    args = [value, at, epoch, there]
-    return tl.inline_asm_elementwise(put, "{packet.SEND_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
+    "split_4": '''@triton.jit
+def split_4(fours):
+    """Neighbours, four at a time, apart: the last two dimensions count them."""
+    first, second = tl.split(fours)
+    data_0, data_2 = tl.split(first)
+    data_1, data_3 = tl.split(second)
+    return data_0, data_1, data_2, data_3
 ''',
     "nan_max": """@triton.jit
 def nan_max(a, b):
@@ -72,16 +75,33 @@ def prefetch(lines):
 }
 
 
-HELPERS |= {
-    f"receive_{n}": f'''@triton.jit
-def receive_{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
-    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(n), 1)}
-    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    return tl.inline_asm_elementwise(wait, "{packet.receive_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+def _send_text(words: int) -> str:
+    data = [f"data_{w}" for w in range(words)]
+    return f'''@triton.jit
+def send_{words}({", ".join(data)}, at, epoch, there):
+    """Put packets into a mailbox, {words} at once; the first one's data again."""
+    put: tl.constexpr = {packet.literal(packet.send(words), 1)}
+    args = [{", ".join(data)}, at, epoch, there]
+    return tl.inline_asm_elementwise(put, "{packet.send_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
-    for n in (1, 2, packet.TOGETHER)
-}
+
+
+def _receive_text(words: int, n: int) -> str:
+    data = "data.to(tl.int32), (data >> 32).to(tl.int32)" if words == 2 else "data"
+    return f'''@triton.jit
+def receive_{words}x{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
+    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
+    errors."""
+    wait: tl.constexpr = {packet.literal(packet.receive(words, n), 1)}
+    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
+    kinds: tl.constexpr = "{packet.receive_operands(words, n)}"
+    data = tl.inline_asm_elementwise(wait, kinds, args, dtype=tl.int{32 * words}, is_pure=False, pack={n})
+    return {data}
+'''
+
+
+HELPERS |= {f"send_{words}": _send_text(words) for words in range(1, PAIR + 1)}
+HELPERS |= {f"receive_{words}x{n}": _receive_text(words, n) for words in range(1, PAIR + 1) for n in packet.TOGETHER}
 
 
 def stride(tensor: str, axis: str) -> str:
@@ -274,13 +294,26 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
 
 
+def _deinterleave(p: TritonPrinter, op: t.Deinterleave) -> str:
+    *outer, last = p.program.block(op.value.axes)
+    split, n = "split", len(op.outs)
+    if n > 2:
+        p.helpers.add(split := f"split_{n}")
+    pairs = [2] * (n.bit_length() - 1)
+    return f"{split if n > 2 else 'tl.split'}(tl.reshape({p.text(op.value)}, {(*outer, last // n, *pairs)}))"
+
+
+def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
+    return woven([p.text(v) for v in op.values], "tl.interleave({}, {})")
+
+
 def _send(p: TritonPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", "send"}
-    return f"send({p.text(op.value)}, packets({p.packets(op)}), {p.packet_epoch(op)})"
+    p.helpers |= {"packets", helper := f"send_{p.words_of(op)}"}
+    return f"{helper}({', '.join(map(p.text, op.values))}, packets({p.packets(op)}), {p.packet_epoch(op)})"
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", helper := f"receive_{p.together(op)}"}
+    p.helpers |= {"packets", helper := f"receive_{p.words_of(op)}x{p.together(op)}"}
     late = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
     return f"{helper}({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
 
@@ -292,6 +325,8 @@ def _ways(p: TritonPrinter, op: t.Ways) -> str:
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
+    t.Deinterleave: _deinterleave,
+    t.Interleave: _interleave,
     t.Load: _load,
     t.Binary: _binary,
     t.Reduce: _reduce,

@@ -161,13 +161,14 @@ class Ways:
 
 @dataclass(frozen=True)
 class Send:
-    """Put `value` into the mailbox of rank `peer`, by `way`: a packet for each element, its data and number `epoch` at once.
+    """Put `values` into the mailbox of rank `peer`, by `way`: a packet for each element of each, its data and number `epoch` at
+    once. Those of one element of all values lie side by side.
 
-    `out` is the value again: what reads it comes after.
+    `out` is the first value again: what reads it comes after.
     """
 
     out: Value
-    value: Value
+    values: tuple[Value, ...]
     epoch: Value
     at: Access
     way: Value
@@ -176,12 +177,13 @@ class Send:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait until the packets from rank `sender` have the number `epoch`, and take their data; 0 where they are masked.
+    """Wait until the packets from rank `sender` have the number `epoch`, and take their data, as many values as were sent; 0
+    where they are masked.
 
     `after`: what was sent before. A wait that has looked `most` times notes `errors`, and takes what there is.
     """
 
-    out: Value
+    outs: tuple[Value, ...]
     after: Value
     epoch: Value
     at: Access
@@ -292,6 +294,27 @@ class Halves:
 
 
 @dataclass(frozen=True)
+class Deinterleave:
+    """Neighbours along `axis`, the last one of the block, in a block each along `into`, which has one element for all of them:
+    the k-th of n outs has the elements k, n + k, 2n + k, …"""
+
+    outs: tuple[Value, ...]
+    value: Value
+    axis: str
+    into: str
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """The reverse: along `axis` an element of each of `values` in turn, which have `by` in its place."""
+
+    out: Value
+    values: tuple[Value, ...]
+    axis: str
+    by: str
+
+
+@dataclass(frozen=True)
 class TopK:
     """The `k` largest int32 `keys` along `axis` and their indices, best first along axis `into`, ties to the lower index.
 
@@ -340,7 +363,7 @@ class AtEnd:
 
 Op = (
     Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
-    | Reduce | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
+    | Reduce | Accumulate | Scan | Dot | Halves | Deinterleave | Interleave | TopK | Loop | AtEnd | AllReduce | Ways | Send
     | Receive
 )  # fmt: skip
 Packet = Send | Receive
@@ -349,7 +372,7 @@ Memory = Load | Store | Prefetch | AllReduce | Packet
 
 def results(op: Op) -> tuple[Value, ...]:
     """The values an operation defines for those after it."""
-    if isinstance(op, Halves | TopK | Loop | AtEnd | Ways):
+    if isinstance(op, Halves | Deinterleave | TopK | Loop | AtEnd | Ways | Receive):
         return op.outs
     return () if isinstance(op, Store | Prefetch | Barrier) else (op.out,)
 
