@@ -37,9 +37,10 @@ def receive(words: int, together: int) -> str:
     """The text of a wait for so many accesses of so many packets, each wherever it is, whose loads are on their way at the same
     time.
 
-    Results: of each access its packets' data, the first one's lowest, 0 where there is none. Operands, of each as many as accesses: what was sent, addresses, epochs,
-    whether there is one, address of the word of errors, most turns, the sender's number from 1 on. The word of errors is the
-    epoch that was waited for and the sender, of the first wait in vain: those after it follow from it, and do not look for long.
+    Results: of each access its packets' data, the first one's lowest, 0 where there is none. Operands, of each as many as
+    accesses: what was sent, addresses, epochs, whether there is one, address of the word of errors, most turns, the sender's
+    number from 1 on. The word of errors is the epoch that was waited for and the sender, of the first wait in vain: those after
+    it follow from it, and do not look for long.
     """
     every = range(together)
     given = _operands(together, 7 * together)
@@ -50,7 +51,9 @@ def receive(words: int, together: int) -> str:
         lines += [f".reg .b32 {', '.join(_each(f'data{i}_', words) + _each(f'epoch{i}_', words))};"]
         lines += [f"setp.ne.s32 wait{i}, {there[i]}, 0; {' '.join(f'mov.b32 {x}, 0;' for x in _each(f'data{i}_', words))}"]
     lines += [f"cvt.u32.u64 left, {most[0]};", "POLL:"]
-    lines += [f"@wait{i} ld.relaxed.sys.global{_shape(words)} {_listed(_each(f'packet{i}_', words))}, [{at[i]}];" for i in every]
+    lines += [
+        f"@wait{i} ld.relaxed.sys.global{_shape(words)} {_listed(_each(f'packet{i}_', words))}, [{at[i]}];" for i in every
+    ]
     lines += [f"@wait{i} mov.b64 {{data{i}_{w}, epoch{i}_{w}}}, packet{i}_{w};" for i in every for w in range(words)]
     for i in every:
         lines += [f"@wait{i} setp.ne.s32 other, epoch{i}_1, {epoch[i]};"] if words > 1 else []

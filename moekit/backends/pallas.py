@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
-from moekit.backends import packet
+from moekit.backends import packet_helpers
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -30,7 +30,6 @@ from moekit.backends.printer import (
 )
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
-from moekit.compile.tile.layouts import PAIR
 from moekit.lang.dtypes import STORED, is_float
 
 DTYPES = {
@@ -49,37 +48,7 @@ WORDS = {
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
-HELPERS = {
-    "ways": '''def ways(mail_ref, n):
-    """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
-    halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
-    with jax.enable_x64(True):
-        pairs = zip(halves[0::2], halves[1::2], strict=True)
-        return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
-''',
-    "packets": '''def packets(way, row, epoch, column, columns, size):
-    """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes."""
-    with jax.enable_x64(True):
-        return way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
-''',
-    "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
-    args = [jnp.broadcast_to(x, shape) for x in args]
-    out = [jax.ShapeDtypeStruct(shape, dtype)]
-    return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
-""",
-    "deinterleave": '''def deinterleave(x, n):
-    """Neighbours along the last dimension, n at a time, apart."""
-    if n == 1:
-        return (x,)
-    sides = jnp.split(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), 2, axis=-1)
-    first, second = (deinterleave(side.reshape(*x.shape[:-1], x.shape[-1] // 2), n // 2) for side in sides)
-    return tuple(x for pair in zip(first, second, strict=True) for x in pair)
-''',
-    "interleave": '''def interleave(a, b):
-    """An element of each in turn along the last dimension."""
-    pairs = lax.concatenate([a.reshape(*a.shape, 1), b.reshape(*b.shape, 1)], a.ndim)
-    return pairs.reshape(*a.shape[:-1], 2 * a.shape[-1])
-''',
+HELPERS = packet_helpers.PALLAS | {
     "barrier": """def barrier():
     plt.debug_barrier()
 """,
@@ -110,36 +79,6 @@ HELPERS = {
     return lax.bitcast_convert_type(jnp.where(best >= 0, best, best ^ 0x7FFFFFFF), jnp.float32)
 """,
 }
-
-
-def _send_text(words: int) -> str:
-    data = ", ".join(f"data_{w}" for w in range(words))
-    return f'''def send_{words}({data}, at, epoch, mask):
-    """Put packets into a mailbox, {words} at once; the first one's data again."""
-    put = {packet.literal(packet.send(words), 1)}
-    args = {data}, at, epoch, mask.astype(jnp.int32)
-    return elementwise(put, "{packet.send_operands(words)}", args, data_0.shape)
-'''
-
-
-def _receive_text(words: int, n: int) -> str:
-    data = f"    return elementwise(wait, kinds, args, after.shape, {n})"
-    if words == 2:  # which JAX's lowering has no two results for
-        data = f"""    with jax.enable_x64(True):
-        data = elementwise(wait, kinds, args, after.shape, {n}, jnp.int64)
-        return data.astype(jnp.int32), (data >> 32).astype(jnp.int32)"""
-    return f'''def receive_{words}x{n}(after, at, epoch, mask, errors, most, sender):
-    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
-    errors."""
-    wait = {packet.literal(packet.receive(words, n), 1)}
-    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
-    kinds = "{packet.receive_operands(words, n)}"
-{data}
-'''
-
-
-HELPERS |= {f"send_{words}": _send_text(words) for words in range(1, PAIR + 1)}
-HELPERS |= {f"receive_{words}x{n}": _receive_text(words, n) for words in range(1, PAIR + 1) for n in packet.TOGETHER}
 
 
 def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:

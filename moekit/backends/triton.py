@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
-from moekit.backends import packet
+from moekit.backends import packet_helpers
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -28,7 +28,6 @@ from moekit.backends.printer import (
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import extent_name, identifier
-from moekit.compile.tile.layouts import PAIR
 from moekit.lang.dtypes import STORED, itemsize
 
 DTYPES = {
@@ -44,20 +43,7 @@ WORDS = {
     "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
 }  # fmt: skip
 
-HELPERS = {
-    "packets": '''@triton.jit
-def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
-    """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
-    return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * columns + column) * size
-''',
-    "split_4": '''@triton.jit
-def split_4(fours):
-    """Neighbours, four at a time, apart: the last two dimensions count them."""
-    first, second = tl.split(fours)
-    data_0, data_2 = tl.split(first)
-    data_1, data_3 = tl.split(second)
-    return data_0, data_1, data_2, data_3
-''',
+HELPERS = packet_helpers.TRITON | {
     "nan_max": """@triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -73,35 +59,6 @@ def prefetch(lines):
     tl.inline_asm_elementwise(ask, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 ''',
 }
-
-
-def _send_text(words: int) -> str:
-    data = [f"data_{w}" for w in range(words)]
-    return f'''@triton.jit
-def send_{words}({", ".join(data)}, at, epoch, there):
-    """Put packets into a mailbox, {words} at once; the first one's data again."""
-    put: tl.constexpr = {packet.literal(packet.send(words), 1)}
-    args = [{", ".join(data)}, at, epoch, there]
-    return tl.inline_asm_elementwise(put, "{packet.send_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
-'''
-
-
-def _receive_text(words: int, n: int) -> str:
-    data = "data.to(tl.int32), (data >> 32).to(tl.int32)" if words == 2 else "data"
-    return f'''@triton.jit
-def receive_{words}x{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
-    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
-    errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(words, n), 1)}
-    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    kinds: tl.constexpr = "{packet.receive_operands(words, n)}"
-    data = tl.inline_asm_elementwise(wait, kinds, args, dtype=tl.int{32 * words}, is_pure=False, pack={n})
-    return {data}
-'''
-
-
-HELPERS |= {f"send_{words}": _send_text(words) for words in range(1, PAIR + 1)}
-HELPERS |= {f"receive_{words}x{n}": _receive_text(words, n) for words in range(1, PAIR + 1) for n in packet.TOGETHER}
 
 
 def stride(tensor: str, axis: str) -> str:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moekit.backends import packet
 from moekit.backends.packet import BYTES
 from moekit.compile.schedule.targets import TARGETS
+from moekit.compile.tile.layouts import pitch
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
@@ -59,7 +60,7 @@ class Channel:
     @property
     def region(self) -> int:
         """Bytes of a mailbox for the packets of one rank."""
-        return self.rows * SLOTS * self.width * BYTES
+        return self.rows * SLOTS * pitch(self.width) * BYTES
 
     def _open(self, looks: int) -> None:
         """New mailboxes, zero, which are kept as long as the channel and given to nobody."""

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from moekit.backends import packet
 from moekit.compile import tile as t
 from moekit.compile.schedule.room import Room
-from moekit.compile.tile.layouts import epochs_name, mail_name
+from moekit.compile.tile.layouts import epochs_name, mail_name, pitch
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, MoekitError, RankError, UnavailableError
 from moekit.fusions.added import added
@@ -56,7 +56,7 @@ class Channel:
     @property
     def region(self) -> int:
         """Bytes of a mailbox for the packets of one rank."""
-        return self.room.rows * SLOTS * self.room.width * packet.BYTES
+        return self.room.rows * SLOTS * pitch(self.room.width) * packet.BYTES
 
     def _begin(self) -> None:
         """New mailboxes, zero on all ranks before anyone sends."""

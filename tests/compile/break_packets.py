@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import programs as good
-from breakers import breaks, with_ops, without
+from breakers import breaks, with_axis, with_ops, without
 
 from moekit.compile import tile as t
 
@@ -93,3 +93,21 @@ def epoch_that_is_no_rows():
 def packets_by_the_way_to_another_rank():
     program, sends, _ = packets()
     return with_ops(program, t.Send, way=sends[1].way)
+
+
+@breaks("packets")
+def accesses_of_other_elements_than_other_ranks_have():
+    program = packets()[0]
+    params = tuple(replace(p, dtype="bfloat16") if p.name == "tp_mail" else p for p in program.params)
+    return replace(program, params=params)
+
+
+@breaks("packets")
+def fewer_accesses_than_a_row_has():
+    return with_axis(packets()[0], "H.packets", extent=24)
+
+
+@breaks("packets")
+def packets_one_by_one():
+    program, sends, _ = packets()
+    return with_ops(program, t.Send, values=sends[0].values[:1])

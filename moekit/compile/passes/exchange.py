@@ -36,7 +36,7 @@ def exchange(program: t.TileProgram) -> t.TileProgram:
 
 
 def _with_packets(program: t.TileProgram, op: t.AllReduce) -> t.TileProgram:
-    """The program with an axis of a row's accesses, where they are of several elements each: a dimension of blocks in its place."""
+    """The program with an axis of a row's accesses, where they are of several elements each."""
     mail = program.param(op.at.tensor)
     if (each := carried(program, mail)) == 1:
         return program

@@ -88,7 +88,11 @@ class Program:
     def packets(self, op: t.Packet) -> tuple[Any, list[tuple[np.ndarray, ...]], np.ndarray, np.ndarray]:
         """The mailboxes, each value's packets in them, where there are any, and their epochs; those of all values lie side by
         side."""
-        mail, axes, n = self.memory[op.at.tensor], self.program.ordered(op.at.axes), len(op.values if isinstance(op, t.Send) else op.outs)
+        mail, axes, n = (
+            self.memory[op.at.tensor],
+            self.program.ordered(op.at.axes),
+            len(op.values if isinstance(op, t.Send) else op.outs),
+        )
         *rows, last = mail.shape
         _, index, mask = self.address(op, axes, (*rows, last // n))
         *at, packet = (i[mask] for i in index)
