@@ -37,19 +37,20 @@ def receive(words: int, together: int) -> str:
     """The text of a wait for so many accesses of so many packets, each wherever it is, whose loads are on their way at the same
     time.
 
-    Results: of each access its packets' data, the first one's lowest, 0 where there is none. Operands, of each as many as
-    accesses: what was sent, addresses, epochs, whether there is one, address of the word of errors, most turns, the sender's
-    number from 1 on. The word of errors is the epoch that was waited for and the sender, of the first wait in vain: those after
-    it follow from it, and do not look for long.
+    Results: of each access its packets' data, the first one's lowest. Operands, of each as many as accesses: data that was
+    sent, packet by packet, which is the result where there is none; addresses, epochs, whether there is one, address of the
+    word of errors, most turns, the sender's number from 1 on. The word of errors is the epoch that was waited for and the
+    sender, of the first wait in vain: those after it follow from it, and do not look for long.
     """
     every = range(together)
-    given = _operands(together, 7 * together)
-    _, at, epoch, there, errors, most, sender = (given[k * together :][:together] for k in range(7))
+    given = _operands(together, (words + 6) * together)
+    *own, at, epoch, there, errors, most, sender = (given[k * together :][:together] for k in range(words + 6))
     lines = ["{", ".reg .pred look, more, other; .reg .b32 left, low;"]
     for i in every:
         lines += [f".reg .pred wait{i}; .reg .b64 {', '.join(_each(f'packet{i}_', words))};"]
         lines += [f".reg .b32 {', '.join(_each(f'data{i}_', words) + _each(f'epoch{i}_', words))};"]
-        lines += [f"setp.ne.s32 wait{i}, {there[i]}, 0; {' '.join(f'mov.b32 {x}, 0;' for x in _each(f'data{i}_', words))}"]
+        lines += [f"setp.ne.s32 wait{i}, {there[i]}, 0;"]
+        lines += [f"mov.b32 data{i}_{w}, {own[w][i]};" for w in range(words)]
     lines += [f"cvt.u32.u64 left, {most[0]};", "POLL:"]
     lines += [
         f"@wait{i} ld.relaxed.sys.global{_shape(words)} {_listed(_each(f'packet{i}_', words))}, [{at[i]}];" for i in every
@@ -72,7 +73,9 @@ def receive(words: int, together: int) -> str:
 
 def receive_operands(words: int, together: int) -> str:
     """The constraints of its results and operands."""
-    return ",".join(["=l" if words == 2 else "=r"] * together + [kind for kind in "rlrrllr" for _ in range(together)])
+    return ",".join(
+        ["=l" if words == 2 else "=r"] * together + [kind for kind in "r" * words + "lrrllr" for _ in range(together)]
+    )
 
 
 def _each(name: str, n: int) -> list[str]:
@@ -95,8 +98,9 @@ def _listed(packets: Sequence[str]) -> str:
 def addresses(at: Sequence[int], me: int, region: int, looks: int) -> list[int]:
     """What rank `me` reaches, as `tile.Ways` has it: mailboxes begin at `at`, with `region` bytes for each sender and the word
     of errors behind them; a wait looks so many times."""
-    ranks = len(at)
-    to, own = [base + me * region for base in at], [at[me] + other * region for other in range(ranks)]
+    ranks, away = len(at), [other != me for other in range(len(at))]
+    to = [away[other] * (base + me * region) for other, base in enumerate(at)]
+    own = [away[other] * (at[me] + other * region) for other in range(ranks)]
     return [*to, *own, at[me] + ranks * region, looks]
 
 

@@ -8,13 +8,18 @@ from moekit.backends import packet
 from moekit.compile.tile.layouts import PAIR
 
 
+def _data(name: str, words: int) -> str:
+    return ", ".join(f"{name}_{w}" for w in range(words))
+
+
 def _triton_send(words: int) -> str:
-    data = [f"data_{w}" for w in range(words)]
+    data = _data("data", words)
     return f'''@triton.jit
-def send_{words}({", ".join(data)}, at, epoch, there):
-    """Put packets into a mailbox, {words} at once; the first one's data again."""
+def send_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
+    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
     put: tl.constexpr = {packet.literal(packet.send(words), 1)}
-    args = [{", ".join(data)}, at, epoch, there]
+    at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
+    args = [{data}, at, epoch, there & tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(put, "{packet.send_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
@@ -22,11 +27,14 @@ def send_{words}({", ".join(data)}, at, epoch, there):
 def _triton_receive(words: int, n: int) -> str:
     data = "data.to(tl.int32), (data >> 32).to(tl.int32)" if words == 2 else "data"
     return f'''@triton.jit
-def receive_{words}x{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
-    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
-    errors."""
+def receive_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, errors, most, sender: tl.constexpr,
+                {_data("own", words)}):
+    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
+    the word of errors."""
     wait: tl.constexpr = {packet.literal(packet.receive(words, n), 1)}
-    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
+    at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
+    there = there & tl.cast(way != 0, tl.int32)
+    args = [{_data("own", words)}, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
     kinds: tl.constexpr = "{packet.receive_operands(words, n)}"
     data = tl.inline_asm_elementwise(wait, kinds, args, dtype=tl.int{32 * words}, is_pure=False, pack={n})
     return {data}
@@ -34,26 +42,28 @@ def receive_{words}x{n}(after, at, epoch, there, errors, most, sender: tl.conste
 
 
 def _pallas_send(words: int) -> str:
-    data = ", ".join(f"data_{w}" for w in range(words))
-    return f'''def send_{words}({data}, at, epoch, mask):
-    """Put packets into a mailbox, {words} at once; the first one's data again."""
+    data = _data("data", words)
+    return f'''def send_{words}(way, row, epoch, column, columns, mask, {data}):
+    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
     put = {packet.literal(packet.send(words), 1)}
-    args = {data}, at, epoch, mask.astype(jnp.int32)
-    return elementwise(put, "{packet.send_operands(words)}", args, data_0.shape)
+    at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
+    return elementwise(put, "{packet.send_operands(words)}", ({data}, at, epoch, there), data_0.shape)
 '''
 
 
 def _pallas_receive(words: int, n: int) -> str:
-    data = f"    return elementwise(wait, kinds, args, after.shape, {n})"
+    own = _data("own", words)
+    data = f"    return elementwise(wait, kinds, args, own_0.shape, {n})"
     if words == 2:  # which JAX's lowering has no two results for
         data = f"""    with jax.enable_x64(True):
-        data = elementwise(wait, kinds, args, after.shape, {n}, jnp.int64)
+        data = elementwise(wait, kinds, args, own_0.shape, {n}, jnp.int64)
         return data.astype(jnp.int32), (data >> 32).astype(jnp.int32)"""
-    return f'''def receive_{words}x{n}(after, at, epoch, mask, errors, most, sender):
-    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data. What comes too late is said in the word of
-    errors."""
+    return f'''def receive_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {own}):
+    """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
+    the word of errors."""
     wait = {packet.literal(packet.receive(words, n), 1)}
-    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
+    at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
+    args = {own}, at, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
     kinds = "{packet.receive_operands(words, n)}"
 {data}
 '''
@@ -91,10 +101,12 @@ PALLAS = _each(_pallas_send, _pallas_receive) | {
         pairs = zip(halves[0::2], halves[1::2], strict=True)
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
-    "packets": '''def packets(way, row, epoch, column, columns, size):
-    """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes."""
+    "packets": '''def packets(way, row, epoch, column, columns, size, mask):
+    """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes. And
+    where there are any: of those of `mask`, if the way does not lead to oneself."""
     with jax.enable_x64(True):
-        return way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
+        at = way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
+        return at, (mask & (way != 0)).astype(jnp.int32)
 ''',
     "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
     args = [jnp.broadcast_to(x, shape) for x in args]

@@ -203,10 +203,10 @@ class PallasPrinter(Printer):
             mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
         return f", mask={mask}" if mask else ""
 
-    def packet_epoch(self, op: t.Packet) -> str:
-        """The epoch of packets and which of them there are, as arguments."""
+    def there(self, op: t.Packet) -> str:
+        """Which packets there are."""
         axes = self.program.ordered(op.at.axes)
-        return f"{self.at(op.epoch, axes)}, {self.mask(op.at, axes) or f'jnp.full({self.shape(axes)}, True)'}"
+        return self.mask(op.at, axes) or f"jnp.full({self.shape(axes)}, True)"
 
     def index(self, at: t.Access, axes: tuple[str, ...], chosen: int | None = None) -> str:
         """One index per axis of the base array; past the end along dimension `chosen` in masked lanes, for JAX's interpret mode
@@ -288,14 +288,14 @@ def _interleave(p: PallasPrinter, op: t.Interleave) -> str:
 
 
 def _send(p: PallasPrinter, op: t.Send) -> str:
-    p.helper("elementwise")
-    send, data = p.helper(f"send_{p.words_of(op)}"), ", ".join(map(p.text, op.values))
-    return f"{send}({data}, {p.helper('packets')}({p.packets(op)}), {p.packet_epoch(op)})"
+    p.helpers |= {"packets", "elementwise", helper := f"send_{p.words_of(op)}"}
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: PallasPrinter, op: t.Receive) -> str:
-    at, late = f"{p.helper('packets')}({p.packets(op)})", f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{p.helper(f'receive_{p.words_of(op)}x{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
+    p.helpers |= {"packets", "elementwise", helper := f"receive_{p.words_of(op)}x{p.together(op)}"}
+    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
 
 
 def _ways(p: PallasPrinter, op: t.Ways) -> str:

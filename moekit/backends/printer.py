@@ -223,15 +223,14 @@ class Printer(ABC):
         return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
 
     def packets(self, op: t.Packet) -> str:
-        """Arguments that say where packets are: by what way, of which row, epoch and column, how many columns there are and of
-        how many bytes."""
+        """Arguments that say where packets are: by what way, of which row, epoch and column, and of how many columns."""
         axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
         row, *others = (self.at(i.values[0], axes) for i in op.at.index)
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
-        columns, size = pitch(mail.mailbox.width) // self.words_of(op), packet.BYTES * self.words_of(op)
-        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}, {size}"
+        columns = pitch(mail.mailbox.width) // self.words_of(op)
+        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}"
 
     def words_of(self, op: t.Packet) -> int:
         """How many packets an access has."""

@@ -172,11 +172,11 @@ class TritonPrinter(Printer):
         mask = self.mask(op.at, axes)
         return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
 
-    def packet_epoch(self, op: t.Packet) -> str:
-        """The epoch of packets and which of them there are, as arguments."""
+    def there(self, op: t.Packet) -> str:
+        """Which packets there are."""
         axes = self.program.ordered(op.at.axes)
         mask = self.mask(op.at, axes)
-        return f"{self.at(op.epoch, axes)}, {f'tl.cast({mask}, tl.int32)' if mask else 'tl.full((), 1, tl.int32)'}"
+        return f"tl.cast({mask}, tl.int32)" if mask else "tl.full((), 1, tl.int32)"
 
     def pointer(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the access says so."""
@@ -266,13 +266,13 @@ def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
 
 def _send(p: TritonPrinter, op: t.Send) -> str:
     p.helpers |= {"packets", helper := f"send_{p.words_of(op)}"}
-    return f"{helper}({', '.join(map(p.text, op.values))}, packets({p.packets(op)}), {p.packet_epoch(op)})"
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
     p.helpers |= {"packets", helper := f"receive_{p.words_of(op)}x{p.together(op)}"}
-    late = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{helper}({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
+    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
 
 
 def _ways(p: TritonPrinter, op: t.Ways) -> str:

@@ -41,8 +41,8 @@ def ranks_add_up(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def _packet_problems() -> list[str]:
-    """What is wrong with the text of packets, which no CPU runs: data and epoch of each are one access of 64 bits, both ways, two
-    may be one vector access, and each one's epoch is looked at."""
+    """What is wrong with the text of packets, which no CPU runs: data and epoch of each are one access of 64 bits, both ways;
+    two may be one vector access; and each one's epoch is looked at."""
     problems = []
     for words in range(1, PAIR + 1):
         texts = packet.send(words), packet.receive(words, 1)

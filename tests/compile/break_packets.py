@@ -40,7 +40,7 @@ def send_in_a_loop():
 @breaks("packets")
 def wait_before_the_last_send():
     program, (first, second), (one, other) = packets()
-    return in_order(program, [first, replace(one, after=first.out), second, other])
+    return in_order(program, [first, replace(one, own=(first.out, *one.own[1:])), second, other])
 
 
 @breaks("packets")
@@ -53,13 +53,13 @@ def packets_of_another_epoch():
 @breaks("packets")
 def wait_that_nothing_keeps_behind_a_send():
     program, sends, _ = packets()
-    return with_ops(program, t.Receive, after=sends[0].out)
+    return with_ops(program, t.Receive, own=(sends[0].out, *sends[0].values[1:]))
 
 
 @breaks("packets")
 def rank_that_gets_nothing():
     program, (first, _), receives = packets()
-    return in_order(program, [first, *(replace(op, after=first.out) for op in receives)])
+    return in_order(program, [first, *(replace(op, own=(first.out, *op.own[1:])) for op in receives)])
 
 
 @breaks("packets")

@@ -217,7 +217,9 @@ def successors(state, steps, rows: int, calls: int, slots: int):
             if program[row] == len(steps):
                 continue
             op, epoch, now = steps[program[row]], call + 1, mail
-            if isinstance(op, t.Send):
+            if rank == (op.peer if isinstance(op, t.Send) else op.sender):
+                pass  # what is one's own goes nowhere
+            elif isinstance(op, t.Send):
                 place = (op.peer, rank, row, epoch % slots)
                 if any(packet[:4] == place for packet in mail):
                     return [], f"call {call} of rank {rank} overwrites what rank {op.peer} has not received"
@@ -244,12 +246,12 @@ def test_two_slots_suffice_and_one_does_not(ranks, rows, calls):
 
 
 def test_sends_behind_a_wait_lock():
-    """What rule `packets` is for: each rank waits for the other's first packet before it sends its own second."""
+    """What rule `packets` is for: each rank waits for the other's packet before it sends its own."""
     made = lowered(2, 4)
     (program,) = made.programs
     first, second, *others = [op for op in program.body if isinstance(op, t.Packet)]
     assert isinstance(second, t.Send)
-    turned = replace(made, programs=(replace(program, body=(others[1], first, second, others[0])),))
+    turned = replace(made, programs=(replace(program, body=(*others, first, second)),))
     assert model(turned, 2, 1, 2, 2)[1] == "nobody can go on"
 
 

@@ -61,7 +61,7 @@ def _packets(d: t.Draft, op: t.AllReduce, ways: tuple[t.Value, ...]) -> list[t.O
     sent, *others = _words(d, bits)
     for peer in range(op.ranks):
         sent = d.emit(t.Send, "sent", values=(sent, *others), epoch=epoch, at=at, way=ways[peer], peer=peer)
-    given = {"after": sent, "epoch": epoch, "at": at, "errors": ways[-2], "most": ways[-1]}
+    given = {"own": (sent, *others), "epoch": epoch, "at": at, "errors": ways[-2], "most": ways[-1]}
     came = [tuple(d.numbers.value("int32", sent.axes, f"part_{n}") for _ in (0, *others)) for n in range(op.ranks)]
     d.ops += [t.Receive(words, way=ways[op.ranks + n], sender=n, **given) for n, words in enumerate(came)]
     parts = [d.cast(_read(d, words, len(bits), op.value), "float32") for words in came]

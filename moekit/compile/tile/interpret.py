@@ -100,21 +100,25 @@ class Program:
 
     def send(self, op: t.Send) -> np.ndarray:
         mail, places, mask, epoch = self.packets(op)
-        for at, value in zip(places, op.values, strict=True):
+        peer = int(self.values[op.way])
+        for at, value in zip(places, op.values, strict=True) if peer != mail.rank else ():
             data = np.broadcast_to(self.at(value, self.program.ordered(op.at.axes)), mask.shape)
-            mail.send(int(self.values[op.way]), at, epoch, data[mask])
+            mail.send(peer, at, epoch, data[mask])
         return self.values[op.values[0]]
 
     def arrived(self, op: t.Receive) -> bool:
         """Whether what a receive waits for is there."""
         mail, places, _, epoch = self.packets(op)
-        return all(mail.arrived(int(self.values[op.way]), at, epoch) for at in places)
+        sender = int(self.values[op.way])
+        return sender == mail.rank or all(mail.arrived(sender, at, epoch) for at in places)
 
     def receive(self, op: t.Receive) -> list[np.ndarray]:
         mail, places, mask, epoch = self.packets(op)
-        outs = [np.zeros(mask.shape, numpy_dtype(out.dtype)) for out in op.outs]
-        for out, at in zip(outs, places, strict=True):
-            out[mask] = mail.receive(int(self.values[op.way]), at, epoch)
+        axes = self.program.ordered(op.at.axes)
+        outs = [np.broadcast_to(self.at(v, axes), mask.shape).copy() for v in op.own]
+        if (sender := int(self.values[op.way])) != mail.rank:
+            for out, at in zip(outs, places, strict=True):
+                out[mask] = mail.receive(sender, at, epoch)
         return outs
 
     def deinterleave(self, op: t.Deinterleave) -> list[np.ndarray]:

@@ -152,8 +152,8 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Ways:
-    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends,
-    its word of errors; and how many times a wait looks."""
+    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends (0
+    to and from itself, to whom it sends nothing), its word of errors; and how many times a wait looks."""
 
     outs: tuple[Value, ...]
     tensor: str
@@ -162,7 +162,7 @@ class Ways:
 @dataclass(frozen=True)
 class Send:
     """Put `values` into the mailbox of rank `peer`, by `way`: a packet for each element of each, its data and number `epoch` at
-    once. Those of one element of all values lie side by side.
+    once. Those of one element of all values lie side by side. Nothing is sent where `way` says that the peer is this rank.
 
     `out` is the first value again: what reads it comes after.
     """
@@ -177,14 +177,14 @@ class Send:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait until the packets from rank `sender` have the number `epoch`, and take their data, as many values as were sent; 0
-    where they are masked.
+    """Wait until the packets from rank `sender` have the number `epoch`, and take their data, as many values as were sent:
+    `own`, which stay as they are where packets are masked, and where `way` says that the sender is this rank.
 
-    `after`: what was sent before. A wait that has looked `most` times notes `errors`, and takes what there is.
+    A wait comes after what `own` is made of. One that has looked `most` times notes `errors`, and takes what there is.
     """
 
     outs: tuple[Value, ...]
-    after: Value
+    own: tuple[Value, ...]
     epoch: Value
     at: Access
     way: Value

@@ -31,7 +31,7 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(v for i in op.at.index for v in i.values), *op.at.mask)),
     t.AllReduce: lambda p, op: ("float32", op.value.axes),
     t.Send: lambda p, op: (op.values[0].dtype, op.values[0].axes),
-    t.Receive: lambda p, op: (op.after.dtype, op.after.axes),
+    t.Receive: lambda p, op: (op.own[0].dtype, op.own[0].axes),
     t.Cast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Bitcast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Unary: _like,
@@ -144,10 +144,12 @@ def _reduced(p: TileProgram, op: t.AllReduce) -> Demand:
 def _packet(p: TileProgram, op: t.Packet) -> Demand:
     yield op.epoch.dtype == "int32", f"the epoch is {op.epoch.dtype}; it must be int32"
     yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
-    values = op.values if isinstance(op, t.Send) else (op.after, *op.outs)
+    values = op.values if isinstance(op, t.Send) else (*op.own, *op.outs)
     yield from _alike(*((v,) for v in values))
     for v in values:
         yield v.dtype == "int32", f"{v.label} is {v.dtype}; packets take 32 bits, as int32"
+    if isinstance(op, t.Receive):
+        yield len(op.own) == len(op.outs), f"{len(op.outs)} values come and {len(op.own)} were sent; it must be as many"
     yield from _mailed(p, op.at, values[0])
 
 

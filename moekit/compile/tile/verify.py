@@ -255,7 +255,7 @@ def packets(f: Facts) -> Claims:
         alike = (op.at, op.epoch) == (found[0][0].at, found[0][0].epoch)
         yield op, alike, "its elements or epoch are not those of the program's other packets"
         for sent in sends.values():
-            after = not isinstance(op, t.Receive) or _depends(f, op.after, {sent.out}, set())
+            after = not isinstance(op, t.Receive) or any(_depends(f, v, {sent.out}, set()) for v in op.own)
             yield op, after, f"nothing keeps it behind what is sent to rank {sent.peer}; let it read {sent.out.label}"
         yield op, [*sends] == everyone, f"packets go to ranks {[*sends]}; they must go to each of {everyone} once"
         senders = [x.sender for x in receives]
