@@ -5,10 +5,10 @@
 
 A process for each GPU, started here and kept for all cases; what the first rank is at is told as it goes on. A chain of links
 in a CUDA graph, each on what the one before made: `packets` (one kernel, docs/collectives.md), `nccl` (NCCL's all-reduce in
-place, then moekit's norm), `one-shot` (the same with the one-shot kernel of `torch.distributed._symmetric_memory`, whose operand
-the norm writes where it is wanted) and, where `--kinds packets,flashinfer` asks for it, FlashInfer's fused kernel, which SGLang
-and vLLM take, too, and which it compiles for minutes where that was not done before. Before a chain is timed, ranks read 256 MiB
-and meet, so that none waits for another's start.
+place, then moekit's norm), `one-shot` (the same with the one-shot kernel of `torch.distributed._symmetric_memory`, whose
+operand the norm writes where it is wanted) and, where `--kinds packets,flashinfer` asks for it, FlashInfer's fused kernel,
+which SGLang and vLLM take, too, and which it compiles for minutes where that was not done before. Before a chain is timed,
+ranks read 256 MiB and meet, so that none waits for another's start.
 `us` is the first rank's. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks, rounded
 once; a peer that rounds the sum before it adds has fewer.
 
