@@ -132,13 +132,12 @@ def test_pallas(width, dtype):
             epochs = np.full(16, LAST, np.int32)
             total, out = np.zeros_like(residual), np.zeros_like(residual)
             given = [parts[me], residual.copy(), weight, np.zeros(1, np.int32), epochs, total, out, epochs]
-            fakes = {"pl": SimpleNamespace(program_id=lambda axis: jnp.int32(fakes["number"])), "barrier": lambda: None,
-                     "plt": SimpleNamespace(load=load, store=store), "ways": lambda ref, n, table=table: table}  # fmt: skip
-            fakes |= {f"send_{w}": memory.send(w) for w in (1, 2)}
-            fakes |= {f"receive_{w}x{n}": memory.receive(w) for w in (1, 2) for n in packet.TOGETHER}
+            namespace |= {"plt": SimpleNamespace(load=load, store=store), "barrier": lambda: None}
+            namespace |= {"ways": lambda ref, n, table=table: table}
+            namespace |= {f"send_{w}": memory.send(w) for w in (1, 2)}
+            namespace |= {f"receive_{w}x{n}": memory.receive(w) for w in (1, 2) for n in packet.TOGETHER}
             for number in range(program.programs(sizes)):
-                fakes["number"] = number
-                namespace.update(fakes)
+                namespace["pl"] = SimpleNamespace(program_id=lambda axis, number=number: jnp.int32(number))
                 namespace["all_reduce_add_rms_norm_kernel"](*map(Ref, given))
             outs += [(total, out, epochs)] if again else []
     assert not memory.missing
@@ -180,13 +179,14 @@ def receive_{n}x{m}(way, row, epoch, column, columns: tl.constexpr, there, error
 def without_packets(text):
     for n in (1, 2):
         each = range(n)
-        puts = "; ".join(f"tl.store(at + {2 * w}, data_{w}, mask); tl.store(at + {2 * w + 1}, epoch + data_{w} * 0, mask)" for w in each)
+        puts = [f"tl.store(at + {2 * w}, data_{w}, mask); tl.store(at + {2 * w + 1}, epoch + data_{w} * 0, mask)" for w in each]
         takes = [f"here_{w} = mask & (tl.load(at + {2 * w + 1}, mask, 0) == epoch)" for w in each]
         takes += [f"came_{w} = tl.where(mask, tl.where(here_{w}, tl.load(at + {2 * w}, mask, 0), -1), own_{w})" for w in each]
         names = {k: ", ".join(f"{k}_{w}" for w in each) for k in ("data", "own", "came")}
-        plain = {f"send_{n}": SEND.format(n=n, size=8 * n, data=names["data"], puts=puts)}
+        plain = {f"send_{n}": SEND.format(n=n, size=8 * n, data=names["data"], puts="; ".join(puts))}
         for m in packet.TOGETHER:
-            plain[f"receive_{n}x{m}"] = RECEIVE.format(n=n, m=m, size=8 * n, own=names["own"], came=names["came"], takes="; ".join(takes))
+            texts = {"own": names["own"], "came": names["came"], "takes": "; ".join(takes)}
+            plain[f"receive_{n}x{m}"] = RECEIVE.format(n=n, m=m, size=8 * n, **texts)
         for name, own in plain.items():
             text = re.sub(rf"@triton.jit\\ndef {name}\\(.*?\\n\\n\\n", lambda _: own + "\\n\\n", text, flags=re.S)
     assert "asm" not in text
