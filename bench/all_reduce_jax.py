@@ -6,9 +6,9 @@
 A chain of links in one jit, each on what the one before made: `packets` (one kernel, docs/collectives.md), `gather` (every
 rank's part gathered, added up and normalised by XLA) and `psum` (XLA's all-reduce, then moekit's norm). `us` is of a link in a
 stream of chains, by the host's clock; `kernels us` what the first device's kernels take in a link, their waiting for the other
-ranks included, by its own clock; `typical us` the same if each took the median, so that it is of no matter how long the first of
-a chain waits for devices that were given theirs later. `bits` is the share of the residual's elements that are the float32 sum
-in the order of ranks rounded once, as NumPy has it.
+ranks included, by its own clock; `typical us` the same if each took the median, whatever a chain's first one waits for devices
+that were given theirs later. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks
+rounded once, as NumPy has it.
 
 `--check` counts calls whose residual is not that sum on some rank, each against numbers that no rank sent it: `late` with one
 rank, drawn anew for each call, that comes some tens of microseconds late, a hundredth as many.
