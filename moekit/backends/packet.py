@@ -73,9 +73,8 @@ def receive(words: int, together: int) -> str:
 
 def receive_operands(words: int, together: int) -> str:
     """The constraints of its results and operands."""
-    return ",".join(
-        ["=l" if words == 2 else "=r"] * together + [kind for kind in "r" * words + "lrrllr" for _ in range(together)]
-    )
+    kinds = "r" * words + "lrrllr"
+    return ",".join(["=l" if words == 2 else "=r"] * together + [kind for kind in kinds for _ in range(together)])
 
 
 def _each(name: str, n: int) -> list[str]:

@@ -229,12 +229,8 @@ class Printer(ABC):
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
-        columns = pitch(mail.mailbox.width) // self.words_of(op)
+        columns = pitch(mail.mailbox.width) // op.words
         return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}"
-
-    def words_of(self, op: t.Packet) -> int:
-        """How many packets an access has."""
-        return len(op.values if isinstance(op, t.Send) else op.outs)
 
     def together(self, op: t.Receive) -> int:
         """How many accesses a lane waits for at once: as many as it has, if that is few."""

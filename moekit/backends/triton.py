@@ -265,12 +265,12 @@ def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
 
 
 def _send(p: TritonPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", helper := f"send_{p.words_of(op)}"}
+    p.helpers |= {"packets", helper := f"send_{op.words}"}
     return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", helper := f"receive_{p.words_of(op)}x{p.together(op)}"}
+    p.helpers |= {"packets", helper := f"receive_{op.words}x{p.together(op)}"}
     late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
     return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
 

@@ -92,7 +92,7 @@ def accesses(program: t.TileProgram) -> tuple[int, int]:
     """How many of a packet's accesses a lane has for each rank, and of how many packets each is."""
     send = next(op for op in program.body if isinstance(op, t.Send))
     lanes = np.prod(program.block(program.ordered(send.at.axes))) // (32 * program.warps)
-    return max(1, int(lanes)), len(send.values)
+    return max(1, int(lanes)), send.words
 
 
 @pytest.mark.parametrize("backend", ["triton", "xla"])

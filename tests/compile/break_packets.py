@@ -111,3 +111,14 @@ def fewer_accesses_than_a_row_has():
 def packets_one_by_one():
     program, sends, _ = packets()
     return with_ops(program, t.Send, values=sends[0].values[:1])
+
+
+@breaks("types")
+def neighbours_that_are_not_all_there():
+    return with_axis(packets()[0], "H.packets", block=16)
+
+
+@breaks("types")
+def more_that_comes_than_was_sent():
+    program, _, receives = packets()
+    return with_ops(program, t.Receive, own=receives[0].own[:1])

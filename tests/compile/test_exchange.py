@@ -110,7 +110,7 @@ def test_ranks_agree_how_many_elements_go_at_once(dtype, width, each):
             (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, layouts).programs
             send = next(op for op in program.body if isinstance(op, t.Send))
             along = next(op for op in program.body if t.results(op) == (send.at.index[-1].alone,))
-            seen.add((carried(program, program.param("tp_mail")), len(send.values), program.axis(along.axis).extent))
+            seen.add((carried(program, program.param("tp_mail")), send.words, program.axis(along.axis).extent))
     assert seen == {(each, 2 if each > 1 else 1, -(-width // each))}
 
 

@@ -88,15 +88,12 @@ class Program:
     def packets(self, op: t.Packet) -> tuple[Any, list[tuple[np.ndarray, ...]], np.ndarray, np.ndarray]:
         """The mailboxes, each value's packets in them, where there are any, and their epochs; those of all values lie side by
         side."""
-        mail, axes, n = (
-            self.memory[op.at.tensor],
-            self.program.ordered(op.at.axes),
-            len(op.values if isinstance(op, t.Send) else op.outs),
-        )
+        mail, axes = self.memory[op.at.tensor], self.program.ordered(op.at.axes)
         *rows, last = mail.shape
-        _, index, mask = self.address(op, axes, (*rows, last // n))
-        *at, packet = (i[mask] for i in index)
-        return mail, [(*at, packet * n + k) for k in range(n)], mask, np.broadcast_to(self.at(op.epoch, axes), mask.shape)[mask]
+        _, index, mask = self.address(op, axes, (*rows, last // op.words))
+        *at, access = (i[mask] for i in index)
+        places = [(*at, access * op.words + k) for k in range(op.words)]
+        return mail, places, mask, np.broadcast_to(self.at(op.epoch, axes), mask.shape)[mask]
 
     def send(self, op: t.Send) -> np.ndarray:
         mail, places, mask, epoch = self.packets(op)

@@ -174,6 +174,11 @@ class Send:
     way: Value
     peer: int
 
+    @property
+    def words(self) -> int:
+        """How many packets an access has."""
+        return len(self.values)
+
 
 @dataclass(frozen=True)
 class Receive:
@@ -191,6 +196,11 @@ class Receive:
     errors: Value
     most: Value
     sender: int
+
+    @property
+    def words(self) -> int:
+        """How many packets an access has."""
+        return len(self.outs)
 
 
 @dataclass(frozen=True)

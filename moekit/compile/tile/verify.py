@@ -278,8 +278,8 @@ def _as_wide(f: Facts, op: t.Packet, mail: t.Param) -> Claims:
     wanted = (-(-(last.extent or 0) // n), last.block // n) if n > 1 else (last.extent, last.block)
     fits = own is not None and (own.extent, own.block) == wanted
     yield op, fits, f"its accesses have not the {n} elements each that other ranks' have"
-    words = len(op.values if isinstance(op, t.Send) else op.outs)
-    yield op, words == (PAIR if n > 1 else 1), f"its accesses are of {words} packets, which are not those of other ranks"
+    fits = op.words == (PAIR if n > 1 else 1)
+    yield op, fits, f"its accesses are of {op.words} packets, which are not those of other ranks"
 
 
 def _epochs_kept(f: Facts, op: t.Packet) -> Claims:
