@@ -115,7 +115,7 @@ def packets_one_by_one():
 
 @breaks("types")
 def neighbours_that_are_not_all_there():
-    return with_axis(packets()[0], "H.packets", block=16)
+    return with_axis(packets()[0], "H.packets", block=64)
 
 
 @breaks("types")
