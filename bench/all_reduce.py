@@ -3,10 +3,12 @@
     python bench/all_reduce.py [--tokens 1,8,64] [--tp 2] [--json FILE]
     python bench/all_reduce.py --check --tokens 1,64 --calls 1000000
 
-A process for each GPU, started here. A chain of links in a CUDA graph, each on what the one before made: `packets` (one kernel,
-docs/collectives.md), `nccl` (NCCL's all-reduce in place, then moekit's norm), `one-shot` (the same with the one-shot kernel of
-`torch.distributed._symmetric_memory`, whose operand the norm writes where it is wanted) and `flashinfer`, its fused kernel,
-which SGLang and vLLM take, too. Before a chain is timed, ranks read 256 MiB and meet, so that none waits for another's start.
+A process for each GPU, started here and kept for all cases; what the first rank is at is told as it goes on. A chain of links
+in a CUDA graph, each on what the one before made: `packets` (one kernel, docs/collectives.md), `nccl` (NCCL's all-reduce in
+place, then moekit's norm), `one-shot` (the same with the one-shot kernel of `torch.distributed._symmetric_memory`, whose
+operand the norm writes where it is wanted) and, where `--kinds packets,flashinfer` asks for it, FlashInfer's fused kernel,
+which SGLang and vLLM take, too, and which it compiles for minutes where that was not done before. Before a chain is timed,
+ranks read 256 MiB and meet, so that none waits for another's start.
 `us` is the first rank's. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks, rounded
 once; a peer that rounds the sum before it adds has fewer.
 
@@ -15,11 +17,13 @@ comes up to 100 µs late, a hundredth as many.
 """
 
 import argparse
+import atexit
+import functools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,7 +44,7 @@ from moekit.testing import others
 from moekit.torch import Channel
 
 HIDDEN = 2048
-SIDES = ("packets", "nccl", "one-shot", "flashinfer")
+SIDES = ("packets", "nccl", "one-shot")
 LATE, LATEST = 100, 150_000  # one call in so many, and ticks of the GPU's clock
 PATIENCE = 300  # seconds for a case
 Link = Callable[[], Any]
@@ -137,11 +141,18 @@ def agreed(problem: str) -> str:
     return next(filter(None, said), "")
 
 
+def tell(me: int, what: str) -> None:
+    """Say what the first rank is at: of a case that does not end one sees where."""
+    if me == 0:
+        print(f"  {time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 def measure(rank: Rank, sides: tuple[str, ...], links: int, rounds: int) -> list[dict]:
     """One row per side."""
     wanted, meeting = in_order(rank.parts, rank.residual), torch.zeros(1, device=DEVICE)
 
     def prepare(side: str) -> tuple[dict, Any]:
+        tell(rank.me, f"T {len(rank.residual)}: {side}")
         x, residual, made, problem = rank.mine, rank.residual.clone(), None, ""
         try:
             made = MAKERS[side](rank, x, residual)
@@ -154,7 +165,11 @@ def measure(rank: Rank, sides: tuple[str, ...], links: int, rounds: int) -> list
         bits = float((residual == wanted).float().mean())
         return {"bits": bits}, captured([made] * links)
 
-    return runner.beside(sides, prepare, lambda graphs: replayed(graphs, rounds, before=lambda: dist.all_reduce(meeting)))
+    def timed(graphs: Mapping[str, Any]) -> dict[str, dict]:
+        tell(rank.me, f"T {len(rank.residual)}: {', '.join(graphs)} in turn")
+        return replayed(graphs, rounds, before=lambda: dist.all_reduce(meeting))
+
+    return runner.beside(sides, prepare, timed)
 
 
 def check(rank: Rank, channel: Channel | None, links: int, calls: int) -> list[dict]:
@@ -199,8 +214,11 @@ def joined(me: int, tp: int, at: str) -> None:
 
 
 def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way: tuple, checked: bool) -> list[dict]:
-    """The rows of one rank."""
-    joined(me, tp, at)
+    """The rows of one rank, whose process stays in its group: symmetric memory knows a group's name once in a process."""
+    if not dist.is_initialized():
+        tell(me, "joins the other ranks")
+        joined(me, tp, at)
+    tell(me, f"T {tokens}: opens a channel")
     channel = Channel(width=width) if DEVICE == "cuda" and (checked or "packets" in way[0]) else None
     try:
         rank, (sides, links, rounds, calls) = drawn(me, tp, tokens, width, getattr(torch, dtype)), way
@@ -208,26 +226,62 @@ def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way:
     finally:
         if channel:
             channel.close()
-        dist.destroy_process_group()
+
+
+class Ranks:
+    """A process for each rank; all are new after one of them has failed."""
+
+    def __init__(self, run: Callable[..., list[dict]], tp: int, patience: float):
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        self.children = [Child(run, patience) for _ in range(tp)]
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def rows(self, *of: Any) -> list[dict]:
+        """The first rank's rows of `run(rank, tp, file, *of)`, or what went wrong on one of them."""
+        self.folder = self.folder or tempfile.TemporaryDirectory()
+        tp, at = len(self.children), str(Path(self.folder.name) / "ranks")
+        with ThreadPoolExecutor(tp) as pool:
+            found = list(pool.map(lambda rank: self.children[rank].asked(rank, tp, at, *of), range(tp)))
+        failed = next((rows for rows in found if "all" in (row["side"] for row in rows)), None)
+        if failed:
+            self.close()
+        return failed or found[0]
+
+    def close(self) -> None:
+        """End the processes."""
+        for child in self.children:
+            child.close()
+        if self.folder:
+            self.folder.cleanup()
+        self.folder = None
 
 
 def on_ranks(run: Callable[..., list[dict]], tp: int, patience: float, *of: Any) -> list[dict]:
     """The first rank's rows of `run(rank, tp, file, *of)`, a process for each, or what went wrong on one of them."""
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    ranks = [Child(run, patience) for _ in range(tp)]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(tp) as pool:
-        found = list(pool.map(lambda rank: ranks[rank].rows(rank, tp, str(Path(folder) / "ranks"), *of), range(tp)))
-    for rank in ranks:
-        rank.close()
-    return next((rows for rows in found if "all" in (row["side"] for row in rows)), found[0])
+    ranks = Ranks(run, tp, patience)
+    try:
+        return ranks.rows(*of)
+    finally:
+        ranks.close()
+
+
+@functools.cache
+def kept(tp: int) -> Ranks:
+    """The ranks of all cases."""
+    ranks = Ranks(on_rank, tp, PATIENCE)
+    atexit.register(ranks.close)
+    return ranks
 
 
 def answer(tp: int, *of: Any) -> list[dict]:
     """The rows of a case. Without a GPU a single rank needs no process of its own."""
     if tp > 1 or DEVICE == "cuda":
-        return on_ranks(on_rank, tp, PATIENCE, *of)
+        return kept(tp).rows(*of)
     with tempfile.TemporaryDirectory() as folder:
-        return on_rank(0, 1, str(Path(folder) / "ranks"), *of)
+        try:
+            return on_rank(0, 1, str(Path(folder) / "ranks"), *of)
+        finally:
+            dist.destroy_process_group()
 
 
 def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
@@ -245,7 +299,7 @@ QUESTION = runner.Question(
     answer,
     smoke="--tokens 3 --tp 1 --width 32 --kinds nccl --links 2 --rounds 1 --dtype float32",
     options=(
-        runner.Option("tokens", (1, 8, 64, 128, 512, 4096)),
+        runner.Option("tokens", (1, 8, 64, 128)),
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
         runner.Option("width", HIDDEN, "of a row"),
         runner.Option("kinds", SIDES, "of sums"),

@@ -144,6 +144,15 @@ def summary(calls: Sequence[Sequence[Event]], links: int) -> dict:
     }
 
 
+def typical(found: Sequence[Event]) -> float:
+    """µs of some kernels if each took the median of those called like it: the first of a chain over several devices, which
+    waits for one that begins later, counts as any other."""
+    kernels: dict[str, list[float]] = {}
+    for event in found:
+        kernels.setdefault(re.sub(r"[_.\d]+$", "", event.name), []).append(event.end - event.begin)
+    return sum(statistics.median(times) * len(times) for times in kernels.values())
+
+
 def totals(found: Sequence[Event], calls: int) -> dict[str, tuple[float, float]]:
     """By name, how many kernels a call has and µs of them all; the longest first."""
     kernels: dict[str, tuple[float, float]] = {}

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
-from moekit.backends import packet
+from moekit.backends import packet_helpers
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -25,6 +25,7 @@ from moekit.backends.printer import (
     is_extreme,
     kernel_name,
     number,
+    woven,
     wrapped,
 )
 from moekit.compile import tile as t
@@ -47,39 +48,7 @@ WORDS = {
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
 # that sort as they do, with NaN at the end that wins.
-HELPERS = {
-    "ways": '''def ways(mail_ref, n):
-    """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
-    halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
-    with jax.enable_x64(True):
-        pairs = zip(halves[0::2], halves[1::2], strict=True)
-        return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
-''',
-    "packets": f'''def packets(way, row, epoch, column, width):
-    """The addresses of packets: two slots for each row, which may be a literal."""
-    with jax.enable_x64(True):
-        return way + (((epoch & 1).astype(jnp.int64) + row + row) * width + column) * {packet.BYTES}
-''',
-    "send": f'''def send(value, at, epoch, mask):
-    """Put packets into a mailbox, each at once; the value again."""
-    put = {packet.literal(packet.SEND, 1)}
-    args = value, at, epoch, mask.astype(jnp.int32)
-    return elementwise(put, "{packet.SEND_OPERANDS}", args, value.shape)
-''',
-    **{
-        f"receive_{n}": f'''def receive_{n}(after, at, epoch, mask, errors, most, sender):
-    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
-    wait = {packet.literal(packet.receive(n), 1)}
-    args = after, at, epoch, mask.astype(jnp.int32), errors, most, jnp.full(after.shape, sender + 1, jnp.int32)
-    return elementwise(wait, "{packet.receive_operands(n)}", args, after.shape, {n})
-'''
-        for n in (1, 2, packet.TOGETHER)
-    },
-    "elementwise": """def elementwise(text, operands, args, shape, pack=1):
-    args = [jnp.broadcast_to(x, shape) for x in args]
-    out = [jax.ShapeDtypeStruct(shape, jnp.int32)]
-    return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
-""",
+HELPERS = packet_helpers.PALLAS | {
     "barrier": """def barrier():
     plt.debug_barrier()
 """,
@@ -236,10 +205,10 @@ class PallasPrinter(Printer):
             mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
         return f", mask={mask}" if mask else ""
 
-    def packet_epoch(self, op: t.Packet) -> str:
-        """The epoch of packets and which of them there are, as arguments."""
+    def there(self, op: t.Packet) -> str:
+        """Which packets there are."""
         axes = self.program.ordered(op.at.axes)
-        return f"{self.at(op.epoch, axes)}, {self.mask(op.at, axes) or f'jnp.full({self.shape(axes)}, True)'}"
+        return self.mask(op.at, axes) or f"jnp.full({self.shape(axes)}, True)"
 
     def index(self, at: t.Access, axes: tuple[str, ...], chosen: int | None = None) -> str:
         """One index per axis of the base array; past the end along dimension `chosen` in masked lanes, for JAX's interpret mode
@@ -316,14 +285,19 @@ def _halves(p: PallasPrinter, op: t.Halves) -> str:
     return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
 
 
+def _interleave(p: PallasPrinter, op: t.Interleave) -> str:
+    return woven([p.text(v) for v in op.values], f"{p.helper('interleave')}({{}}, {{}})")
+
+
 def _send(p: PallasPrinter, op: t.Send) -> str:
-    p.helper("elementwise")
-    return f"{p.helper('send')}({p.text(op.value)}, {p.helper('packets')}({p.packets(op)}), {p.packet_epoch(op)})"
+    p.helpers |= {"packets", "elementwise", helper := f"send_{op.words}"}
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: PallasPrinter, op: t.Receive) -> str:
-    at, late = f"{p.helper('packets')}({p.packets(op)})", f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{p.helper(f'receive_{p.together(op)}')}({p.text(op.after)}, {at}, {p.packet_epoch(op)}, {late})"
+    p.helpers |= {"packets", "elementwise", helper := f"receive_{op.words}x{p.together(op)}"}
+    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
 
 
 def _ways(p: PallasPrinter, op: t.Ways) -> str:
@@ -333,6 +307,8 @@ def _ways(p: PallasPrinter, op: t.Ways) -> str:
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
+    t.Deinterleave: lambda p, op: f"{p.helper('deinterleave')}({p.text(op.value)}, {len(op.outs)})",
+    t.Interleave: _interleave,
     t.Load: _load,
     t.Binary: _binary,
     t.Reduce: _reduce,

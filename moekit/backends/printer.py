@@ -16,6 +16,7 @@ from moekit.backends import packet
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper
 from moekit.compile.passes.names import extent_name, names
+from moekit.compile.tile.layouts import pitch
 from moekit.lang.dtypes import is_float
 
 # how tightly an operator binds in Python; what is no operator binds as an ATOM does
@@ -222,18 +223,19 @@ class Printer(ABC):
         return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
 
     def packets(self, op: t.Packet) -> str:
-        """Arguments that say where packets are: by what way, and of which row, epoch and column."""
+        """Arguments that say where packets are: by what way, of which row, epoch and column, and of how many columns."""
         axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
         row, *others = (self.at(i.values[0], axes) for i in op.at.index)
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
-        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {mail.mailbox.width}"
+        columns = pitch(mail.mailbox.width) // op.words
+        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}"
 
     def together(self, op: t.Receive) -> int:
-        """How many packets a lane waits for at once: as many as it has, if that is few."""
+        """How many accesses a lane waits for at once: as many as it has, if that is few."""
         lanes = prod(self.program.block(self.program.ordered(op.at.axes))) // (32 * self.program.warps)
-        return max(1, min(packet.TOGETHER, lanes))
+        return max(n for n in packet.TOGETHER if n <= max(1, lanes))
 
     def extent(self, axis: str) -> str:
         """An axis's extent: a number, or the kernel argument that carries it."""
@@ -292,6 +294,13 @@ COMMON: dict[type, Callable[[Any, Any], str | Text]] = {
     t.Where: lambda p, op: p.choice(op),
     t.Scan: lambda p, op: p.words["cumsum"].format(p.text(op.value), op.value.axes.index(op.axis)),
 }
+
+
+def woven(parts: list[str], pair: str) -> str:
+    """Text for an element of each of some blocks in turn, from that for two of them."""
+    if len(parts) == 1:
+        return parts[0]
+    return pair.format(woven(parts[0::2], pair), woven(parts[1::2], pair))
 
 
 def dimensions(value: t.Value, axes: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from moekit import __version__
-from moekit.backends import packet
+from moekit.backends import packet_helpers
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -23,6 +23,7 @@ from moekit.backends.printer import (
     is_extreme,
     kernel_name,
     number,
+    woven,
 )
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
@@ -42,19 +43,7 @@ WORDS = {
     "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
 }  # fmt: skip
 
-HELPERS = {
-    "packets": f'''@triton.jit
-def packets(way, row, epoch, column, width: tl.constexpr):
-    """The addresses of packets: two slots for each row."""
-    return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * width + column) * {packet.BYTES}
-''',
-    "send": f'''@triton.jit
-def send(value, at, epoch, there):
-    """Put packets into a mailbox, each at once; the value again."""
-    put: tl.constexpr = {packet.literal(packet.SEND, 1)}
-    args = [value, at, epoch, there]
-    return tl.inline_asm_elementwise(put, "{packet.SEND_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
-''',
+HELPERS = packet_helpers.TRITON | {
     "nan_max": """@triton.jit
 def nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -69,18 +58,6 @@ def prefetch(lines):
     ask: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(ask, "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 ''',
-}
-
-
-HELPERS |= {
-    f"receive_{n}": f'''@triton.jit
-def receive_{n}(after, at, epoch, there, errors, most, sender: tl.constexpr):
-    """Wait for the packets of an epoch, {n} at a time; their data. What comes too late is said in the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(n), 1)}
-    args = [after, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    return tl.inline_asm_elementwise(wait, "{packet.receive_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
-'''
-    for n in (1, 2, packet.TOGETHER)
 }
 
 
@@ -195,11 +172,11 @@ class TritonPrinter(Printer):
         mask = self.mask(op.at, axes)
         return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
 
-    def packet_epoch(self, op: t.Packet) -> str:
-        """The epoch of packets and which of them there are, as arguments."""
+    def there(self, op: t.Packet) -> str:
+        """Which packets there are."""
         axes = self.program.ordered(op.at.axes)
         mask = self.mask(op.at, axes)
-        return f"{self.at(op.epoch, axes)}, {f'tl.cast({mask}, tl.int32)' if mask else 'tl.full((), 1, tl.int32)'}"
+        return f"tl.cast({mask}, tl.int32)" if mask else "tl.full((), 1, tl.int32)"
 
     def pointer(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the access says so."""
@@ -274,15 +251,28 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
 
 
+def _deinterleave(p: TritonPrinter, op: t.Deinterleave) -> str:
+    *outer, last = p.program.block(op.value.axes)
+    split, n = "split", len(op.outs)
+    if n > 2:
+        p.helpers.add(split := f"split_{n}")
+    pairs = [2] * (n.bit_length() - 1)
+    return f"{split if n > 2 else 'tl.split'}(tl.reshape({p.text(op.value)}, {(*outer, last // n, *pairs)}))"
+
+
+def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
+    return woven([p.text(v) for v in op.values], "tl.interleave({}, {})")
+
+
 def _send(p: TritonPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", "send"}
-    return f"send({p.text(op.value)}, packets({p.packets(op)}), {p.packet_epoch(op)})"
+    p.helpers |= {"packets", helper := f"send_{op.words}"}
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", helper := f"receive_{p.together(op)}"}
-    late = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}"
-    return f"{helper}({p.text(op.after)}, packets({p.packets(op)}), {p.packet_epoch(op)}, {late})"
+    p.helpers |= {"packets", helper := f"receive_{op.words}x{p.together(op)}"}
+    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
+    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
 
 
 def _ways(p: TritonPrinter, op: t.Ways) -> str:
@@ -292,6 +282,8 @@ def _ways(p: TritonPrinter, op: t.Ways) -> str:
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     **COMMON,
     t.Halves: _halves,
+    t.Deinterleave: _deinterleave,
+    t.Interleave: _interleave,
     t.Load: _load,
     t.Binary: _binary,
     t.Reduce: _reduce,

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.errors import RankError, UnavailableError
 from moekit.jax import Channel
 from moekit.models.qwen3next import Config, ConfigError, Generation, Model, Progress, Room, greedy_step, prefill
@@ -90,6 +91,8 @@ def channel_of(mesh: Mesh, rows: int, width: int, kernels: str) -> tuple[Channel
         return None, "one rank adds up nothing"
     if kernels != "pallas":
         return None, f"psum, as --kernels is {kernels}"
+    if rows > BY_PACKETS:
+        return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
     try:
         channel = Channel(mesh, rows=rows, width=width)
     except (RankError, UnavailableError) as error:

@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moekit.backends import packet
 from moekit.backends.packet import BYTES
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.compile.schedule.targets import TARGETS
+from moekit.compile.tile.layouts import pitch
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
@@ -24,7 +26,7 @@ from moekit.lang.mesh import MOST_RANKS
 from moekit.peers import unreachable
 
 AXIS = "tp"  # what moekit's fusions add up over
-ROWS, WIDTH = 128, 2048  # of a mailbox, if nothing is said
+ROWS, WIDTH = BY_PACKETS, 2048  # of a mailbox, if nothing is said
 LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
 PROBED = 2**22  # of those of the probe, whose program is only just being loaded
 WORD = 4  # bytes of the arrays that mailboxes lie in
@@ -59,7 +61,7 @@ class Channel:
     @property
     def region(self) -> int:
         """Bytes of a mailbox for the packets of one rank."""
-        return self.rows * SLOTS * self.width * BYTES
+        return self.rows * SLOTS * pitch(self.width) * BYTES
 
     def _open(self, looks: int) -> None:
         """New mailboxes, zero, which are kept as long as the channel and given to nobody."""

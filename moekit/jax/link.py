@@ -24,7 +24,7 @@ class Link:
     """One rank's addresses and the numbers of its last packets; outside `shard_map` all ranks', one after the other.
 
     table int32: addresses of mailboxes, the lower half of each first, as `tile.Ways` has them. They are arguments of a compiled
-    step, never constants in it. epochs int32 [rows]: how often each row has been sent. `rows` of `width` packets have room;
+    step, never constants in it. epochs int32 [rows]: how often each row has been sent. `rows` of `width` elements have room;
     `resident` programs of a kernel are on a device at once.
     """
 

@@ -13,7 +13,7 @@ from moekit.backends import packet
 from moekit.backends.array import evaluate_ranks
 from moekit.compile.plan import plan
 from moekit.compile.tile.interpret import poison
-from moekit.compile.tile.layouts import contiguous, epochs_name, mail_name
+from moekit.compile.tile.layouts import PAIR, contiguous, epochs_name, mail_name, pitch
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
 from moekit.lang.graph import Graph, Node
 from moekit.testing.case import FuzzCase
@@ -41,11 +41,19 @@ def ranks_add_up(executor: Executor, case: FuzzCase) -> list[str]:
 
 
 def _packet_problems() -> list[str]:
-    """What is wrong with the text of a packet, which no CPU runs: data and epoch are one access, both ways."""
-    stores, loads = (re.findall(r"@\w+ ((?:st|ld)\S+) [^;]*packet", text) for text in (packet.SEND, packet.receive(1)))
-    loads = [word for word in loads if word.startswith("ld")]
-    whole = stores == ["st.relaxed.sys.global.b64"] and loads == ["ld.relaxed.sys.global.b64"]
-    return [] if whole else [f"a packet is written by {stores} and read by {loads}, not each by one access of 64 bits"]
+    """What is wrong with the text of packets, which no CPU runs: data and epoch of each are one access of 64 bits, both ways;
+    two may be one vector access; and each one's epoch is looked at."""
+    problems = []
+    for words in range(1, PAIR + 1):
+        texts = packet.send(words), packet.receive(words, 1)
+        stores, loads = (re.findall(r"@\w+ (st|ld)(\S+) [^;]*packet", text) for text in texts)
+        shape = ".relaxed.sys.global" + ".v2" * (words == 2) + ".b64"
+        looked = sorted(re.findall(r"setp\.ne\S+ \w+, (epoch\w+),", texts[1]))
+        if (stores, loads) != ([("st", shape)], [("ld", shape)]):
+            problems.append(f"{words} packets are written by {stores} and read by {loads}, not each by one access of 64 bits")
+        if looked != [f"epoch0_{w}" for w in range(words)]:
+            problems.append(f"of {words} packets a wait looks at {looked}, not at every epoch")
+    return problems
 
 
 def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], seed: int) -> list[list[dict]]:
@@ -54,7 +62,8 @@ def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], se
     made = plan(graph, None, contiguous(graph, sizes))
     memories: list[list[dict]] = []
     axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in (graph.nodes[i] for i in graph.live()) if n.op == "all_reduce"}
-    boxes = {a: Mailboxes(ranks, tuple(sizes[x] for x in own)) for a, own in axes.items()}
+    extents = {over: [sizes[a] for a in own] for over, own in axes.items()}
+    boxes = {over: Mailboxes(ranks, (*most, pitch(last))) for over, (*most, last) in extents.items()}
     for r in range(ranks):
         link = {mail_name(a): Mail(box, r) for a, box in boxes.items()}
         link |= {epochs_name(a): np.full(box.shape[0], BEGIN[seed % len(BEGIN)], np.int32) for a, box in boxes.items()}

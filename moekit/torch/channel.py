@@ -9,8 +9,9 @@ from torch import distributed as dist
 
 from moekit.backends import packet
 from moekit.compile import tile as t
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.compile.schedule.room import Room
-from moekit.compile.tile.layouts import epochs_name, mail_name
+from moekit.compile.tile.layouts import epochs_name, mail_name, pitch
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, MoekitError, RankError, UnavailableError
 from moekit.fusions.added import added
@@ -18,7 +19,7 @@ from moekit.lang.graph import Graph
 from moekit.lang.mesh import MOST_RANKS
 
 AXIS = "tp"  # what moekit's fusions add up over
-ROWS, WIDTH = 128, 2048  # of a mailbox, if nothing is said
+ROWS, WIDTH = BY_PACKETS, 2048  # of a mailbox, if nothing is said
 LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
 
 _open: dict[torch.device, Channel] = {}
@@ -56,7 +57,7 @@ class Channel:
     @property
     def region(self) -> int:
         """Bytes of a mailbox for the packets of one rank."""
-        return self.room.rows * SLOTS * self.room.width * packet.BYTES
+        return self.room.rows * SLOTS * pitch(self.room.width) * packet.BYTES
 
     def _begin(self) -> None:
         """New mailboxes, zero on all ranks before anyone sends."""

@@ -30,8 +30,10 @@ DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
 CASES = [
     ("bfloat16", 2, 2048, None),
+    ("bfloat16", 2, 2048, "tile:T:1 whole:H:2048 warps:4"),
     ("float32", 3, 50, "tile:T:4 whole:H:64"),
     ("float16", 8, 257, None),
+    ("bfloat16", 2, 3, None),
 ]
 
 
@@ -80,30 +82,42 @@ def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Pat
     return dumped.read_text(), program
 
 
-SEND = re.compile(r"@there st\.relaxed\.sys\.global\.b64 \[(%\w+)\], packet;")
+SEND = re.compile(r"@there st\.relaxed\.sys\.global(\.v2)?\.b64 \[(%\w+)\], (\{packet0, packet1\}|packet0);")
 POLL = re.compile(r"POLL:.*?@more bra POLL;", re.S)
 LATE = "atom.relaxed.sys.global.cas.b64"  # the first wait in vain is kept: later ones follow from it
-LOAD = re.compile(r"@wait\d+ ld\.relaxed\.sys\.global\.b64 packet\d+, \[(%\w+)\];")
+LOAD = re.compile(r"@wait(\d+) ld\.relaxed\.sys\.global(\.v2)?\.b64 (\{packet\1_0, packet\1_1\}|packet\1_0), \[(%\w+)\];")
+
+
+def accesses(program: t.TileProgram) -> tuple[int, int]:
+    """How many of a packet's accesses a lane has for each rank, and of how many packets each is."""
+    send = next(op for op in program.body if isinstance(op, t.Send))
+    lanes = np.prod(program.block(program.ordered(send.at.axes))) // (32 * program.warps)
+    return max(1, int(lanes)), send.words
 
 
 @pytest.mark.parametrize("backend", ["triton", "xla"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:3])) + "-scheduled" * bool(case[3]))
 def test_packets(backend, case, tmp_path):
-    """Every element goes to every rank in one access of 64 bits, none is merged with another or left out; then each is waited
-    for in a loop around its load."""
+    """All elements go to every rank in accesses of one packet or two, none is merged with another or left out; then each is
+    waited for in a loop around its load."""
     ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
     sends, polls = list(SEND.finditer(ptx)), list(POLL.finditer(ptx))
-    lanes = max(1, np.prod(program.block(("T", "H"))) // (32 * program.warps))
+    lanes, words = accesses(program)
+    assert words == (2 if case[2] > 3 else 1)
     loads = [load for poll in polls for load in LOAD.findall(poll[0])]
     assert len(sends) == len(loads) == lanes * case[1]
     assert len(loads) == len(polls) * min(4, lanes), "a lane waits for one packet after the other"
-    assert len({m[1] for m in sends}) == len(sends), "two elements go to one place"
-    assert len(set(loads)) == len(loads), "two elements come from one place"
+    assert {m[1] for m in sends} == ({".v2"} if words == 2 else {None})
+    assert {load[1] for load in loads} == ({".v2"} if words == 2 else {""})
+    assert len({m[2] for m in sends}) == len(sends), "two accesses go to one place"
+    assert len({load[3] for load in loads}) == len(loads), "two accesses come from one place"
     assert len(LOAD.findall(ptx)) == len(loads), "a load left its loop"
     assert sends[-1].end() < polls[0].start(), "something is sent after a wait"
-    relaxed = re.findall(r"(?:st|ld|atom)\.relaxed\.\S+", ptx)
-    assert {*relaxed} == {"st.relaxed.sys.global.b64", "ld.relaxed.sys.global.b64", "ld.relaxed.sys.global.b32", LATE}
+    relaxed, two = re.findall(r"(?:st|ld|atom)\.relaxed\.\S+", ptx), ".v2" * (words == 2)
+    mail = {f"st.relaxed.sys.global{two}.b64", f"ld.relaxed.sys.global{two}.b64"}
+    assert {*relaxed} == {*mail, "ld.relaxed.sys.global.b32", LATE}
     assert all(f"@wait0 {LATE}" in ptx[m.end() : m.end() + 400] for m in polls), "a wait that nobody hears of"
+    assert all(poll[0].count(", other;") == min(4, lanes) * (words - 1) for poll in polls), "a packet's epoch is not looked at"
     if backend == "triton":
         assert ptx.index("griddepcontrol.wait") < sends[0].start()
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench.child import Child
-from bench.device_jax import Event, apart, between_calls, summary, timed
+from bench.device_jax import Event, apart, between_calls, summary, timed, typical
 
 FLUSH, RUN = "jit_between_calls", "jit_run"
 
@@ -20,6 +20,13 @@ def profile(calls):
         found += [Event(at, at + 60, "input_reduce_fusion", FLUSH), Event(at + 60, at + 120, "input_reduce_fusion", FLUSH)]
         found += [Event(at + a, at + b, name, RUN) for a, b, name in kernels]
     return found
+
+
+def test_one_long_wait_is_not_typical():
+    """Of kernels that are called alike but for XLA's number the median counts, each time."""
+    kernels = [(0, 90, "link"), (90, 93, "link_1"), (93, 96, "link_2"), (96, 97, "copy")]
+    assert typical([Event(*kernel, RUN) for kernel in kernels]) == 3 * 3 + 1
+    assert typical([]) == 0
 
 
 def test_calls_are_what_lies_between_two_flushes():

@@ -98,4 +98,4 @@ def test_packets_of_a_call_without_a_channel(moekit, backend):
     """Two ranks: mailboxes as wide as a row."""
     arguments = ("show", "all_reduce_add_rms_norm", "--as", backend, "--sizes", "H=64,T=2", "--params", "tp=2")
     text = moekit(*arguments).stdout
-    assert text.count("= send(") == text.count("= receive_") == 2
+    assert text.count("= send_2(") == text.count("= receive_") == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import programs as good
-from breakers import breaks, with_ops, without
+from breakers import breaks, with_axis, with_ops, without
 
 from moekit.compile import tile as t
 
@@ -40,7 +40,7 @@ def send_in_a_loop():
 @breaks("packets")
 def wait_before_the_last_send():
     program, (first, second), (one, other) = packets()
-    return in_order(program, [first, replace(one, after=first.out), second, other])
+    return in_order(program, [first, replace(one, own=(first.out, *one.own[1:])), second, other])
 
 
 @breaks("packets")
@@ -53,13 +53,13 @@ def packets_of_another_epoch():
 @breaks("packets")
 def wait_that_nothing_keeps_behind_a_send():
     program, sends, _ = packets()
-    return with_ops(program, t.Receive, after=sends[0].out)
+    return with_ops(program, t.Receive, own=(sends[0].out, *sends[0].values[1:]))
 
 
 @breaks("packets")
 def rank_that_gets_nothing():
     program, (first, _), receives = packets()
-    return in_order(program, [first, *(replace(op, after=first.out) for op in receives)])
+    return in_order(program, [first, *(replace(op, own=(first.out, *op.own[1:])) for op in receives)])
 
 
 @breaks("packets")
@@ -93,3 +93,32 @@ def epoch_that_is_no_rows():
 def packets_by_the_way_to_another_rank():
     program, sends, _ = packets()
     return with_ops(program, t.Send, way=sends[1].way)
+
+
+@breaks("packets")
+def accesses_of_other_elements_than_other_ranks_have():
+    program = packets()[0]
+    params = tuple(replace(p, dtype="bfloat16") if p.name == "tp_mail" else p for p in program.params)
+    return replace(program, params=params)
+
+
+@breaks("packets")
+def fewer_accesses_than_a_row_has():
+    return with_axis(packets()[0], "H.packets", extent=24)
+
+
+@breaks("packets")
+def packets_one_by_one():
+    program, sends, _ = packets()
+    return with_ops(program, t.Send, values=sends[0].values[:1])
+
+
+@breaks("types")
+def neighbours_that_are_not_all_there():
+    return with_axis(packets()[0], "H.packets", block=64)
+
+
+@breaks("types")
+def more_that_comes_than_was_sent():
+    program, _, receives = packets()
+    return with_ops(program, t.Receive, own=receives[0].own[:1])

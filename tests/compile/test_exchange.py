@@ -11,7 +11,7 @@ from moekit.compile import tile as t
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile.interpret import poison
-from moekit.compile.tile.layouts import contiguous
+from moekit.compile.tile.layouts import carried, contiguous, pitch
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
 from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
@@ -52,7 +52,7 @@ class Played:
         self.graph, _ = bound(ranks, width, dtype)
         self.plan = made or lowered(ranks, width, dtype, schedule)
         self.epochs = [np.full(ROWS, begin, np.int32) for _ in range(ranks)]
-        self.boxes = Mailboxes(ranks, (ROWS, width), slots)
+        self.boxes = Mailboxes(ranks, (ROWS, pitch(width)), slots)
         mails = [Mail(self.boxes, r) for r in range(ranks)]
         self.sizes = [{"T": n, "H": width} for n in rows]
         self.given = [operands(rng, ranks, n, width, dtype) for n in rows]
@@ -87,6 +87,31 @@ def test_ranks_have_the_sum_in_their_order(ranks, dtype):
 def test_schedules(schedule):
     """One row a program and several; the last block has fewer."""
     Played(2, 20, (7, 3, 9), schedule=schedule).hold()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9, 33])
+def test_widths(width, dtype):
+    """Rows that accesses of several elements do not divide, and rows too short for one."""
+    Played(2, width, (3, 1, 2), dtype).hold()
+
+
+@pytest.mark.parametrize(("dtype", "width", "each"), [
+    ("float32", 2048, 2), ("float32", 2, 1), ("float32", 3, 2), ("bfloat16", 2048, 4), ("float16", 257, 4), ("bfloat16", 4, 1),
+])  # fmt: skip
+def test_ranks_agree_how_many_elements_go_at_once(dtype, width, each):
+    """It follows from dtype and width, not from a schedule, or from strides, which differ from rank to rank."""
+    graph, sizes = bound(2, width, dtype)
+    block = 1 << (width - 1).bit_length()
+    dense, seen = contiguous(graph, sizes), set()
+    loose = {n: replace(x, strides=("any",) * len(x.strides)) for n, x in dense.items()}
+    for schedule in (None, f"tile:T:1 whole:H:{block}", f"tile:T:4 whole:H:{block} warps:1"):
+        for layouts in (dense, loose):
+            (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, layouts).programs
+            send = next(op for op in program.body if isinstance(op, t.Send))
+            along = next(op for op in program.body if t.results(op) == (send.at.index[-1].alone,))
+            seen.add((carried(program, program.param("tp_mail")), send.words, program.axis(along.axis).extent))
+    assert seen == {(each, 2 if each > 1 else 1, -(-width // each))}
 
 
 def strided(x: np.ndarray) -> np.ndarray:
@@ -192,7 +217,9 @@ def successors(state, steps, rows: int, calls: int, slots: int):
             if program[row] == len(steps):
                 continue
             op, epoch, now = steps[program[row]], call + 1, mail
-            if isinstance(op, t.Send):
+            if rank == (op.peer if isinstance(op, t.Send) else op.sender):
+                pass  # what is one's own goes nowhere
+            elif isinstance(op, t.Send):
                 place = (op.peer, rank, row, epoch % slots)
                 if any(packet[:4] == place for packet in mail):
                     return [], f"call {call} of rank {rank} overwrites what rank {op.peer} has not received"
@@ -219,12 +246,12 @@ def test_two_slots_suffice_and_one_does_not(ranks, rows, calls):
 
 
 def test_sends_behind_a_wait_lock():
-    """What rule `packets` is for: each rank waits for the other's first packet before it sends its own second."""
+    """What rule `packets` is for: each rank waits for the other's packet before it sends its own."""
     made = lowered(2, 4)
     (program,) = made.programs
     first, second, *others = [op for op in program.body if isinstance(op, t.Packet)]
     assert isinstance(second, t.Send)
-    turned = replace(made, programs=(replace(program, body=(others[1], first, second, others[0])),))
+    turned = replace(made, programs=(replace(program, body=(*others, first, second)),))
     assert model(turned, 2, 1, 2, 2)[1] == "nobody can go on"
 
 

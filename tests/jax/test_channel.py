@@ -65,12 +65,13 @@ def test_what_the_driver_says():
 
 
 def test_table_of_addresses():
-    """Where each rank sends, at every peer its own region; where its own packets arrive; the word of errors; the looks."""
+    """Where each rank sends, at every peer its own region, nowhere for itself; where packets arrive; the word of errors; the
+    looks."""
     at, region = [0x7F_1234_5678_00, 0x7F_FFFF_0000_00, 0x10_0000_0000], 0x2_0000
     table = addresses(at, region, 77).view(np.int64).reshape(3, 8)
     for me in range(3):
-        assert [*table[me, :3]] == [base + me * region for base in at]
-        assert [*table[me, 3:6]] == [at[me] + other * region for other in range(3)]
+        assert [*table[me, :3]] == [base + me * region if other != me else 0 for other, base in enumerate(at)]
+        assert [*table[me, 3:6]] == [at[me] + other * region if other != me else 0 for other in range(3)]
         assert [*table[me, 6:]] == [at[me] + 3 * region, 77]
     places = [(peer, int(table[me, peer])) for me in range(3) for peer in range(3)]
     arrive = [(me, int(table[me, 3 + sender])) for sender in range(3) for me in range(3)]
@@ -172,8 +173,8 @@ def test_mailboxes_and_links(opened):
     at = {s.device: s.data.unsafe_buffer_pointer() for s in opened.mail.addressable_shards}
     assert {s.data.nbytes for s in opened.mail.addressable_shards} == {2 * region + 16}
     table = np.asarray(opened.link.table).view(np.int64).reshape(2, 6)
-    assert [*table[1]] == [at[opened.devices[0]] + region, at[opened.devices[1]] + region, at[opened.devices[1]],
-                           at[opened.devices[1]] + region, at[opened.devices[1]] + 2 * region, 9]  # fmt: skip
+    other, mine = (at[device] for device in opened.devices)
+    assert [*table[1]] == [other + region, 0, mine, 0, mine + 2 * region, 9]
     assert opened.link.epochs.shape == (8,)
     other = Channel(Mesh(np.array(jax.devices()[1:3]), ("tp",)))
     assert opened.lock is other.lock  # a device of both would have steps of both, in another order than the others

@@ -24,7 +24,7 @@ def opened(looks: int = 2**24):
     channel = Channel(mesh, width=WIDTH, looks=looks)
 
     def one(x, residual, weight, link):
-        x = view(x)[0][:, : 2 * WIDTH : 2] if x.shape[-1] > WIDTH else x[0]
+        x = view(x)[0][:, : 2 * residual.shape[-1] : 2] if x.shape[-1] > residual.shape[-1] else x[0]
         given = {"tp": RANKS, "implementation": "pallas"}
         (out, total), link = exchange(all_reduce_add_rms_norm, link, x, residual, weight, **given)
         return out[None], total[None], link
@@ -33,17 +33,18 @@ def opened(looks: int = 2**24):
     return channel, Ranked(one, mesh, (P("tp"), P(), P()), (P("tp"), P("tp")), channel)
 
 
-def sums(call, rows: int, dtype: str, width: int, seed: int) -> bool:
-    """Whether the residual is the float32 sum in the order of ranks, and what is normalised near float64's, on all ranks."""
+def sums(call, rows: int, dtype: str, width: int, seed: int, own: int = WIDTH) -> bool:
+    """Whether the residual is the float32 sum in the order of ranks, and what is normalised near float64's, on all ranks: of
+    `own` elements of each row, of which there are `width`, every second one where these are more."""
     import jax.numpy as jnp
 
     from moekit.fusions import FUSIONS
 
     rng, kind = np.random.default_rng([seed, rows]), jnp.dtype(dtype)
-    shapes = (RANKS, rows, width), (rows, WIDTH), (WIDTH,)
+    shapes = (RANKS, rows, width), (rows, own), (own,)
     x, residual, weight = (rng.standard_normal(shape).astype(kind) for shape in shapes)
     out, total = map(np.asarray, call(x, residual, weight))
-    used = x[:, :, : 2 * WIDTH : 2] if width > WIDTH else x
+    used = x[:, :, : 2 * own : 2] if width > own else x
     wanted = used[0].astype(np.float32)
     for part in used[1:]:
         wanted = wanted + part.astype(np.float32)
@@ -62,6 +63,18 @@ def right(dtype: str) -> list[dict]:
         for width in (WIDTH, 2 * WIDTH + 6):
             fine = all(sums(call, rows, dtype, width, seed) for seed in range(5))
             found.append({"side": dtype, "rows": rows, "width": width, "right": fine})
+    channel.check()
+    return found
+
+
+def uneven() -> list[dict]:
+    """Rows that no access divides, and rows too short for one of several elements."""
+    channel, call = opened()
+    found = []
+    for dtype in ("bfloat16", "float32", "float16"):
+        for own, width in ((257, 257), (257, 520), (3, 3)):
+            fine = all(sums(call, 5, dtype, width, seed, own) for seed in range(4))
+            found.append({"side": dtype, "rows": own, "width": width, "right": fine})
     channel.check()
     return found
 
@@ -102,6 +115,13 @@ def test_sums_are_right_to_the_bit(dtype, monkeypatch):
     """A channel opens, and every call by it is the sum in the order of ranks."""
     found = asked(right, monkeypatch, dtype)
     assert len(found) == 12, found
+    assert all(row["right"] for row in found), found
+
+
+def test_widths(monkeypatch):
+    """Rows of 257 elements, side by side and not, and of 3."""
+    found = asked(uneven, monkeypatch)
+    assert len(found) == 9, found
     assert all(row["right"] for row in found), found
 
 

@@ -27,13 +27,13 @@ def laid(x: torch.Tensor, way: str) -> torch.Tensor:
     return wide[:, ::2]
 
 
-def sums(me: int, tp: int, rows: int, dtype: str, way: str = "dense") -> bool:
+def sums(me: int, tp: int, rows: int, dtype: str, way: str = "dense", width: int = WIDTH) -> bool:
     """Whether the residual is the float32 sum in the order of ranks, and what is normalised near float64's."""
-    rank = drawn(me, tp, rows, WIDTH, getattr(torch, dtype))
+    rank = drawn(me, tp, rows, width, getattr(torch, dtype))
     given = laid(rank.parts[me], way), laid(rank.residual, way), rank.weight
     out, total = all_reduce_add_rms_norm(*given, tp=tp, implementation="triton")
     wanted = in_order(rank.parts, rank.residual)
-    near = torch.nn.functional.rms_norm(wanted.double(), (WIDTH,), eps=1e-6) * (1 + rank.weight.double())
+    near = torch.nn.functional.rms_norm(wanted.double(), (width,), eps=1e-6) * (1 + rank.weight.double())
     return torch.equal(total, wanted) and torch.allclose(out.double(), near, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
@@ -44,6 +44,22 @@ def right(me: int, tp: int, at: str, dtype: str) -> list[dict]:
     for rows in (1, 3, 128, 0, 2, 64, 1):
         for way in ("dense", "strided", "transposed"):
             found.append({"side": dtype, "rows": rows, "way": way, "right": sums(me, tp, rows, dtype, way)})
+    channel.check()
+    channel.close()
+    dist.destroy_process_group()
+    return found
+
+
+def uneven(me: int, tp: int, at: str) -> list[dict]:
+    """Rows that no access divides, each rank's with other strides, and rows too short for one of several elements."""
+    joined(me, tp, at)
+    channel, found = Channel(), []
+    ways = ("dense", "strided", "transposed")
+    for dtype in CLOSE:
+        for width in (257, 3):
+            for turn in range(3):
+                fine = sums(me, tp, 5, dtype, ways[(turn + me) % 3], width)
+                found.append({"side": dtype, "rows": 5, "width": width, "right": fine})
     channel.check()
     channel.close()
     dist.destroy_process_group()
@@ -75,6 +91,13 @@ def test_sums_are_right_to_the_bit(dtype):
     """A channel opens, and every call by it is the sum in the order of ranks."""
     found = on_ranks(right, RANKS, PATIENCE, dtype)
     assert len(found) == 21, found
+    assert all(row["right"] for row in found), found
+
+
+def test_widths():
+    """Rows of 257 and of 3 elements, which lie differently on each rank."""
+    found = on_ranks(uneven, RANKS, PATIENCE)
+    assert len(found) == 18, found
     assert all(row["right"] for row in found), found
 
 

@@ -21,7 +21,8 @@ RESERVED = {
     *dir(builtins),
     *("tl", "triton", "pl", "plt", "jnp", "lax", "jax", "program", "self", "turn", "carry", "pid", "PDL"),
     *("gdc_launch_dependents", "gdc_wait", "prefetch", "trunc_div", "trunc_rem", "at_end", "barrier"),
-    *("ways", "packets", "send", "elementwise", *(f"receive_{n}" for n in (1, 2, 4))),
+    *("ways", "packets", "elementwise", "deinterleave", "interleave", "split_4", "send_1", "send_2"),
+    *(f"receive_{words}x{n}" for words in (1, 2) for n in (1, 2, 4)),
     *(f"nan_{kind}" for kind in ("max", "min", "maximum", "minimum")),
 }
 ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_|_body$")  # as other things in a kernel are called

@@ -83,7 +83,7 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
         value, mail, epochs = graph.nodes[n.args[0]], mail_name(n.attr("over")), epochs_name(n.attr("over"))
         params += (
-            t.Param(mail, "In", "int32", value.axes, layouts[mail]),
+            t.Param(mail, "In", value.dtype, value.axes, layouts[mail]),
             t.Param(epochs, "InOut", "int32", value.axes[:1], layouts[epochs]),
         )
     # dynamic axes outermost: only the outermost needs no division by its number of blocks

@@ -24,7 +24,8 @@ MANY_SUMMED = 2**19  # elements of short rows that are summed up, from which on 
 SUMMED_COLUMNS = 256  # of one row in a program that adds up parts
 # Elements of the largest block for each warp, by what is done with it
 ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64, 1024, 512, 128, 256
-OF_PACKETS = 128  # as many for a lane as it waits for at once
+OF_PACKETS = 128  # four a lane: of 16 bits what one access of a mailbox has, so that lanes side by side write side by side
+BY_PACKETS = 128  # rows up to which ranks add up by packets, where they could by a library
 
 
 def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:

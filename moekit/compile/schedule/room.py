@@ -14,8 +14,8 @@ from moekit.lang.graph import Graph
 
 @dataclass(frozen=True)
 class Room:
-    """Mailboxes of `ranks` ranks over mesh axis `axis`, for `rows` rows of `width` packets; `resident` programs of a kernel are
-    on a device at once."""
+    """Mailboxes of `ranks` ranks over mesh axis `axis`, for `rows` rows of `width` elements; `resident` programs of a kernel
+    are on a device at once."""
 
     axis: str
     ranks: int

@@ -85,28 +85,45 @@ class Program:
             with np.errstate(all="ignore"):
                 self.ops((op,))
 
-    def packet(self, op: t.Packet) -> tuple[Any, tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
-        """The mailboxes, the elements of a packet in them, where there are any, and their epochs."""
+    def packets(self, op: t.Packet) -> tuple[Any, list[tuple[np.ndarray, ...]], np.ndarray, np.ndarray]:
+        """The mailboxes, each value's packets in them, where there are any, and their epochs; those of all values lie side by
+        side."""
         mail, axes = self.memory[op.at.tensor], self.program.ordered(op.at.axes)
-        _, index, mask = self.address(op, axes, mail.shape)
-        return mail, tuple(i[mask] for i in index), mask, np.broadcast_to(self.at(op.epoch, axes), mask.shape)[mask]
+        *rows, last = mail.shape
+        _, index, mask = self.address(op, axes, (*rows, last // op.words))
+        *at, access = (i[mask] for i in index)
+        places = [(*at, access * op.words + k) for k in range(op.words)]
+        return mail, places, mask, np.broadcast_to(self.at(op.epoch, axes), mask.shape)[mask]
 
     def send(self, op: t.Send) -> np.ndarray:
-        mail, at, mask, epoch = self.packet(op)
-        value = np.broadcast_to(self.at(op.value, self.program.ordered(op.at.axes)), mask.shape)
-        mail.send(int(self.values[op.way]), at, epoch, value[mask])
-        return self.values[op.value]
+        mail, places, mask, epoch = self.packets(op)
+        peer = int(self.values[op.way])
+        for at, value in zip(places, op.values, strict=True) if peer != mail.rank else ():
+            data = np.broadcast_to(self.at(value, self.program.ordered(op.at.axes)), mask.shape)
+            mail.send(peer, at, epoch, data[mask])
+        return self.values[op.values[0]]
 
     def arrived(self, op: t.Receive) -> bool:
         """Whether what a receive waits for is there."""
-        mail, at, _, epoch = self.packet(op)
-        return mail.arrived(int(self.values[op.way]), at, epoch)
+        mail, places, _, epoch = self.packets(op)
+        sender = int(self.values[op.way])
+        return sender == mail.rank or all(mail.arrived(sender, at, epoch) for at in places)
 
-    def receive(self, op: t.Receive) -> np.ndarray:
-        mail, at, mask, epoch = self.packet(op)
-        out = np.zeros(mask.shape, numpy_dtype(op.out.dtype))
-        out[mask] = mail.receive(int(self.values[op.way]), at, epoch)
-        return out
+    def receive(self, op: t.Receive) -> list[np.ndarray]:
+        mail, places, mask, epoch = self.packets(op)
+        axes = self.program.ordered(op.at.axes)
+        outs = [np.broadcast_to(self.at(v, axes), mask.shape).copy() for v in op.own]
+        if (sender := int(self.values[op.way])) != mail.rank:
+            for out, at in zip(outs, places, strict=True):
+                out[mask] = mail.receive(sender, at, epoch)
+        return outs
+
+    def deinterleave(self, op: t.Deinterleave) -> list[np.ndarray]:
+        return [self.values[op.value][..., k :: len(op.outs)] for k in range(len(op.outs))]
+
+    def interleave(self, op: t.Interleave) -> np.ndarray:
+        stacked = np.stack([self.values[v] for v in op.values], axis=-1)
+        return stacked.reshape(*stacked.shape[:-2], -1)
 
     def ops(self, ops: Iterable[t.Op]) -> None:
         for op in ops:
@@ -256,6 +273,8 @@ EXECUTE = {
     t.Scan: Program.scan,
     t.Dot: Program.dot,
     t.Halves: Program.halves,
+    t.Deinterleave: Program.deinterleave,
+    t.Interleave: Program.interleave,
     t.Loop: Program.loop,
     t.AtEnd: Program.at_end,
 }

@@ -9,6 +9,8 @@ from moekit.compile import tile as t
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
+PAIR = 2  # packets that are written and read at once, of the 16 bytes that one access has at most
+
 
 def strided(
     shape: Sequence[int], strides: Sequence[int], axes: Sequence[str | None], dynamic: Collection[str], size: int
@@ -54,6 +56,24 @@ def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strid
         lying = t.Strided(("unit",)) if extent is None else t.Viewed(epochs, (extent,), (0,), (0,), (1,))
         found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs: lying}
     return found
+
+
+def pitch(width: int) -> int:
+    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut."""
+    return -(-width // PAIR) * PAIR
+
+
+def carried(program: t.TileProgram, mail: t.Param) -> int:
+    """How many neighbours along the last axis of a row go in one access of a mailbox: what `PAIR` packets have room for.
+
+    One where a row is no longer than that, or has other axes and would have gaps, or is no block's last axis. That follows from
+    the declaration and the row's dtype and extents, so that all ranks have as many, whatever their strides and schedules.
+    """
+    own = [a for a in mail.axes if a is not None]
+    extents, n = [program.axis(a).extent or 0 for a in own[1:]], PAIR * max(1, 4 // itemsize(mail.dtype))
+    if itemsize(mail.dtype) not in (2, 4) or not extents or program.ordered(own)[-1] != own[-1]:
+        return 1
+    return n if extents[-1] > n and (len(extents) == 1 or extents[-1] % n == 0) else 1
 
 
 def mail_name(axis: str) -> str:

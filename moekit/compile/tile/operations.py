@@ -152,8 +152,8 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Ways:
-    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends,
-    its word of errors; and how many times a wait looks."""
+    """What the mailboxes of `tensor` are reached by, int64: each rank's for what this one sends, its own for what each sends (0
+    to and from itself, to whom it sends nothing), its word of errors; and how many times a wait looks."""
 
     outs: tuple[Value, ...]
     tensor: str
@@ -161,34 +161,46 @@ class Ways:
 
 @dataclass(frozen=True)
 class Send:
-    """Put `value` into the mailbox of rank `peer`, by `way`: a packet for each element, its data and number `epoch` at once.
+    """Put `values` into the mailbox of rank `peer`, by `way`: a packet for each element of each, its data and number `epoch` at
+    once. Those of one element of all values lie side by side. Nothing is sent where `way` says that the peer is this rank.
 
-    `out` is the value again: what reads it comes after.
+    `out` is the first value again: what reads it comes after.
     """
 
     out: Value
-    value: Value
+    values: tuple[Value, ...]
     epoch: Value
     at: Access
     way: Value
     peer: int
 
+    @property
+    def words(self) -> int:
+        """How many packets an access has."""
+        return len(self.values)
+
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait until the packets from rank `sender` have the number `epoch`, and take their data; 0 where they are masked.
+    """Wait until the packets from rank `sender` have the number `epoch`, and take their data, as many values as were sent:
+    `own`, which stay as they are where packets are masked, and where `way` says that the sender is this rank.
 
-    `after`: what was sent before. A wait that has looked `most` times notes `errors`, and takes what there is.
+    A wait comes after what `own` is made of. One that has looked `most` times notes `errors`, and takes what there is.
     """
 
-    out: Value
-    after: Value
+    outs: tuple[Value, ...]
+    own: tuple[Value, ...]
     epoch: Value
     at: Access
     way: Value
     errors: Value
     most: Value
     sender: int
+
+    @property
+    def words(self) -> int:
+        """How many packets an access has."""
+        return len(self.outs)
 
 
 @dataclass(frozen=True)
@@ -292,6 +304,27 @@ class Halves:
 
 
 @dataclass(frozen=True)
+class Deinterleave:
+    """Neighbours along `axis`, the last one of the block, in a block each along `into`, which has one element for all of them:
+    the k-th of n outs has the elements k, n + k, 2n + k, …"""
+
+    outs: tuple[Value, ...]
+    value: Value
+    axis: str
+    into: str
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """The reverse: along `axis` an element of each of `values` in turn, which have `by` in its place."""
+
+    out: Value
+    values: tuple[Value, ...]
+    axis: str
+    by: str
+
+
+@dataclass(frozen=True)
 class TopK:
     """The `k` largest int32 `keys` along `axis` and their indices, best first along axis `into`, ties to the lower index.
 
@@ -340,7 +373,7 @@ class AtEnd:
 
 Op = (
     Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
-    | Reduce | Accumulate | Scan | Dot | Halves | TopK | Loop | AtEnd | AllReduce | Ways | Send
+    | Reduce | Accumulate | Scan | Dot | Halves | Deinterleave | Interleave | TopK | Loop | AtEnd | AllReduce | Ways | Send
     | Receive
 )  # fmt: skip
 Packet = Send | Receive
@@ -349,7 +382,7 @@ Memory = Load | Store | Prefetch | AllReduce | Packet
 
 def results(op: Op) -> tuple[Value, ...]:
     """The values an operation defines for those after it."""
-    if isinstance(op, Halves | TopK | Loop | AtEnd | Ways):
+    if isinstance(op, Halves | Deinterleave | TopK | Loop | AtEnd | Ways | Receive):
         return op.outs
     return () if isinstance(op, Store | Prefetch | Barrier) else (op.out,)
 

@@ -89,8 +89,8 @@ class Viewed:
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Where every rank's packets for this one arrive: for each rank, row and slot `width` packets, of which a row of the tensor
-    takes the first. Reached through the addresses that `buffer` holds."""
+    """Where every rank's packets for this one arrive: for each rank, row and slot `pitch(width)` packets, of which a row of the
+    tensor, of its dtype, takes the first. Reached through the addresses that `buffer` holds."""
 
     buffer: str
     ranks: int

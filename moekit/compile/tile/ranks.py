@@ -49,7 +49,7 @@ class Mail:
 
     @property
     def ways(self) -> list[int]:
-        """What leads to each rank, and from each: its number."""
+        """What leads to each rank, and from each: its number, of this one, too."""
         ranks = list(range(len(self.boxes.data)))
         return [*ranks, *ranks, 0, 0]
 

@@ -30,8 +30,8 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.InBounds: lambda p, op: ("bool", op.value.axes),
     t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(v for i in op.at.index for v in i.values), *op.at.mask)),
     t.AllReduce: lambda p, op: ("float32", op.value.axes),
-    t.Send: _like,
-    t.Receive: lambda p, op: (op.after.dtype, op.after.axes),
+    t.Send: lambda p, op: (op.values[0].dtype, op.values[0].axes),
+    t.Receive: lambda p, op: (op.own[0].dtype, op.own[0].axes),
     t.Cast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Bitcast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Unary: _like,
@@ -45,6 +45,8 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Scan: _like,
     t.Dot: lambda p, op: ("float32", _joined(p, op.left, op.right, without=op.axis)),
     t.Halves: lambda p, op: (op.value.dtype, p.ordered({*op.value.axes, p.axis(op.axis).of} - {op.axis})),
+    t.Deinterleave: lambda p, op: (op.value.dtype, p.ordered({*op.value.axes, op.into} - {op.axis})),
+    t.Interleave: lambda p, op: (op.values[0].dtype, p.ordered({*op.values[0].axes, op.axis} - {op.by})),
     t.TopK: lambda p, op: ("int32", p.ordered({*op.keys.axes, *op.ranks.axes} - {op.axis})),
 }
 
@@ -123,16 +125,39 @@ def _store(p: TileProgram, op: t.Store) -> Demand:
     yield from _access(p, op.at, op.value, *op.at.mask)
 
 
-def _packet(p: TileProgram, op: t.AllReduce | t.Packet) -> Demand:
-    param, value = p.param(op.at.tensor), op.after if isinstance(op, t.Receive) else op.value
-    yield isinstance(param.layout, Mailbox), f"{param.name} is no mailbox"
-    bits = is_float(value.dtype) if isinstance(op, t.AllReduce) else value.dtype == param.dtype
-    yield bits, f"{param.name} has packets of {param.dtype}, the value is {value.dtype}; bitcast it"
-    yield set(value.axes) == op.at.axes, f"the value varies over {value.axes}, the index over {p.ordered(op.at.axes)}"
-    if not isinstance(op, t.AllReduce):
-        yield op.epoch.dtype == "int32", f"the epoch is {op.epoch.dtype}; it must be int32"
-        yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
-    yield from _access(p, op.at, value, *op.at.mask)
+def _interleaved(p: TileProgram, op: t.Deinterleave | t.Interleave) -> Demand:
+    wide, narrow = (op.value, op.outs) if isinstance(op, t.Deinterleave) else (op.out, op.values)
+    yield from _alike(*((v,) for v in narrow))
+    yield wide.axes[-1:] == (op.axis,), f"{op.axis} is not the last axis of {wide.label}"
+    into = op.into if isinstance(op, t.Deinterleave) else op.by
+    fits = p.axis(op.axis).block == len(narrow) * p.axis(into).block
+    yield fits, f"{len(narrow)} blocks along {into} have not as many elements as one along {op.axis}"
+
+
+def _reduced(p: TileProgram, op: t.AllReduce) -> Demand:
+    yield from _mailed(p, op.at, op.value)
+    dtype = p.param(op.at.tensor).dtype
+    same = is_float(op.value.dtype) and op.value.dtype == dtype
+    yield same, f"{op.at.tensor} has rows of {dtype}, the value is {op.value.dtype}; it must be of that, a float"
+
+
+def _packet(p: TileProgram, op: t.Packet) -> Demand:
+    yield op.epoch.dtype == "int32", f"the epoch is {op.epoch.dtype}; it must be int32"
+    yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
+    values = op.values if isinstance(op, t.Send) else (*op.own, *op.outs)
+    yield from _alike(*((v,) for v in values))
+    for v in values:
+        yield v.dtype == "int32", f"{v.label} is {v.dtype}; packets take 32 bits, as int32"
+    if isinstance(op, t.Receive):
+        yield len(op.own) == len(op.outs), f"{len(op.outs)} values come and {len(op.own)} were sent; it must be as many"
+    yield from _mailed(p, op.at, values[0])
+
+
+def _mailed(p: TileProgram, at: t.Access, value: t.Value) -> Demand:
+    """An access to a mailbox, and a value that varies along what its index runs along."""
+    yield isinstance(p.param(at.tensor).layout, Mailbox), f"{at.tensor} is no mailbox"
+    yield set(value.axes) == at.axes, f"the value varies over {value.axes}, the index over {p.ordered(at.axes)}"
+    yield from _access(p, at, value, *at.mask)
 
 
 def _prefetch(p: TileProgram, op: t.Prefetch) -> Demand:
@@ -177,11 +202,13 @@ DEMANDS: dict[type, Callable[[TileProgram, Any], Demand]] = {
     t.Dot: _dot,
     t.Halves: _halves,
     t.Sides: lambda p, op: iter([(p.axis(op.axis).of is not None, f"{op.axis} is no axis twice, so it has no sides")]),
+    t.Deinterleave: _interleaved,
+    t.Interleave: _interleaved,
     t.TopK: _top_k,
     t.Load: _load,
     t.Store: _store,
     t.Prefetch: _prefetch,
-    t.AllReduce: _packet,
+    t.AllReduce: _reduced,
     t.Send: _packet,
     t.Receive: _packet,
     t.Loop: _loop,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from moekit.compile import tile as t
 from moekit.compile.tile.facts import Facts, facts_of
+from moekit.compile.tile.layouts import PAIR, carried
 from moekit.compile.tile.types import DEMANDS, RESULT
 from moekit.errors import VerifyError
 from moekit.lang.elementwise import IDENTITY
@@ -263,7 +264,7 @@ def packets(f: Facts) -> Claims:
         alike = (op.at, op.epoch) == (found[0][0].at, found[0][0].epoch)
         yield op, alike, "its elements or epoch are not those of the program's other packets"
         for sent in sends.values():
-            after = not isinstance(op, t.Receive) or _depends(f, op.after, {sent.out}, set())
+            after = not isinstance(op, t.Receive) or any(_depends(f, v, {sent.out}, set()) for v in op.own)
             yield op, after, f"nothing keeps it behind what is sent to rank {sent.peer}; let it read {sent.out.label}"
         yield op, [*sends] == everyone, f"packets go to ranks {[*sends]}; they must go to each of {everyone} once"
         senders = [x.sender for x in receives]
@@ -274,7 +275,20 @@ def packets(f: Facts) -> Claims:
         rows = param.axes[0]
         for axis in f.program.grid:
             yield op, axis == rows, f"programs along {axis} would share the packets and epochs of a row; hold it whole"
+        yield from _as_wide(f, op, param)
         yield from _epochs_kept(f, op)
+
+
+def _as_wide(f: Facts, op: t.Packet, mail: t.Param) -> Claims:
+    """An access is of as many elements, in as many packets, as it is on every other rank."""
+    last, n = f.program.axis(mail.axes[-1] or ""), carried(f.program, mail)
+    along = f.made_by.get(op.at.index[-1].alone)
+    own = f.program.axis(along.axis) if isinstance(along, t.Elements) else None
+    wanted = (-(-(last.extent or 0) // n), last.block // n) if n > 1 else (last.extent, last.block)
+    fits = own is not None and (own.extent, own.block) == wanted
+    yield op, fits, f"its accesses have not the {n} elements each that other ranks' have"
+    fits = op.words == (PAIR if n > 1 else 1)
+    yield op, fits, f"its accesses are of {op.words} packets, which are not those of other ranks"
 
 
 def _epochs_kept(f: Facts, op: t.Packet) -> Claims:

@@ -57,11 +57,13 @@ EXCHANGE = (
     _one("epoch-stands-still", "compile/passes/exchange.py", 'at=row), d.const(1), "later")', 'at=row), d.const(0), "later")', "every call sends the same epoch, and takes what an earlier one sent"),
     _one("epoch-zero", "compile/passes/exchange.py", "FIRST_AGAIN = 2", "FIRST_AGAIN = 1", "past the last epoch comes one whose slot is in use"),
     _one("one-slot", "compile/tile/ranks.py", "SLOTS = 2", "SLOTS = 1", "a packet of the next call overwrites one that has not been received"),
-    _one("ranks-backwards", "compile/passes/exchange.py", "    for part in received:", "    for part in received[::-1]:", "parts are added up in another order than that of ranks"),
+    _one("ranks-backwards", "compile/passes/exchange.py", 'd.binary("add", a, b), parts)', 'd.binary("add", a, b), parts[::-1])', "parts are added up in another order than that of ranks"),
     _one("another-peers-slot", "compile/passes/exchange.py", "way=ways[op.ranks + n]", "way=ways[op.ranks + (n + 1) % op.ranks]", "what one rank sent is taken for another's"),
     _one("sent-to-one", "compile/passes/exchange.py", "way=ways[peer]", "way=ways[0]", "every packet goes to rank 0"),
-    _one("epoch-before-data", "backends/packet.py", "@there st.relaxed.sys.global.b64 [$2], packet;", "@there st.relaxed.sys.global.b32 [$2+4], $3;\n@there st.relaxed.sys.global.b32 [$2], $1;", "an epoch is there before its data"),
-    _one("packet-read-twice", "backends/packet.py", 'f"@wait{i} ld.relaxed.sys.global.b64 packet{i}, [{at[i]}];"', 'f"@wait{i} ld.relaxed.sys.global.v2.b32 {{data{i}, epoch{i}}}, [{at[i]}];"', "data and epoch are read by a vector access, which is not promised to be one"),
+    _one("epoch-before-data", "backends/packet.py", 'f"@there st.relaxed.sys.global{_shape(words)} [{at}], {_listed(packets)};"', 'f"@there st.relaxed.sys.global.b32 [{at}+4], {epoch};", f"@there st.relaxed.sys.global.b32 [{at}], {data[0]};"', "an epoch is there before its data"),
+    _one("packet-read-twice", "backends/packet.py", 'f"@wait{i} ld.relaxed.sys.global{_shape(words)} {_listed(', 'f"@wait{i} ld.relaxed.sys.global.v{2 * words}.b32 {_listed(', "data and epoch are read by a vector access, which is not promised to be one"),
+    _one("second-epoch-unseen", "backends/packet.py", 'setp.ne.s32 other, epoch{i}_1,', 'setp.ne.s32 other, epoch{i}_0,', "of two packets of an access only the first one's epoch is looked at"),
+    _one("neighbours-swapped", "compile/passes/exchange.py", 'd.binary("shr", word, d.const(width * k)) if k else word', 'd.binary("shr", word, d.const(width)) if not k and n > len(words) else word', "neighbours that came in one packet stand in each other's place"),
 )  # fmt: skip
 
 LOWERING = (
