@@ -122,7 +122,41 @@ SAMPLES = {
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},
         f32=("weights",),
     ),
-    "causal_conv1d_step": Sample("causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}),
+    "expert_down_shared": Sample(
+        "expert_down_shared",
+        {
+            "activated": (4, 10, 64),
+            "down": (512, 64, 2048),
+            "ids": (4, 10),
+            "weights": (4, 10),
+            "shared": (4, 64),
+            "shared_down": (2048, 64),
+            "share": (4, 1),
+        },
+        f32=("weights", "share"),
+    ),
+    "gated_attention_decode": Sample(
+        "gated_attention_decode",
+        {"q": (4, 1, 8, 256), "k_cache": (4, 1, 4096, 256), "v_cache": (4, 1, 4096, 256), "lengths": (4,), "gate": (4, 8, 256)},
+    ),
+    "qkv_norm_rope": Sample(
+        "qkv_norm_rope",
+        {
+            "q": (4, 8, 256),
+            "k": (4, 1, 256),
+            "v": (4, 1, 256),
+            "q_weight": (256,),
+            "k_weight": (256,),
+            "positions": (4,),
+            "frequencies": (32,),
+            "k_cache": (4, 1, 4096, 256),
+            "v_cache": (4, 1, 4096, 256),
+        },
+        f32=("q_weight", "k_weight", "frequencies"),
+    ),
+    "causal_conv1d_step": Sample(
+        "causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}, f32=("weight",)
+    ),
     "qk_norm_rope": Sample(
         "qk_norm_rope",
         {"q": (4, 16, 256), "k": (4, 2, 256), "q_weight": (256,), "k_weight": (256,), "positions": (4,), "frequencies": (32,)},

@@ -1,0 +1,84 @@
+"""Heads of one new token made ready for attention: q and k normed and rotated, k and v put where the cache wants them."""
+
+import numpy as np
+
+from moekit.errors import ShapeError
+from moekit.lang import (
+    In,
+    InOut,
+    cast,
+    concat,
+    cos,
+    f32,
+    fusion,
+    gather,
+    iota,
+    mean,
+    put,
+    round_to,
+    rsqrt,
+    sin,
+    size,
+    slice,
+    where,
+)
+
+
+def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, *, eps, offset):
+    """Pair by pair. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
+    angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
+    pairs, half = np.exp(1j * angles), len(frequencies)
+
+    def turned(x, weight):
+        x = x.astype(np.float64)
+        normal = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (offset + weight.astype(np.float64))
+        complex_ = (normal[..., :half] + 1j * normal[..., half : 2 * half]) * pairs
+        return np.concatenate([complex_.real, complex_.imag, normal[..., 2 * half :]], axis=-1)
+
+    keys, values = k_cache.astype(np.float64), v_cache.astype(np.float64)
+    for t, (at, key) in enumerate(zip(positions, turned(k, k_weight), strict=True)):
+        if 0 <= at < keys.shape[2]:
+            keys[t, :, at], values[t, :, at] = key, v[t]
+    return {"q_out": turned(q, q_weight), "k_cache": keys, "v_cache": values}
+
+
+@fusion(
+    reference,
+    q=In("T Q D"), k=In("T K D"), v=In("T K Dv"), q_weight=In("D"), k_weight=In("D"),
+    positions=In("T", dtype=("int32", "int64")), frequencies=In("R", dtype="float32"),
+    k_cache=InOut("T K L D"), v_cache=InOut("T K L Dv"),
+)  # fmt: skip
+def qkv_norm_rope(
+    q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, eps: float = 1e-6, offset: float = 1.0
+):
+    """RMSNorm of every head of q and k, then rotary embedding of its first 2R elements, halves paired; the rest stays.
+
+    q [T, Q, D], k [T, K, D], v [T, K, Dv], weights [D], positions [T], frequencies [R] (θ^(-i/R)), caches [T, K, L, D] and
+    [T, K, L, Dv] -> q_out like q, and k and v in their caches at row t's position; one outside the cache is put nowhere. In
+    float32 with one rounding, as moekit's Qwen3-Next has it; Hugging Face's rounds the norm, sine and cosine, too.
+    """
+    turned = rotation(positions, frequencies, eps, offset)
+    return {
+        "q_out": cast(turned(q, q_weight), q.dtype),
+        "k_cache": put(cast(turned(k, k_weight), k_cache.dtype), positions, over="L"),
+        "v_cache": put(cast(v, v_cache.dtype), positions, over="L"),
+    }
+
+
+def rotation(positions, frequencies, eps, offset):
+    """turned(x, weight): heads along D normed by their weight and rotated by their row's position, in float32."""
+    half, dim = size("R"), size("D")
+    if 2 * half > dim:
+        raise ShapeError(f"qkv_norm_rope: frequencies has {half} elements, heads have {dim}; pass half as many at most")
+    angle = f32(positions) * gather(frequencies, iota("D") % half, over="R")
+    cosine, sine = cos(angle), sin(angle)
+
+    def turned(x, weight):
+        x32 = f32(x)
+        normal = x32 * rsqrt(mean(x32 * x32, over="D") + eps) * (f32(weight) + offset)
+        first, second = (slice(normal, "D", start, half, into="R") for start in (0, half))
+        rest = slice(normal, "D", 2 * half, dim - 2 * half, into="P")
+        across = concat(-second, first, rest, over="R R P", into="D")
+        return where(iota("D") < 2 * half, normal * cosine + across * sine, normal)
+
+    return turned
