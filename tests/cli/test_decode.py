@@ -21,10 +21,12 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "topk_softmax": 4,
     "down_combine": 4,
     "expert_gate_up": 0,
-    "expert_down": 0,
+    "expert_down_shared": 0,
     "experts": 16,
-    "attention_decode": 2,
+    "qkv_norm_rope": 2,
+    "gated_attention_decode": 4,
     "gated_rms_norm": 2,
+    "causal_conv1d_step": 2,
     "delta_rule_step": 2,
 }
 

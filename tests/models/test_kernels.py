@@ -56,10 +56,12 @@ def test_kernel_calls_by_fusion(zoo, case, tp):
     """Of one sequence and of two, whose pairs are too many to gather an expert for each."""
     model, kinds = zoo.model(case, tp=tp), zoo.config(case).layer_types
     layers, deltas = len(kinds), kinds.count(GDN)
-    every = dict.fromkeys(("gate_projections", "topk_softmax", "down_combine"), layers)
+    every = dict.fromkeys(("gate_projections", "topk_softmax"), layers)
     every |= {"add_rms_norm": 2 * layers + 1, "gated_rms_norm": deltas}
-    steps = {"delta_rule_step": deltas, "attention_decode": layers - deltas}
-    gathered, grouped = {"expert_gate_up": layers, "expert_down": layers}, {"experts": layers}
+    steps = dict.fromkeys(("causal_conv1d_step", "delta_rule_step"), deltas)
+    steps |= dict.fromkeys(("qkv_norm_rope", "gated_attention_decode"), layers - deltas)
+    gathered = dict.fromkeys(("expert_gate_up", "expert_down_shared"), layers)
+    grouped = dict.fromkeys(("experts", "down_combine"), layers)
     fill, step = map(by_fusion, traced(model, "pallas"))
     assert fill == every | grouped
     assert step == every | steps | grouped
@@ -84,10 +86,15 @@ OUTPUTS = [
     ("topk_softmax", 0),
     ("down_combine", 0),
     ("expert_gate_up", 0),
-    ("expert_down", 0),
+    ("expert_down_shared", 0),
     ("experts", 0),
-    ("attention_decode", 0),
+    ("qkv_norm_rope", 0),
+    ("qkv_norm_rope", 1),
+    ("qkv_norm_rope", 2),
+    ("gated_attention_decode", 0),
     ("gated_rms_norm", 0),
+    ("causal_conv1d_step", 0),
+    ("causal_conv1d_step", 1),
     ("delta_rule_step", 0),
     ("delta_rule_step", 1),
 ]
@@ -114,7 +121,7 @@ def signed(signs):
     return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in FUSIONS})
 
 
-GATHERED = ("expert_gate_up", "expert_down")  # of one sequence; of more `experts`
+GATHERED = ("expert_gate_up", "expert_down_shared")  # of one sequence; of more `experts` and `down_combine`
 
 
 @pytest.fixture(scope="module")

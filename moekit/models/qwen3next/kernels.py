@@ -19,10 +19,12 @@ FUSIONS = (
     "topk_softmax",
     "down_combine",
     "expert_gate_up",
-    "expert_down",
+    "expert_down_shared",
     "experts",
-    "attention_decode",
+    "qkv_norm_rope",
+    "gated_attention_decode",
     "gated_rms_norm",
+    "causal_conv1d_step",
     "delta_rule_step",
 )
 
@@ -45,10 +47,12 @@ class Kernels:
     topk_softmax: Callable[..., Any]
     down_combine: Callable[..., Any]
     expert_gate_up: Callable[..., Any]
-    expert_down: Callable[..., Any]
+    expert_down_shared: Callable[..., Any]
     experts: Callable[..., Any]
-    attention_decode: Callable[..., Any]
+    qkv_norm_rope: Callable[..., Any]
+    gated_attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
+    causal_conv1d_step: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 
 

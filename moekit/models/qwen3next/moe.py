@@ -33,8 +33,12 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     activated, logits, share = gate(x, weights, kernels)
     chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    routed = experts(x, chosen, _among_held(ids, config), weights, kernels, config.ep)
-    return kernels.down_combine(routed, activated, weights.view("shared_down").T, share)
+    shared = activated, weights.view("shared_down").T, share
+    ids = _among_held(ids, config)
+    if kernels.fused and FEW * ids.size <= config.num_experts:
+        gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
+        return kernels.expert_down_shared(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen, *shared)
+    return kernels.down_combine(experts(x, chosen, ids, weights, kernels, config.ep), *shared)
 
 
 def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -56,7 +60,7 @@ def _among_held(ids: jax.Array, config: Config) -> jax.Array:
 
 
 def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, ep: int = 1) -> jax.Array:
-    """Weighted sum of the chosen experts, [T, H] in x's dtype.
+    """Weighted sum of the chosen experts, [T, H] in x's dtype; with kernels, of many tokens.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here, which
     there are where ep is above 1 alone, add nothing. How it is computed follows from the shapes alone. With kernels a row's
@@ -66,8 +70,6 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
     if kernels.fused:
         gate_up, down = map(weights.view, names)
-        if FEW * pairs <= count:
-            return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
         return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
     if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
