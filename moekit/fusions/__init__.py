@@ -12,6 +12,7 @@ from moekit.fusions.expert_gate_up import expert_gate_up
 from moekit.fusions.experts import experts
 from moekit.fusions.gate_gemm import gate_gemm
 from moekit.fusions.gate_projections import gate_projections
+from moekit.fusions.gate_topk import gate_topk
 from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
@@ -32,6 +33,7 @@ FUSIONS = {
         causal_conv1d_step,
         delta_rule_step,
         gate_projections,
+        gate_topk,
         down_combine,
         expert_gate_up,
         expert_down,

@@ -28,6 +28,7 @@ gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
+gate_topk = op(_FUSIONS["gate_topk"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
@@ -62,6 +63,7 @@ __all__ = [
     "gate_gemm",
     "gate_projections",
     "gate_refusal",
+    "gate_topk",
     "gated_attention_decode",
     "gated_rms_norm",
     "moe_align",

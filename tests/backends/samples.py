@@ -99,6 +99,7 @@ SAMPLES = {
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
     "gate_projections": Sample("gate_projections", {"x": (4, 2048), **_GATES}),
+    "gate_topk": Sample("gate_topk", {"x": (4, 2048), **_GATES}, {"k": 10}),
     "gate_projections_parts": Sample(
         "gate_projections",
         {"x": (4, 2048), **_GATES},

@@ -17,6 +17,7 @@ FUSIONS = (
     "add_rms_norm",
     "gate_projections",
     "topk_softmax",
+    "gate_topk",
     "down_combine",
     "expert_gate_up",
     "expert_down_shared",
@@ -44,6 +45,7 @@ class Kernels:
     all_gather: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     gate_projections: Callable[..., Any]
+    gate_topk: Callable[..., Any]
     topk_softmax: Callable[..., Any]
     down_combine: Callable[..., Any]
     expert_gate_up: Callable[..., Any]
