@@ -99,7 +99,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, eps: float = 
     q [T, Q, D], k [T, K, D], weights [D], positions [T], frequencies [R] (θ^(-i/R)) -> q_out, k_out like q and k.
     In float32 with one rounding, as moekit's Qwen3-Next has it; Hugging Face's rounds the norm, sine and cosine, too.
     """
-    turned = rotation(positions, frequencies, eps, offset)
+    half, dim = size("R"), size("D")
+    if 2 * half > dim:
+        raise ShapeError(f"qk_norm_rope: frequencies has {half} elements, heads have {dim}; pass half as many at most")
+    turned = rotation(positions, frequencies, eps, offset, "D")
     return {"q_out": cast(turned(q, q_weight), q.dtype), "k_out": cast(turned(k, k_weight), k.dtype)}
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from moekit.errors import ShapeError
 from moekit.lang import (
     In,
     InOut,
@@ -44,9 +43,9 @@ def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_ca
 
 @fusion(
     reference,
-    q=In("T Q D"), k=In("T K D"), v=In("T K Dv"), q_weight=In("D"), k_weight=In("D"),
+    q=In("T Q 2*R+N"), k=In("T K 2*R+N"), v=In("T K Dv"), q_weight=In("2*R+N"), k_weight=In("2*R+N"),
     positions=In("T", dtype=("int32", "int64")), frequencies=In("R", dtype="float32"),
-    k_cache=InOut("T K L D"), v_cache=InOut("T K L Dv"),
+    k_cache=InOut("T K L 2*R+N"), v_cache=InOut("T K L Dv"),
 )  # fmt: skip
 def qkv_norm_rope(
     q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, eps: float = 1e-6, offset: float = 1.0
@@ -54,10 +53,10 @@ def qkv_norm_rope(
     """RMSNorm of every head of q and k, then rotary embedding of its first 2R elements, halves paired; the rest stays.
 
     q [T, Q, D], k [T, K, D], v [T, K, Dv], weights [D], positions [T], frequencies [R] (θ^(-i/R)), caches [T, K, L, D] and
-    [T, K, L, Dv] -> q_out like q, and k and v in their caches at row t's position; one outside the cache is put nowhere. In
-    float32 with one rounding, as moekit's Qwen3-Next has it; Hugging Face's rounds the norm, sine and cosine, too.
+    [T, K, L, Dv], D at least 2R -> q_out like q, and k and v in their caches at row t's position; one outside the cache is put
+    nowhere. In float32 with one rounding, as moekit's Qwen3-Next has it; Hugging Face's rounds the norm, sine and cosine, too.
     """
-    turned = rotation(positions, frequencies, eps, offset)
+    turned = rotation(positions, frequencies, eps, offset, "2*R+N")
     return {
         "q_out": cast(turned(q, q_weight), q.dtype),
         "k_cache": put(cast(turned(k, k_weight), k_cache.dtype), positions, over="L"),
@@ -65,20 +64,18 @@ def qkv_norm_rope(
     }
 
 
-def rotation(positions, frequencies, eps, offset):
-    """turned(x, weight): heads along D normed by their weight and rotated by their row's position, in float32."""
-    half, dim = size("R"), size("D")
-    if 2 * half > dim:
-        raise ShapeError(f"qkv_norm_rope: frequencies has {half} elements, heads have {dim}; pass half as many at most")
-    angle = f32(positions) * gather(frequencies, iota("D") % half, over="R")
+def rotation(positions, frequencies, eps, offset, head):
+    """turned(x, weight): what is along axis `head` normed by its weight and rotated by its row's position, in float32."""
+    half, dim = size("R"), size(head)
+    angle = f32(positions) * gather(frequencies, iota(head) % half, over="R")
     cosine, sine = cos(angle), sin(angle)
 
     def turned(x, weight):
         x32 = f32(x)
-        normal = x32 * rsqrt(mean(x32 * x32, over="D") + eps) * (f32(weight) + offset)
-        first, second = (slice(normal, "D", start, half, into="R") for start in (0, half))
-        rest = slice(normal, "D", 2 * half, dim - 2 * half, into="P")
-        across = concat(-second, first, rest, over="R R P", into="D")
-        return where(iota("D") < 2 * half, normal * cosine + across * sine, normal)
+        normal = x32 * rsqrt(mean(x32 * x32, over=head) + eps) * (f32(weight) + offset)
+        first, second = (slice(normal, head, start, half, into="R") for start in (0, half))
+        rest = slice(normal, head, 2 * half, dim - 2 * half, into="P")
+        across = concat(-second, first, rest, over="R R P", into=head)
+        return where(iota(head) < 2 * half, normal * cosine + across * sine, normal)
 
     return turned

@@ -8,7 +8,7 @@ from moekit.fusions import FUSIONS
 from moekit.testing import Call, FusionSuite, implementations, operands, run
 
 FUSION = FUSIONS["qkv_norm_rope"]
-SIZES = {"T": 5, "Q": 3, "K": 2, "L": 7, "D": 20, "Dv": 12, "R": 4}
+SIZES = {"T": 5, "Q": 3, "K": 2, "L": 7, "R": 4, "N": 12, "Dv": 12}
 
 
 class TestQkvNormRope(FusionSuite):
@@ -17,10 +17,10 @@ class TestQkvNormRope(FusionSuite):
     fusion = FUSION
     sizes = (
         SIZES,
-        {"T": 0, "Q": 2, "K": 1, "L": 4, "D": 8, "Dv": 8, "R": 2},
-        {"T": 1, "Q": 1, "K": 1, "L": 1, "D": 2, "Dv": 1, "R": 1},
-        {"T": 2, "Q": 5, "K": 1, "L": 9, "D": 16, "Dv": 16, "R": 8},
-        {"T": 2, "Q": 2, "K": 3, "L": 3, "D": 67, "Dv": 5, "R": 11},
+        {"T": 0, "Q": 2, "K": 1, "L": 4, "R": 2, "N": 4, "Dv": 8},
+        {"T": 1, "Q": 1, "K": 1, "L": 1, "R": 1, "N": 0, "Dv": 1},
+        {"T": 2, "Q": 5, "K": 1, "L": 9, "R": 8, "N": 0, "Dv": 16},
+        {"T": 2, "Q": 2, "K": 3, "L": 3, "R": 11, "N": 45, "Dv": 5},
     )
     recipes = ("tiny", "special")
 
@@ -61,5 +61,5 @@ def test_far_positions(implementation):
 
 def test_more_pairs_than_a_head_has():
     """One sentence, before anything is compiled."""
-    with pytest.raises(ShapeError, match="qkv_norm_rope: frequencies has 5 elements, heads have 8; pass half as many at most"):
-        Call(FUSION, operands(FUSION, SIZES | {"D": 8, "R": 5})).graph  # noqa: B018
+    with pytest.raises(ShapeError, match=r"q has 12 elements in dimension 2; it must be 2\*R\+N"):
+        Call(FUSION, operands(FUSION, SIZES) | {"frequencies": np.ones(11, np.float32)}).graph  # noqa: B018

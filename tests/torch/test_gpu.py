@@ -216,7 +216,7 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
              "gate_topk": {"D": 72, "I": 24, "E": 40, "G": 8},
              "causal_conv1d_step": {"C": 88, "S": 3},
-             "qkv_norm_rope": {"Q": 4, "K": 2, "L": 40, "D": 24, "Dv": 40, "R": 8},
+             "qkv_norm_rope": {"Q": 4, "K": 2, "L": 40, "R": 8, "N": 8, "Dv": 40},
              "gated_attention_decode": {"K": 2, "G": 3, "Q": 6, "L": 300, "D": 24, "Dv": 40},
              "expert_down_shared": {"H": 88, "I": 24, "J": 72, "E": 9, "K": 3},
              "experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "moe_align": {"K": 3}}[fused]  # fmt: skip
