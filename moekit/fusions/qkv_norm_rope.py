@@ -24,15 +24,15 @@ from moekit.lang import (
 
 
 def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, *, eps, offset):
-    """Pair by pair. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
+    """Pair by pair, in float64. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
     angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
-    pairs, half = np.exp(1j * angles), len(frequencies)
+    half = len(frequencies)
 
     def turned(x, weight):
         x = x.astype(np.float64)
         normal = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (offset + weight.astype(np.float64))
-        complex_ = (normal[..., :half] + 1j * normal[..., half : 2 * half]) * pairs
-        return np.concatenate([complex_.real, complex_.imag, normal[..., 2 * half :]], axis=-1)
+        a, b, rest = np.split(normal, (half, 2 * half), axis=-1)
+        return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles), rest], axis=-1)
 
     keys, values = k_cache.astype(np.float64), v_cache.astype(np.float64)
     for t, (at, key) in enumerate(zip(positions, turned(k, k_weight), strict=True)):

@@ -61,5 +61,5 @@ def test_far_positions(implementation):
 
 def test_more_pairs_than_a_head_has():
     """One sentence, before anything is compiled."""
-    with pytest.raises(ShapeError, match=r"q has 12 elements in dimension 2; it must be 2\*R\+N"):
+    with pytest.raises(ShapeError, match=r"q has 20 elements in dimension 2; it must be 2\*R\+N"):
         Call(FUSION, operands(FUSION, SIZES) | {"frequencies": np.ones(11, np.float32)}).graph  # noqa: B018
