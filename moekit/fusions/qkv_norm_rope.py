@@ -24,7 +24,7 @@ from moekit.lang import (
 
 
 def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, *, eps, offset):
-    """Pair by pair, in float64. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
+    """float64, but for the angles: float32 products everywhere, as far out their rounding is more than a sine's."""
     angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
     half = len(frequencies)
 
