@@ -33,6 +33,8 @@ add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 causal_conv1d_step_ = op(_FUSIONS["causal_conv1d_step"], in_place=True)
+conv_projections = op(_FUSIONS["conv_projections"])
+conv_projections_ = op(_FUSIONS["conv_projections"], in_place=True)
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
 gate_projections = op(_FUSIONS["gate_projections"])
@@ -66,6 +68,8 @@ __all__ = [
     "attention_decode",
     "causal_conv1d_step",
     "causal_conv1d_step_",
+    "conv_projections",
+    "conv_projections_",
     "delta_rule_step",
     "delta_rule_step_",
     "down_combine",

@@ -140,6 +140,11 @@ SAMPLES = {
         "gated_attention_decode",
         {"q": (4, 1, 8, 256), "k_cache": (4, 1, 4096, 256), "v_cache": (4, 1, 4096, 256), "lengths": (4,), "gate": (4, 8, 256)},
     ),
+    "conv_projections": Sample(
+        "conv_projections",
+        {"x": (1, 2048), "mixing": (4096, 2048), "others": (2176, 2048), "state": (1, 4096, 3), "weight": (4096, 4)},
+        f32=("weight",),
+    ),
     "qkv_norm_rope": Sample(
         "qkv_norm_rope",
         {

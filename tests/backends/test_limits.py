@@ -72,6 +72,7 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
     "expert_gate_up 64": SAMPLES["expert_gate_up"],
     "attention_decode 2x8x256": SAMPLES["attention_decode"],
     "expert_down 64": SAMPLES["expert_down"],
+    "conv_projections 4096": SAMPLES["conv_projections"],
     "gate_topk 64": SAMPLES["gate_topk"],
     "expert_down_shared 64": SAMPLES["expert_down_shared"],
     "gated_attention_decode 1x8x256": SAMPLES["gated_attention_decode"],

@@ -33,6 +33,7 @@ SIZES = {
     "causal_conv1d_step": [dict(T=3, C=19, S=3), dict(T=1, C=4, S=4)],
     "qkv_norm_rope": [dict(T=2, Q=2, K=1, L=3, R=2, N=6, Dv=7)],
     "gated_attention_decode": [dict(T=3, K=2, G=3, Q=6, L=20, D=6, Dv=9)],
+    "conv_projections": [dict(T=2, D=35, C=9, P=5, S=3)],
     "gate_topk": [dict(T=3, D=35, I=5, E=9, G=1)],
     "expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],

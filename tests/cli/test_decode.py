@@ -28,6 +28,7 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "gated_attention_decode": 2,
     "gated_rms_norm": 2,
     "causal_conv1d_step": 2,
+    "conv_projections": 0,
     "delta_rule_step": 2,
 }
 

@@ -64,5 +64,5 @@ def test_two_launches():
     graph = FUSION.trace(example(FUSION, {"T": 1, "H": 2048, "I": 256, "J": 256, "E": 512, "K": 10}, "bfloat16"))
     assert str(heuristic(graph)) == (
         "tile:K.part:1 tile:T:1 loop:K:1 whole:I:256 tile:H:64 warps:4 stages:1 dependent split:K:10 then "
-        "loop:K.part:1 tile:T:16 tile:H:32 loop:J:256 prefetch:shared_down warps:4 stages:4 dependent"
+        "loop:K.part:1 tile:T:1 tile:H:16 whole:J:256 warps:4 stages:1 dependent"
     )

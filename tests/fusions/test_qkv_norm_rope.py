@@ -59,6 +59,17 @@ def test_far_positions(implementation):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("implementation", implementations())
+def test_an_infinite_weight_is_one_of_its_pair_alone(implementation):
+    """It makes both of a pair infinite, and no number of them: what is finite is not multiplied by zero."""
+    values = operands(FUSION, SIZES, "float32", seed=7)
+    values |= {"positions": np.full(5, 3, values["positions"].dtype), "frequencies": frequencies(1e2, SIZES["R"])}
+    values["q_weight"][2] = np.inf
+    got = run(implementation, Call(FUSION, values)).outputs["q_out"]
+    assert np.isinf(got[..., [2, 6]]).all()
+    assert np.isfinite(np.delete(got, [2, 6], axis=-1)).all()
+
+
 def test_more_pairs_than_a_head_has():
     """One sentence, before anything is compiled."""
     with pytest.raises(ShapeError, match=r"q has 20 elements in dimension 2; it must be 2\*R\+N"):

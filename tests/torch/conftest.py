@@ -120,6 +120,7 @@ SIZES = {
     "qkv_norm_rope": {"T": 3, "Q": 4, "K": 2, "L": 5, "R": 4, "N": 8, "Dv": 8},
     "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 20, "D": 16, "Dv": 8},
     "expert_down_shared": {"T": 5, "H": 24, "I": 8, "J": 16, "E": 6, "K": 3, "H?": 1},
+    "conv_projections": {"T": 3, "D": 32, "C": 24, "P": 16, "S": 3},
     "gate_topk": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
     "moe_align": {"T": 5, "K": 3},

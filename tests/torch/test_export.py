@@ -31,6 +31,7 @@ SIZES = {
     "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
     "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 16, "Dv": 24},
     "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
+    "conv_projections": {"D": 64, "C": 24, "P": 20, "S": 3},
     "gate_topk": {"D": 64, "I": 12, "E": 20, "G": 1},
     "causal_conv1d_step": {"C": 40, "S": 3},
     "qkv_norm_rope": {"Q": 4, "K": 2, "L": 9, "R": 4, "N": 8, "Dv": 24},

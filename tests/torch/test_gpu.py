@@ -214,6 +214,7 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
              "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 24, "Dv": 40},
              "expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
+             "conv_projections": {"D": 72, "C": 24, "P": 40, "S": 3},
              "gate_topk": {"D": 72, "I": 24, "E": 40, "G": 8},
              "causal_conv1d_step": {"C": 88, "S": 3},
              "qkv_norm_rope": {"Q": 4, "K": 2, "L": 40, "R": 8, "N": 8, "Dv": 40},

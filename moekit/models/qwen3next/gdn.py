@@ -32,17 +32,26 @@ def decode(
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
-    mixed, gates = _projected(x, weights, value_dim)
     inputs, memory = (view(held) if at is None else view(held)[at] for held in (state.conv, state.recurrent))
     inputs = inputs.transpose(0, 2, 1)  # channels before what each remembers
-    convolved, conv = kernels.causal_conv1d_step(view(mixed)[:, :channels], inputs, weights.view("conv1d"), out=(None, inputs))
+    if kernels.fused and x.shape[0] == 1:
+        every = weights.beside("in_proj_qkvz", "in_proj_ba", multiple=value_dim)
+        given = every[:channels], every[channels:], inputs, weights.view("conv1d")
+        mixed, convolved, conv = kernels.conv_projections(x, *given, out=(None, None, inputs))
+        first = 0
+    else:
+        mixed, first = _projected(x, weights, value_dim)[0], channels
+        convolved, conv = kernels.causal_conv1d_step(
+            view(mixed)[:, :channels], inputs, weights.view("conv1d"), out=(None, inputs)
+        )
+    gates = first + value_heads * value_dim
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
         (keys, keys // key_dim, key_dim),
         (2 * keys, value_heads, value_dim),
     )
-    (z,) = _heads(mixed, (channels, value_heads, value_dim))
+    (z,) = _heads(mixed, (first, value_heads, value_dim))
     read, recurrent = kernels.delta_rule_step(
         q,
         k,

@@ -26,6 +26,7 @@ FUSIONS = (
     "gated_attention_decode",
     "gated_rms_norm",
     "causal_conv1d_step",
+    "conv_projections",
     "delta_rule_step",
 )
 
@@ -55,6 +56,7 @@ class Kernels:
     gated_attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     causal_conv1d_step: Callable[..., Any]
+    conv_projections: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 
 

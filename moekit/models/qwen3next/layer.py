@@ -110,11 +110,15 @@ class Layer:
 
     def together(self, *names: str, multiple: int = 1) -> jax.Array:
         """Matrices that are neighbours as one, and rows of any content after them up to a multiple."""
+        return self.beside(*names, multiple=multiple).array()
+
+    def beside(self, *names: str, multiple: int = 1) -> View:
+        """The same as they lie, for a kernel."""
         parts = [self.layout[name] for name in names]
         if any(a.home != ROWS or a.stop != b.start for a, b in pairwise(parts)):
             raise ValueError(f"{', '.join(names)} are no neighbours among the rows")
         start, count = parts[0].start, parts[-1].stop - parts[0].start
-        return self.rows[start : start + -(-count // multiple) * multiple]
+        return view(self.rows)[start : start + -(-count // multiple) * multiple]
 
     def view(self, name: str) -> View:
         """A weight as it lies, for a kernel."""
