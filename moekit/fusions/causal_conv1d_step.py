@@ -7,9 +7,9 @@ from moekit.lang import In, InOut, cast, concat, f32, fusion, silu, size, slice,
 
 def reference(x, state, weight):
     """The window is the state and x behind it; float64."""
-    window = np.concatenate([state, x[..., None]], axis=-1)
+    window = np.concatenate([state.astype(np.float64), x.astype(np.float64)[..., None]], axis=-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        out = (window.astype(np.float64) * weight.astype(np.float64)).sum(-1)
+        out = (window * weight.astype(np.float64)).sum(-1)
         return {"out": out / (1 + np.exp(-out)), "state": window[..., 1:]}
 
 

@@ -10,8 +10,7 @@ from moekit.lang import In, InOut, cast, f32, fusion, round_to, sum
 def reference(x, mixing, others, state, weight):
     """float64; a projection is rounded before the convolution."""
     mixed, rest = (x.astype(np.float64) @ w.astype(np.float64).T for w in (mixing, others))
-    kept = round_to(mixed, x.dtype).astype(x.dtype)
-    return {"rest": rest, **convolved(kept, state, weight)}
+    return {"rest": rest, **convolved(round_to(mixed, x.dtype), state, weight)}
 
 
 @fusion(reference, x=In("T D"), mixing=In("C D"), others=In("P D"), state=InOut("T C S"), weight=In("C S+1"))

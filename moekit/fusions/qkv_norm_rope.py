@@ -26,7 +26,7 @@ from moekit.lang import (
 def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, *, eps, offset):
     """float64, but for the angles: float32 products everywhere, as far out their rounding is more than a sine's."""
     angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
-    half = len(frequencies)
+    half = frequencies.shape[0]
 
     def turned(x, weight):
         x = x.astype(np.float64)
@@ -34,10 +34,10 @@ def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_ca
         a, b, rest = np.split(normal, (half, 2 * half), axis=-1)
         return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles), rest], axis=-1)
 
-    keys, values = k_cache.astype(np.float64), v_cache.astype(np.float64)
-    for t, (at, key) in enumerate(zip(positions, turned(k, k_weight), strict=True)):
+    keys, values, new = k_cache.astype(np.float64), v_cache.astype(np.float64), v.astype(np.float64)
+    for t, (at, key) in enumerate(zip(positions.astype(np.int64), turned(k, k_weight), strict=True)):
         if 0 <= at < keys.shape[2]:
-            keys[t, :, at], values[t, :, at] = key, v[t]
+            keys[t, :, at], values[t, :, at] = key, new[t]
     return {"q_out": turned(q, q_weight), "k_cache": keys, "v_cache": values}
 
 
