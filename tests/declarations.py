@@ -8,15 +8,14 @@ import numpy as np
 
 from moekit.errors import ShapeError
 from moekit.fusions import FUSIONS
+from moekit.fusions.qkv_norm_rope import rotation
 from moekit.lang import (
     In,
     InOut,
     Out,
     blocks,
     cast,
-    concat,
     contract,
-    cos,
     f32,
     fusion,
     gather,
@@ -27,11 +26,8 @@ from moekit.lang import (
     rsqrt,
     sigmoid,
     silu,
-    sin,
     size,
-    slice,
     sum,
-    where,
 )
 
 
@@ -78,26 +74,6 @@ def gate_block(x, residual, weight, gate_up, router, shared_gate, eps: float = 1
     }
 
 
-def _causal_conv1d_step(x, state, weight):
-    """The window is the state and x behind it."""
-    window = np.concatenate([state, x[..., None]], axis=-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        out = (window.astype(np.float64) * weight.astype(np.float64)).sum(-1)
-        return {"out": out / (1 + np.exp(-out)), "state": window[..., 1:]}
-
-
-@fusion(_causal_conv1d_step, x=In("T C"), state=InOut("T C S"), weight=In("C S+1"))
-def causal_conv1d_step(x, state, weight):
-    """One token of a depthwise causal convolution: out = silu(Σ window·weight) of the inputs so far, which move up by one.
-
-    x [T, C], state [T, C, S] (the last S inputs, the oldest first, in x's dtype), weight [C, S+1] -> out [T, C] in x's dtype,
-    rounded once; state loses its oldest input and gains x, in place.
-    """
-    window = concat(state, x, over="S 1", into="S+1")
-    out = silu(sum(f32(window) * f32(weight), over="S+1"))
-    return {"out": cast(out, x.dtype), "state": slice(window, "S+1", 1, size("S"), into="S")}
-
-
 def _qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, *, eps, offset):
     """Pair by pair. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
     angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
@@ -126,18 +102,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, eps: float = 
     half, dim = size("R"), size("D")
     if 2 * half > dim:
         raise ShapeError(f"qk_norm_rope: frequencies has {half} elements, heads have {dim}; pass half as many at most")
-    angle = f32(positions) * gather(frequencies, iota("D") % half, over="R")
-    cosine, sine = cos(angle), sin(angle)
-
-    def turned(x, weight):
-        x32 = f32(x)
-        normal = x32 * rsqrt(mean(x32 * x32, over="D") + eps) * (f32(weight) + offset)
-        first, second = (slice(normal, "D", start, half, into="R") for start in (0, half))
-        rest = slice(normal, "D", 2 * half, dim - 2 * half, into="P")
-        across = concat(-second, first, rest, over="R R P", into="D")
-        return cast(where(iota("D") < 2 * half, normal * cosine + across * sine, normal), x.dtype)
-
-    return {"q_out": turned(q, q_weight), "k_out": turned(k, k_weight)}
+    turned = rotation(positions, frequencies, eps, offset, "D")
+    return {"q_out": cast(turned(q, q_weight), q.dtype), "k_out": cast(turned(k, k_weight), k.dtype)}
 
 
 def _scaled_product(x, weight, scale, *, block):
@@ -168,7 +134,6 @@ def scaled_product(x, weight, scale, block: int = 128):
 DECLARATIONS = {
     **FUSIONS,
     "gate_block": gate_block,
-    "causal_conv1d_step": causal_conv1d_step,
     "qk_norm_rope": qk_norm_rope,
     "scaled_product": scaled_product,
 }

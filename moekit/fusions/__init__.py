@@ -3,15 +3,21 @@
 from moekit.fusions.add_rms_norm import add_rms_norm
 from moekit.fusions.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from moekit.fusions.attention_decode import attention_decode
+from moekit.fusions.causal_conv1d_step import causal_conv1d_step
+from moekit.fusions.conv_projections import conv_projections
 from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
 from moekit.fusions.expert_down import expert_down
+from moekit.fusions.expert_down_shared import expert_down_shared
 from moekit.fusions.expert_gate_up import expert_gate_up
 from moekit.fusions.experts import experts
 from moekit.fusions.gate_gemm import gate_gemm
 from moekit.fusions.gate_projections import gate_projections
+from moekit.fusions.gate_topk import gate_topk
+from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
+from moekit.fusions.qkv_norm_rope import qkv_norm_rope
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -25,12 +31,18 @@ FUSIONS = {
         shared_expert_combine,
         add_rms_norm,
         gated_rms_norm,
+        causal_conv1d_step,
+        conv_projections,
         delta_rule_step,
         gate_projections,
+        gate_topk,
         down_combine,
         expert_gate_up,
         expert_down,
+        expert_down_shared,
+        qkv_norm_rope,
         attention_decode,
+        gated_attention_decode,
         experts,
         moe_align,
         all_reduce_add_rms_norm,

@@ -25,12 +25,18 @@ shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
+causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
+conv_projections = op(_FUSIONS["conv_projections"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
+gate_topk = op(_FUSIONS["gate_topk"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
+expert_down_shared = op(_FUSIONS["expert_down_shared"])
+qkv_norm_rope = op(_FUSIONS["qkv_norm_rope"])
 attention_decode = op(_FUSIONS["attention_decode"])
+gated_attention_decode = op(_FUSIONS["gated_attention_decode"])
 experts = op(_FUSIONS["experts"])
 moe_align = op(_FUSIONS["moe_align"])
 
@@ -47,19 +53,25 @@ __all__ = [
     "add_rms_norm",
     "all_reduce_add_rms_norm",
     "attention_decode",
+    "causal_conv1d_step",
+    "conv_projections",
     "delta_rule_step",
     "down_combine",
     "exchange",
     "expert_down",
+    "expert_down_shared",
     "expert_gate_up",
     "experts",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",
+    "gate_topk",
+    "gated_attention_decode",
     "gated_rms_norm",
     "moe_align",
     "op",
     "pack_gate",
+    "qkv_norm_rope",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

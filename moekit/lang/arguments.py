@@ -99,6 +99,7 @@ def example(
         known = ", ".join(dict.fromkeys(axes))
         raise ShapeError(f"{fusion.name}: there is no axis {unknown[0]!r}; its axes are {known}")
     every = {a: (sizes or {}).get(a, SIZES.get(a, OTHER_SIZE)) for a in axes}
+    every = fusion.sized(every) | {a: every[a] for a in sizes or {} if a in every}
     optional = {a: n for a, n in (sizes or {}).items() if a.endswith("?")}
     shapes = {
         n: tuple(optional.get(f"{d.text}?", d.size(every)) if d.optional else d.size(every) for d in s.dims)

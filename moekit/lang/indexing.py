@@ -122,7 +122,8 @@ class Put:
 def put(value: Value, ids: Value, over: str) -> Put:
     """Return this for an InOut tensor to write `value` at rows `ids` of axis `over`.
 
-    Ids must be unique (a precondition); one outside the axis writes nothing.
+    No element may be written twice (a precondition): ids are unique, or rows of the tensor have one each. An id outside the
+    axis writes nothing.
     """
     if not isinstance(ids, Value) or is_float(ids.dtype) or ids.dtype == "bool":
         raise DtypeError(f"{current().name}: put needs integer ids, got {ids!r}")

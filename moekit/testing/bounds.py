@@ -81,7 +81,7 @@ class _Evaluation(Evaluation):
     def _put(self, bound: Bound, w: Write, dim: int, shape: tuple[int, ...]) -> Bound:
         """The operand's own values, with rows `ids` replaced; ids out of range write nothing."""
         names = [a for i in w.index for a in i.axes]
-        full = (*self.graph.nodes[w.ids[0]].axes, *names)
+        full = (*(a for a in self.graph.nodes[w.ids[0]].axes if a not in names), *names)
         inner = tuple(self.sizes[a] for a in full)
         ids = self._spread(self.nodes[w.ids[0]].value, full, inner).astype(np.int64)
         spread = bound.each(lambda x: self._spread(x, full, inner))

@@ -136,6 +136,7 @@ class Oracle:
     exact: Mapping[str, np.ndarray]
     chosen: Mapping[str, np.ndarray]  # integers as they come of operands that read as zero
     standard: Standard
+    unsure: Mapping[str, np.ndarray]  # where integers are any, as what they were chosen among is that near
 
     @classmethod
     def of(
@@ -154,7 +155,8 @@ class Oracle:
             judgements = {n: Judgement.of(w, limits[n], standard.constant, graph.tensors[n].dtype)
                           for n, w in want.items() if is_float(graph.tensors[n].dtype)}  # fmt: skip
         exact = _exact(graph, want) if case.recipe in EXACT_RECIPES else {}
-        return cls(case, values, want, judgements, exact, _chosen(fusion, graph, values, params), standard)
+        unsure = {n: np.isinf(limits[n].noise) for n in want if n not in judgements}
+        return cls(case, values, want, judgements, exact, _chosen(fusion, graph, values, params), standard, unsure)
 
     def compare(self, outputs: Mapping[str, np.ndarray]) -> Comparison:
         """Hold outputs to the reference."""
@@ -179,6 +181,7 @@ class Oracle:
     def _bad(self, n: str, want: np.ndarray, got: np.ndarray) -> tuple[float, np.ndarray]:
         """The ratio of an output, and where it is wrong."""
         ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
+        bad = bad & ~self.unsure.get(n, np.zeros((), bool))
         if n in self.standard.wrong:
             bad = self.standard.wrong[n](self.values, want, got)
         if n in self.chosen:

@@ -18,6 +18,7 @@ from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, ro
 from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import COMPARE, Graph, Index, Node
 from moekit.testing.constants import DEFAULT
+from moekit.testing.ranking import ranked, unsure
 
 UNIT = 2.0**-24  # half an ulp of float32, relative
 LARGEST = float(np.finfo(np.float32).max)
@@ -355,7 +356,15 @@ def _top_k(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     ids = np.argsort(-keys.value.astype(np.int64), axis=axis, kind="stable")
     ids = np.take(ids, np.arange(node.attr("k")), axis=axis)
     if node.attr("part") == "ids":
-        return _integer(np.swapaxes(ids, axis, into).astype(np.int32))
+        made = _integer(np.swapaxes(ids, axis, into).astype(np.int32))
+        at = ranked(ev.graph, node.args[0])
+        near = (
+            unsure(keys.value, keys.error(REACH), ev.nodes[at].value, axis, node.attr("k"))
+            if at is not None
+            else np.zeros((1,) * len(ev.order), bool)
+        )
+        near = np.swapaxes(near, axis, into)
+        return replace(made, noise=np.where(near, np.inf, 0.0), exact=None if near.any() else made.exact)
     return keys.each(lambda v: np.swapaxes(np.take_along_axis(v, ids, axis), axis, into))
 
 
@@ -365,7 +374,11 @@ def _pick(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     axis, into = ev.order[node.attr("axis")], ev.order[node.attr("into")]
     at = np.swapaxes(ids.value, axis, into).astype(np.int64)
     taken = x.each(lambda v: np.swapaxes(np.take_along_axis(np.broadcast_to(v, x.value.shape), at, axis), axis, into))
-    return replace(values, noise=taken.noise, flips=taken.flips)
+    most = np.swapaxes(np.max(np.broadcast_to(x.error(REACH), x.value.shape), axis=axis, keepdims=True), axis, into)
+    flips = np.where(
+        np.isinf(ids.noise), 3 * most, taken.flips
+    )  # another element's, that is as near as its and this one's error
+    return replace(values, noise=taken.noise, flips=flips)
 
 
 def placed(ev: Evaluation, node: Node, at: list[np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -31,13 +31,22 @@ all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
+causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
+causal_conv1d_step_ = op(_FUSIONS["causal_conv1d_step"], in_place=True)
+conv_projections = op(_FUSIONS["conv_projections"])
+conv_projections_ = op(_FUSIONS["conv_projections"], in_place=True)
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
 gate_projections = op(_FUSIONS["gate_projections"])
+gate_topk = op(_FUSIONS["gate_topk"])
 down_combine = op(_FUSIONS["down_combine"])
 expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
+expert_down_shared = op(_FUSIONS["expert_down_shared"])
+qkv_norm_rope = op(_FUSIONS["qkv_norm_rope"])
+qkv_norm_rope_ = op(_FUSIONS["qkv_norm_rope"], in_place=True)
 attention_decode = op(_FUSIONS["attention_decode"])
+gated_attention_decode = op(_FUSIONS["gated_attention_decode"])
 experts = op(_FUSIONS["experts"])
 moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
@@ -57,21 +66,30 @@ __all__ = [
     "all_reduce_add_rms_norm",
     "all_reduce_add_rms_norm_",
     "attention_decode",
+    "causal_conv1d_step",
+    "causal_conv1d_step_",
+    "conv_projections",
+    "conv_projections_",
     "delta_rule_step",
     "delta_rule_step_",
     "down_combine",
     "down_combine_",
     "expert_down",
+    "expert_down_shared",
     "expert_gate_up",
     "experts",
     "gate_gemm",
     "gate_projections",
     "gate_refusal",
+    "gate_topk",
+    "gated_attention_decode",
     "gated_rms_norm",
     "moe_align",
     "op",
     "pack_gate",
     "patch",
+    "qkv_norm_rope",
+    "qkv_norm_rope_",
     "register",
     "shared_expert_combine",
     "shared_expert_combine_",

@@ -99,6 +99,7 @@ SAMPLES = {
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
     "gate_projections": Sample("gate_projections", {"x": (4, 2048), **_GATES}),
+    "gate_topk": Sample("gate_topk", {"x": (4, 2048), **_GATES}, {"k": 10}),
     "gate_projections_parts": Sample(
         "gate_projections",
         {"x": (4, 2048), **_GATES},
@@ -122,7 +123,46 @@ SAMPLES = {
         {"activated": (4, 10, 64), "down": (512, 64, 2048), "ids": (4, 10), "weights": (4, 10)},
         f32=("weights",),
     ),
-    "causal_conv1d_step": Sample("causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}),
+    "expert_down_shared": Sample(
+        "expert_down_shared",
+        {
+            "activated": (4, 10, 64),
+            "down": (512, 64, 2048),
+            "ids": (4, 10),
+            "weights": (4, 10),
+            "shared": (4, 64),
+            "shared_down": (2048, 64),
+            "share": (4, 1),
+        },
+        f32=("weights", "share"),
+    ),
+    "gated_attention_decode": Sample(
+        "gated_attention_decode",
+        {"q": (4, 1, 8, 256), "k_cache": (4, 1, 4096, 256), "v_cache": (4, 1, 4096, 256), "lengths": (4,), "gate": (4, 8, 256)},
+    ),
+    "conv_projections": Sample(
+        "conv_projections",
+        {"x": (1, 2048), "mixing": (4096, 2048), "others": (2176, 2048), "state": (1, 4096, 3), "weight": (4096, 4)},
+        f32=("weight",),
+    ),
+    "qkv_norm_rope": Sample(
+        "qkv_norm_rope",
+        {
+            "q": (4, 8, 256),
+            "k": (4, 1, 256),
+            "v": (4, 1, 256),
+            "q_weight": (256,),
+            "k_weight": (256,),
+            "positions": (4,),
+            "frequencies": (32,),
+            "k_cache": (4, 1, 4096, 256),
+            "v_cache": (4, 1, 4096, 256),
+        },
+        f32=("q_weight", "k_weight", "frequencies"),
+    ),
+    "causal_conv1d_step": Sample(
+        "causal_conv1d_step", {"x": (4, 8192), "state": (4, 8192, 3), "weight": (8192, 4)}, f32=("weight",)
+    ),
     "qk_norm_rope": Sample(
         "qk_norm_rope",
         {"q": (4, 16, 256), "k": (4, 2, 256), "q_weight": (256,), "k_weight": (256,), "positions": (4,), "frequencies": (32,)},

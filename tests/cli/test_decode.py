@@ -17,14 +17,18 @@ from moekit.models.qwen3next.kernels import FUSIONS
 SMALL = replace(TINY, layer_types=(GDN, ATTENTION), num_experts=5, num_experts_per_tok=2, vocab_size=64)
 PER_STEP = {  # kernels of one decode step of the shipped model: two layers of gated delta net and two of attention
     "add_rms_norm": 9,
-    "gate_projections": 4,
-    "topk_softmax": 4,
+    "gate_projections": 0,
+    "topk_softmax": 0,
+    "gate_topk": 4,
     "down_combine": 4,
     "expert_gate_up": 0,
-    "expert_down": 0,
+    "expert_down_shared": 0,
     "experts": 16,
-    "attention_decode": 2,
+    "qkv_norm_rope": 2,
+    "gated_attention_decode": 2,
     "gated_rms_norm": 2,
+    "causal_conv1d_step": 2,
+    "conv_projections": 0,
     "delta_rule_step": 2,
 }
 

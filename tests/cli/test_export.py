@@ -60,6 +60,6 @@ def test_doctor_warm(moekit, monkeypatch):
     report = json.loads(moekit("doctor", "--warm", "--json").stdout)["warm"]
     assert report["device"]
     assert {"fusion", "in_place", "sizes", "first", "next"} == set(report["calls"][0])
-    assert len(report["calls"]) == len(FUSIONS) + 5  # five have a form that works in place
+    assert len(report["calls"]) == len(FUSIONS) + 8  # eight have a form that works in place
     assert report["seconds"] > 0
     assert "first call" in moekit("doctor", "--warm").stdout

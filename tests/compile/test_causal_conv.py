@@ -8,8 +8,8 @@ from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
+from moekit.fusions.causal_conv1d_step import causal_conv1d_step as FUSION
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
-from tests.declarations import causal_conv1d_step as FUSION
 
 SIZES = {"T": 5, "C": 37, "S": 3}
 SHAPES = {"x": (5, 37), "state": (5, 37, 3), "weight": (37, 4)}

@@ -274,3 +274,15 @@ def test_the_worst_is_kept_with_where_it_came_from(tmp_path):
     record_worst(path, {"numpy": Coverage(worst={"f": 0.25, "g": 0.75})}, plan)
     assert {n: v["ratio"] for n, v in worst_seen(path).items()} == {"f": 0.5, "g": 0.75}
     assert worst_seen(path)["f"]["device"] == "CPU"
+
+
+def test_ids_among_computed_values_are_any_where_those_are_within_their_errors():
+    """Two logits that float32 may sum up in either order may change places; two that stand apart may not."""
+    fusion, params = FUSIONS["gate_topk"], {"k": 3}
+    values = operands(fusion, {"T": 1, "D": 2, "I": 1, "E": 4, "G": 1}, "float32")
+    values |= {"x": np.ones((1, 2), np.float32), "router": np.array([[1, 1], [2, 1], [1, 1 + 2.0**-23], [0, 0]], np.float32)}
+    made = dict(run("numpy", Call(fusion, values, params)).outputs)
+    made["ids"] = np.array([[1, 0, 2]], np.int32)
+    assert not compare(fusion, made, values, params).problems
+    made["ids"] = np.array([[0, 1, 2]], np.int32)
+    assert "ids[0, 0] is 0, the reference says 1" in compare(fusion, made, values, params).problems[0]

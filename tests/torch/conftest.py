@@ -116,10 +116,16 @@ SIZES = {
     "expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
     "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 20, "D": 16, "Dv": 8},
     "expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
+    "causal_conv1d_step": {"T": 5, "C": 24, "S": 3},
+    "qkv_norm_rope": {"T": 3, "Q": 4, "K": 2, "L": 5, "R": 4, "N": 8, "Dv": 8},
+    "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 20, "D": 16, "Dv": 8},
+    "expert_down_shared": {"T": 5, "H": 24, "I": 8, "J": 16, "E": 6, "K": 3, "H?": 1},
+    "conv_projections": {"T": 3, "D": 32, "C": 24, "P": 16, "S": 3},
+    "gate_topk": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
     "moe_align": {"T": 5, "K": 3},
 }
-PARAMS = {"topk_softmax": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
+PARAMS = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ SIZES = {
     "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
     "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 16, "Dv": 24},
     "expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
+    "conv_projections": {"D": 64, "C": 24, "P": 20, "S": 3},
+    "gate_topk": {"D": 64, "I": 12, "E": 20, "G": 1},
+    "causal_conv1d_step": {"C": 40, "S": 3},
+    "qkv_norm_rope": {"Q": 4, "K": 2, "L": 9, "R": 4, "N": 8, "Dv": 24},
+    "gated_attention_decode": {"K": 2, "G": 3, "Q": 6, "L": 300, "D": 16, "Dv": 24},
+    "expert_down_shared": {"H": 40, "I": 8, "J": 24, "E": 6, "K": 3, "H?": 1},
 }
 MANY_ROWS = ("add_rms_norm", "gated_rms_norm", "silu_and_mul", "shared_expert_combine", "combine_wide")
 FOLLOWS = {"experts": "B", "moe_align": "B"}  # fusions with an axis whose size follows from others at the call
@@ -74,7 +80,7 @@ def test_exported_files_run_where_moekit_cannot_be_imported(tmp_path):
     paths = [p for p in paths if "_float32" in p or not any(name in p for name in MANY_ROWS)]
     done = run(paths, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 28
+    assert done.stdout.count(": right") == len(paths) == 40
 
 
 @pytest.mark.gpu
@@ -82,7 +88,7 @@ def test_exported_files_run_on_the_gpu(tmp_path):
     paths = write(tmp_path, ("float32", "float16", "bfloat16"))
     done = run(paths, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count(": right") == len(paths) == 51
+    assert done.stdout.count(": right") == len(paths) == 69
 
 
 def test_self_test_catches_a_wrong_kernel(tmp_path):

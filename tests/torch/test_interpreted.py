@@ -24,6 +24,12 @@ SIZES = {
     "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
     "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
     "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
+    "conv_projections": {"T": 3, "D": 24, "C": 9, "P": 5, "S": 3},
+    "gate_topk": {"T": 5, "D": 24, "I": 5, "E": 20, "G": 1},
+    "causal_conv1d_step": {"T": 3, "C": 24, "S": 3},
+    "qkv_norm_rope": {"T": 3, "Q": 2, "K": 1, "L": 5, "R": 2, "N": 6, "Dv": 7},
+    "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 300, "D": 16, "Dv": 9},
+    "expert_down_shared": {"T": 3, "H": 9, "I": 5, "J": 20, "E": 7, "K": 2},
     "experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "moe_align": {"T": 5, "K": 3},
 }
 for name, sizes in SIZES.items():

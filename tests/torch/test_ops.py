@@ -127,6 +127,12 @@ SMALL = {
     "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
     "attention_decode": {"T": 2, "K": 1, "G": 2, "L": 4, "D": 3, "Dv": 2},
     "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
+    "conv_projections": {"T": 2, "D": 4, "C": 3, "P": 2, "S": 2},
+    "gate_topk": {"T": 2, "D": 4, "I": 2, "E": 6, "G": 1},
+    "causal_conv1d_step": {"T": 2, "C": 4, "S": 2},
+    "qkv_norm_rope": {"T": 2, "Q": 2, "K": 1, "L": 3, "R": 1, "N": 2, "Dv": 2},
+    "gated_attention_decode": {"T": 2, "K": 1, "G": 2, "Q": 2, "L": 4, "D": 3, "Dv": 2},
+    "expert_down_shared": {"T": 2, "H": 4, "I": 2, "J": 3, "E": 4, "K": 2, "H?": 1},
     "experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}

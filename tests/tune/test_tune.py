@@ -37,6 +37,12 @@ SIZES = {
     "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},
     "attention_decode": {"K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256},
     "expert_down": {"I": 64, "H": 2048, "E": 512, "K": 10},
+    "conv_projections": {"D": 2048, "C": 1024, "P": 640, "S": 3},
+    "gate_topk": {"D": 2048, "I": 64, "E": 512, "G": 1},
+    "causal_conv1d_step": {"C": 1024, "S": 3},
+    "qkv_norm_rope": {"Q": 2, "K": 1, "L": 1024, "R": 32, "N": 192, "Dv": 256},
+    "gated_attention_decode": {"K": 2, "G": 8, "Q": 16, "L": 1024, "D": 256, "Dv": 256},
+    "expert_down_shared": {"I": 64, "J": 64, "H": 2048, "E": 512, "K": 10, "H?": 1},
     "experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
     "moe_align": {"K": 10},
 }

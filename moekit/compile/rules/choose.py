@@ -13,6 +13,7 @@ from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, g
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
 from moekit.compile.rules.tables import table_launch, tables, wide
+from moekit.compile.rules.vectors import summed_launch, vector_launch
 from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
 from moekit.compile.schedule.directives import (
@@ -139,7 +140,9 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
 def _gathered(graph: Graph) -> Schedule | None:
     if (launch := gathered_product(graph)) is None:
         return None
-    schedule = spread(graph, launch)
+    first, *rest = spread(graph, launch).launches
+    graphs = [g for _, g, _ in launched(graph, Schedule((first, *rest)))][1:]
+    schedule = Schedule((first, *(summed_launch(g) or other for g, other in zip(graphs, rest, strict=True))))
     return schedule if legal(graph, schedule) is None else None
 
 
@@ -202,13 +205,15 @@ def _launch(graph: Graph, tile: Block = GEMM_TILES[0], columns: int = GEMM_COLUM
     for g, piece in zip(parts, pieces, strict=True):
         section = deeper(g, obliging(g, piece.sections[0], piece.warps), stages)
         made.append(replace(section, outputs=tuple(w.output for w in g.writes)))
-    return _abreast(graph, Launch(tuple(made), (Warps(max(p.warps for p in pieces)), Stages(stages), Dependent())))
+    choosing = [p.warps for g, p in zip(parts, pieces, strict=True) if any(g.nodes[i].op == "top_k" for i in g.live())]
+    warps = min(choosing) if choosing and not products else max(p.warps for p in pieces)  # one warp's lanes need no barrier
+    return _abreast(graph, Launch(tuple(made), (Warps(warps), Stages(stages), Dependent())))
 
 
 def _piece(graph: Graph, tile: Block, columns: int, in_a_row: Split | None) -> Launch:
     """One section's programs; an axis that is split is looped over."""
     gemm = first_gemm(graph)
-    launch = gemm_launch(graph, gemm, tile, columns, in_a_row) if gemm else row_launch(graph)
+    launch = gemm_launch(graph, gemm, tile, columns, in_a_row) if gemm else vector_launch(graph) or row_launch(graph)
     (section,) = launch.sections
     for axis, count in shares(graph).items():
         if axis in axis_uses(graph) and isinstance(section.axis(axis), Whole):

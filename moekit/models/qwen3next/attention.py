@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moekit.jax import view
 from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
@@ -27,17 +28,41 @@ def decode(
     x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, KeyValues]:
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
+    if kernels.fused:
+        return _decode(x, weights, memory, lengths, config, kernels)
     q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
     rows = jnp.arange(x.shape[0])
     memory = KeyValues(
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
         memory.values.at[rows, :, lengths].set(v[:, 0]),
     )
-    if kernels.fused:
-        read = kernels.attention_decode(q[:, 0], memory.keys, memory.values, lengths + 1)[:, None]
-    else:
-        read = _whole(q, memory.keys, memory.values, lengths[:, None])
+    read = _whole(q, memory.keys, memory.values, lengths[:, None])
     return _output(read, gate, weights)[:, 0], memory
+
+
+def _decode(
+    x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
+) -> tuple[jax.Array, KeyValues]:
+    """`decode` by kernels, which read heads where the projection put them, and put keys and values where memory has them."""
+    batch, dim = x.shape[0], config.head_dim
+    columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
+    heads = view(columns.reshape(batch, -1, dim))  # q, its gate, q, its gate, ..., k, v
+    queries, keys = (weights.layout[name].shape[0] // dim for name in ("q_proj", "k_proj"))
+    q, held, values = kernels.qkv_norm_rope(
+        heads[:, :queries:2],
+        heads[:, queries : queries + keys],
+        heads[:, queries + keys :],
+        weights.view("q_norm"),
+        weights.view("k_norm"),
+        lengths,
+        jnp.asarray(_frequencies(config)),
+        memory.keys,
+        memory.values,
+        eps=config.rms_norm_eps,
+    )
+    grouped = (batch, keys, -1, dim)
+    read = kernels.gated_attention_decode(q.reshape(grouped), held, values, lengths + 1, heads[:, 1:queries:2])
+    return linear(read.reshape(batch, -1), weights["o_proj"]), KeyValues(held, values)
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config"))
@@ -87,11 +112,16 @@ def _project(
     return round_to(q, x.dtype).reshape(grouped), gate.reshape(grouped), round_to(k, x.dtype), v
 
 
+def _frequencies(config: Config) -> np.ndarray:
+    """How far each pair of a head turns from one position to the next, in radians: float32 [rotary_dim / 2]."""
+    dim = config.rotary_dim
+    return (1.0 / config.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
+
+
 def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     """Rotary embedding of the first rotary_dim of each head, halves paired; x [B, S, heads, dim] float32."""
     dim = config.rotary_dim
-    frequencies = 1.0 / config.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-    angles = (positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)[None, None])[:, :, None]
+    angles = (positions[..., None].astype(jnp.float32) * _frequencies(config)[None, None])[:, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -32,18 +32,26 @@ def decode(
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
-    mixed, gates = _projected(x, weights, value_dim)
-    inputs = state.conv if at is None else lax.dynamic_index_in_dim(state.conv, at, keepdims=False)
-    window = jnp.concatenate([inputs, mixed[:, None, :channels]], axis=1)
-    convolved = _convolved([window[:, i] for i in range(window.shape[1])], weights["conv1d"], x.dtype)
+    inputs, memory = (view(held) if at is None else view(held)[at] for held in (state.conv, state.recurrent))
+    inputs = inputs.transpose(0, 2, 1)  # channels before what each remembers
+    if kernels.fused and x.shape[0] == 1:
+        every = weights.beside("in_proj_qkvz", "in_proj_ba", multiple=value_dim)
+        given = every[:channels], every[channels:], inputs, weights.view("conv1d")
+        mixed, convolved, conv = kernels.conv_projections(x, *given, out=(None, None, inputs))
+        first = 0
+    else:
+        mixed, first = _projected(x, weights, value_dim)[0], channels
+        convolved, conv = kernels.causal_conv1d_step(
+            view(mixed)[:, :channels], inputs, weights.view("conv1d"), out=(None, inputs)
+        )
+    gates = first + value_heads * value_dim
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
         (keys, keys // key_dim, key_dim),
         (2 * keys, value_heads, value_dim),
     )
-    (z,) = _heads(mixed, (channels, value_heads, value_dim))
-    memory = view(state.recurrent) if at is None else view(state.recurrent)[at]
+    (z,) = _heads(mixed, (first, value_heads, value_dim))
     read, recurrent = kernels.delta_rule_step(
         q,
         k,
@@ -57,8 +65,7 @@ def decode(
     )
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
     out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
-    conv = window[:, 1:]
-    return out, DeltaState(conv if at is None else lax.dynamic_update_index_in_dim(state.conv, conv, at, 0), recurrent)
+    return out, DeltaState(conv, recurrent)
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))

@@ -17,12 +17,16 @@ FUSIONS = (
     "add_rms_norm",
     "gate_projections",
     "topk_softmax",
+    "gate_topk",
     "down_combine",
     "expert_gate_up",
-    "expert_down",
+    "expert_down_shared",
     "experts",
-    "attention_decode",
+    "qkv_norm_rope",
+    "gated_attention_decode",
     "gated_rms_norm",
+    "causal_conv1d_step",
+    "conv_projections",
     "delta_rule_step",
 )
 
@@ -42,13 +46,17 @@ class Kernels:
     all_gather: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     gate_projections: Callable[..., Any]
+    gate_topk: Callable[..., Any]
     topk_softmax: Callable[..., Any]
     down_combine: Callable[..., Any]
     expert_gate_up: Callable[..., Any]
-    expert_down: Callable[..., Any]
+    expert_down_shared: Callable[..., Any]
     experts: Callable[..., Any]
-    attention_decode: Callable[..., Any]
+    qkv_norm_rope: Callable[..., Any]
+    gated_attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
+    causal_conv1d_step: Callable[..., Any]
+    conv_projections: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
 
 

@@ -59,23 +59,29 @@ def arranged(weights: Shapes, width: int, kinds: Iterable[Shapes], spare: int = 
     """The weights of one kind of layer in order, given their shapes and homes.
 
     Its rows and small elements are as many as the largest of `kinds` has, so that a kernel of one serves the others. A stack of
-    matrices is viewed in an array of blocks of its own last two dimensions: it comes first, and the rows are whole blocks.
+    matrices is viewed in an array of blocks of its own last two dimensions: it comes first, and the rows are whole blocks. A
+    matrix of `small` is viewed in rows of its own width, likewise.
     spare: rows behind the last weight, for `Layer.together`.
     """
     parts: list[tuple[str, Part]] = []
     at: dict[str, int] = dict.fromkeys(HOMES, 0)
     alone: dict[str, tuple[int, ...]] = {OUT: (0, 0), DOWN: (0, 0, 0)}
     for name, (shape, home) in weights.items():
-        if len(shape) == 3 and home == ROWS and at[home]:
-            raise ValueError(f"{name} is a stack of matrices behind other weights; it must come first")
+        if len(shape) == (3 if home == ROWS else 2) and home in (ROWS, SMALL) and at[home]:
+            raise ValueError(
+                f"{name} has {len(shape)} dimensions and comes behind other weights of its array; it must come first"
+            )
         parts.append((name, Part(home, at[home], shape)))
         at[home] = parts[-1][1].stop
         alone |= {home: shape} if home in alone else {}
     every = [known.values() for known in kinds]
     step = max((shape[1] for known in every for shape, home in known if home == ROWS and len(shape) == 3), default=1)
     most = max(sum(prod(shape[:-1]) for shape, home in known if home == ROWS) for known in every)
+    wide = max((shape[1] for known in every for shape, home in known if home == SMALL and len(shape) == 2), default=1)
     small = max(sum(prod(shape) for shape, home in known if home == SMALL) for known in every)
-    return Layout(tuple(parts), ((-(-(most + spare) // step) * step, width), (small,), alone[OUT], alone[DOWN]))
+    return Layout(
+        tuple(parts), ((-(-(most + spare) // step) * step, width), (-(-small // wide) * wide,), alone[OUT], alone[DOWN])
+    )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("rows", "small", "out", "down", "at"), meta_fields=("layout",))
@@ -104,11 +110,15 @@ class Layer:
 
     def together(self, *names: str, multiple: int = 1) -> jax.Array:
         """Matrices that are neighbours as one, and rows of any content after them up to a multiple."""
+        return self.beside(*names, multiple=multiple).array()
+
+    def beside(self, *names: str, multiple: int = 1) -> View:
+        """The same as they lie, for a kernel."""
         parts = [self.layout[name] for name in names]
         if any(a.home != ROWS or a.stop != b.start for a, b in pairwise(parts)):
             raise ValueError(f"{', '.join(names)} are no neighbours among the rows")
         start, count = parts[0].start, parts[-1].stop - parts[0].start
-        return self.rows[start : start + -(-count // multiple) * multiple]
+        return view(self.rows)[start : start + -(-count // multiple) * multiple]
 
     def view(self, name: str) -> View:
         """A weight as it lies, for a kernel."""
@@ -116,9 +126,11 @@ class Layer:
         if part.home in (OUT, DOWN):
             return view(getattr(self, part.home))
         if part.home == SMALL:
-            if len(part.shape) != 1:
-                raise ValueError(f"{name} has shape {part.shape} and no View: its array has one dimension a layer")
-            return view(self.small)[self.at, part.start : part.stop]
+            if len(part.shape) == 1:
+                return view(self.small)[self.at, part.start : part.stop]
+            count, width = part.shape
+            first = part.start // width
+            return view(self.small.reshape(self.small.shape[0], -1, width))[self.at, first : first + count]
         if len(part.shape) == 1:
             return view(self.rows)[part.start]
         if len(part.shape) == 2:

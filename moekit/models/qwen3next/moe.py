@@ -22,6 +22,7 @@ from moekit.models.qwen3next.sharding import AXIS
 # With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
 # expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
 FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
+ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
 DENSE, SORTED, TOGETHER = 4, 128, 4096
@@ -30,11 +31,23 @@ DENSE, SORTED, TOGETHER = 4, 128, 4096
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
-    activated, logits, share = gate(x, weights, kernels)
-    chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
+    activated, share, chosen, ids = routed(x, weights, config, kernels)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    routed = experts(x, chosen, _among_held(ids, config), weights, kernels, config.ep)
-    return kernels.down_combine(routed, activated, weights.view("shared_down").T, share)
+    shared = activated, weights.view("shared_down").T, share
+    ids = _among_held(ids, config)
+    if kernels.fused and FEW * ids.size <= config.num_experts:
+        gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
+        return kernels.expert_down_shared(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen, *shared)
+    return kernels.down_combine(experts(x, chosen, ids, weights, kernels, config.ep), *shared)
+
+
+def routed(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> tuple[jax.Array, ...]:
+    """The shared expert's activation [T, I] and its share [T, 1], and the weights and numbers of the experts chosen, [T, k]."""
+    names, k, more = ("gate_up", "router", "shared_gate"), config.num_experts_per_tok, {"renormalize": config.norm_topk_prob}
+    if kernels.fused and x.shape[0] <= ROWS:
+        return kernels.gate_topk(x, *map(weights.view, names), k, **more)
+    activated, logits, share = gate(x, weights, kernels)
+    return activated, share, *kernels.topk_softmax(logits, k, **more)
 
 
 def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -56,7 +69,7 @@ def _among_held(ids: jax.Array, config: Config) -> jax.Array:
 
 
 def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, ep: int = 1) -> jax.Array:
-    """Weighted sum of the chosen experts, [T, H] in x's dtype.
+    """Weighted sum of the chosen experts, [T, H] in x's dtype; with kernels, of many tokens.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here, which
     there are where ep is above 1 alone, add nothing. How it is computed follows from the shapes alone. With kernels a row's
@@ -66,8 +79,6 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
     if kernels.fused:
         gate_up, down = map(weights.view, names)
-        if FEW * pairs <= count:
-            return kernels.expert_down(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen)
         return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
     if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
