@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, gdn, moe
 from moekit.models.qwen3next.cache import KeyValues, delta_specs
+from moekit.models.qwen3next.delta_rule import chunked_delta_rule
 from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.layer import Layer, arranged
 from moekit.models.qwen3next.sharding import specs
@@ -211,7 +212,7 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
     decay, beta = -rng.exponential(1.0, (1, length, values)), rng.random((1, length, values))
     arguments = (jnp.asarray(a, jnp.float32) for a in (q, k, v, decay, beta))
     with jax.enable_x64(wide):
-        read, state = jax.jit(gdn.chunked_delta_rule)(*arguments)
+        read, state = jax.jit(chunked_delta_rule)(*arguments)
     assert (read.dtype, state.dtype) == (np.float32, np.float32)
     memory, expected = np.zeros((values, key_dim, value_dim)), np.zeros((length, values, value_dim))
     for t in range(length):
@@ -227,6 +228,6 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
 def test_strong_decay_over_a_chunk_stays_finite():
     shape = (1, 64, 1)
     q = k = v = jnp.ones((*shape, 4)) / 2
-    read, state = gdn.chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
+    read, state = chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
     assert np.isfinite(read).all()
     assert np.isfinite(state).all()

@@ -17,7 +17,8 @@ from moekit.errors import MoekitError
 from moekit.models.qwen3next.attention import BLOCK
 from moekit.models.qwen3next.cache import cache_shapes
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
-from moekit.models.qwen3next.gdn import AT_ONCE, CHUNK
+from moekit.models.qwen3next.delta_rule import CHUNK
+from moekit.models.qwen3next.gdn import AT_ONCE
 from moekit.models.qwen3next.moe import DENSE, SORTED, TOGETHER
 from moekit.models.qwen3next.sharding import AXIS, Parameter, kv_heads_per_rank, parameters
 
