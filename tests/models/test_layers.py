@@ -74,6 +74,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
 @pytest.mark.parametrize("case", CASES)
 def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)  # 67 tokens are more than four
+    monkeypatch.setattr(attention, "ROWS", 16)
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     layer = config.layer_types.index("full_attention")
     reference = zoo.transformers(case).model
@@ -99,8 +100,9 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
         close(out, expected[np.arange(B), lengths + step])
 
 
-def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(monkeypatch):
-    """Of a length that no block divides."""
+@pytest.mark.parametrize("longest", [11, 10])
+def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(longest, monkeypatch):
+    """Of a length that no block divides: blocks of queries, and of a longer one of keys, too."""
     rng, length = np.random.default_rng(9), 11
     q = rng.standard_normal((2, length, 2, 3, 8)).astype(np.float32)
     keys, values = rng.standard_normal((2, 2, 2, length, 8)).astype(np.float32)
@@ -110,7 +112,8 @@ def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(mo
         return jnp.sum(attention._causal(*given) * weights)
 
     wanted = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    for name, size in (("BLOCK", 4), ("ROWS", 4), ("LONG", longest)):
+        monkeypatch.setattr(attention, name, size)
     found = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         close(mine, np.asarray(theirs))
