@@ -7,6 +7,7 @@ sum, and two in a row are again; so the states between chunks are a prefix sum (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,28 +41,38 @@ def chunked_delta_rule(
     ones = jnp.ones(k.shape[:3], jnp.float32)
     of_q, of_k = (order.chunks(jnp.repeat(a, ratio, axis=2)) for a in scales or (ones, ones))
     decay, beta = order.chunks(decay), order.chunks(beta)
-    q, k, v = lax.optimization_barrier(tuple(order.chunks(a) for a in (q, k, v)))  # else XLA makes wide ones for products
+    q, k, v = (order.chunks(a) for a in (q, k, v))
+    # Behind a barrier: else XLA makes wide ones for products.
+    q, k, v, each = lax.optimization_barrier((q, k, v, _of_values(k, ratio)))
 
     total = jnp.cumsum(decay, axis=-1)  # log of the decay since the chunk began
     lower = jnp.tril(jnp.ones((order.chunk, order.chunk), bool))
     between = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf)) * of_k[..., None, :]
     system = _of_values(product("btd,bsd->bts", k, k), ratio) * between * (of_k * beta)[..., None]
     attend = _of_values(product("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
-    q, k = _of_values(q, ratio), _of_values(k, ratio)
 
     # What stands in a chunk's place in the state after it, and in what it reads, comes of its v and of the state before it.
     solved = inverse(system) * beta[..., None, :]
     since, left = of_k * jnp.exp(total), of_k * jnp.exp(total[..., -1:] - total)
     to_state, to_read = solved * left[..., None], product("bij,bjk->bik", attend, solved)
     fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)
-    kept = fade - product("bti,btj->bij", k, product("bts,bsd->btd", to_state * since[..., None, :], k))
-    added = product("bti,btj->bij", k, product("bts,bsd->btd", to_state, v))
+    # In halves, of chunks at even and at odd places, as the sum takes them: halves of products would be copied.
+    halves = partial(jnp.array_split, indices_or_sections=2 if order.sides[1] else 1)
+    keyed = _products("bts,bsd->btd", halves(to_state * since[..., None, :]), halves(each))
+    valued = _products("bts,bsd->btd", halves(to_state), halves(v))
+    kept = [f - a for f, a in zip(halves(fade), _products("bti,btj->bij", halves(each), keyed), strict=True)]
+    added = _products("bti,btj->bij", halves(each), valued)
     if state is None:
-        state = jnp.zeros((batch, heads, *added.shape[1:]), jnp.float32)
-    states, after = _between(kept, added, state.reshape(-1, *added.shape[1:]), order.sides[1])
-    asked = q * (of_q * jnp.exp(total))[..., None] - product("bts,bsd->btd", to_read * since[..., None, :], k)
-    read = product("bts,bsd->btd", to_read, v) + product("btk,bkv->btv", asked, states)
-    return order.tokens(read), after.reshape(state.shape)
+        state = jnp.zeros((batch, heads, *added[0].shape[1:]), jnp.float32)
+    states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1])
+    asked = _of_values(q, ratio) * (of_q * jnp.exp(total))[..., None]
+    asked -= product("bts,bsd->btd", to_read * since[..., None, :], each)
+    read = jnp.concatenate(_products("btk,bkv->btv", halves(asked), states))
+    return order.tokens(read + product("bts,bsd->btd", to_read, v)), after.reshape(state.shape)
+
+
+def _products(subscripts: str, some: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
+    return [product(subscripts, *pair) for pair in zip(some, others, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -138,19 +149,20 @@ def _small(system: jax.Array) -> jax.Array:
     return jnp.broadcast_to(solved, system.shape)
 
 
-def _between(kept: jax.Array, added: jax.Array, state: jax.Array, pairs: int) -> tuple[jax.Array, jax.Array]:
-    """The state before each chunk, and that after all; a chunk makes kept · state + added of one.
+def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pairs: int) -> tuple[list[jax.Array], jax.Array]:
+    """The state before each chunk, in parts like those given, and that after all; a chunk makes kept · state + added of one.
 
     kept [chunks, Dk, Dk], added [chunks, Dk, Dv] in `_Order`; state [B·V, Dk, Dv] before the first. pairs: how often two
-    neighbours in time are the two halves of what is left.
+    neighbours in time are the two halves of what is left: if so, they are given apart.
     """
     if pairs:
-        (kept, then), (added, more) = jnp.split(kept, 2), jnp.split(added, 2)
-        both = product("bij,bjk->bik", then, kept), product("bij,bjk->bik", then, added) + more
-        states, state = _between(*both, state, pairs - 1)
-        return jnp.concatenate([states, product("bij,bjk->bik", kept, states) + added]), state
+        (first, then), (some, more) = kept, added
+        both = product("bij,bjk->bik", then, first), product("bij,bjk->bik", then, some) + more
+        begun, state = _between(*(jnp.array_split(a, 2 if pairs > 1 else 1) for a in both), state, pairs - 1)
+        before = jnp.concatenate(begun)
+        return [before, product("bij,bjk->bik", first, before) + some], state
     states = []
-    for one, more in zip(*(a.reshape(-1, *state.shape[:1], *a.shape[1:]) for a in (kept, added)), strict=True):
+    for one, more in zip(*(a.reshape(-1, state.shape[0], *a.shape[1:]) for a in (*kept, *added)), strict=True):
         states.append(state)
         state = product("bij,bjk->bik", one, state) + more
-    return jnp.concatenate(states), state
+    return [jnp.concatenate(states)], state
