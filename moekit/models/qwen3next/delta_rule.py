@@ -47,7 +47,7 @@ def chunked_delta_rule(
 
     total = jnp.cumsum(decay, axis=-1)  # log of the decay since the chunk began
     lower = jnp.tril(jnp.ones((order.chunk, order.chunk), bool))
-    between = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf)) * of_k[..., None, :]
+    between = jnp.exp(jnp.where(lower[None], total[..., :, None] - total[..., None, :], -jnp.inf)) * of_k[..., None, :]
     system = _of_values(product("btd,bsd->bts", k, k), ratio) * between * (of_k * beta)[..., None]
     attend = _of_values(product("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
 
@@ -55,7 +55,7 @@ def chunked_delta_rule(
     solved = inverse(system) * beta[..., None, :]
     since, left = of_k * jnp.exp(total), of_k * jnp.exp(total[..., -1:] - total)
     to_state, to_read = solved * left[..., None], product("bij,bjk->bik", attend, solved)
-    fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)
+    fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)[None]
     # In halves, of chunks at even and at odd places, as the sum takes them: halves of products would be copied.
     halves = partial(jnp.array_split, indices_or_sections=2 if order.sides[1] else 1)
     keyed = _products("bts,bsd->btd", halves(to_state * since[..., None, :]), halves(each))
@@ -65,7 +65,7 @@ def chunked_delta_rule(
     if state is None:
         state = jnp.zeros((batch, heads, *added[0].shape[1:]), jnp.float32)
     states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1])
-    asked = _of_values(q, ratio) * (of_q * jnp.exp(total))[..., None]
+    asked = _of_values(q, ratio).astype(jnp.float32) * (of_q * jnp.exp(total))[..., None]
     asked -= product("bts,bsd->btd", to_read * since[..., None, :], each)
     read = jnp.concatenate(_products("btk,bkv->btv", halves(asked), states))
     return order.tokens(read + product("bts,bsd->btd", to_read, v)), after.reshape(state.shape)
@@ -139,14 +139,14 @@ def inverse(system: jax.Array) -> jax.Array:
 def _small(system: jax.Array) -> jax.Array:
     """`inverse` with all of a system in every product: of blocks along the diagonal of one, two, four rows and so on."""
     size, at = system.shape[-1], np.arange(system.shape[-1])
-    solved, block = jnp.eye(size, dtype=system.dtype), 1
+    solved, block = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape), 1
     while block < size:
         row, column = at[:, None] // block, at[None] // block
-        below = jnp.where((row % 2 == 1) & (column == row - 1), system, 0.0)
+        below = jnp.where(((row % 2 == 1) & (column == row - 1))[None], system, 0.0)
         if block > 1:
             below = product("bij,bjk->bik", solved, product("bij,bjk->bik", below, solved))
         solved, block = solved - below, 2 * block
-    return jnp.broadcast_to(solved, system.shape)
+    return solved
 
 
 def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pairs: int) -> tuple[list[jax.Array], jax.Array]:
