@@ -85,7 +85,7 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
     memory_spec = KeyValues(CUT, CUT)
 
     def prompt(weights, x):
-        return attention.prefill(x, weights, 80, config)
+        return attention.prefill(x, weights, 80, config, named(kernels))
 
     def token(weights, x, memory, lengths):
         return attention.decode(x, weights, memory, lengths, config, named(kernels))
@@ -117,6 +117,17 @@ def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(lo
     found = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         close(mine, np.asarray(theirs))
+
+
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
+    """Of grouped queries, in the order in which it has heads; and where it refuses, it is not taken."""
+    rng, asked = np.random.default_rng(4), jax.nn.dot_product_attention
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 11, 2, *more, 8)), jnp.bfloat16) for more in ((3,), (), ()))
+    wanted = attention._causal(q, *(jnp.swapaxes(a, 1, 2) for a in (k, v))).astype(jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention._flash(q, k, v) is None  # there is none here
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: asked(*a, implementation="xla", **o))
+    close(attention._flash(q, k, v).astype(jnp.float32), np.asarray(wanted), 2**-7)
 
 
 @pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])

@@ -19,6 +19,7 @@ from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
 
+FLASH = 256  # tokens of a prompt from which on cuDNN's attention is taken, where it is there
 ROWS = 1024  # queries of a prompt whose scores are held at a time, with all keys up to theirs
 LONG = 32768  # tokens of a prompt from which on, for the sake of memory, keys come in blocks as well
 BLOCK = 1024  # queries, and keys, whose scores are held at a time
@@ -42,13 +43,14 @@ def decode(
     return _output(read, gate, weights)[:, 0], memory
 
 
-@partial(jax.jit, static_argnames=("cache_length", "config"))
-def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> tuple[jax.Array, KeyValues]:
+@partial(jax.jit, static_argnames=("cache_length", "config", "kernels"))
+def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config, kernels: Kernels) -> tuple[jax.Array, KeyValues]:
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
+    flash = _flash(q, k, v) if kernels.fused and length >= FLASH else None
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
-    out = _output(_causal(q, k, v), gate, weights)
+    out = _output(_causal(q, k, v) if flash is None else flash, gate, weights)
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
@@ -97,6 +99,20 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
+    """What `_causal` gives, by cuDNN, which holds no scores; None where it is not there or does not take these.
+
+    q [B, S, kv heads, queries, dim], k and v [B, S, kv heads, dim].
+    """
+    if jax.default_backend() != "gpu" or q.dtype == jnp.float32:
+        return None
+    asked = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    try:
+        return jax.nn.dot_product_attention(asked, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
+    except (NotImplementedError, RuntimeError, ValueError):  # how jax says that cuDNN or the device cannot
+        return None
 
 
 def _causal(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:

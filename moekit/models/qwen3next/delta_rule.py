@@ -58,17 +58,22 @@ def chunked_delta_rule(
     fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)[None]
     # In halves, of chunks at even and at odd places, as the sum takes them: halves of products would be copied.
     halves = partial(jnp.array_split, indices_or_sections=2 if order.sides[1] else 1)
-    keyed = _products("bts,bsd->btd", halves(to_state * since[..., None, :]), halves(each))
+    keyed = _products("bts,bsd->btd", halves(to_state * since[..., None, :]), halves(_apart(each)))
     valued = _products("bts,bsd->btd", halves(to_state), halves(v))
-    kept = [f - a for f, a in zip(halves(fade), _products("bti,btj->bij", halves(each), keyed), strict=True)]
-    added = _products("bti,btj->bij", halves(each), valued)
+    kept = [f - a for f, a in zip(halves(fade), _products("bti,btj->bij", halves(_apart(each)), keyed), strict=True)]
+    added = _products("bti,btj->bij", halves(_apart(each)), valued)
     if state is None:
         state = jnp.zeros((batch, heads, *added[0].shape[1:]), jnp.float32)
     states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1])
     asked = _of_values(q, ratio).astype(jnp.float32) * (of_q * jnp.exp(total))[..., None]
     asked -= product("bts,bsd->btd", to_read * since[..., None, :], each)
-    read = jnp.concatenate(_products("btk,bkv->btv", halves(asked), states))
+    read = jnp.concatenate(_products("btk,bkv->btv", halves(asked), [_apart(a) for a in states]))
     return order.tokens(read + product("bts,bsd->btd", to_read, v)), after.reshape(state.shape)
+
+
+def _apart(a: jax.Array) -> jax.Array:
+    """The same, for another product than it is an operand of: of two that share one XLA makes one, and copies its parts."""
+    return lax.optimization_barrier(a)
 
 
 def _products(subscripts: str, some: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
@@ -157,7 +162,7 @@ def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pa
     """
     if pairs:
         (first, then), (some, more) = kept, added
-        both = product("bij,bjk->bik", then, first), product("bij,bjk->bik", then, some) + more
+        both = product("bij,bjk->bik", then, first), product("bij,bjk->bik", _apart(then), some) + more
         begun, state = _between(*(jnp.array_split(a, 2 if pairs > 1 else 1) for a in both), state, pairs - 1)
         before = jnp.concatenate(begun)
         return [before, product("bij,bjk->bik", first, before) + some], state
