@@ -17,6 +17,7 @@ from jax import lax
 from moekit.models.qwen3next.numerics import product
 
 CHUNK = 64
+LONG = 1024  # tokens from which on chunks are twice as long: fewer states, which are what there is most of
 IN_TURN = 8  # up to so many groups of chunks are gone through one after the other
 BLOCK = 16  # rows and columns of a system that are solved at once
 
@@ -41,9 +42,10 @@ def chunked_delta_rule(
     ones = jnp.ones(k.shape[:3], jnp.float32)
     of_q, of_k = (order.chunks(jnp.repeat(a, ratio, axis=2)) for a in scales or (ones, ones))
     decay, beta = order.chunks(decay), order.chunks(beta)
+    halves = partial(jnp.array_split, indices_or_sections=2 if order.sides[1] else 1)  # at even and at odd places
     q, k, v = (order.chunks(a) for a in (q, k, v))
     # Behind a barrier: else XLA makes wide ones for products.
-    q, k, v, each = lax.optimization_barrier((q, k, v, _of_values(k, ratio)))
+    q, k, keys, values = lax.optimization_barrier((q, k, halves(_of_values(k, ratio)), halves(v)))
 
     total = jnp.cumsum(decay, axis=-1)  # log of the decay since the chunk began
     lower = jnp.tril(jnp.ones((order.chunk, order.chunk), bool))
@@ -51,33 +53,32 @@ def chunked_delta_rule(
     system = _of_values(product("btd,bsd->bts", k, k), ratio) * between * (of_k * beta)[..., None]
     attend = _of_values(product("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
 
-    # What stands in a chunk's place in the state after it, and in what it reads, comes of its v and of the state before it.
+    # What a chunk adds to the state, and what it reads, is made of its v and of the state before it, which goes by its k.
     solved = inverse(system) * beta[..., None, :]
     since, left = of_k * jnp.exp(total), of_k * jnp.exp(total[..., -1:] - total)
-    to_state, to_read = solved * left[..., None], product("bij,bjk->bik", attend, solved)
+    to_state, to_read = solved * left[..., None], _product("bij,bjk->bik", attend, solved)
     fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)[None]
-    # In halves, of chunks at even and at odd places, as the sum takes them: halves of products would be copied.
-    halves = partial(jnp.array_split, indices_or_sections=2 if order.sides[1] else 1)
-    keyed = _products("bts,bsd->btd", halves(to_state * since[..., None, :]), halves(_apart(each)))
-    valued = _products("bts,bsd->btd", halves(to_state), halves(v))
-    kept = [f - a for f, a in zip(halves(fade), _products("bti,btj->bij", halves(_apart(each)), keyed), strict=True)]
-    added = _products("bti,btj->bij", halves(_apart(each)), valued)
+    asked = _of_values(q, ratio).astype(jnp.float32) * (of_q * jnp.exp(total))[..., None]
+    by_key, reads_key = (halves(a * since[..., None, :]) for a in (to_state, to_read))
+    # In halves, as the sum over chunks takes them: halves of products would be copied.
+    kept = _each("bti,btj->bij", keys, _each("bts,bsd->btd", by_key, keys))
+    kept = [a - b for a, b in zip(halves(fade), kept, strict=True)]
+    added = _each("bti,btj->bij", keys, _each("bts,bsd->btd", halves(to_state), values))
     if state is None:
         state = jnp.zeros((batch, heads, *added[0].shape[1:]), jnp.float32)
     states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1])
-    asked = _of_values(q, ratio).astype(jnp.float32) * (of_q * jnp.exp(total))[..., None]
-    asked -= product("bts,bsd->btd", to_read * since[..., None, :], each)
-    read = jnp.concatenate(_products("btk,bkv->btv", halves(asked), [_apart(a) for a in states]))
-    return order.tokens(read + product("bts,bsd->btd", to_read, v)), after.reshape(state.shape)
+    asked = [a - b for a, b in zip(halves(asked), _each("bts,bsd->btd", reads_key, keys), strict=True)]
+    read = zip(_each("btk,bkv->btv", asked, states), _each("bts,bsd->btd", halves(to_read), values), strict=True)
+    return order.tokens(jnp.concatenate([a + b for a, b in read])), after.reshape(state.shape)
 
 
-def _apart(a: jax.Array) -> jax.Array:
-    """The same, for another product than it is an operand of: of two that share one XLA makes one, and copies its parts."""
-    return lax.optimization_barrier(a)
+def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """A product of its own: of two that share an operand XLA makes one, and copies operands and parts."""
+    return product(subscripts, *lax.optimization_barrier(operands))
 
 
-def _products(subscripts: str, some: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-    return [product(subscripts, *pair) for pair in zip(some, others, strict=True)]
+def _each(subscripts: str, *operands: list[jax.Array]) -> list[jax.Array]:
+    return [_product(subscripts, *some) for some in zip(*operands, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Order:
     @property
     def chunk(self) -> int:
         """Tokens in a chunk, a power of two."""
-        return min(CHUNK, 1 << (self.length - 1).bit_length())
+        return min(CHUNK if self.length < LONG else 2 * CHUNK, 1 << (self.length - 1).bit_length())
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -162,12 +163,12 @@ def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pa
     """
     if pairs:
         (first, then), (some, more) = kept, added
-        both = product("bij,bjk->bik", then, first), product("bij,bjk->bik", _apart(then), some) + more
+        both = _product("bij,bjk->bik", then, first), _product("bij,bjk->bik", then, some) + more
         begun, state = _between(*(jnp.array_split(a, 2 if pairs > 1 else 1) for a in both), state, pairs - 1)
         before = jnp.concatenate(begun)
-        return [before, product("bij,bjk->bik", first, before) + some], state
+        return [before, _product("bij,bjk->bik", first, before) + some], state
     states = []
     for one, more in zip(*(a.reshape(-1, state.shape[0], *a.shape[1:]) for a in (*kept, *added)), strict=True):
         states.append(state)
-        state = product("bij,bjk->bik", one, state) + more
+        state = _product("bij,bjk->bik", one, state) + more
     return [jnp.concatenate(states)], state
