@@ -300,6 +300,10 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
     tokens = jax.ShapeDtypeStruct((BATCH, 512), jnp.int32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
+    assert "triangular" not in filled.text  # the delta rule solves nothing row by row
+    products = re.findall(r" dot\(.*?algorithm=(\w+)", filled.text)
+    assert products
+    assert set(products) == {"dot_bf16_bf16_f32_x3"}  # none of float32 by the vector unit
     of_steps = {"delta_rule_step", "attention_decode", "expert_gate_up", "expert_down"}
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == of_steps
     assert len(re.findall(r" all-reduce(?:-start)?\(", filled.text)) == 2 * CONFIG.num_layers

@@ -215,9 +215,25 @@ def test_a_step_reads_its_cache_alone_and_no_further(zoo):
         assert np.array_equal(np.moveaxis(mine, 2, 1)[same], np.moveaxis(before, 2, 1)[same], equal_nan=True)
 
 
-@pytest.mark.parametrize(("length", "wide"), [(1, False), (63, False), (64, False), (130, False), (130, True)])
+def recurrence(q, k, v, decay, beta):
+    """The delta rule of one sequence itself, token by token in float64: what is read, and the state after."""
+    keys, values = q.shape[2], v.shape[2]
+    memory, read = np.zeros((values, q.shape[3], v.shape[3])), np.zeros(v.shape[1:])
+    for t in range(v.shape[1]):
+        for h in range(values):
+            key, query = k[0, t, h * keys // values], q[0, t, h * keys // values]
+            memory[h] *= np.exp(decay[0, t, h])
+            memory[h] += np.outer(key, (v[0, t, h] - key @ memory[h]) * beta[0, t, h])
+            read[t, h] = query @ memory[h]
+    return read, memory
+
+
+LENGTHS = (1, 63, 64, 130, 700, 1100)  # around a chunk; groups one after the other; chunks of twice the length
+
+
+@pytest.mark.parametrize(("length", "wide"), [*((length, False) for length in LENGTHS), (130, True)])
 def test_chunked_delta_rule_is_the_recurrence(length, wide):
-    """Against the recurrence itself, token by token in float64; where JAX has 64 bits, too."""
+    """Where JAX has 64 bits, too."""
     rng = np.random.default_rng(length)
     keys, values, key_dim, value_dim = 2, 6, 8, 5
     q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
@@ -228,15 +244,28 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
     with jax.enable_x64(wide):
         read, state = jax.jit(chunked_delta_rule)(*arguments)
     assert (read.dtype, state.dtype) == (np.float32, np.float32)
-    memory, expected = np.zeros((values, key_dim, value_dim)), np.zeros((length, values, value_dim))
-    for t in range(length):
-        for h in range(values):
-            key, query = k[0, t, h * keys // values], q[0, t, h * keys // values]
-            memory[h] *= np.exp(decay[0, t, h])
-            memory[h] += np.outer(key, (v[0, t, h] - key @ memory[h]) * beta[0, t, h])
-            expected[t, h] = query @ memory[h]
+    expected, memory = recurrence(q, k, v, decay, beta)
     close(read[0], expected, 1e-5)
     close(state[0], memory, 1e-5)
+
+
+@pytest.mark.parametrize("alike", [0.01, 0.3])
+def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
+    """Each token takes back nearly all that the one before it wrote: powers of the system are a million times its inverse.
+
+    q and k are narrow, with their norms beside them.
+    """
+    rng, length, keys, dim = np.random.default_rng(2), 200, 1, 16
+    q, k = (rng.standard_normal((1, length, keys, dim)) for _ in range(2))
+    q, k = (np.asarray(jnp.asarray(a, jnp.bfloat16)) for a in (q, 1 + alike * k))
+    v, beta = rng.standard_normal((1, length, 2 * keys, dim)), np.full((1, length, 2 * keys), 0.999)
+    scales = [1 / np.linalg.norm(a.astype(np.float64), axis=-1) for a in (q, k)]
+    wide = (a.astype(np.float64) * scale[..., None] for a, scale in zip((q, k), scales, strict=True))
+    expected, memory = recurrence(*wide, v, np.zeros_like(beta), beta)
+    given = (jnp.asarray(a, jnp.float32) for a in (v, np.zeros_like(beta), beta))
+    read, state = chunked_delta_rule(q, k, *given, None, tuple(jnp.asarray(a, jnp.float32) for a in scales))
+    close(read[0], expected, 3e-6)
+    close(state[0], memory, 3e-6)
 
 
 def test_strong_decay_over_a_chunk_stays_finite():

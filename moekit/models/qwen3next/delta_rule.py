@@ -6,6 +6,7 @@ sum, and two in a row are again; so the states between chunks are a prefix sum (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,9 @@ IN_TURN = 8  # up to so many groups of chunks are gone through one after the oth
 BLOCK = 16  # rows and columns of a system that are solved at once
 
 
+Times = Callable[..., jax.Array]  # a product, by its subscripts
+
+
 def chunked_delta_rule(
     q: jax.Array,
     k: jax.Array,
@@ -31,12 +35,14 @@ def chunked_delta_rule(
     state: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over sequences, in chunks of up to CHUNK tokens, from a state, zero where None, in float32.
+    """The gated delta rule over sequences, in chunks of tokens, from a state, zero where None, in float32.
 
     q, k [B, S, K, Dk]; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]; scales: what q and k are to be multiplied by,
     [B, S, K] each, 1 where None -> read [B, S, V, Dv], state [B, V, Dk, Dv], float32. Value head h reads key head h·K // V.
-    Scales stand beside q and k so that these may be narrow: they are the operands of most products.
+    Scales stand beside q and k so that these may be narrow: they are the operands of most products. Where they are, products of
+    float32 are of three of its parts (`numerics.product`); where they are float32 themselves, IEEE.
     """
+    times = partial(_times, exact=k.dtype == jnp.float32)
     batch, length, heads, _ = v.shape
     ratio, order = heads // k.shape[2], _Order(batch, length)
     ones = jnp.ones(k.shape[:3], jnp.float32)
@@ -50,35 +56,35 @@ def chunked_delta_rule(
     total = jnp.cumsum(decay, axis=-1)  # log of the decay since the chunk began
     lower = jnp.tril(jnp.ones((order.chunk, order.chunk), bool))
     between = jnp.exp(jnp.where(lower[None], total[..., :, None] - total[..., None, :], -jnp.inf)) * of_k[..., None, :]
-    system = _of_values(product("btd,bsd->bts", k, k), ratio) * between * (of_k * beta)[..., None]
-    attend = _of_values(product("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
+    system = _of_values(times("btd,bsd->bts", k, k), ratio) * between * (of_k * beta)[..., None]
+    attend = _of_values(times("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
 
     # What a chunk adds to the state, and what it reads, is made of its v and of the state before it, which goes by its k.
-    solved = inverse(system) * beta[..., None, :]
+    solved = inverse(system, times) * beta[..., None, :]
     since, left = of_k * jnp.exp(total), of_k * jnp.exp(total[..., -1:] - total)
-    to_state, to_read = solved * left[..., None], _product("bij,bjk->bik", attend, solved)
+    to_state, to_read = solved * left[..., None], times("bij,bjk->bik", attend, solved)
     fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)[None]
     asked = _of_values(q, ratio).astype(jnp.float32) * (of_q * jnp.exp(total))[..., None]
     by_key, reads_key = (halves(a * since[..., None, :]) for a in (to_state, to_read))
     # In halves, as the sum over chunks takes them: halves of products would be copied.
-    kept = _each("bti,btj->bij", keys, _each("bts,bsd->btd", by_key, keys))
+    kept = _each(times, "bti,btj->bij", keys, _each(times, "bts,bsd->btd", by_key, keys))
     kept = [a - b for a, b in zip(halves(fade), kept, strict=True)]
-    added = _each("bti,btj->bij", keys, _each("bts,bsd->btd", halves(to_state), values))
+    added = _each(times, "bti,btj->bij", keys, _each(times, "bts,bsd->btd", halves(to_state), values))
     if state is None:
         state = jnp.zeros((batch, heads, *added[0].shape[1:]), jnp.float32)
-    states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1])
-    asked = [a - b for a, b in zip(halves(asked), _each("bts,bsd->btd", reads_key, keys), strict=True)]
-    read = zip(_each("btk,bkv->btv", asked, states), _each("bts,bsd->btd", halves(to_read), values), strict=True)
+    states, after = _between(kept, added, state.reshape(-1, *added[0].shape[1:]), order.sides[1], times)
+    asked = [a - b for a, b in zip(halves(asked), _each(times, "bts,bsd->btd", reads_key, keys), strict=True)]
+    read = zip(_each(times, "btk,bkv->btv", asked, states), _each(times, "bts,bsd->btd", halves(to_read), values), strict=True)
     return order.tokens(jnp.concatenate([a + b for a, b in read])), after.reshape(state.shape)
 
 
-def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
+def _times(subscripts: str, *operands: jax.Array, exact: bool) -> jax.Array:
     """A product of its own: of two that share an operand XLA makes one, and copies operands and parts."""
-    return product(subscripts, *lax.optimization_barrier(operands))
+    return product(subscripts, *lax.optimization_barrier(operands), exact=exact)
 
 
-def _each(subscripts: str, *operands: list[jax.Array]) -> list[jax.Array]:
-    return [_product(subscripts, *some) for some in zip(*operands, strict=True)]
+def _each(times: Times, subscripts: str, *operands: list[jax.Array]) -> list[jax.Array]:
+    return [times(subscripts, *some) for some in zip(*operands, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -126,23 +132,23 @@ def _of_values(a: jax.Array, ratio: int) -> jax.Array:
     return jnp.broadcast_to(a[:, None], (a.shape[0], ratio, *a.shape[1:])).reshape(-1, *a.shape[1:])
 
 
-def inverse(system: jax.Array) -> jax.Array:
+def inverse(system: jax.Array, times: Times) -> jax.Array:
     """Of the identity plus what stands below the diagonal of system [N, n, n], n a power of two; what stands above is zero.
 
     By halves: what is added up is then never larger than what comes of it, as powers of the system may be.
     """
     size = system.shape[-1]
     if size <= BLOCK:
-        return _small(system)
+        return _small(system, times)
     half = size // 2
     corners = jnp.concatenate([system[:, :half, :half], system[:, half:, half:]])
-    first, second = jnp.split(inverse(corners), 2)
-    below = -product("bij,bjk->bik", second, product("bij,bjk->bik", system[:, half:, :half], first))
+    first, second = jnp.split(inverse(corners, times), 2)
+    below = -times("bij,bjk->bik", second, times("bij,bjk->bik", system[:, half:, :half], first))
     upper, lower = jnp.concatenate([first, jnp.zeros_like(below)], axis=2), jnp.concatenate([below, second], axis=2)
     return jnp.concatenate([upper, lower], axis=1)
 
 
-def _small(system: jax.Array) -> jax.Array:
+def _small(system: jax.Array, times: Times) -> jax.Array:
     """`inverse` with all of a system in every product: of blocks along the diagonal of one, two, four rows and so on."""
     size, at = system.shape[-1], np.arange(system.shape[-1])
     solved, block = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape), 1
@@ -150,12 +156,14 @@ def _small(system: jax.Array) -> jax.Array:
         row, column = at[:, None] // block, at[None] // block
         below = jnp.where(((row % 2 == 1) & (column == row - 1))[None], system, 0.0)
         if block > 1:
-            below = product("bij,bjk->bik", solved, product("bij,bjk->bik", below, solved))
+            below = times("bij,bjk->bik", solved, times("bij,bjk->bik", below, solved))
         solved, block = solved - below, 2 * block
     return solved
 
 
-def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pairs: int) -> tuple[list[jax.Array], jax.Array]:
+def _between(
+    kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pairs: int, times: Times
+) -> tuple[list[jax.Array], jax.Array]:
     """The state before each chunk, in parts like those given, and that after all; a chunk makes kept · state + added of one.
 
     kept [chunks, Dk, Dk], added [chunks, Dk, Dv] in `_Order`; state [B·V, Dk, Dv] before the first. pairs: how often two
@@ -163,12 +171,12 @@ def _between(kept: list[jax.Array], added: list[jax.Array], state: jax.Array, pa
     """
     if pairs:
         (first, then), (some, more) = kept, added
-        both = _product("bij,bjk->bik", then, first), _product("bij,bjk->bik", then, some) + more
-        begun, state = _between(*(jnp.array_split(a, 2 if pairs > 1 else 1) for a in both), state, pairs - 1)
+        both = times("bij,bjk->bik", then, first), times("bij,bjk->bik", then, some) + more
+        begun, state = _between(*(jnp.array_split(a, 2 if pairs > 1 else 1) for a in both), state, pairs - 1, times)
         before = jnp.concatenate(begun)
-        return [before, _product("bij,bjk->bik", first, before) + some], state
+        return [before, times("bij,bjk->bik", first, before) + some], state
     states = []
     for one, more in zip(*(a.reshape(-1, state.shape[0], *a.shape[1:]) for a in (*kept, *added)), strict=True):
         states.append(state)
-        state = _product("bij,bjk->bik", one, state) + more
+        state = times("bij,bjk->bik", one, state) + more
     return [jnp.concatenate(states)], state

@@ -46,10 +46,11 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     return _widened_on_cpu(product, *operands)
 
 
-def product(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """jnp.einsum of operands of any dtypes with a float32 result, nearly as exact as float32's own products.
+def product(subscripts: str, *operands: jax.Array, exact: bool = False) -> jax.Array:
+    """jnp.einsum of two operands of any dtypes with a float32 result.
 
-    On a GPU these have no unit of their own that multiplies matrices; three products of bfloat16 parts do.
+    Products of float32 are IEEE where exact, and on a CPU; else of bfloat16 parts, three for each: an error of 2⁻¹⁶ of the
+    factors, where a GPU has no unit that multiplies matrices of float32.
     """
     if all(a.dtype == jnp.bfloat16 for a in operands):
         return einsum(subscripts, *operands)
@@ -58,7 +59,8 @@ def product(subscripts: str, *operands: jax.Array) -> jax.Array:
     def of(kind: Any) -> Callable[..., jax.Array]:
         return lambda *a: jnp.einsum(subscripts, *a, precision=kind, preferred_element_type=jnp.float32)
 
-    return lax.platform_dependent(*wide, cpu=of(lax.Precision.HIGHEST), default=of(PARTS))
+    ieee = of(lax.Precision.HIGHEST)
+    return ieee(*wide) if exact else lax.platform_dependent(*wide, cpu=ieee, default=of(PARTS))
 
 
 def _widened_on_cpu(product: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
