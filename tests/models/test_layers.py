@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, gdn, moe
 from moekit.models.qwen3next.cache import KeyValues, delta_specs
+from moekit.models.qwen3next.delta_rule import chunked_delta_rule
 from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.layer import Layer, arranged
 from moekit.models.qwen3next.sharding import specs
@@ -73,6 +74,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
 @pytest.mark.parametrize("case", CASES)
 def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)  # 67 tokens are more than four
+    monkeypatch.setattr(attention, "ROWS", 16)
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     layer = config.layer_types.index("full_attention")
     reference = zoo.transformers(case).model
@@ -83,7 +85,7 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
     memory_spec = KeyValues(CUT, CUT)
 
     def prompt(weights, x):
-        return attention.prefill(x, weights, 80, config)
+        return attention.prefill(x, weights, 80, config, named(kernels))
 
     def token(weights, x, memory, lengths):
         return attention.decode(x, weights, memory, lengths, config, named(kernels))
@@ -98,8 +100,9 @@ def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch)
         close(out, expected[np.arange(B), lengths + step])
 
 
-def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(monkeypatch):
-    """Of a length that no block divides."""
+@pytest.mark.parametrize("longest", [11, 10])
+def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(longest, monkeypatch):
+    """Of a length that no block divides: blocks of queries, and of a longer one of keys, too."""
     rng, length = np.random.default_rng(9), 11
     q = rng.standard_normal((2, length, 2, 3, 8)).astype(np.float32)
     keys, values = rng.standard_normal((2, 2, 2, length, 8)).astype(np.float32)
@@ -109,10 +112,22 @@ def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(mo
         return jnp.sum(attention._causal(*given) * weights)
 
     wanted = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    for name, size in (("BLOCK", 4), ("ROWS", 4), ("LONG", longest)):
+        monkeypatch.setattr(attention, name, size)
     found = jax.value_and_grad(of, argnums=(0, 1, 2))(q, keys, values)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         close(mine, np.asarray(theirs))
+
+
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
+    """Of grouped queries, in the order in which it has heads; and where it refuses, it is not taken."""
+    rng, asked = np.random.default_rng(4), jax.nn.dot_product_attention
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 11, 2, *more, 8)), jnp.bfloat16) for more in ((3,), (), ()))
+    wanted = attention._causal(q, *(jnp.swapaxes(a, 1, 2) for a in (k, v))).astype(jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention._flash(q, k, v) is None  # there is none here
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: asked(*a, implementation="xla", **o))
+    close(attention._flash(q, k, v).astype(jnp.float32), np.asarray(wanted), 2**-7)
 
 
 @pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
@@ -200,9 +215,25 @@ def test_a_step_reads_its_cache_alone_and_no_further(zoo):
         assert np.array_equal(np.moveaxis(mine, 2, 1)[same], np.moveaxis(before, 2, 1)[same], equal_nan=True)
 
 
-@pytest.mark.parametrize(("length", "wide"), [(1, False), (63, False), (64, False), (130, False), (130, True)])
+def recurrence(q, k, v, decay, beta):
+    """The delta rule of one sequence itself, token by token in float64: what is read, and the state after."""
+    keys, values = q.shape[2], v.shape[2]
+    memory, read = np.zeros((values, q.shape[3], v.shape[3])), np.zeros(v.shape[1:])
+    for t in range(v.shape[1]):
+        for h in range(values):
+            key, query = k[0, t, h * keys // values], q[0, t, h * keys // values]
+            memory[h] *= np.exp(decay[0, t, h])
+            memory[h] += np.outer(key, (v[0, t, h] - key @ memory[h]) * beta[0, t, h])
+            read[t, h] = query @ memory[h]
+    return read, memory
+
+
+LENGTHS = (1, 63, 64, 130, 700, 1100)  # around a chunk; groups one after the other; chunks of twice the length
+
+
+@pytest.mark.parametrize(("length", "wide"), [*((length, False) for length in LENGTHS), (130, True)])
 def test_chunked_delta_rule_is_the_recurrence(length, wide):
-    """Against the recurrence itself, token by token in float64; where JAX has 64 bits, too."""
+    """Where JAX has 64 bits, too."""
     rng = np.random.default_rng(length)
     keys, values, key_dim, value_dim = 2, 6, 8, 5
     q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
@@ -211,22 +242,35 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
     decay, beta = -rng.exponential(1.0, (1, length, values)), rng.random((1, length, values))
     arguments = (jnp.asarray(a, jnp.float32) for a in (q, k, v, decay, beta))
     with jax.enable_x64(wide):
-        read, state = jax.jit(gdn.chunked_delta_rule)(*arguments)
+        read, state = jax.jit(chunked_delta_rule)(*arguments)
     assert (read.dtype, state.dtype) == (np.float32, np.float32)
-    memory, expected = np.zeros((values, key_dim, value_dim)), np.zeros((length, values, value_dim))
-    for t in range(length):
-        for h in range(values):
-            key, query = k[0, t, h * keys // values], q[0, t, h * keys // values]
-            memory[h] *= np.exp(decay[0, t, h])
-            memory[h] += np.outer(key, (v[0, t, h] - key @ memory[h]) * beta[0, t, h])
-            expected[t, h] = query @ memory[h]
+    expected, memory = recurrence(q, k, v, decay, beta)
     close(read[0], expected, 1e-5)
     close(state[0], memory, 1e-5)
+
+
+@pytest.mark.parametrize("alike", [0.01, 0.3])
+def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
+    """Each token takes back nearly all that the one before it wrote: powers of the system are a million times its inverse.
+
+    q and k are narrow, with their norms beside them.
+    """
+    rng, length, keys, dim = np.random.default_rng(2), 200, 1, 16
+    q, k = (rng.standard_normal((1, length, keys, dim)) for _ in range(2))
+    q, k = (np.asarray(jnp.asarray(a, jnp.bfloat16)) for a in (q, 1 + alike * k))
+    v, beta = rng.standard_normal((1, length, 2 * keys, dim)), np.full((1, length, 2 * keys), 0.999)
+    scales = [1 / np.linalg.norm(a.astype(np.float64), axis=-1) for a in (q, k)]
+    wide = (a.astype(np.float64) * scale[..., None] for a, scale in zip((q, k), scales, strict=True))
+    expected, memory = recurrence(*wide, v, np.zeros_like(beta), beta)
+    given = (jnp.asarray(a, jnp.float32) for a in (v, np.zeros_like(beta), beta))
+    read, state = chunked_delta_rule(q, k, *given, None, tuple(jnp.asarray(a, jnp.float32) for a in scales))
+    close(read[0], expected, 3e-6)
+    close(state[0], memory, 3e-6)
 
 
 def test_strong_decay_over_a_chunk_stays_finite():
     shape = (1, 64, 1)
     q = k = v = jnp.ones((*shape, 4)) / 2
-    read, state = gdn.chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
+    read, state = chunked_delta_rule(q, k, v, jnp.full(shape, -80.0), jnp.full(shape, 0.5))
     assert np.isfinite(read).all()
     assert np.isfinite(state).all()

@@ -23,7 +23,13 @@ def test_prefill_and_step_broadcast_nothing_by_themselves(setting, kernels, zoo,
     """One token and many; all that is done in blocks of very many tokens is done in more than one."""
     model = zoo.model("two-layers")
     for batch, length in ((1, 1), (3, 70)):
-        few = ((mixture, "SORTED", 16), (mixture, "DENSE", 0), (attention, "BLOCK", 32), (gdn, "AT_ONCE", 64))
+        few = (
+            (mixture, "SORTED", 16),
+            (mixture, "DENSE", 0),
+            (attention, "BLOCK", 32),
+            (attention, "ROWS", 32),
+            (gdn, "AT_ONCE", 64),
+        )
         for module, name, number in few:
             monkeypatch.setattr(module, name, number)
         tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, length), (batch,)))

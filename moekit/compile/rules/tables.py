@@ -12,13 +12,14 @@ from math import prod
 
 from moekit.compile.rules.rows import alone
 from moekit.compile.rules.sections import sections
-from moekit.compile.schedule.cuts import stageable
+from moekit.compile.schedule.cuts import Scratch, cut, stageable
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Section, Stage, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, once
 from moekit.lang.dtypes import INTS
 from moekit.lang.graph import Graph, Node
 
-TURN = 1024  # integers that a program goes through at a time
+TURN, WARPS = 1024, 4  # integers that a program goes through at a time
+LONG_TURN, LONG_WARPS, LONG_FROM = 4096, 8, 1024  # where there are so many rows: fewer turns are waited for
 COLUMNS = 256  # of placed rows that a program adds up
 
 
@@ -62,22 +63,40 @@ def _read_beside(graph: Graph, first: int, names: dict[int, str]) -> list[int]:
     return sorted(found)
 
 
-def table_launch(graph: Graph) -> Launch:
-    """Programs that make tables: run-time axes that are added up or gone along in turns, static ones in one block."""
-    made = [_held(g) for g in sections(graph)]
+def along(graph: Graph) -> str | None:
+    """The run-time axis along which a graph's tables of integers are made; None where it has none."""
+    if (stage := tables(graph)) is None:
+        return None
+    first, _, left = cut(graph, stage)
+    uses = axis_uses(first).values()
+    return next((u.name for u in uses if not u.parallel and u.extent is None), None) if integers(left) else None
+
+
+def integers(left: Iterable[Scratch]) -> bool:
+    """Whether what a launch leaves to others is tables of integers, all of it."""
+    return all(s.dtype in INTS for s in left)
+
+
+def table_launch(graph: Graph, many: bool) -> Launch:
+    """Programs that make tables: run-time axes that are added up or gone along in turns, static ones in one block.
+
+    many: whether there are many rows. Integers add up to the same in turns of any size.
+    """
+    made = [_held(g, LONG_TURN if many else TURN) for g in sections(graph)]
+    launch = alone(made[0] if len(made) == 1 else (), LONG_WARPS if many else WARPS)
     if len(made) == 1:
-        return alone(made[0])
+        return launch
     named = zip(sections(graph), made, strict=True)
-    return replace(alone(()), sections=tuple(Section(tuple(w.output for w in g.writes), held) for g, held in named))
+    return replace(launch, sections=tuple(Section(tuple(w.output for w in g.writes), held) for g, held in named))
 
 
-def _held(graph: Graph) -> tuple[Axis, ...]:
+def _held(graph: Graph, turn: int) -> tuple[Axis, ...]:
     uses, live = axis_uses(graph), [graph.nodes[i] for i in graph.live()]
     chosen: dict[str, Axis] = {a: Tile(a, 1) for a, u in uses.items() if u.parallel}
     chosen |= {a: Whole(a, pow2(u.extent)) for a, u in uses.items() if not u.parallel and u.extent is not None}
     looped = [n.axes for n in live if not set(n.axes) <= set(chosen)]
     wide = max((prod(chosen[a].block for a in axes if a in chosen) for axes in looped), default=1)
-    return tuple(chosen.get(a) or Loop(a, max(1, TURN // wide)) for a in uses)
+    return tuple(chosen.get(a) or Loop(a, max(1, turn // wide)) for a in uses)
 
 
 def wide(graph: Graph) -> Launch:

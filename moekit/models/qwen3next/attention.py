@@ -20,6 +20,9 @@ from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
 
+FLASH = 256  # tokens of a prompt from which on cuDNN's attention is taken, where it is there
+ROWS = 1024  # queries of a prompt whose scores are held at a time, with all keys up to theirs
+LONG = 32768  # tokens of a prompt from which on, for the sake of memory, keys come in blocks as well
 BLOCK = 1024  # queries, and keys, whose scores are held at a time
 
 
@@ -65,13 +68,14 @@ def _decode(
     return linear(read.reshape(batch, -1), weights["o_proj"]), KeyValues(held, values)
 
 
-@partial(jax.jit, static_argnames=("cache_length", "config"))
-def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config) -> tuple[jax.Array, KeyValues]:
+@partial(jax.jit, static_argnames=("cache_length", "config", "kernels"))
+def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config, kernels: Kernels) -> tuple[jax.Array, KeyValues]:
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
+    flash = _flash(q, k, v) if kernels.fused and length >= FLASH else None
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
-    out = _output(_causal(q, k, v), gate, weights)
+    out = _output(_causal(q, k, v) if flash is None else flash, gate, weights)
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
@@ -127,15 +131,38 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
+    """What `_causal` gives, by cuDNN, which holds no scores; None where it is not there or does not take these.
+
+    q [B, S, kv heads, queries, dim], k and v [B, S, kv heads, dim].
+    """
+    if jax.default_backend() != "gpu" or q.dtype == jnp.float32:
+        return None
+    asked = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    try:
+        return jax.nn.dot_product_attention(asked, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
+    except (NotImplementedError, RuntimeError, ValueError):  # how jax says that cuDNN or the device cannot
+        return None
+
+
 def _causal(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Each of q [B, S, kv heads, queries, dim] reads keys and values [B, kv heads, S, dim] up to its own place."""
-    length = q.shape[1]
-    positions = jnp.arange(length)[None]
+    length, positions = q.shape[1], jnp.arange(q.shape[1])[None]
     if length <= BLOCK:
         return _whole(q, keys, values, positions)
-    places = np.array([(i, j) for i in range(-(-length // BLOCK)) for j in range(i + 1)], np.int32)
-    turn = jax.checkpoint(_turn(q, keys, values, positions), prevent_cse=False)  # a gradient keeps no scores either
-    return lax.scan(lambda held, place: (turn(held, place), None), _begin(q), places)[0][0]
+    if length > LONG:
+        places = np.array([(i, j) for i in range(-(-length // BLOCK)) for j in range(i + 1)], np.int32)
+        turn = jax.checkpoint(_turn(q, keys, values, positions), prevent_cse=False)
+        return lax.scan(lambda held, place: (turn(held, place), None), _begin(q), places)[0][0]
+    some = jax.checkpoint(_whole, prevent_cse=False)  # a gradient keeps no scores either
+    reads: list[jax.Array] = []
+    for start in range(0, length, ROWS):
+        end = min(start + ROWS, length)
+        given = q[:, start:end], keys[:, :, :end], values[:, :, :end], positions[:, start:end]
+        if reads:  # one after the other, or XLA may keep the scores of all
+            given = lax.optimization_barrier((reads[-1], given))[1]
+        reads.append(some(*given))
+    return jnp.concatenate(reads, axis=1)
 
 
 def _behind(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
@@ -152,11 +179,11 @@ def _behind(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Arr
 
 def _whole(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
     """Softmax attention, all scores at once."""
-    scores = einsum("bskgd,bkld->bkgsl", q, keys) * q.shape[-1] ** -0.5
+    scores = einsum("bskgd,bkld->bksgl", q, keys) * q.shape[-1] ** -0.5
     visible = jnp.arange(keys.shape[2])[None, None] <= positions[..., None]
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
     weights = round_to(jax.nn.softmax(scores, axis=-1), values.dtype)
-    return round_to(einsum("bkgsl,bkld->bskgd", weights, values), values.dtype)
+    return round_to(einsum("bksgl,bkld->bskgd", weights, values), values.dtype)
 
 
 def _begin(q: jax.Array) -> tuple[jax.Array, ...]:

@@ -16,11 +16,11 @@ from jax import lax
 from moekit.jax import view
 from moekit.models.qwen3next.cache import DeltaState
 from moekit.models.qwen3next.config import Config
+from moekit.models.qwen3next.delta_rule import CHUNK, chunked_delta_rule
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
-from moekit.models.qwen3next.numerics import einsum, linear, round_to
+from moekit.models.qwen3next.numerics import linear, round_to
 
-CHUNK = 64
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
 
 
@@ -79,13 +79,12 @@ def prefill(
     batch, length, _ = x.shape
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     value_dim = config.linear_value_head_dim
-    mixed, first = _projected(x, weights, value_dim)
-    gates = mixed[..., first : first + 2 * value_heads]
-    convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths, None if before is None else before.conv)
+    mixed, gates = _projected(x, weights, value_dim)
+    convolved, conv = _convolve(mixed, weights["conv1d"], lengths, None if before is None else before.conv)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
     state, reads = None if before is None else before.recurrent, []
     for some in _pieces(length, max(1, AT_ONCE // (batch * CHUNK)) * CHUNK):
-        given = convolved[:, some], gates[:, some], real[:, some]
+        given = convolved[:, some], mixed[:, some, gates : gates + 2 * value_heads], real[:, some]
         if reads:  # one after the other, or XLA may begin with all of them
             given, state = lax.optimization_barrier((given, state))
         read, state = _remembered(*given, state, weights, config)
@@ -112,93 +111,39 @@ def _remembered(
     batch, length, channels = convolved.shape
     heads, key_dim, value_dim = gates.shape[-1] // 2, config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - heads * value_dim) // 2
-    q, k, v = jnp.split(convolved.astype(jnp.float32), (keys, 2 * keys), axis=-1)
+    q, k, v = jnp.split(convolved, (keys, 2 * keys), axis=-1)
+    q, k = (a.reshape(batch, length, -1, key_dim) for a in (q, k))
     gates = gates.astype(jnp.float32)
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :heads]), 0.0)
     decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., heads:] + weights["dt_bias"][None, None])
     read, state = chunked_delta_rule(
-        _normalised(q.reshape(batch, length, -1, key_dim)) * key_dim**-0.5,
-        _normalised(k.reshape(batch, length, -1, key_dim)),
+        q,
+        k,
         v.reshape(batch, length, heads, value_dim),
         jnp.where(real, decay, 0.0),
         beta,
         state,
+        (_inverse_norm(q) * key_dim**-0.5, _inverse_norm(k)),
     )
     return round_to(read, convolved.dtype), state
 
 
-def chunked_delta_rule(
-    q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array, state: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The gated delta rule over sequences, in chunks of up to CHUNK tokens, from a state, zero where None, in float32.
-
-    q, k [B, S, K, Dk] normalised and scaled; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]
-    -> read [B, S, V, Dv], state [B, V, Dk, Dv]. Value head h reads key head h·K // V.
-    Formula: Yang, Kautz and Hatamizadeh, Gated Delta Networks (2024), section 3.3. What a chunk makes of a state is a product
-    and a sum, and two in a row are again; so the states between chunks are a prefix sum (Blelloch 1990), in few large steps.
-    """
-    batch, length, value_heads, value_dim = v.shape
-    ratio, chunk = value_heads // q.shape[2], min(CHUNK, length)
-    q, k = (jnp.repeat(a, ratio, axis=2) for a in (q, k))
-    q, k, v, decay, beta = (_chunks(a, chunk) for a in (q, k, v, decay[..., None], beta[..., None]))
-    total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
-    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
-    between = jnp.exp(jnp.where(lower[None, None, None], total - jnp.swapaxes(total, 3, 4), -jnp.inf))
-    system = einsum("bhntd,bhnsd->bhnts", k * beta, k) * between
-    attend = einsum("bhntd,bhnsd->bhnts", q, k) * between
-    solved = lax.linalg.triangular_solve(
-        system,
-        jnp.concatenate([v * beta, k * beta * jnp.exp(total)], axis=-1),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,
-    )
-    fresh, seen = solved[..., :value_dim], solved[..., value_dim:]
-    last = total[..., -1:, :]
-    fade, k = jnp.exp(last), k * jnp.exp(last - total)
-    if state is None:
-        state = jnp.zeros((batch, value_heads, q.shape[-1], value_dim), jnp.float32)
-    states = _between(state, seen[:, :, :-1], fresh[:, :, :-1], k[:, :, :-1], fade[:, :, :-1])
-    update = fresh - einsum("bhntk,bhnkv->bhntv", seen, states)
-    read = einsum("bhntk,bhnkv->bhntv", q * jnp.exp(total), states) + einsum("bhnts,bhnsv->bhntv", attend, update)
-    state = states[:, :, -1] * fade[:, :, -1] + einsum("bhtk,bhtv->bhkv", k[:, :, -1], update[:, :, -1])
-    return jnp.swapaxes(read.reshape(batch, value_heads, -1, value_dim)[:, :, :length], 1, 2), state
-
-
-def _between(state: jax.Array, seen: jax.Array, fresh: jax.Array, k: jax.Array, fade: jax.Array) -> jax.Array:
-    """The state before each chunk, [B, heads, chunks + 1, Dk, Dv], from the first one and what is known of all but the last."""
-    if not seen.shape[2]:
-        return state[:, :, None]
-    kept = fade * jnp.eye(k.shape[-1], dtype=jnp.float32)[None, None, None] - einsum("bhnti,bhntj->bhnij", k, seen)
-    added = einsum("bhntk,bhntv->bhnkv", k, fresh)
-    added = added.at[:, :, 0].add(einsum("bhij,bhjv->bhiv", kept[:, :, 0], state))
-
-    def both(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (kept, added), (later, more) = one, other
-        return einsum("bhnij,bhnjk->bhnik", later, kept), einsum("bhnij,bhnjv->bhniv", later, added) + more
-
-    _, states = lax.associative_scan(both, (kept, added), axis=2)
-    return jnp.concatenate([state[:, :, None], states], axis=2)
-
-
-def _chunks(a: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, heads, D] -> [B, heads, chunks, chunk, D], the end padded with zeros."""
-    batch, length, heads, dim = a.shape
-    a = jnp.pad(a, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
-    return jnp.swapaxes(a, 1, 2).reshape(batch, heads, -1, chunk, dim)
-
-
 def _convolve(mixed: jax.Array, weight: jax.Array, lengths: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution, silu, of [B, S, C] after `before` [B, width - 1, C]; and each sequence's last inputs."""
-    width, length = weight.shape[1], mixed.shape[1]
-    if before is None:
-        padded = jnp.pad(mixed, ((0, 0), (width - 1, 0), (0, 0)))
-    else:
-        padded = jnp.concatenate([before, mixed], axis=1)
-    convolved = _convolved([padded[:, i : i + length] for i in range(width)], weight, mixed.dtype)
-    positions = lengths[:, None] + jnp.arange(width - 1)[None]
-    last = jnp.take_along_axis(padded, positions[..., None], axis=1)
-    return convolved, last
+    """Depthwise causal convolution, silu, of the first C columns of mixed [B, S, W] after `before` [B, width - 1, C].
+
+    And each sequence's last inputs. Every tap reads its own shift of mixed: of a padded copy XLA would make an array.
+    """
+    (channels, width), (batch, length, _) = weight.shape, mixed.shape
+    mixed, seen = mixed[..., :channels], width - 1
+    head = jnp.zeros((batch, seen, channels), mixed.dtype) if before is None else before
+    shifted = [
+        jnp.concatenate([head[:, tap : tap + length], mixed[:, : max(0, length - seen + tap)]], axis=1) for tap in range(width)
+    ]
+    places = lengths[:, None] + jnp.arange(seen)[None]  # of the last inputs, among those before and these
+    old = jnp.take_along_axis(head, jnp.minimum(places, seen - 1)[..., None], axis=1)
+    new = jnp.take_along_axis(mixed, jnp.maximum(places - seen, 0)[..., None], axis=1)
+    last = jnp.where((places < seen)[..., None], old, new)
+    return _convolved(shifted, weight, mixed.dtype), last
 
 
 def _convolved(window: list[jax.Array], weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -211,8 +156,9 @@ def _silu(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return round_to(x * jax.nn.sigmoid(x), dtype)
 
 
-def _normalised(x: jax.Array) -> jax.Array:
-    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+def _inverse_norm(x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return lax.rsqrt(jnp.sum(wide * wide, axis=-1) + 1e-6)
 
 
 def _projected(x: jax.Array, weights: Layer, dim: int) -> tuple[jax.Array, int]:

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from moekit.errors import MoekitError
-from moekit.models.qwen3next.attention import BLOCK
+from moekit.models.qwen3next.attention import BLOCK, LONG, ROWS
 from moekit.models.qwen3next.cache import cache_shapes
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
-from moekit.models.qwen3next.gdn import AT_ONCE, CHUNK
+from moekit.models.qwen3next.delta_rule import CHUNK
+from moekit.models.qwen3next.gdn import AT_ONCE
 from moekit.models.qwen3next.moe import DENSE, SORTED, TOGETHER
 from moekit.models.qwen3next.sharding import AXIS, Parameter, kv_heads_per_rank, parameters
 
@@ -100,7 +101,8 @@ def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, seen: int)
     together = min(tokens, max(AT_ONCE, batch * CHUNK))
     states = 4 * keys * (keys + values) // CHUNK
     delta = together * heads * wide * (6 * keys + 5 * values + 4 * CHUNK + states) if new > 1 else 0
-    pairs = seen if new == 1 else min(new, BLOCK) * min(seen, BLOCK)
+    columns = seen if new == seen <= LONG else min(seen, BLOCK)
+    pairs = seen if new == 1 else min(new, ROWS if new == seen <= LONG else BLOCK) * columns
     scores = 2 * wide * batch * config.num_attention_heads // tp * pairs
     copied = 2 * size * kv_heads_per_rank(config, tp) * config.head_dim * seen  # XLA does so where there is one sequence
     kinds = [_routed(config, tp, size, tokens)]

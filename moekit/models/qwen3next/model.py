@@ -127,7 +127,7 @@ def prefill(
             if kind == GDN:
                 made = gdn.prefill(x, layer, lengths, config, kernels)
             else:
-                made = attention.prefill(x, layer, cache_length, config)
+                made = attention.prefill(x, layer, cache_length, config, kernels)
             # Both before the next layer begins, or XLA keeps what all layers' memories are made of to the end.
             out, memory = lax.optimization_barrier(made)
             memories.first(kind, memory)
@@ -277,7 +277,7 @@ def layer_output(model: Model, hidden: jax.Array, *, at: int, kernels: str | Ker
             made = (
                 gdn.prefill(x, layer, lengths, config, kernels)
                 if config.layer_types[at] == GDN
-                else attention.prefill(x, layer, length, config)
+                else attention.prefill(x, layer, length, config, kernels)
             )
             return made[0].reshape(batch * length, -1)
 
