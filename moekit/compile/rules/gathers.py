@@ -8,6 +8,8 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from math import prod
+
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
@@ -30,14 +32,17 @@ def gathered_product(graph: Graph) -> Launch | None:
     uses = axis_uses(graph)
     for node in (graph.nodes[i] for i in graph.live()):
         found = _columns(graph, node) if node.op == "contract" else None
-        pairs = [a for a, u in uses.items() if found and a in node.axes and u.reduced and 1 < (u.extent or 0) <= MOST_PAIRS]
+        summed = [a for a in node.axes if found and uses[a].reduced and (uses[a].extent or 0) > 1]
+        pairs = [a for a in summed if a in _choosing(graph, node) and (uses[a].extent or 0) <= MOST_PAIRS]
         if not found or len(pairs) != 1 or not uses[found].parallel:
             continue
-        size = max(itemsize(graph.nodes[a].dtype) for a in node.args)
-        deep, over = uses[node.attr("axis")].extent, node.attr("axis")
-        whole = deep is not None and pow2(deep) <= MOST_WHOLE
+        size = max(itemsize(loaded(graph, a).dtype) for a in node.args if found in graph.nodes[a].axes)
+        over, outer = node.attr("axis"), [a for a in summed if a not in pairs]
+        depths = [pow2(uses[a].extent or MOST_WHOLE + 1) for a in (*outer, over)]
+        whole = prod(depths) <= MOST_WHOLE
         said: dict[str, Axis] = {found: Tile(found, min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1)))}
-        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
+        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, depths[-1]) if whole or outer else Loop(over, STEP)}
+        said |= {a: Whole(a, depth) if whole else Loop(a, 1) for a, depth in zip(outer, depths, strict=False)}
         launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
         return launch.but(Split(pairs[0], uses[pairs[0]].extent or 1)) if equally_deep(graph, pairs[0]) else None
     return None
@@ -59,9 +64,11 @@ def grouped(graph: Graph) -> Launch | None:
     columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
-    if outer := turns(graph, gemm):
-        whole = Whole(gemm.k, depth) if depth >= (uses[gemm.k].extent or depth + 1) else said[gemm.k]
-        said |= {gemm.k: whole, **{a: Loop(a, 1) for a in outer}}
+    if outer := turns(graph, gemm):  # a turn's products and the sums are held beside each other
+        fewer = max(MEASURED.matrix, columns // (len(found) if many else 1))
+        deep = pow2(uses[gemm.k].extent or DEEP + 1)
+        said |= {gemm.k: Whole(gemm.k, deep) if deep <= DEEP else said[gemm.k], gemm.n: Tile(gemm.n, fewer)}
+        said |= {a: Loop(a, 1) for a in outer}
     shallow = {g.k for g in gemms(graph).values() if (uses[g.k].extent or MEASURED.matrix) < MEASURED.matrix}
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
@@ -70,12 +77,17 @@ def grouped(graph: Graph) -> Launch | None:
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 
-def _chosen(graph: Graph, product: Node) -> bool:
+def _chosen(graph: Graph, n: Node) -> bool:
     """Whether each block of rows of a product has a matrix of its own, which data choose."""
-    shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
+    uses = axis_uses(graph)
+    shared = {a for a in graph.nodes[n.args[0]].axes if a in graph.nodes[n.args[1]].axes and uses[a].parallel}
+    return bool(shared) and shared <= _choosing(graph, n)
+
+
+def _choosing(graph: Graph, product: Node) -> set[str]:
+    """The axes along which data say what a product reads."""
     reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
-    by = {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
-    return bool(shared) and shared <= by
+    return {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
 
 
 def _columns(graph: Graph, node: Node) -> str | None:

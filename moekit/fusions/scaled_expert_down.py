@@ -1,0 +1,29 @@
+"""`expert_down` of weights in FP8, with a scale for each of their blocks."""
+
+from moekit.fusions import expert_down as plain
+from moekit.fusions.scaled import BLOCK, STORED, of_rows, scaled_product, whole
+from moekit.lang import In, cast, f32, fusion, gather, sum
+
+
+def reference(activated, down, scale, ids, weights, columns, inner):
+    """`expert_down`'s, of weights times their scales."""
+    return plain.reference(activated, whole(down, scale, inner, columns), ids, weights)
+
+
+@fusion(
+    reference,
+    activated=In("T K I"), down=In("E I H", dtype=STORED), scale=In("E Ib Hb", dtype="float32"),
+    ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
+)  # fmt: skip
+def scaled_expert_down(activated, down, scale, ids, weights, columns: int = BLOCK, inner: int = BLOCK):
+    """out[t] = Σ over k of weights[t, k]·(activated[t, k]·down[ids[t, k]]), down times its scales.
+
+    activated [T, K, I], down [E, I, H] in float8_e4m3fn (or a wider float), scale float32 [E, ⌈I/inner⌉, ⌈H/columns⌉], ids and
+    weights [T, K] -> out [T, H] in activated's dtype. Blocks of I are multiplied as they are, scaled in float32 and added up in
+    their order; a pair's product is then rounded to that dtype; the weighted sum is float32 again. An id of no expert stands for
+    weights of zero.
+    """
+    scales = of_rows(scale, "H", "Hb", columns)
+    chosen = (gather(a, ids, over="E") for a in (down, scales))
+    each = cast(scaled_product(activated, *chosen, "I", "Ib Ii", inner), activated.dtype)
+    return {"out": cast(sum(f32(each) * f32(weights), over="K"), activated.dtype)}

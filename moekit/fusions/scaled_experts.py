@@ -1,0 +1,48 @@
+"""`experts` of weights in FP8, with a scale for each of their blocks: for few tokens and for many."""
+
+from moekit.fusions import experts as plain
+from moekit.fusions.experts import blocks, chosen_blocks, known
+from moekit.fusions.scaled import BLOCK, STORED, halved, of_rows, scaled_product, whole
+from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, silu, size, sum, where
+
+
+def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, columns, inner):
+    """`experts`', of weights times their scales."""
+    gate_up = halved(gate_up, gate_up_scale, inner, columns)
+    return plain.reference(x, ids, weights, gate_up, whole(down, down_scale, inner, columns))
+
+
+@fusion(
+    reference,
+    x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
+    gate_up=In("E 2*I D", dtype=STORED), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
+    down=In("E I H", dtype=STORED), down_scale=In("E Ib Hb", dtype="float32"),
+    dynamic="T B", axes={"B": blocks, "J": lambda block: block},
+)  # fmt: skip
+def scaled_experts(
+    x, ids, weights, gate_up, gate_up_scale, down, down_scale, block: int = 1, columns: int = BLOCK, inner: int = BLOCK
+):
+    """out[t] = Σ over k of weights[t, k]·expert ids[t, k] of x[t], as `experts`, whose weights are times their scales.
+
+    x [T, D], ids and weights [T, K], gate_up [E, 2I, D] = [gate | up] and down [E, I, H] in float8_e4m3fn (or a wider float),
+    gate_up_scale [E, 2⌈I/inner⌉, ⌈D/columns⌉] and down_scale [E, ⌈I/inner⌉, ⌈H/columns⌉] float32: one for every `inner` of I and
+    `columns` of D, or of H -> out [T, H] in x's dtype. Blocks of what is contracted are multiplied as they are, scaled in float32
+    and added up in their order; roundings and `block` are those of `experts`. An id of no expert adds nothing.
+    """
+    pairs, chosen = chosen_blocks(ids, block)
+    token, slot = where(pairs < 0, -1, pairs // size("K")), pairs % size("K")
+    rows = gather(x, token, over="T")
+    some = known(chosen)
+
+    def product(rows, weight, scales, over, into, length):
+        deep = where(some, extent(into.split()[0]), 0)  # a block of no expert has nothing to add up
+        return scaled_product(rows, *(gather(a, chosen, over="E") for a in (weight, scales)), over, into, length, deep)
+
+    gate, up = (
+        product(rows, part, of_rows(gate_up_scale, "I", "2*Ib", inner, half), "D", "Db Di", columns)
+        for half, part in enumerate(halves(gate_up, "I"))
+    )
+    activated = cast(silu(gate) * up, x.dtype)
+    each = cast(product(activated, down, of_rows(down_scale, "H", "Hb", columns), "I", "Ib Ii", inner), x.dtype)
+    placed = place(each, T=token, K=slot)
+    return {"out": cast(sum(where(known(ids), f32(placed) * f32(weights), 0.0), over="K"), x.dtype)}
