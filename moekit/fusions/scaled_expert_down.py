@@ -7,18 +7,18 @@ from moekit.lang import In, cast, f32, fusion, gather, sum
 
 def reference(activated, down, scale, ids, weights, columns, inner):
     """`expert_down`'s, of weights times their scales."""
-    return plain.reference(activated, whole(down, scale, inner, columns), ids, weights)
+    return plain.reference(activated, whole(down, scale, columns, inner).swapaxes(1, 2), ids, weights)
 
 
 @fusion(
     reference,
-    activated=In("T K I"), down=In("E I H", dtype=STORED), scale=In("E Ib Hb", dtype="float32"),
+    activated=In("T K I"), down=In("E H I", dtype=STORED), scale=In("E Hb Ib", dtype="float32"),
     ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
 )  # fmt: skip
 def scaled_expert_down(activated, down, scale, ids, weights, columns: int = BLOCK, inner: int = BLOCK):
-    """out[t] = Σ over k of weights[t, k]·(activated[t, k]·down[ids[t, k]]), down times its scales.
+    """out[t] = Σ over k of weights[t, k]·(activated[t, k]·down[ids[t, k]]ᵀ), down times its scales.
 
-    activated [T, K, I], down [E, I, H] in float8_e4m3fn (or a wider float), scale float32 [E, ⌈I/inner⌉, ⌈H/columns⌉], ids and
+    activated [T, K, I], down [E, H, I] in float8_e4m3fn (or a wider float), scale float32 [E, ⌈H/columns⌉, ⌈I/inner⌉], ids and
     weights [T, K] -> out [T, H] in activated's dtype. Blocks of I are multiplied as they are, scaled in float32 and added up in
     their order; a pair's product is then rounded to that dtype; the weighted sum is float32 again. An id of no expert stands for
     weights of zero.

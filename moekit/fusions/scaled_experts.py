@@ -9,14 +9,14 @@ from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, si
 def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, columns, inner):
     """`experts`', of weights times their scales."""
     gate_up = halved(gate_up, gate_up_scale, inner, columns)
-    return plain.reference(x, ids, weights, gate_up, whole(down, down_scale, inner, columns))
+    return plain.reference(x, ids, weights, gate_up, whole(down, down_scale, columns, inner).swapaxes(1, 2))
 
 
 @fusion(
     reference,
     x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
     gate_up=In("E 2*I D", dtype=STORED), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
-    down=In("E I H", dtype=STORED), down_scale=In("E Ib Hb", dtype="float32"),
+    down=In("E H I", dtype=STORED), down_scale=In("E Hb Ib", dtype="float32"),
     dynamic="T B", axes={"B": blocks, "J": lambda block: block},
 )  # fmt: skip
 def scaled_experts(
@@ -24,8 +24,8 @@ def scaled_experts(
 ):
     """out[t] = Σ over k of weights[t, k]·expert ids[t, k] of x[t], as `experts`, whose weights are times their scales.
 
-    x [T, D], ids and weights [T, K], gate_up [E, 2I, D] = [gate | up] and down [E, I, H] in float8_e4m3fn (or a wider float),
-    gate_up_scale [E, 2⌈I/inner⌉, ⌈D/columns⌉] and down_scale [E, ⌈I/inner⌉, ⌈H/columns⌉] float32: one for every `inner` of I and
+    x [T, D], ids and weights [T, K], gate_up [E, 2I, D] = [gate | up] and down [E, H, I] in float8_e4m3fn (or a wider float),
+    gate_up_scale [E, 2⌈I/inner⌉, ⌈D/columns⌉] and down_scale [E, ⌈H/columns⌉, ⌈I/inner⌉] float32: one for every `inner` of I and
     `columns` of D, or of H -> out [T, H] in x's dtype. Blocks of what is contracted are multiplied as they are, scaled in float32
     and added up in their order; roundings and `block` are those of `experts`. An id of no expert adds nothing.
     """

@@ -45,7 +45,17 @@ def _negative_zero(d: t.Draft, op: t.Op) -> list[t.Op] | None:
     return d.becomes(op.out)
 
 
-RULES: dict[str, Rule] = {"narrowing": _narrowing, "negation": _negation, "negative zero": _negative_zero}
+def _float8(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """float8 becomes bfloat16 by way of float32: Triton 3.6 goes by float16, from where the one instruction is a slow one."""
+    if not isinstance(op, t.Cast) or (op.value.dtype, op.out.dtype) != ("float8_e4m3fn", "bfloat16"):
+        return None
+    d.cast(d.cast(op.value, "float32"), "bfloat16")
+    return d.becomes(op.out)
+
+
+RULES: dict[str, Rule] = {
+    "narrowing": _narrowing, "negation": _negation, "float8": _float8, "negative zero": _negative_zero,
+}  # fmt: skip
 
 
 def legalise(program: t.TileProgram, target: str) -> t.TileProgram:

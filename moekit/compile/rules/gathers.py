@@ -8,8 +8,6 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
-from math import prod
-
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
@@ -32,17 +30,14 @@ def gathered_product(graph: Graph) -> Launch | None:
     uses = axis_uses(graph)
     for node in (graph.nodes[i] for i in graph.live()):
         found = _columns(graph, node) if node.op == "contract" else None
-        summed = [a for a in node.axes if found and uses[a].reduced and (uses[a].extent or 0) > 1]
-        pairs = [a for a in summed if a in _choosing(graph, node) and (uses[a].extent or 0) <= MOST_PAIRS]
+        pairs = [a for a, u in uses.items() if found and a in node.axes and u.reduced and 1 < (u.extent or 0) <= MOST_PAIRS]
         if not found or len(pairs) != 1 or not uses[found].parallel:
             continue
-        size = max(itemsize(loaded(graph, a).dtype) for a in node.args if found in graph.nodes[a].axes)
-        over, outer = node.attr("axis"), [a for a in summed if a not in pairs]
-        depths = [pow2(uses[a].extent or MOST_WHOLE + 1) for a in (*outer, over)]
-        whole = prod(depths) <= MOST_WHOLE
+        size = max(itemsize(graph.nodes[a].dtype) for a in node.args)
+        deep, over = uses[node.attr("axis")].extent, node.attr("axis")
+        whole = deep is not None and pow2(deep) <= MOST_WHOLE
         said: dict[str, Axis] = {found: Tile(found, min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1)))}
-        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, depths[-1]) if whole or outer else Loop(over, STEP)}
-        said |= {a: Whole(a, depth) if whole else Loop(a, 1) for a, depth in zip(outer, depths, strict=False)}
+        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
         launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
         return launch.but(Split(pairs[0], uses[pairs[0]].extent or 1)) if equally_deep(graph, pairs[0]) else None
     return None
