@@ -12,6 +12,9 @@ from moekit.fusions.gate_gemm import gate_gemm
 from moekit.fusions.gate_projections import gate_projections
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
+from moekit.fusions.scaled_expert_down import scaled_expert_down
+from moekit.fusions.scaled_expert_gate_up import scaled_expert_gate_up
+from moekit.fusions.scaled_experts import scaled_experts
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -34,5 +37,8 @@ FUSIONS = {
         experts,
         moe_align,
         all_reduce_add_rms_norm,
+        scaled_expert_gate_up,
+        scaled_expert_down,
+        scaled_experts,
     )
 }

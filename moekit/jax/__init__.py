@@ -32,6 +32,9 @@ expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
 attention_decode = op(_FUSIONS["attention_decode"])
 experts = op(_FUSIONS["experts"])
+scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
+scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
+scaled_experts = op(_FUSIONS["scaled_experts"])
 moe_align = op(_FUSIONS["moe_align"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -60,6 +63,9 @@ __all__ = [
     "moe_align",
     "op",
     "pack_gate",
+    "scaled_expert_down",
+    "scaled_expert_gate_up",
+    "scaled_experts",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

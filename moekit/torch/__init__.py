@@ -39,6 +39,9 @@ expert_gate_up = op(_FUSIONS["expert_gate_up"])
 expert_down = op(_FUSIONS["expert_down"])
 attention_decode = op(_FUSIONS["attention_decode"])
 experts = op(_FUSIONS["experts"])
+scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
+scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
+scaled_experts = op(_FUSIONS["scaled_experts"])
 moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
@@ -73,6 +76,9 @@ __all__ = [
     "pack_gate",
     "patch",
     "register",
+    "scaled_expert_down",
+    "scaled_expert_gate_up",
+    "scaled_experts",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

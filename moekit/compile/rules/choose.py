@@ -151,7 +151,7 @@ def _tabled(graph: Graph) -> Schedule | None:
 def _staged(graph: Graph) -> Schedule | None:
     """Products of products: a value between them staged, the smallest that will do, where they would be made anew too often."""
     along = {graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "contract"}
-    if len(along) < 2 or runaway(graph, _launch(graph)) is None:
+    if len(along) < 2 or runaway(graph, grouped(graph) or _launch(graph)) is None:
         return None
     stageables = stageable(graph)
     for value in sorted(stageables, key=lambda v: _size(graph, stageables[v])):

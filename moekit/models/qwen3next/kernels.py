@@ -21,6 +21,9 @@ FUSIONS = (
     "expert_gate_up",
     "expert_down",
     "experts",
+    "scaled_expert_gate_up",
+    "scaled_expert_down",
+    "scaled_experts",
     "attention_decode",
     "gated_rms_norm",
     "delta_rule_step",
@@ -47,6 +50,9 @@ class Kernels:
     expert_gate_up: Callable[..., Any]
     expert_down: Callable[..., Any]
     experts: Callable[..., Any]
+    scaled_expert_gate_up: Callable[..., Any]
+    scaled_expert_down: Callable[..., Any]
+    scaled_experts: Callable[..., Any]
     attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     delta_rule_step: Callable[..., Any]

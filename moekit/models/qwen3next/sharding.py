@@ -9,29 +9,36 @@ rank's share.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next.config import GDN, Config
-from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, SMALL, STACKED, Layers, Layout, arranged
+from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, ROWS8, SCALE, SCALES, SMALL, STACKED, Layers, Layout, arranged
 
 AXIS = "tp"
 REPLICATED, CUT = P(), P(AXIS)
 FLOAT32 = ("A_log", "dt_bias")  # whatever the model's dtype
+ROUTED = ("experts_gate_up", "experts_down")  # may stay float8
 
 
 @dataclass(frozen=True)
 class Slab:
-    """The block `key[rows, columns]` of a checkpoint tensor; None takes the whole axis."""
+    """The block `key[rows, columns]` of a checkpoint tensor; None takes the whole axis.
+
+    scales: not its elements, but the scales of an FP8 tensor's, one for every so many rows and columns of the block.
+    """
 
     key: str
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
+    scales: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Weight:
 
     name: in its layer. shape: of one rank's share. slabs: from a rank to the blocks that make up its share, concatenated
     along the rows and, if `transposed`, turned; where `stacked`, one such list per expert. `copied`: every rank has all of it.
-    home: the array of its layer in which it stands.
+    home: the array of its layer in which it stands. block: of scales, the rows and columns that each is of.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Weight:
     transposed: bool = False
     copied: bool = False
     home: str = ROWS
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,18 @@ class Parameter:
 
     shape: over all ranks. spec: its cut, along the first axis or not at all. weights: what stands in one rank's share, and
     from which element on; zeros between. narrow: whether it has the model's dtype, else float32, to which weights come by
-    way of the model's dtype, but for those of FLOAT32.
+    way of the model's dtype, but for those of FLOAT32. float8: whether it holds an FP8 checkpoint's own codes.
     """
 
     shape: tuple[int, ...]
     spec: P
     weights: tuple[tuple[Weight, int], ...]
     narrow: bool = True
+    float8: bool = False
+
+    def dtype(self, model: Any) -> np.dtype:
+        """Of its elements, in a model of this dtype."""
+        return np.dtype(ml_dtypes.float8_e4m3fn if self.float8 else model if self.narrow else np.float32)
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """The shape of one rank's share."""
@@ -105,11 +118,20 @@ def _layers_parameters(config: Config, tp: int) -> Layers:
             mine = [(held[i][name], part) for name, part in layouts[i].parts if part.home == home]
             parts += [(weight, nth * prod(shape) + part.start * unit) for weight, part in mine]
         stack = (len(members), *shape) if home in STACKED else shape
-        return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL)
+        float8 = home == ROWS8 or (config.float8 is not None and all(weight.name in config.float8.names for weight, _ in parts))
+        return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL, float8=float8)
+
+    def scales(name: str) -> Parameter:
+        weights = [mine[name] for mine in held if name in mine]
+        shape = weights[0].shape
+        parts = tuple((weight, nth * prod(shape)) for nth, weight in enumerate(weights))
+        return Parameter((tp * len(weights), *shape), CUT, parts, narrow=False)
 
     own = {home: tuple(stored(home, (i,)) for i in range(len(kinds))) for home in (ROWS, DOWN)}
     out = {kind: stored(OUT, [i for i, other in enumerate(kinds) if other == kind]) for kind in sorted(set(kinds))}
-    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds)
+    rows8 = tuple(stored(ROWS8, (i,)) for i in range(len(kinds))) if layouts[0].shapes[HOMES.index(ROWS8)][0] else ()
+    scaled = {name: scales(name) for name in sorted({n for mine in held for n, w in mine.items() if w.home == SCALES})}
+    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds, rows8, scaled)
 
 
 @cache
@@ -118,11 +140,12 @@ def layout_of(config: Config, tp: int, kind: str) -> Layout:
 
     Both kinds of layers have their experts and gates at the same places and as many rows, so that one kernel serves both.
     """
-    known = {}
+    known, blocks = {}, {}
     for other in set(config.layer_types):
         weights = layer_weights(config, tp, config.layer_types.index(other))
         known[other] = {name: (w.shape, w.home) for name, w in weights.items()}
-    return arranged(known[kind], config.hidden_size, known.values(), spare=config.linear_value_head_dim - 1)
+        blocks[other] = {name: w.block for name, w in weights.items() if w.block}
+    return arranged(known[kind], config.hidden_size, known.values(), config.linear_value_head_dim - 1, blocks[kind])
 
 
 def vocabulary_spec(config: Config, tp: int) -> P:
@@ -288,14 +311,38 @@ def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
     def every(one: Callable[[int, int], list[Slab]]) -> Callable[[int], list[list[Slab]]]:
         return lambda rank: [one(e, rank) for e in range(*_block(rank // group, experts))]
 
-    return [
+    routed = [
         Weight("experts_gate_up", (experts, 2 * own, hidden), every(both), stacked=True),
         Weight("experts_down", (experts, own, hidden), every(down), stacked=True, transposed=True, home=DOWN),
+    ]
+    if c.float8 and {*ROUTED} <= c.float8.names:
+        routed = [
+            *_kept("experts_gate_up", (experts, 2 * own, hidden), (c.float8.cut(own), c.float8.block), every(both), ROWS8),
+            *_kept("experts_down", (experts, hidden, own), (c.float8.block, c.float8.cut(own)), every(down), DOWN),
+        ]
+    return [
+        *routed,
         Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank)),
         _whole("router", prefix + "gate.weight", (c.num_experts, hidden)),
         _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
         Weight("shared_down", (shared, hidden), _columns(f"{prefix}shared_expert.down_proj.weight", shared), transposed=True),
     ]
+
+
+def _kept(
+    name: str, shape: tuple[int, ...], block: tuple[int, int], slabs: Callable[[int], list[list[Slab]]], home: str
+) -> list[Weight]:
+    """A stack of matrices that stays float8, and its scales, for blocks of so many rows and columns.
+
+    Where ranks cut the files' blocks they have smaller ones, several with the same scale.
+    """
+    rows, columns = block
+
+    def scales(rank: int) -> list[list[Slab]]:
+        return [[replace(slab, scales=(rows, columns)) for slab in matrix] for matrix in slabs(rank)]
+
+    grid = (shape[0], -(-shape[1] // rows), -(-shape[2] // columns))
+    return [Weight(name, shape, slabs, True, home=home), Weight(name + SCALE, grid, scales, True, home=SCALES, block=block)]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:
