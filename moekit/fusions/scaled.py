@@ -1,5 +1,8 @@
 """Weights with one scale for each of their blocks, as FP8 checkpoints have them: how declarations and references read them."""
 
+from collections.abc import Callable
+from inspect import Parameter, Signature
+
 import numpy as np
 
 from moekit.errors import ShapeError
@@ -7,6 +10,19 @@ from moekit.lang import Value, blocks, contract, gather, iota, size, sum
 
 STORED = ("float8_e4m3fn", "float32", "float16", "bfloat16")
 BLOCK = 128
+
+
+def counted(axis: str, block: str) -> Callable[..., int]:
+    """The rule of an axis of scales: how many blocks an axis has, of as many elements as a static parameter says."""
+
+    def rule(**known: int) -> int:
+        if known[block] < 1:
+            raise ShapeError(f"{block} = {known[block]}; blocks have 1 element or more")
+        return -(-known[axis] // known[block])
+
+    kinds = Parameter.KEYWORD_ONLY
+    rule.__signature__ = Signature([Parameter(axis, kinds), Parameter(block, kinds)])
+    return rule
 
 
 def scaled_product(
@@ -26,10 +42,7 @@ def of_rows(scale: Value, axis: str, over: str, block: int, half: int = 0) -> Va
 
     half: which of two matrices, one above the other in a weight, the elements are of.
     """
-    need, name = -(-size(axis) // block), scale.builder.name
-    if (count := size(over)) != need * (2 if "*" in over else 1):
-        raise ShapeError(f"{name}: scale has {count} rows along {over}; {axis} = {size(axis)} in blocks of {block} needs {need}")
-    return gather(scale, iota(axis) // block + half * need, over=over)
+    return gather(scale, iota(axis) // block + half * -(-size(axis) // block), over=over)
 
 
 def whole(weight: np.ndarray, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:

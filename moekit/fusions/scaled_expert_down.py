@@ -1,7 +1,7 @@
 """`expert_down` of weights in FP8, with a scale for each of their blocks."""
 
 from moekit.fusions import expert_down as plain
-from moekit.fusions.scaled import BLOCK, STORED, of_rows, scaled_product, whole
+from moekit.fusions.scaled import BLOCK, STORED, counted, of_rows, scaled_product, whole
 from moekit.lang import In, cast, f32, fusion, gather, sum
 
 
@@ -14,6 +14,7 @@ def reference(activated, down, scale, ids, weights, columns, inner):
     reference,
     activated=In("T K I"), down=In("E H I", dtype=STORED), scale=In("E Hb Ib", dtype="float32"),
     ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
+    axes={"Ib": counted("I", "inner"), "Hb": counted("H", "columns")},
 )  # fmt: skip
 def scaled_expert_down(activated, down, scale, ids, weights, columns: int = BLOCK, inner: int = BLOCK):
     """out[t] = Σ over k of weights[t, k]·(activated[t, k]·down[ids[t, k]]ᵀ), down times its scales.

@@ -1,7 +1,7 @@
 """`expert_gate_up` of weights in FP8, with a scale for each of their blocks."""
 
 from moekit.fusions import expert_gate_up as plain
-from moekit.fusions.scaled import BLOCK, STORED, halved, of_rows, scaled_product
+from moekit.fusions.scaled import BLOCK, STORED, counted, halved, of_rows, scaled_product
 from moekit.lang import In, cast, fusion, gather, halves, silu
 
 
@@ -13,7 +13,7 @@ def reference(x, gate_up, scale, ids, columns, inner):
 @fusion(
     reference,
     x=In("T D"), gate_up=In("E 2*I D", dtype=STORED), scale=In("E 2*Ib Db", dtype="float32"),
-    ids=In("T K", dtype=("int32", "int64")),
+    ids=In("T K", dtype=("int32", "int64")), axes={"Ib": counted("I", "inner"), "Db": counted("D", "columns")},
 )  # fmt: skip
 def scaled_expert_gate_up(x, gate_up, scale, ids, columns: int = BLOCK, inner: int = BLOCK):
     """activated[t, k] = silu(x[t]·gateᵀ)·(x[t]·upᵀ) with the weights, times their scales, of expert ids[t, k].

@@ -2,7 +2,7 @@
 
 from moekit.fusions import experts as plain
 from moekit.fusions.experts import blocks, chosen_blocks, known
-from moekit.fusions.scaled import BLOCK, STORED, halved, of_rows, scaled_product, whole
+from moekit.fusions.scaled import BLOCK, STORED, counted, halved, of_rows, scaled_product, whole
 from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, silu, size, sum, where
 
 
@@ -17,7 +17,8 @@ def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, 
     x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
     gate_up=In("E 2*I D", dtype=STORED), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
     down=In("E H I", dtype=STORED), down_scale=In("E Hb Ib", dtype="float32"),
-    dynamic="T B", axes={"B": blocks, "J": lambda block: block},
+    dynamic="T B", axes={"B": blocks, "J": lambda block: block, "Ib": counted("I", "inner"),
+                         "Db": counted("D", "columns"), "Hb": counted("H", "columns")},
 )  # fmt: skip
 def scaled_experts(
     x, ids, weights, gate_up, gate_up_scale, down, down_scale, block: int = 1, columns: int = BLOCK, inner: int = BLOCK
