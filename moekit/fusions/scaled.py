@@ -45,15 +45,24 @@ def of_rows(scale: Value, axis: str, over: str, block: int, half: int = 0) -> Va
     return gather(scale, iota(axis) // block + half * -(-size(axis) // block), over=over)
 
 
-def whole(weight: np.ndarray, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The weight [..., N, D] times its scales, in float64: what references multiply by."""
-    n, d = weight.shape[-2:]
-    spread = np.repeat(np.repeat(scale.astype(np.float64), rows, axis=-2), columns, axis=-1)
+def one(stack: np.ndarray, e: int) -> np.ndarray:
+    """Expert e's part of a stack, in float64; zeros where there is no such expert."""
+    return (stack[e] if 0 <= e < len(stack) else np.zeros(stack.shape[1:])).astype(np.float64)
+
+
+def block_by_block(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """weight·x with scales for blocks of so many rows and columns, in float64, as references do it."""
+    out = np.zeros(len(weight))
     with np.errstate(over="ignore", invalid="ignore"):
-        return weight.astype(np.float64) * spread[..., :n, :d]
+        for b, scales in enumerate(scale.T):
+            part = np.s_[b * columns : (b + 1) * columns]
+            out += weight[:, part] @ x[part] * np.repeat(scales, rows)[: len(weight)]
+    return out
 
 
-def halved(weight: np.ndarray, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """`whole` of a weight [..., 2N, D] of two matrices, one above the other, each with its own blocks of rows."""
-    pairs = zip(*(np.split(a, 2, axis=-2) for a in (weight, scale)), strict=True)
-    return np.concatenate([whole(*pair, rows, columns) for pair in pairs], axis=-2)
+def gated(x: np.ndarray, gate_up: np.ndarray, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """silu(gate·x)·(up·x) of a weight [gate | up], each of which has its own blocks of rows."""
+    pairs = zip(*(np.split(a, 2) for a in (gate_up, scale)), strict=True)
+    gate, up = (block_by_block(x, *pair, rows, columns) for pair in pairs)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return gate / (1 + np.exp(-gate)) * up

@@ -1,13 +1,20 @@
 """`expert_down` of weights in FP8, with a scale for each of their blocks."""
 
-from moekit.fusions import expert_down as plain
-from moekit.fusions.scaled import BLOCK, STORED, counted, of_rows, scaled_product, whole
-from moekit.lang import In, cast, f32, fusion, gather, sum
+import numpy as np
+
+from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, of_rows, one, scaled_product
+from moekit.lang import In, cast, f32, fusion, gather, round_to, sum
 
 
 def reference(activated, down, scale, ids, weights, columns, inner):
-    """`expert_down`'s, of weights times their scales."""
-    return plain.reference(activated, whole(down, scale, columns, inner).swapaxes(1, 2), ids, weights)
+    """float64, pair by pair and block by block, each rounded to activated's dtype before it is weighted."""
+    out = np.zeros((len(activated), down.shape[1]))
+    for t, k in np.ndindex(*ids.shape):
+        weight, scales = (one(stack, int(ids[t, k])) for stack in (down, scale))
+        product = block_by_block(activated[t, k].astype(np.float64), weight, scales, columns, inner)
+        with np.errstate(invalid="ignore"):
+            out[t] += weights[t, k].astype(np.float64) * round_to(product, activated.dtype)
+    return {"out": out}
 
 
 @fusion(

@@ -1,15 +1,23 @@
 """`experts` of weights in FP8, with a scale for each of their blocks: for few tokens and for many."""
 
-from moekit.fusions import experts as plain
+import numpy as np
+
 from moekit.fusions.experts import blocks, chosen_blocks, known
-from moekit.fusions.scaled import BLOCK, STORED, counted, halved, of_rows, scaled_product, whole
-from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, silu, size, sum, where
+from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, gated, of_rows, one, scaled_product
+from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, round_to, silu, size, sum, where
 
 
 def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, columns, inner):
-    """`experts`', of weights times their scales."""
-    gate_up = halved(gate_up, gate_up_scale, inner, columns)
-    return plain.reference(x, ids, weights, gate_up, whole(down, down_scale, columns, inner).swapaxes(1, 2))
+    """float64, pair by pair and block by block, rounded where the declaration rounds; a pair of no expert adds nothing."""
+    out = np.zeros((len(x), down.shape[1]))
+    for t, k in np.ndindex(*ids.shape):
+        if 0 <= (e := int(ids[t, k])) < len(down):
+            both, both_scales, weight, scales = (one(stack, e) for stack in (gate_up, gate_up_scale, down, down_scale))
+            activated = round_to(gated(x[t].astype(np.float64), both, both_scales, inner, columns), x.dtype)
+            product = block_by_block(activated, weight, scales, columns, inner)
+            with np.errstate(invalid="ignore"):
+                out[t] += weights[t, k].astype(np.float64) * round_to(product, x.dtype)
+    return {"out": out}
 
 
 @fusion(
