@@ -15,6 +15,7 @@ from moekit.fusions.moe_align import moe_align
 from moekit.fusions.scaled_expert_down import scaled_expert_down
 from moekit.fusions.scaled_expert_gate_up import scaled_expert_gate_up
 from moekit.fusions.scaled_experts import scaled_experts
+from moekit.fusions.scaled_product import scaled_product
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -40,5 +41,6 @@ FUSIONS = {
         scaled_expert_gate_up,
         scaled_expert_down,
         scaled_experts,
+        scaled_product,
     )
 }

@@ -25,7 +25,7 @@ def counted(axis: str, block: str) -> Callable[..., int]:
     return rule
 
 
-def scaled_product(
+def products(
     x: Value, weight: Value, scale: Value, over: str, into: str, block: int, upto: Value | None = None
 ) -> Value:
     """x·(weight·scale) over an axis, block by block of it: each is multiplied as it is, scaled in float32, and added up.

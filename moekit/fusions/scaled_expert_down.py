@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, of_rows, one, scaled_product
+from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, of_rows, one, products
 from moekit.lang import In, cast, f32, fusion, gather, round_to, sum
 
 
@@ -33,5 +33,5 @@ def scaled_expert_down(activated, down, scale, ids, weights, columns: int = BLOC
     """
     scales = of_rows(scale, "H", "Hb", columns)
     chosen = (gather(a, ids, over="E") for a in (down, scales))
-    each = cast(scaled_product(activated, *chosen, "I", "Ib Ii", inner), activated.dtype)
+    each = cast(products(activated, *chosen, "I", "Ib Ii", inner), activated.dtype)
     return {"out": cast(sum(f32(each) * f32(weights), over="K"), activated.dtype)}

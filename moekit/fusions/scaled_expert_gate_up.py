@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moekit.fusions.scaled import BLOCK, STORED, counted, gated, of_rows, one, scaled_product
+from moekit.fusions.scaled import BLOCK, STORED, counted, gated, of_rows, one, products
 from moekit.lang import In, cast, fusion, gather, halves, silu
 
 
@@ -31,7 +31,7 @@ def scaled_expert_gate_up(x, gate_up, scale, ids, columns: int = BLOCK, inner: i
 
     def product(half, part):
         scales = of_rows(scale, "I", "2*Ib", inner, half)
-        return scaled_product(x, *(gather(a, ids, over="E") for a in (part, scales)), "D", "Db Di", columns)
+        return products(x, *(gather(a, ids, over="E") for a in (part, scales)), "D", "Db Di", columns)
 
     gate, up = (product(*each) for each in enumerate(halves(gate_up, "I")))
     return {"activated": cast(silu(gate) * up, x.dtype)}

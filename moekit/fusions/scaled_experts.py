@@ -3,7 +3,7 @@
 import numpy as np
 
 from moekit.fusions.experts import blocks, chosen_blocks, known
-from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, gated, of_rows, one, scaled_product
+from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, gated, of_rows, one, products
 from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, round_to, silu, size, sum, where
 
 
@@ -45,7 +45,7 @@ def scaled_experts(
 
     def product(rows, weight, scales, over, into, length):
         deep = where(some, extent(into.split()[0]), 0)  # a block of no expert has nothing to add up
-        return scaled_product(rows, *(gather(a, chosen, over="E") for a in (weight, scales)), over, into, length, deep)
+        return products(rows, *(gather(a, chosen, over="E") for a in (weight, scales)), over, into, length, deep)
 
     gate, up = (
         product(rows, part, of_rows(gate_up_scale, "I", "2*Ib", inner, half), "D", "Db Di", columns)

@@ -35,6 +35,7 @@ experts = op(_FUSIONS["experts"])
 scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
+scaled_product = op(_FUSIONS["scaled_product"])
 moe_align = op(_FUSIONS["moe_align"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -66,6 +67,7 @@ __all__ = [
     "scaled_expert_down",
     "scaled_expert_gate_up",
     "scaled_experts",
+    "scaled_product",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

@@ -42,6 +42,7 @@ experts = op(_FUSIONS["experts"])
 scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
+scaled_product = op(_FUSIONS["scaled_product"])
 moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
@@ -79,6 +80,7 @@ __all__ = [
     "scaled_expert_down",
     "scaled_expert_gate_up",
     "scaled_experts",
+    "scaled_product",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

@@ -20,7 +20,8 @@ def test_every_form_of_every_fusion():
         for f in (
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
             "delta_rule_step", "gate_projections", "down_combine", "expert_gate_up", "expert_down",
-            "attention_decode", "experts", "moe_align", "all_reduce_add_rms_norm",
+            "attention_decode", "experts", "moe_align", "all_reduce_add_rms_norm", "scaled_expert_gate_up",
+            "scaled_expert_down", "scaled_experts", "scaled_product",
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "all_reduce_add_rms_norm", "delta_rule_step",
