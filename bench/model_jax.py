@@ -23,7 +23,7 @@ from bench.runner import DTYPE, Option
 from moekit.models.qwen3next import TINY, Config, Model, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.fp8 import Float8
-from moekit.models.qwen3next.sharding import ROUTED
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED
 
 FULL_VOCABULARY = 151936
 WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers would be lost beside its head
@@ -43,7 +43,7 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
     shared_expert_intermediate_size=512,
 )
 COPIED = 2**30  # bytes
-FLOAT8 = Float8(128, 128, frozenset(ROUTED))
+FLOAT8 = Float8(128, 128, frozenset((*ROUTED, *MIXERS[GDN], *MIXERS[ATTENTION])))
 
 
 CODES = 64.0  # about as large are random codes
@@ -53,7 +53,7 @@ OPTIONS = (
     Option("tp", 1, "devices"),
     Option("vocab", "32768", "a number, or full: 151936"),
     DTYPE,
-    Option("weights", "", "float8_e4m3fn: routed experts have a scale for each 128 × 128 of them", ("", "float8_e4m3fn")),
+    Option("weights", "", "float8_e4m3fn: experts and projections have a scale for each 128 × 128 of them", ("", "float8_e4m3fn")),
     Option("small", False, "narrow layers, which a CPU can do"),
 )
 SMOKE = "--small --layers 1 --vocab 512 --dtype float32 --kinds xla"
@@ -219,7 +219,7 @@ def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype
         "attention": attentions * (3 * heads + 2 * kv * max(1, tp / c.num_key_value_heads)) * hidden / tp,
         "head": c.vocab_size * hidden / tp,
     }
-    kept = {"experts": size} if c.float8 is None else {"experts": 1}
+    kept = {} if c.float8 is None else dict.fromkeys(("experts", "delta nets", "attention"), 1)
     found = {name: n * kept.get(name, size) for name, n in matrices.items()}
     state = 4 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
     found["states"] = deltas * sequences * 2 * state / tp

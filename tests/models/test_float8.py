@@ -1,4 +1,4 @@
-"""Routed experts that stay as an FP8 checkpoint has them: every rank's codes and scales, and logits of both kinds of kernels."""
+"""Weights that stay as an FP8 checkpoint has them: every rank's codes and scales, and logits of both kinds of kernels."""
 
 from dataclasses import replace
 
@@ -19,7 +19,8 @@ from moekit.models.qwen3next import (
     write_random_checkpoint,
 )
 from moekit.models.qwen3next.memory import needed
-from moekit.models.qwen3next.sharding import ROUTED
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED
+from moekit.models.qwen3next.projected import widened as widened_rows
 from tests.models.conftest import CASES
 from tests.models.test_fp8 import METHOD, RAGGED, made, widened, written
 from tests.models.test_kernels import by_fusion, calls
@@ -64,15 +65,20 @@ def test_every_rank_has_the_codes_and_scales_of_what_it_holds(folder, mesh, tp, 
     """Bits are those of the same checkpoint dequantised as it is read."""
     ours, plain = (load(folder, mesh(tp), "float32", weights=w, ep=ep).params["layers"] for w in (KEPT, None))
 
-    def share(layers, rank):
-        cut = jax.tree.map(lambda a: a[rank * (len(a) // tp) : (rank + 1) * (len(a) // tp)], layers)
-        return cut[1]
+    def cut(layers, rank):
+        return jax.tree.map(lambda a: a[rank * (len(a) // tp) : (rank + 1) * (len(a) // tp)], layers)
 
     for rank in range(tp):
-        layer, same = share(ours, rank), share(plain, rank)
+        layer, same = cut(ours, rank)[1], cut(plain, rank)[1]
         assert {str(layer[name].dtype) for name in ROUTED} == {KEPT}
         np.testing.assert_array_equal(wide(layer, "experts_gate_up"), np.asarray(same["experts_gate_up"]))
         np.testing.assert_array_equal(wide(layer, "experts_down").swapaxes(1, 2), np.asarray(same["experts_down"]))
+        for kind, (*joined, out) in MIXERS.items():
+            at = CONFIG.layer_types.index(kind)
+            layer, same = cut(ours, rank)[at], cut(plain, rank)[at]
+            for names in (joined, [out]):
+                got = np.asarray(widened_rows(layer, *names, dtype="float32"))
+                np.testing.assert_array_equal(got, np.concatenate([np.asarray(same[name]) for name in names]))
 
 
 TOKENS, LENGTHS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32), np.array([9, 4], np.int32)
@@ -80,7 +86,8 @@ TOKENS, LENGTHS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int
 
 def logits(model, kernels, batch):
     """After a prompt, and after one more token of each sequence."""
-    first, cache = prefill(model, TOKENS[:batch], LENGTHS[:batch], cache_length=32, kernels=kernels)
+    reading = kernels if batch == 1 else "xla"  # of two sequences, too, interpreted kernels would take minutes
+    first, cache = prefill(model, TOKENS[:batch], LENGTHS[:batch], cache_length=32, kernels=reading)
     second, _ = decode_step(model, np.array([3, 4], np.int32)[:batch], cache, kernels=kernels)
     return np.stack([first, second])
 
@@ -112,7 +119,7 @@ def test_steps_call_the_kernels_that_take_scales(folder, mesh):
     shapes = cache_shapes(model.config, model.mesh, 2, 64, np.float32)
     step = greedy_step.trace(model, shapes.lengths, shapes, kernels="pallas")
     found = by_fusion(calls(step.jaxpr.jaxpr))
-    assert found["scaled_experts"] == 2
+    assert (found["scaled_experts"], found["scaled_product"]) == (2, 4)
     assert "experts" not in found
 
 
@@ -138,4 +145,4 @@ def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
     plain = write_random_checkpoint(tmp_path / "plain", replace(CONFIG, hidden_size=128, moe_intermediate_size=128))
     quantize(plain, tmp_path / "short")
     model = load(tmp_path / "short", mesh(1), weights="auto")
-    assert model.config.float8.names == {*ROUTED}
+    assert model.config.float8.names == {*ROUTED, *(name for names in MIXERS.values() for name in names)}

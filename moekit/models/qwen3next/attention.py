@@ -17,7 +17,8 @@ from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
-from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
+from moekit.models.qwen3next.numerics import einsum, rms_norm, round_to
+from moekit.models.qwen3next.projected import projected
 
 BLOCK = 1024  # queries, and keys, whose scores are held at a time
 
@@ -27,7 +28,7 @@ def decode(
     x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, KeyValues]:
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
-    q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
+    q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config, kernels)
     rows = jnp.arange(x.shape[0])
     memory = KeyValues(
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
@@ -37,7 +38,7 @@ def decode(
         read = kernels.attention_decode(q[:, 0], memory.keys, memory.values, lengths + 1)[:, None]
     else:
         read = _whole(q, memory.keys, memory.values, lengths[:, None])
-    return _output(read, gate, weights)[:, 0], memory
+    return _output(read, gate, weights, kernels)[:, 0], memory
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config"))
@@ -70,12 +71,12 @@ def extend(
 
 
 def _project(
-    x: jax.Array, weights: Layer, positions: jax.Array, config: Config
+    x: jax.Array, weights: Layer, positions: jax.Array, config: Config, kernels: Kernels | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """q and its gate [B, S, kv heads, queries of each, dim], k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
-    columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
+    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
     queries, keys = (weights.layout[name].shape[0] for name in ("q_proj", "k_proj"))
     both = columns[..., :queries].reshape(batch, length, -1, 2, dim)
     q, gate = both[..., 0, :], both[..., 1, :]
@@ -168,7 +169,8 @@ def _turn(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
     return turn
 
 
-def _output(read: jax.Array, gate: jax.Array, weights: Layer) -> jax.Array:
+def _output(read: jax.Array, gate: jax.Array, weights: Layer, kernels: Kernels | None = None) -> jax.Array:
     """What was read, [..., kv heads, queries, dim], past its gate and back: [..., H]."""
     open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
-    return linear(round_to(read * open_, gate.dtype).reshape(*gate.shape[:-3], -1), weights["o_proj"])
+    opened = round_to(read * open_, gate.dtype).reshape(*gate.shape[:-3], -1)
+    return projected(opened, weights, "o_proj", kernels=kernels)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import (
     AXIS,
     FLOAT32,
+    MIXERS,
     REPLICATED,
     ROUTED,
     Parameter,
@@ -164,16 +166,24 @@ def load_parameters(
 
 
 def kept_float8(checkpoint: Checkpoint) -> Float8 | None:
-    """The weights that a model can keep as the files have them: those that are FP8 in every layer; None where there are none."""
+    """What a model can keep as the files have it: the routed experts, if they are FP8 in every layer, or None.
+
+    Beside them the projections of a kind of layer, where all are FP8 in every such layer.
+    """
     config, blocks = checkpoint.config, checkpoint.config.blocks
     held = [layer_weights(replace(config, ep=1), 1, i) for i in range(config.num_layers)]
 
-    def fp8(layer: dict[str, Weight], name: str) -> bool:
-        return all(checkpoint.quantised(slab) for matrix in layer[name].slabs(0) for slab in matrix)
+    def fp8(weight: Weight) -> bool:
+        slabs = weight.slabs(0)
+        return all(map(checkpoint.quantised, chain.from_iterable(slabs) if weight.stacked else slabs))
 
-    if blocks is None or not all(fp8(layer, name) for layer in held for name in ROUTED):
+    def every(names: tuple[str, ...]) -> bool:
+        return all(fp8(layer[name]) for layer in held for name in names if name in layer)
+
+    if blocks is None or not every(ROUTED):
         return None
-    return Float8(blocks.rows, blocks.columns, frozenset(ROUTED))
+    kept = [ROUTED, *(MIXERS[kind] for kind in set(config.layer_types) if every(MIXERS[kind]))]
+    return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept)))
 
 
 def weights_dtype(checkpoint: Checkpoint, dtype: str | None) -> str:

@@ -17,8 +17,9 @@ from moekit.jax import view
 from moekit.models.qwen3next.cache import DeltaState
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
+from moekit.models.qwen3next.projected import projected
 
 CHUNK = 64
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
@@ -32,7 +33,7 @@ def decode(
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
     keys = (channels - value_heads * value_dim) // 2
-    mixed, gates = _projected(x, weights, value_dim)
+    mixed, gates, first = _projected(x, weights, value_dim, kernels)
     inputs = state.conv if at is None else lax.dynamic_index_in_dim(state.conv, at, keepdims=False)
     window = jnp.concatenate([inputs, mixed[:, None, :channels]], axis=1)
     convolved = _convolved([window[:, i] for i in range(window.shape[1])], weights["conv1d"], x.dtype)
@@ -48,15 +49,15 @@ def decode(
         q,
         k,
         v,
-        view(mixed)[:, gates + value_heads : gates + 2 * value_heads],
-        view(mixed)[:, gates : gates + value_heads],
+        view(gates)[:, first + value_heads : first + 2 * value_heads],
+        view(gates)[:, first : first + value_heads],
         weights.view("A_log"),
         weights.view("dt_bias"),
         memory,
         out=None if at is None else (None, memory),
     )
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
-    out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
+    out = projected(normed.reshape(x.shape[0], -1), weights, "out_proj", kernels=kernels)
     conv = window[:, 1:]
     return out, DeltaState(conv if at is None else lax.dynamic_update_index_in_dim(state.conv, conv, at, 0), recurrent)
 
@@ -72,8 +73,8 @@ def prefill(
     batch, length, _ = x.shape
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     value_dim = config.linear_value_head_dim
-    mixed, first = _projected(x, weights, value_dim)
-    gates = mixed[..., first : first + 2 * value_heads]
+    mixed, gates, first = _projected(x, weights, value_dim, kernels)
+    gates = gates[..., first : first + 2 * value_heads]
     convolved, conv = _convolve(mixed[..., :channels], weights["conv1d"], lengths, None if before is None else before.conv)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
     state, reads = None if before is None else before.recurrent, []
@@ -87,7 +88,7 @@ def prefill(
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
     read = jnp.concatenate(reads, axis=1).reshape(tokens, value_heads, value_dim)
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
-    out = linear(normed.reshape(batch, length, -1), weights["out_proj"])
+    out = projected(normed.reshape(batch, length, -1), weights, "out_proj", kernels=kernels)
     return out, DeltaState(conv, state)
 
 
@@ -208,13 +209,17 @@ def _normalised(x: jax.Array) -> jax.Array:
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def _projected(x: jax.Array, weights: Layer, dim: int) -> tuple[jax.Array, int]:
-    """Both projections of x as one product, q | k | v | z | b | a and up to `dim` - 1 columns more; where b begins.
+def _projected(x: jax.Array, weights: Layer, dim: int, kernels: Kernels) -> tuple[jax.Array, jax.Array, int]:
+    """q | k | v | z, what holds b | a, and where b begins there: both projections of x are one product.
 
-    The columns are whole heads, so that z is a View of them.
+    That has up to `dim` - 1 columns more, so that they are whole heads and z is a View of them. Where the first is float8, it is a
+    product of its own.
     """
+    if "in_proj_qkvz" + SCALE in weights.layout:
+        return projected(x, weights, "in_proj_qkvz", kernels=kernels), linear(x, weights["in_proj_ba"]), 0
     both = weights.together("in_proj_qkvz", "in_proj_ba", multiple=dim)
-    return linear(x, both), weights.layout["in_proj_qkvz"].shape[0]
+    mixed = linear(x, both)
+    return mixed, mixed, weights.layout["in_proj_qkvz"].shape[0]
 
 
 def _heads(base: jax.Array, *parts: tuple[int, int, int]) -> list[Any]:

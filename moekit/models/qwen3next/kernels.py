@@ -24,6 +24,7 @@ FUSIONS = (
     "scaled_expert_gate_up",
     "scaled_expert_down",
     "scaled_experts",
+    "scaled_product",
     "attention_decode",
     "gated_rms_norm",
     "delta_rule_step",
@@ -53,6 +54,7 @@ class Kernels:
     scaled_expert_gate_up: Callable[..., Any]
     scaled_expert_down: Callable[..., Any]
     scaled_experts: Callable[..., Any]
+    scaled_product: Callable[..., Any]
     attention_decode: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     delta_rule_step: Callable[..., Any]

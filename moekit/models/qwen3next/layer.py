@@ -96,7 +96,7 @@ def arranged(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rows", "small", "out", "down", "at", "rows8", "scales"), meta_fields=("layout",),
+    data_fields=("rows", "small", "out", "down", "at", "rows8", "stacks"), meta_fields=("layout",),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Layer:
@@ -104,7 +104,8 @@ class Layer:
 
     rows [R, H], out [H, W] and down [E, I, H] are its own, small [L, S] float32 is that of all layers, of which it is number
     `at`, an int32. `layer["q_proj"]` is a weight as an array, `layer.view("router")` as a View of what holds it.
-    rows8 [R8, H] float8, or none; scales: by name, float32 [n, …] of all layers that have such, with the layer's place.
+    rows8 [R8, H] float8, or none; stacks: by name, scales, float32 [n, …], and what else kernels pick out of an array of several
+    layers, with the layer's place there.
     """
 
     rows: Any
@@ -114,12 +115,12 @@ class Layer:
     at: Any
     layout: Layout
     rows8: Any = None
-    scales: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> jax.Array:
         part = self.layout[name]
         if part.home == SCALES:
-            held, at = self.scales[name]
+            held, at = self.stacks[name]
             return lax.dynamic_index_in_dim(held, at, keepdims=False)
         if part.home == SMALL:
             held = lax.dynamic_index_in_dim(self.small, self.at, keepdims=False)
@@ -135,17 +136,28 @@ class Layer:
 
     def together(self, *names: str, multiple: int = 1) -> jax.Array:
         """Matrices that are neighbours as one, and rows of any content after them up to a multiple."""
+        rows, span = self._neighbours(names, multiple)
+        return rows[span]
+
+    def view_together(self, *names: str) -> View:
+        """`together` for a kernel."""
+        if len(names) == 1:
+            return self.view(*names)
+        rows, span = self._neighbours(names, 1)
+        return view(rows)[span]
+
+    def _neighbours(self, names: tuple[str, ...], multiple: int) -> tuple[Any, slice]:
         parts = [self.layout[name] for name in names]
-        if any(a.home != ROWS or a.stop != b.start for a, b in pairwise(parts)):
+        if any(a.home not in (ROWS, ROWS8) or (a.home, a.stop) != (b.home, b.start) for a, b in pairwise(parts)):
             raise ValueError(f"{', '.join(names)} are no neighbours among the rows")
         start, count = parts[0].start, parts[-1].stop - parts[0].start
-        return self.rows[start : start + -(-count // multiple) * multiple]
+        return self.rows8 if parts[0].home == ROWS8 else self.rows, slice(start, start + -(-count // multiple) * multiple)
 
     def view(self, name: str) -> View:
         """A weight as it lies, for a kernel."""
         part = self.layout[name]
-        if part.home == SCALES:
-            held, at = self.scales[name]
+        if name in self.stacks:
+            held, at = self.stacks[name]
             return view(held)[at]
         rows = self.rows8 if part.home == ROWS8 else self.rows
         if part.home in (OUT, DOWN):
@@ -191,8 +203,11 @@ class Layers:
     def __getitem__(self, i: int) -> Layer:
         out = self.out[self.kinds[i]][self.place(i)]
         rows8 = self.rows8[i] if self.rows8 else None
-        scales = {n: (a, jnp.int32(self.nth(n, i))) for n, a in self.scales.items() if n in self.layouts[i]}
-        return Layer(self.rows[i], self.small, out, self.down[i], jnp.int32(i), self.layouts[i], rows8, scales)
+        stacks = {n: (a, jnp.int32(self.nth(n, i))) for n, a in self.scales.items() if n in self.layouts[i]}
+        for name, part in self.layouts[i].parts if self.scales else ():
+            if part.home == OUT:
+                stacks[name] = (self.out[self.kinds[i]], jnp.int32(self.place(i)))
+        return Layer(self.rows[i], self.small, out, self.down[i], jnp.int32(i), self.layouts[i], rows8, stacks)
 
     def __iter__(self) -> Iterator[Layer]:
         return (self[i] for i in range(len(self)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -19,13 +19,14 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moekit.models.qwen3next.config import GDN, Config
+from moekit.models.qwen3next.config import ATTENTION, GDN, Config
 from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, ROWS8, SCALE, SCALES, SMALL, STACKED, Layers, Layout, arranged
 
 AXIS = "tp"
 REPLICATED, CUT = P(), P(AXIS)
 FLOAT32 = ("A_log", "dt_bias")  # whatever the model's dtype
-ROUTED = ("experts_gate_up", "experts_down")  # may stay float8
+ROUTED = ("experts_gate_up", "experts_down")  # these may stay float8, together, and so may the mixers' projections
+MIXERS = {GDN: ("in_proj_qkvz", "out_proj"), ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _layers_parameters(config: Config, tp: int) -> Layers:
 
     def stored(home: str, members: Sequence[int]) -> Parameter:
         shape = layouts[members[0]].shapes[HOMES.index(home)]
-        unit, parts = shape[-1] if home == ROWS else 1, []
+        unit, parts = shape[-1] if home in (ROWS, ROWS8) else 1, []
         for nth, i in enumerate(members):
             mine = [(held[i][name], part) for name, part in layouts[i].parts if part.home == home]
             parts += [(weight, nth * prod(shape) + part.start * unit) for weight, part in mine]
@@ -260,10 +261,12 @@ def _gdn(c: Config, tp: int, prefix: str) -> list[Weight]:
         return [Slab(prefix + "conv1d.weight", rows) for rows in _merged([(s, s + w) for s, w in starts])]
 
     qkvz, ba = grouped("in_proj_qkvz.weight", (dim, dim, wide, wide)), grouped("in_proj_ba.weight", (ratio, ratio))
+    joined = [Weight("in_proj_qkvz", (2 * heads * (dim + wide), hidden), qkvz)]  # a rank's rows are q | k | v | z
+    out = [Weight("out_proj", (hidden, heads * wide), _columns(prefix + "out_proj.weight", heads * wide), home=OUT)]
     return [
-        Weight("in_proj_qkvz", (2 * heads * (dim + wide), hidden), qkvz),  # a rank's rows are q | k | v | z
+        *_short(c, joined, rows=gcd(dim, wide)),
         Weight("in_proj_ba", (2 * own, hidden), ba),  # b | a
-        Weight("out_proj", (hidden, heads * wide), _columns(prefix + "out_proj.weight", heads * wide), home=OUT),
+        *_short(c, out, columns=heads * wide),
         Weight("conv1d", (heads * (2 * dim + wide), c.conv_width), channels, home=SMALL),  # striped: channels are q | k | v
         _rows("A_log", prefix + "A_log", (own,), home=SMALL),
         _rows("dt_bias", prefix + "dt_bias", (own,), home=SMALL),
@@ -283,10 +286,14 @@ def _attention(c: Config, tp: int, prefix: str) -> list[Weight]:
 
         return slabs
 
-    return [
+    joined = [
         _rows("q_proj", prefix + "q_proj.weight", (2 * queries, hidden)),  # each head's rows are query | gate
         *(Weight(name, (kv * dim, hidden), own_kv(f"{name}.weight")) for name in ("k_proj", "v_proj")),
-        Weight("o_proj", (hidden, queries), _columns(prefix + "o_proj.weight", queries), home=OUT),
+    ]
+    out = [Weight("o_proj", (hidden, queries), _columns(prefix + "o_proj.weight", queries), home=OUT)]
+    return [
+        *_short(c, joined, rows=dim),
+        *_short(c, out, columns=queries),
         *(_whole(name, f"{prefix}{name}.weight", (dim,), home=SMALL) for name in ("q_norm", "k_norm")),
     ]
 
@@ -343,6 +350,24 @@ def _kept(
 
     grid = (shape[0], -(-shape[1] // rows), -(-shape[2] // columns))
     return [Weight(name, shape, slabs, True, home=home), Weight(name + SCALE, grid, scales, True, home=SCALES, block=block)]
+
+
+def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) -> list[Weight]:
+    """Matrices one above the other, as they are, or float8 where the config keeps them so, with scales for all of them.
+
+    rows, columns: of which what ranks and files cut has whole multiples; 0 where nothing is cut. The scales' name is the first's.
+    """
+    if c.float8 is None or not {w.name for w in weights} <= c.float8.names:
+        return weights
+    block = tuple(c.float8.cut(n) if n else c.float8.block for n in (rows, columns))
+    count, width = sum(w.shape[0] for w in weights), weights[0].shape[1]
+
+    def scales(rank: int) -> list[Slab]:
+        return [replace(slab, scales=block) for w in weights for slab in w.slabs(rank)]
+
+    grid = (-(-count // block[0]), -(-width // block[1]))
+    kept = [replace(w, home=ROWS8) if w.home == ROWS else w for w in weights]
+    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=SCALES, block=block)]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:
