@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import gathered_product, grouped
+from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -130,7 +130,7 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
 
 
 def _gathered(graph: Graph) -> Schedule | None:
-    if (launch := gathered_product(graph)) is None:
+    if (launch := gathered_product(graph) or gathered_rows(graph)) is None:
         return None
     schedule = spread(graph, launch)
     return schedule if legal(graph, schedule) is None else None

@@ -8,12 +8,14 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from math import prod
+
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
-from moekit.lang.dtypes import itemsize
+from moekit.lang.dtypes import STORED, itemsize
 from moekit.lang.graph import Graph, Node
 
 COLUMNS_BYTES = 128
@@ -21,6 +23,7 @@ MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many
 MOST_PAIRS = 64
 FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
 DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
+ROWS_BLOCK, MOST_COLUMNS, TURN = 8192, 64, 2  # one-byte elements of a program's block, its most rows, and pairs in a turn
 WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
 
 
@@ -40,6 +43,33 @@ def gathered_product(graph: Graph) -> Launch | None:
         said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
         launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
         return launch.but(Split(pairs[0], uses[pairs[0]].extent or 1)) if equally_deep(graph, pairs[0]) else None
+    return None
+
+
+@once
+def gathered_rows(graph: Graph) -> Launch | None:
+    """Programs of whole rows of gathered matrices of one-byte elements, which lie along what is contracted.
+
+    Where a row's pairs are added up, a program does so, some at a time.
+    """
+    uses = axis_uses(graph)
+    for number in graph.live():
+        node = graph.nodes[number]
+        read = next(filter(_short, (loaded(graph, a) for a in node.args)), None) if node.op == "contract" else None
+        if read is None or number in gemms(graph) or node.attr("axis") not in read.attr("index")[-1].axes:
+            continue
+        inner, column = read.attr("index")[-1].axes, read.attr("index")[-2].axes[-1:]
+        pairs = [a for a in node.axes if uses[a].reduced and a not in inner]
+        static = all(uses[a].extent for a in (*inner, *column, *pairs))
+        if not (static and column and uses[column[0]].parallel) or len(pairs) > 1:
+            continue
+        depths = {a: pow2(uses[a].extent or 1) for a in inner}
+        many = ROWS_BLOCK // prod(depths.values()) // (TURN if pairs else 1)
+        if many < 1:
+            continue
+        said: dict[str, Axis] = {column[0]: Tile(column[0], min(MOST_COLUMNS, many, pow2(uses[column[0]].extent or 1)))}
+        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, TURN) for a in pairs}
+        return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs else 1)
     return None
 
 
@@ -83,6 +113,12 @@ def _choosing(graph: Graph, product: Node) -> set[str]:
     """The axes along which data say what a product reads."""
     reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
     return {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
+
+
+def _short(read: Node) -> bool:
+    """Whether data choose what is read, of one-byte floats, along two dimensions or more."""
+    several = read.op == "read" and read.dtype in STORED and len(read.attr("index")) > 1
+    return several and any(i.operands for i in read.attr("index")) and not read.attr("index")[-1].operands
 
 
 def _columns(graph: Graph, node: Node) -> str | None:
