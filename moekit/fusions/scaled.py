@@ -25,9 +25,7 @@ def counted(axis: str, block: str) -> Callable[..., int]:
     return rule
 
 
-def products(
-    x: Value, weight: Value, scale: Value, over: str, into: str, block: int, upto: Value | None = None
-) -> Value:
+def products(x: Value, weight: Value, scale: Value, over: str, into: str, block: int, upto: Value | None = None) -> Value:
     """x·(weight·scale) over an axis, block by block of it: each is multiplied as it is, scaled in float32, and added up.
 
     scale varies along the axis of blocks, the first of `into`, and along whatever else the product does. upto: so many blocks.

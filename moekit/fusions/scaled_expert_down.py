@@ -28,8 +28,8 @@ def scaled_expert_down(activated, down, scale, ids, weights, columns: int = BLOC
 
     activated [T, K, I], down [E, H, I] in float8_e4m3fn (or a wider float), scale float32 [E, ⌈H/columns⌉, ⌈I/inner⌉], ids and
     weights [T, K] -> out [T, H] in activated's dtype. Blocks of I are multiplied as they are, scaled in float32 and added up in
-    their order; a pair's product is then rounded to that dtype; the weighted sum is float32 again. An id of no expert stands for
-    weights of zero.
+    their order; a pair's product is then rounded to that dtype; the weighted sum is float32 again. An id of no expert stands
+    for weights of zero.
     """
     scales = of_rows(scale, "H", "Hb", columns)
     chosen = (gather(a, ids, over="E") for a in (down, scales))

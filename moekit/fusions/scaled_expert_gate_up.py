@@ -23,10 +23,10 @@ def reference(x, gate_up, scale, ids, columns, inner):
 def scaled_expert_gate_up(x, gate_up, scale, ids, columns: int = BLOCK, inner: int = BLOCK):
     """activated[t, k] = silu(x[t]·gateᵀ)·(x[t]·upᵀ) with the weights, times their scales, of expert ids[t, k].
 
-    x [T, D], gate_up [E, 2I, D] = [gate | up] in float8_e4m3fn (or a wider float), scale float32 [E, 2⌈I/inner⌉, ⌈D/columns⌉]: one
-    for every `inner` rows of gate, or of up, and `columns` columns; ids [T, K] -> activated [T, K, I] in x's dtype. Blocks of D are
-    multiplied as they are, scaled in float32 and added up in their order; rounded once. For few tokens; an id of no expert
-    stands for weights of zero.
+    x [T, D], gate_up [E, 2I, D] = [gate | up] in float8_e4m3fn (or a wider float), scale [E, 2⌈I/inner⌉, ⌈D/columns⌉] float32:
+    one for every `inner` rows of gate, or of up, and `columns` columns; ids [T, K] -> activated [T, K, I] in x's dtype. Blocks
+    of D are multiplied as they are, scaled in float32 and added up in their order; rounded once. For few tokens; an id of no
+    expert stands for weights of zero.
     """
 
     def product(half, part):

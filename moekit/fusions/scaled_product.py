@@ -21,7 +21,7 @@ def reference(x, weight, scale, rows, columns):
 def scaled_product(x, weight, scale, rows: int = BLOCK, columns: int = BLOCK):
     """x·(weight·scale)ᵀ, with a scale for every rows × columns elements of the weight, as FP8 checkpoints have it.
 
-    x [T, D], weight [P, D] in float8_e4m3fn (or a wider float), scale [⌈P/rows⌉, ⌈D/columns⌉] float32 -> out [T, P] in x's dtype,
-    rounded once. Blocks of D are multiplied as they are and scaled in float32, then added up in their order.
+    x [T, D], weight [P, D] in float8_e4m3fn (or a wider float), scale [⌈P/rows⌉, ⌈D/columns⌉] float32 -> out [T, P] in x's
+    dtype, rounded once. Blocks of D are multiplied as they are and scaled in float32, then added up in their order.
     """
     return cast(products(x, weight, of_rows(scale, "P", "Pb", rows), "D", "Db I", columns), x.dtype)

@@ -135,16 +135,21 @@ SAMPLES = {
     "scaled_expert_gate_up": Sample(
         "scaled_expert_gate_up",
         {"x": (4, 2048), "gate_up": (512, 512, 2048), "scale": (512, 4, 16), "ids": (4, 10)},
-        f32=("scale",), f8=("gate_up",),
+        f32=("scale",),
+        f8=("gate_up",),
     ),
     "scaled_expert_down": Sample(
         "scaled_expert_down",
         {"activated": (4, 10, 256), "down": (512, 2048, 256), "scale": (512, 16, 2), "ids": (4, 10), "weights": (4, 10)},
-        f32=("scale", "weights"), f8=("down",),
+        f32=("scale", "weights"),
+        f8=("down",),
     ),
     "scaled_experts": Sample(
-        "scaled_experts", {**_EXPERTS, **_SCALED}, {"block": 16},
-        f32=("weights", "gate_up_scale", "down_scale"), f8=("gate_up", "down"),
+        "scaled_experts",
+        {**_EXPERTS, **_SCALED},
+        {"block": 16},
+        f32=("weights", "gate_up_scale", "down_scale"),
+        f8=("gate_up", "down"),
     ),
 }
 GOLDEN = {

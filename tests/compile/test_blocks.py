@@ -9,9 +9,9 @@ from moekit.compile import tile as t
 from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.rules.order import order
 from moekit.errors import DeclarationError, ShapeError
+from moekit.fusions.scaled_product import scaled_product as FUSION
 from moekit.lang import In, Out, fusion
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
-from moekit.fusions.scaled_product import scaled_product as FUSION
 
 
 class TestScaledProduct(FusionSuite):

@@ -37,8 +37,8 @@ from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean, sum
 from moekit.testing import Call, check, operands, run, variants
-from moekit.testing.probes import PROBES
 from moekit.testing.draw import axes_of
+from moekit.testing.probes import PROBES
 from moekit.testing.values import shapes_of
 from tests.declarations import DECLARATIONS
 

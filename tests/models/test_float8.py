@@ -19,8 +19,8 @@ from moekit.models.qwen3next import (
     write_random_checkpoint,
 )
 from moekit.models.qwen3next.memory import needed
-from moekit.models.qwen3next.sharding import MIXERS, ROUTED
 from moekit.models.qwen3next.projected import widened as widened_rows
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED
 from tests.models.conftest import CASES
 from tests.models.test_fp8 import METHOD, RAGGED, made, widened, written
 from tests.models.test_kernels import by_fusion, calls

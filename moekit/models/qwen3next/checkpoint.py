@@ -90,7 +90,7 @@ class Checkpoint:
         return all(piece.key in self.scales for piece in self.form.pieces(slab))
 
     def keep_float8(self, required: bool) -> None:
-        """Let the model have what is FP8 in all layers as it is; raises CheckpointError where it is required and there is none."""
+        """Let the model have what is FP8 in all layers as it is; CheckpointError where that is required and there is none."""
         found = kept_float8(self)
         if required and found is None:
             why = f"its routed experts are not FP8 in every layer ({self.dtype}), so they cannot be kept in {DTYPES[FP8].name}"

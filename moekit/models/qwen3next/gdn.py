@@ -212,8 +212,8 @@ def _normalised(x: jax.Array) -> jax.Array:
 def _projected(x: jax.Array, weights: Layer, dim: int, kernels: Kernels) -> tuple[jax.Array, jax.Array, int]:
     """q | k | v | z, what holds b | a, and where b begins there: both projections of x are one product.
 
-    That has up to `dim` - 1 columns more, so that they are whole heads and z is a View of them. Where the first is float8, it is a
-    product of its own.
+    That has up to `dim` - 1 columns more, so that they are whole heads and z is a View of them. Where the first is float8, it
+    is a product of its own.
     """
     if "in_proj_qkvz" + SCALE in weights.layout:
         return projected(x, weights, "in_proj_qkvz", kernels=kernels), linear(x, weights["in_proj_ba"]), 0

@@ -104,8 +104,8 @@ class Layer:
 
     rows [R, H], out [H, W] and down [E, I, H] are its own, small [L, S] float32 is that of all layers, of which it is number
     `at`, an int32. `layer["q_proj"]` is a weight as an array, `layer.view("router")` as a View of what holds it.
-    rows8 [R8, H] float8, or none; stacks: by name, scales, float32 [n, …], and what else kernels pick out of an array of several
-    layers, with the layer's place there.
+    rows8 [R8, H] float8, or none; stacks: by name, scales, float32 [n, …], and what else kernels pick out of an array of
+    several layers, with the layer's place there.
     """
 
     rows: Any
