@@ -29,15 +29,6 @@ def known(ids):
     return (ids >= 0) & (ids < size("E"))
 
 
-def chosen_blocks(ids, block):
-    """The pairs of each block and the expert that a block's are of."""
-    if block > 1:
-        tables = align(ids, block)
-        return tables.pairs, tables.chosen
-    token, slot = iota("B") // size("K"), iota("B") % size("K")
-    return iota("B") + iota("J"), gather(gather(ids, token, over="T"), slot, over="K")
-
-
 @fusion(
     reference,
     x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"), gate_up=In("E 2*I D"), down=In("E I H"),
@@ -51,7 +42,13 @@ def experts(x, ids, weights, gate_up, down, block: int = 1):
     An id of no expert adds nothing. `block`: how many of an expert's pairs a program takes together: 1, which needs no sorting,
     for few tokens, 16, 64 or 128 for more. The bits are the same.
     """
-    pairs, chosen = chosen_blocks(ids, block)
+    if block == 1:
+        pairs = iota("B") + iota("J")
+        token, slot = iota("B") // size("K"), iota("B") % size("K")
+        chosen = gather(gather(ids, token, over="T"), slot, over="K")
+    else:
+        tables = align(ids, block)
+        pairs, chosen = tables.pairs, tables.chosen
     token, slot = where(pairs < 0, -1, pairs // size("K")), pairs % size("K")
     rows = gather(x, token, over="T")
     some = known(chosen)

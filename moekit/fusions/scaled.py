@@ -38,9 +38,10 @@ def products(x: Value, weight: Value, scale: Value, over: str, into: str, block:
 def of_rows(scale: Value, axis: str, over: str, block: int, half: int = 0) -> Value:
     """The scale of each element of `axis`, of which `block` neighbours share one along axis `over` of the scales.
 
-    half: which of two matrices, one above the other in a weight, the elements are of.
+    half: 1 where the elements are of the second of two matrices, one above the other in a weight.
     """
-    return gather(scale, iota(axis) // block + half * -(-size(axis) // block), over=over)
+    number = iota(axis) // block
+    return gather(scale, number + -(-size(axis) // block) if half else number, over=over)
 
 
 def one(stack: np.ndarray, e: int) -> np.ndarray:

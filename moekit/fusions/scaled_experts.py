@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from moekit.fusions.experts import blocks, chosen_blocks, known
+from moekit.fusions.experts import blocks, known
+from moekit.fusions.moe_align import align
 from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, gated, of_rows, one, products
-from moekit.lang import In, cast, extent, f32, fusion, gather, halves, place, round_to, silu, size, sum, where
+from moekit.lang import In, cast, extent, f32, fusion, gather, halves, iota, place, round_to, silu, size, sum, where
 
 
 def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, columns, inner):
@@ -38,7 +39,13 @@ def scaled_experts(
     and `columns` of D, or of H -> out [T, H] in x's dtype. Blocks of what is contracted are multiplied as they are, scaled in
     float32 and added up in their order; roundings and `block` are those of `experts`. An id of no expert adds nothing.
     """
-    pairs, chosen = chosen_blocks(ids, block)
+    if block == 1:
+        pairs = iota("B") + iota("J")
+        token, slot = iota("B") // size("K"), iota("B") % size("K")
+        chosen = gather(gather(ids, token, over="T"), slot, over="K")
+    else:
+        tables = align(ids, block)
+        pairs, chosen = tables.pairs, tables.chosen
     token, slot = where(pairs < 0, -1, pairs // size("K")), pairs % size("K")
     rows = gather(x, token, over="T")
     some = known(chosen)

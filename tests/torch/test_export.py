@@ -36,7 +36,7 @@ SIZES = {
     "scaled_product": {"D": 40, "P": 24},
 }
 MANY_ROWS = ("add_rms_norm", "gated_rms_norm", "silu_and_mul", "shared_expert_combine", "combine_wide")
-FOLLOWS = {"experts": "B", "moe_align": "B", "scaled_experts": "B"}  # fusions with an axis whose size follows from others at the call
+FOLLOWS = {"experts": "B", "moe_align": "B", "scaled_experts": "B"}  # an axis whose size follows from others at the call
 SPLIT = Schedule.parse(
     "tile:D.part:1 tile:T:16 tile:P:16 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
 )

@@ -217,7 +217,8 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "moe_align": {"K": 3},
              "scaled_expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
              "scaled_expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
-             "scaled_experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "scaled_product": {"D": 72, "P": 88}}[fused]  # fmt: skip
+             "scaled_experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3},
+             "scaled_product": {"D": 72, "P": 88}}[fused]  # fmt: skip
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]

@@ -69,9 +69,9 @@ def load(
     checkpoint as its files have them, codes beside their scales, "auto" does so where the files are such; None dequantises
     all. ep: how many groups of ranks the experts are dealt to; with 1, every rank has a part of every expert. room: the cache
     that must fit beside them. progress(done, total), in bytes, is called after each share.
-    Raises DtypeError (no dtype of weights), ArgumentError (weights is none of these) and ConfigError (config.json, or a tp or ep that does not divide the model)
-    before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
-    truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
+    Raises DtypeError (no dtype of weights), ArgumentError (weights is none of these) and ConfigError (config.json, or a tp or
+    ep that does not divide the model) before any tensor is read, CheckpointError where a tensor is missing, extra, mis-shaped,
+    mistyped or truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")

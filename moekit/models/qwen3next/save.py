@@ -26,8 +26,8 @@ from moekit.models.qwen3next.sharding import FLOAT32, Weight, checkpoint_shapes,
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
     """Every tensor of the model by its name in a Qwen3-Next checkpoint, in the dtypes that the model has, on the host.
 
-    What `load` joins and turns is taken apart again, and float8 weights are float32, times their scales. All of the model must be
-    on devices of this process.
+    What `load` joins and turns is taken apart again, and float8 weights are float32, times their scales. All of the model must
+    be on devices of this process.
     """
     shapes, found, scales = checkpoint_shapes(model.config), {}, {}
     described = jax.tree.leaves(parameters(model.config, model.tp))

@@ -355,7 +355,7 @@ def _kept(
 def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) -> list[Weight]:
     """Matrices one above the other, as they are, or float8 where the config keeps them so, with scales for all of them.
 
-    rows, columns: of which what ranks and files cut has whole multiples; 0 where nothing is cut. The scales' name is the first's.
+    rows, columns: of which what ranks and files cut has whole multiples; 0 where nothing is cut. Scales are named by the first.
     """
     if c.float8 is None or not {w.name for w in weights} <= c.float8.names:
         return weights
