@@ -26,6 +26,7 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "attention_decode": 2,
     "gated_rms_norm": 2,
     "delta_rule_step": 2,
+    **dict.fromkeys(("scaled_expert_gate_up", "scaled_expert_down", "scaled_experts", "scaled_product"), 0),
 }
 
 

@@ -301,7 +301,8 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
     with jax.set_mesh(mesh):
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     of_steps = {"delta_rule_step", "attention_decode", "expert_gate_up", "expert_down"}
-    assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == of_steps
+    scaled = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights
+    assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == of_steps | scaled
     assert len(re.findall(r" all-reduce(?:-start)?\(", filled.text)) == 2 * CONFIG.num_layers
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast|get-tuple-element)", filled.text)
     most = max(int(np.prod([int(d) for d in dims.split(",")])) for dims in made)

@@ -66,7 +66,8 @@ def test_kernel_calls_by_fusion(zoo, case, tp):
     alone = cache_shapes(model.config, model.mesh, 1, 64, np.float32)
     step = greedy_step.trace(model, alone.lengths, alone, kernels="pallas")
     assert by_fusion(calls(step.jaxpr.jaxpr)) == every | steps | gathered
-    assert every.keys() | steps.keys() | gathered.keys() | grouped.keys() == set(FUSIONS)
+    scaled = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights: tests/models/test_float8.py
+    assert every.keys() | steps.keys() | gathered.keys() | grouped.keys() == set(FUSIONS) - scaled
 
 
 def test_xla_calls_no_kernel(zoo):
@@ -111,7 +112,7 @@ def signed(signs):
 
         return changed
 
-    return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in FUSIONS})
+    return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in {n for n, _ in OUTPUTS}})
 
 
 GATHERED = ("expert_gate_up", "expert_down")  # of one sequence; of more `experts`
