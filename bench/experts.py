@@ -1,11 +1,12 @@
 """How long the routed experts of a layer take: `experts` in blocks of pairs, two gathered products, torch's grouped ones.
 
-    python bench/experts.py [--tokens 1,16,64,4096] [--widths 512,256] [--blocks 1,16,64,128] [--json FILE]
+    python bench/experts.py [--tokens 1,16,64,4096] [--widths 512,256] [--blocks 1,16,64,128] [--float8] [--json FILE]
 
 Experts are drawn evenly, other ones for each call; weights are the 80B's (512 experts, 10 a token, hidden size 2048), so that a
 call's are not in the L2. Every side gets ids and weights as a router gives them: sorting is part of its time. `of floor` is the
 time that the bytes of the distinct experts take at a copy's rate, over the side's; `relative` the error against float64 on the
-first and last row.
+first and last row. With --float8 there are sides whose weights are float8 with a scale for each 128 × 128 of them, of which the
+floor has the bytes; down projections are then [H, I] of each expert, as in such checkpoints.
 """
 
 import argparse
@@ -27,6 +28,8 @@ EXPERTS, TOP_K, HIDDEN = 512, 10, 2048
 CALLS = {True: 12, False: 2}  # in a graph, each with other rows and experts: of few tokens, and of many
 FEW, GATHERED = 64, 64  # tokens; those products read a pair's experts anew, which for more is not worth its time
 COPY = 4.29  # TB/s; see bench/ceilings.py
+BLOCK, CODES = 128, 64.0  # elements that share a scale; about as large are codes
+FLOAT8 = "float8, "  # how the names of sides begin that have such weights
 
 
 class Layer(NamedTuple):
@@ -34,6 +37,45 @@ class Layer(NamedTuple):
 
     gate_up: torch.Tensor
     down: torch.Tensor
+
+
+class Scaled(NamedTuple):
+    """gate_up [E, 2I, H] and down [E, H, I] in float8, and their scales."""
+
+    gate_up: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down: torch.Tensor
+    down_scale: torch.Tensor
+
+    @classmethod
+    def drawn(cls, experts: int, width: int, hidden: int) -> "Scaled":
+        """Random codes and scales."""
+
+        def matrices(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+            made = [weight(rows, columns, torch.bfloat16) * CODES for _ in range(experts)]
+            grid = (experts, -(-rows // BLOCK), -(-columns // BLOCK))
+            return torch.stack([m.to(torch.float8_e4m3fn) for m in made]), torch.rand(grid, device=DEVICE) / CODES
+
+        (gate_up, _), (down, down_scale) = matrices(2 * width, hidden), matrices(hidden, width)
+        halves = torch.rand((experts, 2 * -(-width // BLOCK), -(-hidden // BLOCK)), device=DEVICE) / CODES
+        return cls(gate_up, halves, down, down_scale)
+
+    @property
+    def wide(self) -> Layer:
+        """Codes times scales, in float64, of a few experts."""
+
+        def times(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+            spread = scales.double().repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+            return codes.double() * spread[:, : codes.shape[1], : codes.shape[2]]
+
+        pairs = zip(self.gate_up.view(torch.uint8).chunk(2, 1), self.gate_up_scale.chunk(2, 1), strict=True)
+        gate_up = torch.cat([times(half.view(torch.float8_e4m3fn), scales) for half, scales in pairs], 1)
+        return Layer(gate_up, times(self.down, self.down_scale).transpose(1, 2))
+
+    def of(self, experts: torch.Tensor) -> "Scaled":
+        """Some of the experts."""
+        codes = [a.view(torch.uint8)[experts].view(torch.float8_e4m3fn) for a in (self.gate_up, self.down)]
+        return Scaled(codes[0], self.gate_up_scale[experts], codes[1], self.down_scale[experts])
 
 
 class Routed(NamedTuple):
@@ -76,9 +118,27 @@ def sides(layer: Layer, tokens: int, blocks: tuple[int, ...]) -> dict[str, Calla
     return found | {"torch grouped": lambda c: grouped(layer, c)}
 
 
-def relative(layer: Layer, call: Routed, out: torch.Tensor) -> float:
+def scaled_sides(layer: Scaled, tokens: int, blocks: tuple[int, ...]) -> dict[str, Callable[[Routed], torch.Tensor]]:
+    """`sides` of float8 weights."""
+
+    def ours(block: int) -> Callable[[Routed], torch.Tensor]:
+        return lambda c: mt.scaled_experts(c.x, c.ids, c.weights, *layer, block=block)
+
+    def gathered(c: Routed) -> torch.Tensor:
+        activated = mt.scaled_expert_gate_up(c.x, layer.gate_up, layer.gate_up_scale, c.ids)
+        return mt.scaled_expert_down(activated, layer.down, layer.down_scale, c.ids, c.weights)
+
+    found = {f"{FLOAT8}block {block}": ours(block) for block in blocks if block > 1 or tokens <= FEW}
+    return found | ({f"{FLOAT8}gathered": gathered} if tokens <= GATHERED else {})
+
+
+def relative(layer: Layer | Scaled, call: Routed, out: torch.Tensor) -> float:
     """The larger ‖out − float64‖ / ‖float64‖ of the first and the last row."""
     worst = 0.0
+    if isinstance(layer, Scaled):
+        rows = torch.tensor(sorted({0, len(call.x) - 1}), device=out.device)
+        known, numbers = call.ids[rows].long().unique(return_inverse=True)
+        call, out, layer = Routed(call.x[rows], numbers.int(), call.weights[rows]), out[rows], layer.of(known).wide
     for t in {0, len(call.x) - 1}:
         want = torch.zeros(out.shape[1], dtype=torch.float64, device=out.device)
         for e, share in zip(call.ids[t].tolist(), call.weights[t].double(), strict=True):
@@ -94,11 +154,13 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     for width in args.widths:
         for t in args.tokens:
             head = {"case": f"experts {width}", "T": t, "dtype": args.dtype}
-            yield head, (width, t, args.dtype, args.blocks, args.rounds, args.smoke)
+            yield head, (width, t, args.dtype, args.blocks, args.rounds, args.float8, args.smoke)
 
 
 @torch.no_grad()
-def measure(width: int, tokens: int, dtype: str, blocks: tuple[int, ...], rounds: int, small: bool = False) -> list[dict]:
+def measure(
+    width: int, tokens: int, dtype: str, blocks: tuple[int, ...], rounds: int, float8: bool = False, small: bool = False
+) -> list[dict]:
     """One row per side."""
     experts, top_k, hidden = (8, 2, 64) if small else (EXPERTS, TOP_K, HIDDEN)
     kind = getattr(torch, dtype)
@@ -108,15 +170,22 @@ def measure(width: int, tokens: int, dtype: str, blocks: tuple[int, ...], rounds
     distinct = sum(len(c.ids.unique()) for c in calls) / len(calls)
     floor = distinct * 3 * width * hidden * kind.itemsize / COPY / 1e6
     made = sides(layer, tokens, blocks)
+    short = Scaled.drawn(experts, width, hidden) if float8 else None
+    made |= scaled_sides(short, tokens, blocks) if short else {}
 
     def prepare(side: str) -> tuple[dict, object]:
-        error = relative(layer, calls[0], made[side](calls[0]))
+        error = relative(short if short and side.startswith(FLOAT8) else layer, calls[0], made[side](calls[0]))
         return {"relative": round(error, 5)}, captured([lambda c=c: made[side](c) for c in calls])
 
     found = runner.beside(made, prepare, lambda graphs: replayed(graphs, rounds))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [{**r, "distinct": distinct, **({"of floor": round(floor / r["us"], 3)} if "us" in r else {})} for r in found]
+
+    def share(row: dict) -> dict:
+        own = floor / kind.itemsize if row["side"].startswith(FLOAT8) else floor
+        return {"of floor": round(own / row["us"], 3)} if "us" in row else {}
+
+    return [{**r, "distinct": distinct, **share(r)} for r in found]
 
 
 QUESTION = runner.Question(
@@ -128,6 +197,7 @@ QUESTION = runner.Question(
         runner.Option("tokens", (1, 4, 16, 64, 256, 1024, 4096)),
         runner.Option("widths", (512, 256, 64), "the experts' intermediate size on a rank"),
         runner.Option("blocks", (1, 16, 64, 128), "pairs in a block; 1 sorts nothing"),
+        runner.Option("float8", False, "sides with float8 weights, too"),
         runner.DTYPE,
         runner.ROUNDS,
     ),

@@ -22,6 +22,8 @@ from bench.device_jax import alone, profiled, totals
 from bench.runner import DTYPE, Option
 from moekit.models.qwen3next import TINY, Config, Model, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
+from moekit.models.qwen3next.fp8 import Float8
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED
 
 FULL_VOCABULARY = 151936
 WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers would be lost beside its head
@@ -41,14 +43,19 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
     shared_expert_intermediate_size=512,
 )
 COPIED = 2**30  # bytes
+FLOAT8 = Float8(128, 128, frozenset((*ROUTED, *MIXERS[GDN], *MIXERS[ATTENTION])))
 
 
+CODES = 64.0  # about as large are random codes
 PATIENCE = 1500  # seconds for a case, the first of which draws and compiles
 OPTIONS = (
     Option("layers", 4, "every fourth is attention, the others gated delta nets"),
     Option("tp", 1, "devices"),
     Option("vocab", "32768", "a number, or full: 151936"),
     DTYPE,
+    Option(
+        "weights", "", "float8_e4m3fn: of experts and projections, a scale for 128 × 128", ("", "float8_e4m3fn")
+    ),
     Option("small", False, "narrow layers, which a CPU can do"),
 )
 SMOKE = "--small --layers 1 --vocab 512 --dtype float32 --kinds xla"
@@ -63,22 +70,23 @@ class Setting:
     vocab: str
     dtype: str
     small: bool
+    weights: str = ""
 
     def head(self, of: str) -> dict:
         """What begins a row: what it is of, and of how many devices."""
-        return {"case": f"{of}, {self.layers} layers", "tp": self.tp, "dtype": self.dtype}
+        return {"case": f"{of}, {self.layers} layers", "tp": self.tp, "dtype": self.weights or self.dtype}
 
 
 def setting_of(args: Namespace) -> Setting:
     """The setting of a command line."""
-    return Setting(args.layers, args.tp, args.vocab, args.dtype, args.small)
+    return Setting(args.layers, args.tp, args.vocab, args.dtype, args.small, args.weights)
 
 
 @functools.cache
 def model_of(setting: Setting) -> Model:
     """A model with random weights; the process keeps it."""
     config = configuration(setting.layers, setting.vocab, TINY if setting.small else WIDTHS)
-    return random_model(config, mesh_of(setting.tp), setting.dtype)
+    return random_model(replace(config, float8=FLOAT8 if setting.weights else None), mesh_of(setting.tp), setting.dtype)
 
 
 def configuration(layers: int, vocabulary: str, widths: Config = WIDTHS) -> Config:
@@ -106,6 +114,8 @@ def drawn(like: Any, key: jax.Array) -> Any:
 def _numbers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.zeros(shape, dtype)
+    if jnp.dtype(dtype).itemsize == 1:  # codes all over their range; their scales make them as large as others are
+        return (jax.random.normal(key, shape, jnp.bfloat16) * CODES).astype(dtype)
     scale = 0.5 if len(shape) == 1 else shape[-1] ** -0.5
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
 
@@ -125,7 +135,8 @@ def random_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     params = drawn(abstract_model(config, mesh, dtype).params, jax.random.key(0))
     layers = params["layers"]
     wide = layers.small * (0.5 * layers.small.shape[-1] ** 0.5)  # rows of vectors and a convolution's taps, no matrix
-    return Model(params | {"layers": replace(layers, small=wide)}, config, mesh)
+    scales = {name: jnp.full_like(a, config.hidden_size**-0.5 / CODES) for name, a in layers.scales.items()}
+    return Model(params | {"layers": replace(layers, small=wide, scales=scales)}, config, mesh)
 
 
 def stream(call: Callable[[], Any], calls: int) -> tuple[float, float]:
@@ -210,7 +221,8 @@ def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype
         "attention": attentions * (3 * heads + 2 * kv * max(1, tp / c.num_key_value_heads)) * hidden / tp,
         "head": c.vocab_size * hidden / tp,
     }
-    found = {name: n * size for name, n in matrices.items()}
+    kept = {} if c.float8 is None else dict.fromkeys(("experts", "delta nets", "attention"), 1)
+    found = {name: n * kept.get(name, size) for name, n in matrices.items()}
     state = 4 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
     found["states"] = deltas * sequences * 2 * state / tp
     found["keys and values"] = attentions * sequences * held * 2 * kv * max(1 / tp, 1 / c.num_key_value_heads) * size

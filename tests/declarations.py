@@ -13,21 +13,17 @@ from moekit.lang import (
     In,
     InOut,
     Out,
-    blocks,
     cast,
     contract,
     f32,
     fusion,
-    gather,
     halves,
-    iota,
     mean,
     round_to,
     rsqrt,
     sigmoid,
     silu,
     size,
-    sum,
 )
 
 
@@ -106,34 +102,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, eps: float = 
     return {"q_out": cast(turned(q, q_weight), q.dtype), "k_out": cast(turned(k, k_weight), k.dtype)}
 
 
-def _scaled_product(x, weight, scale, *, block):
-    """Block by block of D, each with its column of scales."""
-    x, weight, scale = (a.astype(np.float64) for a in (x, weight, scale))
-    out = np.zeros((len(x), len(weight)))
-    with np.errstate(over="ignore", invalid="ignore"):
-        for b, scales in enumerate(scale.T):
-            columns = np.s_[:, b * block : (b + 1) * block]
-            out += x[columns] @ weight[columns].T * scales[np.arange(len(weight)) // block]
-    return {"out": out}
-
-
-@fusion(_scaled_product, x=In("T D"), weight=In("P D"), scale=In("Pb Db", dtype="float32"))
-def scaled_product(x, weight, scale, block: int = 128):
-    """x·(weight·scale)ᵀ, with a scale for every block × block elements of the weight, as FP8 checkpoints have it.
-
-    x [T, D], weight [P, D], scale [⌈P/block⌉, ⌈D/block⌉] float32 -> out [T, P] in x's dtype, rounded once. Blocks of D are
-    multiplied as they are and scaled in float32, then added up in their order.
-    """
-    if size("Pb") != (need := -(-size("P") // block)):
-        raise ShapeError(f"scaled_product: scale has {size('Pb')} rows; {size('P')} rows of the weight need {need}")
-    parts, kept = (blocks(a, "D", block, into="Db I") for a in (x, weight))
-    scales = gather(scale, iota("P") // block, over="Pb")
-    return cast(sum(contract(parts, kept, over="I") * scales, over="Db"), x.dtype)
-
-
 DECLARATIONS = {
     **FUSIONS,
     "gate_block": gate_block,
     "qk_norm_rope": qk_norm_rope,
-    "scaled_product": scaled_product,
 }

@@ -14,6 +14,7 @@ from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.processes import several_processes
 from moekit.cli.progress import bar, loading
+from moekit.cli.weights import kept_weights
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights (default: as stored; of the shipped model, float32).",
 )
+@kept_weights
 @click.option(
     "--kernels",
     type=click.Choice(list(OTHER)),
@@ -74,6 +76,7 @@ def decode(
     tp: int | None,
     ep: int,
     dtype: str | None,
+    weights: str | None,
     kernels: str,
     as_json: bool,
 ) -> None:
@@ -106,7 +109,8 @@ def decode(
     ends = _ends(directory, config)
 
     with loading(f"loading {directory.name}") as advance:
-        model = load(directory, run.mesh_of(tp), dtype, ep=ep, room=run.room(prompts, new_tokens), progress=advance)
+        room = run.room(prompts, new_tokens)
+        model = load(directory, run.mesh_of(tp), dtype, weights=weights, ep=ep, room=room, progress=advance)
     runs: dict[str, Generation] = {}
     for which in (kernels, OTHER[kernels]):
         with bar(f"decoding with {which}") as advance:

@@ -15,6 +15,7 @@ from moekit.cli.output import notes, print_json
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.processes import process_count, several_processes
 from moekit.cli.progress import loading
+from moekit.cli.weights import kept_weights
 from moekit.errors import ArgumentError, NonFiniteError, ShapeError, UnavailableError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ Emit = Callable[[str], None]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
+@kept_weights
 @click.option("--kernels", type=click.Choice(["pallas", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
 @click.option("--slots", type=click.IntRange(1), default=SLOTS, show_default=True, help="Sequences at once, at most.")
 @click.option(
@@ -65,6 +67,7 @@ def generate(
     as_json: bool,
     tp: int | None,
     dtype: str | None,
+    weights: str | None,
     kernels: str | None,
     slots: int,
     length: int,
@@ -103,7 +106,7 @@ def generate(
     slots = min(slots, max(1, len(given)))
     need = length if converse else run.rounded(max(map(len, ids)) + max_new_tokens)
     which = kernels or ("pallas" if on_gpu else "xla")
-    session = _loaded(checkpoint, config, text, tp, dtype, which, slots, need, max_new_tokens, sampling)
+    session = _loaded(checkpoint, config, text, tp, (dtype, weights), which, slots, need, max_new_tokens, sampling)
     if converse:
         _converse(session)
         return
@@ -164,7 +167,7 @@ def _loaded(
     config: Config,
     text: Text,
     tp: int | None,
-    dtype: str | None,
+    of: tuple[str | None, str | None],
     kernels: str,
     slots: int,
     length: int,
@@ -178,7 +181,8 @@ def _loaded(
     run.keep_programs()
     with loading(f"loading {checkpoint.name}") as advance:
         mesh = run.mesh_of(checked_tp(config, tp))
-        model = load(checkpoint, mesh, dtype, room=Room(slots + 1, length, piece=PIECE), progress=advance)
+        dtype, weights = of
+        model = load(checkpoint, mesh, dtype, weights=weights, room=Room(slots + 1, length, piece=PIECE), progress=advance)
     engine = Engine(model, slots=slots, length=length, piece=PIECE, kernels=kernels, waiting=2**31)
     return _Session(checkpoint, text, engine, text.ends(config), new, sampling)
 

@@ -9,6 +9,7 @@ import click
 
 from moekit.cli.output import console, in_bytes, print_json, table
 from moekit.cli.platform import gpus, installed, prepare_jax
+from moekit.cli.weights import kept_weights
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -25,9 +26,13 @@ PROMPT = 1024  # tokens of a prompt that are read at once
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--length", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of each.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
+@kept_weights
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of a device (default: of the GPUs here, if any).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(directory: Path, tp: int, batch: int, length: int, dtype: str | None, memory: float | None, as_json: bool) -> None:
+def inspect(
+    directory: Path, tp: int, batch: int, length: int, dtype: str | None, weights: str | None, memory: float | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Read a checkpoint's config and headers: its sizes, what is skipped, bytes of each rank, and what fits.
 
     No tensor is read and no device is used. Exit code 1 if the checkpoint is broken.
@@ -50,6 +55,8 @@ def inspect(directory: Path, tp: int, batch: int, length: int, dtype: str | None
         raise click.BadParameter(str(error), param_hint="--tp") from None
     with Checkpoint(directory, config) as checkpoint:
         kind = weights_dtype(checkpoint, dtype)
+        if weights:
+            checkpoint.keep_float8(required=weights != "auto")
         room = Room(batch, length, min(length, PROMPT))
         need = need_of(checkpoint.config, tp, kind, room)
         each = need_of(checkpoint.config, tp, kind, Room(1, length)).cache

@@ -18,6 +18,10 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
+from moekit.fusions.scaled_expert_down import scaled_expert_down
+from moekit.fusions.scaled_expert_gate_up import scaled_expert_gate_up
+from moekit.fusions.scaled_experts import scaled_experts
+from moekit.fusions.scaled_product import scaled_product
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -46,5 +50,9 @@ FUSIONS = {
         experts,
         moe_align,
         all_reduce_add_rms_norm,
+        scaled_expert_gate_up,
+        scaled_expert_down,
+        scaled_experts,
+        scaled_product,
     )
 }

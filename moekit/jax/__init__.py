@@ -38,6 +38,10 @@ qkv_norm_rope = op(_FUSIONS["qkv_norm_rope"])
 attention_decode = op(_FUSIONS["attention_decode"])
 gated_attention_decode = op(_FUSIONS["gated_attention_decode"])
 experts = op(_FUSIONS["experts"])
+scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
+scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
+scaled_experts = op(_FUSIONS["scaled_experts"])
+scaled_product = op(_FUSIONS["scaled_product"])
 moe_align = op(_FUSIONS["moe_align"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -72,6 +76,10 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "scaled_expert_down",
+    "scaled_expert_gate_up",
+    "scaled_experts",
+    "scaled_product",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

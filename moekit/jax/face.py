@@ -284,9 +284,7 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"
         )
-    if implementation == "xla" or (
-        implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)
-    ):
+    if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)):
         return call.xla()
     return call.pallas()
 

@@ -99,7 +99,11 @@ def example(
         known = ", ".join(dict.fromkeys(axes))
         raise ShapeError(f"{fusion.name}: there is no axis {unknown[0]!r}; its axes are {known}")
     every = {a: (sizes or {}).get(a, SIZES.get(a, OTHER_SIZE)) for a in axes}
-    every = fusion.sized(every) | {a: every[a] for a in sizes or {} if a in every}
+    missing = {n: p for n, p in fusion.params.items() if p.default is p.empty}
+    defaults = {n: PARAMETERS.get(n, (parameter_type(p) or int)()) for n, p in missing.items()}
+    bound = fusion.bind_params({**defaults, **(params or {})})
+    every |= {a: n for a, n in fusion.follow(every, bound).items() if a in axes}
+    every |= {a: n for a, n in (sizes or {}).items() if a in every}
     optional = {a: n for a, n in (sizes or {}).items() if a.endswith("?")}
     shapes = {
         n: tuple(optional.get(f"{d.text}?", d.size(every)) if d.optional else d.size(every) for d in s.dims)
@@ -111,6 +115,4 @@ def example(
         raise DtypeError(f"{fusion.name}: no operand can be {dtype}; {next(iter(fusion.tensors))} can be "
                          f"{', '.join(next(iter(fusion.tensors.values())).dtypes)}")  # fmt: skip
     dtypes = {n: wanted[n] if wanted.get(n) in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
-    missing = {n: p for n, p in fusion.params.items() if p.default is p.empty}
-    defaults = {n: PARAMETERS.get(n, (parameter_type(p) or int)()) for n, p in missing.items()}
-    return fusion.bind(shapes, dtypes, fusion.bind_params({**defaults, **(params or {})}))
+    return fusion.bind(shapes, dtypes, bound)

@@ -121,7 +121,7 @@ class FuzzCase:
         """The shape of every operand."""
         if self.operands is not None:
             return {n: self.operands[n].shape for n in self.dtypes}
-        return shapes_of(self.declaration, self.sizes)
+        return shapes_of(self.declaration, self.sizes, self.params)
 
     @functools.cached_property
     def binding(self) -> Binding:

@@ -41,8 +41,9 @@ class Limits:
 
 
 def axes_of(fusion: Fusion) -> list[str]:
-    """The plain axes of a fusion, as its operands name them."""
-    return list(dict.fromkeys(a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms))
+    """The plain axes of a fusion, as its operands name them, but for those whose sizes follow from others."""
+    named = (a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms)
+    return [a for a in dict.fromkeys(named) if a not in fusion.axes]
 
 
 def plain_case(name: str, sizes: Mapping[str, int], dtype: str = "float32", other: int = 6, **more) -> FuzzCase:

@@ -74,9 +74,17 @@ def make(recipe: str, shape: tuple[int, ...], dtype: str, rng: Generator) -> np.
         return RECIPES[recipe](rng, shape, dtype).astype(numpy_dtype(dtype))
 
 
-def shapes_of(fusion: Fusion, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes of operands for the sizes of the plain axes; a dimension with `?` has size 1 where `sizes["NAME?"]` is 1."""
+def shapes_of(
+    fusion: Fusion, sizes: Mapping[str, int], params: Mapping[str, object] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of operands for the sizes of the plain axes; a dimension with `?` has size 1 where `sizes["NAME?"]` is 1.
+
+    Axes of operands whose sizes follow from others and from `params` need not be said.
+    """
+    own = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     plain = dict(sizes)
+    if own & {*fusion.axes} - {*sizes}:
+        plain = {a: n for a, n in fusion.follow(sizes, fusion.bind_params(params or {})).items() if a in own} | plain
     return {
         n: tuple(plain[f"{d.text}?"] if d.optional and f"{d.text}?" in plain else d.size(plain) for d in s.dims)
         for n, s in fusion.tensors.items()
@@ -89,13 +97,14 @@ def operands(
     dtypes: str | Mapping[str, str] = "float32",
     recipe: str = "normal",
     seed: int = 0,
+    params: Mapping[str, object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Operands of `fusion` for the sizes of its plain axes.
 
     `dtypes` is one dtype, for every operand that may have it (the others take the first they may have), or
-    one by name. `sizes` are as in `shapes_of`.
+    one by name. `sizes` and `params` are as in `shapes_of`.
     """
-    rng, shapes = np.random.default_rng([seed, sum(sizes.values())]), shapes_of(fusion, sizes)
+    rng, shapes = np.random.default_rng([seed, sum(sizes.values())]), shapes_of(fusion, sizes, params)
     arrays = {}
     for name, spec in fusion.tensors.items():
         wanted = dtypes if isinstance(dtypes, str) else dtypes.get(name, spec.dtypes[0])

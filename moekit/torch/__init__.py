@@ -48,6 +48,10 @@ qkv_norm_rope_ = op(_FUSIONS["qkv_norm_rope"], in_place=True)
 attention_decode = op(_FUSIONS["attention_decode"])
 gated_attention_decode = op(_FUSIONS["gated_attention_decode"])
 experts = op(_FUSIONS["experts"])
+scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
+scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
+scaled_experts = op(_FUSIONS["scaled_experts"])
+scaled_product = op(_FUSIONS["scaled_product"])
 moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
@@ -91,6 +95,10 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
+    "scaled_expert_down",
+    "scaled_expert_gate_up",
+    "scaled_experts",
+    "scaled_product",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

@@ -12,18 +12,20 @@ from tests.declarations import DECLARATIONS
 
 @dataclass(frozen=True)
 class Sample:
-    """A fusion at given shapes; `f32` names the operands that are float32 whatever the dtype is."""
+    """A fusion at given shapes; `f32` names the operands that are float32 whatever the dtype is, `f8` those in float8."""
 
     fusion: str
     shapes: dict
     params: dict = field(default_factory=dict)
     f32: tuple[str, ...] = ()
+    f8: tuple[str, ...] = ()
     schedule: str = ""
     dtype: str = "bfloat16"
 
     def dtypes(self) -> dict:
         """The dtype of every operand."""
         own = dict.fromkeys(("ids", "lengths", "positions"), "int32") | dict.fromkeys(self.f32, "float32")
+        own |= dict.fromkeys(self.f8, "float8_e4m3fn")
         return {n: own.get(n, self.dtype) for n in self.shapes}
 
     def bound(self):
@@ -72,6 +74,7 @@ def viewed(graph, sizes) -> dict:
 _DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b": (4, 4), "A_log": (4,), "dt_bias": (4,),
           "state": (4, 4, 128, 128)}  # fmt: skip
 _EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
+_SCALED = {"gate_up_scale": (512, 8, 16), "down": (512, 2048, 512), "down_scale": (512, 16, 4)}
 _GATES = {"gate_up": (128, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
 
 SAMPLES = {
@@ -169,6 +172,25 @@ SAMPLES = {
         f32=("frequencies",),
     ),
     "scaled_product": Sample("scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",)),
+    "scaled_expert_gate_up": Sample(
+        "scaled_expert_gate_up",
+        {"x": (4, 2048), "gate_up": (512, 512, 2048), "scale": (512, 4, 16), "ids": (4, 10)},
+        f32=("scale",),
+        f8=("gate_up",),
+    ),
+    "scaled_expert_down": Sample(
+        "scaled_expert_down",
+        {"activated": (4, 10, 256), "down": (512, 2048, 256), "scale": (512, 16, 2), "ids": (4, 10), "weights": (4, 10)},
+        f32=("scale", "weights"),
+        f8=("down",),
+    ),
+    "scaled_experts": Sample(
+        "scaled_experts",
+        {**_EXPERTS, **_SCALED},
+        {"block": 16},
+        f32=("weights", "gate_up_scale", "down_scale"),
+        f8=("gate_up", "down"),
+    ),
 }
 GOLDEN = {
     **SAMPLES,

@@ -38,16 +38,21 @@ SIZES = {
     "expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],
-    "scaled_product": [dict(T=3, D=35, P=9, Pb=2, Db=5)],
+    "scaled_product": [dict(T=3, D=35, P=9)],
 }
-LONG = {"attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)]}  # in parts by the rules, for which others take minutes
+LONG = {  # by the rules alone, as others take minutes
+    "attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)],
+    "scaled_expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
+    "scaled_expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
+    "scaled_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
+}
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {n: v for n, v in dict(k=10, experts=7, block=8 if name == "scaled_product" else 4).items() if n in fusion.params}
-    for sizes in SIZES[name] + LONG.get(name, []):
+    params = {n: v for n, v in dict(k=10, experts=7, block=4, rows=8, columns=8, inner=8).items() if n in fusion.params}
+    for sizes in SIZES.get(name, []) + LONG.get(name, []):
         for dtype in ("float32", "float16", "bfloat16"):
-            call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7), params)
-            schedules = {None} | set(variants(fusion.trace(call.binding)).values() if sizes in SIZES[name] else ())
+            call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7, params), params)
+            schedules = {None} | set(variants(fusion.trace(call.binding)).values() if sizes in SIZES.get(name, []) else ())
             cases = [(s, {}) for s in schedules] if dtype != "bfloat16" else [(None, {})]
             for layout in ("padded", "strided", "transposed padded", "shifted") if dtype != "bfloat16" else ():
                 cases.append((None, dict.fromkeys([*call.operands, *call.names], layout)))

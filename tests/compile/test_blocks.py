@@ -9,17 +9,17 @@ from moekit.compile import tile as t
 from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.rules.order import order
 from moekit.errors import DeclarationError, ShapeError
+from moekit.fusions.scaled_product import scaled_product as FUSION
 from moekit.lang import In, Out, fusion
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
-from tests.declarations import scaled_product as FUSION
 
 
 class TestScaledProduct(FusionSuite):
     """The suite, with blocks that fill neither axis."""
 
     fusion = FUSION
-    params = ({"block": 16},)
-    sizes = ({"T": 3, "D": 71, "P": 37, "Db": 5, "Pb": 3},)
+    params = ({"rows": 16, "columns": 16},)
+    sizes = ({"T": 3, "D": 71, "P": 37},)
     recipes = ("special",)
 
 
@@ -27,8 +27,8 @@ class TestScaledProduct(FusionSuite):
 def test_blocks_that_fill_an_axis(implementation):
     """Behind no mask, or as a view; and no tokens."""
     for tokens in (5, 0):
-        sizes = {"T": tokens, "D": 96, "P": 48, "Db": 6, "Pb": 3}
-        check(implementation, Call(FUSION, operands(FUSION, sizes, "float32", "normal", 1), {"block": 16}))
+        sizes, params = {"T": tokens, "D": 96, "P": 48}, {"rows": 16, "columns": 16}
+        check(implementation, Call(FUSION, operands(FUSION, sizes, "float32", "normal", 1, params), params))
 
 
 def graph(d=2048, p=512, dtype="bfloat16"):
@@ -72,7 +72,7 @@ def test_the_rules_split_the_blocks(dtype):
 
 def test_rows_have_the_same_bits_in_every_class():
     """Few rows and many, with blocks that do not fill the axis."""
-    values = operands(FUSION, {"T": 200, "D": 300, "P": 40, "Db": 3, "Pb": 1}, "bfloat16", "normal", 3)
+    values = operands(FUSION, {"T": 200, "D": 300, "P": 40}, "bfloat16", "normal", 3)
     made = Call(FUSION, values).graph
     many = run("interpret", Call(FUSION, values, schedule=heuristic(made, 200))).outputs["out"]
     few = run("interpret", Call(FUSION, values | {"x": values["x"][:7]})).outputs["out"]
@@ -187,7 +187,7 @@ def test_blocks_are_taken_apart_without_a_copy():
     from moekit.jax import op
 
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((4, 64), (32, 64), (2, 4))]
-    text = str(jax.make_jaxpr(lambda *a: op(FUSION)(*a, block=16, implementation="xla"))(*shapes))
+    text = str(jax.make_jaxpr(lambda *a: op(FUSION)(*a, rows=16, columns=16, implementation="xla"))(*shapes))
     assert text.count("gather") == 1  # of the scales
 
 
@@ -212,12 +212,13 @@ def test_what_blocks_cannot_be(call, error, said):
 
 
 def test_scales_that_do_not_fit():
-    """As many as there are blocks."""
-    shapes = {"x": (4, 300), "weight": (40, 300), "scale": (1, 2)}
-    with pytest.raises(ShapeError, match="axis Db has 2 elements; D has 3 blocks of 128; pass that"):
+    """As many as there are blocks: what `blocks` says, and what the rule of an axis does."""
+    shapes = {"x": (2, 16, 300), "ids": (2,), "weight": (4, 40, 300), "scale": (4, 40, 2)}
+    with pytest.raises(ShapeError, match="axis B has 2 elements; D has 3 blocks of 128; pass that"):
+        good.graph_of(chosen, shapes, {"ids": "int32"})
+    shapes = {"x": (4, 300), "weight": (40, 300), "scale": (2, 3)}
+    with pytest.raises(ShapeError, match="axis Pb has 2 elements in the operands; it must have 1 as its rule says"):
         good.graph_of(FUSION, shapes)
-    with pytest.raises(ShapeError, match="scale has 2 rows; 40 rows of the weight need 1"):
-        good.graph_of(FUSION, shapes | {"scale": (2, 3)})
 
 
 def test_many_rows_without_spills():

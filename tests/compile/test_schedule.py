@@ -38,7 +38,9 @@ from moekit.errors import ScheduleError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, argmax, f32, fusion, iota, mean, sum
 from moekit.testing import Call, check, operands, run, variants
+from moekit.testing.draw import axes_of
 from moekit.testing.probes import PROBES
+from moekit.testing.values import shapes_of
 from tests.declarations import DECLARATIONS
 
 NORM = good.graph_of(good.norm, {"x": (7, 50), "weight": (50,)})
@@ -205,11 +207,11 @@ SIZES = [1, 2, 7, 64, 1000, 4096, 16384, 20000]
 def test_heuristic_is_legal_for_every_size(fusion, size):
     """A good schedule without tuning, from one element to the widest row; E and k stay in their limits."""
     sizes = {"T": 3, **dict.fromkeys("HIPDL", size), "E": min(size, 1024), "G": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 8}
-    wanted = {a: sizes[a] for spec in fusion.tensors.values() for d in spec.dims for _, a in d.terms}
+    wanted = {a: sizes[a] for a in axes_of(fusion)}
     if fusion.name == "delta_rule_step":
         wanted |= {"Dk": min(size, 256), "Dv": min(size, 256)}
     params = {n: x for n, x in {"k": min(sizes["E"], 32), "experts": sizes["E"]}.items() if n in fusion.params}
-    shapes = {n: tuple(d.size(wanted) for d in s.dims) for n, s in fusion.tensors.items()}
+    shapes = shapes_of(fusion, wanted, params and fusion.bind_params(params))
     graph = good.graph_of(fusion, shapes, **params)
     assert legal(graph, heuristic(graph)) is None
 

@@ -124,6 +124,10 @@ SIZES = {
     "gate_topk": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
     "moe_align": {"T": 5, "K": 3},
+    "scaled_expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
+    "scaled_expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
+    "scaled_experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
+    "scaled_product": {"T": 5, "D": 24, "P": 16},
 }
 PARAMS = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
 

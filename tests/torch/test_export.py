@@ -37,9 +37,12 @@ SIZES = {
     "qkv_norm_rope": {"Q": 4, "K": 2, "L": 9, "R": 4, "N": 8, "Dv": 24},
     "gated_attention_decode": {"K": 2, "G": 3, "Q": 6, "L": 300, "D": 16, "Dv": 24},
     "expert_down_shared": {"H": 40, "I": 8, "J": 24, "E": 6, "K": 3, "H?": 1},
+    "scaled_expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
+    "scaled_expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
+    "scaled_product": {"D": 40, "P": 24},
 }
 MANY_ROWS = ("add_rms_norm", "gated_rms_norm", "silu_and_mul", "shared_expert_combine", "combine_wide")
-FOLLOWS = {"experts": "B", "moe_align": "B"}  # fusions with an axis whose size follows from others at the call
+FOLLOWS = {"experts": "B", "moe_align": "B", "scaled_experts": "B"}  # an axis whose size follows from others at the call
 SPLIT = Schedule.parse(
     "tile:D.part:1 tile:T:16 tile:P:16 loop:D:16 split:D:2 warps:1 stages:1 then loop:D.part:1 tile:T:1 tile:P:64 warps:1"
 )

@@ -220,7 +220,11 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "qkv_norm_rope": {"Q": 4, "K": 2, "L": 40, "R": 8, "N": 8, "Dv": 40},
              "gated_attention_decode": {"K": 2, "G": 3, "Q": 6, "L": 300, "D": 24, "Dv": 40},
              "expert_down_shared": {"H": 88, "I": 24, "J": 72, "E": 9, "K": 3},
-             "experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "moe_align": {"K": 3}}[fused]  # fmt: skip
+             "experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "moe_align": {"K": 3},
+             "scaled_expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
+             "scaled_expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
+             "scaled_experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3},
+             "scaled_product": {"D": 72, "P": 88}}[fused]  # fmt: skip
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]

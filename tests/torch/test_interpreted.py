@@ -31,6 +31,9 @@ SIZES = {
     "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 300, "D": 16, "Dv": 9},
     "expert_down_shared": {"T": 3, "H": 9, "I": 5, "J": 20, "E": 7, "K": 2},
     "experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "moe_align": {"T": 5, "K": 3},
+    "scaled_expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
+    "scaled_expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
+    "scaled_experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "scaled_product": {"T": 5, "D": 24, "P": 9},
 }
 for name, sizes in SIZES.items():
     params = {n: x for n, x in {"k": 3, "experts": 7}.items() if n in FUSIONS[name].params}

@@ -134,6 +134,10 @@ SMALL = {
     "gated_attention_decode": {"T": 2, "K": 1, "G": 2, "Q": 2, "L": 4, "D": 3, "Dv": 2},
     "expert_down_shared": {"T": 2, "H": 4, "I": 2, "J": 3, "E": 4, "K": 2, "H?": 1},
     "experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
+    "scaled_expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
+    "scaled_expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
+    "scaled_experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
+    "scaled_product": {"T": 2, "D": 4, "P": 3},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")

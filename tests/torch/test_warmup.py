@@ -23,6 +23,8 @@ def test_every_form_of_every_fusion():
             "attention_decode", "experts", "moe_align", "all_reduce_add_rms_norm", "causal_conv1d_step", "qkv_norm_rope",
             "gated_attention_decode", "expert_down_shared", "gate_topk",
             "conv_projections",
+            "scaled_expert_gate_up",
+            "scaled_expert_down", "scaled_experts", "scaled_product",
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "all_reduce_add_rms_norm", "delta_rule_step",

@@ -45,6 +45,10 @@ SIZES = {
     "expert_down_shared": {"I": 64, "J": 64, "H": 2048, "E": 512, "K": 10, "H?": 1},
     "experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
     "moe_align": {"K": 10},
+    "scaled_expert_gate_up": {"I": 64, "D": 2048, "E": 16, "K": 10},
+    "scaled_expert_down": {"I": 64, "H": 2048, "E": 16, "K": 10},
+    "scaled_experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
+    "scaled_product": {"D": 2048, "P": 512},
 }
 shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}

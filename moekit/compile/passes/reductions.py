@@ -10,6 +10,7 @@ from moekit.compile.passes.names import identifier
 from moekit.compile.passes.pairs import Twins
 from moekit.compile.passes.scope import Scope, Writer
 from moekit.compile.schedule.facts import FOLDS, ends, part_axis, twice_axis
+from moekit.lang.dtypes import STORED
 from moekit.lang.elementwise import COMBINE, IDENTITY
 from moekit.lang.graph import Node
 
@@ -59,8 +60,9 @@ def _reduce(low: Writer, scope: Scope, total: Total, value: t.Value) -> t.Value:
 
 
 def _operand(low: Writer, n: Node, scope: Scope) -> t.Value:
-    """What a reduction adds up: the operand, or the product of a contraction's operands in float32."""
-    args = [low.value(a, scope) for a in n.args]
+    """What a reduction adds up: the operand, or the product of a contraction's operands in float32, stored ones at once so."""
+    stored = [low.graph.nodes[a].op == "cast" and low.graph.nodes[low.graph.nodes[a].args[0]].dtype in STORED for a in n.args]
+    args = [low.value(low.graph.nodes[a].args[0] if s else a, scope) for a, s in zip(n.args, stored, strict=True)]
     if n.op == "reduce":
         return args[0]
     left, right = (scope.cast(v, "float32") for v in args)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import gathered_product, grouped
+from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -142,7 +142,7 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
 
 
 def _gathered(graph: Graph) -> Schedule | None:
-    if (launch := gathered_product(graph)) is None:
+    if (launch := gathered_product(graph) or gathered_rows(graph)) is None:
         return None
     first, *rest = spread(graph, launch).launches
     graphs = [g for _, g, _ in launched(graph, Schedule((first, *rest)))][1:]
@@ -166,7 +166,7 @@ def _tabled(graph: Graph, many: bool = False) -> Schedule | None:
 def _staged(graph: Graph) -> Schedule | None:
     """Products of products: a value between them staged, the smallest that will do, where they would be made anew too often."""
     along = {graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "contract"}
-    if len(along) < 2 or runaway(graph, _launch(graph)) is None:
+    if len(along) < 2 or runaway(graph, grouped(graph) or _launch(graph)) is None:
         return None
     stageables = stageable(graph)
     for value in sorted(stageables, key=lambda v: _size(graph, stageables[v])):

@@ -8,12 +8,14 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from math import prod
+
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
 from moekit.compile.schedule.targets import MEASURED
-from moekit.lang.dtypes import itemsize
+from moekit.lang.dtypes import STORED, itemsize
 from moekit.lang.graph import Graph, Node
 
 COLUMNS_BYTES = 128
@@ -21,6 +23,7 @@ MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many
 MOST_PAIRS = 64
 FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
 DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
+ROWS_BLOCK, MOST_COLUMNS, TURN = 8192, 64, 2  # one-byte elements of a program's block, its most rows, and pairs in a turn
 WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
 
 
@@ -44,6 +47,33 @@ def gathered_product(graph: Graph) -> Launch | None:
 
 
 @once
+def gathered_rows(graph: Graph) -> Launch | None:
+    """Programs of whole rows of gathered matrices of one-byte elements, which lie along what is contracted.
+
+    Where a row's pairs are added up, a program does so, some at a time.
+    """
+    uses = axis_uses(graph)
+    for number in graph.live():
+        node = graph.nodes[number]
+        read = next(filter(_short, (loaded(graph, a) for a in node.args)), None) if node.op == "contract" else None
+        if read is None or number in gemms(graph) or node.attr("axis") not in read.attr("index")[-1].axes:
+            continue
+        inner, column = read.attr("index")[-1].axes, read.attr("index")[-2].axes[-1:]
+        pairs = [a for a in node.axes if uses[a].reduced and a not in inner]
+        static = all(uses[a].extent for a in (*inner, *column, *pairs))
+        if not (static and column and uses[column[0]].parallel) or len(pairs) > 1:
+            continue
+        depths = {a: pow2(uses[a].extent or 1) for a in inner}
+        many = ROWS_BLOCK // prod(depths.values()) // (TURN if pairs else 1)
+        if many < 1:
+            continue
+        said: dict[str, Axis] = {column[0]: Tile(column[0], min(MOST_COLUMNS, many, pow2(uses[column[0]].extent or 1)))}
+        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, TURN) for a in pairs}
+        return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs else 1)
+    return None
+
+
+@once
 def grouped(graph: Graph) -> Launch | None:
     """Programs of products of blocks of rows with one gathered matrix each; the same order of sums whatever the block."""
     gemm = first_gemm(graph, 1)  # fewer than the unit takes, too: as lanes would add them up, a block's other rows would matter
@@ -59,9 +89,11 @@ def grouped(graph: Graph) -> Launch | None:
     columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
     depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
-    if outer := turns(graph, gemm):
-        whole = Whole(gemm.k, depth) if depth >= (uses[gemm.k].extent or depth + 1) else said[gemm.k]
-        said |= {gemm.k: whole, **{a: Loop(a, 1) for a in outer}}
+    if outer := turns(graph, gemm):  # a turn's products and the sums are held beside each other
+        fewer = max(MEASURED.matrix, columns // (len(found) if many else 1))
+        deep = pow2(uses[gemm.k].extent or DEEP + 1)
+        said |= {gemm.k: Whole(gemm.k, deep) if deep <= DEEP else said[gemm.k], gemm.n: Tile(gemm.n, fewer)}
+        said |= {a: Loop(a, 1) for a in outer}
     shallow = {g.k for g in gemms(graph).values() if (uses[g.k].extent or MEASURED.matrix) < MEASURED.matrix}
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
@@ -70,12 +102,23 @@ def grouped(graph: Graph) -> Launch | None:
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 
-def _chosen(graph: Graph, product: Node) -> bool:
+def _chosen(graph: Graph, n: Node) -> bool:
     """Whether each block of rows of a product has a matrix of its own, which data choose."""
-    shared = {a for a in graph.nodes[product.args[0]].axes if a in graph.nodes[product.args[1]].axes} - {product.attr("axis")}
+    uses = axis_uses(graph)
+    shared = {a for a in graph.nodes[n.args[0]].axes if a in graph.nodes[n.args[1]].axes and uses[a].parallel}
+    return bool(shared) and shared <= _choosing(graph, n)
+
+
+def _choosing(graph: Graph, product: Node) -> set[str]:
+    """The axes along which data say what a product reads."""
     reads = [n for a in product.args if (n := loaded(graph, a)).op == "read"]
-    by = {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
-    return bool(shared) and shared <= by
+    return {a for n in reads for i in n.attr("index") for o in i.operands for a in graph.nodes[n.args[o]].axes}
+
+
+def _short(read: Node) -> bool:
+    """Whether data choose what is read, of one-byte floats, along two dimensions or more."""
+    several = read.op == "read" and read.dtype in STORED and len(read.attr("index")) > 1
+    return several and any(i.operands for i in read.attr("index")) and not read.attr("index")[-1].operands
 
 
 def _columns(graph: Graph, node: Node) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
+from moekit.lang.dtypes import STORED
 from moekit.lang.graph import Graph, Node, end_of
 
 
@@ -194,8 +195,9 @@ def ragged(graph: Graph) -> frozenset[str]:
 
 
 def loaded(graph: Graph, node: int) -> Node:
-    """What an operand is, behind a choice of whether there is any."""
-    return behind(graph, node)[0]
+    """What an operand is, behind a choice of whether there is any, and behind the cast of what is only stored."""
+    n = behind(graph, node)[0]
+    return graph.nodes[n.args[0]] if n.op == "cast" and graph.nodes[n.args[0]].dtype in STORED else n
 
 
 def behind(graph: Graph, node: int) -> tuple[Node, tuple[tuple[int, int], ...]]:

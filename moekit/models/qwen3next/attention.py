@@ -18,7 +18,8 @@ from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import Layer
-from moekit.models.qwen3next.numerics import einsum, linear, rms_norm, round_to
+from moekit.models.qwen3next.numerics import einsum, rms_norm, round_to
+from moekit.models.qwen3next.projected import projected
 
 FLASH = 256  # tokens of a prompt from which on cuDNN's attention is taken, where it is there
 ROWS = 1024  # queries of a prompt whose scores are held at a time, with all keys up to theirs
@@ -33,14 +34,14 @@ def decode(
     """One token of each sequence: x [B, H], its position lengths [B] -> partial output [B, H], new memory."""
     if kernels.fused:
         return _decode(x, weights, memory, lengths, config, kernels)
-    q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config)
+    q, gate, k, v = _project(x[:, None], weights, lengths[:, None], config, kernels)
     rows = jnp.arange(x.shape[0])
     memory = KeyValues(
         memory.keys.at[rows, :, lengths].set(k[:, 0]),
         memory.values.at[rows, :, lengths].set(v[:, 0]),
     )
     read = _whole(q, memory.keys, memory.values, lengths[:, None])
-    return _output(read, gate, weights)[:, 0], memory
+    return _output(read, gate, weights, kernels)[:, 0], memory
 
 
 def _decode(
@@ -48,7 +49,7 @@ def _decode(
 ) -> tuple[jax.Array, KeyValues]:
     """`decode` by kernels, which read heads where the projection put them, and put keys and values where memory has them."""
     batch, dim = x.shape[0], config.head_dim
-    columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
+    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
     heads = view(columns.reshape(batch, -1, dim))  # q, its gate, q, its gate, ..., k, v
     queries, keys = (weights.layout[name].shape[0] // dim for name in ("q_proj", "k_proj"))
     q, held, values = kernels.qkv_norm_rope(
@@ -65,7 +66,7 @@ def _decode(
     )
     grouped = (batch, keys, -1, dim)
     read = kernels.gated_attention_decode(q.reshape(grouped), held, values, lengths + 1, heads[:, 1:queries:2])
-    return linear(read.reshape(batch, -1), weights["o_proj"]), KeyValues(held, values)
+    return projected(read.reshape(batch, -1), weights, "o_proj", kernels=kernels), KeyValues(held, values)
 
 
 @partial(jax.jit, static_argnames=("cache_length", "config", "kernels"))
@@ -99,12 +100,12 @@ def extend(
 
 
 def _project(
-    x: jax.Array, weights: Layer, positions: jax.Array, config: Config
+    x: jax.Array, weights: Layer, positions: jax.Array, config: Config, kernels: Kernels | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """q and its gate [B, S, kv heads, queries of each, dim], k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
-    columns = linear(x, weights.together("q_proj", "k_proj", "v_proj"))
+    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
     queries, keys = (weights.layout[name].shape[0] for name in ("q_proj", "k_proj"))
     both = columns[..., :queries].reshape(batch, length, -1, 2, dim)
     q, gate = both[..., 0, :], both[..., 1, :]
@@ -225,7 +226,8 @@ def _turn(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
     return turn
 
 
-def _output(read: jax.Array, gate: jax.Array, weights: Layer) -> jax.Array:
+def _output(read: jax.Array, gate: jax.Array, weights: Layer, kernels: Kernels | None = None) -> jax.Array:
     """What was read, [..., kv heads, queries, dim], past its gate and back: [..., H]."""
     open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
-    return linear(round_to(read * open_, gate.dtype).reshape(*gate.shape[:-3], -1), weights["o_proj"])
+    opened = round_to(read * open_, gate.dtype).reshape(*gate.shape[:-3], -1)
+    return projected(opened, weights, "o_proj", kernels=kernels)

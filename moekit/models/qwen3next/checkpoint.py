@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,24 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from moekit.models.qwen3next.config import Config
-from moekit.models.qwen3next.files import DTYPES, WHOLE, CheckpointError, Tensor, read_tensors, said, shown
+from moekit.models.qwen3next.files import DTYPES, FP8, WHOLE, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.forms import FUSED, Form, Piece
-from moekit.models.qwen3next.fp8 import SCALE, dequantised, scales_of
+from moekit.models.qwen3next.fp8 import SCALE, Float8, dequantised, scales_of
+from moekit.models.qwen3next.layer import SCALES
 from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
-from moekit.models.qwen3next.sharding import AXIS, FLOAT32, REPLICATED, Parameter, Slab, Weight, parameters
+from moekit.models.qwen3next.sharding import (
+    AXIS,
+    FLOAT32,
+    MIXERS,
+    REPLICATED,
+    ROUTED,
+    Parameter,
+    Slab,
+    Weight,
+    layer_weights,
+    parameters,
+)
 
 HEAD = "lm_head.weight"
 MANY = 100_000
@@ -62,10 +76,26 @@ class Checkpoint:
     def __exit__(self, *exc: object) -> None:
         self._maps.clear()
 
-    def read(self, slab: Slab) -> np.ndarray:
-        """One slab, rows first, in the file's dtype: mapped where it is one piece of a tensor, else joined; of FP8 float32."""
-        pieces = [self._piece(piece) for piece in self.form.pieces(slab)]
+    def read(self, slab: Slab, codes: bool = False) -> np.ndarray:
+        """One slab, rows first, in the file's dtype: mapped where it is one piece of a tensor, else joined; of FP8 float32, or
+
+        the codes as they are. Its scales, if those are meant.
+        """
+        one = partial(self._piece, codes=codes) if slab.scales is None else partial(self._scales, block=slab.scales)
+        pieces = [one(piece) for piece in self.form.pieces(slab)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def quantised(self, slab: Slab) -> bool:
+        """Whether all of a slab is FP8 in the files."""
+        return all(piece.key in self.scales for piece in self.form.pieces(slab))
+
+    def keep_float8(self, required: bool) -> None:
+        """Let the model have what is FP8 in all layers as it is; CheckpointError where that is required and there is none."""
+        found = kept_float8(self)
+        if required and found is None:
+            why = f"its routed experts are not FP8 in every layer ({self.dtype}), so they cannot be kept in {DTYPES[FP8].name}"
+            raise CheckpointError(f"{shown(self.directory)}: {why}; leave weights out, or quantise it")
+        self.config = replace(self.config, float8=found)
 
     def kept(self, slab: Slab) -> bool:
         """Whether a tensor is in float32 though the checkpoint is not."""
@@ -80,16 +110,27 @@ class Checkpoint:
         """The bytes of a tensor of any dtype, mapped."""
         return np.ndarray(tensor.stop - tensor.start, np.uint8, self._maps[tensor.file], tensor.start)
 
-    def _piece(self, piece: Piece) -> np.ndarray:
+    def _piece(self, piece: Piece, codes: bool) -> np.ndarray:
         part = self.whole(self.tensors[piece.key], piece.expert)
         if piece.rows:
             part = part[slice(*piece.rows)]
         part = part[:, slice(*piece.columns)] if piece.columns else part
-        if piece.key not in self.scales:
+        if codes or piece.key not in self.scales:
             return part
         blocks, scales = self.config.blocks, self.whole(self.scales[piece.key], piece.expert)
         assert blocks is not None  # or no scales would have been found
         return dequantised(part, scales, blocks, ((piece.rows or (0,))[0], (piece.columns or (0,))[0]))
+
+    def _scales(self, piece: Piece, block: tuple[int, int]) -> np.ndarray:
+        """Float32 scales of a piece, one for so many rows and columns, of which the files' blocks have whole multiples."""
+        blocks, scales = self.config.blocks, self.whole(self.scales[piece.key], piece.expert)
+        shape, at = self.tensors[piece.key].shape[-2:], []
+        assert blocks is not None  # or no scales would have been found
+        for span, n, of, own in zip((piece.rows, piece.columns), shape, (blocks.rows, blocks.columns), block, strict=True):
+            start, stop = span or (0, n)
+            assert start % own == 0, (piece, block)
+            at.append(np.arange(start, stop, own) // of)
+        return scales[np.ix_(*at)].astype(np.float32)
 
 
 def load_parameters(
@@ -124,6 +165,27 @@ def load_parameters(
     return jax.tree.unflatten(structure, arrays)
 
 
+def kept_float8(checkpoint: Checkpoint) -> Float8 | None:
+    """What a model can keep as the files have it: the routed experts, if they are FP8 in every layer, or None.
+
+    Beside them the projections of a kind of layer, where all are FP8 in every such layer.
+    """
+    config, blocks = checkpoint.config, checkpoint.config.blocks
+    held = [layer_weights(replace(config, ep=1), 1, i) for i in range(config.num_layers)]
+
+    def fp8(weight: Weight) -> bool:
+        slabs = weight.slabs(0)
+        return all(map(checkpoint.quantised, chain.from_iterable(slabs) if weight.stacked else slabs))
+
+    def every(names: tuple[str, ...]) -> bool:
+        return all(fp8(layer[name]) for layer in held for name in names if name in layer)
+
+    if blocks is None or not every(ROUTED):
+        return None
+    kept = [ROUTED, *(MIXERS[kind] for kind in set(config.layer_types) if every(MIXERS[kind]))]
+    return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept)))
+
+
 def weights_dtype(checkpoint: Checkpoint, dtype: str | None) -> str:
     """The dtype that weights get: the one asked for, else what config.json names, else the files'."""
     return dtype or checkpoint.config.dtype or DTYPES[checkpoint.dtype].name
@@ -145,7 +207,7 @@ class _Reader:
 
     def size(self, parameter: Parameter) -> int:
         """The bytes that all shares of a parameter take on these devices."""
-        kind = self.dtype if parameter.narrow else np.dtype(np.float32)
+        kind = parameter.dtype(self.dtype)
         return len(self.ranks()) * prod(parameter.local_shape(self.mesh.shape[AXIS])) * kind.itemsize
 
     def shares(self, parameter: Parameter) -> Iterator[jax.Array]:
@@ -163,7 +225,7 @@ class _Reader:
     def _share(self, parameter: Parameter, rank: int) -> np.ndarray:
         """What one rank holds: its share of every weight where that stands, zeros elsewhere."""
         local = parameter.local_shape(self.mesh.shape[AXIS])
-        held = _aligned(local, self.dtype if parameter.narrow else np.dtype(np.float32))
+        held = _aligned(local, parameter.dtype(self.dtype))
         flat, jobs, end = held.reshape(-1), [], 0
         for weight, start in sorted(parameter.weights, key=lambda held: held[1]):
             flat[end:start] = 0
@@ -178,12 +240,14 @@ class _Reader:
 
     def _fill(self, place: np.ndarray, weight: Weight, slabs: Sequence[Slab]) -> None:
         """One rank's share of a weight, or of one expert's: its slabs joined by rows, rounded once."""
-        wide = weight.name in FLOAT32 or (place.dtype == np.float32 and all(map(self.checkpoint.kept, slabs)))
+        float8 = place.dtype == DTYPES[FP8]
+        wide = weight.name in FLOAT32 or float8 or weight.home == SCALES
+        wide = wide or (place.dtype == np.float32 and all(map(self.checkpoint.kept, slabs)))
         matrix = place.reshape(len(place), -1)
         matrix, at = matrix.T if weight.transposed else matrix, 0
         with np.errstate(over="ignore"):
             for slab in slabs:
-                block = self.checkpoint.read(slab)
+                block = self.checkpoint.read(slab, codes=float8)
                 rows = matrix[at : at + len(block)]
                 at += len(block)
                 block = block.reshape(rows.shape) if block.ndim != 2 else block
@@ -193,7 +257,7 @@ class _Reader:
 
     def _refuse(self, slabs: Sequence[Slab], dtype: np.dtype) -> None:
         """Say which tensor a value came from that is not finite."""
-        blocks = [(slab, self.checkpoint.read(slab)) for slab in slabs]
+        blocks = [(slab, self.checkpoint.read(slab, codes=dtype == DTYPES[FP8])) for slab in slabs]
         slab, block = next((s, b) for s, b in blocks if not finite(b.astype(dtype)))
         why = f"leaves the range of {dtype}; choose a wider dtype" if finite(block) else "holds NaN or an infinity"
         key = self.checkpoint.form.pieces(slab)[0].key

@@ -20,6 +20,7 @@ from moekit.errors import ArgumentError, DtypeError, ShapeError
 from moekit.models.qwen3next.cache import Cache
 from moekit.models.qwen3next.config import DTYPES, GDN
 
+KEPT = (None, "auto", "float8_e4m3fn")  # what may be said of weights that files have in FP8
 LOST = -1  # the token, and the length in a cache, of a row that has no answer any more
 
 
@@ -128,6 +129,13 @@ def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     start = np.array(-np.inf, values.dtype), np.array(np.iinfo(np.int32).max, np.int32)
     return jax.lax.reduce((values, ids), start, larger, (1,))
+
+
+def kept_weights(where: str, weights: Any) -> str | None:
+    """What is said of weights that files have in FP8. Raises ArgumentError for what is none of the words."""
+    if weights not in KEPT:
+        raise ArgumentError(f"{where}: weights is {weights!r}; it must be one of {', '.join(map(repr, KEPT))}")
+    return weights
 
 
 def weight_dtype(where: str, dtype: Any) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moekit.errors import MoekitError
 from moekit.models.qwen3next.files import brief, read_json, shown
-from moekit.models.qwen3next.fp8 import Blocks
+from moekit.models.qwen3next.fp8 import Blocks, Float8
 
 GDN = "linear_attention"
 ATTENTION = "full_attention"
@@ -85,7 +85,7 @@ class Config:
     """Sizes and constants of one model; hashable, so a compiled function may depend on it.
 
     model_type: 'qwen3_next' or 'qwen3_5_moe_text', which have their weights under other names in files and compute the same.
-    blocks: of files whose weights are FP8; the model has them in its dtype.
+    blocks: of files whose weights are FP8. float8: what of that the model keeps so; all else it has in its dtype.
     ep: how many groups of ranks the experts are dealt to; no checkpoint says it. Within a group they are cut by their width.
     """
 
@@ -114,6 +114,7 @@ class Config:
     model_type: str = field(default=QWEN3_NEXT, compare=False)
     blocks: Blocks | None = field(default=None, compare=False)
     ep: int = 1
+    float8: Float8 | None = None
 
     @property
     def num_layers(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +44,24 @@ class Blocks:
         heads = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
         tails = (".".join(parts[n:]) for n in range(1, len(parts)))
         return not self.kept.isdisjoint([*heads, *tails])
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Which of a layer's weights a model keeps as FP8 files have them, by name, and the files' blocks of rows and columns."""
+
+    rows: int
+    columns: int
+    names: frozenset[str]
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale along an axis that ranks do not cut: of rows and of columns, kernels take the same."""
+        return gcd(self.rows, self.columns)
+
+    def cut(self, own: int) -> int:
+        """Elements that share a scale along an axis of which each rank has `own`: blocks end where a rank's part does."""
+        return gcd(self.block, own)
 
 
 def dequantised(codes: np.ndarray, scales: np.ndarray, blocks: Blocks, first: tuple[int, int] = (0, 0)) -> np.ndarray:

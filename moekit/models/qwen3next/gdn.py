@@ -18,8 +18,9 @@ from moekit.models.qwen3next.cache import DeltaState
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.delta_rule import CHUNK, chunked_delta_rule
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import linear, round_to
+from moekit.models.qwen3next.projected import projected
 
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
 
@@ -34,37 +35,36 @@ def decode(
     keys = (channels - value_heads * value_dim) // 2
     inputs, memory = (view(held) if at is None else view(held)[at] for held in (state.conv, state.recurrent))
     inputs = inputs.transpose(0, 2, 1)  # channels before what each remembers
-    if kernels.fused and x.shape[0] == 1:
+    if kernels.fused and x.shape[0] == 1 and "in_proj_qkvz" + SCALE not in weights.layout:
         every = weights.beside("in_proj_qkvz", "in_proj_ba", multiple=value_dim)
         given = every[:channels], every[channels:], inputs, weights.view("conv1d")
         mixed, convolved, conv = kernels.conv_projections(x, *given, out=(None, None, inputs))
-        first = 0
+        gates, behind, first = mixed, 0, value_heads * value_dim
     else:
-        mixed, first = _projected(x, weights, value_dim)[0], channels
+        (mixed, gates, first), behind = _projected(x, weights, value_dim, kernels), channels
         convolved, conv = kernels.causal_conv1d_step(
             view(mixed)[:, :channels], inputs, weights.view("conv1d"), out=(None, inputs)
         )
-    gates = first + value_heads * value_dim
     q, k, v = _heads(
         convolved,
         (0, keys // key_dim, key_dim),
         (keys, keys // key_dim, key_dim),
         (2 * keys, value_heads, value_dim),
     )
-    (z,) = _heads(mixed, (first, value_heads, value_dim))
+    (z,) = _heads(mixed, (behind, value_heads, value_dim))
     read, recurrent = kernels.delta_rule_step(
         q,
         k,
         v,
-        view(mixed)[:, gates + value_heads : gates + 2 * value_heads],
-        view(mixed)[:, gates : gates + value_heads],
+        view(gates)[:, first + value_heads : first + 2 * value_heads],
+        view(gates)[:, first : first + value_heads],
         weights.view("A_log"),
         weights.view("dt_bias"),
         memory,
         out=None if at is None else (None, memory),
     )
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
-    out = linear(normed.reshape(x.shape[0], -1), weights["out_proj"])
+    out = projected(normed.reshape(x.shape[0], -1), weights, "out_proj", kernels=kernels)
     return out, DeltaState(conv, recurrent)
 
 
@@ -79,12 +79,12 @@ def prefill(
     batch, length, _ = x.shape
     channels, value_heads = weights.layout["conv1d"].shape[0], weights.layout["A_log"].shape[0]
     value_dim = config.linear_value_head_dim
-    mixed, gates = _projected(x, weights, value_dim)
+    mixed, gates, first = _projected(x, weights, value_dim, kernels)
     convolved, conv = _convolve(mixed, weights["conv1d"], lengths, None if before is None else before.conv)
     real = (jnp.arange(length)[None] < lengths[:, None])[..., None]
     state, reads = None if before is None else before.recurrent, []
     for some in _pieces(length, max(1, AT_ONCE // (batch * CHUNK)) * CHUNK):
-        given = convolved[:, some], mixed[:, some, gates : gates + 2 * value_heads], real[:, some]
+        given = convolved[:, some], gates[:, some, first : first + 2 * value_heads], real[:, some]
         if reads:  # one after the other, or XLA may begin with all of them
             given, state = lax.optimization_barrier((given, state))
         read, state = _remembered(*given, state, weights, config)
@@ -93,7 +93,7 @@ def prefill(
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
     read = jnp.concatenate(reads, axis=1).reshape(tokens, value_heads, value_dim)
     normed = kernels.gated_rms_norm(read, z, weights.view("norm"), eps=config.rms_norm_eps)
-    out = linear(normed.reshape(batch, length, -1), weights["out_proj"])
+    out = projected(normed.reshape(batch, length, -1), weights, "out_proj", kernels=kernels)
     return out, DeltaState(conv, state)
 
 
@@ -161,13 +161,17 @@ def _inverse_norm(x: jax.Array) -> jax.Array:
     return lax.rsqrt(jnp.sum(wide * wide, axis=-1) + 1e-6)
 
 
-def _projected(x: jax.Array, weights: Layer, dim: int) -> tuple[jax.Array, int]:
-    """Both projections of x as one product, q | k | v | z | b | a and up to `dim` - 1 columns more; where b begins.
+def _projected(x: jax.Array, weights: Layer, dim: int, kernels: Kernels) -> tuple[jax.Array, jax.Array, int]:
+    """q | k | v | z, what holds b | a, and where b begins there: both projections of x are one product.
 
-    The columns are whole heads, so that z is a View of them.
+    That has up to `dim` - 1 columns more, so that they are whole heads and z is a View of them. Where the first is float8, it
+    is a product of its own.
     """
+    if "in_proj_qkvz" + SCALE in weights.layout:
+        return projected(x, weights, "in_proj_qkvz", kernels=kernels), linear(x, weights["in_proj_ba"]), 0
     both = weights.together("in_proj_qkvz", "in_proj_ba", multiple=dim)
-    return linear(x, both), weights.layout["in_proj_qkvz"].shape[0]
+    mixed = linear(x, both)
+    return mixed, mixed, weights.layout["in_proj_qkvz"].shape[0]
 
 
 def _heads(base: jax.Array, *parts: tuple[int, int, int]) -> list[Any]:

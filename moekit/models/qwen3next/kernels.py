@@ -24,6 +24,10 @@ FUSIONS = (
     "experts",
     "qkv_norm_rope",
     "gated_attention_decode",
+    "scaled_expert_gate_up",
+    "scaled_expert_down",
+    "scaled_experts",
+    "scaled_product",
     "gated_rms_norm",
     "causal_conv1d_step",
     "conv_projections",
@@ -54,6 +58,10 @@ class Kernels:
     experts: Callable[..., Any]
     qkv_norm_rope: Callable[..., Any]
     gated_attention_decode: Callable[..., Any]
+    scaled_expert_gate_up: Callable[..., Any]
+    scaled_expert_down: Callable[..., Any]
+    scaled_experts: Callable[..., Any]
+    scaled_product: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     causal_conv1d_step: Callable[..., Any]
     conv_projections: Callable[..., Any]

@@ -69,8 +69,7 @@ def needed(config: Config, tp: int, dtype: Any, room: Room = NO_ROOM) -> Need:
     """
     kind = np.dtype(dtype)
     leaves: list[Parameter] = jax.tree.leaves(parameters(config, tp))
-    wide = np.dtype(np.float32).itemsize
-    sizes = [kind.itemsize if p.narrow else wide for p in leaves]
+    sizes = [p.dtype(kind).itemsize for p in leaves]
     weights = sum(prod(p.local_shape(tp)) * size for p, size in zip(leaves, sizes, strict=True))
     copied = sum(
         prod(weight.shape) * size for p, size in zip(leaves, sizes, strict=True) for weight, _ in p.weights if weight.copied

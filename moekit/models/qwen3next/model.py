@@ -58,25 +58,29 @@ def load(
     mesh: Mesh,
     dtype: str | None = None,
     *,
+    weights: str | None = None,
     ep: int = 1,
     room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a Hugging Face checkpoint onto `mesh`, each device its own slices.
 
-    dtype: of the weights, the checkpoint's where None. ep: how many groups of ranks the experts are dealt to; with 1, every
-    rank has a part of every expert. room: the cache that must fit beside them. progress(done, total), in bytes, is called
-    after each share.
-    Raises DtypeError (no dtype of weights) and ConfigError (config.json, or a tp or ep that does not divide the model)
-    before any tensor is read, and CheckpointError where a tensor is missing, extra, mis-shaped, mistyped or
-    truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
+    dtype: of the weights, the checkpoint's where None. weights: "float8_e4m3fn" keeps the experts and projections of an FP8
+    checkpoint as its files have them, codes beside their scales, "auto" does so where the files are such; None dequantises
+    all. ep: how many groups of ranks the experts are dealt to; with 1, every rank has a part of every expert. room: the cache
+    that must fit beside them. progress(done, total), in bytes, is called after each share.
+    Raises DtypeError (no dtype of weights), ArgumentError (weights is none of these) and ConfigError (config.json, or a tp or
+    ep that does not divide the model) before any tensor is read, CheckpointError where a tensor is missing, extra, mis-shaped,
+    mistyped or truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
-    dtype = checks.weight_dtype("load", dtype)
+    dtype, weights = checks.weight_dtype("load", dtype), checks.kept_weights("load", weights)
     config = replace(Config.from_json(checkpoint_dir), ep=ep)
     check_tensor_parallel(config, mesh.shape[AXIS])
     with Checkpoint(checkpoint_dir, config) as checkpoint:
+        if weights:
+            checkpoint.keep_float8(required=weights != "auto")
         params = load_parameters(checkpoint, mesh, dtype, progress, room)
     return Model(params, checkpoint.config, mesh)  # the files say whether there is a head
 
@@ -86,7 +90,7 @@ def abstract_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     check_tensor_parallel(config, mesh.shape[AXIS])
 
     def struct(p: Any) -> jax.ShapeDtypeStruct:
-        kind = jnp.dtype(dtype if p.narrow else jnp.float32)
+        kind = p.dtype(jnp.dtype(dtype))
         return jax.ShapeDtypeStruct(p.shape, kind, sharding=NamedSharding(mesh, p.spec))
 
     return Model(jax.tree.map(struct, parameters(config, mesh.shape[AXIS])), config, mesh)

@@ -6,6 +6,7 @@ since the shared and the routed part are added before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import inf
 
@@ -15,7 +16,7 @@ from jax import lax
 
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
 from moekit.models.qwen3next.sharding import AXIS
 
@@ -35,7 +36,7 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
     shared = activated, weights.view("shared_down").T, share
     ids = _among_held(ids, config)
-    if kernels.fused and FEW * ids.size <= config.num_experts:
+    if kernels.fused and FEW * ids.size <= config.num_experts and "experts_down" + SCALE not in weights.layout:
         gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
         return kernels.expert_down_shared(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen, *shared)
     return kernels.down_combine(experts(x, chosen, ids, weights, kernels, config.ep), *shared)
@@ -75,16 +76,43 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     there are where ep is above 1 alone, add nothing. How it is computed follows from the shapes alone. With kernels a row's
     bits do not depend on the rows beside it; with another number of rows its products may be added up in another order.
     """
-    names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H]
+    names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H], float8 ones [E, H, I]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
+    if kernels.fused and names[0] + SCALE in weights.layout:
+        return _scaled(x, chosen, ids, weights, kernels, FEW * pairs <= count, _block(pairs, count))
     if kernels.fused:
         gate_up, down = map(weights.view, names)
         return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
     if pairs <= count:
-        return round_to(_gathered(x, chosen, ids, weights[names[0]], weights[names[1]], ep > 1), x.dtype)
+        return round_to(_gathered(x, chosen, ids, weights, ep > 1), x.dtype)
     if x.shape[0] <= SORTED or count <= DENSE * ids.shape[1]:
-        return round_to(_dense(x, chosen, ids, weights[names[0]], weights[names[1]]), x.dtype)
+        return round_to(_dense(x, chosen, ids, *(_matrices(weights, name, x.dtype, lambda a: a) for name in names)), x.dtype)
     return round_to(_sorted(x, chosen, ids, weights), x.dtype)
+
+
+def _scaled(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, few: bool, block: int
+) -> jax.Array:
+    """`experts` of weights that are float8, by kernels that take their scales."""
+    gate_up, gate_up_scale, down, down_scale = (
+        weights.view(name + end) for name in ("experts_gate_up", "experts_down") for end in ("", SCALE)
+    )
+    blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
+    if few:
+        activated = kernels.scaled_expert_gate_up(x, gate_up, gate_up_scale, ids, **blocks)
+        return kernels.scaled_expert_down(activated, down, down_scale, ids, chosen, **blocks)
+    return kernels.scaled_experts(x, ids, chosen, gate_up, gate_up_scale, down, down_scale, block=block, **blocks)
+
+
+def _matrices(weights: Layer, name: str, dtype: jnp.dtype, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Those of a stack of experts' matrices that `take` takes, [n, 2I, H] or [n, I, H]; float8 ones times their scales."""
+    if name + SCALE not in weights.layout:
+        return take(weights[name])
+    codes, scales = take(weights[name]), take(weights[name + SCALE])
+    for axis, block in enumerate(weights.block(name), 1):
+        scales = jnp.repeat(scales, block, axis=axis)
+    wide = (codes.astype(jnp.float32) * scales[:, : codes.shape[1], : codes.shape[2]]).astype(dtype)
+    return jnp.swapaxes(wide, 1, 2) if name == "experts_down" else wide
 
 
 def _block(pairs: int, count: int) -> int:
@@ -95,15 +123,18 @@ def _block(pairs: int, count: int) -> int:
 def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
     """Pairs sorted by expert into blocks of one each, some blocks at a time as one product with a matrix for each."""
     count, width, _ = weights.layout["experts_gate_up"].shape
+    scaled = "experts_gate_up" + SCALE in weights.layout
     # In a loop XLA (0.11.2) copies a slice of an array that a product reads; all rows are blocks of an expert's size.
-    rows, down = weights.rows.reshape(-1, width, x.shape[1]), weights["experts_down"]
+    rows = weights.rows.reshape(-1, width, x.shape[1])
     pairs, experts, place = _blocks(ids.reshape(-1), count)
 
     def turn(held: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         n, pairs, experts = piece
-        both = einsum("bjd,bnd->bjn", _taken(x, pairs // ids.shape[1]), _taken(rows, experts))
+        take = partial(_taken, at=experts)
+        gate_up = _matrices(weights, "experts_gate_up", x.dtype, take) if scaled else take(rows)
+        both = einsum("bjd,bnd->bjn", _taken(x, pairs // ids.shape[1]), gate_up)
         active = _activation(round_to(both, x.dtype), 1.0, x.dtype)
-        each = round_to(einsum("bji,bih->bjh", active, _taken(down, experts)), x.dtype)
+        each = round_to(einsum("bji,bih->bjh", active, _matrices(weights, "experts_down", x.dtype, take)), x.dtype)
         return lax.dynamic_update_index_in_dim(held, each, n, 0), None
 
     begin = jnp.broadcast_to(x[0], (*pairs.shape, x.shape[1]))  # there by then: zeros XLA would make for all layers at once
@@ -139,18 +170,17 @@ def _blocks(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array
     return pairs.reshape(-1, together, SORTED), experts.reshape(-1, together), places
 
 
-def _gathered(
-    x: jax.Array, chosen: jax.Array, ids: jax.Array, gate_up: jax.Array, down: jax.Array, elsewhere: bool = False
-) -> jax.Array:
+def _gathered(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, elsewhere: bool = False) -> jax.Array:
     """elsewhere: whether an id may be of no expert here, which stands for weights of zero."""
     # Sums of products, not dots: XLA then multiplies while it gathers rows, and stores none of them. To that end it wants a
     # flat list of experts, and each expert's sum for itself, which for one token it would merge with the last.
     flat, wide = ids.reshape(-1), jnp.float32
-    take = partial(jnp.take, axis=0, mode="fill", fill_value=0) if elsewhere else partial(jnp.take, axis=0, mode="clip")
-    rows = take(gate_up, flat).astype(wide)
+    mode = {"mode": "fill", "fill_value": 0} if elsewhere else {"mode": "clip"}
+    take = partial(jnp.take, indices=flat, axis=0, **mode)
+    rows = _matrices(weights, "experts_gate_up", wide, take).astype(wide)
     both = jnp.sum(jnp.repeat(x, ids.shape[1], axis=0)[:, None].astype(wide) * rows, axis=2)
     active = _activation(round_to(both, x.dtype), chosen.reshape(-1, 1), x.dtype).astype(wide)
-    rows = take(down, flat).astype(wide)
+    rows = _matrices(weights, "experts_down", wide, take).astype(wide)
     each = lax.optimization_barrier(jnp.sum(active[..., None] * rows, axis=1))
     return jnp.sum(each.reshape(*ids.shape, -1), axis=1)
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 PARTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-_EXPONENTS = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80)}
+_EXPONENTS = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80),
+              "float8_e4m3fn": (np.uint8, 0x7F)}  # fmt: skip
 _AT_ONCE = 1 << 18  # values of an array that are looked at together: they stay in a cache
 _ROUNDING = {"bfloat16": (8, 7), "float16": (5, 10)}  # exponent and mantissa bits
 
@@ -80,7 +81,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether an array of float32, float16 or bfloat16 holds neither NaN nor an infinity: read once, by its bits."""
+    """Whether an array of float32, float16, bfloat16 or float8 holds neither NaN nor an infinity: read once, by its bits."""
     width, exponent = _EXPONENTS[values.dtype.name]  # all bits of the exponent are set in NaN and infinities alone
     bits = values.reshape(-1).view(width)
     return all((bits[at : at + _AT_ONCE] & width(exponent)).max() < exponent for at in range(0, bits.size, _AT_ONCE))

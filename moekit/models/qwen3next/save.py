@@ -17,6 +17,7 @@ from moekit.models.qwen3next.checkpoint import MAY_BE_F32
 from moekit.models.qwen3next.checks import weight_dtype
 from moekit.models.qwen3next.config import QWEN3_NEXT, ConfigError
 from moekit.models.qwen3next.files import SINGLE
+from moekit.models.qwen3next.layer import SCALES
 from moekit.models.qwen3next.model import Model
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import FLOAT32, Weight, checkpoint_shapes, parameters
@@ -25,9 +26,10 @@ from moekit.models.qwen3next.sharding import FLOAT32, Weight, checkpoint_shapes,
 def tensors_of(model: Model) -> dict[str, np.ndarray]:
     """Every tensor of the model by its name in a Qwen3-Next checkpoint, in the dtypes that the model has, on the host.
 
-    What `load` joins and turns is taken apart again. All of the model must be on devices of this process.
+    What `load` joins and turns is taken apart again, and float8 weights are float32, times their scales. All of the model must
+    be on devices of this process.
     """
-    shapes, found = checkpoint_shapes(model.config), {}
+    shapes, found, scales = checkpoint_shapes(model.config), {}, {}
     described = jax.tree.leaves(parameters(model.config, model.tp))
     for parameter, array in zip(described, jax.tree.leaves(model.params), strict=True):
         whole = np.asarray(array)
@@ -35,8 +37,8 @@ def tensors_of(model: Model) -> dict[str, np.ndarray]:
         for rank, share in enumerate(shares):
             for weight, start in parameter.weights:
                 place = share[start : start + prod(weight.shape)].reshape(weight.shape)
-                _take_apart(place, weight, rank, shapes, found)
-    return found
+                _take_apart(place, weight, rank, shapes, scales if weight.home == SCALES else found)
+    return found | {key: found[key].astype(np.float32) * scale for key, scale in scales.items()}
 
 
 def _take_apart(
@@ -52,6 +54,12 @@ def _take_apart(
             rows, columns = slice(*(slab.rows or (None,))), slice(*(slab.columns or (None,)))
             block = tensor[rows, columns] if slab.columns else tensor[rows]
             count = len(block)
+            if slab.scales:
+                rows, columns = slab.scales
+                wide = np.repeat(np.repeat(matrix[at : at + -(-count // rows)], rows, 0), columns, 1)
+                block[...] = wide[:count, : block.shape[1]]
+                at += -(-count // rows)
+                continue
             block[...] = matrix[at : at + count].reshape(block.shape)
             at += count
 

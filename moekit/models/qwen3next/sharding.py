@@ -9,29 +9,37 @@ rank's share.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moekit.models.qwen3next.config import GDN, Config
-from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, SMALL, STACKED, Layers, Layout, arranged
+from moekit.models.qwen3next.config import ATTENTION, GDN, Config
+from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, ROWS8, SCALE, SCALES, SMALL, STACKED, Layers, Layout, arranged
 
 AXIS = "tp"
 REPLICATED, CUT = P(), P(AXIS)
 FLOAT32 = ("A_log", "dt_bias")  # whatever the model's dtype
+ROUTED = ("experts_gate_up", "experts_down")  # these may stay float8, together, and so may the mixers' projections
+MIXERS = {GDN: ("in_proj_qkvz", "out_proj"), ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 
 @dataclass(frozen=True)
 class Slab:
-    """The block `key[rows, columns]` of a checkpoint tensor; None takes the whole axis."""
+    """The block `key[rows, columns]` of a checkpoint tensor; None takes the whole axis.
+
+    scales: not its elements, but the scales of an FP8 tensor's, one for every so many rows and columns of the block.
+    """
 
     key: str
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
+    scales: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Weight:
 
     name: in its layer. shape: of one rank's share. slabs: from a rank to the blocks that make up its share, concatenated
     along the rows and, if `transposed`, turned; where `stacked`, one such list per expert. `copied`: every rank has all of it.
-    home: the array of its layer in which it stands.
+    home: the array of its layer in which it stands. block: of scales, the rows and columns that each is of.
     """
 
     name: str
@@ -50,6 +58,7 @@ class Weight:
     transposed: bool = False
     copied: bool = False
     home: str = ROWS
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,18 @@ class Parameter:
 
     shape: over all ranks. spec: its cut, along the first axis or not at all. weights: what stands in one rank's share, and
     from which element on; zeros between. narrow: whether it has the model's dtype, else float32, to which weights come by
-    way of the model's dtype, but for those of FLOAT32.
+    way of the model's dtype, but for those of FLOAT32. float8: whether it holds an FP8 checkpoint's own codes.
     """
 
     shape: tuple[int, ...]
     spec: P
     weights: tuple[tuple[Weight, int], ...]
     narrow: bool = True
+    float8: bool = False
+
+    def dtype(self, model: Any) -> np.dtype:
+        """Of its elements, in a model of this dtype."""
+        return np.dtype(ml_dtypes.float8_e4m3fn if self.float8 else model if self.narrow else np.float32)
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """The shape of one rank's share."""
@@ -100,16 +114,25 @@ def _layers_parameters(config: Config, tp: int) -> Layers:
 
     def stored(home: str, members: Sequence[int]) -> Parameter:
         shape = layouts[members[0]].shapes[HOMES.index(home)]
-        unit, parts = shape[-1] if home == ROWS else 1, []
+        unit, parts = shape[-1] if home in (ROWS, ROWS8) else 1, []
         for nth, i in enumerate(members):
             mine = [(held[i][name], part) for name, part in layouts[i].parts if part.home == home]
             parts += [(weight, nth * prod(shape) + part.start * unit) for weight, part in mine]
         stack = (len(members), *shape) if home in STACKED else shape
-        return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL)
+        float8 = home == ROWS8 or (config.float8 is not None and all(weight.name in config.float8.names for weight, _ in parts))
+        return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL, float8=float8)
+
+    def scales(name: str) -> Parameter:
+        weights = [mine[name] for mine in held if name in mine]
+        shape = weights[0].shape
+        parts = tuple((weight, nth * prod(shape)) for nth, weight in enumerate(weights))
+        return Parameter((tp * len(weights), *shape), CUT, parts, narrow=False)
 
     own = {home: tuple(stored(home, (i,)) for i in range(len(kinds))) for home in (ROWS, DOWN)}
     out = {kind: stored(OUT, [i for i, other in enumerate(kinds) if other == kind]) for kind in sorted(set(kinds))}
-    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds)
+    rows8 = tuple(stored(ROWS8, (i,)) for i in range(len(kinds))) if layouts[0].shapes[HOMES.index(ROWS8)][0] else ()
+    scaled = {name: scales(name) for name in sorted({n for mine in held for n, w in mine.items() if w.home == SCALES})}
+    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds, rows8, scaled)
 
 
 @cache
@@ -118,11 +141,12 @@ def layout_of(config: Config, tp: int, kind: str) -> Layout:
 
     Both kinds of layers have their experts and gates at the same places and as many rows, so that one kernel serves both.
     """
-    known = {}
+    known, blocks = {}, {}
     for other in set(config.layer_types):
         weights = layer_weights(config, tp, config.layer_types.index(other))
         known[other] = {name: (w.shape, w.home) for name, w in weights.items()}
-    return arranged(known[kind], config.hidden_size, known.values(), spare=config.linear_value_head_dim - 1)
+        blocks[other] = {name: w.block for name, w in weights.items() if w.block}
+    return arranged(known[kind], config.hidden_size, known.values(), config.linear_value_head_dim - 1, blocks[kind])
 
 
 def vocabulary_spec(config: Config, tp: int) -> P:
@@ -237,10 +261,12 @@ def _gdn(c: Config, tp: int, prefix: str) -> list[Weight]:
         return [Slab(prefix + "conv1d.weight", rows) for rows in _merged([(s, s + w) for s, w in starts])]
 
     qkvz, ba = grouped("in_proj_qkvz.weight", (dim, dim, wide, wide)), grouped("in_proj_ba.weight", (ratio, ratio))
+    joined = [Weight("in_proj_qkvz", (2 * heads * (dim + wide), hidden), qkvz)]  # a rank's rows are q | k | v | z
+    out = [Weight("out_proj", (hidden, heads * wide), _columns(prefix + "out_proj.weight", heads * wide), home=OUT)]
     return [
-        Weight("in_proj_qkvz", (2 * heads * (dim + wide), hidden), qkvz),  # a rank's rows are q | k | v | z
+        *_short(c, joined, rows=gcd(dim, wide)),
         Weight("in_proj_ba", (2 * own, hidden), ba),  # b | a
-        Weight("out_proj", (hidden, heads * wide), _columns(prefix + "out_proj.weight", heads * wide), home=OUT),
+        *_short(c, out, columns=heads * wide),
         Weight("conv1d", (heads * (2 * dim + wide), c.conv_width), channels, home=SMALL),  # striped: channels are q | k | v
         _rows("A_log", prefix + "A_log", (own,), home=SMALL),
         _rows("dt_bias", prefix + "dt_bias", (own,), home=SMALL),
@@ -260,10 +286,14 @@ def _attention(c: Config, tp: int, prefix: str) -> list[Weight]:
 
         return slabs
 
-    return [
+    joined = [
         _rows("q_proj", prefix + "q_proj.weight", (2 * queries, hidden)),  # each head's rows are query | gate
         *(Weight(name, (kv * dim, hidden), own_kv(f"{name}.weight")) for name in ("k_proj", "v_proj")),
-        Weight("o_proj", (hidden, queries), _columns(prefix + "o_proj.weight", queries), home=OUT),
+    ]
+    out = [Weight("o_proj", (hidden, queries), _columns(prefix + "o_proj.weight", queries), home=OUT)]
+    return [
+        *_short(c, joined, rows=dim),
+        *_short(c, out, columns=queries),
         *(_whole(name, f"{prefix}{name}.weight", (dim,), home=SMALL) for name in ("q_norm", "k_norm")),
     ]
 
@@ -288,14 +318,56 @@ def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
     def every(one: Callable[[int, int], list[Slab]]) -> Callable[[int], list[list[Slab]]]:
         return lambda rank: [one(e, rank) for e in range(*_block(rank // group, experts))]
 
-    return [
+    routed = [
         Weight("experts_gate_up", (experts, 2 * own, hidden), every(both), stacked=True),
         Weight("experts_down", (experts, own, hidden), every(down), stacked=True, transposed=True, home=DOWN),
+    ]
+    if c.float8 and {*ROUTED} <= c.float8.names:
+        routed = [
+            *_kept("experts_gate_up", (experts, 2 * own, hidden), (c.float8.cut(own), c.float8.block), every(both), ROWS8),
+            *_kept("experts_down", (experts, hidden, own), (c.float8.block, c.float8.cut(own)), every(down), DOWN),
+        ]
+    return [
+        *routed,
         Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank)),
         _whole("router", prefix + "gate.weight", (c.num_experts, hidden)),
         _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
         Weight("shared_down", (shared, hidden), _columns(f"{prefix}shared_expert.down_proj.weight", shared), transposed=True),
     ]
+
+
+def _kept(
+    name: str, shape: tuple[int, ...], block: tuple[int, int], slabs: Callable[[int], list[list[Slab]]], home: str
+) -> list[Weight]:
+    """A stack of matrices that stays float8, and its scales, for blocks of so many rows and columns.
+
+    Where ranks cut the files' blocks they have smaller ones, several with the same scale.
+    """
+    rows, columns = block
+
+    def scales(rank: int) -> list[list[Slab]]:
+        return [[replace(slab, scales=(rows, columns)) for slab in matrix] for matrix in slabs(rank)]
+
+    grid = (shape[0], -(-shape[1] // rows), -(-shape[2] // columns))
+    return [Weight(name, shape, slabs, True, home=home), Weight(name + SCALE, grid, scales, True, home=SCALES, block=block)]
+
+
+def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) -> list[Weight]:
+    """Matrices one above the other, as they are, or float8 where the config keeps them so, with scales for all of them.
+
+    rows, columns: of which what ranks and files cut has whole multiples; 0 where nothing is cut. Scales are named by the first.
+    """
+    if c.float8 is None or not {w.name for w in weights} <= c.float8.names:
+        return weights
+    block = tuple(c.float8.cut(n) if n else c.float8.block for n in (rows, columns))
+    count, width = sum(w.shape[0] for w in weights), weights[0].shape[1]
+
+    def scales(rank: int) -> list[Slab]:
+        return [replace(slab, scales=block) for w in weights for slab in w.slabs(rank)]
+
+    grid = (-(-count // block[0]), -(-width // block[1]))
+    kept = [replace(w, home=ROWS8) if w.home == ROWS else w for w in weights]
+    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=SCALES, block=block)]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:

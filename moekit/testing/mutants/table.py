@@ -273,7 +273,7 @@ TRITON = (
         ('terms.append(f"{text} * {factor}" if factor else text)', 'terms.append(f"tl.cast({text} * {factor}, tl.int64)" if factor else text)')),
         'an offset is widened after it is computed'),
     _one('triton-blocks-floor', "backends/printer.py", 'f"tl.cdiv({extent_name(blocks.name)}, {blocks.block})"', 'f"({extent_name(blocks.name)} // {blocks.block})"', 'the blocks of an axis are counted without the last ragged one'),
-    _one('triton-negative-zero-lost', "compile/passes/legalise.py", 'TARGETS[target].faults]', 'TARGETS[target].faults[:2]]', 'a literal -0.0 is 0.0'),
+    _one('triton-negative-zero-lost', "compile/passes/legalise.py", 'TARGETS[target].faults]', 'TARGETS[target].faults[:3]]', 'a literal -0.0 is 0.0'),
 )  # fmt: skip
 
 TORCH = (

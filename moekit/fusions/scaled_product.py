@@ -1,0 +1,27 @@
+"""A linear layer whose weight has a scale for each of its blocks, as FP8 checkpoints have them."""
+
+import numpy as np
+
+from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, of_rows, products
+from moekit.lang import In, cast, fusion
+
+
+def reference(x, weight, scale, rows, columns):
+    """float64, row by row of x and block by block."""
+    wide, kept, scales = (a.astype(np.float64) for a in (x, weight, scale))
+    out = [block_by_block(row, kept, scales, rows, columns) for row in wide]
+    return {"out": np.stack(out) if out else np.zeros((0, len(weight)))}
+
+
+@fusion(
+    reference,
+    x=In("T D"), weight=In("P D", dtype=STORED), scale=In("Pb Db", dtype="float32"),
+    axes={"Pb": counted("P", "rows"), "Db": counted("D", "columns")},
+)  # fmt: skip
+def scaled_product(x, weight, scale, rows: int = BLOCK, columns: int = BLOCK):
+    """x·(weight·scale)ᵀ, with a scale for every rows × columns elements of the weight, as FP8 checkpoints have it.
+
+    x [T, D], weight [P, D] in float8_e4m3fn (or a wider float), scale [⌈P/rows⌉, ⌈D/columns⌉] float32 -> out [T, P] in x's
+    dtype, rounded once. Blocks of D are multiplied as they are and scaled in float32, then added up in their order.
+    """
+    return cast(products(x, weight, of_rows(scale, "P", "Pb", rows), "D", "Db I", columns), x.dtype)

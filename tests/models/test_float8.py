@@ -1,0 +1,148 @@
+"""Weights that stay as an FP8 checkpoint has them: every rank's codes and scales, and logits of both kinds of kernels."""
+
+from dataclasses import replace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moekit.errors import ArgumentError
+from moekit.models.qwen3next import (
+    CheckpointError,
+    cache_shapes,
+    decode_step,
+    greedy_step,
+    load,
+    prefill,
+    quantize,
+    write_random_checkpoint,
+)
+from moekit.models.qwen3next.memory import needed
+from moekit.models.qwen3next.projected import widened as widened_rows
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED
+from tests.models.conftest import CASES
+from tests.models.test_fp8 import METHOD, RAGGED, made, widened, written
+from tests.models.test_kernels import by_fusion, calls
+
+KEPT = "float8_e4m3fn"
+# blocks of 128 end within matrices; at tp 8 a rank's 24 of them are blocks of 8
+CONFIG = replace(CASES["two-layers"], vocab_size=64, hidden_size=160, num_experts=8, moe_intermediate_size=192)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of which all that can be FP8 is, with scales of every kind but huge ones."""
+    rng = np.random.default_rng(6)
+    short, _ = made(CONFIG, False, rng)
+    plain = write_random_checkpoint(tmp_path_factory.mktemp("plain"), CONFIG, seed=3)
+    from safetensors.numpy import load_file
+
+    values = load_file(plain / "model.safetensors")
+    tensors = {}
+    for key, tensor in short.items():
+        if tensor.dtype == ml_dtypes.float8_e4m3fn:  # about as large as the weight was
+            codes = (rng.standard_normal(tensor.shape) * 32).astype(np.float32)
+            tensors[key] = np.clip(codes, -448, 448).astype(tensor.dtype)
+        elif key.endswith("_scale_inv"):
+            size = np.abs(values[key.removesuffix("_scale_inv")]).std() / 32
+            scales = rng.uniform(-2, 2, tensor.shape) * size
+            scales.reshape(-1)[:: max(7, scales.size // 2)] = -0.0
+            tensors[key] = scales.astype(np.float32)
+        else:
+            tensors[key] = values[key].astype(tensor.dtype)
+    return written(tmp_path_factory.mktemp("fp8") / "model", tensors, CONFIG, quantization_config=METHOD)
+
+
+def wide(layer, name):
+    """Every rank's matrices times their scales, in float32."""
+    block = layer.layout[name + "_scale"].block
+    return widened(np.asarray(layer[name]), np.asarray(layer[name + "_scale"]), *block)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2), (8, 1), (8, 8)])
+def test_every_rank_has_the_codes_and_scales_of_what_it_holds(folder, mesh, tp, ep):
+    """Bits are those of the same checkpoint dequantised as it is read."""
+    ours, plain = (load(folder, mesh(tp), "float32", weights=w, ep=ep).params["layers"] for w in (KEPT, None))
+
+    def cut(layers, rank):
+        return jax.tree.map(lambda a: a[rank * (len(a) // tp) : (rank + 1) * (len(a) // tp)], layers)
+
+    for rank in range(tp):
+        layer, same = cut(ours, rank)[1], cut(plain, rank)[1]
+        assert {str(layer[name].dtype) for name in ROUTED} == {KEPT}
+        np.testing.assert_array_equal(wide(layer, "experts_gate_up"), np.asarray(same["experts_gate_up"]))
+        np.testing.assert_array_equal(wide(layer, "experts_down").swapaxes(1, 2), np.asarray(same["experts_down"]))
+        for kind, (*joined, out) in MIXERS.items():
+            at = CONFIG.layer_types.index(kind)
+            layer, same = cut(ours, rank)[at], cut(plain, rank)[at]
+            for names in (joined, [out]):
+                got = np.asarray(widened_rows(layer, *names, dtype="float32"))
+                np.testing.assert_array_equal(got, np.concatenate([np.asarray(same[name]) for name in names]))
+
+
+TOKENS, LENGTHS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32), np.array([9, 4], np.int32)
+
+
+def logits(model, kernels, batch):
+    """After a prompt, and after one more token of each sequence."""
+    reading = kernels if batch == 1 else "xla"  # of two sequences, too, interpreted kernels would take minutes
+    first, cache = prefill(model, TOKENS[:batch], LENGTHS[:batch], cache_length=32, kernels=reading)
+    second, _ = decode_step(model, np.array([3, 4], np.int32)[:batch], cache, kernels=kernels)
+    return np.stack([first, second])
+
+
+@pytest.fixture(scope="module")
+def expected(folder, mesh):
+    """Of the dequantised model, in float32."""
+    return logits(load(folder, mesh(1), "float32"), "xla", 2)
+
+
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+@pytest.mark.parametrize(("tp", "ep", "batch"), [(1, 1, 1), (1, 1, 2), (2, 1, 1), (4, 2, 2), (8, 1, 1)])
+def test_logits_are_those_of_dequantised_weights(folder, mesh, expected, kernels, tp, ep, batch):
+    got = logits(load(folder, mesh(tp), "float32", weights=KEPT, ep=ep), kernels, batch)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(got, expected[:, :batch], atol=1e-4)
+
+
+def test_many_tokens_by_arrays(folder, mesh):
+    """Sorted pairs, whose matrices are widened turn by turn."""
+    tokens = np.random.default_rng(1).integers(0, 64, (1, 150)).astype(np.int32)
+    models = (load(folder, mesh(1), "float32", weights=w) for w in (KEPT, None))
+    got, wanted = (prefill(m, tokens, np.array([150], np.int32), cache_length=256, kernels="xla")[0] for m in models)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_steps_call_the_kernels_that_take_scales(folder, mesh):
+    model = load(folder, mesh(2), weights=KEPT)
+    shapes = cache_shapes(model.config, model.mesh, 2, 64, np.float32)
+    step = greedy_step.trace(model, shapes.lengths, shapes, kernels="pallas")
+    found = by_fusion(calls(step.jaxpr.jaxpr))
+    assert (found["scaled_experts"], found["scaled_product"]) == (2, 4)
+    assert "experts" not in found
+
+
+def test_memory_is_that_of_the_codes(folder, mesh):
+    """What is needed is what the arrays take."""
+    model = load(folder, mesh(2), "bfloat16", weights=KEPT)
+    size = sum(a.nbytes for a in jax.tree.leaves(model.params)) // 2
+    copied = sum(model.params[name].nbytes for name in ("embed_tokens", "norm")) // 2
+    assert needed(model.config, 2, "bfloat16").weights == size + copied
+
+
+def test_what_is_said_of_weights(folder, tmp_path, mesh):
+    with pytest.raises(ArgumentError, match="load: weights is 'int8'; it must be one of None, 'auto', 'float8_e4m3fn'"):
+        load(folder, mesh(1), weights="int8")
+    plain = write_random_checkpoint(tmp_path, replace(RAGGED, num_experts=2))
+    assert load(plain, mesh(1), weights="auto").config.float8 is None
+    with pytest.raises(CheckpointError, match="routed experts are not FP8 in every layer"):
+        load(plain, mesh(1), weights=KEPT)
+
+
+def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
+    """`moekit quantize` makes what can be kept."""
+    plain = write_random_checkpoint(tmp_path / "plain", replace(CONFIG, hidden_size=128, moe_intermediate_size=128))
+    quantize(plain, tmp_path / "short")
+    model = load(tmp_path / "short", mesh(1), weights="auto")
+    assert model.config.float8.names == {*ROUTED, *(name for names in MIXERS.values() for name in names)}
