@@ -303,7 +303,7 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
     with jax.set_mesh(mesh):
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     of_steps = {"causal_conv1d_step", "delta_rule_step", "qkv_norm_rope", "gated_attention_decode"}
-    of_steps |= {"gate_topk", "expert_gate_up", "expert_down_shared"}
+    of_steps |= {"conv_projections", "gate_topk", "expert_gate_up", "expert_down_shared"}
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == of_steps
     assert len(re.findall(r" all-reduce(?:-start)?\(", filled.text)) == 2 * CONFIG.num_layers
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast|get-tuple-element)", filled.text)
