@@ -212,6 +212,35 @@ def expert_case(fusion: str, i: int, h: int = 2048, experts: int = 512, k: int =
     return Case(fusion, f"{i}", make, moved, lambda t: 2 * t * k * i * h * (2 if up else 1))
 
 
+def shared_down_case(i: int, j: int, h: int = 2048, experts: int = 512, k: int = 10) -> Case:
+    """expert_down_shared: a routed expert's width i, the shared one's j."""
+    routed = expert_case("expert_down", i, h, experts, k)
+
+    def make(t: int, d: torch.dtype) -> Operands:
+        shared = {"shared": rows(t, j, dtype=d), "shared_down": weight(h, j, d), "share": rows(t, 1, dtype=torch.float32)}
+        return routed.make(t, d) | shared
+
+    def moved(t: int, size: int) -> int:
+        return routed.moved(t, size) + (t + h) * j * size + 4 * t
+
+    return Case("expert_down_shared", f"{i}+{j}", make, moved, lambda t: routed.flops(t) + 2 * t * j * h)
+
+
+def conv_projections_case(channels: int, others: int, depth: int = 2048, taps: int = 4) -> Case:
+    """conv_projections of a rank's channels; the windows lie as the model's do, a channel's inputs a row apart."""
+
+    def make(t: int, d: torch.dtype) -> Operands:
+        window = rows(t, taps - 1, channels, dtype=d).transpose(1, 2)
+        both = weight(channels + others, depth, d)
+        given = {"x": rows(t, depth, dtype=d), "mixing": both[:channels], "others": both[channels:], "state": window}
+        return given | {"weight": weight(channels, taps, torch.float32)}
+
+    def moved(t: int, size: int) -> int:
+        return (depth * (channels + others + t) + t * (2 * taps * channels + others)) * size + 4 * taps * channels
+
+    return Case("conv_projections", f"{channels}+{others}", make, moved, lambda t: 2 * t * depth * (channels + others))
+
+
 SHARES = (64, 512)  # of the shared expert's width: one of 8 tensor-parallel ranks', and all of it
 
 CASES: dict[str, Case] = {
@@ -227,6 +256,8 @@ CASES: dict[str, Case] = {
         *(block_case("moe", i) for i in SHARES),
         *(down_case(i, 2048) for i in SHARES),
         *(expert_case(name, 64) for name in ("expert_gate_up", "expert_down")),
+        shared_down_case(256, 256),
+        conv_projections_case(4096, 2176),
         gated_norm_case(4),
         gated_norm_case(32),
         delta_case(2, 4),

@@ -18,6 +18,7 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("expert_down", None): 2.75,
     ("experts", None): 0.7,
     ("attention_decode", None): 0.19,
+    ("gated_attention_decode", None): 0.4,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moekit.compile.schedule.facts import axis_uses, gathered
-from moekit.errors import AliasError
+from moekit.errors import AliasError, DtypeError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Graph
 from moekit.testing.batch import run_alone, run_case
@@ -179,6 +179,8 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
             mine, theirs = case.shape(output), case.shape(other)
             if len(mine) != len(theirs) or 0 in (*mine, *theirs) or case.dtype(output) != case.dtype(other):
                 continue
+            if output == other and set(mine) <= {1}:  # which is then all of itself, as an update in place is
+                continue
             extents = [m + n - 1 for m, n in zip(mine, theirs, strict=True)]
             base, rank = view(np.zeros(extents, numpy_dtype(case.dtype(output)))).base, len(mine)
             outs: dict[str, Any] = {**dict.fromkeys(case.names)}
@@ -189,7 +191,7 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
             try:
                 face(*operands.values(), **case.params, implementation=executor.name, out=tuple(outs.values()))
                 found.append(f"{case.fusion}: {output} with its first element the last of {other} was not refused")
-            except AliasError:
+            except (AliasError, DtypeError):  # or an int64 beside them that JAX has no room for
                 continue
     return found
 

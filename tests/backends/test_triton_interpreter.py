@@ -34,7 +34,7 @@ SIZES = {
     "qkv_norm_rope": [dict(T=2, Q=2, K=1, L=3, R=2, N=6, Dv=7)],
     "gated_attention_decode": [dict(T=3, K=2, G=3, Q=6, L=20, D=6, Dv=9)],
     "conv_projections": [dict(T=2, D=35, C=9, P=5, S=3)],
-    "gate_topk": [dict(T=3, D=35, I=5, E=9, G=1)],
+    "gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
     "expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],

@@ -208,15 +208,26 @@ def test_ulp(dtype):
     assert ulp(np.float64(0.0), dtype) == float(ml_dtypes.finfo(one.dtype).smallest_subnormal)
 
 
-@pytest.mark.parametrize("name", ["add_rms_norm", "all_reduce_add_rms_norm", "gated_rms_norm", "gate_gemm"])
+LONG_SUMS = {
+    "gate_gemm": {"T": 1, "D": 500, "P": 2},
+    "add_rms_norm": {"T": 2, "H": 500},
+    "all_reduce_add_rms_norm": {"T": 2, "H": 500},
+    "gated_rms_norm": {"T": 2, "V": 1, "D": 500},
+    "gate_topk": {"T": 1, "D": 500, "I": 2, "E": 4, "G": 1},
+    "conv_projections": {"T": 1, "D": 500, "C": 2, "P": 1, "S": 3},
+    "expert_down_shared": {"T": 1, "K": 2, "I": 300, "E": 3, "H": 2, "J": 500},
+    "qkv_norm_rope": {"T": 2, "Q": 1, "K": 1, "L": 2, "R": 4, "N": 492, "Dv": 2},
+    "causal_conv1d_step": {"T": 1, "C": 4, "S": 400},
+}
+
+
+@pytest.mark.parametrize("name", LONG_SUMS)
 def test_equal_terms_added_up_in_order_are_within_the_bound(name):
     """A block of one adds up one term after another, and rounds equal terms the same way each time."""
-    sizes = {"gate_gemm": {"T": 1, "D": 500, "P": 2}, "add_rms_norm": {"T": 2, "H": 500},
-             "all_reduce_add_rms_norm": {"T": 2, "H": 500}, "gated_rms_norm": {"T": 2, "V": 1, "D": 500}}[name]  # fmt: skip
-    for seed in range(3):
-        case = FuzzCase(
-            name, sizes, dict.fromkeys(FUSIONS[name].tensors, "float32"), recipe="equal", seed=seed, schedule="small"
-        )
+    declared, params = FUSIONS[name].tensors.items(), {"k": 2} if name == "gate_topk" else {}
+    dtypes = {n: "float32" if "float32" in t.dtypes else t.dtypes[0] for n, t in declared}
+    for seed in range(4):
+        case = FuzzCase(name, LONG_SUMS[name], dtypes, params, recipe="equal", seed=seed, schedule="small")
         verdict = run_case(executor("interpret"), case)
         assert not verdict.problems
         assert verdict.ratio < 2
