@@ -255,7 +255,7 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
 
 @pytest.mark.parametrize("alike", [0.01, 0.3])
 def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
-    """Each token takes back nearly all that the one before it wrote: powers of the system are a million times its inverse.
+    """Each token takes back nearly all that the one before it wrote: powers of the system are far larger than its inverse.
 
     q and k are narrow, with their norms beside them.
     """
