@@ -122,12 +122,16 @@ def test_attention_in_blocks_and_its_gradient_are_those_of_all_scores_at_once(lo
 def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
     """Of grouped queries, in the order in which it has heads; and where it refuses, it is not taken."""
     rng, asked = np.random.default_rng(4), jax.nn.dot_product_attention
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 11, 2, *more, 8)), jnp.bfloat16) for more in ((3,), (), ()))
-    wanted = attention._causal(q, *(jnp.swapaxes(a, 1, 2) for a in (k, v))).astype(jnp.float32)
+    shapes = (2, 11, 2, 3, 8), (2, 2, 11, 8), (2, 2, 11, 8)
+    given = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    wanted = attention._causal(*given).astype(jnp.float32)
+    assert not attention._flash_takes(*given)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention._flash(q, k, v) is None  # there is none here
+    assert not attention._flash_takes(*(jnp.zeros((*shape[:-1], 264), jnp.bfloat16) for shape in shapes))  # says jax
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: asked(*a, implementation="xla", **o))
-    close(attention._flash(q, k, v).astype(jnp.float32), np.asarray(wanted), 2**-7)
+    assert attention._flash_takes(*given)
+    assert not attention._flash_takes(*(a.astype(jnp.float32) for a in given))
+    close(attention._flash(*given).astype(jnp.float32), np.asarray(wanted), 2**-7)
 
 
 @pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
@@ -251,7 +255,7 @@ def test_chunked_delta_rule_is_the_recurrence(length, wide):
 
 @pytest.mark.parametrize("alike", [0.01, 0.3])
 def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
-    """Each token takes back nearly all that the one before it wrote: powers of the system are a million times its inverse.
+    """Each token takes back nearly all that the one before it wrote: powers of the system are far larger than its inverse.
 
     q and k are narrow, with their norms beside them.
     """

@@ -74,9 +74,12 @@ def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config, ker
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
     q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
-    flash = _flash(q, k, v) if kernels.fused and length >= FLASH else None
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
-    out = _output(_causal(q, k, v) if flash is None else flash, gate, weights)
+    if kernels.fused and length >= FLASH and _flash_takes(q, k, v):
+        read = lax.platform_dependent(q, k, v, cuda=_flash, default=_causal)
+    else:
+        read = _causal(q, k, v)
+    out = _output(read, gate, weights)
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
@@ -132,18 +135,22 @@ def _rotate(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
-    """What `_causal` gives, by cuDNN, which holds no scores; None where it is not there or does not take these.
-
-    q [B, S, kv heads, queries, dim], k and v [B, S, kv heads, dim].
-    """
-    if jax.default_backend() != "gpu" or q.dtype == jnp.float32:
-        return None
+def _flash(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """What `_causal` gives, by cuDNN, which holds no scores."""
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (keys, values))
     asked = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    return jax.nn.dot_product_attention(asked, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
+
+
+def _flash_takes(q: jax.Array, keys: jax.Array, values: jax.Array) -> bool:
+    """Whether cuDNN is there, with a GPU that jax can ask, and takes these dtypes and sizes."""
+    if jax.default_backend() != "gpu" or q.dtype == jnp.float32:
+        return False
     try:
-        return jax.nn.dot_product_attention(asked, k, v, is_causal=True, implementation="cudnn").reshape(q.shape)
-    except (NotImplementedError, RuntimeError, ValueError):  # how jax says that cuDNN or the device cannot
-        return None
+        jax.eval_shape(_flash, q, keys, values)
+    except (NotImplementedError, RuntimeError, ValueError):  # how jax says that it cannot
+        return False
+    return True
 
 
 def _causal(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -156,14 +163,12 @@ def _causal(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         turn = jax.checkpoint(_turn(q, keys, values, positions), prevent_cse=False)
         return lax.scan(lambda held, place: (turn(held, place), None), _begin(q), places)[0][0]
     some = jax.checkpoint(_whole, prevent_cse=False)  # a gradient keeps no scores either
-    reads: list[jax.Array] = []
+    out = q  # one block after the other, since each is asked by what is left of the queries: else XLA begins with all of them
     for start in range(0, length, ROWS):
         end = min(start + ROWS, length)
-        given = q[:, start:end], keys[:, :, :end], values[:, :, :end], positions[:, start:end]
-        if reads:  # one after the other, or XLA may keep the scores of all
-            given = lax.optimization_barrier((reads[-1], given))[1]
-        reads.append(some(*given))
-    return jnp.concatenate(reads, axis=1)
+        read = some(out[:, start:end], keys[:, :, :end], values[:, :, :end], positions[:, start:end])
+        out = lax.dynamic_update_slice_in_dim(out, read, start, 1)
+    return out
 
 
 def _behind(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:

@@ -100,9 +100,12 @@ def _alive(config: Config, tp: int, dtype: Any, batch: int, new: int, seen: int)
     together = min(tokens, max(AT_ONCE, batch * CHUNK))
     states = 4 * keys * (keys + values) // CHUNK
     delta = together * heads * wide * (6 * keys + 5 * values + 4 * CHUNK + states) if new > 1 else 0
-    columns = seen if new == seen <= LONG else min(seen, BLOCK)
-    pairs = seen if new == 1 else min(new, ROWS if new == seen <= LONG else BLOCK) * columns
-    scores = 2 * wide * batch * config.num_attention_heads // tp * pairs
+    rows, columns, held = min(new, BLOCK), min(seen, BLOCK), 2  # held: scores, and what is made of them
+    if new == 1:
+        rows, columns = 1, seen
+    elif new == seen <= LONG:
+        rows, columns, held = min(new, ROWS), seen, 3  # a softmax of whole rows
+    scores = held * wide * batch * config.num_attention_heads // tp * rows * columns
     copied = 2 * size * kv_heads_per_rank(config, tp) * config.head_dim * seen  # XLA does so where there is one sequence
     kinds = [_routed(config, tp, size, tokens)]
     kinds += [delta] * (GDN in config.layer_types) + [scores + copied] * (ATTENTION in config.layer_types)
