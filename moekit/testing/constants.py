@@ -18,6 +18,10 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("expert_down", None): 2.75,
     ("experts", None): 0.7,
     ("attention_decode", None): 0.19,
+    ("scaled_expert_gate_up", None): 1.7,
+    ("scaled_expert_down", None): 1.15,
+    ("scaled_experts", None): 0.8,
+    ("scaled_product", None): 2.2,
 }
 
 
