@@ -19,6 +19,10 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("experts", None): 0.7,
     ("attention_decode", None): 0.19,
     ("gated_attention_decode", None): 0.4,
+    ("scaled_expert_gate_up", None): 1.7,
+    ("scaled_expert_down", None): 1.15,
+    ("scaled_experts", None): 0.8,
+    ("scaled_product", None): 2.2,
 }
 
 

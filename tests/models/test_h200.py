@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.model_jax import WIDTHS
+from bench.model_jax import FLOAT8, WIDTHS
 from moekit.compat import release
 from moekit.jax import Link, View
 from moekit.models.qwen3next import abstract_model, cache_shapes, greedy_step, moe, prefill
@@ -352,3 +352,19 @@ def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
         text = greedy_step.lower(model, tokens, cache, kernels="pallas", link=link).as_text()
     assert Counter(re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)) == {"all_gather": 1}
     assert len(re.findall(r"call @all_reduce_add_rms_norm\w*\(|name = \"all_reduce_add_rms_norm\"", text)) >= 2
+
+
+def test_a_step_of_float8_weights_reads_them_in_place():
+    """Experts, projections and scales go to kernels as they lie: what is moved is a window of the convolution at the most."""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x8").devices
+    mesh, config = Mesh(np.array(devices).reshape(TP), ("tp",)), replace(CONFIG, float8=FLOAT8)
+    tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        cache = cache_shapes(config, mesh, BATCH, ROOM, jnp.bfloat16)
+        found = Program(greedy_step.lower(abstract_model(config, mesh, "bfloat16"), tokens, cache, kernels="pallas"))
+    called = Counter(i.fusion for i in found.entry.values() if i.fusion)
+    assert called["scaled_expert_gate_up"] == called["scaled_expert_down"] == config.num_layers
+    assert len(found.kernels("scaled_product")) == 2 * config.num_layers
+    moved = [i for i in found.entry.values() if i.opcode in ("copy", "slice", "dynamic-slice", "fusion") and found.moves(i)]
+    sizes = [int(np.prod([int(d) for d in re.search(r"\[([\d,]*)\]", i.shape).group(1).split(",") if d])) for i in moved]
+    assert max(sizes) <= BATCH * CHANNELS * 3
