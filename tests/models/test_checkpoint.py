@@ -159,8 +159,8 @@ def test_a_rank_reads_its_own_slices_only(zoo, mesh, monkeypatch, case, tp):
     read = defaultdict(list)
     original = Checkpoint.read
 
-    def counted(self, slab):
-        block = original(self, slab)
+    def counted(self, slab, **how):
+        block = original(self, slab, **how)
         read[slab.key].append(block.size)
         return block
 
@@ -265,6 +265,9 @@ def test_no_two_weights_of_a_layer_share_an_element(zoo, tp):
         for home, shape in zip(HOMES, layout.shapes, strict=True):
             parts = sorted((p.start, p.stop) for _, p in layout.parts if p.home == home)
             assert all(stop <= start for (_, stop), (start, _) in pairwise(parts))
+            if home == "rows8":  # of float8 weights alone
+                assert not parts
+                continue
             assert parts[0][0] == 0
             assert parts[-1][1] <= np.prod(shape if home == "small" else shape[:-1])
 

@@ -355,7 +355,7 @@ def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
 
 
 def test_a_step_of_float8_weights_reads_them_in_place():
-    """Experts, projections and scales go to kernels as they lie: what is moved is a window of the convolution at the most."""
+    """Experts, projections and scales go to kernels as they lie: nothing is moved."""
     devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x8").devices
     mesh, config = Mesh(np.array(devices).reshape(TP), ("tp",)), replace(CONFIG, float8=FLOAT8)
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=NamedSharding(mesh, P()))
@@ -365,6 +365,4 @@ def test_a_step_of_float8_weights_reads_them_in_place():
     called = Counter(i.fusion for i in found.entry.values() if i.fusion)
     assert called["scaled_expert_gate_up"] == called["scaled_expert_down"] == config.num_layers
     assert len(found.kernels("scaled_product")) == 2 * config.num_layers
-    moved = [i for i in found.entry.values() if i.opcode in ("copy", "slice", "dynamic-slice", "fusion") and found.moves(i)]
-    sizes = [int(np.prod([int(d) for d in re.search(r"\[([\d,]*)\]", i.shape).group(1).split(",") if d])) for i in moved]
-    assert max(sizes) <= BATCH * CHANNELS * 3
+    assert not [i for i in found.entry.values() if i.opcode in ("copy", "slice", "dynamic-slice", "fusion") and found.moves(i)]
