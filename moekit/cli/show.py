@@ -119,11 +119,12 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
         )
     refuse_empty_axes(fusion, sizes)
     usual = SIZES | (CHOSEN if "ids" in fusion.tensors else {})
-    every = fusion.sized({axis: sizes.get(axis, usual.get(axis, OTHER_SIZE)) for axis in axes}) | sizes
+    every, given = {axis: sizes.get(axis, usual.get(axis, OTHER_SIZE)) for axis in axes}, all_parameters(fusion, params)
+    every |= {a: n for a, n in fusion.follow(every, given).items() if a in axes} | sizes
     shapes = {name: tuple(1 if d.optional else d.size(every) for d in each) for name, each in dims.items()}
     own = {name: next(iter(s.dtypes)) for name, s in fusion.tensors.items() if dtype not in s.dtypes and s.dtypes != FLOATS}
     dtypes = dict.fromkeys(fusion.tensors, dtype) | own
-    return fusion.bind(shapes, dtypes, all_parameters(fusion, params))
+    return fusion.bind(shapes, dtypes, given)
 
 
 def refuse_empty_axes(fusion: Fusion, sizes: dict[str, int]) -> None:

@@ -178,10 +178,21 @@ class Oracle:
                              f"{int(bad.sum())} of {bad.size} elements are out of bounds")  # fmt: skip
         return Comparison(tuple(found), ratios)
 
+    def _some(self, n: str, ids: np.ndarray) -> np.ndarray:
+        """Whether ids of ranked values are elements of their axis, and each but once in its row."""
+        graph = self.case.graph
+        node = graph.nodes[next(w.value for w in graph.writes if w.output == n or w.tensor == n)]
+        while node.op == "cast":
+            node = graph.nodes[node.args[0]]
+        most = self.case.extents[node.attr("axis")] if node.op == "top_k" else np.inf
+        once = (ids[..., :, None] == ids[..., None, :]).sum(-1) == 1
+        return (ids >= 0) & (ids < most) & once
+
     def _bad(self, n: str, want: np.ndarray, got: np.ndarray) -> tuple[float, np.ndarray]:
         """The ratio of an output, and where it is wrong."""
         ratio, bad = self.judgements[n](got) if n in self.judgements else (0.0, got != want)
-        bad = bad & ~self.unsure.get(n, np.zeros((), bool))
+        if n in self.unsure and self.unsure[n].any():  # some element or other, none twice
+            bad = np.where(self.unsure[n], ~self._some(n, got), bad)
         if n in self.standard.wrong:
             bad = self.standard.wrong[n](self.values, want, got)
         if n in self.chosen:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moekit.compile.schedule.facts import axis_uses, gathered
-from moekit.errors import AliasError, DtypeError
+from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.graph import Graph
 from moekit.testing.batch import run_alone, run_case
@@ -174,6 +174,8 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
     from moekit.jax import View, op, view
 
     face, found = op(case.declaration), []
+    if "int64" in case.dtypes.values():  # for which JAX may have no room
+        return found
     for output in case.names:
         for other in (*case.shapes, *(n for n in case.names if n not in case.shapes and n != output)):
             mine, theirs = case.shape(output), case.shape(other)
@@ -191,7 +193,7 @@ def _views_refused(executor: Executor, case: FuzzCase) -> list[str]:
             try:
                 face(*operands.values(), **case.params, implementation=executor.name, out=tuple(outs.values()))
                 found.append(f"{case.fusion}: {output} with its first element the last of {other} was not refused")
-            except (AliasError, DtypeError):  # or an int64 beside them that JAX has no room for
+            except AliasError:
                 continue
     return found
 

@@ -190,6 +190,17 @@ def program_of_rounds_without_a_number():
     return replace(taking_turns(), grid=("T",))
 
 
+@breaks("reductions_whole")
+def sum_along_an_axis_in_rounds():
+    graph = good.graph_of(good.FUSIONS["gate_gemm"], {"x": (20, 50), "packed": (48, 50)}, "bfloat16")
+    program = rounds(good.planned(graph, "tile:T:16 loop:D:16 tile:P:16").programs[0], {"P": 2})
+    (loop,) = [op for op in program.body if isinstance(op, t.Loop) and op.over == ("P",)]
+    value = next(op for op in loop.body if isinstance(op, t.Loop)).outs[0]
+    total = t.Reduce(t.Value(901, value.dtype, ("T",)), "sum", value, "P")
+    body = tuple(x for op in loop.body for x in ((total, op) if isinstance(op, t.Store) else (op,)))
+    return replace(program, body=tuple(replace(op, body=body) if op is loop else op for op in program.body))
+
+
 @breaks("grid")
 def store_outside_of_the_rounds():
     program = taking_turns()

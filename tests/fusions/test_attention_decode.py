@@ -195,6 +195,7 @@ def test_programs_past_the_last_round_go_through_none():
         ("rounds:L.part:0", "in more than 0 blocks"),
         ("rounds:T:1", "needs a tile of T, of static size"),
         ("rounds:L:1", "needs a tile of L, of static size"),
+        ("rounds:L.part:2 pair:v_cache", "cannot stand beside pair"),
     ],
 )
 def test_rounds_that_cannot_be(said, why):

@@ -50,7 +50,7 @@ def _last(d: t.Draft, ops: list[t.Op], axis: t.AxisBlock) -> t.Value | None:
         chosen = [made.get(i.alone) for i in op.at.index if i.alone is not None]
         ends |= {_end(made, where, axis.name) for where in chosen if isinstance(where, t.Where)} or {None}
     end = ends.pop() if len(ends) == 1 else None
-    if end is None or made.get(end) not in d.ops:
+    if end is None or end.axes or made.get(end) not in d.ops:
         return None
     known = d.binary("minimum", end, d.const(axis.extent or 0))
     return d.binary("maximum", known, d.const(0), f"{identifier(axis.name)}_end")

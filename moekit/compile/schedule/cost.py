@@ -57,7 +57,7 @@ def cost(graph: Graph, schedule: Schedule, sizes: Mapping[str, int] | None = Non
 def programs(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> int:
     """How many programs a launch has."""
     extents = _extents(graph, launch, sizes)
-    return sum(_programs(section, extents) // _turns(section, extents) for section in launch.sections)
+    return sum(_programs(section, extents, {d.axis: d.programs for d in section.all(Rounds)}) for section in launch.sections)
 
 
 def runaway(graph: Graph, launch: Launch) -> str | None:
@@ -126,14 +126,10 @@ def _block(launch: Launch, axis: str) -> int:
     return max((d.block for s in launch.sections for d in s.axes if d.axis == axis), default=1)
 
 
-def _turns(section: Section, extents: Mapping[str, int]) -> int:
-    """How many blocks of an axis a program takes, one after the other."""
-    return prod(-(-extents[d.axis] // (d.programs * section.block(d.axis))) for d in section.all(Rounds))
-
-
-def _programs(section: Section, extents: Mapping[str, int]) -> int:
-    """Programs, or where they take turns what they would be without."""
-    return prod(-(-extents[d.axis] // d.block) for d in section.all(Tile))
+def _programs(section: Section, extents: Mapping[str, int], most: Mapping[str, int] | None = None) -> int:
+    """Programs of a section; at `most` so many along some axes, whose blocks they take in turn."""
+    counts = {d.axis: -(-extents[d.axis] // d.block) for d in section.all(Tile)}
+    return prod(min(n, (most or {}).get(axis, n)) for axis, n in counts.items())
 
 
 def _held(graph: Graph, section: Section, extents: Mapping[str, int]) -> int:

@@ -213,8 +213,8 @@ def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator
         extent = graph.axes.get(d.axis) if isinstance(held, Tile) else None
         if held is None or extent is None or not 0 < d.programs < -(-extent // held.block):
             yield f"{text_of(d)} needs a tile of {d.axis}, of static size, in more than {d.programs} blocks"
-        elif section.all(Prefetch) or launch.all(Abreast) or graph.ranks:
-            yield f"{text_of(d)} cannot stand beside prefetch or abreast, nor where ranks add up"
+        elif section.all(Prefetch) or section.all(Pair) or launch.all(Abreast) or graph.ranks:
+            yield f"{text_of(d)} cannot stand beside pair, prefetch or abreast, nor where ranks add up"
 
 
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:

@@ -66,14 +66,14 @@ def pitch(width: int) -> int:
 def carried(program: t.TileProgram, mail: t.Param) -> int:
     """How many neighbours along the last axis of a row go in one access of a mailbox: what `PAIR` packets have room for.
 
-    One where a row is no longer than that, or has other axes and would have gaps, or is no block's last axis. That follows from
-    the declaration and the row's dtype and extents, so that all ranks have as many, whatever their strides and schedules.
+    One where a row is no longer than that, or has several axes, or is no block's last axis. That follows from the declaration
+    and the row's dtype and extents, so that all ranks have as many, whatever their strides and schedules.
     """
     own = [a for a in mail.axes if a is not None]
     extents, n = [program.axis(a).extent or 0 for a in own[1:]], PAIR * max(1, 4 // itemsize(mail.dtype))
     if itemsize(mail.dtype) not in (2, 4) or not extents or program.ordered(own)[-1] != own[-1]:
         return 1
-    return n if extents[-1] > n and (len(extents) == 1 or extents[-1] % n == 0) else 1
+    return n if len(extents) == 1 and extents[0] > n else 1
 
 
 def mail_name(axis: str) -> str:

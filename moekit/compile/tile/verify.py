@@ -76,7 +76,8 @@ def grid(f: Facts) -> Claims:
         one = len(loops) == 1 and not loops[0][1]
         yield None, one, f"programs take turns along {a.name}, so one loop goes over it, outermost"
         inside = {id(x) for op, _ in loops for x, _ in t.walk(op.body)}
-        for op in f.only(t.Store):
+        own = [op for op in f.only(t.Elements) if f.program.bounded(op.axis).name == a.name]
+        for op in (*f.only(t.Store), *own):
             yield op, id(op) in inside, f"it is outside of the loop over {a.name}, along which programs take turns"
     dynamic = [f.program.axis(a).extent is None for a in f.program.grid]
     yield None, dynamic == sorted(dynamic, reverse=True), f"dynamic axes must be outermost in {f.program.grid}"
@@ -165,9 +166,9 @@ def reductions_whole(f: Facts) -> Claims:
     """
     for op, around in f.ops:
         if isinstance(op, t.Reduce | t.Scan | t.Dot | t.Accumulate | t.TopK):
-            mode = f.program.axis(op.axis).mode
-            held = mode == "whole" or (mode != "grid" and not isinstance(op, t.Scan | t.TopK))
-            carried = isinstance(op, t.Scan) and mode == "loop" and _carried(f, op, around)
+            mode, alone = f.program.axis(op.axis).mode, not f.program.axis(op.axis).numbered
+            held = mode == "whole" or (alone and not isinstance(op, t.Scan | t.TopK))
+            carried = isinstance(op, t.Scan) and mode == "loop" and alone and _carried(f, op, around)
             yield op, held or carried, f"a program holds only a part of {op.axis}, which is in {mode} mode"
 
 

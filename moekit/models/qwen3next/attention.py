@@ -73,7 +73,7 @@ def _decode(
 def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config, kernels: Kernels) -> tuple[jax.Array, KeyValues]:
     """Whole prompts, padded at the end: x [B, S, H] -> partial output, a memory of cache_length tokens."""
     length = x.shape[1]
-    q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config)
+    q, gate, k, v = _project(x, weights, jnp.arange(length)[None], config, kernels)
     k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
     if kernels.fused and length >= FLASH and _flash_takes(q, k, v):
         read = lax.platform_dependent(q, k, v, cuda=_flash, default=_causal)
@@ -84,9 +84,9 @@ def prefill(x: jax.Array, weights: Layer, cache_length: int, config: Config, ker
     return out, KeyValues(jnp.pad(k, room), jnp.pad(v, room))
 
 
-@partial(jax.jit, static_argnames=("config",))
+@partial(jax.jit, static_argnames=("config", "kernels"))
 def extend(
-    x: jax.Array, weights: Layer, memory: KeyValues, starts: jax.Array, lengths: jax.Array, config: Config
+    x: jax.Array, weights: Layer, memory: KeyValues, starts: jax.Array, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, KeyValues]:
     """More tokens of each sequence: x [B, S, H], the first lengths [B] real, at positions from starts [B] on.
 
@@ -95,11 +95,11 @@ def extend(
     batch, length, _ = x.shape
     steps = jnp.arange(length)[None]
     positions = starts[:, None] + steps
-    q, gate, k, v = _project(x, weights, positions, config)
+    q, gate, k, v = _project(x, weights, positions, config, kernels)
     kept = jnp.where(steps < lengths[:, None], positions, memory.keys.shape[2])  # out of range: dropped
     rows = jnp.arange(batch)[:, None]
     keys, values = (held.at[rows, :, kept].set(new, mode="drop") for held, new in ((memory.keys, k), (memory.values, v)))
-    return _output(_behind(q, keys, values, positions), gate, weights), KeyValues(keys, values)
+    return _output(_behind(q, keys, values, positions), gate, weights, kernels), KeyValues(keys, values)
 
 
 def _project(

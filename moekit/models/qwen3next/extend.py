@@ -54,7 +54,7 @@ def extend(
                 out, new = lax.optimization_barrier(gdn.prefill(x, layer, lengths, config, kernels, before))  # as in `prefill`
                 new = new if at is None else jax.tree.map(lambda a, b: a.at[at].set(b), held, new)
             else:
-                out, new = attention.extend(x, layer, memories.attention(), starts, lengths, config)
+                out, new = attention.extend(x, layer, memories.attention(), starts, lengths, config, kernels)
             memories.keep(kind, new)
             return out.reshape(batch * size, -1)
 

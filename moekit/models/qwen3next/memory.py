@@ -117,10 +117,11 @@ def _routed(config: Config, tp: int, size: int, tokens: int) -> int:
     """Of the routed experts, in the form that takes most of those that may be chosen."""
     c, pairs = config, tokens * config.num_experts_per_tok
     held, own = c.num_experts // c.ep, c.moe_intermediate_size * c.ep // tp
+    wide = 3 * own * c.hidden_size * size if c.float8 else 0  # of an expert, in the model's dtype
     if pairs <= c.num_experts:
-        return pairs * (c.hidden_size + 3 * own) * 4
+        return pairs * ((c.hidden_size + 3 * own) * 4 + wide)
     if tokens <= SORTED or c.num_experts <= DENSE * c.num_experts_per_tok:
-        return tokens * held * 2 * own * (size + 4)
+        return tokens * held * 2 * own * (size + 4) + held * wide
     turn = TOGETHER // SORTED * 3 * own * c.hidden_size * size
     return (2 * pairs + min(held, pairs) * SORTED) * c.hidden_size * size + turn
 

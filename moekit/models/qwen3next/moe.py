@@ -125,7 +125,7 @@ def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> 
     count, width, _ = weights.layout["experts_gate_up"].shape
     scaled = "experts_gate_up" + SCALE in weights.layout
     # In a loop XLA (0.11.2) copies a slice of an array that a product reads; all rows are blocks of an expert's size.
-    rows = weights.rows.reshape(-1, width, x.shape[1])
+    rows = None if scaled else weights.rows.reshape(-1, width, x.shape[1])
     pairs, experts, place = _blocks(ids.reshape(-1), count)
 
     def turn(held: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
