@@ -1,17 +1,24 @@
 """Which part of a decode step a kernel belongs to, told from its name, and the same parts of the step's floor.
 
 moekit's kernels are called what their fusion is called (`_partial` and `_combine` behind it where it has two launches). XLA
-calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head and arg-max cannot be told apart, so they are
-one part, of times and of floors alike. Where no kernel of moekit's computes the routed experts, they are in that part, too.
+calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head and arg-max cannot be told apart, so they
+are one part, of times and of floors alike, and so are projections by moekit's kernels. Where no kernel of moekit's computes
+the routed experts, they are in that part, too.
 """
 
 EXPERTS, GATES, DELTA, NORMS = "routed experts", "gates, router, shared expert", "delta rule and its norm", "norms"
-ATTENTION, COLLECTIVES, REST = "attention over the cache", "collectives", "XLA's kernels: projections, attention, head"
+ATTENTION, COLLECTIVES, REST = "attention over the cache", "collectives", "projections, head, and what else XLA makes"
 PARTS = (EXPERTS, GATES, DELTA, NORMS, ATTENTION, REST, COLLECTIVES)
 
 # Of the prefixes that a name begins with, the first one counts.
 PREFIXES = {
     "expert": EXPERTS,
+    "scaled_expert": EXPERTS,
+    "scaled_product": REST,
+    "conv_projections": REST,
+    "causal_conv1d": DELTA,
+    "qkv_norm_rope": ATTENTION,
+    "gated_attention_decode": ATTENTION,
     "moe_align": EXPERTS,
     "gate_": GATES,  # gate_projections, gate_gemm
     "topk_softmax": GATES,
