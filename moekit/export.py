@@ -10,9 +10,10 @@ import dis
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import CodeType
 from typing import Any
 
 from moekit import __version__
@@ -372,7 +373,7 @@ def _reference_source(fusion: Fusion) -> str:
 
 def _gather(fusion: Fusion, name: str, function: Any, found: dict[str, Any]) -> None:
     """`function` and all that it calls, callees first; only numpy and `round_to` are there already."""
-    for used_name in dict.fromkeys(i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"):
+    for used_name in dict.fromkeys(_globals(function.__code__)):
         used = function.__globals__.get(used_name)
         if used is None or used_name in ("np", "round_to") or found.get(used_name) is used:
             continue
@@ -383,6 +384,14 @@ def _gather(fusion: Fusion, name: str, function: Any, found: dict[str, Any]) -> 
             )
         _gather(fusion, used_name, used, found)
     found[name] = function
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """The global names that a function's code reads, and what is defined in it, as a generator expression is."""
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _globals(inner)
 
 
 def _source(name: str, function: Any) -> str:

@@ -8,9 +8,10 @@ from moekit.lang import In, cast, f32, fusion, gather, round_to, sum
 
 def reference(activated, down, scale, ids, weights, columns, inner):
     """float64, pair by pair and block by block, each rounded to activated's dtype before it is weighted."""
-    out = np.zeros((len(activated), down.shape[1]))
+    down, scale, ids = down.astype(np.float64), scale.astype(np.float64), ids.astype(np.int64)
+    out = np.zeros((activated.shape[0], down.shape[1]))
     for t, k in np.ndindex(*ids.shape):
-        weight, scales = (one(stack, int(ids[t, k])) for stack in (down, scale))
+        weight, scales = (one(stack, ids[t, k]) for stack in (down, scale))
         product = block_by_block(activated[t, k].astype(np.float64), weight, scales, columns, inner)
         with np.errstate(invalid="ignore"):
             out[t] += weights[t, k].astype(np.float64) * round_to(product, activated.dtype)

@@ -8,9 +8,10 @@ from moekit.lang import In, cast, fusion, gather, halves, silu
 
 def reference(x, gate_up, scale, ids, columns, inner):
     """float64, pair by pair and block by block; an expert that does not exist has weights and scales of zero."""
+    gate_up, scale, ids = gate_up.astype(np.float64), scale.astype(np.float64), ids.astype(np.int64)
     out = np.empty((*ids.shape, gate_up.shape[1] // 2))
     for t, k in np.ndindex(*ids.shape):
-        weight, scales = (one(stack, int(ids[t, k])) for stack in (gate_up, scale))
+        weight, scales = (one(stack, ids[t, k]) for stack in (gate_up, scale))
         out[t, k] = gated(x[t].astype(np.float64), weight, scales, inner, columns)
     return {"activated": out}
 

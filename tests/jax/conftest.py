@@ -77,7 +77,7 @@ class Call:
 def call_of(name: str, seed: int = 0) -> Call:
     """A random call of a fusion."""
     fusion, rng = FUSIONS[name], np.random.default_rng(seed)
-    axes = {axis for spec in fusion.tensors.values() for d in spec.dims for _, axis in d.terms}
+    axes = {axis for spec in fusion.tensors.values() for d in spec.dims for _, axis in d.terms} - set(fusion.axes)
     optional = {f"{d.text}?" for spec in fusion.tensors.values() for d in spec.dims if d.optional}
     params = {n: x for n, x in PARAMS.items() if n in fusion.params}
     binding = example(fusion, {a: SIZES.get(a, 8) for a in axes | optional}, params=params)

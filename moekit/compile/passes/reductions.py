@@ -61,10 +61,10 @@ def _reduce(low: Writer, scope: Scope, total: Total, value: t.Value) -> t.Value:
 
 def _operand(low: Writer, n: Node, scope: Scope) -> t.Value:
     """What a reduction adds up: the operand, or the product of a contraction's operands in float32, stored ones at once so."""
+    if n.op == "reduce":
+        return low.value(n.args[0], scope)
     stored = [low.graph.nodes[a].op == "cast" and low.graph.nodes[low.graph.nodes[a].args[0]].dtype in STORED for a in n.args]
     args = [low.value(low.graph.nodes[a].args[0] if s else a, scope) for a, s in zip(n.args, stored, strict=True)]
-    if n.op == "reduce":
-        return args[0]
     left, right = (scope.cast(v, "float32") for v in args)
     return scope.binary("mul", left, right)
 
