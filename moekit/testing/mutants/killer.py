@@ -43,7 +43,7 @@ CHANCE = 3000  # the first number of the random declarations that are run under 
 SIZES = {"T": 19, "H": 45, "P": 21, "D": 45, "I": 21, "E": 20, "G": 1, "A": 6, "B": 5, "V": 3}
 SCHEDULED = ("probe_extremes", "probe_product", "probe_gated", "probe_turned", "probe_crossed", "probe_apart", "probe_states",
              "probe_exchange", "probe_centred", "probe_inverse", "probe_tables", "probe_planes", "add_rms_norm", "gate_gemm",
-             "gate_projections", "topk_softmax")  # fmt: skip
+             "gate_projections", "topk_softmax", "silu_and_mul")  # fmt: skip
 UPDATING = ("add_rms_norm", "probe_apart", "probe_states", "probe_exchange")  # those of them that are run in place
 SCHEDULES = ("dots", "split", "looped", "single parts", "parts", "apart", "rounds", "whole", "small", "rows")
 ALIKE = ("probe_residual", "probe_rounded")  # three tensors or more of one shape and dtype, to take turns in one array
