@@ -109,7 +109,7 @@ def test_logits_are_those_of_dequantised_weights(folder, mesh, expected, kernels
 
 def test_sorted_pairs_of_many_experts(tmp_path, mesh):
     """More tokens than all experts run over: pairs are sorted, and matrices widened turn by turn."""
-    config = replace(CONFIG, num_experts=24, num_experts_per_tok=2, hidden_size=256)
+    config = replace(CONFIG, num_experts=24, num_experts_per_tok=2, hidden_size=256, moe_intermediate_size=256)
     quantize(write_random_checkpoint(tmp_path / "plain", config, seed=4), tmp_path / "fp8")
     tokens = np.random.default_rng(1).integers(0, 64, (1, 150)).astype(np.int32)
     models = (load(tmp_path / "fp8", mesh(1), "float32", weights=w) for w in (KEPT, None))
