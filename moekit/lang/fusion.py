@@ -168,11 +168,6 @@ class Fusion:
                     raise DeclarationError(f"{self.name}: no operand says the size of {axis} in {name} ({d.text})")
         return sizes
 
-    def sized(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of operands' axes, but what a rule says of one of them in place of what is said here."""
-        names = {a: inspect.signature(self.axes[a]).parameters for a in sizes if a in self.axes}
-        return {**sizes, **{a: self.axes[a](**{n: sizes[n] for n in known}) for a, known in names.items()}}
-
     def follow(self, sizes: Mapping[str, int], params: Mapping[str, object]) -> dict[str, int]:
         """The sizes of the axes that follow from others and from static parameters."""
         known, found = {**sizes, **params}, {}

@@ -53,7 +53,7 @@ def plain_case(name: str, sizes: Mapping[str, int], dtype: str = "float32", othe
     fusion = find_fusion(name)
     params = {n: 3 for n, p in fusion.params.items() if p.default is p.empty}
     dtypes = {n: dtype if dtype in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
-    used = fusion.sized({a: sizes.get(a, other) for a in axes_of(fusion)})
+    used = {a: sizes.get(a, other) for a in axes_of(fusion)}
     used |= {a: n for a, n in sizes.items() if a.endswith("?")}
     return FuzzCase(name, used, dtypes, **{"params": params, **more})
 
@@ -67,7 +67,7 @@ def draw_call(name: str, source: Source, limits: Limits) -> FuzzCase:
         if _operands_fit(case, limits) and case.problem() is None and _fits(case, limits):
             return case
     for size in (8, 4, 2, 1, 16, 64):  # when chance gives none
-        case = replace(case, sizes=fusion.sized(dict.fromkeys(axes_of(fusion), size)))
+        case = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
         if case.problem() is None:
             return case
     raise MoekitError(f"{fusion.name}: no sizes found for which it can be traced; say them with FuzzCase(sizes=…)")
@@ -85,7 +85,7 @@ def _fits(case: FuzzCase, limits: Limits) -> bool:
 def _sizes(fusion: Fusion, source: Source) -> dict[str, int]:
     sizes = {a: source.choose(DYNAMIC if a in fusion.dynamic else STATIC) for a in axes_of(fusion)}
     optional = [d.text for s in fusion.tensors.values() for d in s.dims if d.optional]
-    return fusion.sized(sizes) | {f"{a}?": 1 for a in optional if source.integer(0, 1)}
+    return sizes | {f"{a}?": 1 for a in optional if source.integer(0, 1)}
 
 
 def redraw_dynamic(case: FuzzCase, source: Source, limits: Limits) -> FuzzCase:
