@@ -68,7 +68,7 @@ class Rounds:
     """`rounds:L.part:16`. A program for each block of a tiled axis → sixteen along it, which take the blocks in turn.
 
     A program ends where nothing more is stored: of rows that end early few programs have nothing to do. Legal for an axis of
-    static size that has more blocks. Bits: none.
+    static size that has more blocks, beside no pair, prefetch or abreast, and where no ranks add up. Bits: none.
     """
 
     axis: str
