@@ -108,6 +108,18 @@ def fewer_accesses_than_a_row_has():
 
 
 @breaks("packets")
+def another_word_to_one_rank():
+    program, (first, second), receives = packets()
+    return in_order(program, [first, replace(second, values=(second.values[0],) * 2), *receives])
+
+
+@breaks("packets")
+def own_part_that_was_not_sent():
+    program, sends, receives = packets()
+    return in_order(program, [*sends, *(replace(op, own=(op.own[0],) * 2) for op in receives)])
+
+
+@breaks("packets")
 def packets_one_by_one():
     program, sends, _ = packets()
     return with_ops(program, t.Send, values=sends[0].values[:1])

@@ -277,7 +277,15 @@ def packets(f: Facts) -> Claims:
         for axis in f.program.grid:
             yield op, axis == rows, f"programs along {axis} would share the packets and epochs of a row; hold it whole"
         yield from _as_wide(f, op, param)
+        if sends:
+            yield op, _alike_words(op, [*sends.values()]), "its words are not those that the first rank is sent, in their order"
         yield from _epochs_kept(f, op)
+
+
+def _alike_words(op: t.Packet, sends: list[t.Send]) -> bool:
+    """Whether what is sent, or is a rank's own part, is what the first rank is sent; a send hands its first word on."""
+    words, first = op.own if isinstance(op, t.Receive) else op.values, sends[0].values
+    return words[1:] == first[1:] and words[0] in (first[0], *(sent.out for sent in sends))
 
 
 def _as_wide(f: Facts, op: t.Packet, mail: t.Param) -> Claims:
