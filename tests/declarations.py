@@ -72,7 +72,7 @@ def gate_block(x, residual, weight, gate_up, router, shared_gate, eps: float = 1
 
 def _qk_norm_rope(q, k, q_weight, k_weight, positions, frequencies, *, eps, offset):
     """Pair by pair. An angle is one float32 product, as in every implementation: far out its rounding is more than a sine's."""
-    angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
+    angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), frequencies.dtype)[:, None]
     pairs = np.exp(1j * angles)
 
     def turned(x, weight):

@@ -24,8 +24,8 @@ from moekit.lang import (
 
 
 def reference(q, k, v, q_weight, k_weight, positions, frequencies, k_cache, v_cache, *, eps, offset):
-    """float64, but for the angles: float32 products everywhere, as far out their rounding is more than a sine's."""
-    angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), "float32")[:, None]
+    """float64, but for the angles, which are rounded as their frequencies are: far out that is more than a sine's rounding."""
+    angles = round_to(positions.astype(np.float64)[:, None] * frequencies.astype(np.float64), frequencies.dtype)[:, None]
     half = frequencies.shape[0]
 
     def turned(x, weight):
