@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from moekit.compile.tile import interpret
+from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import numpy_dtype
 from moekit.lang.spec import Dim
+from tests.sizes import sizes_of
 
 
 class Emulated:
@@ -102,50 +104,24 @@ def emulated(monkeypatch) -> Log:
     return log
 
 
-SIZES = {
-    "gate_gemm": {"T": 5, "D": 32, "P": 24},
-    "silu_and_mul": {"T": 5, "I": 24},
-    "topk_softmax": {"T": 5, "E": 40},
-    "shared_expert_combine": {"T": 5, "H": 24},
-    "add_rms_norm": {"T": 5, "H": 24},
-    "all_reduce_add_rms_norm": {"T": 5, "H": 24},
-    "gated_rms_norm": {"T": 3, "V": 4, "D": 16},
-    "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
-    "gate_projections": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
-    "down_combine": {"T": 5, "H": 24, "I": 16, "H?": 1},
-    "expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
-    "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 20, "D": 16, "Dv": 8},
-    "expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
-    "causal_conv1d_step": {"T": 5, "C": 24, "S": 3},
-    "qkv_norm_rope": {"T": 3, "Q": 4, "K": 2, "L": 5, "R": 4, "N": 8, "Dv": 8},
-    "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 20, "D": 16, "Dv": 8},
-    "expert_down_shared": {"T": 5, "H": 24, "I": 8, "J": 16, "E": 6, "K": 3, "H?": 1},
-    "conv_projections": {"T": 3, "D": 32, "C": 24, "P": 16, "S": 3},
-    "gate_topk": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
-    "experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
-    "moe_align": {"T": 5, "K": 3},
-    "scaled_expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},
-    "scaled_expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
-    "scaled_experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
-    "scaled_product": {"T": 5, "D": 24, "P": 16},
-}
+AXES = {"T": 5, "D": 32, "P": 24, "I": 24, "E": 16, "H": 24, "H?": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 16, "G": 3, "Q": 6,
+        "L": 20, "C": 24, "S": 3, "R": 4, "N": 8, "J": 16}  # fmt: skip
 PARAMS = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
 
 
 @pytest.fixture
 def tensors():
     """`tensors(name, dtype, layout, device, seed)`: operands of a fusion, in declared order, in the layout."""
-    from moekit.fusions import FUSIONS
     from moekit.testing import as_torch, operands
 
     def make(name, dtype="float32", layout="dense", device="cpu", seed=0, sizes=None):
-        values = operands(FUSIONS[name], sizes or SIZES[name], dtype, seed=seed)
+        values = operands(FUSIONS[name], sizes or sizes_of(FUSIONS[name], AXES), dtype, seed=seed)
         return tuple(as_torch(x, layout, device) for x in values.values())
 
     return make
 
 
-@pytest.fixture(params=list(SIZES))
+@pytest.fixture(params=list(FUSIONS))
 def fused(request):
     """Every fusion's name in turn."""
     return request.param
@@ -154,8 +130,6 @@ def fused(request):
 @pytest.fixture
 def smooth(fused) -> None:
     """The fusion of this test has an operand with derivatives."""
-    from moekit.fusions import FUSIONS
-
     if not any("float32" in spec.dtypes for spec in FUSIONS[fused].tensors.values()):
         pytest.skip(f"{fused} has no operand with derivatives")
 

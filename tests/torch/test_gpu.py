@@ -14,6 +14,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.torch import launch, ops
 from moekit.torch.call import Call
+from tests.sizes import sizes_of
 
 pytestmark = pytest.mark.gpu
 CLOSE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -202,29 +203,16 @@ def count_kernels(monkeypatch):
     monkeypatch.setattr(launch, "kernel", kernel)
 
 
+ODD = {"D": 72, "P": 88, "I": 24, "E": 40, "H": 88, "V": 3, "K": 3, "Dk": 8, "Dv": 40, "G": 8, "Q": 24, "L": 300,
+       "C": 88, "S": 3, "R": 8, "N": 8, "J": 72}  # fmt: skip
+
+
 @pytest.mark.parametrize("order", ["row-major", "transposed"])
 def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
     """T = 1 … 300 at an odd size no other test has: as many kernels as stride classes, for a GEMM times its classes of rows."""
     from moekit.testing import operands
 
-    sizes = {"gate_gemm": {"D": 72, "P": 88}, "silu_and_mul": {"I": 88}, "topk_softmax": {"E": 88},
-             "shared_expert_combine": {"H": 88}, "add_rms_norm": {"H": 88}, "gated_rms_norm": {"V": 3, "D": 88},
-             "delta_rule_step": {"K": 1, "V": 3, "Dk": 8, "Dv": 24},
-             "gate_projections": {"D": 72, "I": 24, "E": 40, "G": 8}, "down_combine": {"H": 88, "I": 72},
-             "expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
-             "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 24, "Dv": 40},
-             "expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
-             "conv_projections": {"D": 72, "C": 24, "P": 40, "S": 3},
-             "gate_topk": {"D": 72, "I": 24, "E": 40, "G": 8},
-             "causal_conv1d_step": {"C": 88, "S": 3},
-             "qkv_norm_rope": {"Q": 4, "K": 2, "L": 40, "R": 8, "N": 8, "Dv": 40},
-             "gated_attention_decode": {"K": 2, "G": 3, "Q": 6, "L": 300, "D": 24, "Dv": 40},
-             "expert_down_shared": {"H": 88, "I": 24, "J": 72, "E": 9, "K": 3},
-             "experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3}, "moe_align": {"K": 3},
-             "scaled_expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
-             "scaled_expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
-             "scaled_experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3},
-             "scaled_product": {"D": 72, "P": 88}}[fused]  # fmt: skip
+    sizes = sizes_of(FUSIONS[fused], ODD)
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]

@@ -13,28 +13,11 @@ from moekit.compile.schedule import Schedule
 from moekit.fusions import FUSIONS
 from moekit.testing import as_torch, operands
 from moekit.testing.interpreted import mend
+from tests.sizes import every
 
 mend()  # loops to a run-time end
-SIZES = {
-    "gate_gemm": {"T": 5, "D": 24, "P": 17}, "silu_and_mul": {"T": 5, "I": 9}, "topk_softmax": {"T": 5, "E": 20},
-    "shared_expert_combine": {"T": 5, "H": 9}, "add_rms_norm": {"T": 5, "H": 24},
-    "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
-    "gate_projections": {"T": 5, "D": 24, "I": 5, "E": 9, "G": 1},
-    "down_combine": {"T": 5, "H": 9, "I": 20},
-    "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
-    "attention_decode": {"T": 3, "K": 2, "G": 3, "L": 300, "D": 16, "Dv": 9},
-    "expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
-    "conv_projections": {"T": 3, "D": 24, "C": 9, "P": 5, "S": 3},
-    "gate_topk": {"T": 5, "D": 24, "I": 5, "E": 20, "G": 1},
-    "causal_conv1d_step": {"T": 3, "C": 24, "S": 3},
-    "qkv_norm_rope": {"T": 3, "Q": 2, "K": 1, "L": 5, "R": 2, "N": 6, "Dv": 7},
-    "gated_attention_decode": {"T": 3, "K": 2, "G": 3, "Q": 6, "L": 300, "D": 16, "Dv": 9},
-    "expert_down_shared": {"T": 3, "H": 9, "I": 5, "J": 20, "E": 7, "K": 2},
-    "experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "moe_align": {"T": 5, "K": 3},
-    "scaled_expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
-    "scaled_expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
-    "scaled_experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "scaled_product": {"T": 5, "D": 24, "P": 9},
-}
+SIZES = every({"T": 3, "D": 24, "P": 17, "I": 5, "E": 20, "H": 9, "V": 4, "K": 2, "Dk": 4, "Dv": 9, "G": 3,
+               "Q": 6, "L": 300, "C": 9, "S": 3, "R": 2, "N": 6, "J": 20})
 for name, sizes in SIZES.items():
     params = {n: x for n, x in {"k": 3, "experts": 7}.items() if n in FUSIONS[name].params}
     for dtype, tolerance in (("float32", 2e-5), ("float16", 4e-3)):

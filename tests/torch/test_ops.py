@@ -8,6 +8,7 @@ from moekit.errors import DeclarationError, MoekitError, ShapeError, Unavailable
 from moekit.fusions import FUSIONS
 from moekit.lang import In, InOut, cast, f32, fusion
 from moekit.torch import ops
+from tests.sizes import sizes_of
 
 LAYOUTS = ("dense", "padded", "transposed")
 
@@ -113,32 +114,8 @@ def test_inference_mode(fused, params, tensors):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-SMALL = {
-    "gate_gemm": {"T": 2, "D": 5, "P": 4},
-    "silu_and_mul": {"T": 2, "I": 5},
-    "topk_softmax": {"T": 2, "E": 6},
-    "shared_expert_combine": {"T": 2, "H": 5},
-    "add_rms_norm": {"T": 2, "H": 5},
-    "all_reduce_add_rms_norm": {"T": 2, "H": 5},
-    "gated_rms_norm": {"T": 2, "V": 2, "D": 5},
-    "delta_rule_step": {"T": 1, "K": 1, "V": 2, "Dk": 3, "Dv": 3},
-    "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
-    "down_combine": {"T": 2, "H": 4, "I": 3, "H?": 1},
-    "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
-    "attention_decode": {"T": 2, "K": 1, "G": 2, "L": 4, "D": 3, "Dv": 2},
-    "expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
-    "conv_projections": {"T": 2, "D": 4, "C": 3, "P": 2, "S": 2},
-    "gate_topk": {"T": 2, "D": 4, "I": 2, "E": 6, "G": 1},
-    "causal_conv1d_step": {"T": 2, "C": 4, "S": 2},
-    "qkv_norm_rope": {"T": 2, "Q": 2, "K": 1, "L": 3, "R": 1, "N": 2, "Dv": 2},
-    "gated_attention_decode": {"T": 2, "K": 1, "G": 2, "Q": 2, "L": 4, "D": 3, "Dv": 2},
-    "expert_down_shared": {"T": 2, "H": 4, "I": 2, "J": 3, "E": 4, "K": 2, "H?": 1},
-    "experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
-    "scaled_expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},
-    "scaled_expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
-    "scaled_experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
-    "scaled_product": {"T": 2, "D": 4, "P": 3},
-}
+SMALL = {"T": 2, "D": 4, "P": 3, "I": 2, "E": 6, "H": 4, "H?": 1, "V": 2, "K": 2, "Dk": 3, "Dv": 2, "G": 2, "Q": 4, "L": 4,
+         "C": 3, "S": 2, "R": 1, "N": 2, "J": 3}  # fmt: skip
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")
 
@@ -151,7 +128,7 @@ def differentiable(x) -> bool:
 @pytest.mark.parametrize("through", ["function", "operator"])
 def test_gradcheck(fused, params, tensors, through):
     """Against finite differences, in float32: so a wide step and a wide tolerance."""
-    operands = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors(fused, sizes=SMALL[fused]))
+    operands = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors(fused, sizes=sizes_of(FUSIONS[fused], SMALL)))
     face, known = mt.op(FUSIONS[fused]), ops.registered(FUSIONS[fused])
 
     def call(*xs):

@@ -16,49 +16,23 @@ from moekit.compile.schedule import Abreast, Loop, Pair, Prefetch, Rounds, Sched
 from moekit.compile.schedule.directives import text_of
 from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
-from moekit.lang.arguments import PARAMETERS, example
-from moekit.testing import Call, operands
+from moekit.lang.arguments import example
 from moekit.tune import search as searching
 from moekit.tune import table
 from moekit.tune.search import Bench, Timed, mean, neighbours, search, winners
 from moekit.tune.table import Entry, bucket, buckets, kernels_of, order_of, stale
+from tests.sizes import every
 
-SIZES = {
-    "gate_gemm": {"D": 2048, "P": 648},
-    "silu_and_mul": {"I": 512},
-    "topk_softmax": {"E": 512},
-    "shared_expert_combine": {"H": 2048},
-    "add_rms_norm": {"H": 2048},
-    "all_reduce_add_rms_norm": {"H": 2048},
-    "gated_rms_norm": {"V": 4, "D": 128},
-    "delta_rule_step": {"K": 2, "V": 4, "Dk": 128, "Dv": 128},
-    "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
-    "down_combine": {"I": 64, "H": 2048, "H?": 1},
-    "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},
-    "attention_decode": {"K": 2, "G": 8, "L": 1024, "D": 256, "Dv": 256},
-    "expert_down": {"I": 64, "H": 2048, "E": 512, "K": 10},
-    "conv_projections": {"D": 2048, "C": 1024, "P": 640, "S": 3},
-    "gate_topk": {"D": 2048, "I": 64, "E": 512, "G": 1},
-    "causal_conv1d_step": {"C": 1024, "S": 3},
-    "qkv_norm_rope": {"Q": 2, "K": 1, "L": 1024, "R": 32, "N": 192, "Dv": 256},
-    "gated_attention_decode": {"K": 2, "G": 8, "Q": 16, "L": 1024, "D": 256, "Dv": 256},
-    "expert_down_shared": {"I": 64, "J": 64, "H": 2048, "E": 512, "K": 10, "H?": 1},
-    "experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
-    "moe_align": {"K": 10},
-    "scaled_expert_gate_up": {"I": 64, "D": 2048, "E": 16, "K": 10},
-    "scaled_expert_down": {"I": 64, "H": 2048, "E": 16, "K": 10},
-    "scaled_experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
-    "scaled_product": {"D": 2048, "P": 512},
-}
+RANK = {"T": 3, "D": 2048, "P": 648, "I": 512, "E": 512, "H": 2048, "H?": 1, "V": 4, "K": 2, "Dk": 128, "Dv": 128, "G": 8,
+        "Q": 16, "L": 1024, "C": 1024, "S": 3, "R": 32, "N": 192, "J": 512}  # fmt: skip
+SIZES = every(RANK)  # a decode step's
 shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}
 
 
 def graph(name: str, dtype: str = "bfloat16", sizes: Mapping[str, int] | None = None):
     """The graph of a fusion, at a decode step's sizes where nothing is said."""
-    values = operands(FUSIONS[name], {"T": 3, **(sizes or SIZES[name])}, dtype, "normal", 1)
-    params = {n: x for n, x in PARAMETERS.items() if n in FUSIONS[name].params}
-    return Call(FUSIONS[name], values, params).graph
+    return FUSIONS[name].trace(example(FUSIONS[name], {"T": 3, **(sizes or SIZES[name])}, dtype))
 
 
 def heuristics(traced, *rows: int) -> set[Schedule]:
