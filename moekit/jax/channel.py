@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,15 @@ class Channel:
 
     def check(self) -> None:
         """Wait for the devices, and raise RankError for a rank that did not come; the channel is new then."""
-        words = np.asarray(_last(self.mail, self.ranks))
+        self.hold(self.words())
+
+    def words(self) -> jax.Array:
+        """Every rank's word of errors behind what has been dispatched, for `hold`: nothing is waited for."""
+        return _last(self.mail, self.ranks)
+
+    def hold(self, words: Any) -> None:
+        """Raise RankError for a rank that did not come by the time that `words` were asked for; the channel is new then."""
+        words = np.asarray(words)
         late = [(rank, int(epoch), int(sender) - 1) for rank, (epoch, sender) in enumerate(words) if sender]
         if late:
             rank, epoch, sender = late[0]
@@ -95,7 +104,9 @@ class Channel:
 
         The old mailboxes stay where they are, for what may still be on its way to them.
         """
-        jax.block_until_ready([x for x in jax.tree.leaves((self.mail, self.link)) if not x.is_deleted()])
+        for x in (x for x in jax.tree.leaves((self.mail, self.link)) if not x.is_deleted()):
+            with suppress(jax.errors.JaxRuntimeError):  # a link that a step which failed was to make
+                x.block_until_ready()
         self.left.append(self.mail)
         self._open(self.looks)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from moekit.jax import Link, all_reduce_add_rms_norm, exchange
+from moekit.compile.rules.rows import BY_PACKETS
+from moekit.errors import RankError, UnavailableError
+from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
 from moekit.models.qwen3next.kernels import Kernels
 
 
@@ -33,6 +38,31 @@ class Exchanged:
 def unsummed(kernels: Kernels) -> Kernels:
     """The same kernels where nothing adds up over ranks but `Exchanged`."""
     return replace(kernels, all_reduce=_part)
+
+
+@cache
+def channel_of(mesh: Mesh, rows: int, width: int, kernels: str) -> tuple[Channel | None, str]:
+    """By what the ranks of a decode step of `rows` rows of `width` elements send each other packets, or None; and what adds up
+    for them, in words. Calls that ask for the same share a channel.
+    """
+    if mesh.size == 1:
+        return None, "one rank adds up nothing"
+    if kernels != "pallas":
+        return None, f"psum, as --kernels is {kernels}"
+    if rows > BY_PACKETS:
+        return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
+    try:
+        channel = Channel(mesh, rows=rows, width=width)
+    except (RankError, UnavailableError) as error:
+        return None, f"psum: {error}"
+    if rows > (most := channel.link.resident):
+        return None, f"psum: {rows} rows wait for each other, of which a device has {most} at once"
+    return channel, "one kernel with the norm behind it, by packets"
+
+
+def locked(channel: Channel | None) -> AbstractContextManager[Any]:
+    """What is held while programs are dispatched in which ranks wait for each other."""
+    return nullcontext() if channel is None else channel.lock
 
 
 def _part(x: jax.Array) -> jax.Array:
