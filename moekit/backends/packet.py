@@ -142,7 +142,13 @@ def take() -> str:
     Result: the words, the first one's lowest. Operands: the words that were sent, which it is where there are none; address,
     whether there are any, and what was seen of the flag, before which nothing may be loaded.
     """
-    lines = ["{", ".reg .pred there; .reg .b32 low, high;", "setp.ne.s32 there, $4, 0;", "mov.b32 low, $1;", "mov.b32 high, $2;"]
+    lines = [
+        "{",
+        ".reg .pred there; .reg .b32 low, high;",
+        "setp.ne.s32 there, $4, 0;",
+        "mov.b32 low, $1;",
+        "mov.b32 high, $2;",
+    ]
     return "\n".join([*lines, "@there ld.relaxed.sys.global.v2.b32 {low, high}, [$3];", "mov.b64 $0, {low, high};", "}"])
 
 
@@ -171,13 +177,13 @@ def _listed(packets: Sequence[str]) -> str:
     return f"{{{', '.join(packets)}}}" if len(packets) > 1 else packets[0]
 
 
-def addresses(at: Sequence[int], me: int, region: int, looks: int) -> list[int]:
-    """What rank `me` reaches, as `tile.Ways` has it: mailboxes begin at `at`, with `region` bytes for each sender and the word
-    of errors behind them; a wait looks so many times."""
+def addresses(at: Sequence[int], me: int, region: int, looks: int, begin: int = 0, errors: int | None = None) -> list[int]:
+    """What rank `me` reaches, as `tile.Ways` has it: mailboxes begin `begin` bytes behind `at`, with `region` bytes for each
+    sender, and the word of errors is `errors` bytes behind, or behind the mailboxes; a wait looks so many times."""
     ranks, away = len(at), [other != me for other in range(len(at))]
-    to = [away[other] * (base + me * region) for other, base in enumerate(at)]
-    own = [away[other] * (at[me] + other * region) for other in range(ranks)]
-    return [*to, *own, at[me] + ranks * region, looks]
+    to = [away[other] * (base + begin + me * region) for other, base in enumerate(at)]
+    own = [away[other] * (at[me] + begin + other * region) for other in range(ranks)]
+    return [*to, *own, at[me] + (begin + ranks * region if errors is None else errors), looks]
 
 
 def region(rows: int, width: int, flags: bool = False) -> int:

@@ -157,27 +157,31 @@ def _each(send: Callable[[int], str], receive: Callable[[int, int], str]) -> dic
     }
 
 
-TRITON = _each(_triton_send, _triton_receive) | _flagged(_triton_put, _triton_take) | {
-    "raise_flag": f'''@triton.jit
+TRITON = (
+    _each(_triton_send, _triton_receive)
+    | _flagged(_triton_put, _triton_take)
+    | {
+        "raise_flag": f'''@triton.jit
 def raise_flag(way, row, epoch, columns: tl.constexpr, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
     up: tl.constexpr = {packet.literal(packet.raise_flag(), 1)}
     args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(up, "{packet.RAISE_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
 ''',
-    "split_8": '''@triton.jit
+        "split_8": '''@triton.jit
 def split_8(eights):
     """Neighbours, eight at a time, apart: the last three dimensions count them."""
     first, second = tl.split(eights)
     data_0, data_2, data_4, data_6 = split_4(first)
     data_1, data_3, data_5, data_7 = split_4(second)
     return data_0, data_1, data_2, data_3, data_4, data_5, data_6, data_7
-''',    "packets": '''@triton.jit
+''',
+        "packets": '''@triton.jit
 def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
     """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
     return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * columns + column) * size
 ''',
-    "split_4": '''@triton.jit
+        "split_4": '''@triton.jit
 def split_4(fours):
     """Neighbours, four at a time, apart: the last two dimensions count them."""
     first, second = tl.split(fours)
@@ -185,35 +189,40 @@ def split_4(fours):
     data_1, data_3 = tl.split(second)
     return data_0, data_1, data_2, data_3
 ''',
-}
+    }
+)
 
-PALLAS = _each(_pallas_send, _pallas_receive) | _flagged(_pallas_put, _pallas_take) | {
-    "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
+PALLAS = (
+    _each(_pallas_send, _pallas_receive)
+    | _flagged(_pallas_put, _pallas_take)
+    | {
+        "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
     up = {packet.literal(packet.raise_flag(), 1)}
     at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
     with jax.enable_x64(True):
         return jnp.max(elementwise(up, "{packet.RAISE_OPERANDS}", (after, at, epoch, there), (1,)), axis=0)
-''',    "ways": '''def ways(mail_ref, n):
+''',
+        "ways": '''def ways(mail_ref, n):
     """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
     halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
     with jax.enable_x64(True):
         pairs = zip(halves[0::2], halves[1::2], strict=True)
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
-    "packets": '''def packets(way, row, epoch, column, columns, size, mask):
+        "packets": '''def packets(way, row, epoch, column, columns, size, mask):
     """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes. And
     where there are any: of those of `mask`, if the way does not lead to oneself."""
     with jax.enable_x64(True):
         at = way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
         return at, (mask & (way != 0)).astype(jnp.int32)
 ''',
-    "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
+        "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
     args = [jnp.broadcast_to(x, shape) for x in args]
     out = [jax.ShapeDtypeStruct(shape, dtype)]
     return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
 """,
-    "deinterleave": '''def deinterleave(x, n):
+        "deinterleave": '''def deinterleave(x, n):
     """Neighbours along the last dimension, n at a time, apart."""
     if n == 1:
         return (x,)
@@ -221,9 +230,10 @@ PALLAS = _each(_pallas_send, _pallas_receive) | _flagged(_pallas_put, _pallas_ta
     first, second = (deinterleave(side.reshape(*x.shape[:-1], x.shape[-1] // 2), n // 2) for side in sides)
     return tuple(x for pair in zip(first, second, strict=True) for x in pair)
 ''',
-    "interleave": '''def interleave(a, b):
+        "interleave": '''def interleave(a, b):
     """An element of each in turn along the last dimension."""
     pairs = lax.concatenate([a.reshape(*a.shape, 1), b.reshape(*b.shape, 1)], a.ndim)
     return pairs.reshape(*a.shape[:-1], 2 * a.shape[-1])
 ''',
-}
+    }
+)

@@ -76,9 +76,7 @@ def run(
 ) -> Generation:
     """Decode with one kind of kernels, up to a token of `ends`."""
     channel, _ = channel_of(model.mesh, len(prompts), model.config.hidden_size, kernels)
-    return generate(
-        model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel
-    )
+    return generate(model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel)
 
 
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:

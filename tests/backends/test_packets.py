@@ -64,7 +64,10 @@ def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Pat
     """The PTX of the Pallas kernel in a jitted function."""
     graph, sizes = bound(dtype, ranks, width)
     flags = "flags:tp" in (schedule or "")
-    channel = {"tp_mail": t.Mailbox("tp_mail", ranks, width, flags), "tp_epochs": t.Viewed("tp_epochs", (16,), (0,), (0,), (1,))}
+    channel = {
+        "tp_mail": t.Mailbox("tp_mail", ranks, width, flags),
+        "tp_epochs": t.Viewed("tp_epochs", (16,), (0,), (0,), (1,)),
+    }
     made = plan(graph, Schedule.parse(schedule) if schedule else None, viewed(graph, sizes) | channel, sizes)
     (program,) = made.programs
     own = {n: (tuple(sizes[a] for a in graph.tensors[n].axes), jnp.dtype(dtype)) for n in ("partial", "residual", "weight")}
@@ -135,7 +138,9 @@ def test_epochs_are_read_before_they_are_kept(backend, tmp_path):
 
 
 PUT = re.compile(r"@there st\.relaxed\.sys\.global\.v4\.b32 \[(%\w+)\], \{[^}]*\};")
-RAISE = re.compile(r"mov\.u32 thread, %tid\.x; setp\.eq\.u32 first, thread, 0;.*?@first st\.release\.sys\.global\.b32 \[(%\w+)\]")
+RAISE = re.compile(
+    r"mov\.u32 thread, %tid\.x; setp\.eq\.u32 first, thread, 0;.*?@first st\.release\.sys\.global\.b32 \[(%\w+)\]"
+)
 SEEN = re.compile(r"POLL:\s*@wait ld\.acquire\.sys\.global\.b32 seen, \[(%\w+)\];.*?@more bra POLL;", re.S)
 TAKE = re.compile(r"@there ld\.relaxed\.sys\.global\.v2\.b32 \{low, high\}, \[(%\w+)\];")
 FLAGGED = [
@@ -147,8 +152,8 @@ FLAGGED = [
 @pytest.mark.parametrize("backend", ["triton", "xla"])
 @pytest.mark.parametrize("case", FLAGGED, ids=["rounds", "rows"])
 def test_flags(backend, case, tmp_path):
-    """All lanes' stores, a barrier, one release for each rank; then for each rank a wait that acquires, in a loop, and behind it
-    the loads."""
+    """All lanes' stores, a barrier, one release for each rank; then for each rank a wait that acquires, in a loop, and behind
+    it the loads."""
     ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
     ranks, send = case[1], next(op for op, _ in t.walk(program.body) if isinstance(op, t.Send))
     lanes = int(np.prod(program.block(program.ordered(send.at.axes)))) // (32 * program.warps)

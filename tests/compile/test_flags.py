@@ -23,7 +23,9 @@ WIDE = 500
 
 
 @pytest.mark.parametrize("schedule", [BY_ROW, IN_ROUNDS])
-@pytest.mark.parametrize(("ranks", "dtype"), [*((2, dtype) for dtype in FLOATS), (3, "bfloat16"), (4, "float32"), (8, "float16")])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [*((2, dtype) for dtype in FLOATS), (3, "bfloat16"), (4, "float32"), (8, "float16")]
+)
 def test_ranks_have_the_sum_in_their_order(ranks, dtype, schedule):
     """Whatever comes first, for numbers of rows that change from call to call, with fewer and with more rows than programs."""
     Played(ranks, WIDE, (1, 5, 0, 2), dtype, seed=ranks, schedule=schedule).hold()
@@ -45,7 +47,9 @@ def test_epochs_go_round(begin):
 
 def test_bits_are_those_of_packets():
     """How a row goes does not change what it is, nor which program has it."""
-    one, other, third = (Played(3, WIDE, (4,), "bfloat16", schedule=s) for s in (BY_ROW, IN_ROUNDS, "tile:T:1 whole:H:512 warps:2"))
+    one, other, third = (
+        Played(3, WIDE, (4,), "bfloat16", schedule=s) for s in (BY_ROW, IN_ROUNDS, "tile:T:1 whole:H:512 warps:2")
+    )
     for played in (other, third):
         for mine, same in zip(one.memories, played.memories, strict=True):
             assert mine[0]["out"].tobytes() == same[0]["out"].tobytes()
@@ -97,7 +101,9 @@ def wrong_slot(ops: list[t.Op]) -> list[t.Op]:
 def one_peer(ops: list[t.Op]) -> list[t.Op]:
     """What a flag is behind is what went to the first rank, not to all."""
     first = next((op for op in ops if isinstance(op, t.Send)), None)
-    return [replace(op, value=first.out) if isinstance(op, t.Reduce) and first and op.out.name == "all_sent" else op for op in ops]
+    return [
+        replace(op, value=first.out) if isinstance(op, t.Reduce) and first and op.out.name == "all_sent" else op for op in ops
+    ]
 
 
 @pytest.mark.parametrize(("fault", "said"), [
@@ -123,7 +129,10 @@ def test_what_is_no_place_for_flags():
     """One flag stands for all lanes' stores, which a reduction over several warps has brought together."""
     for schedule, why in (
         ("tile:T:2 whole:H:512 flags:tp warps:2", "needs one row a program, not tile:T:2"),
-        ("tile:T:1 whole:H:512 flags:tp warps:1", "needs two warps or more and an access a lane; rows have 128 accesses for 32"),
+        (
+            "tile:T:1 whole:H:512 flags:tp warps:1",
+            "needs two warps or more and an access a lane; rows have 128 accesses for 32",
+        ),
         ("tile:T:1 whole:H:512 flags:tp warps:8", "rows have 128 accesses for 256 lanes"),
         ("tile:T:1 whole:H:512 flags:dp warps:2", "flags:dp names what no ranks add up over; they do over tp"),
     ):
@@ -164,8 +173,8 @@ def steps_of(made, lanes: int) -> list[tuple]:
 def model(made, ranks: int, rows: int, calls: int, slots: int, rounds: bool, lanes: int = 2) -> tuple[int, str]:
     """How many states can be reached, and the first thing that goes wrong in one of them.
 
-    A state: how far each rank is, per row; what lies in mailboxes (receiver, sender, row, slot, lane or flag, epoch); what is on
-    its way there; which of it has been taken.
+    A state: how far each rank is, per row; what lies in mailboxes (receiver, sender, row, slot, lane or flag, epoch); what is
+    on its way there; which of it has yet to be taken.
     """
     steps = steps_of(made, lanes)
     begin = ((0, (0,) * rows),) * ranks, frozenset(), frozenset(), frozenset()

@@ -62,8 +62,7 @@ def test_a_rank_that_does_not_come_ends_all_and_the_engine_goes_on(zoo, made):
     missed(channel, 1, 17)
     mail = channel.mail
     with pytest.raises(RankError, match="rank 0 did not come: rank 1 waited for packet 17"):
-        while engine.busy:
-            told += engine.step()
+        engine.results()
     assert {event.sequence: event.end for event in engine.step()} == dict.fromkeys(numbers, "failed")
     assert channel.mail is not mail
     again = engine.add(PROMPTS[0], max_new_tokens=MOST)
@@ -106,9 +105,9 @@ def test_channels_that_do_not_serve_are_refused(zoo, opened):
     """Before a row is placed."""
     model, of = zoo.model(CASE, tp=TP), {"slots": 2, "length": LENGTH, "kernels": "xla"}
     wide = model.config.hidden_size
-    for room, why in (({"rows": 1}, f"2 slots of {wide} elements where the channel serves 1 rows of 128"),
-                      ({"width": wide - 1}, f"2 slots of {wide} elements where the channel serves 2 rows of {wide - 1}")):  # fmt: skip
-        with pytest.raises(ArgumentError, match=why):
+    asked, least = f"2 slots of {wide} elements where the channel serves", wide - 1
+    for room, serves in (({"rows": 1}, "1 rows of 128"), ({"width": least}, f"2 rows of {least}")):
+        with pytest.raises(ArgumentError, match=f"{asked} {serves}"):
             Engine(model, channel=opened(model.mesh, **room), **of)
     with pytest.raises(ArgumentError, match=r"the channel is of another mesh than the model; make one of model\.mesh"):
         Engine(model, channel=opened(zoo.model(CASE, tp=4).mesh), **of)

@@ -63,8 +63,8 @@ def channels(
 
 
 def pitch(width: int, flags: bool = False) -> int:
-    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut. Where rows have
-    flags, words of 32 bits, whose last access has the flag."""
+    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut. Where rows
+    have flags, words of 32 bits, whose last access has the flag."""
     return (-(-width // WORDS) + 1) * WORDS if flags else -(-width // PAIR) * PAIR
 
 

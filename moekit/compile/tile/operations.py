@@ -183,8 +183,8 @@ class Send:
 
 @dataclass(frozen=True)
 class Raise:
-    """Put the number `epoch` behind a row in the mailbox of rank `peer`, by `way`, when all lanes have sent what `after` is made
-    of: a reduction over them, which brings them together. Whoever sees it sees all that.
+    """Put the number `epoch` behind a row in the mailbox of rank `peer`, by `way`, when all lanes have sent what `after` is
+    made of: a reduction over them, which brings them together. Whoever sees it sees all that.
 
     `out` is the epoch again: what reads it comes after.
     """
@@ -199,8 +199,8 @@ class Raise:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait until the packets from rank `sender`, or its flag, have the number `epoch`, and take the data, as many values as were
-    sent: `own`, which stay as they are where packets are masked, and where `way` says that the sender is this rank.
+    """Wait until the packets from rank `sender`, or its flag, have the number `epoch`, and take the data, as many values as
+    were sent: `own`, which stay as they are where packets are masked, and where `way` says that the sender is this rank.
 
     A wait comes after what `own` is made of. One that has looked `most` times notes `errors`, and takes what there is.
     """
