@@ -315,13 +315,8 @@ def exchange(
     and "psum" leave the link as it is. More rows than packets have room for go with flags, where the link has `many` of them.
     Raises ShapeError for a link of all ranks, and where the call says nothing of them.
     """
+    call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
-    call = Call(face.fusion, operands, params, None, schedule, link)
-    _refuse_link(call, link)
-    why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
-    if why and call.graph.ranks and link.many is not None and (many := schedule or _for_many(call, link.many)):
-        other = Call(face.fusion, operands, params, None, many, link.many)
-        call, why = (call, why) if (still := other.unlinked()) else (other, still)
     if implementation == "pallas" and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
     if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
@@ -333,6 +328,26 @@ def exchange(
     after = call.link or link
     after = replace(link, many=after) if after.flags and not link.flags else after
     return results[0] if len(results) == 1 else results, after
+
+
+def unserved(face: Any, link: Link, *args, **kwargs) -> str | None:
+    """Why `exchange` would not go by kernels, in a sentence, on all ranks alike; None where they serve the call on GPUs."""
+    return _linked(face.fusion, link, args, kwargs, None)[1]
+
+
+def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Schedule | None) -> tuple[Call, str | None]:
+    """A call by the mailboxes that serve it, and why none do."""
+    operands, params = bind_arguments(fusion, args, kwargs)
+    call = Call(fusion, operands, params, None, schedule, link)
+    _refuse_link(call, link)
+    if not call.graph.ranks:
+        return call, f"{fusion.name} adds up over one rank"
+    why = call.unlinked()
+    if why and link.many is not None and (many := schedule or _for_many(call, link.many)):
+        other = Call(fusion, operands, params, None, many, link.many)
+        if not other.unlinked():
+            return other, None
+    return call, why
 
 
 def _for_many(call: Call, link: Link) -> Schedule | None:

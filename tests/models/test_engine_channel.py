@@ -9,7 +9,7 @@ import pytest
 
 from moekit.errors import ArgumentError, RankError
 from moekit.jax import Channel
-from moekit.models.qwen3next import Engine, Result, Sampling, generate
+from moekit.models.qwen3next import Engine, Result, Sampling, generate, prefill
 from moekit.models.qwen3next import engine as module
 
 CASE, TP, LENGTH, MOST = "two-layers", 2, 64, 6
@@ -99,6 +99,26 @@ def test_a_generation_says_who_did_not_come(zoo, opened):
     missed(channel, 0, 3)
     with pytest.raises(RankError, match="rank 0 waited for packet 3 of a row in vain"):
         generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel)
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+def test_prompts_by_a_link(zoo, opened, rows):
+    """With room for all their tokens and without: the same tokens as by psum, whole and in pieces, from logits as near as that;
+    the link is donated."""
+    model = zoo.model(CASE, tp=TP)
+    channel = opened(model.mesh, rows=rows, width=256, many=4)
+    tokens, lengths = np.array([PROMPTS[0] + [0] * 3, PROMPTS[2] + [0]], np.int32), np.array([5, 7], np.int32)
+    logits, cache = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla")
+    same, linked, after = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla", link=channel.link)
+    assert channel.link.epochs.is_deleted()
+    channel.keep(after)
+    for a, b in zip(jax.tree.leaves((logits, cache)), jax.tree.leaves((same, linked)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    whole = generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
+    assert generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel).tokens == whole
+    engine = Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel)
+    numbers = [engine.add(prompt, max_new_tokens=MOST) for prompt in PROMPTS]
+    assert engine.results() == {n: Result(row, "length") for n, row in zip(numbers, whole, strict=True)}
 
 
 def test_channels_that_do_not_serve_are_refused(zoo, opened):

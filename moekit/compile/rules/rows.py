@@ -42,6 +42,7 @@ SUMMED_COLUMNS = 256  # of one row in a program that adds up parts
 ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64, 1024, 512, 128, 256
 OF_PACKETS = 128  # four a lane: of 16 bits what one access of a mailbox has, so that lanes side by side write side by side
 BY_PACKETS = 128  # rows up to which ranks add up by packets, where they could by a library
+BY_FLAGS = 0  # rows up to which prompts' sums go with flags, for which a channel has mailboxes: none until it is measured
 FLAG_WARPS = (
     4,
     2,

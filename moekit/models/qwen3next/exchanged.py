@@ -11,9 +11,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moekit.compile.rules.rows import BY_PACKETS
+from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
 from moekit.errors import RankError, UnavailableError
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
+from moekit.jax.face import unserved
 from moekit.models.qwen3next.kernels import Kernels
 
 
@@ -21,16 +22,19 @@ class Exchanged:
     """The norm of a model's layers, called with one rank's part of what is added to the residual stream.
 
     The first call of a step has no part, but what every rank has: its embeddings. `link` is the one after the last call.
+    `plain`: what adds up where the link has no room for so many rows; the ranks' parts are gathered if nothing is said.
     """
 
-    def __init__(self, norm: Callable[..., Any], link: Link, eps: float):
-        self.norm, self.link, self.eps, self.begun = norm, link, eps, False
+    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, plain: Callable[..., Any] | None = None):
+        self.norm, self.link, self.eps, self.plain, self.begun = norm, link, eps, plain, False
 
     def __call__(self, hidden: jax.Array, residual: jax.Array, weight: Any) -> tuple[jax.Array, jax.Array]:
         if not self.begun:
             self.begun = True
             return self.norm(hidden, residual, weight)
         given = {"eps": self.eps, "offset": 1.0, "tp": self.link.ranks}
+        if self.plain and unserved(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given):
+            return self.norm(self.plain(hidden), residual, weight)
         (normed, residual), self.link = exchange(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given)
         return normed, residual
 
@@ -52,12 +56,17 @@ def channel_of(mesh: Mesh, rows: int, width: int, kernels: str) -> tuple[Channel
     if rows > BY_PACKETS:
         return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
     try:
-        channel = Channel(mesh, rows=rows, width=width)
+        channel = Channel(mesh, rows=rows, width=width, many=BY_FLAGS)
     except (RankError, UnavailableError) as error:
         return None, f"psum: {error}"
     if rows > (most := channel.link.resident):
         return None, f"psum: {rows} rows wait for each other, of which a device has {most} at once"
     return channel, "one kernel with the norm behind it, by packets"
+
+
+def of_prompts(channel: Channel | None) -> Link | None:
+    """The link by which prompts add up: where the channel has mailboxes for many rows."""
+    return channel.link if channel is not None and channel.many else None
 
 
 def locked(channel: Channel | None) -> AbstractContextManager[Any]:
