@@ -1,6 +1,7 @@
 """Packets in PTX, as Triton and XLA compile them for an H200 without one: each a single access, all sent before any wait."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -44,10 +45,13 @@ def bound(dtype: str, ranks: int, width: int):
     return FUSION.trace(binding), dict(binding.sizes)
 
 
-def by_triton(dtype: str, ranks: int, width: int, schedule: str | None) -> tuple[str, t.TileProgram]:
-    """The PTX for sm_90, launched dependently."""
+def by_triton(dtype: str, ranks: int, width: int, schedule: str | None, strides: str = "") -> tuple[str, t.TileProgram]:
+    """The PTX for sm_90, launched dependently; of operands with other strides where these are said."""
     graph, sizes = bound(dtype, ranks, width)
-    (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, contiguous(graph, sizes)).programs
+    layouts = contiguous(graph, sizes)
+    if strides:
+        layouts = {n: replace(x, strides=(strides,) * len(x.strides)) for n, x in layouts.items()}
+    (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, layouts).programs
     args = emitter.arguments(program)
     params = {a.name: program.param(a.subject) for a in args if a.kind == "pointer"}
     pointers = {n: "*i64" if isinstance(p.layout, t.Mailbox) else POINTERS[p.dtype] for n, p in params.items()}
@@ -149,12 +153,13 @@ FLAGGED = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["triton", "xla"])
+@pytest.mark.parametrize("backend", ["triton", "triton-strided", "xla"])
 @pytest.mark.parametrize("case", FLAGGED, ids=["rounds", "rows"])
 def test_flags(backend, case, tmp_path):
     """All lanes' stores, a barrier, one release for each rank; then for each rank a wait that acquires, in a loop, and behind
     it the loads."""
-    ptx, program = by_triton(*case) if backend == "triton" else by_xla(*case, tmp_path)
+    strides = "any" if backend == "triton-strided" else ""
+    ptx, program = by_xla(*case, tmp_path) if backend == "xla" else by_triton(*case, strides)
     ranks, send = case[1], next(op for op, _ in t.walk(program.body) if isinstance(op, t.Send))
     lanes = int(np.prod(program.block(program.ordered(send.at.axes)))) // (32 * program.warps)
     puts, flags, polls, takes = (list(each.finditer(ptx)) for each in (PUT, RAISE, SEEN, TAKE))
@@ -170,5 +175,5 @@ def test_flags(backend, case, tmp_path):
     mail = {"st.relaxed.sys.global.v4.b32", "st.release.sys.global.b32", "ld.acquire.sys.global.b32"}
     found = {*re.findall(r"(?:st|ld|atom)\.(?:relaxed|release|acquire)\.\S+", ptx)}
     assert found == {*mail, "ld.relaxed.sys.global.v2.b32", "ld.relaxed.sys.global.b32", LATE}
-    if backend == "triton":
+    if backend != "xla":
         assert ptx.index("griddepcontrol.wait") < puts[0].start()
