@@ -338,10 +338,7 @@ def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
 
 
 def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
-    """With a link each all-reduce is one kernel with the norm behind it; what is gathered are the best tokens.
-
-    Compiled, which takes four times as long, that is two command buffers, before the gather and after it.
-    """
+    """With a link each all-reduce is one kernel with the norm behind it, and the ranks' best tokens come by one, too."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # which it is not where this is lowered
     mesh, model, tokens = arguments(CONFIG.layer_types[:1])
     spread = NamedSharding(mesh, P("tp"))
@@ -350,7 +347,8 @@ def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
     with jax.set_mesh(mesh):
         cache = cache_shapes(model.config, mesh, BATCH, ROOM, jnp.bfloat16)
         text = greedy_step.lower(model, tokens, cache, kernels="pallas", link=link).as_text()
-    assert Counter(re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)) == {"all_gather": 1}
+    assert not re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)
+    assert len(re.findall(r"call @added\w*\(|name = \"added\"", text)) == 1
     assert len(re.findall(r"call @all_reduce_add_rms_norm\w*\(|name = \"all_reduce_add_rms_norm\"", text)) >= 2
 
 

@@ -9,12 +9,15 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
 from moekit.errors import RankError, UnavailableError
+from moekit.fusions.added import added
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
-from moekit.jax.face import unserved
+from moekit.jax.face import op, unserved
 from moekit.models.qwen3next.kernels import Kernels
 
 
@@ -37,6 +40,24 @@ class Exchanged:
             return self.norm(self.plain(hidden), residual, weight)
         (normed, residual), self.link = exchange(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given)
         return normed, residual
+
+
+class Gathered:
+    """A gather of a few numbers of each row [n, T] to every rank, [ranks, n, T], by the packets of a sum.
+
+    A rank's row has zeros where the others' numbers go, to which nothing is added but zeros: all come as they are, but for the
+    sign of -0. `link` is the one after the last call.
+    """
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ranks, (count, rows) = self.link.ranks, x.shape
+        own = jnp.arange(ranks)[:, None] == lax.axis_index(self.link.axis)
+        mine = jnp.where(own, x.T[:, None], 0).reshape(rows, ranks * count)
+        every, self.link = exchange(op(added), self.link, mine, tp=ranks)
+        return every.reshape(rows, ranks, count).transpose(1, 2, 0)
 
 
 def unsummed(kernels: Kernels) -> Kernels:

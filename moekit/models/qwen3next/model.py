@@ -24,7 +24,7 @@ from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, Memories, cache_specs
 from moekit.models.qwen3next.checkpoint import Checkpoint, load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
-from moekit.models.qwen3next.exchanged import Exchanged, unsummed
+from moekit.models.qwen3next.exchanged import Exchanged, Gathered, unsummed
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.memory import NO_ROOM, Room
@@ -191,7 +191,9 @@ def greedy_step(
 
     def step(params: Any, tokens: jax.Array, cache: Cache, link: Link | None) -> tuple[jax.Array, Cache, Link | None]:
         logits, cache, link = _decode(params, tokens, cache, link, config=model.config, kernels=kernels)
-        return _most_likely(logits, cut and model.tp > 1, kernels.all_gather), cache, link
+        gather = Gathered(link) if link else kernels.all_gather
+        tokens = _most_likely(logits, cut and model.tp > 1, gather)
+        return tokens, cache, gather.link if isinstance(gather, Gathered) else None
 
     specs, way = cache_specs(model.config, cache.stacked), link.specs if link else P()
     tokens, cache, link = sharded(model, step, (P(), specs, way), (P(), specs, way))(model.params, tokens, cache, link)
