@@ -41,7 +41,8 @@ from bench import runner
 from bench.cases import DEVICE, EPS
 from bench.child import Child
 from bench.device_torch import captured, replayed
-from moekit.compile.rules.rows import BY_PACKETS
+from moekit.compile.rules.rows import BY_PACKETS, flagged_rows
+from moekit.compile.schedule import Schedule
 from moekit.testing import others
 from moekit.torch import Channel
 
@@ -59,6 +60,7 @@ class Rank(NamedTuple):
     parts: torch.Tensor
     residual: torch.Tensor
     weight: torch.Tensor
+    schedule: Schedule | None = None
 
     @property
     def mine(self) -> torch.Tensor:
@@ -83,7 +85,7 @@ def in_order(parts: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 def packets(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
     """moekit's kernel; `x` becomes what is normalised, `residual` the sum, of this side and of the others."""
-    given = {"tp": len(rank.parts), "eps": EPS, "implementation": "triton"}
+    given = {"tp": len(rank.parts), "eps": EPS, "implementation": "triton", "schedule": rank.schedule}
     return lambda: mt.all_reduce_add_rms_norm_(x, residual, rank.weight, out=x, **given)
 
 
@@ -191,6 +193,14 @@ def measure(rank: Rank, sides: tuple[str, ...], links: int, rounds: int) -> list
     return runner.beside(sides, prepare, timed)
 
 
+def by_warps(rank: Rank, resident: int, warps: int) -> Schedule | None:
+    """The rule's schedule of rows with flags, but for its number of warps."""
+    fusion, dtype = mt.all_reduce_add_rms_norm_.fusion, str(rank.weight.dtype).removeprefix("torch.")
+    shapes = {"partial": rank.residual.shape, "residual": rank.residual.shape, "weight": rank.weight.shape}
+    bound = fusion.bind(shapes, dict.fromkeys(shapes, dtype), fusion.bind_params({"tp": len(rank.parts)}))
+    return flagged_rows(fusion.trace(bound), resident, warps=warps)
+
+
 def check(rank: Rank, channel: Channel | None, links: int, calls: int) -> list[dict]:
     """How many of so many calls were wrong, and of a hundredth with a late rank; without a GPU, of gathered sums."""
     draw, rows, given = np.random.default_rng(0), [], {"tp": len(rank.parts)}
@@ -233,7 +243,16 @@ def joined(me: int, tp: int, at: str) -> None:
 
 
 def on_rank(
-    me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way: tuple, checked: bool, few: int = BY_PACKETS
+    me: int,
+    tp: int,
+    at: str,
+    tokens: int,
+    width: int,
+    dtype: str,
+    way: tuple,
+    checked: bool,
+    few: int = BY_PACKETS,
+    warps: int = 0,
 ) -> list[dict]:
     """The rows of one rank, whose process stays in its group: symmetric memory knows a group's name once in a process."""
     if not dist.is_initialized():
@@ -244,6 +263,8 @@ def on_rank(
     channel = Channel(**room) if DEVICE == "cuda" and (checked or "packets" in way[0]) else None
     try:
         rank, (sides, links, rounds, calls) = drawn(me, tp, tokens, width, getattr(torch, dtype)), way
+        if warps and channel and channel.many:
+            rank = rank._replace(schedule=by_warps(rank, channel.many.resident, warps))
         return check(rank, channel, links, calls) if checked else measure(rank, sides, links, rounds)
     finally:
         if channel:
@@ -312,7 +333,7 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     for t in args.tokens:
         head = {"case": f"all_reduce_add_rms_norm {args.width}", "tp": tp, "T": t, "dtype": args.dtype}
         way = args.kinds, args.links, args.rounds, args.calls
-        yield head, (tp, t, args.width, args.dtype, way, args.check, args.few)
+        yield head, (tp, t, args.width, args.dtype, way, args.check, args.few, args.warps)
 
 
 QUESTION = runner.Question(
@@ -325,6 +346,7 @@ QUESTION = runner.Question(
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
         runner.Option("width", HIDDEN, "of a row"),
         runner.Option("few", BY_PACKETS, "rows that go as packets; more go with flags"),
+        runner.Option("warps", 0, "of a program whose rows have flags; 0: the rule's"),
         runner.Option("kinds", SIDES, "of sums"),
         runner.Option("links", 96, "in a graph, as a step of 48 layers has"),
         runner.Option("check", False, "count wrong sums in place of microseconds"),

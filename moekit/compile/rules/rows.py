@@ -43,10 +43,7 @@ ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64,
 OF_PACKETS = 128  # four a lane: of 16 bits what one access of a mailbox has, so that lanes side by side write side by side
 BY_PACKETS = 128  # rows up to which ranks add up by packets, where they could by a library
 BY_FLAGS = 0  # rows up to which prompts' sums go with flags, for which a channel has mailboxes: none until it is measured
-FLAG_WARPS = (
-    4,
-    2,
-)  # of a program whose rows have flags, as many as rows have accesses for: few, so that more programs wait at once
+FLAG_WARPS = 2  # of a program whose rows have flags: few, as a row waits for the link, so that many are on their way at once
 
 
 def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:
@@ -79,7 +76,7 @@ def row_launch(graph: Graph) -> Launch:
     return shrunk(graph, alone((chosen[a] for a in uses), stages=2 if loops else 1))
 
 
-def flagged_rows(graph: Graph, resident: int, rows: int | None = None) -> Schedule | None:
+def flagged_rows(graph: Graph, resident: int, rows: int | None = None, warps: int = FLAG_WARPS) -> Schedule | None:
     """A schedule for more rows than packets serve, on a device of `resident` SMs: as many programs as are sure to be there at
     once (of `rows` at most), which take rows in turn and put a flag behind each. None where rows are too short, or are not what
     ranks add up.
@@ -88,13 +85,10 @@ def flagged_rows(graph: Graph, resident: int, rows: int | None = None) -> Schedu
         return None
     (over,), (section,) = graph.ranks, row_launch(graph).sections
     along = next(graph.nodes[graph.nodes[i].args[0]].axes[0] for i in graph.live() if graph.nodes[i].op == "all_reduce")
-    for warps in FLAG_WARPS:
-        programs = min(rows or MOST_PROGRAMS, at_once(resident, warps))
-        held = section.but(Tile(along, 1)).but(Rounds(along, programs)).but(Flags(over))
-        schedule = Schedule((Launch((held,), (Warps(warps), Stages(1), Dependent())),))
-        if legal(graph, schedule) is None:
-            return schedule
-    return None
+    programs = min(rows or MOST_PROGRAMS, at_once(resident, warps))
+    held = section.but(Tile(along, 1)).but(Rounds(along, programs)).but(Flags(over))
+    schedule = Schedule((Launch((held,), (Warps(warps), Stages(1), Dependent())),))
+    return schedule if legal(graph, schedule) is None else None
 
 
 def many_rows(graph: Graph) -> tuple[int, Launch] | None:
