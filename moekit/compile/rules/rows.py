@@ -85,8 +85,8 @@ def flagged_rows(graph: Graph, resident: int, rows: int | None = None, warps: in
         return None
     (over,), (section,) = graph.ranks, row_launch(graph).sections
     along = next(graph.nodes[graph.nodes[i].args[0]].axes[0] for i in graph.live() if graph.nodes[i].op == "all_reduce")
-    programs = min(rows or MOST_PROGRAMS, at_once(resident, warps))
-    held = section.but(Tile(along, 1)).but(Rounds(along, programs)).but(Flags(over))
+    held = section.but(Tile(along, 1)).but(Flags(over))
+    held = held.but(Rounds(along, min(rows or MOST_PROGRAMS, at_once(resident, warps, largest_tile(graph, held)))))
     schedule = Schedule((Launch((held,), (Warps(warps), Stages(1), Dependent())),))
     return schedule if legal(graph, schedule) is None else None
 

@@ -9,14 +9,20 @@ from math import prod
 from moekit.compile.schedule.cost import programs
 from moekit.compile.schedule.cuts import launched
 from moekit.compile.schedule.directives import Flags, Schedule
+from moekit.compile.schedule.legal import largest_tile
+from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.graph import Graph
 
 SURE_WARPS = 8  # for which an SM has registers whatever the compiler takes: 65,536, of which a thread has 256 at most
 
 
-def at_once(resident: int, warps: int) -> int:
-    """How many programs of so many warps are sure to be on a device of `resident` SMs at once."""
-    return resident * max(1, SURE_WARPS // warps)
+RESERVED = 2**10  # bytes of shared memory that a program takes besides, for its sums over warps and for the system
+
+
+def at_once(resident: int, warps: int, tile: int) -> int:
+    """How many programs of so many warps, whose largest block has `tile` elements, are sure to be on a device of `resident` SMs
+    at once: as registers go, and as shared memory does, which holds a block where lanes exchange its elements."""
+    return resident * max(1, min(SURE_WARPS // warps, MEASURED.shared_memory // (4 * tile + RESERVED)))
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Room:
                 continue
             if bool(launch.sections[0].all(Flags)) != self.flags:
                 return f"rows of the mailboxes {'have flags' if self.flags else 'are packets'}, the schedule says {launch}"
-            most, fit = programs(g, launch, sizes), at_once(self.resident, launch.warps)
+            most, tile = programs(g, launch, sizes), largest_tile(g, launch.sections[0])
+            fit = at_once(self.resident, launch.warps, tile)
             if most > fit:
                 return f"{most} programs wait for each other, of which a device has {fit} at once"
         return None
