@@ -10,7 +10,10 @@ ranks included, by its own clock; `typical us` the same if each took the median,
 that were given theirs later. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks
 rounded once, as NumPy has it.
 
-`--check` counts calls whose residual is not that sum on some rank, each against numbers that no rank sent it: `late` with one
+More than `--few` rows go with flags in place of packets.
+
+`--check` counts calls whose residual is not that sum on some rank, each against numbers that no rank sent it, in a program that
+goes through some calls again and again: `late` with one
 rank, drawn anew for each call, that comes some tens of microseconds late, a hundredth as many.
 """
 
@@ -35,19 +38,21 @@ from bench import runner
 from bench.device_jax import profiled, typical
 from bench.model_jax import mesh_of, stream
 from moekit.cli.platform import gpu_count
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.jax import Channel, Link, add_rms_norm, all_reduce_add_rms_norm, exchange
 
 HIDDEN = 2048
 SIDES = ("packets", "gather", "psum")
 PROFILED = 5  # chains
+CHAINED, TURNS = 8, 1000  # calls that are compiled of a check, and how often a program goes through them
 LATE, LATEST = 100, 8  # one call in so many, and turns of a loop, of which each waits for the host
 Linked = tuple[tuple[jax.Array, jax.Array], Link | None]
 
 
 @functools.cache
-def channel_of(tp: int, width: int) -> Channel:
-    """The process's channel; raises UnavailableError where there can be none."""
-    return Channel(mesh_of(tp), width=width)
+def channel_of(tp: int, width: int, tokens: int, few: int) -> Channel:
+    """The process's channel, with flags for more than `few` rows; raises UnavailableError where there can be none."""
+    return Channel(mesh_of(tp), width=width, rows=few, many=tokens if tokens > few else 0)
 
 
 def joined(side: str, tp: int, x: jax.Array, residual: jax.Array, weight: jax.Array, link: Link | None) -> Linked:
@@ -86,9 +91,9 @@ class Ranked:
         return tuple(found)
 
 
-def opened(side: str, tp: int, width: int) -> Channel | None:
+def opened(side: str, *of: int) -> Channel | None:
     """What a side goes by."""
-    return channel_of(tp, width) if side == "packets" else None
+    return channel_of(*of) if side == "packets" else None
 
 
 def drawn(seed: int, dtype: str, *shape: int) -> jax.Array:
@@ -104,14 +109,16 @@ def in_order(parts: Any, residual: Any) -> Any:
     return (total + residual.astype(np.float32)).astype(residual.dtype)
 
 
-def measure(tp: int, tokens: int, width: int, dtype: str, sides: tuple[str, ...], links: int, calls: int) -> list[dict]:
+def measure(
+    tp: int, tokens: int, width: int, dtype: str, few: int, sides: tuple[str, ...], links: int, calls: int
+) -> list[dict]:
     """One row per side."""
     mesh, ins = mesh_of(tp), (P("tp"), P(), P("tp"))
     given = drawn(0, dtype, tp, tokens, width), drawn(1, dtype, tokens, width), drawn(2, dtype, tp, width)
     wanted = in_order(*map(np.asarray, given[:2]))
 
     def prepare(side: str) -> tuple[dict, Callable[[], tuple]]:
-        channel = opened(side, tp, width)
+        channel = opened(side, tp, width, tokens, few)
         one, many = (Ranked(partial(chain, side, tp, n), mesh, ins, (P("tp"), P("tp")), channel) for n in (1, links))
         got = np.asarray(one(*given)[1])
         jax.block_until_ready(many(*given))
@@ -129,17 +136,31 @@ def measure(tp: int, tokens: int, width: int, dtype: str, sides: tuple[str, ...]
             found[side]["kernels us"] = round(kernels / links, 3)
             found[side]["typical us"] = round(typical(seen) / PROFILED / links, 3)
             if side == "packets":
-                channel_of(tp, width).check()
+                channel_of(tp, width, tokens, few).check()
         return found
 
     return runner.beside(sides, prepare, timed)
 
 
-def repeated(late: bool, tp: int, links: int, parts: jax.Array, residual: jax.Array, seed: jax.Array, link: Any) -> tuple:
-    """So many calls in a row on one rank, each of other parts [tp, T, H]: in how many the residual is not the sum in order."""
-    me = lax.axis_index("tp")
+def repeated(
+    late: bool, tp: int, links: int, turns: int, parts: jax.Array, residual: jax.Array, seed: jax.Array, link: Any
+) -> tuple:
+    """So many turns of so many calls in a row on one rank, each of other parts [tp, T, H] than the one before: in how many of
+    all these calls the residual is not the sum in order."""
     every = lax.optimization_barrier([jnp.roll(parts, k, axis=-1) for k in range(links)])
-    found = []
+
+    def turn(i: jax.Array, done: tuple) -> tuple:
+        wrong, link = done
+        more, link = chained(late, tp, every, residual, seed * turns + i.astype(jnp.uint32), link)
+        return wrong + more, link
+
+    wrong, link = lax.fori_loop(0, turns, turn, (jnp.int32(0), link))
+    return wrong[None], link
+
+
+def chained(late: bool, tp: int, every: list[jax.Array], residual: jax.Array, seed: jax.Array, link: Any) -> tuple:
+    """A call of each of some parts [tp, T, H], one after the other: how many were wrong, and the link after them."""
+    me, found = lax.axis_index("tp"), []
     for k, mine in enumerate(every):
         x = mine[me]
         if late:
@@ -152,25 +173,25 @@ def repeated(late: bool, tp: int, links: int, parts: jax.Array, residual: jax.Ar
         found.append(total)
     found, every = lax.optimization_barrier((found, every))
     wrong = [jnp.any(total != in_order(each, residual)) for total, each in zip(found, every, strict=True)]
-    return jnp.sum(jnp.stack(wrong), dtype=jnp.int32)[None], link
+    return jnp.sum(jnp.stack(wrong), dtype=jnp.int32), link
 
 
-def check(tp: int, tokens: int, width: int, dtype: str, links: int, calls: int) -> list[dict]:
+def check(tp: int, tokens: int, width: int, dtype: str, few: int, links: int, calls: int) -> list[dict]:
     """How many of so many calls were wrong, and of a hundredth with a late rank; without a channel, of gathered sums."""
     mesh, parts, residual = mesh_of(tp), drawn(0, dtype, tp, tokens, width), drawn(1, dtype, tokens, width)
-    channel = channel_of(tp, width) if jax.default_backend() == "gpu" else None
-    rows = []
+    channel = channel_of(tp, width, tokens, few) if jax.default_backend() == "gpu" else None
+    rows, links = [], min(links, CHAINED)
     for side, n in (("in a row", calls), ("late", calls // LATE)):
-        run = Ranked(partial(repeated, side == "late", tp, links), mesh, (P(), P(), P()), (P("tp"),), channel)
-        wrong, found, begin, times = np.zeros(tp, int), [], time.perf_counter(), -(-n // links)
-        for i in range(times):
-            found += run(parts, residual, jnp.uint32(i))
-            if i % 100 == 99 or i == times - 1:  # a chain that waits in vain must not be followed by thousands
-                if channel:
-                    channel.check()
-                wrong += sum(map(np.asarray, found))
-                found.clear()
-        rows.append({"side": side, "calls": times * links, "wrong": int(wrong.max())})
+        turns = min(TURNS, -(-n // links) or 1)
+        times, chain = -(-n // (links * turns)), partial(repeated, side == "late", tp, links, turns)
+        run = Ranked(chain, mesh, (P(), P(), P()), (P("tp"),), channel)
+        wrong, begin = np.zeros(tp, int), time.perf_counter()
+        for i in range(times):  # each waited for: one that waits in vain must not be followed by others
+            (found,) = run(parts, residual, jnp.uint32(i))
+            wrong += np.asarray(found)
+            if channel:
+                channel.check()
+        rows.append({"side": side, "calls": times * links * turns, "wrong": int(wrong.max())})
         rows[-1]["s"] = round(time.perf_counter() - begin, 3)
     return rows
 
@@ -186,7 +207,7 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     tp = args.tp or gpu_count()  # JAX would take the GPUs' memory for this process, which measures nothing
     for t in args.tokens:
         head = {"case": f"all_reduce_add_rms_norm {args.width}", "tp": tp, "T": t, "dtype": args.dtype}
-        yield head, (args.check, tp, t, args.width, args.dtype, args.kinds, args.links, args.chains, args.calls)
+        yield head, (args.check, tp, t, args.width, args.dtype, args.few, args.kinds, args.links, args.chains, args.calls)
 
 
 QUESTION = runner.Question(
@@ -198,6 +219,7 @@ QUESTION = runner.Question(
         runner.Option("tokens", (1, 8, 64, 128, 512, 4096)),
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
         runner.Option("width", HIDDEN, "of a row"),
+        runner.Option("few", BY_PACKETS, "rows that go as packets; more go with flags"),
         runner.Option("kinds", SIDES, "of sums"),
         runner.Option("links", 96, "in a chain, as a step of 48 layers has"),
         runner.Option("chains", 20, "in a stream"),

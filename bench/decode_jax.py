@@ -35,10 +35,9 @@ from bench import runner
 from bench.child import said
 from bench.device_jax import timed
 from bench.model_jax import OPTIONS, PATIENCE, SMOKE, Setting, clocked, copy_rate, drawn, model_of, moved, setting_of
-from moekit.cli.run import channel_of
 from moekit.errors import UnavailableError
 from moekit.jax import Channel
-from moekit.models.qwen3next import Config, Model, cache_shapes, greedy_step
+from moekit.models.qwen3next import Config, Model, cache_shapes, channel_of, greedy_step
 from moekit.models.qwen3next.kernels import Kernels, named
 
 ROOM = 1024  # tokens for which a cache has room; half of it is filled

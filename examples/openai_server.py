@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import secrets
+import sys
 import threading
 import time
 from contextlib import aclosing, asynccontextmanager
@@ -27,7 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from moekit.errors import MoekitError
-from moekit.models.qwen3next import Engine, FullError, Room, load
+from moekit.models.qwen3next import Engine, FullError, Room, channel_of, load
 from moekit.models.qwen3next.text import Stream, Text, sampling_of
 
 UNSUPPORTED = ("best_of", "echo", "frequency_penalty", "logit_bias", "logprobs", "n", "presence_penalty", "suffix", "tools")
@@ -251,7 +252,9 @@ def main():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: args.tp]), ("tp",))
     model = load(args.checkpoint, mesh, room=Room(args.slots + 1, args.length, piece=256))
     kernels = "pallas" if jax.default_backend() == "gpu" else "xla"
-    engine = Engine(model, slots=args.slots, length=args.length, kernels=kernels)
+    channel, how = channel_of(mesh, args.slots, model.config.hidden_size, kernels)
+    print(f"what adds up over ranks in a step: {how}", file=sys.stderr)
+    engine = Engine(model, slots=args.slots, length=args.length, kernels=kernels, channel=channel)
     engine.warmup()
     server = Server(args.checkpoint.resolve().name, Text(args.checkpoint), engine, sampling_of(args.checkpoint))
     uvicorn.run(server.app(), host=args.host, port=args.port)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moekit.backends import packet
-from moekit.compile.tile.layouts import PAIR
+from moekit.compile.tile.layouts import PAIR, WORDS
 
 
 def _data(name: str, words: int) -> str:
@@ -69,6 +69,86 @@ def _pallas_receive(words: int, n: int) -> str:
 '''
 
 
+SIZE = 4 * WORDS  # bytes of an access where rows have flags
+
+
+def _triton_put(words: int) -> str:
+    data = _data("data", words)
+    return f'''@triton.jit
+def put_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
+    """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
+    put: tl.constexpr = {packet.literal(packet.put(words), 1)}
+    at = packets(way, row, epoch, column, columns, {SIZE})
+    args = [{data}, at, there & tl.cast(way != 0, tl.int32)]
+    return tl.inline_asm_elementwise(put, "{packet.put_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
+'''
+
+
+def _pairs(words: int) -> list[tuple[int, int]]:
+    return [(w, w + 1) for w in range(0, words, 2)]
+
+
+def _triton_take(words: int, n: int) -> str:
+    takes = "\n".join(
+        f"    pair = [own_{a}, own_{b}, at + {4 * a}, there, seen]\n"
+        f'    data_{a} = tl.inline_asm_elementwise(take, "{packet.TAKE_OPERANDS}", pair, dtype=tl.int64, is_pure=False, pack=1)'
+        for a, b in _pairs(words)
+    )
+    found = ", ".join(f"data_{a}.to(tl.int32), (data_{a} >> 32).to(tl.int32)" for a, _ in _pairs(words))
+    return f'''@triton.jit
+def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, errors, most, sender: tl.constexpr,
+             {_data("own", words)}):
+    """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
+    errors."""
+    wait: tl.constexpr = {packet.literal(packet.await_flag(n), 1)}
+    take: tl.constexpr = {packet.literal(packet.take(), 1)}
+    at = packets(way, row, epoch, column, columns, {SIZE})
+    flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
+    there = there & tl.cast(way != 0, tl.int32)
+    args = [own_0, flag, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
+    seen = tl.inline_asm_elementwise(wait, "{packet.await_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+{takes}
+    return {found}
+'''
+
+
+def _pallas_put(words: int) -> str:
+    data = _data("data", words)
+    return f'''def put_{words}(way, row, epoch, column, columns, mask, {data}):
+    """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
+    put = {packet.literal(packet.put(words), 1)}
+    at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
+    return elementwise(put, "{packet.put_operands(words)}", ({data}, at, there), data_0.shape)
+'''
+
+
+def _pallas_take(words: int, n: int) -> str:
+    takes = "\n".join(
+        f"        pair = own_{a}, own_{b}, at + {4 * a}, there, seen\n"
+        f'        data_{a} = elementwise(take, "{packet.TAKE_OPERANDS}", pair, own_0.shape, dtype=jnp.int64)'
+        for a, b in _pairs(words)
+    )
+    found = ", ".join(f"data_{a}.astype(jnp.int32), (data_{a} >> 32).astype(jnp.int32)" for a, _ in _pairs(words))
+    return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
+    """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
+    errors."""
+    wait = {packet.literal(packet.await_flag(n), 1)}
+    take = {packet.literal(packet.take(), 1)}
+    at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
+    flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
+    args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
+    with jax.enable_x64(True):
+        seen = elementwise(wait, "{packet.await_operands(n)}", args, own_0.shape, {n})
+{takes}
+        return {found}
+'''
+
+
+def _flagged(put: Callable[[int], str], take: Callable[[int, int], str]) -> dict[str, str]:
+    """The helpers of rows that have flags, by how many accesses a lane has."""
+    return {f"put_{WORDS}": put(WORDS)} | {f"take_{WORDS}x{n}": take(WORDS, n) for n in packet.TOGETHER}
+
+
 def _each(send: Callable[[int], str], receive: Callable[[int, int], str]) -> dict[str, str]:
     """A helper for each number of packets in an access, and of accesses that a lane waits for."""
     counts = range(1, PAIR + 1)
@@ -77,13 +157,31 @@ def _each(send: Callable[[int], str], receive: Callable[[int, int], str]) -> dic
     }
 
 
-TRITON = _each(_triton_send, _triton_receive) | {
-    "packets": '''@triton.jit
+TRITON = (
+    _each(_triton_send, _triton_receive)
+    | _flagged(_triton_put, _triton_take)
+    | {
+        "raise_flag": f'''@triton.jit
+def raise_flag(way, row, epoch, columns: tl.constexpr, after):
+    """Raise a row's flag, behind all that `after` is made of; its epoch again."""
+    up: tl.constexpr = {packet.literal(packet.raise_flag(), 1)}
+    args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
+    return tl.inline_asm_elementwise(up, "{packet.RAISE_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
+''',
+        "split_8": '''@triton.jit
+def split_8(eights):
+    """Neighbours, eight at a time, apart: the last three dimensions count them."""
+    first, second = tl.split(eights)
+    data_0, data_2, data_4, data_6 = split_4(first)
+    data_1, data_3, data_5, data_7 = split_4(second)
+    return data_0, data_1, data_2, data_3, data_4, data_5, data_6, data_7
+''',
+        "packets": '''@triton.jit
 def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
     """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
     return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * columns + column) * size
 ''',
-    "split_4": '''@triton.jit
+        "split_4": '''@triton.jit
 def split_4(fours):
     """Neighbours, four at a time, apart: the last two dimensions count them."""
     first, second = tl.split(fours)
@@ -91,29 +189,40 @@ def split_4(fours):
     data_1, data_3 = tl.split(second)
     return data_0, data_1, data_2, data_3
 ''',
-}
+    }
+)
 
-PALLAS = _each(_pallas_send, _pallas_receive) | {
-    "ways": '''def ways(mail_ref, n):
+PALLAS = (
+    _each(_pallas_send, _pallas_receive)
+    | _flagged(_pallas_put, _pallas_take)
+    | {
+        "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
+    """Raise a row's flag, behind all that `after` is made of; its epoch again."""
+    up = {packet.literal(packet.raise_flag(), 1)}
+    at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
+    with jax.enable_x64(True):
+        return jnp.max(elementwise(up, "{packet.RAISE_OPERANDS}", (after, at, epoch, there), (1,)), axis=0)
+''',
+        "ways": '''def ways(mail_ref, n):
     """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
     halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
     with jax.enable_x64(True):
         pairs = zip(halves[0::2], halves[1::2], strict=True)
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
-    "packets": '''def packets(way, row, epoch, column, columns, size, mask):
+        "packets": '''def packets(way, row, epoch, column, columns, size, mask):
     """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes. And
     where there are any: of those of `mask`, if the way does not lead to oneself."""
     with jax.enable_x64(True):
         at = way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
         return at, (mask & (way != 0)).astype(jnp.int32)
 ''',
-    "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
+        "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
     args = [jnp.broadcast_to(x, shape) for x in args]
     out = [jax.ShapeDtypeStruct(shape, dtype)]
     return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
 """,
-    "deinterleave": '''def deinterleave(x, n):
+        "deinterleave": '''def deinterleave(x, n):
     """Neighbours along the last dimension, n at a time, apart."""
     if n == 1:
         return (x,)
@@ -121,9 +230,10 @@ PALLAS = _each(_pallas_send, _pallas_receive) | {
     first, second = (deinterleave(side.reshape(*x.shape[:-1], x.shape[-1] // 2), n // 2) for side in sides)
     return tuple(x for pair in zip(first, second, strict=True) for x in pair)
 ''',
-    "interleave": '''def interleave(a, b):
+        "interleave": '''def interleave(a, b):
     """An element of each in turn along the last dimension."""
     pairs = lax.concatenate([a.reshape(*a.shape, 1), b.reshape(*b.shape, 1)], a.ndim)
     return pairs.reshape(*a.shape[:-1], 2 * a.shape[-1])
 ''',
-}
+    }
+)

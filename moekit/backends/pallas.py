@@ -290,14 +290,19 @@ def _interleave(p: PallasPrinter, op: t.Interleave) -> str:
 
 
 def _send(p: PallasPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", "elementwise", helper := f"send_{op.words}"}
+    p.helpers |= {"packets", "elementwise", helper := p.packet_helper(op)}
     return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: PallasPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", "elementwise", helper := f"receive_{op.words}x{p.together(op)}"}
+    p.helpers |= {"packets", "elementwise", helper := p.packet_helper(op)}
     late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
     return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
+
+
+def _raise(p: PallasPrinter, op: t.Raise) -> str:
+    p.helpers |= {"packets", "elementwise", "raise_flag"}
+    return p.flag(op)
 
 
 def _ways(p: PallasPrinter, op: t.Ways) -> str:
@@ -315,6 +320,7 @@ EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     t.Dot: _dot,
     t.Ways: _ways,
     t.Send: _send,
+    t.Raise: _raise,
     t.Receive: _receive,
 }
 

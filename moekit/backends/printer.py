@@ -16,7 +16,7 @@ from moekit.backends import packet
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper
 from moekit.compile.passes.names import extent_name, names
-from moekit.compile.tile.layouts import pitch
+from moekit.compile.tile.layouts import WORDS, pitch
 from moekit.lang.dtypes import is_float
 
 # how tightly an operator binds in Python; what is no operator binds as an ATOM does
@@ -229,8 +229,21 @@ class Printer(ABC):
         column = others[0] if others else "0"
         for axis, text in zip(mail.axes[2:], others[1:], strict=True):
             column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
-        columns = pitch(mail.mailbox.width) // op.words
+        columns = pitch(mail.mailbox.width, mail.mailbox.flags) // op.words
         return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}"
+
+    def flag(self, op: t.Raise) -> str:
+        """The line that raises a flag."""
+        columns = pitch(self.program.param(op.at.tensor).mailbox.width, flags=True) // WORDS
+        row = self.text(op.at.index[0].values[0])
+        return f"raise_flag({self.text(op.way)}, {row}, {self.text(op.epoch)}, {columns}, {self.text(op.after)})"
+
+    def packet_helper(self, op: t.Packet) -> str:
+        """The helper that sends or receives an access."""
+        flags = self.program.param(op.at.tensor).mailbox.flags
+        if isinstance(op, t.Send):
+            return f"{'put' if flags else 'send'}_{op.words}"
+        return f"{'take' if flags else 'receive'}_{op.words}x{self.together(op)}"
 
     def together(self, op: t.Receive) -> int:
         """How many accesses a lane waits for at once: as many as it has, if that is few."""

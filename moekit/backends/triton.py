@@ -255,7 +255,8 @@ def _deinterleave(p: TritonPrinter, op: t.Deinterleave) -> str:
     *outer, last = p.program.block(op.value.axes)
     split, n = "split", len(op.outs)
     if n > 2:
-        p.helpers.add(split := f"split_{n}")
+        p.helpers |= {f"split_{k}" for k in (4, 8) if k <= n}
+        split = f"split_{n}"
     pairs = [2] * (n.bit_length() - 1)
     return f"{split if n > 2 else 'tl.split'}(tl.reshape({p.text(op.value)}, {(*outer, last // n, *pairs)}))"
 
@@ -265,14 +266,19 @@ def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
 
 
 def _send(p: TritonPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", helper := f"send_{op.words}"}
+    p.helpers |= {"packets", helper := p.packet_helper(op)}
     return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
 
 
 def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", helper := f"receive_{op.words}x{p.together(op)}"}
+    p.helpers |= {"packets", helper := p.packet_helper(op)}
     late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
     return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
+
+
+def _raise(p: TritonPrinter, op: t.Raise) -> str:
+    p.helpers |= {"packets", "raise_flag"}
+    return p.flag(op)
 
 
 def _ways(p: TritonPrinter, op: t.Ways) -> str:
@@ -290,6 +296,7 @@ EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     t.Dot: _dot,
     t.Ways: _ways,
     t.Send: _send,
+    t.Raise: _raise,
     t.Receive: _receive,
 }
 

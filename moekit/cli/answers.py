@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moekit.models.qwen3next import Config, Model, generate, reference
+from moekit.models.qwen3next.exchanged import channel_of
 from moekit.models.qwen3next.model import layer_output
 from moekit.models.qwen3next.questions import TASKS, Question
 from moekit.models.qwen3next.save import tensors_of
@@ -34,10 +35,11 @@ class Row:
 def by(model: Model, kernels: str, prompts: Ids, batch: int, new: int, ends: Sequence[int], advance: Advance) -> Ids:
     """The greedy tokens of each prompt, `batch` at a time."""
     found: list[Sequence[int]] = []
+    channel, _ = channel_of(model.mesh, batch, model.config.hidden_size, kernels)
     for start in range(0, len(prompts), batch):
         some = list(prompts[start : start + batch])
         asked = some + some[:1] * (batch - len(some))  # so that one program serves all
-        made = generate(model, asked, max_new_tokens=new, eos=ends, kernels=kernels)
+        made = generate(model, asked, max_new_tokens=new, eos=ends, kernels=kernels, channel=channel)
         found += made.tokens[: len(some)]
         advance(len(found), len(prompts))
     return found

@@ -96,7 +96,7 @@ def decode(
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
     prepare_jax()
     from moekit.cli import agreement, run
-    from moekit.models.qwen3next import SHIPPED, Config, load
+    from moekit.models.qwen3next import SHIPPED, Config, channel_of, load
     from moekit.models.qwen3next.questions import TASKS, held_out
 
     directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
@@ -129,7 +129,7 @@ def decode(
         "tokens": [list(t) for t in runs[kernels].tokens],
         "timing": {which: _timing(generation) for which, generation in runs.items()},
         "served": run.served(model, len(prompts), kernels),
-        "all_reduce": run.channel_of(model.mesh, len(prompts), config.hidden_size, kernels)[1],
+        "all_reduce": channel_of(model.mesh, len(prompts), config.hidden_size, kernels)[1],
         "ends": list(ends),
         "agreement": {"agree": agree, **_agreement(found), **_logits(close)},
     }

@@ -122,7 +122,7 @@ def generate(
 
 @dataclass(frozen=True)
 class _Session:
-    """An engine on a loaded checkpoint, and how it is asked."""
+    """An engine on a loaded checkpoint, how it is asked, and what adds up over ranks in its steps."""
 
     checkpoint: Path
     text: Text
@@ -130,6 +130,7 @@ class _Session:
     ends: tuple[int, ...]
     new: int
     sampling: Sampling
+    all_reduce: str
 
     def add(self, ids: Sequence[int], number: int = 0) -> int:
         """Queue a prompt; the seed counts up from prompt to prompt."""
@@ -176,15 +177,16 @@ def _loaded(
 ) -> _Session:
     from moekit.cli import run
     from moekit.cli.decode import checked_tp
-    from moekit.models.qwen3next import Engine, Room, load
+    from moekit.models.qwen3next import Engine, Room, channel_of, load
 
     run.keep_programs()
     with loading(f"loading {checkpoint.name}") as advance:
         mesh = run.mesh_of(checked_tp(config, tp))
         dtype, weights = of
         model = load(checkpoint, mesh, dtype, weights=weights, room=Room(slots + 1, length, piece=PIECE), progress=advance)
-    engine = Engine(model, slots=slots, length=length, piece=PIECE, kernels=kernels, waiting=2**31)
-    return _Session(checkpoint, text, engine, text.ends(config), new, sampling)
+    channel, how = channel_of(model.mesh, slots, config.hidden_size, kernels)
+    engine = Engine(model, slots=slots, length=length, piece=PIECE, kernels=kernels, waiting=2**31, channel=channel)
+    return _Session(checkpoint, text, engine, text.ends(config), new, sampling, how)
 
 
 def _answers(session: _Session, prompts: Sequence[Sequence[int]], emit: Emit | None) -> list[_Answer]:
@@ -264,6 +266,7 @@ def _print_report(
             "tp": model.tp,
             "dtype": str(model.dtype),
             "kernels": session.engine.kernels.name,
+            "all_reduce": session.all_reduce,
             "sampling": {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed")},
             "ends": list(session.ends),
             "seconds": seconds,

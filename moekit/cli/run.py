@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moekit.compile.rules.rows import BY_PACKETS
-from moekit.errors import RankError, UnavailableError
-from moekit.jax import Channel
 from moekit.models.qwen3next import Config, ConfigError, Generation, Model, Progress, Room, greedy_step, prefill
 from moekit.models.qwen3next.config import check_tensor_parallel
+from moekit.models.qwen3next.exchanged import channel_of
 from moekit.models.qwen3next.generate import CACHE_BUCKET, PROMPT_BUCKET, generate, padded
 from moekit.models.qwen3next.kernels import FUSIONS
 
@@ -80,24 +77,6 @@ def run(
     """Decode with one kind of kernels, up to a token of `ends`."""
     channel, _ = channel_of(model.mesh, len(prompts), model.config.hidden_size, kernels)
     return generate(model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel)
-
-
-@cache
-def channel_of(mesh: Mesh, rows: int, width: int, kernels: str) -> tuple[Channel | None, str]:
-    """By what the ranks of a decode step send each other packets, and what adds up for them."""
-    if mesh.size == 1:
-        return None, "one rank adds up nothing"
-    if kernels != "pallas":
-        return None, f"psum, as --kernels is {kernels}"
-    if rows > BY_PACKETS:
-        return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
-    try:
-        channel = Channel(mesh, rows=rows, width=width)
-    except (RankError, UnavailableError) as error:
-        return None, f"psum: {error}"
-    if rows > (most := channel.link.resident):
-        return None, f"psum: {rows} rows wait for each other, of which a device has {most} at once"
-    return channel, "one kernel with the norm behind it, by packets"
 
 
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.rules.alike import settled
+from moekit.compile.rules.rows import flagged_rows
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
@@ -311,12 +312,11 @@ def exchange(
 
     `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
     (more rows than there is room for, say), on all ranks alike, and "pallas" raises UnavailableError with the reason; "xla"
-    and "psum" leave the link as it is. Raises ShapeError for a link of all ranks, and where the call says nothing of them.
+    and "psum" leave the link as it is. More rows than packets have room for go with flags, where the link has `many` of them.
+    Raises ShapeError for a link of all ranks, and where the call says nothing of them.
     """
+    call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
-    call = Call(face.fusion, operands, params, None, schedule, link)
-    _refuse_link(call, link)
-    why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
     if implementation == "pallas" and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
     if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
@@ -325,4 +325,33 @@ def exchange(
         plain = implementation or ("xla" if call.graph.ranks else None)
         outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)
     results = tuple(outs[n] for n in call.names)
-    return results[0] if len(results) == 1 else results, call.link or link
+    after = call.link or link
+    after = replace(link, many=after) if after.flags and not link.flags else after
+    return results[0] if len(results) == 1 else results, after
+
+
+def unserved(face: Any, link: Link, *args, **kwargs) -> str | None:
+    """Why `exchange` would not go by kernels, in a sentence, on all ranks alike; None where they serve the call on GPUs."""
+    return _linked(face.fusion, link, args, kwargs, None)[1]
+
+
+def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Schedule | None) -> tuple[Call, str | None]:
+    """A call by the mailboxes that serve it, and why none do."""
+    operands, params = bind_arguments(fusion, args, kwargs)
+    call = Call(fusion, operands, params, None, schedule, link)
+    _refuse_link(call, link)
+    if not call.graph.ranks:
+        return call, f"{fusion.name} adds up over one rank"
+    why = call.unlinked()
+    if why and link.many is not None and (many := schedule or _for_many(call, link.many)):
+        other = Call(fusion, operands, params, None, many, link.many)
+        if not other.unlinked():
+            return other, None
+    return call, why
+
+
+def _for_many(call: Call, link: Link) -> Schedule | None:
+    """The schedule of a call whose rows go with flags."""
+    nodes = [call.graph.nodes[i] for i in call.graph.live()]
+    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in nodes if n.op == "all_reduce")
+    return flagged_rows(call.graph, link.resident, call.sizes[rows])

@@ -1,13 +1,20 @@
 """Generation: batches of unequal prompts, ends of sequences, progress, and both kinds of kernels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moekit.errors import ArgumentError
 from moekit.jax import Link
 from moekit.models.qwen3next import decode_step, generate, greedy_step, most_likely, prefill
+from moekit.models.qwen3next.exchanged import Gathered
+from moekit.models.qwen3next.model import _most_likely
 
 CASE = "two-layers"
 
@@ -100,6 +107,27 @@ def test_the_greedy_step_is_a_decode_step_and_its_arg_max(zoo):
     logits, same = decode_step(model, now, cache, kernels="xla")
     assert np.array_equal(chosen, np.asarray(logits).argmax(-1))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(same), strict=True))
+
+
+def test_ranks_find_the_best_token_by_a_link_as_they_do_without():
+    """Ties between ranks and within them, zeros of both signs, and rows that are lost: on one rank, on several, on all."""
+    mesh, tp, rows, width = Mesh(np.array(jax.devices()[:4]), ("tp",)), 4, 12, 5
+    logits = np.random.default_rng(0).integers(-2, 3, (rows, tp * width)).astype(np.float32)
+    logits[1], logits[2, ::2], logits[3] = 0, -0.0, -7
+    logits[4, 6], logits[5, 19], logits[6, 0], logits[7] = np.nan, np.inf, -np.inf, np.nan
+    logits[8, [3, 9]] = np.nan, np.inf
+    link = Link(jnp.zeros(tp * 20, jnp.int32), jnp.zeros(tp * 16, jnp.int32), "tp", tp, 16, 64, 132)
+
+    def found(x, link):
+        plain = _most_likely(x, True, partial(lax.all_gather, axis_name="tp"))
+        gather = Gathered(link)
+        return plain, _most_likely(x, True, gather), gather.link
+
+    specs = {"in_specs": (P(None, "tp"), link.specs), "out_specs": (P(), P(), link.specs)}
+    plain, linked, _ = jax.jit(jax.shard_map(found, mesh=mesh, check_vma=False, **specs))(logits, link)
+    lost = ~np.isfinite(logits).all(-1)
+    np.testing.assert_array_equal(linked, plain)
+    np.testing.assert_array_equal(linked, np.where(lost, -1, logits.argmax(-1)))
 
 
 def test_a_step_with_a_link_makes_the_same_tokens(zoo):

@@ -338,10 +338,7 @@ def test_experts_are_multiplied_while_they_are_gathered(tokens, width):
 
 
 def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
-    """With a link each all-reduce is one kernel with the norm behind it; what is gathered are the best tokens.
-
-    Compiled, which takes four times as long, that is two command buffers, before the gather and after it.
-    """
+    """With a link each all-reduce is one kernel with the norm behind it, and the ranks' best tokens come by one, too."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # which it is not where this is lowered
     mesh, model, tokens = arguments(CONFIG.layer_types[:1])
     spread = NamedSharding(mesh, P("tp"))
@@ -350,8 +347,26 @@ def test_a_step_whose_ranks_send_packets_adds_up_nowhere_else(monkeypatch):
     with jax.set_mesh(mesh):
         cache = cache_shapes(model.config, mesh, BATCH, ROOM, jnp.bfloat16)
         text = greedy_step.lower(model, tokens, cache, kernels="pallas", link=link).as_text()
-    assert Counter(re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)) == {"all_gather": 1}
+    assert not re.findall(r"stablehlo\.(all_reduce|all_gather|reduce_scatter|collective_\w+)", text)
+    assert len(re.findall(r"call @added\w*\(|name = \"added\"", text)) == 1
     assert len(re.findall(r"call @all_reduce_add_rms_norm\w*\(|name = \"all_reduce_add_rms_norm\"", text)) >= 2
+
+
+@pytest.mark.parametrize(("many", "psums"), [(1024, 0), (64, 2)])
+def test_a_prompt_whose_rows_have_flags(monkeypatch, many, psums):
+    """With room for all its tokens each all-reduce is one kernel with the norm behind it; else they are as without a link."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mesh, model, _ = arguments(CONFIG.layer_types[:1])
+    spread, rest = NamedSharding(mesh, P("tp")), NamedSharding(mesh, P())
+    table, epochs, more = (jax.ShapeDtypeStruct((TP * n,), jnp.int32, sharding=spread) for n in (4 * TP + 4, 16, many))
+    link = Link(table, epochs, "tp", TP, 16, 2048, 132)
+    link = replace(link, many=replace(link, epochs=more, rows=many, flags=True))
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rest) for shape in ((1, 1000), (1,)))
+    with jax.set_mesh(mesh):
+        text = prefill.lower(model, tokens, lengths, cache_length=1024, kernels="pallas", link=link).as_text()
+    assert text.count("stablehlo.all_reduce") == psums
+    kernels = len(re.findall(r"call @all_reduce_add_rms_norm\w*\(|name = \"all_reduce_add_rms_norm\"", text))
+    assert kernels >= 2 if many == 1024 else kernels == 0
 
 
 def test_a_step_of_float8_weights_reads_them_in_place():

@@ -14,7 +14,16 @@ MOST_LANES = 1024  # of a program: 32 warps
 
 def motion(program: t.TileProgram) -> t.TileProgram:
     """The program's operations in an order in which memory is busy while threads wait for each other."""
-    return replace(program, body=tuple(_stores_early(program, _loads_first(list(program.body)))))
+    ops = _stores_early(program, _loads_first(list(program.body), set()))
+    known = {v for op in ops for v in t.results(op)}
+    return replace(program, body=tuple(_row_by_row(op, known) for op in ops))
+
+
+def _row_by_row(op: t.Op, known: set[t.Value]) -> t.Op:
+    """The loop in which a program adds up one row after the other over ranks, with a turn's loads before its first wait."""
+    if isinstance(op, t.Loop) and any(isinstance(x, t.Receive) for x in op.body):
+        return replace(op, body=tuple(_loads_first(list(op.body), known | {*op.vars})))
+    return op
 
 
 def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
@@ -23,13 +32,13 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(ops: list[t.Op]) -> list[t.Op]:
+def _loads_first(ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
     A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
     """
     before, after = _split(ops)
-    known = {v for op in before for v in t.results(op)}
+    known = outside | {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:

@@ -3,6 +3,7 @@
 from moekit.compile.schedule.directives import (
     Abreast,
     Dependent,
+    Flags,
     Launch,
     Loop,
     Pair,
@@ -23,6 +24,7 @@ from moekit.compile.schedule.directives import (
 __all__ = [
     "Abreast",
     "Dependent",
+    "Flags",
     "Launch",
     "Loop",
     "Pair",

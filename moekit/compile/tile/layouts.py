@@ -10,6 +10,7 @@ from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
 PAIR = 2  # packets that are written and read at once, of the 16 bytes that one access has at most
+WORDS = 4  # of 32 bits that it has where they are no packets
 
 
 def strided(
@@ -41,10 +42,13 @@ def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided]:
     return found
 
 
-def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
+def channels(
+    graph: Graph, sizes: Mapping[str, int] | None, flags: Collection[str] = ()
+) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
     """The layouts of what sums over ranks go by, if a call has no others: mailboxes as wide as a row, and each row's epoch.
 
-    Epochs are behind a pointer, or in an array where `sizes` says of how many rows.
+    Epochs are behind a pointer, or in an array where `sizes` says of how many rows. `flags`: the mesh axes over which a row has
+    one, and its elements none.
     """
     found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
     for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
@@ -54,26 +58,39 @@ def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strid
         width = max(width, known.width if isinstance(known, t.Mailbox) else 0)
         extent = None if sizes is None else graph.axes[rows] or sizes[rows]
         lying = t.Strided(("unit",)) if extent is None else t.Viewed(epochs, (extent,), (0,), (0,), (1,))
-        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs: lying}
+        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width, over in flags), epochs: lying}
     return found
 
 
-def pitch(width: int) -> int:
-    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut."""
-    return -(-width // PAIR) * PAIR
+def pitch(width: int, flags: bool = False) -> int:
+    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut. Where rows
+    have flags, words of 32 bits, whose last access has the flag."""
+    return (-(-width // WORDS) + 1) * WORDS if flags else -(-width // PAIR) * PAIR
 
 
 def carried(program: t.TileProgram, mail: t.Param) -> int:
-    """How many neighbours along the last axis of a row go in one access of a mailbox: what `PAIR` packets have room for.
+    """How many neighbours along the last axis of a row go in one access of a mailbox: what its 16 bytes have room for.
 
     One where a row is no longer than that, or has several axes, or is no block's last axis. That follows from the declaration
     and the row's dtype and extents, so that all ranks have as many, whatever their strides and schedules.
     """
     own = [a for a in mail.axes if a is not None]
-    extents, n = [program.axis(a).extent or 0 for a in own[1:]], PAIR * max(1, 4 // itemsize(mail.dtype))
-    if itemsize(mail.dtype) not in (2, 4) or not extents or program.ordered(own)[-1] != own[-1]:
+    if program.ordered(own)[-1] != own[-1]:
         return 1
-    return n if len(extents) == 1 and extents[0] > n else 1
+    return together(mail.dtype, [program.axis(a).extent or 0 for a in own[1:]], mail.mailbox.flags)
+
+
+def together(dtype: str, extents: Sequence[int], flags: bool) -> int:
+    """How many neighbours along the last of a row's axes of such extents go in one access, of packets or of plain words."""
+    if itemsize(dtype) not in (2, 4) or len(extents) != 1:
+        return 1
+    n = words_of(flags) * max(1, 4 // itemsize(dtype))
+    return n if extents[0] > n else 1
+
+
+def words_of(flags: bool) -> int:
+    """How many words of data one access has: of packets, or where they have no epochs."""
+    return WORDS if flags else PAIR
 
 
 def mail_name(axis: str) -> str:

@@ -3,6 +3,7 @@
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.engine import Engine, FullError, Result, Token
+from moekit.models.qwen3next.exchanged import channel_of
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.files import CheckpointError
 from moekit.models.qwen3next.generate import Generation, Progress, end_tokens, generate
@@ -41,6 +42,7 @@ __all__ = [
     "Token",
     "abstract_model",
     "cache_shapes",
+    "channel_of",
     "decode_step",
     "empty_cache",
     "end_tokens",

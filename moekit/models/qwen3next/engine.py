@@ -22,8 +22,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moekit.errors import ArgumentError, MoekitError, ShapeError
+from moekit.jax import Channel, Link
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
+from moekit.models.qwen3next.exchanged import locked, of_prompts
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.memory import check_rows_fit
@@ -76,8 +78,10 @@ class Engine:
     piece: the most tokens of a prompt read between two steps; shorter ones are padded to one of three sizes, so that few
     programs are compiled. ahead: steps dispatched before the first is waited for. waiting: the sequences that may wait for
     a slot. Each sequence gets the tokens that it would get alone. One thread at a time may call `step` or `results`; any
-    other may call `add` and `cancel` meanwhile, which never wait for a device. Raises FitError, before anything is placed,
-    where the devices have no room for the rows and what the steps need beside them.
+    other may call `add` and `cancel` meanwhile, which never wait for a device. channel: of the model's mesh, with room for
+    `slots` rows, by which its ranks add up in a step without psum (`channel_of` makes one); a rank that does not come is an
+    error of the devices. Raises FitError, before anything is placed, where the devices have no room for the rows and what the
+    steps need beside them, and ArgumentError for a channel that does not serve them.
     """
 
     def __init__(
@@ -90,17 +94,20 @@ class Engine:
         ahead: int = 2,
         waiting: int = 1024,
         kernels: str | Kernels = "pallas",
+        channel: Channel | None = None,
     ):
-        self.model, self.kernels = model, resolve(kernels)
+        self.model, self.kernels, self.channel = model, resolve(kernels), channel
         self.length, self.ahead = positive("length", length), positive("ahead", ahead)
         self.waiting = positive("waiting", waiting, least=0)
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
         slots = positive("slots", slots)
+        if channel is not None:
+            _check_channel(channel, model, slots)
         check_rows_fit(model.config, model.mesh, model.dtype, slots, self.length, self.pieces[-1])
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
-        self._flights: deque[tuple[jax.Array, list[tuple[int, _Sequence]]]] = deque()
+        self._flights: deque[tuple[jax.Array, Any, list[tuple[int, _Sequence]]]] = deque()
         self._rows: _Rows | None = _Rows.empty(model, slots, self.length, self.kernels)
         self._lock = threading.Lock()  # sequences are added and fail as a whole
         self._count = 0
@@ -173,14 +180,18 @@ class Engine:
         for sampling in (GREEDY, Sampling(temperature=1.0)):
             for size in self.pieces:
                 row = empty_cache(self.model, 1, self.length, self.kernels)
-                logits, row = self._extend(row, np.zeros(size, np.int32), size if size <= self.length else 1)
-            self._join(logits, row, 0, sampling)
-            self._advance(np.zeros(len(self._slots), bool), sampling.temperature > 0)
+                with locked(self.channel):
+                    logits, row = self._extend(row, np.zeros(size, np.int32), size if size <= self.length else 1)
+            with locked(self.channel):
+                self._join(logits, row, 0, sampling)
+                self._advance(np.zeros(len(self._slots), bool), sampling.temperature > 0)
         jax.block_until_ready(self._rows)
 
     def _held(self) -> _Rows:
         """What the slots have; made anew after an error of the devices."""
         if self._rows is None:
+            if self.channel is not None:
+                self.channel.reset()  # its link went with a step that failed, maybe on some ranks alone
             self._rows = _Rows.empty(self.model, len(self._slots), self.length, self.kernels)
         return self._rows
 
@@ -188,8 +199,9 @@ class Engine:
         """Work on all sequences; what is known since it last returned, whatever interrupted it meanwhile."""
         try:
             self._drop_cancelled()
-            self._read_a_piece()
-            self._dispatch()
+            with locked(self.channel):
+                self._read_a_piece()
+                self._dispatch()
             while self._flights and (len(self._flights) > self.ahead or not self._has_work()):
                 self._take()
         except Exception:
@@ -244,7 +256,8 @@ class Engine:
             slot = self._slots.index(None)
             first = self._join(logits, row, slot, sequence.sampling)
             self._reading, self._slots[slot] = None, sequence
-            self._sent(first, [(0, sequence)])
+            words = self.channel.words() if self.channel is not None and self.channel.many else None
+            self._sent(first, words, [(0, sequence)])
 
     def _dispatch(self) -> None:
         """One step of the slots that want a token."""
@@ -252,17 +265,20 @@ class Engine:
         if live:
             mask = np.zeros(len(self._slots), bool)
             mask[[slot for slot, _ in live]] = True
-            self._sent(self._advance(mask, any(s.sampling.temperature > 0 for _, s in live)), live)
+            tokens = self._advance(mask, any(s.sampling.temperature > 0 for _, s in live))
+            self._sent(tokens, self.channel and self.channel.words(), live)
 
-    def _sent(self, tokens: jax.Array, sequences: list[tuple[int, _Sequence]]) -> None:
+    def _sent(self, tokens: jax.Array, words: Any, sequences: list[tuple[int, _Sequence]]) -> None:
         for _, sequence in sequences:
             sequence.dispatched += 1
-        self._flights.append((tokens, sequences))
+        self._flights.append((tokens, words, sequences))
 
     def _take(self) -> None:
         """Wait for the earliest tokens under way. Those of a sequence that had ended by then are nobody's."""
-        tokens, sequences = self._flights[0]
+        tokens, words, sequences = self._flights[0]
         made = np.asarray(tokens)
+        if self.channel is not None and words is not None:
+            self.channel.hold(words)
         self._flights.popleft()  # not before they are here: the wait may be interrupted
         for at, sequence in sequences:
             if sequence.number in self._live:
@@ -288,7 +304,11 @@ class Engine:
         self._found.append((sequence, Token(sequence.number, token, why)))
 
     def _extend(self, row: Cache, tokens: np.ndarray, count: int) -> tuple[jax.Array, Cache]:
-        return extend(self.model, tokens[None], np.array([count], np.int32), row, kernels=self.kernels)
+        lengths, link = np.array([count], np.int32), of_prompts(self.channel)
+        logits, row, *after = extend(self.model, tokens[None], lengths, row, kernels=self.kernels, link=link)
+        if self.channel is not None and after:
+            self.channel.keep(after[0])
+        return logits, row
 
     def _join(self, logits: jax.Array | None, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
         drawn, how = sampling.temperature > 0, Draws.of([sampling])
@@ -296,7 +316,10 @@ class Engine:
         return first
 
     def _advance(self, live: np.ndarray, drawn: bool) -> jax.Array:
-        tokens, self._rows = _advance(self.model, self._held(), live, kernels=self.kernels, drawn=drawn)
+        rows, way = self._held(), self.channel and self.channel.link
+        tokens, self._rows, link = _advance(self.model, rows, live, way, kernels=self.kernels, drawn=drawn)
+        if self.channel is not None:
+            self.channel.keep(link)
         return tokens
 
 
@@ -331,21 +354,35 @@ def _join(
     return first, _Rows(cache, tokens, draws)
 
 
-@partial(jax.jit, static_argnames=("kernels", "drawn"), donate_argnames=("rows",))
-def _advance(model: Model, rows: _Rows, live: Any, *, kernels: Kernels, drawn: bool) -> tuple[jax.Array, _Rows]:
+@partial(jax.jit, static_argnames=("kernels", "drawn"), donate_argnames=("rows", "link"))
+def _advance(
+    model: Model, rows: _Rows, live: Any, link: Link | None, *, kernels: Kernels, drawn: bool
+) -> tuple[jax.Array, _Rows, Link | None]:
     """The next token of each live slot, [B] int32; the others compute with token 0 at place 0, which nobody reads.
 
-    drawn: False where all take the likeliest.
+    drawn: False where all take the likeliest. The link is a channel's, and the one after comes third.
     """
     held = rows.cache
     cache = Cache(held.deltas, held.attentions, jnp.where(live, held.lengths, 0))
     tokens = jnp.where(live, rows.tokens, 0)
     if drawn:
-        logits, cache = decode_step(model, tokens, cache, kernels=kernels)
+        logits, cache, *after = decode_step(model, tokens, cache, kernels=kernels, link=link)
         tokens = draw(_everywhere(model, logits), rows.draws)
     else:
-        tokens, cache = greedy_step(model, tokens, cache, kernels=kernels)
-    return tokens, _Rows(cache, tokens, rows.draws.after())
+        tokens, cache, *after = greedy_step(model, tokens, cache, kernels=kernels, link=link)
+    return tokens, _Rows(cache, tokens, rows.draws.after()), after[0] if after else None
+
+
+def _check_channel(channel: Channel, model: Model, slots: int) -> None:
+    """Refuse a channel by which the rows of a step cannot go."""
+    if channel.mesh != model.mesh:
+        raise ArgumentError("engine: the channel is of another mesh than the model; make one of model.mesh")
+    width, most = model.config.hidden_size, min(channel.rows, channel.link.resident)
+    if slots > most or width > channel.width:
+        raise ArgumentError(
+            f"engine: {slots} slots of {width} elements where the channel serves {most} rows of {channel.width}; "
+            "make a channel with room for them or an engine of fewer slots"
+        )
 
 
 def _everywhere(model: Model, logits: jax.Array) -> jax.Array:

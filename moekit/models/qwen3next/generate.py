@@ -15,6 +15,7 @@ from moekit.errors import DtypeError, NonFiniteError, ShapeError
 from moekit.jax import Channel
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.config import Config, ConfigError
+from moekit.models.qwen3next.exchanged import locked, of_prompts
 from moekit.models.qwen3next.files import brief, read_json, shown
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
@@ -85,16 +86,18 @@ def generate(
     kernels = resolve(kernels)
     run = _Run(len(prompts), max_new_tokens, stops, progress)
     calls = _calls(model, prompts, max_new_tokens, kernels, channel)
-    for stage in ("prefill", "decode"):  # each compiles, so each is awaited before the next is dispatched
-        if not run.finished:
-            run.take(stage, next(calls))
-    waiting = None if run.finished else next(calls)
-    while waiting is not None:
-        following = next(calls, None)  # runs on the devices while the host waits for the one before
-        run.take("decode", waiting)
-        waiting = None if run.finished else following
-    if channel is not None:
-        channel.check()
+    try:
+        for stage in ("prefill", "decode"):  # each compiles, so each is awaited before the next is dispatched
+            if not run.finished:
+                run.take(stage, next(calls))
+        waiting = None if run.finished else next(calls)
+        while waiting is not None:
+            following = next(calls, None)  # runs on the devices while the host waits for the one before
+            run.take("decode", waiting)
+            waiting = None if run.finished else following
+    finally:
+        if channel is not None:  # a rank that did not come leaves what may be no number, too
+            channel.check()
     return run.result()
 
 
@@ -103,8 +106,12 @@ def _calls(
 ) -> Iterator[jax.Array]:
     """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
     tokens, lengths, room = padded(prompts, total)
-    logits, memory = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
-    current = most_likely(model, logits)
+    with locked(channel):
+        link = of_prompts(channel)
+        logits, memory, *after = prefill(model, tokens, lengths, cache_length=room, kernels=kernels, link=link)
+        if channel is not None and after:
+            channel.keep(after[0])
+        current = most_likely(model, logits)
     del logits
     yield current
     for _ in range(total - 1):

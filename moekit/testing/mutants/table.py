@@ -203,7 +203,7 @@ LOWERING = (
          'found.append(entry.each(block))',
          'found.append(replace(entry.each(block), start=entry.start * max((n for _, n in entry.terms), default=1)))', "a slice's start is multiplied by its step"),
     _one('second-block-lost', "compile/tile/program.py",
-         'return tuple(a if a.extent is None else a.beside or a.blocks for a in map(self.axis, self.grid))',
+         'return tuple(a.beside or (a if a.extent is None else a.blocks) for a in map(self.axis, self.grid))',
          'return tuple(a if a.extent is None else 1 if a.extent < 2 * a.block else a.beside or a.blocks for a in map(self.axis, self.grid))', 'an axis of less than two blocks has no program for the second'),
     _one('loops-shared-across', "compile/passes/reductions.py", '    return low.looped & set(a.axes) == low.looped & set(b.axes)', '    return True', 'reductions in other loops share one'),
     _one('scratch-confused', 'compile/schedule/cuts.py', 's = scratch[i]', 's = next(iter(scratch.values()))', "every sum of parts reads the first one's parts"),

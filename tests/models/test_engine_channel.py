@@ -1,0 +1,133 @@
+"""Engines and `generate` with a channel: who may have one, and what becomes of sequences whose ranks do not come.
+
+On a CPU no packet goes, so the ranks gather; what is held here is how links and words of errors are handed on.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from moekit.errors import ArgumentError, RankError
+from moekit.jax import Channel
+from moekit.models.qwen3next import Engine, Result, Sampling, generate, prefill
+from moekit.models.qwen3next import engine as module
+
+CASE, TP, LENGTH, MOST = "two-layers", 2, 64, 6
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Channels of virtual devices that were not proved."""
+    monkeypatch.setattr("moekit.jax.channel.refusal", lambda mesh: None)
+    monkeypatch.setattr(Channel, "_prove", lambda self: None)
+    return lambda mesh, **room: Channel(mesh, **{"rows": 2, "width": 128, "looks": 9, **room})
+
+
+@pytest.fixture
+def made(zoo, opened):
+    """An engine of two slots and its channel."""
+    model = zoo.model(CASE, tp=TP)
+    channel = opened(model.mesh)
+    return Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel), channel
+
+
+def missed(channel: Channel, rank: int, epoch: int) -> None:
+    """What a wait of `rank` for rank 0 leaves behind."""
+    words = np.zeros((TP, channel.mail.size // TP), np.int32)
+    words[rank, -4:-2] = epoch, 1
+    channel.mail = jax.device_put(words.reshape(-1), channel.spread)
+
+
+def test_each_sequence_gets_its_tokens(zoo, made):
+    """By likeliest tokens and by drawn ones; every step takes the link that the one before gave back."""
+    engine, channel = made
+    alone = generate(zoo.model(CASE, tp=TP), PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
+    numbers = [engine.add(prompt, max_new_tokens=MOST) for prompt in PROMPTS]
+    before = channel.link.epochs
+    assert engine.results() == {n: Result(row, "length") for n, row in zip(numbers, alone, strict=True)}
+    assert before.is_deleted()  # it was donated, so no step can take it a second time
+    drawn = engine.add(PROMPTS[0], max_new_tokens=MOST, sampling=Sampling(temperature=1.0, seed=3))
+    other = Engine(zoo.model(CASE, tp=TP), slots=2, length=LENGTH, piece=16, kernels="xla")
+    same = other.add(PROMPTS[0], max_new_tokens=MOST, sampling=Sampling(temperature=1.0, seed=3))
+    assert engine.results()[drawn] == other.results()[same]
+
+
+def test_a_rank_that_does_not_come_ends_all_and_the_engine_goes_on(zoo, made):
+    """No token of that step is told; the channel has other mailboxes, and what is added then gets its tokens."""
+    engine, channel = made
+    (alone,) = generate(zoo.model(CASE, tp=TP), PROMPTS[:1], max_new_tokens=MOST, kernels="xla").tokens
+    numbers, told = [engine.add(prompt, max_new_tokens=MOST) for prompt in PROMPTS], []
+    told += engine.step() + engine.step()
+    missed(channel, 1, 17)
+    mail = channel.mail
+    with pytest.raises(RankError, match="rank 0 did not come: rank 1 waited for packet 17"):
+        engine.results()
+    assert {event.sequence: event.end for event in engine.step()} == dict.fromkeys(numbers, "failed")
+    assert channel.mail is not mail
+    again = engine.add(PROMPTS[0], max_new_tokens=MOST)
+    assert engine.results() == {again: Result(alone, "length")}
+    assert {event.token for event in told if event.sequence == numbers[0]} <= {*alone}
+
+
+def test_a_step_that_fails_takes_its_link_along(zoo, made, monkeypatch):
+    """The channel is made anew before the next one."""
+    engine, channel = made
+    (alone,) = generate(zoo.model(CASE, tp=TP), PROMPTS[:1], max_new_tokens=MOST, kernels="xla").tokens
+    real = module._advance
+
+    def breaking(*arguments, **options):
+        jax.tree.map(lambda array: array.delete(), channel.link)
+        raise jax.errors.JaxRuntimeError("INTERNAL: a device is gone")
+
+    monkeypatch.setattr(module, "_advance", breaking)
+    engine.add(PROMPTS[0], max_new_tokens=MOST)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a device is gone"):
+        engine.results()
+    monkeypatch.setattr(module, "_advance", real)
+    engine.step()
+    again = engine.add(PROMPTS[0], max_new_tokens=MOST)
+    assert engine.results() == {again: Result(alone, "length")}
+
+
+def test_a_generation_says_who_did_not_come(zoo, opened):
+    """Rather than that its logits are no numbers, which may follow from it."""
+    model = zoo.model(CASE, tp=TP)
+    channel = opened(model.mesh, rows=3)
+    whole = generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
+    assert generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel).tokens == whole
+    missed(channel, 0, 3)
+    with pytest.raises(RankError, match="rank 0 waited for packet 3 of a row in vain"):
+        generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel)
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+def test_prompts_by_a_link(zoo, opened, rows):
+    """With room for all their tokens and without: the same tokens as by psum, whole and in pieces, from logits as near as that;
+    the link is donated."""
+    model = zoo.model(CASE, tp=TP)
+    channel = opened(model.mesh, rows=rows, width=256, many=4)
+    tokens, lengths = np.array([PROMPTS[0] + [0] * 3, PROMPTS[2] + [0]], np.int32), np.array([5, 7], np.int32)
+    logits, cache = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla")
+    same, linked, after = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla", link=channel.link)
+    assert channel.link.epochs.is_deleted()
+    channel.keep(after)
+    for a, b in zip(jax.tree.leaves((logits, cache)), jax.tree.leaves((same, linked)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    whole = generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
+    assert generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel).tokens == whole
+    engine = Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel)
+    numbers = [engine.add(prompt, max_new_tokens=MOST) for prompt in PROMPTS]
+    assert engine.results() == {n: Result(row, "length") for n, row in zip(numbers, whole, strict=True)}
+
+
+def test_channels_that_do_not_serve_are_refused(zoo, opened):
+    """Before a row is placed."""
+    model, of = zoo.model(CASE, tp=TP), {"slots": 2, "length": LENGTH, "kernels": "xla"}
+    wide = model.config.hidden_size
+    asked, least = f"2 slots of {wide} elements where the channel serves", wide - 1
+    for room, serves in (({"rows": 1}, "1 rows of 128"), ({"width": least}, f"2 rows of {least}")):
+        with pytest.raises(ArgumentError, match=f"{asked} {serves}"):
+            Engine(model, channel=opened(model.mesh, **room), **of)
+    with pytest.raises(ArgumentError, match=r"the channel is of another mesh than the model; make one of model\.mesh"):
+        Engine(model, channel=opened(zoo.model(CASE, tp=4).mesh), **of)
