@@ -181,9 +181,7 @@ def _pick(e: _Evaluation, _: int, n: Node):
 def _all_reduce(e: _Evaluation, _: int, n: Node):
     """The parts of all ranks, added up in float32 in the order of ranks: a gather in place of a sum that has its own order."""
     (part,) = n.args
-    parts = [peer.values[part] for peer in e.all] or e.lib.parts(
-        e.graph.name, e.values[part], n.attr("over"), n.attr("ranks")
-    )
+    parts = [peer.values[part] for peer in e.all] or e.lib.parts(e.graph.name, e.values[part], n.attr("over"), n.attr("ranks"))
     total, *others = (e.lib.cast(x, "float32", True) for x in parts)
     for x in others:
         total = e.lib.elementwise["add"](total, x)

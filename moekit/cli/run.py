@@ -79,9 +79,7 @@ def run(
 ) -> Generation:
     """Decode with one kind of kernels, up to a token of `ends`."""
     channel, _ = channel_of(model.mesh, len(prompts), model.config.hidden_size, kernels)
-    return generate(
-        model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel
-    )
+    return generate(model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel)
 
 
 @cache
