@@ -53,7 +53,9 @@ OPTIONS = (
     Option("tp", 1, "devices"),
     Option("vocab", "32768", "a number, or full: 151936"),
     DTYPE,
-    Option("weights", "", "float8_e4m3fn: of experts and projections, a scale for 128 × 128", ("", "float8_e4m3fn")),
+    Option(
+        "weights", "", "float8_e4m3fn: of experts and projections, a scale for 128 × 128", ("", "float8_e4m3fn")
+    ),
     Option("small", False, "narrow layers, which a CPU can do"),
 )
 SMOKE = "--small --layers 1 --vocab 512 --dtype float32 --kinds xla"

@@ -250,7 +250,7 @@ def main():
     args = parser.parse_args()
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: args.tp]), ("tp",))
     model = load(args.checkpoint, mesh, room=Room(args.slots + 1, args.length, piece=256))
-    kernels = "pallas" if jax.default_backend() == "gpu" else "xla"
+    kernels = None if jax.default_backend() == "gpu" else "xla"
     engine = Engine(model, slots=args.slots, length=args.length, kernels=kernels)
     engine.warmup()
     server = Server(args.checkpoint.resolve().name, Text(args.checkpoint), engine, sampling_of(args.checkpoint))

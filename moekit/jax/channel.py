@@ -20,6 +20,7 @@ from moekit.compile.tile.layouts import pitch
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
+from moekit.jax.doors import best
 from moekit.jax.face import exchange, op
 from moekit.jax.link import Link
 from moekit.lang.mesh import MOST_RANKS
@@ -119,7 +120,7 @@ def proof(mesh: Mesh, link: Link, width: int) -> Any:
 
     def sent(link: Link) -> tuple[jax.Array, Link]:
         x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
-        return exchange(op(added), link, x, implementation="pallas", tp=link.ranks)
+        return exchange(op(added), link, x, implementation=best(), tp=link.ranks)
 
     outs = PartitionSpec(AXIS), link.specs
     run = jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False)

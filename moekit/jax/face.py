@@ -309,14 +309,16 @@ def _refuse_link(call: Call, link: Link) -> None:
 
 
 def exchange(
-    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs
-) -> tuple[Any, Link]:
+    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, door: str | None = None,
+    **kwargs,
+) -> tuple[Any, Link]:  # fmt: skip
     """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
     for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
 
     `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
-    (more rows than there is room for, say), on all ranks alike, and "pallas" and "triton" raise UnavailableError with the reason;
-    "xla" and "psum" leave the link as it is. Raises ShapeError for a link of all ranks, and where the call says nothing of them.
+    (more rows than there is room for, say), on all ranks alike, and named kernels raise UnavailableError with the reason; "xla"
+    and "psum" leave the link as it is. `door`: which kernels None takes on GPUs, if not the first there are. Raises ShapeError
+    for a link of all ranks, and where the call says nothing of them.
     """
     operands, params = bind_arguments(face.fusion, args, kwargs)
     call = Call(face.fusion, operands, params, None, schedule, link)
@@ -324,7 +326,7 @@ def exchange(
     why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
     if implementation in DOORS and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
-    door = best() if implementation is None and jax.default_backend() == "gpu" else implementation
+    door = door or best() if implementation is None and jax.default_backend() == "gpu" else implementation
     if not why and door in DOORS:
         outs = call.kernels(door)
     else:

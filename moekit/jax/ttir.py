@@ -90,9 +90,14 @@ def written(plan: Plan, lying: Lying) -> list[str]:
 
 
 def launch(
-    plan: Plan, lying: Lying, lengths: Mapping[str, tuple[int, ...]], bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple],
-    sizes: Mapping[str, int], varying: Mapping[str, ManualAxisType],
-) -> dict[str, jax.Array]:  # fmt: skip
+    plan: Plan,
+    lying: Lying,
+    lengths: Mapping[str, tuple[int, ...]],
+    bases: Mapping[str, jax.Array],
+    shapes: Mapping[str, tuple],
+    sizes: Mapping[str, int],
+    varying: Mapping[str, ManualAxisType],
+) -> dict[str, jax.Array]:
     """As `launch.launch`, of kernels behind pointers: `lying` says where each tensor, of shape `lengths[name]`, lies in them.
 
     On a CUDA device the kernels are compiled by XLA, elsewhere moekit's interpreter executes the same programs.
@@ -124,7 +129,7 @@ def _run(plan: Plan, lying: tuple, names: tuple, kinds: dict, sizes: dict, varyi
     return [memory[b] for b in written(plan, dict(lying))]
 
 
-# One launch: `count` programs of a kernel, which takes the arrays that it reads. Triton's front end is asked when it is lowered.
+# One launch: `count` programs of a kernel, which takes the arrays that it reads. Triton makes its text when it is lowered.
 triton_call = Primitive("triton_call")
 triton_call.multiple_results = True
 

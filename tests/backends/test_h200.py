@@ -22,7 +22,6 @@ from moekit.jax import (
     topk_softmax,
     view,
 )
-
 from moekit.jax.doors import DOORS
 
 from .samples import DECLARATIONS, SAMPLES

@@ -89,7 +89,7 @@ class Engine:
         piece: int = 256,
         ahead: int = 2,
         waiting: int = 1024,
-        kernels: str | Kernels = "pallas",
+        kernels: str | Kernels | None = None,
     ):
         self.model, self.kernels = model, resolve(kernels)
         self.length, self.ahead = positive("length", length), positive("ahead", ahead)

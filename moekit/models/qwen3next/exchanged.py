@@ -16,16 +16,17 @@ class Exchanged:
     """The norm of a model's layers, called with one rank's part of what is added to the residual stream.
 
     The first call of a step has no part, but what every rank has: its embeddings. `link` is the one after the last call.
+    `door`: by what kernels get into the program (moekit/jax/doors.py).
     """
 
-    def __init__(self, norm: Callable[..., Any], link: Link, eps: float):
-        self.norm, self.link, self.eps, self.begun = norm, link, eps, False
+    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, door: str):
+        self.norm, self.link, self.eps, self.door, self.begun = norm, link, eps, door, False
 
     def __call__(self, hidden: jax.Array, residual: jax.Array, weight: Any) -> tuple[jax.Array, jax.Array]:
         if not self.begun:
             self.begun = True
             return self.norm(hidden, residual, weight)
-        given = {"eps": self.eps, "offset": 1.0, "tp": self.link.ranks}
+        given = {"eps": self.eps, "offset": 1.0, "tp": self.link.ranks, "door": self.door}
         (normed, residual), self.link = exchange(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given)
         return normed, residual
 

@@ -20,7 +20,7 @@ from moekit.models.qwen3next.model import Model, logit_spec, sharded, through_la
 from moekit.models.qwen3next.numerics import linear
 
 
-def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels = "pallas") -> Cache:
+def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels | None = None) -> Cache:
     """The cache of `batch` sequences that have no token yet, with room for `length` of each."""
     shapes = cache_shapes(model.config, model.mesh, batch, length, model.dtype, resolve(kernels).fused)
     alone = NamedSharding(model.mesh, P())  # as jax has what one rank computes: another would compile every program twice
@@ -30,7 +30,7 @@ def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels = 
 @checks.checked(checks.check_extend)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
 def extend(
-    model: Model, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas"
+    model: Model, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, kernels: str | Kernels | None = None
 ) -> tuple[jax.Array, Cache]:
     """Read more of each sequence: tokens [B, S] int32, padded at the end, of which lengths [B] are real, at least 1.
 
