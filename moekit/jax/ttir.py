@@ -65,7 +65,7 @@ def ttir(made: Entry, warps: int, stages: int) -> str:
     aligned = {(i,): [["tt.divisibility", ALIGNED]] for i in range(len(signature))}
     source, target = ASTSource(function, signature, {}, aligned), GPUTarget("cuda", CAPABILITY, 32)
     backend, context, stages_of = make_backend(target), ir.context(), {}
-    options = backend.parse_options({"num_warps": warps, "num_stages": stages})
+    options = backend.parse_options({"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
     ir.load_dialects(context)
     backend.load_dialects(context)
     generators = backend.get_codegen_implementation(options), backend.get_module_map()
