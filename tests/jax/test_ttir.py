@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moekit.jax import add_rms_norm, silu_and_mul, ttir, view
+from moekit.fusions import FUSIONS
+from moekit.jax import add_rms_norm, doors, op, silu_and_mul, ttir, view
 from moekit.jax.program import launched
+from moekit.testing import operands
+from tests.backends.samples import SAMPLES
 
 pytest.importorskip("triton")
 
@@ -105,6 +108,24 @@ def test_a_view_is_a_constant_of_the_entry():
     assert made.read == ("x", "residual", "residual_at_0")
     assert "residual_out_ref + 40 + tl.load(residual_at_0_ref).to(tl.int64) * 256," in text
     assert "residual_out_ref + 720," in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSIONS)
+def test_bits_are_pallas_s(name):
+    """Both doors have the same programs and compiler: ids and what is rounded before it is added up must be equal, the rest
+    within what two orders of a sum may differ by."""
+    sample, fusion = SAMPLES[name], FUSIONS[name]
+    values = operands(fusion, dict(sample.bound()[1].sizes), "bfloat16", "normal", 3)
+    by = {}
+    for door in doors.DOORS:
+        outs = jax.jit(lambda *xs, d=door: op(fusion)(*xs, **sample.params, implementation=d))(*values.values())
+        by[door] = [np.asarray(x) for x in (outs if isinstance(outs, tuple) else (outs,))]
+    for mine, theirs in zip(by["triton"], by["pallas"], strict=True):
+        if mine.dtype.kind in "iub":
+            np.testing.assert_array_equal(mine, theirs)
+        else:
+            np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), rtol=2e-2, atol=2e-2)
 
 
 def test_it_is_interpreted_on_a_cpu_as_pallas_is():
