@@ -37,6 +37,14 @@ for door in doors.DOORS:
     except UnavailableError as error:
         print(error)
 """
+LOWERED = """
+import jax
+import jax.numpy as jnp
+from moekit.jax import silu_and_mul
+x = jax.ShapeDtypeStruct((4, 128), jnp.bfloat16)
+call = jax.jit(lambda x: silu_and_mul(x, implementation="triton")).trace(x)
+print(call.lower(lowering_platforms=("cuda",)).as_text())
+"""
 
 
 @pytest.fixture
@@ -63,6 +71,12 @@ def test_a_step_has_its_kernels_without_pallas(without):
     assert called["add_rms_norm"] == 2 * layers + 1
     assert set(called) == {"add_rms_norm", "causal_conv1d_step", "delta_rule_step", "expert_down_shared", "expert_gate_up",
                            "gate_topk", "gated_attention_decode", "gated_rms_norm", "qkv_norm_rope"}  # fmt: skip
+
+
+def test_torch_is_not_needed(without):
+    text = without([PALLAS, "torch"], "-c", LOWERED)
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert "tt.func public @silu_and_mul(" in text
 
 
 def test_faces_without_pallas(without):
