@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moekit.models.qwen3next import Engine, Sampling, load, write_random_checkpoint
 
-kernels = "pallas" if jax.default_backend() == "gpu" else "xla"
+kernels = None if jax.default_backend() == "gpu" else "xla"
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else write_random_checkpoint(Path(tempfile.mkdtemp()) / "tiny"))
 model = load(folder, Mesh(np.array(jax.devices()[:1]), ("tp",)))
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moekit.models.qwen3next import Room, decode_step, extend, greedy_step, load, most_likely, prefill, write_random_checkpoint
 
-kernels = "pallas" if jax.default_backend() == "gpu" else "xla"
+kernels = None if jax.default_backend() == "gpu" else "xla"
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else write_random_checkpoint(Path(tempfile.mkdtemp()) / "tiny"))
 ranks = min(2, len(jax.devices()))
 mesh = Mesh(np.array(jax.devices()[:ranks]), ("tp",))

@@ -251,7 +251,7 @@ def main():
     args = parser.parse_args()
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: args.tp]), ("tp",))
     model = load(args.checkpoint, mesh, room=Room(args.slots + 1, args.length, piece=256))
-    kernels = "pallas" if jax.default_backend() == "gpu" else "xla"
+    kernels = None if jax.default_backend() == "gpu" else "xla"
     channel, how = channel_of(mesh, args.slots, model.config.hidden_size, kernels)
     print(f"what adds up over ranks in a step: {how}", file=sys.stderr)
     engine = Engine(model, slots=args.slots, length=args.length, kernels=kernels, channel=channel)

@@ -52,13 +52,14 @@ def test_a_difference_is_minded_where_it_says_and_is_still_wanted(row):
     oldest, newest = map(release, TESTED[row.package])
     assert release(row.since) <= newest
     assert row.until is None or oldest <= release(row.until) < newest
+    assert row.unwanted == "open" or oldest < release(row.unwanted) <= newest
 
 
 def test_the_page_shows_both_tables():
     """As they are in moekit/compat.py, in its order."""
     rows = [tuple(cell.strip() for cell in line.strip("|\n").split("|")) for line in PAGE.splitlines() if line.startswith("| ")]
     tested = [(p, *ends) for p, ends in TESTED.items()]
-    differ = [(d.package, d.since, d.until or "", d.what, f"`{d.where}`") for d in DIFFERENCES]
+    differ = [(d.package, d.since, d.until or "", d.unwanted, d.what, f"`{d.where}`") for d in DIFFERENCES]
     assert [row for row in rows if row[0] in TESTED] == tested + differ
 
 

@@ -83,8 +83,13 @@ HELPERS = packet_helpers.PALLAS | {
 
 def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
     """The arrays a kernel reads and the arrays it writes, each once; one in both lists is aliased."""
+    return touched(program.params)
+
+
+def touched(params: Iterable[t.Param]) -> tuple[list[str], list[str]]:
+    """The arrays that tensors lie in: those that are read, and those that are written."""
     read, written = [], []
-    for p in program.params:
+    for p in params:
         if isinstance(p.layout, t.Mailbox):
             read.append(p.layout.buffer)
             continue

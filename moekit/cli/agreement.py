@@ -35,24 +35,24 @@ class Difference:
 class Closeness:
     """Root mean square errors of the logits against a float32 run, of both kinds fed the same tokens.
 
-    pallas, xla: of all rows, and of the worst row. rows: how many were compared. ulp: what rounding the last hidden state
+    fused, xla: of all rows, and of the worst row. rows: how many were compared. ulp: what rounding the last hidden state
     once brings, which is allowed in any case.
     """
 
-    pallas: tuple[float, float]
+    fused: tuple[float, float]
     xla: tuple[float, float]
     rows: int
     ulp: float
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What Pallas's errors may be."""
+        """What the fused kernels' errors may be."""
         return max(WHOLE * self.xla[0], self.ulp), max(ROW * self.xla[1], self.ulp)
 
     @property
     def within(self) -> bool:
         """Whether they are; NaN is not."""
-        return all(error <= bound for error, bound in zip(self.pallas, self.bounds, strict=True))
+        return all(error <= bound for error, bound in zip(self.fused, self.bounds, strict=True))
 
 
 def difference(a: Generation, b: Generation) -> Difference | None:
@@ -69,33 +69,34 @@ def closeness(
     model: Model,
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
+    kind: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Closeness:
-    """Feed each prompt and its new tokens to Pallas's kernels, XLA's and a float32 run, and compare the logits before each."""
+    """Feed each prompt and its new tokens to kernels of a kind, XLA's and a float32 run, and compare the logits before each."""
     total = max(map(len, tokens))
     ids, lengths, room = padded(prompts, total)
     fed = np.zeros((len(tokens), total), np.int32)
     live = np.arange(total) < np.array([len(row) for row in tokens])[:, None]
     fed[live] = [token for row in tokens for token in row]
-    sides = {"pallas": (model, prefill, decode_step), "xla": (model, prefill, decode_step)}
+    sides = {"fused": (model, prefill, decode_step), "xla": (model, prefill, decode_step)}
     sides["wide"] = (model, _wide_prefill, _wide_step)
     memories: dict[str, Cache] = {}
     found = []
     for at in range(total):
         logits = {}
         for side, (own, fill, step) in sides.items():
-            kernels = resolve("pallas" if side == "pallas" else "xla")
+            kernels = resolve(kind if side == "fused" else "xla")
             made = (
                 step(own, fed[:, at - 1], memories[side], kernels=kernels)
                 if at
                 else fill(own, ids, lengths, cache_length=room, kernels=kernels)
             )
             logits[side], memories[side] = jax.block_until_ready(made)  # virtual devices meet in one program at a time
-        found.append([np.asarray(error) for error in _errors(logits["pallas"], logits["xla"], logits["wide"])])
+        found.append([np.asarray(error) for error in _errors(logits["fused"], logits["xla"], logits["wide"])])
         progress(at + 1, total)
-    pallas, xla, size = np.array(found).transpose(1, 2, 0)[:, live]
-    of_pallas, of_xla = ((float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (pallas, xla))
-    return Closeness(of_pallas, of_xla, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
+    fused, xla, size = np.array(found).transpose(1, 2, 0)[:, live]
+    of_fused, of_xla = ((float(np.sqrt(np.mean(e**2))), float(e.max())) for e in (fused, xla))
+    return Closeness(of_fused, of_xla, int(live.sum()), float(jnp.finfo(model.dtype).eps * np.sqrt(np.mean(size**2))))
 
 
 def _widened(model: Model) -> Model:
@@ -113,6 +114,6 @@ def _wide_step(model: Model, tokens: jax.Array, cache: Cache, *, kernels: Kernel
 
 
 @jax.jit
-def _errors(pallas: jax.Array, xla: jax.Array, wide: jax.Array) -> list[jax.Array]:
+def _errors(fused: jax.Array, xla: jax.Array, wide: jax.Array) -> list[jax.Array]:
     """Root mean squares of each row: of both kinds' errors, and of the float32 logits."""
-    return [jnp.sqrt(jnp.mean(each**2, axis=-1)) for each in (pallas - wide, xla - wide, wide)]
+    return [jnp.sqrt(jnp.mean(each**2, axis=-1)) for each in (fused - wide, xla - wide, wide)]

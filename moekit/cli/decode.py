@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH, PROMPT_LENGTH, NEW_TOKENS = 2, 8, 16
 DEMO = 7  # the seed of questions of long words
-OTHER = {"pallas": "xla", "xla": "pallas"}
+KINDS = ("pallas", "triton", "xla")
 
 
 def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[list[int]]:
@@ -60,10 +60,8 @@ def parse_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @kept_weights
 @click.option(
     "--kernels",
-    type=click.Choice(list(OTHER)),
-    default="pallas",
-    show_default=True,
-    help="Whose tokens and fusions to show; both are timed.",
+    type=click.Choice(KINDS),
+    help="Whose tokens and fusions to show; xla's are timed, too (default: pallas, or triton where jax has no Pallas-Triton).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @several_processes
@@ -77,13 +75,13 @@ def decode(
     ep: int,
     dtype: str | None,
     weights: str | None,
-    kernels: str,
+    kernels: str | None,
     as_json: bool,
 ) -> None:
     """Decode greedily with a Qwen3-Next checkpoint, tensor parallel.
 
-    Runs twice, with Pallas kernels and with XLA's, and compares them: exit code 1 if they disagree. In float32 the tokens must
-    be equal; in a narrower dtype the logits of the same tokens must lie as near to a float32 run's. A sequence ends at the
+    Runs twice, with moekit's kernels and with XLA's, and compares them: exit code 1 if they disagree. In float32 the tokens
+    must be equal; in a narrower dtype the logits of the same tokens must lie as near to a float32 run's. A sequence ends at the
     checkpoint's end tokens. Without a checkpoint and prompts, the shipped model is asked four questions.
     Without a GPU, 8 virtual CPU devices share the model and the kernels run in interpret mode.
     """
@@ -96,9 +94,14 @@ def decode(
             raise UnavailableError(f"decode needs {needed}; install moekit[jax]")
     prepare_jax()
     from moekit.cli import agreement, run
+    from moekit.jax import doors
     from moekit.models.qwen3next import SHIPPED, Config, channel_of, load
     from moekit.models.qwen3next.questions import TASKS, held_out
 
+    fused = kernels if kernels in doors.DOORS else doors.best()
+    if fused == kernels and (why := doors.refusal(fused)):
+        raise UnavailableError(f"--kernels {fused}: {why}")
+    kernels = kernels or fused
     directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
     config = replace(Config.from_json(directory), ep=ep)
     tp = checked_tp(config, tp)
@@ -112,18 +115,19 @@ def decode(
         room = run.room(prompts, new_tokens)
         model = load(directory, run.mesh_of(tp), dtype, weights=weights, ep=ep, room=room, progress=advance)
     runs: dict[str, Generation] = {}
-    for which in (kernels, OTHER[kernels]):
+    for which in dict.fromkeys((kernels, fused, "xla")):
         with bar(f"decoding with {which}") as advance:
             runs[which] = run.run(model, prompts, new_tokens, ends, which, lambda p, advance=advance: advance(p.step, p.total))
-    found = agreement.difference(runs["pallas"], runs["xla"])
+    found = agreement.difference(runs[fused], runs["xla"])
     close = None
     if str(model.dtype) != "float32":
         with bar("comparing logits") as advance:
-            close = agreement.closeness(model, prompts, runs[kernels].tokens, advance)
+            close = agreement.closeness(model, prompts, runs[kernels].tokens, fused, advance)
     agree = found is None if close is None else close.within
     report = {
         **_setting(directory, checkpoint is None, config, model),
         "kernels": kernels,
+        "fused": fused,
         "questions": _answered(questions, runs[kernels]),
         "prompts": [list(p) for p in prompts],
         "tokens": [list(t) for t in runs[kernels].tokens],
@@ -131,7 +135,7 @@ def decode(
         "served": run.served(model, len(prompts), kernels),
         "all_reduce": channel_of(model.mesh, len(prompts), config.hidden_size, kernels)[1],
         "ends": list(ends),
-        "agreement": {"agree": agree, **_agreement(found), **_logits(close)},
+        "agreement": {"agree": agree, **_agreement(found, fused), **_logits(close, fused)},
     }
     if as_json:
         print_json(report)
@@ -222,23 +226,23 @@ def _timing(generation: Generation) -> dict[str, float | int]:
     }
 
 
-def _agreement(found: Difference | None) -> dict[str, Any]:
+def _agreement(found: Difference | None, fused: str) -> dict[str, Any]:
     if found is None:
         return {"equal": True}
-    pallas, xla = found.tokens
+    mine, xla = found.tokens
     return {
         "equal": False,
         "sequence": found.sequence,
         "position": found.position,
-        "pallas": pallas,
+        fused: mine,
         "xla": xla,
     }
 
 
-def _logits(close: Closeness | None) -> dict[str, Any]:
+def _logits(close: Closeness | None, fused: str) -> dict[str, Any]:
     if close is None:
         return {}
-    sides = {"pallas": close.pallas, "xla": close.xla, "bound": close.bounds}
+    sides = {fused: close.fused, "xla": close.xla, "bound": close.bounds}
     return {"logits": {side: {"all": e[0], "worst": e[1]} for side, e in sides.items()} | {"rows": close.rows}}
 
 
@@ -260,7 +264,7 @@ def _show(report: dict[str, Any]) -> None:
     out.print(_timing_table(report["timing"]))
     out.print(_served_table(report["served"], report["kernels"]))
     out.print(f"sums over ranks: {report['all_reduce']}", soft_wrap=True, markup=False)
-    _show_agreement(report["agreement"], report["tokens"], report["dtype"])
+    _show_agreement(report["agreement"], report["fused"], report["tokens"], report["dtype"])
 
 
 def _question_table(questions: list[dict[str, str]]) -> Any:
@@ -293,22 +297,25 @@ def _served_table(served: dict[str, dict[str, Any]], kernels: str) -> Any:
     return made
 
 
-def _show_agreement(agreement: dict[str, Any], tokens: list[list[int]], dtype: str) -> None:
+def _show_agreement(agreement: dict[str, Any], fused: str, tokens: list[list[int]], dtype: str) -> None:
     out = console()
     out.print()
-    verdict = "[green]pallas and xla agree[/green]" if agreement["agree"] else "[red]pallas and xla disagree[/red]"
+    if fused == "xla":
+        out.print("xla alone, compared with nothing: no kernels are to be had here (see `moekit doctor`)", soft_wrap=True)
+        return
+    verdict = f"[green]{fused} and xla agree[/green]" if agreement["agree"] else f"[red]{fused} and xla disagree[/red]"
     if agreement["equal"]:
         said = f"all {sum(map(len, tokens))} new tokens are equal"
     else:
-        pallas, xla = ("none" if agreement[k] is None else agreement[k] for k in ("pallas", "xla"))
+        mine, xla = ("none" if agreement[k] is None else agreement[k] for k in (fused, "xla"))
         at = f"new token {agreement['position']} of sequence {agreement['sequence']}"
-        said = f"{at} is {pallas} with pallas and {xla} with xla"
+        said = f"{at} is {mine} with {fused} and {xla} with xla"
     if "logits" not in agreement:
         out.print(f"{verdict}: {said}", soft_wrap=True)
         return
     found = agreement["logits"]
-    sides = [tuple(found[side][rows] for side in ("pallas", "xla", "bound")) for rows in ("all", "worst")]
-    said_of = ("{:.2g} with pallas and {:.2g} with xla ({:.2g} allowed)", "in the worst row {:.2g} and {:.2g} ({:.2g})")
+    sides = [tuple(found[side][rows] for side in (fused, "xla", "bound")) for rows in ("all", "worst")]
+    said_of = (f"{{:.2g}} with {fused} and {{:.2g}} with xla ({{:.2g}} allowed)", "in the worst row {:.2g} and {:.2g} ({:.2g})")
     near = "; ".join(text.format(*side) for text, side in zip(said_of, sides, strict=True))
     out.print(f"{verdict}: fed the same tokens, their logits are off from a float32 run's by {near}", soft_wrap=True)
     why = "" if agreement["equal"] or not agreement["agree"] else f": in {dtype} two near-equal logits fall either way"

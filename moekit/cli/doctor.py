@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform as host
 import subprocess
@@ -126,7 +127,7 @@ def findings() -> list[Finding]:
         _eager(bool(gpus)),
         _triton(no_gpu),
         _xla(bool(gpus)),
-        _pallas(no_gpu),
+        *_doors(no_gpu),
     ]
 
 
@@ -155,19 +156,40 @@ def _xla(gpu: bool) -> Finding:
     return Finding("xla", "jax", "runs", f"array evaluation on {where}")
 
 
-def _pallas(no_gpu: str | None) -> Finding:
+def _doors(no_gpu: str | None) -> list[Finding]:
+    """By what kernels get into a JAX program: the second door is taken where the first is not there."""
     if not platform.installed("jax"):
-        return Finding("pallas", "jax", "no", "jax is not installed; install moekit[jax]")
+        return [Finding(name, "jax", "no", "jax is not installed; install moekit[jax]") for name in ("pallas", "triton")]
+    refused = doors_refused()
     plugin = None if platform.jax_has_cuda() else "jax's CUDA plugin is not installed; install moekit[cuda]"
+    sees = not (no_gpu or plugin) and jax_sees_cuda()
+    when = "as there is no pallas" if refused["pallas"] else "where it is named"
+    by = {"pallas": "through Pallas's Triton lowering", "triton": f"by XLA's own Triton, {when}"}
+    return [_door(name, refused[name], no_gpu, plugin, sees, compiled) for name, compiled in by.items()]
+
+
+def _door(name: str, refused: str | None, no_gpu: str | None, plugin: str | None, sees: bool, compiled: str) -> Finding:
+    if refused:
+        return Finding(name, "jax", "no", refused)
     if no_gpu and plugin:
-        return Finding("pallas", "jax", "runs", f"interpreted on CPU only: {no_gpu}, and {plugin}")
+        return Finding(name, "jax", "runs", f"interpreted on CPU only: {no_gpu}, and {plugin}")
     if no_gpu:
-        return Finding("pallas", "jax", "runs", f"interpreted on CPU: {no_gpu}; compiles for an absent H200")
+        return Finding(name, "jax", "runs", f"interpreted on CPU: {no_gpu}; compiles for an absent H200")
     if plugin:
-        return Finding("pallas", "jax", "runs", f"interpreted on CPU only: {plugin}")
-    if not jax_sees_cuda():
-        return Finding("pallas", "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit")
-    return Finding("pallas", "jax", "runs", "compiled for the GPU through Pallas's Triton lowering")
+        return Finding(name, "jax", "runs", f"interpreted on CPU only: {plugin}")
+    if not sees:
+        return Finding(name, "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit")
+    return Finding(name, "jax", "runs", f"compiled for the GPU {compiled}")
+
+
+def doors_refused() -> dict[str, str | None]:
+    """Why kernels cannot go by each of jax's doors, None where they can; asked in a process of its own."""
+    program = "import json; from moekit.jax import doors; print(json.dumps({d: doors.refusal(d) for d in doors.DOORS}))"
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        why = f"jax does not work here: {(asked.stderr.strip() or 'no reason given').splitlines()[-1]}"
+        return dict.fromkeys(("pallas", "triton"), why)
+    return json.loads(asked.stdout.splitlines()[-1])
 
 
 def torch_sees_cuda() -> bool:

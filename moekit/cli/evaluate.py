@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from moekit.cli.answers import Row
 
 QUESTIONS, BATCH, NEW_TOKENS = 300, 4, 16
-WHO = ("pallas", "xla", "transformers")
+FUSED = ("pallas", "triton")
+WHO = (*FUSED, "xla", "transformers")
 ALLOWED = 300  # of so many questions one answer may be right with one kind of kernels alone
 
 
@@ -61,6 +62,7 @@ def evaluate(
     prepare_jax()
     from moekit.cli import answers, run
     from moekit.cli.decode import checked_tp
+    from moekit.jax.doors import best
     from moekit.models.qwen3next import SHIPPED, Config, load
     from moekit.models.qwen3next.questions import held_out
     from moekit.models.qwen3next.text import Text
@@ -69,7 +71,7 @@ def evaluate(
     config, text, asked = Config.from_json(directory), Text(directory), held_out(questions)
     prompts = [text.encode_chat([{"role": "user", "content": question.text}]) for question in asked]
     tp, batch = checked_tp(config, tp), min(batch, questions)
-    default = WHO if there else WHO[:2]
+    default = (best(), "xla", *(["transformers"] if there else []))
     who = [name for name in WHO if name in (kernels or default)]
     rows: list[Row] = []
     for dtype in dtypes or ("float32", "bfloat16"):
@@ -105,7 +107,7 @@ def evaluate(
 def _agree(rows: list[dict[str, Any]], questions: int) -> bool:
     """Whether fused and unfused kernels have equally many answers right in each dtype, but for one of ALLOWED."""
     right = {(row["kernels"], row["dtype"]): row["right"] for row in rows}
-    pairs = [(count, right.get(("xla", dtype))) for (name, dtype), count in right.items() if name == "pallas"]
+    pairs = [(count, right.get(("xla", dtype))) for (name, dtype), count in right.items() if name in FUSED]
     return all(other is None or abs(count - other) <= max(1, questions // ALLOWED) for count, other in pairs)
 
 
@@ -121,4 +123,4 @@ def _show(report: dict[str, Any]) -> None:
         made.add_row(row["kernels"], row["dtype"], f"{row['right']}/{total}", *shares, differ, error)
     out.print(made)
     if not report["agree"]:
-        notes().print("pallas and xla do not have equally many answers right")
+        notes().print("moekit's kernels and xla do not have equally many answers right")

@@ -47,7 +47,7 @@ Emit = Callable[[str], None]
 @click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
 @kept_weights
-@click.option("--kernels", type=click.Choice(["pallas", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
+@click.option("--kernels", type=click.Choice(["pallas", "triton", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
 @click.option("--slots", type=click.IntRange(1), default=SLOTS, show_default=True, help="Sequences at once, at most.")
 @click.option(
     "--length", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a conversation over stdin, at most."
@@ -93,6 +93,7 @@ def generate(
     if converse and process_count() > 1:
         raise click.UsageError("a conversation is with one process; give several --chat with --prompt")
     from moekit.cli import run
+    from moekit.jax.doors import best
     from moekit.models.qwen3next import SHIPPED, Config
     from moekit.models.qwen3next.text import Text, sampling_of
 
@@ -105,7 +106,7 @@ def generate(
     _check(config, ids or [encode("x")])  # of a conversation, that there is a template and what it adds
     slots = min(slots, max(1, len(given)))
     need = length if converse else run.rounded(max(map(len, ids)) + max_new_tokens)
-    which = kernels or ("pallas" if on_gpu else "xla")
+    which = kernels or (best() if on_gpu else "xla")
     session = _loaded(checkpoint, config, text, tp, (dtype, weights), which, slots, need, max_new_tokens, sampling)
     if converse:
         _converse(session)

@@ -86,7 +86,7 @@ def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     XLA's own, as they are for many tokens.
     """
     calls = _kernel_calls(model, batch, kernels)
-    kind = "pallas, interpreted" if _interpreted() else "pallas"
+    kind = f"{kernels}, interpreted" if _interpreted() else kernels
     return {name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
 
 
@@ -95,26 +95,28 @@ def _interpreted() -> bool:
 
 
 def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
-    """Pallas calls of a traced decode step, by the fusion that each kernel is named after."""
+    """Kernels that a traced decode step calls, by the fusion that each is named after."""
     ids = jax.ShapeDtypeStruct((batch, PROMPT_BUCKET), np.int32)
     lengths = jax.ShapeDtypeStruct((batch,), np.int32)
     _, cache = jax.eval_shape(lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths)
     step = greedy_step.trace(model, lengths, cache, kernels=kernels)
-    names = _pallas_names(step.jaxpr.jaxpr)
+    names = _kernel_names(step.jaxpr.jaxpr)
     return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
 
 
-def _pallas_names(jaxpr: Any) -> list[str]:
-    """The kernel name of every pallas_call in a jaxpr and in those inside it: the compiled one; a CPU interprets the same."""
+def _kernel_names(jaxpr: Any) -> list[str]:
+    """The name of every kernel in a jaxpr and in those inside it, by any door: the compiled ones; a CPU interprets the same."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             if not eqn.params["interpret"]:
                 found.append(eqn.params["name"])
             continue
+        if eqn.primitive.name == "triton_call":
+            found.append(eqn.params["program"].name)
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                found += _pallas_names(getattr(inner, "jaxpr", inner))
+                found += _kernel_names(getattr(inner, "jaxpr", inner))
     return found
 
 

@@ -21,6 +21,7 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
+from moekit.jax.doors import best
 from moekit.jax.face import exchange, op
 from moekit.jax.link import Link
 from moekit.lang.mesh import MOST_RANKS
@@ -140,7 +141,7 @@ def proof(mesh: Mesh, link: Link, width: int, flags: bool = False) -> Any:
 
     def sent(link: Link) -> tuple[jax.Array, Link]:
         x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
-        return exchange(op(added), link, x, implementation="pallas", schedule=schedule, tp=link.ranks)
+        return exchange(op(added), link, x, implementation=best(), schedule=schedule, tp=link.ranks)
 
     outs = PartitionSpec(AXIS), link.specs
     run = jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False)

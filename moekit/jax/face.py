@@ -20,6 +20,7 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
+from moekit.jax.doors import DOORS, best, refusal
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.link import Link
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
@@ -29,7 +30,7 @@ from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = (*DOORS, "xla")
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
 PSUM = "psum"  # the one more that a sum over a mesh axis has
 
@@ -37,7 +38,7 @@ PSUM = "psum"  # the one more that a sum over a mesh axis has
 class Call:
     """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction.
 
-    `link`: by what kernels reach the other ranks, where there are any. `pallas` keeps the link for the next call there.
+    `link`: by what kernels reach the other ranks, where there are any. `kernels` keeps the link for the next call there.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class Call:
         """The axes of a mesh with explicit axes over which operands, or bases to write to, are cut."""
         return axes_cut((*self.views.values(), *self.out.values()))
 
-    def pallas(self) -> dict[str, jax.Array]:
-        """The outputs by the emitted kernels."""
+    def kernels(self, door: str) -> dict[str, jax.Array]:
+        """The outputs by the emitted kernels; raises UnavailableError where they cannot go through that door."""
+        if why := refusal(door):
+            raise UnavailableError(f"{self.fusion.name}: {why}; choose another implementation than {door}")
         if all(0 in self.shape(n) for n in self.names):
             return {
                 n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype)
@@ -137,7 +140,7 @@ class Call:
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self._scheduled(separate, layouts))  # fmt: skip
+                        self._scheduled(separate, layouts), door)  # fmt: skip
         results = launched(static)(*bases.values())
         if self.link is not None:
             self.link = self.link.after(results)
@@ -250,7 +253,8 @@ def op(fusion: Fusion) -> Callable:
     Operands are arrays or Views; outputs come back in declared order (one alone as itself). An InOut operand is updated
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
-    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU.
+    ("triton" where jax has no Pallas-Triton) and "xla" elsewhere and for operands cut over explicit mesh axes; both by name are
+    interpreted on CPU.
     Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """
@@ -277,17 +281,18 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
         )
     if implementation == PSUM:
         return call.xla(PSUM)
-    if implementation == "pallas" and call.graph.ranks:
+    if implementation in DOORS and call.graph.ranks:
         over = ", ".join(call.graph.ranks)
         raise UnavailableError(f"{call.fusion.name}: kernels reach the ranks of {over} by a link; call moekit.jax.exchange")
-    if implementation == "pallas" and call.cut:
+    if implementation in DOORS and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"
         )
-    if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)):
-        return call.xla()
-    return call.pallas()
+    if implementation is None:
+        plain = jax.default_backend() != "gpu" or call.cut or call.graph.ranks
+        implementation = "xla" if plain else best()
+    return call.xla() if implementation == "xla" else call.kernels(implementation)
 
 
 def _refuse_link(call: Call, link: Link) -> None:
@@ -305,22 +310,25 @@ def _refuse_link(call: Call, link: Link) -> None:
 
 
 def exchange(
-    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, **kwargs
-) -> tuple[Any, Link]:
+    face: Any, link: Link, *args, implementation: str | None = None, schedule: Schedule | None = None, door: str | None = None,
+    **kwargs,
+) -> tuple[Any, Link]:  # fmt: skip
     """A call of a fusion that adds up over a mesh axis, by one kernel that reaches the other ranks: its outputs, and the link
     for the next call. It must be called inside `jax.shard_map` over that axis, by all ranks alike.
 
     `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
-    (more rows than there is room for, say), on all ranks alike, and "pallas" raises UnavailableError with the reason; "xla"
+    (more rows than there is room for, say), on all ranks alike, and named kernels raise UnavailableError with the reason; "xla"
     and "psum" leave the link as it is. More rows than packets have room for go with flags, where the link has `many` of them.
-    Raises ShapeError for a link of all ranks, and where the call says nothing of them.
+    `door`: which kernels None takes on GPUs, if not the first there are. Raises ShapeError for a link of all ranks, and where
+    the call says nothing of them.
     """
     call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
-    if implementation == "pallas" and why and call.graph.ranks:
+    if implementation in DOORS and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
-    if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
-        outs = call.pallas()
+    door = door or best() if implementation is None and jax.default_backend() == "gpu" else implementation
+    if not why and door in DOORS:
+        outs = call.kernels(door)
     else:
         plain = implementation or ("xla" if call.graph.ranks else None)
         outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)

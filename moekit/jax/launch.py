@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
@@ -20,6 +19,11 @@ from moekit.backends import pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.errors import UnavailableError
+
+try:
+    from jax.experimental.pallas import triton as plt
+except ImportError:  # of a jax that has dropped it (doors.py)
+    plt = None
 
 NOWHERE = ManualAxisType()
 
@@ -47,12 +51,12 @@ def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tupl
     them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, elsewhere they run in interpret mode:
     decided when the program is lowered.
     """
-    arrays = {n: _varying(a, varying.get(n, NOWHERE)) for n, a in bases.items()}
+    arrays = {n: spread(a, varying.get(n, NOWHERE)) for n, a in bases.items()}
     kinds = {n: (a.shape, a.dtype) for n, a in bases.items()} | dict(shapes)
     outs = tuple((*kinds[b], varying.get(b, NOWHERE)) for b in written(plan))
     run = partial(_run, plan, tuple(arrays), kinds, dict(sizes))
-    interpreted = partial(_interpreted.bind, run=partial(run, {}, True), outs=outs)
-    results = lax.platform_dependent(*arrays.values(), cuda=partial(run, varying, False), default=interpreted)
+    by_jax = partial(interpreted.bind, run=partial(run, {}, True), outs=outs)
+    results = lax.platform_dependent(*arrays.values(), cuda=partial(run, varying, False), default=by_jax)
     return dict(zip(written(plan), results, strict=True))
 
 
@@ -63,30 +67,36 @@ def varies(array_form: Callable[..., dict], arrays: Sequence[jax.Array]) -> dict
     return {b: out.manual_axis_type for b, out in jax.eval_shape(array_form, *arrays).items()}
 
 
-def _varying(array: jax.Array, wanted: ManualAxisType) -> jax.Array:
+def spread(array: jax.Array, wanted: ManualAxisType) -> jax.Array:
+    """An array that varies over as many manual axes as is wanted, at least."""
     more = wanted.varying - jax.typeof(array).manual_axis_type.varying
     return lax.pcast(array, tuple(more), to="varying") if more else array
 
 
 # A run in interpret mode. JAX's interpreter mixes what varies over the manual axes of a `shard_map` with what does not, which
 # `check_vma` refuses; so inside of it no value says that it varies, and its outputs do.
-_interpreted = Primitive("interpreted")
-_interpreted.multiple_results = True
+interpreted = Primitive("interpreted")
+interpreted.multiple_results = True
 
 
-@_interpreted.def_impl
+@interpreted.def_impl
 def _eagerly(*arrays, run, outs):
     with jax.disable_jit(False):
         return jax.jit(run)(*arrays)
 
 
-@_interpreted.def_abstract_eval
+@interpreted.def_abstract_eval
 def _outputs(*avals, run, outs):
+    return shaped(outs)
+
+
+def shaped(outs: Sequence[tuple]) -> list[ShapedArray]:
+    """Whole arrays of these shapes and dtypes, and what they vary over."""
     whole = NamedSharding(get_abstract_mesh(), PartitionSpec())
     return [ShapedArray(shape, dtype, sharding=whole, manual_axis_type=varying) for shape, dtype, varying in outs]
 
 
-@partial(mlir.register_lowering, _interpreted)
+@partial(mlir.register_lowering, interpreted)
 def _lower(ctx, *operands, run, outs):
     plain = [a.update(manual_axis_type=NOWHERE) for a in ctx.avals_in]
     return mlir.lower_fun(run)(ctx.replace(avals_in=plain), *operands)

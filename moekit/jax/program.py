@@ -16,11 +16,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
+from moekit.backends.triton_entry import behind
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
-from moekit.compile.plan import Plan, plan
+from moekit.compile.plan import Plan, dense, plan
 from moekit.compile.schedule import Schedule
-from moekit.jax import launch
+from moekit.jax import launch, ttir
 from moekit.jax.view import View
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
@@ -34,6 +35,7 @@ class Static:
 
     `buffers`: the arrays it takes, by name. `layouts`: where every tensor lies in them. `separate`: InOut tensors whose new
     value goes elsewhere. `given`: outputs for which there is a View to write to. `fresh`: (name, shape, dtype) of the others.
+    `door`: by what kernels get into the program (doors.py).
     """
 
     fusion: Fusion
@@ -44,6 +46,7 @@ class Static:
     given: frozenset[str]
     fresh: tuple[tuple[str, tuple[int, ...], str], ...]
     schedule: Schedule
+    door: str = "pallas"
 
     @property
     def graph(self) -> Graph:
@@ -61,7 +64,25 @@ class Static:
 
     def plan(self) -> Plan:
         """The kernels; raises ScheduleError for a schedule that is not legal here."""
-        return plan(out_of_place(self.graph, self.separate), self.schedule, dict(self.layouts), dict(self.binding.sizes))
+        form, layouts = out_of_place(self.graph, self.separate), dict(self.layouts)
+        if self.door == "triton":
+            layouts = {n: behind(at, self.lengths.get(n, ()), form.tensors[n].dtype if n in form.tensors else "int32")
+                       for n, at in layouts.items()}  # fmt: skip
+        return plan(form, self.schedule, layouts, dict(self.binding.sizes))
+
+    @property
+    def lengths(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that is part of an array."""
+        form = out_of_place(self.graph, self.separate)
+        parts = {n: at for n, at in self.layouts if isinstance(at, t.Viewed)}
+        return {n: shape_of(form, self.sizes, n) if n in form.tensors else at.base for n, at in parts.items()}
+
+    def start(self, planned: Plan) -> tuple[Callable[..., dict], list[str]]:
+        """What runs the kernels, as `launch.launch` does, and the buffers that they write."""
+        if self.door == "pallas":
+            return partial(launch.launch, planned), launch.written(planned)
+        lying = dict(self.layouts) | {s.name: dense(s, True, self.sizes) for s in planned.scratch}
+        return partial(ttir.launch, planned, lying, self.lengths), ttir.written(planned, lying)
 
 
 def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
@@ -81,16 +102,16 @@ def launched(static: Static) -> Callable[..., dict]:
 
     Raises ScheduleError.
     """
-    planned, sizes = static.plan(), static.sizes
+    sizes, (start, written) = static.sizes, static.start(static.plan())
     fresh = {n: (shape, dtype) for n, shape, dtype in static.fresh}
 
     def array_form(*arrays: jax.Array) -> dict:
-        return _array_form(static, planned, arrays)
+        return _array_form(static, written, arrays)
 
     @jax.custom_batching.custom_vmap
     def kernels(*arrays: jax.Array) -> dict:
         varying = launch.varies(array_form, arrays)
-        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes, varying)
+        return start(dict(zip(static.buffers, arrays, strict=True)), fresh, sizes, varying)
 
     @kernels.def_vmap
     def _batched(axis_size, in_batched, *arrays):
@@ -127,7 +148,7 @@ def _moved(outs: dict, array_form: Callable[..., dict], arrays: tuple, tangents:
     return outs, still | linear(arrays, [tangents[i] for i in moving])
 
 
-def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) -> dict:
+def _array_form(static: Static, wanted: list[str], arrays: tuple[jax.Array, ...]) -> dict:
     """What a launch computes, by array evaluation: every buffer that is written, whole."""
     memory = dict(zip(static.buffers, arrays, strict=True))
     layouts = {n: at for n, at in static.layouts if isinstance(at, t.Viewed)}
@@ -144,7 +165,7 @@ def _array_form(static: Static, planned: Plan, arrays: tuple[jax.Array, ...]) ->
         if n in static.given:  # outputs that go to one base are written one after the other
             x = lying(at, written.get(at.buffer, memory[at.buffer]), n).set(x)
         written[at.buffer] = x
-    return {b: written.get(b, memory.get(b)) for b in launch.written(planned)}  # what counts packets stays as it is
+    return {b: written.get(b, memory.get(b)) for b in wanted}  # what counts packets stays as it is
 
 
 @lru_cache(maxsize=MOST_KEPT)

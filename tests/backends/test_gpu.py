@@ -79,8 +79,9 @@ def test_triton_gather_past_two_to_the_31():
     assert not got[1:].any()
 
 
-def test_pallas_views_past_two_to_the_31():
-    """A View whose elements lie past 2³¹ in its base is indexed per axis, never flat."""
+@pytest.mark.parametrize("door", ["pallas", "triton"])
+def test_views_past_two_to_the_31(door):
+    """A View whose elements lie past 2³¹ in its base is indexed per axis, or from a pointer in 64 bits."""
     import jax
     import jax.numpy as jnp
 
@@ -89,7 +90,7 @@ def test_pallas_views_past_two_to_the_31():
     rows = FAR // 2048 + 4
     tail = jax.random.normal(jax.random.key(0), (4, 2048), jnp.bfloat16)
     base = jax.jit(lambda t: jnp.zeros((rows, 2048), jnp.bfloat16).at[-4:].set(t))(tail)
-    got = jax.jit(lambda b: silu_and_mul(view(b)[rows - 4 :, 1024:], implementation="pallas"))(base)
+    got = jax.jit(lambda b: silu_and_mul(view(b)[rows - 4 :, 1024:], implementation=door))(base)
     wanted = silu_and_mul(tail[:, 1024:], implementation="xla")
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-2)
 
@@ -112,12 +113,13 @@ def test_more_rows_than_a_second_grid_axis_has(tokens):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    """Bitwise: any slice of the batch gives the rows of the whole batch, for every fusion, in both backends."""
+    """Bitwise: any slice of the batch gives the rows of the whole batch, for every fusion, in PyTorch and by JAX's doors."""
     import jax
     import torch
 
     from moekit.fusions import FUSIONS
     from moekit.jax import op as jax_op
+    from moekit.jax.doors import DOORS
     from moekit.testing import operands
     from moekit.torch import op as torch_op
 
@@ -133,10 +135,11 @@ def test_a_row_does_not_depend_on_its_neighbours():
             as_torch = lambda x: torch.from_numpy(x.astype(np.float32)).cuda().to(getattr(torch, x.dtype.name))  # noqa: E731
             whole, few = (_tuple(torch_op(fusion)(*map(as_torch, v.values()), **sample.params)) for v in (values, part))
             assert all(torch.equal(w[rows], f) for w, f in zip(whole, few, strict=True)), f"triton {name} {rows}"
-            face = jax.jit(lambda *xs, f=fusion, p=sample.params: jax_op(f)(*xs, **p, implementation="pallas"))
-            whole, few = (_tuple(face(*v.values())) for v in (values, part))
-            same = (np.array_equal(np.asarray(w[rows]), np.asarray(f)) for w, f in zip(whole, few, strict=True))
-            assert all(same), f"pallas {name} {rows}"
+            for door in DOORS:
+                face = jax.jit(lambda *xs, f=fusion, p=sample.params, d=door: jax_op(f)(*xs, **p, implementation=d))
+                whole, few = (_tuple(face(*v.values())) for v in (values, part))
+                same = (np.array_equal(np.asarray(w[rows]), np.asarray(f)) for w, f in zip(whole, few, strict=True))
+                assert all(same), f"{door} {name} {rows}"
 
 
 def _tuple(outs) -> tuple:

@@ -45,7 +45,7 @@ def compiled(mesh, fn, shapes, donate=()) -> str:
 
 
 def kernels(text: str) -> int:
-    """How many Pallas kernels a program calls."""
+    """How many of moekit's kernels a program calls."""
     return text.count('custom_call_target="__gpu$xla.gpu.triton"')
 
 
@@ -73,9 +73,11 @@ def struct(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", list(SAMPLES))
-def test_every_kernel_compiles(mesh, name, dtype):
+@pytest.mark.parametrize(
+    ("door", "dtype"), [*(("pallas", dtype) for dtype in ("bfloat16", "float16", "float32")), ("triton", "bfloat16")]
+)
+def test_every_kernel_compiles(mesh, door, name, dtype):
     """One kernel per launch, nothing else: an InOut operand that is donated is updated in place."""
     sample = replace(SAMPLES[name], dtype=dtype)
     fusion = DECLARATIONS[sample.fusion]
@@ -86,7 +88,7 @@ def test_every_kernel_compiles(mesh, name, dtype):
     face = op(fusion)
 
     def call(*xs):
-        outs = face(*xs, **sample.params, implementation="pallas", schedule=schedule)
+        outs = face(*xs, **sample.params, implementation=door, schedule=schedule)
         if not isinstance(outs, tuple):
             return outs
         new = len(outs) - len(donate)  # JAX gives a donated buffer to the first output it fits

@@ -11,11 +11,13 @@ from moekit.cli import doctor, platform
 from moekit.cli.app import exit_code
 from moekit.errors import MoekitError, ScheduleError, UnavailableError
 
-IMPLEMENTATIONS = ["reference", "interpret", "eager", "triton", "xla", "pallas"]
+IMPLEMENTATIONS = ["reference", "interpret", "eager", "triton", "xla", "pallas", "triton"]
 
 
 def states() -> dict[str, tuple[str, str]]:
-    return {finding.implementation: (finding.state, finding.why) for finding in doctor.findings()}
+    """What is found of each implementation; of Triton kernels in jax as `jax triton`."""
+    name = {("triton", "jax"): "jax triton"}
+    return {name.get((f.implementation, f.framework), f.implementation): (f.state, f.why) for f in doctor.findings()}
 
 
 def test_doctor_json(moekit):
@@ -53,7 +55,7 @@ def without(monkeypatch, *modules):
 def test_doctor_without_torch_and_jax(monkeypatch):
     without(monkeypatch, "torch", "jax")
     found = states()
-    for name in ("eager", "triton", "xla", "pallas"):
+    for name in ("eager", "triton", "xla", "pallas", "jax triton"):
         assert found[name][0] == "no"
         assert "is not installed" in found[name][1]
 
@@ -65,6 +67,7 @@ def test_doctor_without_a_gpu(monkeypatch):
     assert "no NVIDIA GPU" in found["triton"][1]
     assert found["pallas"][0] == "runs"
     assert "interpreted" in found["pallas"][1]
+    assert found["jax triton"] == found["pallas"]
 
 
 def test_doctor_with_gpus_of_several_kinds(monkeypatch):
@@ -76,6 +79,7 @@ def test_doctor_with_gpus_of_several_kinds(monkeypatch):
     assert found["triton"] == ("runs", "the default for CUDA tensors")
     assert found["pallas"][0] == "runs"
     assert "compiled" in found["pallas"][1]
+    assert found["jax triton"] == ("runs", "compiled for the GPU by XLA's own Triton, where it is named")
     monkeypatch.setattr(platform, "gpus", lambda: [platform.Gpu("Tesla T4", (7, 5), 15.0)])
     found = states()
     assert found["triton"][0] == "compiles"
@@ -88,7 +92,7 @@ def test_doctor_where_the_frameworks_do_not_see_the_gpu(monkeypatch):
     monkeypatch.setattr(platform, "jax_has_cuda", lambda: True)
     monkeypatch.setattr(platform, "gpus", lambda: [platform.Gpu("NVIDIA H200", (9, 0), 139.8)])
     found = states()
-    assert found["triton"][0] == found["pallas"][0] == "compiles"
+    assert found["triton"][0] == found["pallas"][0] == found["jax triton"][0] == "compiles"
     assert found["eager"] == ("runs", "array evaluation on CPU")
 
 

@@ -107,7 +107,7 @@ def test_kernels_that_do_not_agree_are_a_failure(moekit, monkeypatch):
     assert result.exit_code == 1
     assert "0/8" in result.stdout
     assert "8/8" in result.stdout
-    assert "pallas and xla do not have equally many answers right" in result.stderr
+    assert "moekit's kernels and xla do not have equally many answers right" in result.stderr
 
 
 def test_a_batch_is_of_the_questions_there_are(moekit, monkeypatch):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from bench.model_jax import FLOAT8, WIDTHS
 from moekit.compat import release
 from moekit.jax import Link, View
+from moekit.jax.doors import DOORS
 from moekit.models.qwen3next import abstract_model, cache_shapes, greedy_step, moe, prefill
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.kernels import FUSIONS, named
@@ -51,7 +52,7 @@ class Instruction:
         """The moekit fusion that this kernel call serves."""
         if self.opcode != "custom-call" or "triton" not in self.text:
             return None
-        name = re.search(r'op_name="[^"]*?/(\w+)/pallas_call', self.text).group(1)
+        name = re.search(r'op_name="[^"]*?/(\w+)/(?:pallas|triton)_call', self.text).group(1)
         return max((fusion for fusion in FUSIONS if name.startswith(fusion)), key=len)  # it may be one of several launches
 
 
@@ -153,10 +154,10 @@ def compiled_step(kernels, layer_types=CONFIG.layer_types):
         return Program(greedy_step.lower(model, tokens, cache, kernels=kernels))
 
 
-@pytest.fixture(scope="module")
-def program():
+@pytest.fixture(scope="module", params=DOORS)
+def program(request):
     """The step with moekit's kernels."""
-    return compiled_step("pallas")
+    return compiled_step(request.param)
 
 
 # fusion -> the operands that are Views, and for each the shape in which its base was produced

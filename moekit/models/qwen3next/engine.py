@@ -93,7 +93,7 @@ class Engine:
         piece: int = 256,
         ahead: int = 2,
         waiting: int = 1024,
-        kernels: str | Kernels = "pallas",
+        kernels: str | Kernels | None = None,
         channel: Channel | None = None,
     ):
         self.model, self.kernels, self.channel = model, resolve(kernels), channel

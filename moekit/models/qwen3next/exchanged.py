@@ -17,6 +17,7 @@ from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
 from moekit.errors import RankError, UnavailableError
 from moekit.fusions.added import added
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
+from moekit.jax.doors import best
 from moekit.jax.face import op, unserved
 from moekit.models.qwen3next.kernels import Kernels
 
@@ -26,10 +27,11 @@ class Exchanged:
 
     The first call of a step has no part, but what every rank has: its embeddings. `link` is the one after the last call.
     `plain`: what adds up where the link has no room for so many rows; the ranks' parts are gathered if nothing is said.
+    `door`: by what kernels get into the program (moekit/jax/doors.py).
     """
 
-    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, plain: Callable[..., Any] | None = None):
-        self.norm, self.link, self.eps, self.plain, self.begun = norm, link, eps, plain, False
+    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, door: str, plain: Callable[..., Any] | None = None):
+        self.norm, self.link, self.eps, self.door, self.plain, self.begun = norm, link, eps, door, plain, False
 
     def __call__(self, hidden: jax.Array, residual: jax.Array, weight: Any) -> tuple[jax.Array, jax.Array]:
         if not self.begun:
@@ -38,6 +40,7 @@ class Exchanged:
         given = {"eps": self.eps, "offset": 1.0, "tp": self.link.ranks}
         if self.plain and unserved(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given):
             return self.norm(self.plain(hidden), residual, weight)
+        given["door"] = self.door
         (normed, residual), self.link = exchange(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given)
         return normed, residual
 
@@ -46,17 +49,17 @@ class Gathered:
     """A gather of a few numbers of each row [n, T] to every rank, [ranks, n, T], by the packets of a sum.
 
     A rank's row has zeros where the others' numbers go, to which nothing is added but zeros: all come as they are, but for the
-    sign of -0. `link` is the one after the last call.
+    sign of -0. `link` is the one after the last call. `door` as `Exchanged` has it.
     """
 
-    def __init__(self, link: Link):
-        self.link = link
+    def __init__(self, link: Link, door: str):
+        self.link, self.door = link, door
 
     def __call__(self, x: jax.Array) -> jax.Array:
         ranks, (count, rows) = self.link.ranks, x.shape
         own = jnp.arange(ranks)[:, None] == lax.axis_index(self.link.axis)
         mine = jnp.where(own, x.T[:, None], 0).reshape(rows, ranks * count)
-        every, self.link = exchange(op(added), self.link, mine, tp=ranks)
+        every, self.link = exchange(op(added), self.link, mine, tp=ranks, door=self.door)
         return every.reshape(rows, ranks, count).transpose(1, 2, 0)
 
 
@@ -66,13 +69,14 @@ def unsummed(kernels: Kernels) -> Kernels:
 
 
 @cache
-def channel_of(mesh: Mesh, rows: int, width: int, kernels: str) -> tuple[Channel | None, str]:
+def channel_of(mesh: Mesh, rows: int, width: int, kernels: str | None) -> tuple[Channel | None, str]:
     """By what the ranks of a decode step of `rows` rows of `width` elements send each other packets, or None; and what adds up
     for them, in words. Calls that ask for the same share a channel.
     """
     if mesh.size == 1:
         return None, "one rank adds up nothing"
-    if kernels != "pallas":
+    kernels = kernels or best()
+    if kernels == "xla":
         return None, f"psum, as --kernels is {kernels}"
     if rows > BY_PACKETS:
         return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"

@@ -21,7 +21,7 @@ from moekit.models.qwen3next.model import Model, exchanged, logit_spec, sharded,
 from moekit.models.qwen3next.numerics import linear
 
 
-def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels = "pallas") -> Cache:
+def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels | None = None) -> Cache:
     """The cache of `batch` sequences that have no token yet, with room for `length` of each."""
     shapes = cache_shapes(model.config, model.mesh, batch, length, model.dtype, resolve(kernels).fused)
     alone = NamedSharding(model.mesh, P())  # as jax has what one rank computes: another would compile every program twice
@@ -36,7 +36,7 @@ def extend(
     lengths: jax.Array,
     cache: Cache,
     *,
-    kernels: str | Kernels = "pallas",
+    kernels: str | Kernels | None = None,
     link: Link | None = None,
 ) -> tuple[Any, ...]:
     """Read more of each sequence: tokens [B, S] int32, padded at the end, of which lengths [B] are real, at least 1.

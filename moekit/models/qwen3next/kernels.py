@@ -11,8 +11,10 @@ from jax import lax
 
 from moekit import jax as face
 from moekit.errors import ArgumentError
+from moekit.jax.doors import best
 from moekit.models.qwen3next.sharding import AXIS
 
+KINDS = face.IMPLEMENTATIONS
 FUSIONS = (
     "add_rms_norm",
     "gate_projections",
@@ -70,14 +72,16 @@ class Kernels:
 
 @cache
 def named(name: str) -> Kernels:
-    """`pallas`: Pallas kernels. `xla`: array evaluation, three gate products, and experts as XLA does them best."""
-    if name not in ("pallas", "xla"):
-        raise ArgumentError(f"kernels={name!r} is not known; choose 'pallas' or 'xla'")
+    """`pallas`, `triton`: moekit's kernels, by that door. `xla`: array evaluation, three gate products, and experts as XLA does
+    them best. Raises ArgumentError for another name."""
+    if name not in KINDS:
+        raise ArgumentError(f"kernels={name!r} is not known; choose {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}
     collectives = {"all_reduce": partial(lax.psum, axis_name=AXIS), "all_gather": partial(lax.all_gather, axis_name=AXIS)}
-    return Kernels(name=name, fused=name == "pallas", **collectives, **bound)
+    return Kernels(name=name, fused=name != "xla", **collectives, **bound)
 
 
-def resolve(kernels: str | Kernels) -> Kernels:
-    """The Kernels of a name; Kernels pass through. Raises ArgumentError for any other name or thing."""
-    return kernels if isinstance(kernels, Kernels) else named(kernels)
+def resolve(kernels: str | Kernels | None) -> Kernels:
+    """The Kernels of a name, None's are the first that are there; Kernels pass through. Raises ArgumentError for any other name
+    or thing."""
+    return kernels if isinstance(kernels, Kernels) else named(best() if kernels is None else kernels)

@@ -104,7 +104,7 @@ def prefill(
     lengths: jax.Array,
     *,
     cache_length: int,
-    kernels: str | Kernels = "pallas",
+    kernels: str | Kernels | None = None,
     every_logit: bool = False,
     link: Link | None = None,
 ) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ def prefill(
 @checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache", "link"))
 def decode_step(
-    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels | None = None, link: Link | None = None
 ) -> tuple[Any, ...]:
     """One token of each sequence: tokens [B] int32 -> logits float32 [B, vocabulary], cut over tp; new cache.
 
@@ -180,7 +180,7 @@ def decode_step(
 @checks.checked(checks.check_step)
 @partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache", "link"))
 def greedy_step(
-    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels = "pallas", link: Link | None = None
+    model: Model, tokens: jax.Array, cache: Cache, *, kernels: str | Kernels | None = None, link: Link | None = None
 ) -> tuple[Any, ...]:
     """decode_step, then the most likely next token of each sequence, [B] int32; the cache is donated. link: as there.
 
@@ -191,7 +191,7 @@ def greedy_step(
 
     def step(params: Any, tokens: jax.Array, cache: Cache, link: Link | None) -> tuple[jax.Array, Cache, Link | None]:
         logits, cache, link = _decode(params, tokens, cache, link, config=model.config, kernels=kernels)
-        gather = Gathered(link) if link else kernels.all_gather
+        gather = Gathered(link, kernels.name) if link else kernels.all_gather
         tokens = _most_likely(logits, cut and model.tp > 1, gather)
         return tokens, cache, gather.link if isinstance(gather, Gathered) else None
 
@@ -214,7 +214,7 @@ def most_likely(model: Model, logits: jax.Array) -> jax.Array:
 def _decode(
     params: Any, tokens: jax.Array, cache: Cache, link: Link | None, *, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, Cache, Link | None]:
-    norm = Exchanged(_norm(config, kernels), link, config.rms_norm_eps) if link else None
+    norm = Exchanged(_norm(config, kernels), link, config.rms_norm_eps, kernels.name) if link else None
     kernels = unsummed(kernels) if norm else kernels
     memories = Memories(config, cache)
 
@@ -235,7 +235,7 @@ def exchanged(link: Link | None, config: Config, kernels: Kernels) -> tuple[Exch
     """The norm by which a prompt's ranks add up, and kernels that leave it to that; without a link none, and those that are."""
     if link is None:
         return None, kernels
-    return Exchanged(_norm(config, kernels), link, config.rms_norm_eps, kernels.all_reduce), unsummed(kernels)
+    return Exchanged(_norm(config, kernels), link, config.rms_norm_eps, kernels.name, kernels.all_reduce), unsummed(kernels)
 
 
 def through_layers(
@@ -280,7 +280,7 @@ def _norm(config: Config, kernels: Kernels) -> Callable[..., Any]:
 
 
 @partial(jax.jit, static_argnames=("at", "kernels"))
-def layer_output(model: Model, hidden: jax.Array, *, at: int, kernels: str | Kernels = "pallas") -> jax.Array:
+def layer_output(model: Model, hidden: jax.Array, *, at: int, kernels: str | Kernels | None = None) -> jax.Array:
     """The residual stream after layer `at` alone, float32 [B, S, H], from that before it, [B, S, H] of whole prompts.
 
     For comparisons of one layer with a reference: nothing is remembered.

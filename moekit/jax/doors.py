@@ -1,0 +1,29 @@
+"""By what moekit's kernels get into a JAX program: Pallas's Triton lowering, or where it is not there, XLA's Triton itself."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import jax
+
+from moekit.jax import launch, ttir
+
+DOORS = ("pallas", "triton")  # the first that is there is taken
+
+
+def refusal(door: str) -> str | None:
+    """Why kernels cannot go this way here; None where they can."""
+    if door == "pallas":
+        return None if launch.plt else f"jax {jax.__version__} has no jax.experimental.pallas.triton"
+    return ttir.unavailable()
+
+
+@cache
+def best() -> str:
+    """The first door that is there, and "xla", which is said once, where none is."""
+    refused = {door: refusal(door) for door in DOORS}
+    if found := [door for door, why in refused.items() if why is None]:
+        return found[0]
+    warnings.warn(f"moekit.jax: no kernels, array evaluation serves: {'; '.join(map(str, refused.values()))}", stacklevel=2)
+    return "xla"
