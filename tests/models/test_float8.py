@@ -10,6 +10,7 @@ import pytest
 from moekit.errors import ArgumentError
 from moekit.models.qwen3next import (
     CheckpointError,
+    abstract_model,
     cache_shapes,
     decode_step,
     greedy_step,
@@ -20,7 +21,7 @@ from moekit.models.qwen3next import (
 )
 from moekit.models.qwen3next.memory import needed
 from moekit.models.qwen3next.projected import widened as widened_rows
-from moekit.models.qwen3next.sharding import MIXERS, ROUTED
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED, SHARED
 from tests.models.conftest import CASES
 from tests.models.test_fp8 import METHOD, RAGGED, made, widened, written
 from tests.models.test_kernels import by_fusion, calls
@@ -74,6 +75,9 @@ def test_every_rank_has_the_codes_and_scales_of_what_it_holds(folder, mesh, tp, 
         assert {str(layer[name].dtype) for name in ROUTED} == {KEPT}
         np.testing.assert_array_equal(wide(layer, "experts_gate_up"), np.asarray(same["experts_gate_up"]))
         np.testing.assert_array_equal(wide(layer, "experts_down").swapaxes(1, 2), np.asarray(same["experts_down"]))
+        gates, back = (np.asarray(widened_rows(layer, name, dtype="float32")) for name in SHARED)
+        np.testing.assert_array_equal(gates, np.asarray(same["gate_up"]))
+        np.testing.assert_array_equal(back.T, np.asarray(same["shared_down"]))
         for kind, (*joined, out) in MIXERS.items():
             at = CONFIG.layer_types.index(kind)
             layer, same = cut(ours, rank)[at], cut(plain, rank)[at]
@@ -125,13 +129,47 @@ def test_many_tokens_by_arrays(folder, mesh):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_steps_call_the_kernels_that_take_scales(folder, mesh):
-    model = load(folder, mesh(2), weights=KEPT)
-    shapes = cache_shapes(model.config, model.mesh, 2, 64, np.float32)
+def stepped(model, batch):
+    """The kernels of a step, by fusion."""
+    shapes = cache_shapes(model.config, model.mesh, batch, 64, np.float32)
     step = greedy_step.trace(model, shapes.lengths, shapes, kernels="pallas")
-    found = by_fusion(calls(step.jaxpr.jaxpr))
-    assert (found["scaled_experts"], found["scaled_product"]) == (2, 4)
-    assert "experts" not in found
+    return by_fusion(calls(step.jaxpr.jaxpr))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Experts enough for a token's to be few."""
+    config = replace(CONFIG, num_experts=24, num_experts_per_tok=3, hidden_size=128, moe_intermediate_size=128)
+    plain = write_random_checkpoint(tmp_path_factory.mktemp("many") / "plain", config, seed=4)
+    quantize(plain, plain.parent / "short")
+    return plain.parent / "short"
+
+
+def test_steps_call_the_kernels_that_take_scales(folder, many, mesh):
+    found = stepped(load(folder, mesh(2), weights=KEPT), 2)
+    every = ("scaled_gate_topk", "scaled_experts", "scaled_product", "scaled_down_combine")
+    assert [found[name] for name in every] == [2, 2, 4, 2]
+    assert {"experts", "gate_topk", "down_combine"}.isdisjoint(found)
+    found = stepped(load(many, mesh(1), weights=KEPT), 1)  # 2 layers: q, k and v, and what goes back
+    pairs = ("scaled_gate_topk", "scaled_expert_gate_up", "scaled_expert_down_shared", "scaled_conv_projections")
+    assert [found[name] for name in (*pairs, "scaled_row_product")] == [2, 2, 2, 1, 3]
+    assert {"scaled_expert_down", "scaled_product", "scaled_down_combine", "causal_conv1d_step"}.isdisjoint(found)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_step_of_one_sequence_with_few_experts_each(many, mesh, tp):
+    """As the dequantised weights give it, by the kernels that a step of one sequence has."""
+    models = (load(many, mesh(tp), "float32", weights=w) for w in (KEPT, None))
+    got, wanted = (logits(m, k, 1)[1] for m, k in zip(models, ("pallas", "xla"), strict=True))
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_shared_experts_that_are_not_float8_stay_beside_those_that_are(many, mesh):
+    """The kernels of both kinds of weights, each with its own."""
+    model = load(many, mesh(1), weights=KEPT)
+    config = replace(model.config, float8=replace(model.config.float8, names=model.config.float8.names - {*SHARED}))
+    found = stepped(abstract_model(config, model.mesh, "float32"), 1)
+    assert [found[name] for name in ("gate_topk", "scaled_expert_down", "down_combine")] == [2, 2, 2]
 
 
 def test_memory_is_that_of_the_codes(folder, mesh):
@@ -156,4 +194,4 @@ def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
     plain = write_random_checkpoint(tmp_path / "plain", replace(CONFIG, hidden_size=128, moe_intermediate_size=128))
     quantize(plain, tmp_path / "short")
     model = load(tmp_path / "short", mesh(1), weights="auto")
-    assert model.config.float8.names == {*ROUTED, *(name for names in MIXERS.values() for name in names)}
+    assert model.config.float8.names == {*ROUTED, *SHARED, *(name for names in MIXERS.values() for name in names)}

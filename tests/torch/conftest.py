@@ -128,8 +128,19 @@ SIZES = {
     "scaled_expert_down": {"T": 5, "H": 24, "I": 8, "E": 6, "K": 3},
     "scaled_experts": {"T": 5, "D": 16, "H": 24, "I": 8, "E": 6, "K": 3},
     "scaled_product": {"T": 5, "D": 24, "P": 16},
+    "scaled_row_product": {"T": 5, "D": 24, "P": 16},
+    "scaled_conv_projections": {"T": 3, "D": 24, "C": 24, "P": 16, "Q": 8, "S": 3},
+    "scaled_gate_projections": {"T": 5, "D": 24, "I": 8, "E": 16, "G": 1},
+    "scaled_gate_topk": {"T": 5, "D": 24, "I": 8, "E": 16, "G": 1},
+    "scaled_down_combine": {"T": 5, "H": 24, "I": 8, "H?": 1},
+    "scaled_expert_down_shared": {"T": 5, "H": 24, "I": 8, "J": 16, "E": 6, "K": 3, "H?": 1},
 }
-PARAMS = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
+PARAMS = {
+    "topk_softmax": {"k": 4},
+    "gate_topk": {"k": 4},
+    "scaled_gate_topk": {"k": 4},
+    "moe_align": {"experts": 6, "block": 4},
+}
 
 
 @pytest.fixture

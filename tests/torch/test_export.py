@@ -40,6 +40,12 @@ SIZES = {
     "scaled_expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},
     "scaled_expert_down": {"H": 40, "I": 8, "E": 6, "K": 3},
     "scaled_product": {"D": 40, "P": 24},
+    "scaled_row_product": {"D": 40, "P": 24},
+    "scaled_conv_projections": {"D": 40, "C": 24, "P": 24, "Q": 8, "S": 3},
+    "scaled_gate_projections": {"D": 40, "I": 8, "E": 20, "G": 1},
+    "scaled_gate_topk": {"D": 40, "I": 8, "E": 20, "G": 1},
+    "scaled_down_combine": {"H": 40, "I": 8, "H?": 1},
+    "scaled_expert_down_shared": {"H": 40, "I": 8, "J": 24, "E": 6, "K": 3, "H?": 1},
 }
 MANY_ROWS = ("add_rms_norm", "gated_rms_norm", "silu_and_mul", "shared_expert_combine", "combine_wide")
 FOLLOWS = {"experts": "B", "moe_align": "B", "scaled_experts": "B"}  # an axis whose size follows from others at the call

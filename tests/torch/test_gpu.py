@@ -224,7 +224,13 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "scaled_expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
              "scaled_expert_down": {"H": 88, "I": 24, "E": 9, "K": 3},
              "scaled_experts": {"D": 72, "H": 88, "I": 24, "E": 9, "K": 3},
-             "scaled_product": {"D": 72, "P": 88}}[fused]  # fmt: skip
+             "scaled_product": {"D": 72, "P": 88},
+             "scaled_row_product": {"D": 72, "P": 88},
+             "scaled_conv_projections": {"D": 72, "C": 24, "P": 88, "Q": 40, "S": 3},
+             "scaled_gate_projections": {"D": 72, "I": 24, "E": 40, "G": 8},
+             "scaled_gate_topk": {"D": 72, "I": 24, "E": 40, "G": 8},
+             "scaled_down_combine": {"H": 88, "I": 24},
+             "scaled_expert_down_shared": {"H": 88, "I": 24, "J": 72, "E": 9, "K": 3}}[fused]  # fmt: skip
     face = mt.op(FUSIONS[fused])
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]

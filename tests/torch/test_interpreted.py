@@ -34,6 +34,12 @@ SIZES = {
     "scaled_expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},
     "scaled_expert_down": {"T": 3, "H": 9, "I": 5, "E": 7, "K": 2},
     "scaled_experts": {"T": 3, "D": 24, "H": 9, "I": 5, "E": 7, "K": 2}, "scaled_product": {"T": 5, "D": 24, "P": 9},
+    "scaled_row_product": {"T": 3, "D": 24, "P": 9},
+    "scaled_conv_projections": {"T": 3, "D": 24, "C": 9, "P": 9, "Q": 5, "S": 3},
+    "scaled_gate_projections": {"T": 3, "D": 24, "I": 5, "E": 20, "G": 1},
+    "scaled_gate_topk": {"T": 3, "D": 24, "I": 5, "E": 20, "G": 1},
+    "scaled_down_combine": {"T": 3, "H": 9, "I": 5},
+    "scaled_expert_down_shared": {"T": 3, "H": 9, "I": 5, "J": 20, "E": 7, "K": 2},
 }
 for name, sizes in SIZES.items():
     params = {n: x for n, x in {"k": 3, "experts": 7}.items() if n in FUSIONS[name].params}

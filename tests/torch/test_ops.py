@@ -138,6 +138,12 @@ SMALL = {
     "scaled_expert_down": {"T": 2, "H": 4, "I": 2, "E": 4, "K": 2},
     "scaled_experts": {"T": 2, "D": 4, "H": 3, "I": 2, "E": 4, "K": 2},
     "scaled_product": {"T": 2, "D": 4, "P": 3},
+    "scaled_row_product": {"T": 2, "D": 4, "P": 3},
+    "scaled_conv_projections": {"T": 2, "D": 4, "C": 3, "P": 3, "Q": 2, "S": 2},
+    "scaled_gate_projections": {"T": 2, "D": 4, "I": 2, "E": 6, "G": 1},
+    "scaled_gate_topk": {"T": 2, "D": 4, "I": 2, "E": 6, "G": 1},
+    "scaled_down_combine": {"T": 2, "H": 4, "I": 2, "H?": 1},
+    "scaled_expert_down_shared": {"T": 2, "H": 4, "I": 2, "J": 3, "E": 4, "K": 2, "H?": 1},
 }
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")

@@ -49,6 +49,12 @@ SIZES = {
     "scaled_expert_down": {"I": 64, "H": 2048, "E": 16, "K": 10},
     "scaled_experts": {"I": 64, "D": 2048, "H": 2048, "E": 16, "K": 10},
     "scaled_product": {"D": 2048, "P": 512},
+    "scaled_row_product": {"D": 2048, "P": 512},
+    "scaled_conv_projections": {"D": 2048, "C": 256, "P": 512, "Q": 64, "S": 3},
+    "scaled_gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
+    "scaled_gate_topk": {"D": 2048, "I": 64, "E": 512, "G": 1},
+    "scaled_down_combine": {"H": 2048, "I": 64, "H?": 1},
+    "scaled_expert_down_shared": {"H": 2048, "I": 64, "J": 64, "E": 16, "K": 10, "H?": 1},
 }
 shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}

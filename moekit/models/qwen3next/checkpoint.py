@@ -26,7 +26,6 @@ from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.files import DTYPES, FP8, WHOLE, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.forms import FUSED, Form, Piece
 from moekit.models.qwen3next.fp8 import SCALE, Float8, dequantised, scales_of
-from moekit.models.qwen3next.layer import SCALES
 from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import (
@@ -35,6 +34,7 @@ from moekit.models.qwen3next.sharding import (
     MIXERS,
     REPLICATED,
     ROUTED,
+    SHARED,
     Parameter,
     Slab,
     Weight,
@@ -168,7 +168,7 @@ def load_parameters(
 def kept_float8(checkpoint: Checkpoint) -> Float8 | None:
     """What a model can keep as the files have it: the routed experts, if they are FP8 in every layer, or None.
 
-    Beside them the projections of a kind of layer, where all are FP8 in every such layer.
+    Beside them the shared experts, and the projections of a kind of layer, where all are FP8 in every such layer.
     """
     config, blocks = checkpoint.config, checkpoint.config.blocks
     held = [layer_weights(replace(config, ep=1), 1, i) for i in range(config.num_layers)]
@@ -182,7 +182,7 @@ def kept_float8(checkpoint: Checkpoint) -> Float8 | None:
 
     if blocks is None or not every(ROUTED):
         return None
-    kept = [ROUTED, *(MIXERS[kind] for kind in set(config.layer_types) if every(MIXERS[kind]))]
+    kept = [ROUTED, *(names for names in (SHARED, *map(MIXERS.get, set(config.layer_types))) if every(names))]
     return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept)))
 
 
@@ -241,7 +241,7 @@ class _Reader:
     def _fill(self, place: np.ndarray, weight: Weight, slabs: Sequence[Slab]) -> None:
         """One rank's share of a weight, or of one expert's: its slabs joined by rows, rounded once."""
         float8 = place.dtype == DTYPES[FP8]
-        wide = weight.name in FLOAT32 or float8 or weight.home == SCALES
+        wide = weight.name in FLOAT32 or float8 or weight.block is not None
         wide = wide or (place.dtype == np.float32 and all(map(self.checkpoint.kept, slabs)))
         matrix = place.reshape(len(place), -1)
         matrix, at = matrix.T if weight.transposed else matrix, 0

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moekit.jax import View
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
+from moekit.models.qwen3next.projected import MOST, projected, widened
 from moekit.models.qwen3next.sharding import AXIS
 
 # With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
@@ -34,30 +36,66 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
     activated, share, chosen, ids = routed(x, weights, config, kernels)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    shared = activated, weights.view("shared_down").T, share
     ids = _among_held(ids, config)
-    if kernels.fused and FEW * ids.size <= config.num_experts and "experts_down" + SCALE not in weights.layout:
-        gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
-        return kernels.expert_down_shared(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen, *shared)
-    return kernels.down_combine(experts(x, chosen, ids, weights, kernels, config.ep), *shared)
+    alike = ("experts_down" + SCALE in weights.layout) == ("shared_down" + SCALE in weights.layout)
+    if kernels.fused and FEW * ids.size <= config.num_experts and alike:
+        return _few(x, chosen, ids, activated, share, weights, kernels)
+    hidden = experts(x, chosen, ids, weights, kernels, config.ep)
+    if "shared_down" + SCALE not in weights.layout:
+        return kernels.down_combine(hidden, activated, weights.view("shared_down").T, share)
+    if x.shape[0] > MOST:
+        return kernels.down_combine(hidden, activated, widened(weights, "shared_down", dtype=x.dtype), share)
+    down, scale = weights.view("shared_down"), weights.view("shared_down" + SCALE)
+    columns, inner = weights.block("shared_down")
+    return kernels.scaled_down_combine(hidden, activated, down, scale, share, columns=columns, inner=inner)
+
+
+def _few(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, activated: jax.Array, share: jax.Array, weights: Layer, kernels: Kernels
+) -> jax.Array:
+    """The routed and the shared experts of few pairs: two kernels, the second of which adds both up."""
+    gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
+    if "experts_down" + SCALE not in weights.layout:
+        pairs = kernels.expert_gate_up(x, gate_up, ids)
+        return kernels.expert_down_shared(pairs, down, ids, chosen, activated, weights.view("shared_down").T, share)
+    blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
+    pairs = kernels.scaled_expert_gate_up(x, gate_up, weights.view("experts_gate_up" + SCALE), ids, **blocks)
+    routed = pairs, down, weights.view("experts_down" + SCALE), ids, chosen
+    shared = activated, weights.view("shared_down"), weights.view("shared_down" + SCALE), share
+    width = weights.block("shared_down")[1]  # both have as many columns a block
+    return kernels.scaled_expert_down_shared(*routed, *shared, **blocks, shared_inner=width)
 
 
 def routed(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> tuple[jax.Array, ...]:
     """The shared expert's activation [T, I] and its share [T, 1], and the weights and numbers of the experts chosen, [T, k]."""
     names, k, more = ("gate_up", "router", "shared_gate"), config.num_experts_per_tok, {"renormalize": config.norm_topk_prob}
     if kernels.fused and x.shape[0] <= ROWS:
-        return kernels.gate_topk(x, *map(weights.view, names), k, **more)
+        if "gate_up" + SCALE not in weights.layout:
+            return kernels.gate_topk(x, *map(weights.view, names), k, **more)
+        return kernels.scaled_gate_topk(x, *_scaled_gates(weights), k, **more, **_gate_blocks(weights))
     activated, logits, share = gate(x, weights, kernels)
     return activated, share, *kernels.topk_softmax(logits, k, **more)
 
 
 def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The shared expert's activation [T, I], the router's logits [T, E] and the shared expert's share [T, 1], float32."""
-    names = ("gate_up", "router", "shared_gate")
+    names, scaled = ("gate_up", "router", "shared_gate"), "gate_up" + SCALE in weights.layout
+    if kernels.fused and scaled and x.shape[0] <= MOST:
+        return kernels.scaled_gate_projections(x, *_scaled_gates(weights), **_gate_blocks(weights))
     if kernels.fused:
-        return kernels.gate_projections(x, *map(weights.view, names))
-    gate_up, logits, shared_gate = (linear(x, weights[name]) for name in names)
+        wide = widened(weights, "gate_up", dtype=x.dtype) if scaled else weights.view("gate_up")
+        return kernels.gate_projections(x, wide, *map(weights.view, names[1:]))
+    gate_up, logits, shared_gate = (projected(x, weights, name) for name in names)
     return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
+
+
+def _scaled_gates(weights: Layer) -> tuple[View, ...]:
+    """The gates' weights where the shared expert is float8, with its scales behind it."""
+    return tuple(map(weights.view, ("gate_up", "gate_up" + SCALE, "router", "shared_gate")))
+
+
+def _gate_blocks(weights: Layer) -> dict[str, int]:
+    return dict(zip(("inner", "columns"), weights.block("gate_up"), strict=True))
 
 
 def _among_held(ids: jax.Array, config: Config) -> jax.Array:
