@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moekit.lang import In, Value, cast, contract, fusion, halves, sigmoid, silu
+from moekit.lang import In, cast, contract, fusion, halves, sigmoid, silu
 
 
 def reference(x, gate_up, router, shared_gate):
@@ -14,11 +14,6 @@ def reference(x, gate_up, router, shared_gate):
     return {"activated": activated, "logits": x @ router.T, "share": share}
 
 
-def gated(gate: Value, up: Value, logits: Value, share: Value, dtype: str) -> dict[str, Value]:
-    """What is made of the gate GEMM's four products, in float32, where they are written."""
-    return {"activated": cast(silu(gate) * up, dtype), "logits": cast(logits, dtype), "share": sigmoid(share)}
-
-
 @fusion(reference, x=In("T D"), gate_up=In("2*I D"), router=In("E D"), shared_gate=In("G D"))
 def gate_projections(x, gate_up, router, shared_gate):
     """activated = silu(x·gateᵀ)·(x·upᵀ), logits = x·routerᵀ, share = sigmoid(x·shared_gateᵀ), in one GEMM.
@@ -27,5 +22,7 @@ def gate_projections(x, gate_up, router, shared_gate):
     weight or not -> activated [T, I] and logits [T, E] in x's dtype, share [T, G] in float32. Products are accumulated in
     float32 and rounded once, where they are written.
     """
-    made = (contract(x, part, over="D") for part in (*halves(gate_up, "I"), router, shared_gate))
-    return gated(*made, x.dtype)
+    gate, up = (contract(x, part, over="D") for part in halves(gate_up, "I"))
+    activated = cast(silu(gate) * up, x.dtype)
+    logits = cast(contract(x, router, over="D"), x.dtype)
+    return {"activated": activated, "logits": logits, "share": sigmoid(contract(x, shared_gate, over="D"))}

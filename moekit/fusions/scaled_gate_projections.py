@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from moekit.fusions.gate_projections import gated as finished
 from moekit.fusions.scaled import BLOCK, STORED, counted, gated, of_rows, products
-from moekit.lang import In, fusion, halves
+from moekit.lang import In, cast, fusion, halves, sigmoid, silu
 
 
 def reference(x, gate_up, scale, router, shared_gate, columns, inner):
@@ -31,6 +30,9 @@ def scaled_gate_projections(x, gate_up, scale, router, shared_gate, columns: int
     logits [T, E] in x's dtype, share [T, G] in float32. Blocks of D are multiplied as they are, scaled in float32 if they have
     a scale, and added up in their order; rounded once.
     """
-    scales = (of_rows(scale, "I", "2*Ib", inner, half) for half in (0, 1))
-    given = zip((*halves(gate_up, "I"), router, shared_gate), (*scales, None, None), strict=True)
-    return finished(*(products(x, *each, "D", "Db Di", columns) for each in given), x.dtype)
+    gate, up = (
+        products(x, part, of_rows(scale, "I", "2*Ib", inner, half), "D", "Db Di", columns)
+        for half, part in enumerate(halves(gate_up, "I"))
+    )
+    logits, share = (products(x, weight, None, "D", "Db Di", columns) for weight in (router, shared_gate))
+    return {"activated": cast(silu(gate) * up, x.dtype), "logits": cast(logits, x.dtype), "share": sigmoid(share)}
