@@ -22,9 +22,11 @@ from moekit.models.qwen3next.numerics import einsum, linear, round_to
 from moekit.models.qwen3next.projected import MOST, projected, widened
 from moekit.models.qwen3next.sharding import AXIS
 
-# With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
-# expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
-FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
+# With kernels: pairs for each expert up to which blocks of so many are the fastest; 0: two kernels that read an expert for each
+# pair. Measured on an H200 (docs/performance_kernels.md), but for some places between; of float8 1 was not tried, one pair a
+# program on the matrix unit (bench/schedules_jax.py).
+FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
+SCALED_FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
 ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
@@ -38,7 +40,7 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
     ids = _among_held(ids, config)
     alike = ("experts_down" + SCALE in weights.layout) == ("shared_down" + SCALE in weights.layout)
-    if kernels.fused and FEW * ids.size <= config.num_experts and alike:
+    if kernels.fused and alike and _form(ids.size, config.num_experts, weights) == 0:
         return _few(x, chosen, ids, activated, share, weights, kernels)
     hidden = experts(x, chosen, ids, weights, kernels, config.ep)
     if "shared_down" + SCALE not in weights.layout:
@@ -117,10 +119,10 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H], float8 ones [E, H, I]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
     if kernels.fused and names[0] + SCALE in weights.layout:
-        return _scaled(x, chosen, ids, weights, kernels, FEW * pairs <= count, _block(pairs, count))
+        return _scaled(x, chosen, ids, weights, kernels, _form(pairs, count, weights))
     if kernels.fused:
         gate_up, down = map(weights.view, names)
-        return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
+        return kernels.experts(x, ids, chosen, gate_up, down, block=_form(pairs, count, weights) or FORMS[1][1])
     if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights, ep > 1), x.dtype)
     if x.shape[0] <= SORTED or count <= DENSE * ids.shape[1]:
@@ -128,15 +130,13 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     return round_to(_sorted(x, chosen, ids, weights), x.dtype)
 
 
-def _scaled(
-    x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, few: bool, block: int
-) -> jax.Array:
+def _scaled(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, block: int) -> jax.Array:
     """`experts` of weights that are float8, by kernels that take their scales."""
     gate_up, gate_up_scale, down, down_scale = (
         weights.view(name + end) for name in ("experts_gate_up", "experts_down") for end in ("", SCALE)
     )
     blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
-    if few:
+    if block == 0:
         activated = kernels.scaled_expert_gate_up(x, gate_up, gate_up_scale, ids, **blocks)
         return kernels.scaled_expert_down(activated, down, down_scale, ids, chosen, **blocks)
     return kernels.scaled_experts(x, ids, chosen, gate_up, gate_up_scale, down, down_scale, block=block, **blocks)
@@ -153,9 +153,10 @@ def _matrices(weights: Layer, name: str, dtype: jnp.dtype, take: Callable[[jax.A
     return jnp.swapaxes(wide, 1, 2) if name == "experts_down" else wide
 
 
-def _block(pairs: int, count: int) -> int:
+def _form(pairs: int, count: int, weights: Layer) -> int:
     """How many pairs of one expert a program takes: the fewer it leaves empty, the oftener it reads that expert's weights."""
-    return next(block for most, block in BLOCKS if pairs <= most * count)
+    forms = SCALED_FORMS if "experts_gate_up" + SCALE in weights.layout else FORMS
+    return next(block for most, block in forms if pairs <= most * count)
 
 
 def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:
