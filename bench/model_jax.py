@@ -23,7 +23,7 @@ from bench.runner import DTYPE, Option
 from moekit.models.qwen3next import TINY, Config, Model, abstract_model
 from moekit.models.qwen3next.config import ATTENTION, GDN
 from moekit.models.qwen3next.fp8 import Float8
-from moekit.models.qwen3next.sharding import MIXERS, ROUTED
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED, SHARED
 
 FULL_VOCABULARY = 151936
 WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers would be lost beside its head
@@ -43,7 +43,7 @@ WIDTHS = replace(  # Qwen3-Next-80B-A3B, but for the vocabulary: four layers wou
     shared_expert_intermediate_size=512,
 )
 COPIED = 2**30  # bytes
-FLOAT8 = Float8(128, 128, frozenset((*ROUTED, *MIXERS[GDN], *MIXERS[ATTENTION])))
+FLOAT8 = Float8(128, 128, frozenset((*ROUTED, *SHARED, *MIXERS[GDN], *MIXERS[ATTENTION])))
 
 
 CODES = 64.0  # about as large are random codes
@@ -133,8 +133,9 @@ def random_model(config: Config, mesh: Mesh, dtype: str) -> Model:
     params = drawn(abstract_model(config, mesh, dtype).params, jax.random.key(0))
     layers = params["layers"]
     wide = layers.small * (0.5 * layers.small.shape[-1] ** 0.5)  # rows of vectors and a convolution's taps, no matrix
-    scales = {name: jnp.full_like(a, config.hidden_size**-0.5 / CODES) for name, a in layers.scales.items()}
-    return Model(params | {"layers": replace(layers, small=wide, scales=scales)}, config, mesh)
+    even = config.hidden_size**-0.5 / CODES
+    stacks = {name: jnp.full_like(a, even) if a.dtype == jnp.float32 else a for name, a in layers.stacks.items()}
+    return Model(params | {"layers": replace(layers, small=wide, stacks=stacks)}, config, mesh)
 
 
 def stream(call: Callable[[], Any], calls: int) -> tuple[float, float]:
@@ -214,13 +215,15 @@ def moved(config: Config, tp: int, tokens: int, sequences: int, held: int, dtype
     attentions, heads = layers - deltas, c.num_attention_heads * c.head_dim
     matrices = {
         "experts": layers * experts * 3 * c.moe_intermediate_size * hidden / tp,
-        "gates": layers * (3 * c.shared_expert_intermediate_size / tp + c.num_experts + 1) * hidden,
+        "gates": layers * (c.num_experts + 1) * hidden,
+        "shared experts": layers * 3 * c.shared_expert_intermediate_size * hidden / tp,
         "delta nets": deltas * (2 * keys + 3 * values + 2 * c.linear_num_value_heads) * hidden / tp,
         "attention": attentions * (3 * heads + 2 * kv * max(1, tp / c.num_key_value_heads)) * hidden / tp,
         "head": c.vocab_size * hidden / tp,
     }
-    kept = {} if c.float8 is None else dict.fromkeys(("experts", "delta nets", "attention"), 1)
+    kept = {} if c.float8 is None else dict.fromkeys(("experts", "shared experts", "delta nets", "attention"), 1)
     found = {name: n * kept.get(name, size) for name, n in matrices.items()}
+    found["gates"] += found.pop("shared experts")
     state = 4 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
     found["states"] = deltas * sequences * 2 * state / tp
     found["keys and values"] = attentions * sequences * held * 2 * kv * max(1 / tp, 1 / c.num_key_value_heads) * size

@@ -56,7 +56,7 @@ def inspect(
     with Checkpoint(directory, config) as checkpoint:
         kind = weights_dtype(checkpoint, dtype)
         if weights:
-            checkpoint.keep_float8(required=weights != "auto")
+            checkpoint.keep_float8(weights != "auto", tp)
         room = Room(batch, length, min(length, PROMPT))
         need = need_of(checkpoint.config, tp, kind, room)
         each = need_of(checkpoint.config, tp, kind, Room(1, length)).cache

@@ -6,7 +6,7 @@ from inspect import Parameter, Signature
 import numpy as np
 
 from moekit.errors import ShapeError
-from moekit.lang import Value, blocks, contract, gather, iota, size, sum
+from moekit.lang import Value, blocks, contract, f32, gather, iota, size, sum
 
 STORED = ("float8_e4m3fn", "float32", "float16", "bfloat16")
 BLOCK = 128
@@ -25,14 +25,26 @@ def counted(axis: str, block: str) -> Callable[..., int]:
     return rule
 
 
-def products(x: Value, weight: Value, scale: Value, over: str, into: str, block: int, upto: Value | None = None) -> Value:
+def products(
+    x: Value, weight: Value, scale: Value | None, over: str, into: str, block: int, upto: Value | None = None
+) -> Value:
     """x·(weight·scale) over an axis, block by block of it: each is multiplied as it is, scaled in float32, and added up.
 
-    scale varies along the axis of blocks, the first of `into`, and along whatever else the product does. upto: so many blocks.
+    scale varies along the axis of blocks, the first of `into`, and along whatever else the product does; a weight that has
+    none, beside others that do, is multiplied in the same blocks. upto: so many blocks.
     """
     outer, inner = into.split()
     parts, kept = (blocks(a, over, block, into=into) for a in (x, weight))
-    return sum(contract(parts, kept, over=inner) * scale, over=outer, upto=upto)
+    each = contract(parts, kept, over=inner)
+    return sum(each if scale is None else each * scale, over=outer, upto=upto)
+
+
+def sums(x: Value, weight: Value, scale: Value | None, over: str, into: str, block: int) -> Value:
+    """`products` that lanes multiply and not the matrix unit: for one row, which that would have to be filled up for."""
+    outer, inner = into.split()
+    parts, kept = (f32(blocks(a, over, block, into=into)) for a in (x, weight))
+    each = sum(parts * kept, over=inner)
+    return sum(each if scale is None else each * scale, over=outer)
 
 
 def of_rows(scale: Value, axis: str, over: str, block: int, half: int = 0) -> Value:

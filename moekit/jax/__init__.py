@@ -42,6 +42,12 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+scaled_row_product = op(_FUSIONS["scaled_row_product"])
+scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
+scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
+scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
+scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
 moe_align = op(_FUSIONS["moe_align"])
 
 for _function in [x for x in globals().values() if hasattr(x, "fusion")]:
@@ -76,10 +82,16 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "scaled_conv_projections",
+    "scaled_down_combine",
     "scaled_expert_down",
+    "scaled_expert_down_shared",
     "scaled_expert_gate_up",
     "scaled_experts",
+    "scaled_gate_projections",
+    "scaled_gate_topk",
     "scaled_product",
+    "scaled_row_product",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

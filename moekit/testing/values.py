@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import ml_dtypes
@@ -79,12 +80,15 @@ def shapes_of(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of operands for the sizes of the plain axes; a dimension with `?` has size 1 where `sizes["NAME?"]` is 1.
 
-    Axes of operands whose sizes follow from others and from `params` need not be said.
+    Axes of operands whose sizes follow from others and from `params` need not be said, nor parameters that none follows from.
     """
     own = {a for s in fusion.tensors.values() for d in s.dims for _, a in d.terms}
     plain = dict(sizes)
     if own & {*fusion.axes} - {*sizes}:
-        plain = {a: n for a, n in fusion.follow(sizes, fusion.bind_params(params or {})).items() if a in own} | plain
+        asked = {n for rule in fusion.axes.values() for n in signature(rule).parameters}
+        free = {n: 0 for n, p in fusion.params.items() if p.default is p.empty and n not in asked}
+        following = fusion.follow(sizes, fusion.bind_params(free | dict(params or {})))
+        plain = {a: n for a, n in following.items() if a in own} | plain
     return {
         n: tuple(plain[f"{d.text}?"] if d.optional and f"{d.text}?" in plain else d.size(plain) for d in s.dims)
         for n, s in fusion.tensors.items()

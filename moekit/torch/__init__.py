@@ -52,6 +52,14 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+scaled_row_product = op(_FUSIONS["scaled_row_product"])
+scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
+scaled_conv_projections_ = op(_FUSIONS["scaled_conv_projections"], in_place=True)
+scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
+scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
+scaled_down_combine_ = op(_FUSIONS["scaled_down_combine"], in_place=True)
+scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
 moe_align = op(_FUSIONS["moe_align"])
 down_combine_ = op(_FUSIONS["down_combine"], in_place=True)
 
@@ -95,10 +103,18 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
+    "scaled_conv_projections",
+    "scaled_conv_projections_",
+    "scaled_down_combine",
+    "scaled_down_combine_",
     "scaled_expert_down",
+    "scaled_expert_down_shared",
     "scaled_expert_gate_up",
     "scaled_experts",
+    "scaled_gate_projections",
+    "scaled_gate_topk",
     "scaled_product",
+    "scaled_row_product",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

@@ -75,6 +75,7 @@ _DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b"
           "state": (4, 4, 128, 128)}  # fmt: skip
 _EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
 _SCALED = {"gate_up_scale": (512, 8, 16), "down": (512, 2048, 512), "down_scale": (512, 16, 4)}
+_SCALED_GATES = {"x": (4, 2048), "gate_up": (256, 2048), "scale": (2, 16), "router": (512, 2048), "shared_gate": (1, 2048)}
 _GATES = {"gate_up": (128, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
 
 SAMPLES = {
@@ -171,7 +172,51 @@ SAMPLES = {
         {"q": (4, 16, 256), "k": (4, 2, 256), "q_weight": (256,), "k_weight": (256,), "positions": (4,), "frequencies": (32,)},
         f32=("frequencies",),
     ),
-    "scaled_product": Sample("scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",)),
+    "scaled_product": Sample(
+        "scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",), f8=("weight",)
+    ),
+    "scaled_row_product": Sample(
+        "scaled_row_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",), f8=("weight",)
+    ),
+    "scaled_conv_projections": Sample(
+        "scaled_conv_projections",
+        {
+            "x": (4, 2048),
+            "mixing": (1024, 2048),
+            "mixing_scale": (8, 16),
+            "others": (512, 2048),
+            "others_scale": (4, 16),
+            "gates": (64, 2048),
+            "state": (4, 1024, 3),
+            "weight": (1024, 4),
+        },
+        f32=("mixing_scale", "others_scale", "weight"),
+        f8=("mixing", "others"),
+    ),
+    "scaled_gate_projections": Sample("scaled_gate_projections", _SCALED_GATES, f32=("scale",), f8=("gate_up",)),
+    "scaled_gate_topk": Sample("scaled_gate_topk", _SCALED_GATES, {"k": 10}, f32=("scale",), f8=("gate_up",)),
+    "scaled_down_combine": Sample(
+        "scaled_down_combine",
+        {"hidden": (4, 2048), "activated": (4, 512), "down": (2048, 512), "scale": (16, 4), "share": (4, 1)},
+        f32=("scale", "share"),
+        f8=("down",),
+    ),
+    "scaled_expert_down_shared": Sample(
+        "scaled_expert_down_shared",
+        {
+            "activated": (4, 10, 256),
+            "down": (512, 2048, 256),
+            "scale": (512, 16, 2),
+            "ids": (4, 10),
+            "weights": (4, 10),
+            "shared": (4, 256),
+            "shared_down": (2048, 256),
+            "shared_scale": (16, 2),
+            "share": (4, 1),
+        },
+        f32=("scale", "weights", "shared_scale", "share"),
+        f8=("down", "shared_down"),
+    ),
     "scaled_expert_gate_up": Sample(
         "scaled_expert_gate_up",
         {"x": (4, 2048), "gate_up": (512, 512, 2048), "scale": (512, 4, 16), "ids": (4, 10)},

@@ -10,6 +10,7 @@ import pytest
 from moekit.errors import ArgumentError
 from moekit.models.qwen3next import (
     CheckpointError,
+    abstract_model,
     cache_shapes,
     decode_step,
     greedy_step,
@@ -20,13 +21,14 @@ from moekit.models.qwen3next import (
 )
 from moekit.models.qwen3next.memory import needed
 from moekit.models.qwen3next.projected import widened as widened_rows
-from moekit.models.qwen3next.sharding import MIXERS, ROUTED
+from moekit.models.qwen3next.sharding import MIXERS, ROUTED, SHARED
 from tests.models.conftest import CASES
+from tests.models.micro import load_tensors
 from tests.models.test_fp8 import METHOD, RAGGED, made, widened, written
 from tests.models.test_kernels import by_fusion, calls
 
 KEPT = "float8_e4m3fn"
-# blocks of 128 end within matrices; at tp 8 a rank's 24 of them are blocks of 8
+# blocks of 128 end within matrices; at tp 8 a rank's share of an expert would be 24 columns, with a scale for 8 of them
 CONFIG = replace(CASES["two-layers"], vocab_size=64, hidden_size=160, num_experts=8, moe_intermediate_size=192)
 
 
@@ -60,7 +62,7 @@ def wide(layer, name):
     return widened(np.asarray(layer[name]), np.asarray(layer[name + "_scale"]), *block)
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2), (8, 1), (8, 8)])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2), (8, 8)])
 def test_every_rank_has_the_codes_and_scales_of_what_it_holds(folder, mesh, tp, ep):
     """Bits are those of the same checkpoint dequantised as it is read."""
     loaded = (load(folder, mesh(tp), "float32", weights=w, ep=ep).params["layers"] for w in (KEPT, None))
@@ -74,6 +76,11 @@ def test_every_rank_has_the_codes_and_scales_of_what_it_holds(folder, mesh, tp, 
         assert {str(layer[name].dtype) for name in ROUTED} == {KEPT}
         np.testing.assert_array_equal(wide(layer, "experts_gate_up"), np.asarray(same["experts_gate_up"]))
         np.testing.assert_array_equal(wide(layer, "experts_down").swapaxes(1, 2), np.asarray(same["experts_down"]))
+        if tp < 8:  # 8 columns a rank, which are too few to share a scale
+            gates, back = (np.asarray(widened_rows(layer, name, dtype="float32")) for name in SHARED)
+            np.testing.assert_array_equal(gates, np.asarray(same["gate_up"]))
+            np.testing.assert_array_equal(back.T, np.asarray(same["shared_down"]))
+        assert ("gate_up_scale" in layer.layout) == (tp < 8)
         for kind, (*joined, out) in MIXERS.items():
             at = CONFIG.layer_types.index(kind)
             layer, same = cut(ours, rank)[at], cut(plain, rank)[at]
@@ -100,7 +107,7 @@ def expected(folder, mesh):
 
 
 @pytest.mark.parametrize("kernels", ["pallas", "xla"])
-@pytest.mark.parametrize(("tp", "ep", "batch"), [(1, 1, 1), (1, 1, 2), (2, 1, 1), (4, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize(("tp", "ep", "batch"), [(1, 1, 1), (1, 1, 2), (2, 1, 1), (4, 2, 2), (8, 8, 1)])
 def test_logits_are_those_of_dequantised_weights(folder, mesh, expected, kernels, tp, ep, batch):
     got = logits(load(folder, mesh(tp), "float32", weights=KEPT, ep=ep), kernels, batch)
     assert np.abs(expected).max() > 0.5
@@ -125,13 +132,50 @@ def test_many_tokens_by_arrays(folder, mesh):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_steps_call_the_kernels_that_take_scales(folder, mesh):
-    model = load(folder, mesh(2), weights=KEPT)
-    shapes = cache_shapes(model.config, model.mesh, 2, 64, np.float32)
+def stepped(model, batch):
+    """The kernels of a step, by fusion."""
+    shapes = cache_shapes(model.config, model.mesh, batch, 64, np.float32)
     step = greedy_step.trace(model, shapes.lengths, shapes, kernels="pallas")
-    found = by_fusion(calls(step.jaxpr.jaxpr))
-    assert (found["scaled_experts"], found["scaled_product"]) == (2, 4)
-    assert "experts" not in found
+    return by_fusion(calls(step.jaxpr.jaxpr))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Experts enough for a token's to be few."""
+    config = replace(CONFIG, num_experts=24, num_experts_per_tok=3, hidden_size=128, moe_intermediate_size=128)
+    plain = write_random_checkpoint(tmp_path_factory.mktemp("many") / "plain", config, seed=4)
+    quantize(plain, plain.parent / "short")
+    return plain.parent / "short"
+
+
+def test_steps_call_the_kernels_that_take_scales(folder, many, mesh):
+    found = stepped(load(folder, mesh(2), weights=KEPT), 2)
+    every = ("scaled_gate_topk", "scaled_experts", "scaled_product", "scaled_down_combine")
+    assert [found[name] for name in every] == [2, 2, 4, 2]
+    assert {"experts", "gate_topk", "down_combine"}.isdisjoint(found)
+    found = stepped(load(many, mesh(1), weights=KEPT), 1)  # 2 layers: q, k and v, and what goes back
+    pairs = ("scaled_gate_topk", "scaled_expert_gate_up", "scaled_expert_down_shared", "scaled_conv_projections")
+    assert [found[name] for name in (*pairs, "scaled_row_product")] == [2, 2, 2, 1, 3]
+    assert {"scaled_expert_down", "scaled_product", "scaled_down_combine", "causal_conv1d_step"}.isdisjoint(found)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_step_of_one_sequence_with_few_experts_each(many, mesh, tp):
+    """As the dequantised weights give it, by the kernels that a step of one sequence has."""
+    found = []
+    for weights, kernels in ((KEPT, "pallas"), (None, "xla")):
+        model = load(many, mesh(tp), "float32", weights=weights)
+        _, cache = prefill(model, TOKENS[:1, :3], np.array([3], np.int32), cache_length=16, kernels="xla")
+        found.append(decode_step(model, np.array([3], np.int32), cache, kernels=kernels)[0])
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_shared_experts_that_are_not_float8_stay_beside_those_that_are(many, mesh):
+    """The kernels of both kinds of weights, each with its own."""
+    model = load(many, mesh(1), weights=KEPT)
+    config = replace(model.config, float8=replace(model.config.float8, names=model.config.float8.names - {*SHARED}))
+    found = stepped(abstract_model(config, model.mesh, "float32"), 1)
+    assert [found[name] for name in ("gate_topk", "scaled_expert_down", "down_combine")] == [2, 2, 2]
 
 
 def test_memory_is_that_of_the_codes(folder, mesh):
@@ -147,8 +191,54 @@ def test_what_is_said_of_weights(folder, tmp_path, mesh):
         load(folder, mesh(1), weights="int8")
     plain = write_random_checkpoint(tmp_path, replace(RAGGED, num_experts=2))
     assert load(plain, mesh(1), weights="auto").config.float8 is None
-    with pytest.raises(CheckpointError, match="routed experts are not FP8 in every layer"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor \S+experts.0.gate_proj.weight is \S+, so the .*, or quantise the checkpoint"
+    ):
         load(plain, mesh(1), weights=KEPT)
+
+
+def changed(folder, to, change):
+    """A copy of a checkpoint with other tensors."""
+    tensors = load_tensors(folder)
+    change(tensors)
+    return written(to / "model", tensors, CONFIG, quantization_config=METHOD)
+
+
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+def test_experts_that_are_float8_in_part_are_not_kept(folder, tmp_path, mesh):
+    """And what is said does not ask for what `moekit quantize` refuses."""
+
+    def change(tensors):
+        tensors[EXPERT] = tensors[EXPERT].astype(np.float32)
+        del tensors[EXPERT + "_scale_inv"]
+
+    with pytest.raises(CheckpointError, match=rf"tensor {EXPERT} is F32, so the routed experts cannot .*; leave weights out$"):
+        load(changed(folder, tmp_path, change), mesh(1), weights=KEPT)
+
+
+def test_too_few_columns_with_one_scale_are_refused(folder, mesh, monkeypatch):
+    """Before anything is placed; `auto` dequantises them."""
+    monkeypatch.setattr(jax, "device_put", None)
+    with pytest.raises(
+        CheckpointError, match="over 8 ranks in 1 groups 8 columns of a routed expert share a scale, and 16 are"
+    ):
+        load(folder, mesh(8), weights=KEPT)
+    monkeypatch.undo()
+    assert load(folder, mesh(8), weights="auto").config.float8 is None
+
+
+def test_codes_times_scales_that_leave_the_range_are_refused(folder, tmp_path, mesh):
+    """Kernels multiply before they scale, but arrays, and prompts, widen first."""
+
+    def change(tensors):
+        tensors[EXPERT + "_scale_inv"][0, 0] = 3e3
+
+    spoilt = changed(folder, tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"tensor {EXPERT} leaves the range of float16; choose a wider dtype"):
+        load(spoilt, mesh(1), "float16", weights=KEPT)
+    assert load(spoilt, mesh(1), "bfloat16", weights=KEPT).config.float8 is not None
 
 
 def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
@@ -156,4 +246,4 @@ def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
     plain = write_random_checkpoint(tmp_path / "plain", replace(CONFIG, hidden_size=128, moe_intermediate_size=128))
     quantize(plain, tmp_path / "short")
     model = load(tmp_path / "short", mesh(1), weights="auto")
-    assert model.config.float8.names == {*ROUTED, *(name for names in MIXERS.values() for name in names)}
+    assert model.config.float8.names == {*ROUTED, *SHARED, *(name for names in MIXERS.values() for name in names)}

@@ -106,7 +106,12 @@ def emulated(monkeypatch) -> Log:
 
 AXES = {"T": 5, "D": 32, "P": 24, "I": 24, "E": 16, "H": 24, "H?": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 16, "G": 3, "Q": 6,
         "L": 20, "C": 24, "S": 3, "R": 4, "N": 8, "J": 16}  # fmt: skip
-PARAMS = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "moe_align": {"experts": 6, "block": 4}}
+PARAMS = {
+    "topk_softmax": {"k": 4},
+    "gate_topk": {"k": 4},
+    "scaled_gate_topk": {"k": 4},
+    "moe_align": {"experts": 6, "block": 4},
+}
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ What was measured stands in measured.json, by the name of the constant.
 
 from __future__ import annotations
 
+from math import prod
+
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import PART, PRODUCTS, axis_uses, once
@@ -18,24 +20,25 @@ SUMMED_TILE = 2**12  # of a matrix whose products are added to parts of a sum
 @once
 def vector_launch(graph: Graph) -> Launch | None:
     """Programs of a graph whose one long sum is of products of rows with a matrix's; None of another graph."""
-    found = {(n.attr("axis"), columns) for n in map(graph.nodes.__getitem__, graph.live()) if (columns := _columns(graph, n))}
+    found = {each for i in graph.live() if (each := _summed(graph, graph.nodes[i]))}
     if len(found) != 1:
         return None
     ((deep, columns),) = found
     return _launch(graph, deep, columns, MATRIX_TILE)
 
 
-def _columns(graph: Graph, node: Node) -> str | None:
-    """The parallel axis that a matrix has beside the axis along which its products with rows are added up."""
+def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:
+    """The axes along which a matrix's products with rows are added up, in blocks or not, and its parallel one beside them."""
     uses = axis_uses(graph)
     if node.op != "reduce" or node.attr("kind") != "sum" or graph.nodes[node.args[0]].op != "mul":
         return None
     sides = [set(graph.nodes[a].axes) for a in graph.nodes[node.args[0]].args]
     own = [graph.ordered(a - b) for a, b in (sides, sides[::-1])]
-    if not all(own) or (graph.axes[node.attr("axis")] or 0) < EACH_WARP // 8:
+    deep = graph.ordered({a for a in sides[0] & sides[1] if uses[a].reduced})
+    if not all(own) or node.attr("axis") not in deep or prod(graph.axes[a] or 0 for a in deep) < EACH_WARP // 8:
         return None
     static = [a for axes in own for a in axes if graph.axes[a] is not None and uses[a].parallel]
-    return static[0] if len(static) == 1 else None
+    return (tuple(deep), static[0]) if len(static) == 1 else None
 
 
 def summed_launch(graph: Graph) -> Launch | None:
@@ -45,14 +48,17 @@ def summed_launch(graph: Graph) -> Launch | None:
     if len(products) != 1 or not any(a.endswith(PART) for a in uses):
         return None
     columns = [a for a in products[0].axes if graph.axes[a] is not None and uses[a].parallel]
-    return _launch(graph, products[0].attr("axis"), columns[-1], SUMMED_TILE) if columns else None
+    return _launch(graph, (products[0].attr("axis"),), columns[-1], SUMMED_TILE) if columns else None
 
 
-def _launch(graph: Graph, deep: str, columns: str, tile: int) -> Launch:
+def _launch(graph: Graph, deep: tuple[str, ...], columns: str, tile: int) -> Launch:
     """A matrix's rows whole, so many a program that it has `tile` elements; one of what else is parallel."""
-    uses = axis_uses(graph)
-    depth, extent = uses[deep].extent or 1, uses[columns].extent or 1
-    said: dict[str, Axis] = {deep: Whole(deep, pow2(depth)) if pow2(depth) <= tile else Loop(deep, tile)}
-    said[columns] = Tile(columns, max(1, min(tile // said[deep].block, pow2(extent))))
+    uses, held = axis_uses(graph), 1
+    said: dict[str, Axis] = {}
+    for axis in reversed(deep):  # the innermost first; what has no room goes in turns
+        depth = pow2(uses[axis].extent or 1)
+        said[axis] = Whole(axis, depth) if held * depth <= tile else Loop(axis, max(1, tile // held))
+        held *= said[axis].block
+    said[columns] = Tile(columns, max(1, min(tile // held, pow2(uses[columns].extent or 1))))
     launch = shrunk(graph, alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1))
-    return launch.but(Warps(max(1, min(4, said[deep].block * said[columns].block // (tile // 4)))))
+    return launch.but(Warps(max(1, min(4, held * said[columns].block // (tile // 4)))))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
@@ -25,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.files import DTYPES, FP8, WHOLE, CheckpointError, Tensor, read_tensors, said, shown
 from moekit.models.qwen3next.forms import FUSED, Form, Piece
-from moekit.models.qwen3next.fp8 import SCALE, Float8, dequantised, scales_of
-from moekit.models.qwen3next.layer import SCALES
+from moekit.models.qwen3next.fp8 import LARGEST, SCALE, Float8, dequantised, scales_of
+from moekit.models.qwen3next.layer import SCALE as SCALE_OF
 from moekit.models.qwen3next.memory import NO_ROOM, Room, check_fits
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import (
@@ -35,6 +36,7 @@ from moekit.models.qwen3next.sharding import (
     MIXERS,
     REPLICATED,
     ROUTED,
+    SHARED,
     Parameter,
     Slab,
     Weight,
@@ -43,6 +45,7 @@ from moekit.models.qwen3next.sharding import (
 )
 
 HEAD = "lm_head.weight"
+LEAST = 16  # columns that share a scale: as many as the matrix unit takes at a time
 MANY = 100_000
 MAY_BE_F32 = ("A_log", "dt_bias", "norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
 THREADS = 16  # at most: more than fill the memory's bandwidth
@@ -89,12 +92,14 @@ class Checkpoint:
         """Whether all of a slab is FP8 in the files."""
         return all(piece.key in self.scales for piece in self.form.pieces(slab))
 
-    def keep_float8(self, required: bool) -> None:
-        """Let the model have what is FP8 in all layers as it is; CheckpointError where that is required and there is none."""
-        found = kept_float8(self)
+    def keep_float8(self, required: bool, tp: int = 1) -> None:
+        """Let a model over `tp` ranks have what is FP8 in all layers as it is.
+
+        CheckpointError where that is required and the routed experts are not, or not in blocks that kernels take.
+        """
+        found, why = kept_float8(self, tp)
         if required and found is None:
-            why = f"its routed experts are not FP8 in every layer ({self.dtype}), so they cannot be kept in {DTYPES[FP8].name}"
-            raise CheckpointError(f"{shown(self.directory)}: {why}; leave weights out, or quantise it")
+            raise CheckpointError(f"{shown(self.directory)}: {why}")
         self.config = replace(self.config, float8=found)
 
     def kept(self, slab: Slab) -> bool:
@@ -165,25 +170,45 @@ def load_parameters(
     return jax.tree.unflatten(structure, arrays)
 
 
-def kept_float8(checkpoint: Checkpoint) -> Float8 | None:
-    """What a model can keep as the files have it: the routed experts, if they are FP8 in every layer, or None.
+def kept_float8(checkpoint: Checkpoint, tp: int = 1) -> tuple[Float8 | None, str]:
+    """What a model over `tp` ranks can keep as the files have it: the routed experts, or None, and then why not.
 
-    Beside them the projections of a kind of layer, where all are FP8 in every such layer.
+    They must be FP8 in every layer, and so must be what is kept beside them: the shared experts, and the projections of a kind
+    of layer. Where ranks cut the files' blocks, LEAST columns or more must share a scale.
     """
     config, blocks = checkpoint.config, checkpoint.config.blocks
-    held = [layer_weights(replace(config, ep=1), 1, i) for i in range(config.num_layers)]
+    name, others = DTYPES[FP8].name, (SHARED, *map(MIXERS.__getitem__, sorted(set(config.layer_types))))
 
-    def fp8(weight: Weight) -> bool:
-        slabs = weight.slabs(0)
-        return all(map(checkpoint.quantised, chain.from_iterable(slabs) if weight.stacked else slabs))
+    def parts(names: tuple[str, ...], every: Config, ranks: int) -> Iterator[Weight]:
+        layers = (layer_weights(every, ranks, i) for i in range(config.num_layers))
+        return (layer[name] for layer in layers for name in names if name in layer)
 
-    def every(names: tuple[str, ...]) -> bool:
-        return all(fp8(layer[name]) for layer in held for name in names if name in layer)
-
-    if blocks is None or not every(ROUTED):
+    def plain(names: tuple[str, ...]) -> str | None:
+        """A tensor among what these weights are made of that is not FP8."""
+        for weight in parts(names, replace(config, ep=1), 1):
+            slabs = weight.slabs(0)
+            for slab in chain.from_iterable(slabs) if weight.stacked else slabs:
+                for piece in checkpoint.form.pieces(slab):
+                    if piece.key not in checkpoint.scales:
+                        return piece.key
         return None
-    kept = [ROUTED, *(MIXERS[kind] for kind in set(config.layer_types) if every(MIXERS[kind]))]
-    return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept)))
+
+    if blocks is None or (key := plain(ROUTED)):
+        key, made = (plain(ROUTED), ", or quantise the checkpoint") if blocks is None else (key, "")
+        kind = shown(checkpoint.tensors[key or HEAD].dtype)
+        return None, f"tensor {key} is {kind}, so the routed experts cannot be kept in {name}; leave weights out{made}"
+
+    def narrow(names: tuple[str, ...]) -> int | None:
+        """So many elements of what is contracted that share a scale of one of these weights, if they are too few."""
+        scaled = tuple(n + SCALE_OF for n in names)
+        every = replace(config, float8=Float8(blocks.rows, blocks.columns, frozenset(names) | {*ROUTED}))
+        return next((w.block[1] for w in parts(scaled, every, tp) if w.block and w.block[1] < LEAST), None)
+
+    if few := narrow(ROUTED):
+        found = f"over {tp} ranks in {config.ep} groups {few} columns of a routed expert share a scale, and {LEAST} are needed"
+        return None, f"{found} for {name}; choose fewer ranks or a larger ep, or leave weights out"
+    kept = [ROUTED, *(names for names in others if plain(names) is None and narrow(names) is None)]
+    return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept))), ""
 
 
 def weights_dtype(checkpoint: Checkpoint, dtype: str | None) -> str:
@@ -241,7 +266,7 @@ class _Reader:
     def _fill(self, place: np.ndarray, weight: Weight, slabs: Sequence[Slab]) -> None:
         """One rank's share of a weight, or of one expert's: its slabs joined by rows, rounded once."""
         float8 = place.dtype == DTYPES[FP8]
-        wide = weight.name in FLOAT32 or float8 or weight.home == SCALES
+        wide = weight.name in FLOAT32 or float8 or weight.block is not None
         wide = wide or (place.dtype == np.float32 and all(map(self.checkpoint.kept, slabs)))
         matrix = place.reshape(len(place), -1)
         matrix, at = matrix.T if weight.transposed else matrix, 0
@@ -254,6 +279,17 @@ class _Reader:
                 _copy(rows, block, rows.dtype if wide else self.dtype, weight.transposed)
             if not finite(place):
                 self._refuse(slabs, place.dtype if wide else self.dtype)
+            if float8 and any(map(self._leaves, slabs)):
+                self._refuse(slabs, self.dtype)
+
+    def _leaves(self, slab: Slab) -> bool:
+        """Whether codes times their scales leave the range of the weights' dtype, in which some products have them."""
+        most = float(ml_dtypes.finfo(self.dtype).max)
+        for piece in self.checkpoint.form.pieces(slab):
+            scales = self.checkpoint.whole(self.checkpoint.scales[piece.key], piece.expert)
+            if float(np.abs(scales).max(initial=0)) * float(LARGEST) > most:  # which is rare, and then looked at closely
+                return not finite(self.checkpoint.read(slab).astype(self.dtype))
+        return False
 
     def _refuse(self, slabs: Sequence[Slab], dtype: np.dtype) -> None:
         """Say which tensor a value came from that is not finite."""

@@ -35,7 +35,16 @@ def decode(
     keys = (channels - value_heads * value_dim) // 2
     inputs, memory = (view(held) if at is None else view(held)[at] for held in (state.conv, state.recurrent))
     inputs = inputs.transpose(0, 2, 1)  # channels before what each remembers
-    if kernels.fused and x.shape[0] == 1 and "in_proj_qkvz" + SCALE not in weights.layout:
+    if kernels.fused and x.shape[0] == 1 and "in_proj_qkvz" + SCALE in weights.layout:
+        every, scales = weights.view("in_proj_qkvz"), weights.view("in_proj_qkvz" + SCALE)
+        rows, columns = weights.block("in_proj_qkvz")
+        end = channels // rows  # no block has channels and others
+        given = every[:channels], scales[:end], every[channels:], scales[end:], weights.view("in_proj_ba")
+        mixed, gates, convolved, conv = kernels.scaled_conv_projections(
+            x, *given, inputs, weights.view("conv1d"), rows=rows, columns=columns, out=(None, None, None, inputs)
+        )
+        behind, first = 0, 0
+    elif kernels.fused and x.shape[0] == 1:
         every = weights.beside("in_proj_qkvz", "in_proj_ba", multiple=value_dim)
         given = every[:channels], every[channels:], inputs, weights.view("conv1d")
         mixed, convolved, conv = kernels.conv_projections(x, *given, out=(None, None, inputs))

@@ -30,6 +30,12 @@ FUSIONS = (
     "scaled_expert_down",
     "scaled_experts",
     "scaled_product",
+    "scaled_row_product",
+    "scaled_conv_projections",
+    "scaled_gate_projections",
+    "scaled_gate_topk",
+    "scaled_down_combine",
+    "scaled_expert_down_shared",
     "gated_rms_norm",
     "causal_conv1d_step",
     "conv_projections",
@@ -64,6 +70,12 @@ class Kernels:
     scaled_expert_down: Callable[..., Any]
     scaled_experts: Callable[..., Any]
     scaled_product: Callable[..., Any]
+    scaled_row_product: Callable[..., Any]
+    scaled_conv_projections: Callable[..., Any]
+    scaled_gate_projections: Callable[..., Any]
+    scaled_gate_topk: Callable[..., Any]
+    scaled_down_combine: Callable[..., Any]
+    scaled_expert_down_shared: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]
     causal_conv1d_step: Callable[..., Any]
     conv_projections: Callable[..., Any]

@@ -7,7 +7,7 @@ each kind of layer: its mixers' projections back, stacked. `small`, float32, one
 matrix of the hidden states' width. XLA (0.11.2) reads a product's slice of an array in place, but copies one that it contracts
 along the rows that it slices, as it would `down`. Kernels take Views; what they pick out of `small` is a number at run time, so
 that one kernel serves every layer. Where weights stay float8, `rows8` are to them what `rows` are to the others, and each
-kind of scales is one stack over the layers that have it.
+kind of scales, and the shared experts' projections back, is one stack over the layers that have it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jax import lax
 
 from moekit.jax import View, view
 
-ROWS, SMALL, OUT, DOWN, ROWS8, SCALES = "rows", "small", "out", "down", "rows8", "scales"
+ROWS, SMALL, OUT, DOWN, ROWS8, STACK = "rows", "small", "out", "down", "rows8", "stack"
 HOMES = (ROWS, SMALL, OUT, DOWN, ROWS8)
-STACKED = (SMALL, OUT, SCALES)  # arrays of several layers
+STACKED = (SMALL, OUT, STACK)  # arrays of several layers
 SCALE = "_scale"  # what the name of a weight's scales ends with, behind the weight's
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 class Part:
     """Where one weight lies: in the array `home`, from row (of `small`: element of its layer's) `start` on; its shape.
 
-    Scales are arrays of their own in `scales`, by name; block: the rows and columns of a matrix that each is of.
+    What has a stack of its own is told by name. block: of scales, the rows and columns of a matrix that each is of.
     """
 
     home: str
@@ -123,7 +123,7 @@ class Layer:
 
     def __getitem__(self, name: str) -> jax.Array:
         part = self.layout[name]
-        if part.home == SCALES:
+        if part.home == STACK:
             held, at = self.stacks[name]
             return lax.dynamic_index_in_dim(held, at, keepdims=False)
         if part.home == SMALL:
@@ -179,7 +179,7 @@ class Layer:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rows", "small", "out", "down", "rows8", "scales"), meta_fields=("layouts", "kinds"),
+    data_fields=("rows", "small", "out", "down", "rows8", "stacks"), meta_fields=("layouts", "kinds"),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Layers:
@@ -187,7 +187,8 @@ class Layers:
 
     rows, down: an array for each layer. out: one for each kind of layer. small: one. They are float32 if small, in the model's
     dtype the others. layouts, kinds: of each layer. A Layer is one rank's: `layers[i]` is for code that runs on every rank.
-    Weights that stay float8 are in rows8, an array for each layer, and in down; their scales, float32, in one for each name.
+    Weights that stay float8 are in rows8, an array for each layer, in down and out; their scales, float32, and what else stands
+    in none of these, in stacks, one for each name.
     """
 
     rows: tuple[Any, ...]
@@ -197,7 +198,7 @@ class Layers:
     layouts: tuple[Layout, ...]
     kinds: tuple[str, ...]
     rows8: tuple[Any, ...] = ()
-    scales: dict[str, Any] = field(default_factory=dict)
+    stacks: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,8 +206,8 @@ class Layers:
     def __getitem__(self, i: int) -> Layer:
         out = self.out[self.kinds[i]][self.place(i)]
         rows8 = self.rows8[i] if self.rows8 else None
-        stacks = {n: (a, jnp.int32(self.nth(n, i))) for n, a in self.scales.items() if n in self.layouts[i]}
-        for name, part in self.layouts[i].parts if self.scales else ():
+        stacks = {n: (a, jnp.int32(self.nth(n, i))) for n, a in self.stacks.items() if n in self.layouts[i]}
+        for name, part in self.layouts[i].parts if self.stacks else ():
             if part.home == OUT:
                 stacks[name] = (self.out[self.kinds[i]], jnp.int32(self.place(i)))
         return Layer(self.rows[i], self.small, out, self.down[i], jnp.int32(i), self.layouts[i], rows8, stacks)

@@ -80,7 +80,7 @@ def load(
     check_tensor_parallel(config, mesh.shape[AXIS])
     with Checkpoint(checkpoint_dir, config) as checkpoint:
         if weights:
-            checkpoint.keep_float8(required=weights != "auto")
+            checkpoint.keep_float8(weights != "auto", mesh.shape[AXIS])
         params = load_parameters(checkpoint, mesh, dtype, progress, room)
     return Model(params, checkpoint.config, mesh)  # the files say whether there is a head
 

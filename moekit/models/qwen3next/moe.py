@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moekit.jax import View
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, linear, round_to
+from moekit.models.qwen3next.projected import MOST, projected, widened
 from moekit.models.qwen3next.sharding import AXIS
 
-# With kernels: experts for each pair from which on reading one for each pair is as fast as sorting pairs; and pairs for each
-# expert up to which blocks of so many are. Measured on an H200 (docs/performance_kernels.md), but for some places between.
-FEW, BLOCKS = 4, ((16, 16), (48, 64), (inf, 128))
+# With kernels: pairs for each expert up to which blocks of so many are the fastest; 0: two kernels that read an expert for each
+# pair. Measured on an H200 (docs/performance_kernels.md), but for some places between; of float8 1 was not tried, one pair a
+# program on the matrix unit (bench/schedules_jax.py).
+FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
+SCALED_FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
 ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
@@ -34,30 +38,66 @@ def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.A
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
     activated, share, chosen, ids = routed(x, weights, config, kernels)
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
-    shared = activated, weights.view("shared_down").T, share
     ids = _among_held(ids, config)
-    if kernels.fused and FEW * ids.size <= config.num_experts and "experts_down" + SCALE not in weights.layout:
-        gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
-        return kernels.expert_down_shared(kernels.expert_gate_up(x, gate_up, ids), down, ids, chosen, *shared)
-    return kernels.down_combine(experts(x, chosen, ids, weights, kernels, config.ep), *shared)
+    alike = ("experts_down" + SCALE in weights.layout) == ("shared_down" + SCALE in weights.layout)
+    if kernels.fused and alike and _form(ids.size, config.num_experts, weights) == 0:
+        return _few(x, chosen, ids, activated, share, weights, kernels)
+    hidden = experts(x, chosen, ids, weights, kernels, config.ep)
+    if "shared_down" + SCALE not in weights.layout:
+        return kernels.down_combine(hidden, activated, weights.view("shared_down").T, share)
+    if x.shape[0] > MOST:
+        return kernels.down_combine(hidden, activated, widened(weights, "shared_down", dtype=x.dtype), share)
+    down, scale = weights.view("shared_down"), weights.view("shared_down" + SCALE)
+    columns, inner = weights.block("shared_down")
+    return kernels.scaled_down_combine(hidden, activated, down, scale, share, columns=columns, inner=inner)
+
+
+def _few(
+    x: jax.Array, chosen: jax.Array, ids: jax.Array, activated: jax.Array, share: jax.Array, weights: Layer, kernels: Kernels
+) -> jax.Array:
+    """The routed and the shared experts of few pairs: two kernels, the second of which adds both up."""
+    gate_up, down = weights.view("experts_gate_up"), weights.view("experts_down")
+    if "experts_down" + SCALE not in weights.layout:
+        pairs = kernels.expert_gate_up(x, gate_up, ids)
+        return kernels.expert_down_shared(pairs, down, ids, chosen, activated, weights.view("shared_down").T, share)
+    blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
+    pairs = kernels.scaled_expert_gate_up(x, gate_up, weights.view("experts_gate_up" + SCALE), ids, **blocks)
+    routed = pairs, down, weights.view("experts_down" + SCALE), ids, chosen
+    shared = activated, weights.view("shared_down"), weights.view("shared_down" + SCALE), share
+    width = weights.block("shared_down")[1]  # both have as many columns a block
+    return kernels.scaled_expert_down_shared(*routed, *shared, **blocks, shared_inner=width)
 
 
 def routed(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> tuple[jax.Array, ...]:
     """The shared expert's activation [T, I] and its share [T, 1], and the weights and numbers of the experts chosen, [T, k]."""
     names, k, more = ("gate_up", "router", "shared_gate"), config.num_experts_per_tok, {"renormalize": config.norm_topk_prob}
     if kernels.fused and x.shape[0] <= ROWS:
-        return kernels.gate_topk(x, *map(weights.view, names), k, **more)
+        if "gate_up" + SCALE not in weights.layout:
+            return kernels.gate_topk(x, *map(weights.view, names), k, **more)
+        return kernels.scaled_gate_topk(x, *_scaled_gates(weights), k, **more, **_gate_blocks(weights))
     activated, logits, share = gate(x, weights, kernels)
     return activated, share, *kernels.topk_softmax(logits, k, **more)
 
 
 def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The shared expert's activation [T, I], the router's logits [T, E] and the shared expert's share [T, 1], float32."""
-    names = ("gate_up", "router", "shared_gate")
+    names, scaled = ("gate_up", "router", "shared_gate"), "gate_up" + SCALE in weights.layout
+    if kernels.fused and scaled and x.shape[0] <= MOST:
+        return kernels.scaled_gate_projections(x, *_scaled_gates(weights), **_gate_blocks(weights))
     if kernels.fused:
-        return kernels.gate_projections(x, *map(weights.view, names))
-    gate_up, logits, shared_gate = (linear(x, weights[name]) for name in names)
+        wide = widened(weights, "gate_up", dtype=x.dtype) if scaled else weights.view("gate_up")
+        return kernels.gate_projections(x, wide, *map(weights.view, names[1:]))
+    gate_up, logits, shared_gate = (projected(x, weights, name) for name in names)
     return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
+
+
+def _scaled_gates(weights: Layer) -> tuple[View, ...]:
+    """The gates' weights where the shared expert is float8, with its scales behind it."""
+    return tuple(map(weights.view, ("gate_up", "gate_up" + SCALE, "router", "shared_gate")))
+
+
+def _gate_blocks(weights: Layer) -> dict[str, int]:
+    return dict(zip(("inner", "columns"), weights.block("gate_up"), strict=True))
 
 
 def _among_held(ids: jax.Array, config: Config) -> jax.Array:
@@ -79,10 +119,10 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H], float8 ones [E, H, I]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
     if kernels.fused and names[0] + SCALE in weights.layout:
-        return _scaled(x, chosen, ids, weights, kernels, FEW * pairs <= count, _block(pairs, count))
+        return _scaled(x, chosen, ids, weights, kernels, _form(pairs, count, weights))
     if kernels.fused:
         gate_up, down = map(weights.view, names)
-        return kernels.experts(x, ids, chosen, gate_up, down, block=_block(pairs, count))
+        return kernels.experts(x, ids, chosen, gate_up, down, block=_form(pairs, count, weights) or FORMS[1][1])
     if pairs <= count:
         return round_to(_gathered(x, chosen, ids, weights, ep > 1), x.dtype)
     if x.shape[0] <= SORTED or count <= DENSE * ids.shape[1]:
@@ -90,15 +130,13 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
     return round_to(_sorted(x, chosen, ids, weights), x.dtype)
 
 
-def _scaled(
-    x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, few: bool, block: int
-) -> jax.Array:
+def _scaled(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, block: int) -> jax.Array:
     """`experts` of weights that are float8, by kernels that take their scales."""
     gate_up, gate_up_scale, down, down_scale = (
         weights.view(name + end) for name in ("experts_gate_up", "experts_down") for end in ("", SCALE)
     )
     blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
-    if few:
+    if block == 0:
         activated = kernels.scaled_expert_gate_up(x, gate_up, gate_up_scale, ids, **blocks)
         return kernels.scaled_expert_down(activated, down, down_scale, ids, chosen, **blocks)
     return kernels.scaled_experts(x, ids, chosen, gate_up, gate_up_scale, down, down_scale, block=block, **blocks)
@@ -115,9 +153,10 @@ def _matrices(weights: Layer, name: str, dtype: jnp.dtype, take: Callable[[jax.A
     return jnp.swapaxes(wide, 1, 2) if name == "experts_down" else wide
 
 
-def _block(pairs: int, count: int) -> int:
+def _form(pairs: int, count: int, weights: Layer) -> int:
     """How many pairs of one expert a program takes: the fewer it leaves empty, the oftener it reads that expert's weights."""
-    return next(block for most, block in BLOCKS if pairs <= most * count)
+    forms = SCALED_FORMS if "experts_gate_up" + SCALE in weights.layout else FORMS
+    return next(block for most, block in forms if pairs <= most * count)
 
 
 def _sorted(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer) -> jax.Array:

@@ -17,7 +17,6 @@ from moekit.models.qwen3next.checkpoint import MAY_BE_F32
 from moekit.models.qwen3next.checks import weight_dtype
 from moekit.models.qwen3next.config import QWEN3_NEXT, ConfigError
 from moekit.models.qwen3next.files import SINGLE
-from moekit.models.qwen3next.layer import SCALES
 from moekit.models.qwen3next.model import Model
 from moekit.models.qwen3next.numerics import finite
 from moekit.models.qwen3next.sharding import FLOAT32, Weight, checkpoint_shapes, parameters
@@ -37,7 +36,7 @@ def tensors_of(model: Model) -> dict[str, np.ndarray]:
         for rank, share in enumerate(shares):
             for weight, start in parameter.weights:
                 place = share[start : start + prod(weight.shape)].reshape(weight.shape)
-                _take_apart(place, weight, rank, shapes, scales if weight.home == SCALES else found)
+                _take_apart(place, weight, rank, shapes, scales if weight.block else found)
     return found | {key: found[key].astype(np.float32) * scale for key, scale in scales.items()}
 
 

@@ -20,12 +20,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next.config import ATTENTION, GDN, Config
-from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, ROWS8, SCALE, SCALES, SMALL, STACKED, Layers, Layout, arranged
+from moekit.models.qwen3next.layer import DOWN, HOMES, OUT, ROWS, ROWS8, SCALE, SMALL, STACK, STACKED, Layers, Layout, arranged
 
 AXIS = "tp"
 REPLICATED, CUT = P(), P(AXIS)
 FLOAT32 = ("A_log", "dt_bias")  # whatever the model's dtype
-ROUTED = ("experts_gate_up", "experts_down")  # these may stay float8, together, and so may the mixers' projections
+ROUTED = ("experts_gate_up", "experts_down")  # these may stay float8, together, and beside them so may the others below
+SHARED = ("gate_up", "shared_down")
 MIXERS = {GDN: ("in_proj_qkvz", "out_proj"), ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 
@@ -122,17 +123,17 @@ def _layers_parameters(config: Config, tp: int) -> Layers:
         float8 = home == ROWS8 or (config.float8 is not None and all(weight.name in config.float8.names for weight, _ in parts))
         return Parameter((tp * stack[0], *stack[1:]), CUT, tuple(parts), narrow=home != SMALL, float8=float8)
 
-    def scales(name: str) -> Parameter:
+    def stack(name: str) -> Parameter:
         weights = [mine[name] for mine in held if name in mine]
-        shape = weights[0].shape
-        parts = tuple((weight, nth * prod(shape)) for nth, weight in enumerate(weights))
-        return Parameter((tp * len(weights), *shape), CUT, parts, narrow=False)
+        first, *_ = weights
+        parts = tuple((weight, nth * prod(first.shape)) for nth, weight in enumerate(weights))
+        return Parameter((tp * len(weights), *first.shape), CUT, parts, narrow=False, float8=first.block is None)
 
     own = {home: tuple(stored(home, (i,)) for i in range(len(kinds))) for home in (ROWS, DOWN)}
     out = {kind: stored(OUT, [i for i, other in enumerate(kinds) if other == kind]) for kind in sorted(set(kinds))}
     rows8 = tuple(stored(ROWS8, (i,)) for i in range(len(kinds))) if layouts[0].shapes[HOMES.index(ROWS8)][0] else ()
-    scaled = {name: scales(name) for name in sorted({n for mine in held for n, w in mine.items() if w.home == SCALES})}
-    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds, rows8, scaled)
+    stacks = {name: stack(name) for name in sorted({n for mine in held for n, w in mine.items() if w.home == STACK})}
+    return Layers(own[ROWS], stored(SMALL, range(len(kinds))), out, own[DOWN], layouts, kinds, rows8, stacks)
 
 
 @cache
@@ -327,12 +328,17 @@ def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
             *_kept("experts_gate_up", (experts, 2 * own, hidden), (c.float8.cut(own), c.float8.block), every(both), ROWS8),
             *_kept("experts_down", (experts, hidden, own), (c.float8.block, c.float8.cut(own)), every(down), DOWN),
         ]
+    back = _columns(f"{prefix}shared_expert.down_proj.weight", shared)
+    joined = [Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank))]
+    down = [Weight("shared_down", (shared, hidden), back, transposed=True)]
+    if c.float8 and {*SHARED} <= c.float8.names:
+        down = [Weight("shared_down", (hidden, shared), back, home=STACK)]
     return [
         *routed,
-        Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank)),
+        *_short(c, joined, rows=shared),
         _whole("router", prefix + "gate.weight", (c.num_experts, hidden)),
         _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
-        Weight("shared_down", (shared, hidden), _columns(f"{prefix}shared_expert.down_proj.weight", shared), transposed=True),
+        *_short(c, down, columns=shared),
     ]
 
 
@@ -349,7 +355,7 @@ def _kept(
         return [[replace(slab, scales=(rows, columns)) for slab in matrix] for matrix in slabs(rank)]
 
     grid = (shape[0], -(-shape[1] // rows), -(-shape[2] // columns))
-    return [Weight(name, shape, slabs, True, home=home), Weight(name + SCALE, grid, scales, True, home=SCALES, block=block)]
+    return [Weight(name, shape, slabs, True, home=home), Weight(name + SCALE, grid, scales, True, home=STACK, block=block)]
 
 
 def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) -> list[Weight]:
@@ -367,7 +373,7 @@ def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) ->
 
     grid = (-(-count // block[0]), -(-width // block[1]))
     kept = [replace(w, home=ROWS8) if w.home == ROWS else w for w in weights]
-    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=SCALES, block=block)]
+    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=STACK, block=block)]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:

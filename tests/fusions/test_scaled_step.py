@@ -1,0 +1,153 @@
+"""What a step of float8 weights has in few kernels, in every implementation: each against the fusions it is made of."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moekit.compile.plan import plan
+from moekit.compile.rules import heuristic
+from moekit.fusions import FUSIONS
+from moekit.lang.arguments import example
+from moekit.testing import Call, FusionSuite, check, implementations, operands, run
+from tests.backends.samples import strided
+from tests.fusions.test_scaled_experts import QWEN, SCALES, chosen, dtypes, own, whole
+
+NAMES = ("row_product", "conv_projections", "gate_projections", "gate_topk", "down_combine", "expert_down_shared")
+ROW, CONV, GATES, TOPK, DOWN, SHARED = (FUSIONS[f"scaled_{name}"] for name in NAMES)
+ALL = (ROW, CONV, GATES, TOPK, DOWN, SHARED)
+SIZES = {"T": 3, "D": 50, "P": 21, "C": 19, "Q": 5, "S": 3, "I": 24, "E": 9, "G": 1, "H": 35, "J": 20, "K": 3}
+PARAMS = {
+    ROW: {"rows": 16, "columns": 16},
+    CONV: {"rows": 8, "columns": 16},
+    GATES: {"columns": 16, "inner": 8},
+    TOPK: {"columns": 16, "inner": 8, "k": 4},
+    DOWN: {"columns": 16, "inner": 16},
+    SHARED: {"columns": 16, "inner": 16, "shared_inner": 8},
+}
+EIGHTY = QWEN | {"P": 4096, "C": 8192, "Q": 64, "S": 3, "G": 1, "J": 512, "T": 1}
+
+
+def made(fusion, rows="float32", scales=None, seed=0, layouts=None):
+    """A call with random codes of all kinds but NaN, and scales of a drawn size, or of `scales`."""
+    rng = np.random.default_rng(seed)
+    values = operands(fusion, own(fusion, SIZES), dtypes(fusion, rows), "normal", seed, PARAMS[fusion])
+    for name, value in values.items():
+        if value.dtype == ml_dtypes.float8_e4m3fn:
+            codes = np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF])
+            values[name] = rng.choice(codes, value.shape).view(value.dtype)
+        elif "scale" in name:
+            drawn = rng.uniform(-1, 1, value.shape) * 2.0 ** rng.integers(-12, -6, value.shape)
+            values[name] = (drawn if scales is None else rng.choice(scales, value.shape)).astype(np.float32)
+        elif name == "ids":
+            values[name] = rng.integers(-1, SIZES["E"] + 1, value.shape).astype(value.dtype)
+    return Call(fusion, values, PARAMS[fusion], layouts or {})
+
+
+def suite(declared):
+    """The suite of one fusion, with blocks that fill no axis; the fusions without one are parts of these."""
+
+    class Suite(FusionSuite):
+        fusion = declared
+        sizes = (own(declared, SIZES), own(declared, {**SIZES, "T": 0}))
+        params = (PARAMS[declared],)
+        recipes = ("special",)
+
+    return Suite
+
+
+TestScaledConvProjections, TestScaledGateTopk, TestScaledExpertDownShared = map(suite, (CONV, TOPK, SHARED))
+
+
+def expected(fusion, c):
+    """What no implementation and no reference of a scaled fusion had a hand in, in float64, but for roundings."""
+    v = {n: x if x.dtype == np.int32 else x.astype(np.float64) for n, x in c.operands.items()}
+    p, kind = c.params, next(iter(c.operands.values())).dtype
+    if fusion is ROW:
+        return {"out": v["x"] @ whole(v["weight"], v["scale"], p["rows"], p["columns"]).T}
+    if fusion is CONV:
+        mixed, rest = (v["x"] @ whole(v[n], v[f"{n}_scale"], p["rows"], p["columns"]).T for n in ("mixing", "others"))
+        plain = {"x": mixed.astype(kind), "state": c.operands["state"], "weight": c.operands["weight"]}
+        after = FUSIONS["causal_conv1d_step"].reference(**plain)
+        return {"rest": rest, "gated": v["x"] @ v["gates"].T, "out": after["out"]}
+    if fusion in (GATES, TOPK):
+        halves = zip(*(np.split(v[n], 2) for n in ("gate_up", "scale")), strict=True)
+        wide = np.concatenate([whole(*half, p["inner"], p["columns"]) for half in halves])
+        made = FUSIONS["gate_projections"].reference(v["x"], wide, v["router"], v["shared_gate"])
+        return made if fusion is GATES else {n: made[n] for n in ("activated", "share")}
+    if fusion is DOWN:
+        product = v["activated"] @ whole(v["down"], v["scale"], p["columns"], p["inner"]).T
+        return {"hidden": v["hidden"] + v["share"] * product}
+    rows = whole(v["down"], v["scale"], p["columns"], p["inner"])
+    each = np.einsum("tki,tkhi->tkh", v["activated"], chosen(rows, v["ids"])).astype(kind).astype(np.float64)
+    known = (v["ids"] >= 0) & (v["ids"] < len(rows))
+    routed = np.einsum("tk,tkh->th", np.where(known, v["weights"], 0), each)
+    shared = v["shared"] @ whole(v["shared_down"], v["shared_scale"], p["columns"], p["shared_inner"]).T
+    return {"out": routed.astype(kind).astype(np.float64) + v["share"] * shared}
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
+def test_against_float64(implementation, fusion):
+    for rows, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        c = made(fusion, rows)
+        got = run(implementation, c)
+        assert got.problems == ()
+        for name, wanted in expected(fusion, c).items():
+            size = np.abs(wanted).max()
+            np.testing.assert_allclose(
+                got.outputs[name].astype(np.float64), wanted, rtol=0, atol=tolerance * size, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
+def test_scales_of_all_kinds(implementation, fusion):
+    """Zero of both signs, subnormal, negative and huge: within the bound of the reference."""
+    check(implementation, made(fusion, scales=SCALES, seed=2))
+    check(implementation, made(fusion, "bfloat16", scales=[0.0, -0.0, -2.5, 3e-3], seed=3))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_code_that_is_no_number_is_none(implementation):
+    """NaN stays NaN in its own column, and nowhere else."""
+    c = made(SHARED, "bfloat16", seed=4)
+    c.operands["shared_down"].view(np.uint8)[7, 3] = 0x7F
+    lost = np.isnan(run(implementation, c).outputs["out"].astype(np.float32))
+    np.testing.assert_array_equal(lost, np.arange(SIZES["H"])[None] == np.full((SIZES["T"], 1), 7))
+
+
+@pytest.mark.parametrize("layout", ["padded", "transposed padded", "shifted"])
+@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
+def test_any_strides(layout, fusion):
+    dense = run("interpret", made(fusion, "float16")).outputs
+    got = run("interpret", made(fusion, "float16", layouts=dict.fromkeys([*fusion.tensors, *dense], layout)))
+    assert got.problems == ()
+    for name, wanted in dense.items():
+        np.testing.assert_array_equal(got.outputs[name], wanted)
+
+
+def graph(fusion):
+    """At the 80B's sizes, of one row."""
+    given = own(fusion, EIGHTY) | ({"H?": 1} if "H" in own(fusion, EIGHTY) else {})
+    return fusion.trace(example(fusion, given, dtypes(fusion, "bfloat16"), {"k": 10} if fusion is TOPK else {}))
+
+
+@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 1)])
+def test_compiled_without_spills(fusion, launches):
+    """In as few launches as are meant; codes are loaded 16 bytes at a time and become wider by the fast instructions."""
+    pytest.importorskip("triton")
+    from tests.backends.sm_90 import build, compiled
+
+    g = graph(fusion)
+    programs = plan(g, heuristic(g, 1), strided(g, {})).programs
+    assert len(programs) == launches
+    for program in programs:
+        built = build(program)
+        assert (built.spills, built.stack) == (0, 0)
+        assert {"gate_up", "down", "shared_down", "weight", "mixing", "others"}.isdisjoint(built.narrow)
+    assert "cvt.bf16.f16" not in compiled(programs[0]).asm["ptx"]
+
+
+def test_a_program_has_whole_rows_of_a_matrix_in_blocks():
+    """As of `conv_projections`, whose sums go over one axis; so many elements a program, whatever they are in blocks of."""
+    assert str(heuristic(graph(ROW))) == "whole:Db:16 tile:T:1 tile:P:4 whole:I:128 warps:4 stages:1 dependent"
