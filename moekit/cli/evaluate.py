@@ -63,7 +63,7 @@ def evaluate(
     from moekit.cli import answers, run
     from moekit.cli.decode import checked_tp
     from moekit.jax.doors import best
-    from moekit.models.qwen3next import SHIPPED, Config, load
+    from moekit.models.qwen3next import SHIPPED, Config, channel_of, load
     from moekit.models.qwen3next.questions import held_out
     from moekit.models.qwen3next.text import Text
 
@@ -93,6 +93,7 @@ def evaluate(
         "tp": tp,
         "questions": len(asked),
         "batch": batch,
+        "all_reduce": channel_of(run.mesh_of(tp), batch, config.hidden_size, who[0])[1],
         "rows": [answers.scored(row, asked, rows) for row in rows],
     }
     report["agree"] = _agree(report["rows"], questions)

@@ -115,7 +115,8 @@ def test_a_batch_is_of_the_questions_there_are(moekit, monkeypatch):
     monkeypatch.setattr(answers, "by", lambda model, name, prompts, batch, *_: [[*b"x" * batch]] * len(prompts))
     monkeypatch.setattr(answers, "layer_error", lambda *_: (0, 0.0))
     asked = ("--questions", "4", "--batch", "5000", "--kernels", "xla", "--dtype", "float32")
-    assert json.loads(moekit("evaluate", *asked, "--json").stdout)["batch"] == 4
+    report = json.loads(moekit("evaluate", *asked, "--json").stdout)
+    assert (report["batch"], report["all_reduce"]) == (4, "one rank adds up nothing")
 
 
 def test_one_program_serves_a_batch_that_is_not_full(small, monkeypatch):

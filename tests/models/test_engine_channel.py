@@ -6,10 +6,11 @@ On a CPU no packet goes, so the ranks gather; what is held here is how links and
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from moekit.errors import ArgumentError, RankError
 from moekit.jax import Channel
-from moekit.models.qwen3next import Engine, Result, Sampling, generate, prefill
+from moekit.models.qwen3next import Engine, Result, Sampling, exchanged, generate, prefill
 from moekit.models.qwen3next import engine as module
 
 CASE, TP, LENGTH, MOST = "two-layers", 2, 64, 6
@@ -131,3 +132,19 @@ def test_channels_that_do_not_serve_are_refused(zoo, opened):
             Engine(model, channel=opened(model.mesh, **room), **of)
     with pytest.raises(ArgumentError, match=r"the channel is of another mesh than the model; make one of model\.mesh"):
         Engine(model, channel=opened(zoo.model(CASE, tp=4).mesh), **of)
+
+
+def test_what_a_channel_has_room_for(opened, monkeypatch):
+    """Mailboxes for many rows where the rule has a number for them, and rows are long enough; the same channel for the same."""
+    monkeypatch.setattr(exchanged, "BY_FLAGS", 64)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+    wide, said = exchanged.channel_of(mesh, 3, 256, "pallas")
+    assert (wide.rows, wide.many, wide.link.many.rows) == (3, 64, 64)
+    assert said == "one kernel with the norm behind it, by packets"
+    assert exchanged.channel_of(mesh, 3, 256, "pallas")[0] is wide
+    narrow, _ = exchanged.channel_of(mesh, 3, 64, "pallas")
+    assert (narrow.many, narrow.link.many) == (0, None)
+    assert exchanged.of_prompts(wide) is wide.link
+    assert exchanged.of_prompts(narrow) is None
+    exchanged.channel_of.cache_clear()
+    assert exchanged.channel_of(mesh, 129, 256, "pallas")[1].startswith("psum: 129 rows are more than the 128")

@@ -140,3 +140,13 @@ def facts_of(program: TileProgram) -> Facts:
         else:
             made_by |= dict.fromkeys(results(op), op)
     return Facts(program, ops, made_by, merged)
+
+
+def depends(f: Facts, value: Value, on: set[Value], seen: set[Value]) -> bool:
+    """Whether `value` is computed from one of the values `on`."""
+    if value in on or value in seen:
+        return value in on
+    seen.add(value)
+    op = f.made_by.get(value)
+    sources = f.merged.get(value) or (operands(op) if op else ())
+    return any(depends(f, v, on, seen) for v in sources)

@@ -17,6 +17,7 @@ from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
 from moekit.errors import RankError, UnavailableError
 from moekit.fusions.added import added
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
+from moekit.jax.channel import FLAGGED
 from moekit.jax.doors import best
 from moekit.jax.face import op, unserved
 from moekit.models.qwen3next.kernels import Kernels
@@ -81,7 +82,7 @@ def channel_of(mesh: Mesh, rows: int, width: int, kernels: str | None) -> tuple[
     if rows > BY_PACKETS:
         return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
     try:
-        channel = Channel(mesh, rows=rows, width=width, many=BY_FLAGS)
+        channel = Channel(mesh, rows=rows, width=width, many=BY_FLAGS if width >= FLAGGED else 0)
     except (RankError, UnavailableError) as error:
         return None, f"psum: {error}"
     if rows > (most := channel.link.resident):

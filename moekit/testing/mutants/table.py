@@ -58,6 +58,8 @@ EXCHANGE = (
     _one("epoch-zero", "compile/passes/exchange.py", "FIRST_AGAIN = 2", "FIRST_AGAIN = 1", "past the last epoch comes one whose slot is in use"),
     _one("one-slot", "compile/tile/ranks.py", "SLOTS = 2", "SLOTS = 1", "a packet of the next call overwrites one that has not been received"),
     _one("ranks-backwards", "compile/passes/exchange.py", 'd.binary("add", a, b), parts)', 'd.binary("add", a, b), parts[::-1])', "parts are added up in another order than that of ranks"),
+    _one("flag-that-releases-nothing", "backends/packet.py", "@first st.release.sys", "@first st.relaxed.sys", "a row's flag may be seen before the row"),
+    _one("flag-that-acquires-nothing", "backends/packet.py", "@wait ld.acquire.sys", "@wait ld.relaxed.sys", "a row may be loaded before its flag is seen"),
     _one("another-peers-slot", "compile/passes/exchange.py", "way=ways[op.ranks + n]", "way=ways[op.ranks + (n + 1) % op.ranks]", "what one rank sent is taken for another's"),
     _one("sent-to-one", "compile/passes/exchange.py", "way=ways[peer]", "way=ways[0]", "every packet goes to rank 0"),
     _one("epoch-before-data", "backends/packet.py", 'f"@there st.relaxed.sys.global{_shape(words)} [{at}], {_listed(packets)};"', 'f"@there st.relaxed.sys.global.b32 [{at}+4], {epoch};", f"@there st.relaxed.sys.global.b32 [{at}], {data[0]};"', "an epoch is there before its data"),
