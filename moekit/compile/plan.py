@@ -49,7 +49,7 @@ def plan(
     known = channels(graph, (sizes or {}) if viewed else None, flagged(schedule)) | dict(layouts)
     kernels, scratch, digest = [], [], graph.digest()
     for launch, g, left in launched(graph, schedule):
-        known |= {s.name: dense(s, viewed, sizes or {}) for s in left}
+        known |= {s.name: _dense(s, viewed, sizes or {}) for s in left}
         scratch += left
         kernels.append(_kernel(g, launch, known, sizes, digest))
     return Plan(graph, schedule, tuple(kernels), tuple(scratch))
@@ -71,11 +71,15 @@ def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str) -> t.Kern
     return kernel
 
 
-def dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.Viewed:
-    """The layout of scratch, as an array of its own (`viewed`) or behind a pointer."""
+def whole(s: Scratch, sizes: Mapping[str, int]) -> t.Viewed:
+    """The layout of scratch as an array of its own."""
+    shape, n = s.shape(sizes), len(s.axes)
+    return t.Viewed(s.name, shape, tuple(range(n)), (0,) * n, (1,) * n)
+
+
+def _dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.Viewed:
     if viewed:
-        shape, n = s.shape(sizes), len(s.axes)
-        return t.Viewed(s.name, shape, tuple(range(n)), (0,) * n, (1,) * n)
+        return whole(s, sizes)
     kinds = []
     for d in range(len(s.axes) - 1):  # a row's stride is known, but for the dynamic sizes in it
         known = prod(n for n in s.sizes[d + 1 :] if n is not None) * itemsize(s.dtype)

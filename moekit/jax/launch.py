@@ -5,6 +5,8 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,18 @@ from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.errors import UnavailableError
 
-try:
-    from jax.experimental.pallas import triton as plt
-except ImportError:  # of a jax that has dropped it (doors.py)
-    plt = None
-
 NOWHERE = ManualAxisType()
+
+
+def _lowering() -> Any:
+    """Pallas's Triton lowering; None of a jax that has dropped it (doors.py)."""
+    try:
+        return import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return None
+
+
+plt = _lowering()
 
 
 @lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from moekit.backends.array import evaluate
 from moekit.backends.triton_entry import behind
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
-from moekit.compile.plan import Plan, dense, plan
+from moekit.compile.plan import Plan, plan, whole
 from moekit.compile.schedule import Schedule
 from moekit.jax import launch, ttir
 from moekit.jax.view import View
@@ -81,7 +81,7 @@ class Static:
         """What runs the kernels, as `launch.launch` does, and the buffers that they write."""
         if self.door == "pallas":
             return partial(launch.launch, planned), launch.written(planned)
-        lying = dict(self.layouts) | {s.name: dense(s, True, self.sizes) for s in planned.scratch}
+        lying = dict(self.layouts) | {s.name: whole(s, self.sizes) for s in planned.scratch}
         return partial(ttir.launch, planned, lying, self.lengths), ttir.written(planned, lying)
 
 

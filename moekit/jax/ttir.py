@@ -64,7 +64,8 @@ def ttir(made: Entry, warps: int, stages: int) -> str:
     signature = {name: POINTERS[dtype] for name, dtype in zip(function.arg_names, made.dtypes, strict=True)}
     aligned = {(i,): [["tt.divisibility", ALIGNED]] for i in range(len(signature))}
     source, target = ASTSource(function, signature, {}, aligned), GPUTarget("cuda", CAPABILITY, 32)
-    backend, context, stages_of = make_backend(target), ir.context(), {}
+    context, stages_of = ir.context(), {}
+    backend: Any = make_backend(target)
     options = backend.parse_options({"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
     ir.load_dialects(context)
     backend.load_dialects(context)
