@@ -48,7 +48,9 @@ def gate_refusal(x_dtype: str, weights: Sequence[tuple[str, tuple[int, ...], str
         return f"gate_gemm: {biased[0]} has a bias; the fused path has none, so run three GEMMs"
     for name, shape, dtype in weights:
         if dtype not in FLOATS:
-            return f"gate_gemm: {name} is {dtype}; only unquantised float32, float16 and bfloat16 weights can be packed"
+            why = f"gate_gemm: {name} is {dtype}; only unquantised float32, float16 and bfloat16 weights can be packed"
+            other = "; scaled_gate_projections takes it with its scales, and the others as they are"
+            return why + other * ((name, dtype) == ("gate_up", "float8_e4m3fn"))
         if len(shape) != 2:
             return f"gate_gemm: {name} has shape {list(shape)}; it must be [outputs, hidden]"
         if dtype != x_dtype:

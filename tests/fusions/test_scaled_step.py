@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moekit.compile.plan import plan
-from moekit.compile.rules import heuristic
+from moekit.compile.rules import heuristic, row_classes
+from moekit.compile.rules.order import order
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
@@ -55,7 +56,7 @@ def suite(declared):
     return Suite
 
 
-TestScaledConvProjections, TestScaledGateTopk, TestScaledExpertDownShared = map(suite, (CONV, TOPK, SHARED))
+TestScaledConvProjections, TestScaledExpertDownShared = map(suite, (CONV, SHARED))
 
 
 def expected(fusion, c):
@@ -151,3 +152,11 @@ def test_compiled_without_spills(fusion, launches):
 def test_a_program_has_whole_rows_of_a_matrix_in_blocks():
     """As of `conv_projections`, whose sums go over one axis; so many elements a program, whatever they are in blocks of."""
     assert str(heuristic(graph(ROW))) == "whole:Db:16 tile:T:1 tile:P:4 whole:I:128 warps:4 stages:1 dependent"
+
+
+@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
+def test_rows_have_the_same_bits_in_every_class(fusion):
+    """One order of sums, whatever the number of rows."""
+    g = graph(fusion)
+    orders = [order(plan(g, heuristic(g, n), strided(g, {})).programs) for n in row_classes(g)]
+    assert all(found == orders[0] for found in orders)

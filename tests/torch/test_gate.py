@@ -57,7 +57,8 @@ def test_output_into_a_buffer_and_a_plain_weight():
     ("changed", "message"),
     [
         ({"router": torch.randn(10, 15)}, "router has 15 inputs, gate_up has 16; they must match"),
-        ({"router": torch.zeros(10, 16, dtype=torch.int8)}, "router is int8; only unquantised"),
+        ({"router": torch.zeros(10, 16, dtype=torch.int8)}, "router is int8; only unquantised .* can be packed$"),
+        ({"gate_up": torch.zeros(24, 16).to(torch.float8_e4m3fn)}, "gate_up is float8_e4m3fn; .*; scaled_gate_projections"),
         ({"shared_gate": torch.randn(16)}, r"shared_gate has shape \[16\]; it must be \[outputs, hidden\]"),
         ({"multiple": 0}, "multiple = 0; it must be at least 1"),
     ],
