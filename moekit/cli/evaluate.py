@@ -93,7 +93,7 @@ def evaluate(
         "tp": tp,
         "questions": len(asked),
         "batch": batch,
-        "all_reduce": channel_of(run.mesh_of(tp), batch, config.hidden_size, who[0])[1],
+        "all_reduce": channel_of(run.mesh_of(tp), batch, config.hidden_size, next((n for n in who if n in FUSED), "xla"))[1],
         "rows": [answers.scored(row, asked, rows) for row in rows],
     }
     report["agree"] = _agree(report["rows"], questions)
