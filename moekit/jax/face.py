@@ -15,6 +15,7 @@ import numpy as np
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.rules.alike import settled
+from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
@@ -28,7 +29,8 @@ from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas", "xla", "mosaic")
+KERNELS = ("pallas", "mosaic")  # those of the emitted kernels
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
 PSUM = "psum"  # the one more that a sum over a mesh axis has
 
@@ -36,7 +38,7 @@ PSUM = "psum"  # the one more that a sum over a mesh axis has
 class Call:
     """One call of a fusion: operands as views, static parameters, where outputs go. Checked on construction.
 
-    `link`: by what kernels reach the other ranks, where there are any. `pallas` keeps the link for the next call there.
+    `link`: by what kernels reach the other ranks, where there are any. `kernels` keeps the link for the next call there.
     """
 
     def __init__(
@@ -124,8 +126,8 @@ class Call:
         """The axes of a mesh with explicit axes over which operands, or bases to write to, are cut."""
         return axes_cut((*self.views.values(), *self.out.values()))
 
-    def pallas(self) -> dict[str, jax.Array]:
-        """The outputs by the emitted kernels."""
+    def kernels(self, target: str = "pallas") -> dict[str, jax.Array]:
+        """The outputs by the emitted kernels: Pallas's, or those of Mosaic GPU."""
         if all(0 in self.shape(n) for n in self.names):
             return {
                 n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype)
@@ -136,15 +138,17 @@ class Call:
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self._scheduled(separate, layouts))  # fmt: skip
+                        self._scheduled(separate, layouts, target), target)  # fmt: skip
         results = launched(static)(*bases.values())
         if self.link is not None:
             self.link = self.link.after(results)
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
 
-    def _scheduled(self, separate: frozenset[str], layouts: Mapping) -> Schedule:
+    def _scheduled(self, separate: frozenset[str], layouts: Mapping, target: str) -> Schedule:
         """The schedule that was given, or the rules' for the form of this call."""
         form = out_of_place(self.graph, separate)
+        if target == "mosaic":
+            return self.schedule or warpgroups(form)
         chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         return self.schedule or settled(form, chosen, layouts)
 
@@ -249,7 +253,8 @@ def op(fusion: Fusion) -> Callable:
     Operands are arrays or Views; outputs come back in declared order (one alone as itself). An InOut operand is updated
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
-    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU.
+    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU, and so does
+    "mosaic", kernels by Mosaic GPU in place of Pallas's Triton lowering, which not every fusion has.
     Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """
@@ -276,17 +281,17 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
         )
     if implementation == PSUM:
         return call.xla(PSUM)
-    if implementation == "pallas" and call.graph.ranks:
+    if implementation in KERNELS and call.graph.ranks:
         over = ", ".join(call.graph.ranks)
         raise UnavailableError(f"{call.fusion.name}: kernels reach the ranks of {over} by a link; call moekit.jax.exchange")
-    if implementation == "pallas" and call.cut:
+    if implementation in KERNELS and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"
         )
     if implementation == "xla" or (implementation is None and (jax.default_backend() != "gpu" or call.cut or call.graph.ranks)):
         return call.xla()
-    return call.pallas()
+    return call.kernels(implementation or "pallas")
 
 
 def _refuse_link(call: Call, link: Link) -> None:
@@ -320,7 +325,7 @@ def exchange(
     if implementation == "pallas" and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
     if not why and (implementation == "pallas" or (implementation is None and jax.default_backend() == "gpu")):
-        outs = call.pallas()
+        outs = call.kernels()
     else:
         plain = implementation or ("xla" if call.graph.ranks else None)
         outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)

@@ -1,0 +1,219 @@
+"""TileProgram → Mosaic GPU source (`plgpu.kernel`): a table from operation to text. Needs no jax to print.
+
+A program is one warpgroup. Operands are whole arrays in global memory, indexed per axis by pointer, so a view is start + step·i
+along each axis of its base; one that is written and read is one reference. How blocks lie in threads has been decided
+(`compile/passes/fragments.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from math import gcd, prod
+from typing import Any
+
+from moekit import __version__
+from moekit.backends import pallas
+from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
+from moekit.backends.printer import ATOM, COMMON, LOOSEST, Printer, Text, header, is_extreme, kernel_name, number, wrapped
+from moekit.compile import tile as t
+from moekit.compile.passes.fragments import Fragment, fragments, neighbours
+from moekit.compile.passes.names import identifier
+from moekit.compile.schedule.targets import TARGETS
+from moekit.lang.dtypes import itemsize
+
+WIDEST = 16  # bytes of one access
+WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
+REFUSED = {
+    t.Dot: "products", t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Prefetch: "prefetches",
+    t.Interleave: "packets", t.Ways: "packets", t.Send: "packets", t.Receive: "packets", t.AtEnd: "flattened loops",
+    t.Sides: "blocks of an axis twice",
+}  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16", "int32", "int16", "bool")
+
+
+def refusal(kernel: t.Kernel) -> str | None:
+    """Why a kernel has no Mosaic text, in a sentence; None if it has."""
+    if isinstance(kernel, t.Joined):
+        return f"{kernel.name}: Mosaic GPU kernels have one section so far, this one has {len(kernel.sections)}; choose pallas"
+    for op, _ in t.walk(kernel.body):
+        if type(op) in REFUSED:
+            return f"{kernel.name}: {REFUSED[type(op)]} are not printed for Mosaic GPU so far; choose pallas"
+        if wrong := next((v for v in t.results(op) if v.dtype not in DTYPES), None):
+            return f"{kernel.name}: {wrong.name or 'a value'} is {wrong.dtype}, which is not printed for Mosaic GPU; choose pallas"
+        if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
+            return f"{kernel.name}: loops to an end that data say are not printed for Mosaic GPU so far; choose pallas"
+    return None
+
+
+def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
+    """The arrays that a kernel takes and those that it writes, each once; one in both lists is updated in place."""
+    return pallas.buffers(program)
+
+
+class MosaicPrinter(pallas.PallasPrinter):
+    """Blocks that say how they lie in threads, and accesses that say how wide they are."""
+
+    words = WORDS
+
+    def __init__(self, program: t.TileProgram, expressions: dict, pid: str):
+        super().__init__(program, expressions, pid, {})
+        self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), dict[str, Fragment]()
+
+    def layout(self, axes: tuple[str, ...]) -> str:
+        """How a block over `axes` lies in threads, as text."""
+        fragment = self.fragments[axes[0]]
+        name = "_".join(identifier(a) for slot in fragment.slots for a in slot[:1]).upper() + "_LAYOUT"
+        self.layouts[name] = fragment
+        self.helper("tiled")
+        gone = fragment.without(axes)
+        return f"{name}.reduce({gone if len(gone) > 1 else gone[0]})" if gone else name
+
+    def at(self, value: t.Value, axes: tuple[str, ...], level: int = ATOM) -> str:
+        """A value spread over the whole block of `axes`."""
+        if not value.axes or value.axes == axes:
+            return self.text(value, level)
+        dims = ", ".join(str(axes.index(a)) for a in value.axes)
+        return f"{self.helper('spread')}({self.text(value)}, {self.shape(axes)}, {dims})"
+
+    def spread(self, value: t.Value, axes: tuple[str, ...]) -> str:
+        """A value as a block over `axes`, a number too."""
+        if value.axes or not axes:
+            return self.at(value, axes, LOOSEST)
+        return f"{self.helper('spread')}({self.typed(value, LOOSEST)}, {self.shape(axes)})"
+
+    def scalar(self, literal: str, dtype: str) -> str:
+        """A literal of a dtype."""
+        return f"jnp.full((), {literal}, {self.dtypes[dtype]})"
+
+    def elements(self, op: t.Elements) -> Text:
+        """The elements of an axis that a block holds."""
+        if not op.out.axes:
+            return self.first(op)
+        first, _ = self.first(op)
+        text = f"{self.helper('lanes')}({self.program.axis(op.axis).block}, {self.layout((op.axis,))})"
+        return (f"{first} + {text}", pallas.PLUS) if first != "0" else (text, ATOM)
+
+    def word(self, name: str, *args) -> str:
+        """The text for something; a quotient and a remainder are a helper's."""
+        if name in ("div", "rem"):
+            self.helper(f"trunc_{name}")
+        return super().word(name, *args)
+
+    def width(self, at: t.Access) -> int:
+        """How many elements an access takes at once: neighbours in a lane, in memory and behind one mask."""
+        layout, along = self.program.param(at.tensor).viewed, neighbours(self.program, at)
+        if along is None:
+            return 1
+        size, made = itemsize(self.program.param(at.tensor).dtype), {op.out: op for op, _ in t.walk(self.program.body)
+                                                                     if isinstance(op, t.Elements | t.InBounds)}  # fmt: skip
+        width = min(self.fragments[along].along(along), WIDEST // size)
+        pitch = [prod(layout.base[d + 1 :]) for d in range(len(layout.base))]
+        strides = [pitch[axis] for axis, _ in (*layout.fixed, *layout.picked)]
+        for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
+            strides.append((start + step * index.start) * pitch[axis])
+            for value, own in index.terms:
+                first = isinstance(op := made.get(value), t.Elements) and op.axis == along and pitch[axis] * own * step == 1
+                strides.append(self.program.axis(along).block if first else pitch[axis] * own * step)
+        for mask in (m for m in at.mask if along in m.axes):
+            bound = made.get(mask)
+            plain = isinstance(bound, t.InBounds) and isinstance(made.get(bound.value), t.Elements) and not bound.signed
+            strides.append(self.program.axis(bound.axis).extent or 1 if plain else 1)
+        return gcd(width, *strides)
+
+    def store(self, op: t.Store) -> str:
+        axes = self.program.ordered(op.at.axes)
+        self.helper("accesses")
+        array, at, more = self.accessed(op.at, axes)
+        value = self.spread(op.value, axes)
+        return f"store({array}, {at}, {value}{more})"
+
+    def accessed(self, at: t.Access, axes: tuple[str, ...]) -> tuple[str, str, str]:
+        """An access: its array, its index, and what else is to be said of it."""
+        index = self.index(at, axes)
+        layout = f", {self.layout(axes)}" if axes else ""
+        mask = self.mask(at, axes)
+        width = self.width(at) if axes else 1
+        more = layout + (f", mask={mask}" if mask else "") + (f", width={width}" if width > 1 else "")
+        return f"{self.program.param(at.tensor).viewed.buffer}_ref", f"({index},)" if ", " not in index else f"({index})", more
+
+    def fixed(self, at: str, axes: tuple[str, ...]) -> str:
+        """A fixed index: a number."""
+        return at
+
+    def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
+        """Where an access may touch memory, over the whole block."""
+        mask = super().mask(at, axes)
+        return f"{self.helper('spread')}({mask}, {self.shape(axes)})" if mask and axes and not any(m.axes for m in at.mask) else mask
+
+    def initial(self, value: t.Value) -> str:
+        """What a loop's carry begins as."""
+        return self.typed(value, LOOSEST)
+
+
+def _load(p: MosaicPrinter, op: t.Load) -> str:
+    p.helper("accesses")
+    array, at, more = p.accessed(op.at, op.out.axes)
+    fill = number(float(op.fill) if op.out.dtype.startswith(("float", "bfloat")) else int(op.fill))
+    return f"load({array}, {at}{more}{f', other={fill}' if op.at.mask and op.fill else ''})"
+
+
+EXPRESSIONS: dict[type, Callable[[MosaicPrinter, Any], str | Text]] = {
+    **COMMON,
+    t.Load: _load,
+    t.Binary: lambda p, op: _binary(p, op),
+    t.Reduce: lambda p, op: _reduce(p, op),
+}
+
+
+def _binary(p: MosaicPrinter, op: t.Binary) -> str | Text:
+    if op.op not in ("maximum", "minimum", "floordiv", "rem"):
+        return p.operator(op)
+    a, b = p.pair(op)
+    if op.op in ("maximum", "minimum"):
+        return f"jnp.{op.op}({a}, {b})"
+    return f"{p.helper('trunc_div' if op.op == 'floordiv' else 'trunc_rem')}({a}, {b})"
+
+
+def _reduce(p: MosaicPrinter, op: t.Reduce) -> str:
+    axis = op.value.axes.index(op.axis)
+    if is_extreme(op):
+        return f"{p.helper(f'nan_{op.op}')}({p.text(op.value)}, {axis})"
+    dtype = f", dtype={p.dtypes[op.out.dtype]}" if op.op == "sum" else ""
+    return f"jnp.{op.op}({p.text(op.value)}, axis={axis}{dtype})"
+
+
+def emit(kernel: t.TileProgram) -> str:
+    """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`.
+
+    It takes the arrays in the order of `buffers`: those it reads, then those that it writes and does not read.
+    """
+    printer = MosaicPrinter(kernel, EXPRESSIONS, "pid")
+    body = [*_picked(printer), *printer.body(kernel.body, 1)]
+    if numbered := re.search(r"\bpid\b", "\n".join(body)) is not None:
+        printer.helper("program")
+    names = sorted(printer.helpers)
+    lines = [*header(kernel, __version__), *_imports(names), ""]
+    for name in names:
+        lines += ["", MOSAIC[name]]
+    if printer.layouts:
+        lines.append("")
+    for name, fragment in printer.layouts.items():
+        lines.append(f"{name} = tiled(warps={fragment.warps}, lanes={fragment.lanes}, vector={fragment.vector})")
+    read, written = buffers(kernel)
+    refs = [f"{b}_ref" for b in (*read, *(b for b in written if b not in read))]
+    lines += ["", "", f"def {kernel_name(kernel)}({', '.join(refs)}):"]
+    lines += ["    pid = program()"] if numbered else []
+    return "\n".join([*lines, *body, ""])
+
+
+def _imports(names: Iterable[str]) -> list[str]:
+    always = ("import jax.numpy as jnp", "from jax import lax", "from jax.experimental.pallas import mosaic_gpu as plgpu")
+    needed = {*always, *(line for name in names for line in IMPORTS.get(name, ()))}
+    return sorted(needed, key=lambda line: (line.startswith("from"), "jax" in line, line))
+
+
+def _picked(printer: MosaicPrinter) -> list[str]:
+    """What says at run time where some operands lie, each loaded once."""
+    names = dict.fromkeys(name for p in printer.program.params for _, name in p.viewed.picked)
+    return [f"    {name} = {name}_ref[0]" for name in names]

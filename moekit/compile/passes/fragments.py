@@ -1,0 +1,133 @@
+"""Which thread of a warpgroup holds which elements of a block, for targets that want to be told (Mosaic GPU).
+
+Axes whose blocks meet in some value are spread together, once: a value over some of them has that layout with the others left
+out, so no value ever moves between threads but in a reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moekit.compile import tile as t
+from moekit.compile.schedule.targets import Target
+from moekit.lang.dtypes import itemsize
+
+SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """How blocks over `slots` are spread: of each slot so many `warps`, `lanes` of each, and neighbours (`vector`) in a lane.
+
+    A slot is an axis, or several of one size that never meet. What is left of a slot is in the lane's further registers; where
+    there is less than a lane for each thread, threads hold the same.
+    """
+
+    slots: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+    warps: tuple[int, ...]
+    lanes: tuple[int, ...]
+    vector: tuple[int, ...]
+
+    def without(self, axes: Iterable[str]) -> tuple[int, ...]:
+        """The slots that a value over `axes` does not have."""
+        return tuple(i for i, slot in enumerate(self.slots) if not {*slot} & {*axes})
+
+    def along(self, axis: str) -> int:
+        """How many elements of an axis lie side by side in a lane."""
+        return next(n for slot, n in zip(self.slots, self.vector, strict=True) if axis in slot)
+
+
+def fragments(program: t.TileProgram, target: Target) -> dict[str, Fragment]:
+    """How each axis's block is spread, by axis; those of axes that meet are one."""
+    together = [{*v.axes} for op, _ in t.walk(program.body) for v in _made(op) if v.axes]
+    reduced = {op.axis for op, _ in t.walk(program.body) if isinstance(op, t.Reduce | t.Scan)}
+    near = contiguous(program)
+    found: dict[str, Fragment] = {}
+    for group in _groups(together):
+        slots = _slots(program, program.ordered(group), together)
+        made = _spread(slots, [program.axis(s[0]).block for s in slots], reduced, near, target)
+        found |= dict.fromkeys(group, made)
+    return found
+
+
+def _made(op: t.Op) -> tuple[t.Value, ...]:
+    return (*t.results(op), *op.vars, *op.carries) if isinstance(op, t.Loop) else t.results(op)
+
+
+def contiguous(program: t.TileProgram) -> dict[str, int]:
+    """Axes along which some access finds neighbours in memory, each with the bytes of the narrowest such element."""
+    found: dict[str, int] = {}
+    for op, _ in t.walk(program.body):
+        if isinstance(op, t.Load | t.Store):
+            param = program.param(op.at.tensor)
+            if (axis := neighbours(program, op.at)) is not None:
+                found[axis] = min(found.get(axis, 16), itemsize(param.dtype))
+    return found
+
+
+def neighbours(program: t.TileProgram, at: t.Access) -> str | None:
+    """The axis along which an access has elements that lie side by side; None if there is none."""
+    layout = program.param(at.tensor).viewed
+    elements = {op.out: op.axis for op, _ in t.walk(program.body) if isinstance(op, t.Elements)}
+    for index, axis, step in zip(at.index, layout.axes, layout.steps, strict=True):
+        if axis == len(layout.base) - 1 and step == 1:
+            ones = [elements[v] for v, own in index.terms if own == 1 and v in elements and v.axes]
+            blocks = [v for v in index.values if v.axes]
+            return ones[0] if len(ones) == len(blocks) == 1 else None
+    return None
+
+
+def _groups(together: list[set[str]]) -> list[set[str]]:
+    """Axes that meet, directly or by way of others."""
+    groups: list[set[str]] = []
+    for axes in together:
+        touched = [g for g in groups if g & axes]
+        groups = [g for g in groups if not g & axes] + [axes.union(*touched)]
+    return groups
+
+
+def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str]]) -> list[tuple[str, ...]]:
+    """Axes in order; one of the same size as that before it takes its place where the two never meet."""
+    slots: list[tuple[str, ...]] = []
+    for axis in axes:
+        alike = slots and program.axis(slots[-1][0]).block == program.axis(axis).block
+        if alike and not any(axis in met and {*slots[-1]} & met for met in together):
+            slots[-1] = (*slots[-1], axis)
+        else:
+            slots.append((axis,))
+    return slots
+
+
+def _spread(
+    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, int], target: Target
+) -> Fragment:
+    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first."""
+    threads, n = target.lanes * target.warps[0], len(slots)
+    left, vector = [*sizes], [1] * n
+    inner = max((i for i in range(n) if {*slots[i]} & near.keys()), default=n - 1)
+    bytes_of = min((near[a] for a in slots[inner] if a in near), default=16)
+    summed = [bool({*slot} & reduced) for slot in slots]
+    order = [i for i in range(n) if i != inner] + [inner]
+    first = [i for i in order if not summed[i]] + [i for i in order if summed[i]]
+    vector[inner] = max(1, min(16 // bytes_of, sizes[inner], prod(sizes) // threads))
+    left[inner] //= vector[inner]
+    warps, lanes = [1] * n, [1] * n
+    if prod(left) >= threads:
+        _take(left, warps, first, target.warps[0])
+    if vector[inner] > SUMMED and any(w > 1 and s for w, s in zip(warps, summed, strict=True)) and not summed[inner]:
+        left[inner], vector[inner] = left[inner] * vector[inner] // SUMMED, SUMMED
+    _take(left, lanes, order[::-1], target.lanes)
+    if prod(warps) == 1:
+        _take(left, warps, first, target.warps[0])
+    return Fragment(tuple(slots), tuple(sizes), tuple(warps), tuple(lanes), tuple(vector))
+
+
+def _take(left: list[int], taken: list[int], order: list[int], most: int) -> None:
+    """Give up to `most` of what is left of each slot, in order; all are powers of two."""
+    for i in order:
+        some = min(left[i], most // prod(taken))
+        taken[i] *= some
+        left[i] //= some
