@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as plt
@@ -41,25 +42,22 @@ def call(
     run = kernel(program, interpret)
     if interpret:
         return _interpreted(run, program, read, wrote, memory, shapes, grid)
-    fresh = [b for b in wrote if b not in read]
-    mosaic_kernel = plgpu.kernel(
-        _named(run, program.name),
-        out_type=tuple(shape for b, shape in zip(wrote, shapes, strict=True) if b in fresh),
-        grid=(grid,),
-        grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=SCRATCH),
-    )
-    places = {b: jax.new_ref(memory[b]) for b in read if b in wrote}
-    made = dict(zip(fresh, mosaic_kernel(*(places.get(b, memory[b]) for b in read)), strict=True))
-    return [jax.freeze(places[b]) if b in places else made[b] for b in wrote]
+    places = {b: memory[b] if b in memory else lax.empty(x.shape, x.dtype) for b, x in zip(wrote, shapes, strict=True)}
+    made = pl.run_state(partial(_start, run, program.name, read, wrote, memory, grid))(places)
+    return [made[b] for b in wrote]
 
 
-def _named(run, name: str):
+def _start(run, name: str, read, wrote, memory, grid: int, places: dict) -> None:
+    """Launch a kernel on references to what it writes, in place."""
+
     def body(*refs):
         run(*refs)
 
     body.__name__ = name
-    return body
+    order = (*read, *(b for b in wrote if b not in read))
+    params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=SCRATCH)
+    launch = plgpu.kernel(body, grid=(grid,), grid_names=("program",), compiler_params=params)
+    launch(*(places[b] if b in places else memory[b] for b in order))
 
 
 def _interpreted(run, program: t.Kernel, read, wrote, memory, shapes, grid: int) -> Sequence[jax.Array]:
@@ -103,7 +101,7 @@ def _alike(index: tuple) -> tuple:
     return tuple(jnp.broadcast_arrays(*blocks))
 
 
-_pallas: dict = {"jnp": jnp, "lax": jax.lax}
+_pallas: dict = {"jnp": jnp, "lax": lax}
 for _name in ("nan_max", "nan_min"):
     exec(pallas.HELPERS[_name], _pallas)
 

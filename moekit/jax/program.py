@@ -34,7 +34,7 @@ class Static:
 
     `buffers`: the arrays it takes, by name. `layouts`: where every tensor lies in them. `separate`: InOut tensors whose new
     value goes elsewhere. `given`: outputs for which there is a View to write to. `fresh`: (name, shape, dtype) of the others.
-    `target`: the row of `TARGETS` that its kernels are for.
+    `backend`: the row of `TARGETS` that its kernels are for.
     """
 
     fusion: Fusion
@@ -45,7 +45,7 @@ class Static:
     given: frozenset[str]
     fresh: tuple[tuple[str, tuple[int, ...], str], ...]
     schedule: Schedule
-    target: str = "pallas"
+    backend: str = "pallas"
 
     @property
     def graph(self) -> Graph:
@@ -64,7 +64,7 @@ class Static:
     def plan(self) -> Plan:
         """The kernels; raises ScheduleError for a schedule that is not legal here."""
         form, sizes = out_of_place(self.graph, self.separate), dict(self.binding.sizes)
-        return plan(form, self.schedule, dict(self.layouts), sizes, self.target)
+        return plan(form, self.schedule, dict(self.layouts), sizes, self.backend)
 
 
 def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
@@ -93,7 +93,7 @@ def launched(static: Static) -> Callable[..., dict]:
     @jax.custom_batching.custom_vmap
     def kernels(*arrays: jax.Array) -> dict:
         varying = launch.varies(array_form, arrays)
-        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes, varying, static.target)
+        return launch.launch(planned, dict(zip(static.buffers, arrays, strict=True)), fresh, sizes, varying, static.backend)
 
     @kernels.def_vmap
     def _batched(axis_size, in_batched, *arrays):
