@@ -141,11 +141,6 @@ class MosaicPrinter(pallas.PallasPrinter):
         """A fixed index: a number."""
         return at
 
-    def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
-        """Where an access may touch memory, over the whole block."""
-        mask = super().mask(at, axes)
-        return f"{self.helper('spread')}({mask}, {self.shape(axes)})" if mask and axes and not any(m.axes for m in at.mask) else mask
-
     def initial(self, value: t.Value) -> str:
         """What a loop's carry begins as."""
         return self.typed(value, LOOSEST)

@@ -67,11 +67,12 @@ MOSAIC = {
 
 def places(at, index, mask, register, k):
     place = [arith.index_cast(ir.IndexType.get(), element(x, register, k)) for x in at[: len(index)]]
-    return place, element(at[-1], register, k) if mask is not None else None
+    there = element(at[-1], register, k) if mask is not None else None
+    return place, arith.cmpi(arith.CmpIPredicate.ne, there, mgpu.c(0, there.type)) if there is not None else None
 
 
 def given(index, mask, layout):
-    blocks = [x if jnp.ndim(x) else jnp.int32(x) for x in index] + ([mask] if mask is not None else [])
+    blocks = [x if jnp.ndim(x) else jnp.int32(x) for x in (*index, *([] if mask is None else [mask]))]
     return blocks, [layout if jnp.ndim(x) else plgpu.Layout.WG_SPLAT(()) for x in blocks]
 
 

@@ -58,14 +58,14 @@ def _made(op: t.Op) -> tuple[t.Value, ...]:
 
 
 def contiguous(program: t.TileProgram) -> dict[str, int]:
-    """Axes along which some access finds neighbours in memory, each with the bytes of the narrowest such element."""
-    found: dict[str, int] = {}
+    """Axes along which some access finds neighbours in memory, each with the bytes of an element of the largest such block, the
+    narrowest of them."""
+    found: dict[str, tuple[int, int]] = {}
     for op, _ in t.walk(program.body):
-        if isinstance(op, t.Load | t.Store):
-            param = program.param(op.at.tensor)
-            if (axis := neighbours(program, op.at)) is not None:
-                found[axis] = min(found.get(axis, 16), itemsize(param.dtype))
-    return found
+        if isinstance(op, t.Load | t.Store) and (axis := neighbours(program, op.at)) is not None:
+            size = itemsize(program.param(op.at.tensor).dtype)
+            found[axis] = max(found.get(axis, (0, 0)), (prod(program.block(program.ordered(op.at.axes))), -size))
+    return {axis: -size for axis, (_, size) in found.items()}
 
 
 def neighbours(program: t.TileProgram, at: t.Access) -> str | None:
