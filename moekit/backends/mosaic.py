@@ -8,19 +8,24 @@ along each axis of its base; one that is written and read is one reference. How 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import gcd, prod
 from typing import Any
 
 from moekit import __version__
 from moekit.backends import pallas
 from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
-from moekit.backends.printer import ATOM, COMMON, LOOSEST, Printer, Text, header, is_extreme, kernel_name, number, wrapped
+from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, calls, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
 from moekit.compile.passes.fragments import Fragment, fragments, neighbours
+from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import identifier
+from moekit.compile.plan import plan
+from moekit.compile.rules.warpgroups import warpgroups
+from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.targets import TARGETS
 from moekit.lang.dtypes import itemsize
+from moekit.lang.graph import Graph
 
 WIDEST = 16  # bytes of one access
 WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
@@ -34,9 +39,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int32", "int16", "bool")
 
 def refusal(kernel: t.Kernel) -> str | None:
     """Why a kernel has no Mosaic text, in a sentence; None if it has."""
-    if isinstance(kernel, t.Joined):
-        return f"{kernel.name}: Mosaic GPU kernels have one section so far, this one has {len(kernel.sections)}; choose pallas"
-    for op, _ in t.walk(kernel.body):
+    for op, _ in (pair for section in kernel.sections for pair in t.walk(section.body)):
         if type(op) in REFUSED:
             return f"{kernel.name}: {REFUSED[type(op)]} are not printed for Mosaic GPU so far; choose pallas"
         if wrong := next((v for v in t.results(op) if v.dtype not in DTYPES), None):
@@ -44,6 +47,18 @@ def refusal(kernel: t.Kernel) -> str | None:
         if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
             return f"{kernel.name}: loops to an end that data say are not printed for Mosaic GPU so far; choose pallas"
     return None
+
+
+def unprinted(graph: Graph, sizes: Mapping[str, int], schedule: Schedule | None = None) -> str | None:
+    """Why a call on whole arrays with these sizes of its dynamic axes has no Mosaic kernels, in a sentence; None if it has."""
+    if graph.ranks:
+        return f"{graph.name}: packets are not printed for Mosaic GPU so far; choose pallas"
+    whole = {}
+    for n, x in graph.tensors.items():
+        shape = tuple(1 if a is None else graph.axes[a] or sizes[a] for a in x.axes)
+        whole[n] = t.Viewed(n, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
+    made = plan(graph, schedule or warpgroups(graph), whole, sizes, "mosaic")
+    return next((why for why in map(refusal, made.programs) if why), None)
 
 
 def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
@@ -56,14 +71,15 @@ class MosaicPrinter(pallas.PallasPrinter):
 
     words = WORDS
 
-    def __init__(self, program: t.TileProgram, expressions: dict, pid: str):
-        super().__init__(program, expressions, pid, {})
+    def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts):
+        super().__init__(program, expressions, pid, starts)
         self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), dict[str, Fragment]()
 
     def layout(self, axes: tuple[str, ...]) -> str:
         """How a block over `axes` lies in threads, as text."""
         fragment = self.fragments[axes[0]]
-        name = "_".join(identifier(a) for slot in fragment.slots for a in slot[:1]).upper() + "_LAYOUT"
+        sizes = zip(fragment.slots, fragment.sizes, strict=True)
+        name = "_".join(f"{identifier(slot[0])}{size}" for slot, size in sizes).upper() + "_LAYOUT"
         self.layouts[name] = fragment
         self.helper("tiled")
         gone = fragment.without(axes)
@@ -178,28 +194,48 @@ def _reduce(p: MosaicPrinter, op: t.Reduce) -> str:
     return f"jnp.{op.op}({p.text(op.value)}, axis={axis}{dtype})"
 
 
-def emit(kernel: t.TileProgram) -> str:
+def emit(kernel: t.Kernel) -> str:
     """The source of one kernel: imports, helpers it needs, and a function of refs called `<name>_kernel`.
 
-    It takes the arrays in the order of `buffers`: those it reads, then those that it writes and does not read.
+    It takes the arrays in the order of `buffers`: those it reads, then those that it writes and does not read. Sections are
+    functions of their own, of which a program calls one.
     """
-    printer = MosaicPrinter(kernel, EXPRESSIONS, "pid")
-    body = [*_picked(printer), *printer.body(kernel.body, 1)]
-    if numbered := re.search(r"\bpid\b", "\n".join(body)) is not None:
-        printer.helper("program")
-    names = sorted(printer.helpers)
-    lines = [*header(kernel, __version__), *_imports(names), ""]
+    shared = helpers(kernel)
+    printers = [MosaicPrinter(h.section, EXPRESSIONS, "pid", h.starts) for h in shared]
+    bodies = [[*_picked(p), *p.body(p.program.body, 1)] for p in printers]
+    alone = len(kernel.sections) == 1
+    if numbered := not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) is not None:
+        printers[0].helper("program")
+    names = sorted({h for p in printers for h in p.helpers} | (set() if alone else {"trunc_div", "trunc_rem"}))
+    lines = [*header(kernel, __version__), *_imports([*names, *(() if alone else ("sections",))]), ""]
     for name in names:
         lines += ["", MOSAIC[name]]
-    if printer.layouts:
-        lines.append("")
-    for name, fragment in printer.layouts.items():
+    layouts = {name: fragment for p in printers for name, fragment in p.layouts.items()}
+    lines += [""] if layouts else []
+    for name, fragment in layouts.items():
         lines.append(f"{name} = tiled(warps={fragment.warps}, lanes={fragment.lanes}, vector={fragment.vector})")
-    read, written = buffers(kernel)
-    refs = [f"{b}_ref" for b in (*read, *(b for b in written if b not in read))]
-    lines += ["", "", f"def {kernel_name(kernel)}({', '.join(refs)}):"]
+    for helper, body in zip(shared, bodies, strict=True) if not alone else ():
+        takes = ["pid", *_refs(helper.section), *helper.starts.values()]
+        lines += ["", "", f"def {helper.section.name}({', '.join(takes)}):", *body]
+    lines += ["", "", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
     lines += ["    pid = program()"] if numbered else []
-    return "\n".join([*lines, *body, ""])
+    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel, shared)), ""])
+
+
+def _refs(kernel: t.Kernel) -> list[str]:
+    """What a kernel calls the arrays it takes, in order."""
+    read, written = buffers(kernel)
+    return [f"{b}_ref" for b in dict.fromkeys((*read, *written))]
+
+
+def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
+    """Which programs of a launch belong to which section; all sizes are static."""
+    lines = []
+    for call in calls(kernel, shared, MosaicPrinter):
+        passed = [call.own, *_refs(call.section), *map(str, call.starts)]
+        lines += [*call.before, "", f"    @pl.when({call.inside})", "    def _():"]
+        lines.append(f"        {call.helper}({', '.join(passed)})")
+    return lines
 
 
 def _imports(names: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ IMPORTS = {  # helper → what it needs above it
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
+    "sections": ("from jax.experimental import pallas as pl",),
 }
 
 MOSAIC = {

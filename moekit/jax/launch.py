@@ -20,7 +20,6 @@ from moekit.backends import pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.errors import UnavailableError
-from moekit.jax import mosaic
 
 NOWHERE = ManualAxisType()
 
@@ -112,6 +111,8 @@ def _run(
         read, wrote = pallas.buffers(program)
         shapes = [jax.ShapeDtypeStruct(*kinds[b], manual_axis_type=varying.get(b, anywhere)) for b in wrote]
         if target == "mosaic":
+            from moekit.jax import mosaic  # half a second to import, which no other call is to wait for
+
             outs = mosaic.call(program, memory, wrote, shapes, program.programs(sizes), interpret)
             memory |= dict(zip(wrote, outs, strict=True))
             continue

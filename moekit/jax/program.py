@@ -16,10 +16,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
+from moekit.backends.mosaic import refusal
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
+from moekit.errors import UnavailableError
 from moekit.jax import launch
 from moekit.jax.view import View
 from moekit.lang.fusion import Binding, Fusion
@@ -62,9 +64,12 @@ class Static:
         return written_name(name) if name in self.separate else name
 
     def plan(self) -> Plan:
-        """The kernels; raises ScheduleError for a schedule that is not legal here."""
+        """The kernels; raises ScheduleError for a schedule that is not legal here, UnavailableError for what is not printed."""
         form, sizes = out_of_place(self.graph, self.separate), dict(self.binding.sizes)
-        return plan(form, self.schedule, dict(self.layouts), sizes, self.backend)
+        made = plan(form, self.schedule, dict(self.layouts), sizes, self.backend)
+        if self.backend == "mosaic" and (why := next((why for why in map(refusal, made.programs) if why), None)):
+            raise UnavailableError(why)
+        return made
 
 
 def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
@@ -82,7 +87,7 @@ def shape_of(graph: Graph, sizes: Mapping[str, int], name: str) -> tuple[int, ..
 def launched(static: Static) -> Callable[..., dict]:
     """The function from the arrays of a call to every buffer that its kernels write, by name.
 
-    Raises ScheduleError.
+    Raises ScheduleError or UnavailableError.
     """
     planned, sizes = static.plan(), static.sizes
     fresh = {n: (shape, dtype) for n, shape, dtype in static.fresh}
