@@ -28,6 +28,7 @@ from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
 WIDEST = 16  # bytes of one access
+THREADS = TARGETS["mosaic"].lanes * TARGETS["mosaic"].warps[0]
 WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
 REFUSED = {
     t.Dot: "products", t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Prefetch: "prefetches",
@@ -74,6 +75,28 @@ class MosaicPrinter(pallas.PallasPrinter):
     def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts):
         super().__init__(program, expressions, pid, starts)
         self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), dict[str, Fragment]()
+        self.pending = False  # whether something was loaded since threads waited for each other
+
+    def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:
+        """The lines of a run of operations. Threads that hold the same element all store it: where it is one that is read, too,
+        they wait for each other first."""
+        lines: list[str] = []
+        for op in ops:
+            if isinstance(op, t.Store) and self.pending and self.held_twice(op):
+                lines.append("    " * depth + self.barrier())
+                self.pending = False
+            lines += super().body((op,), depth)
+            if isinstance(op, t.Load | t.Loop | t.Barrier):
+                self.pending = not isinstance(op, t.Barrier)
+        return lines
+
+    def held_twice(self, op: t.Store) -> bool:
+        """Whether several threads store one element of an array that is read."""
+        axes, read = self.program.ordered(op.at.axes), buffers(self.program)[0]
+        if self.program.param(op.at.tensor).viewed.buffer not in read:
+            return False
+        own = self.fragments[axes[0]] if axes else None
+        return own is None or own.threads(axes) < THREADS
 
     def layout(self, axes: tuple[str, ...]) -> str:
         """How a block over `axes` lies in threads, as text."""
@@ -190,8 +213,12 @@ def _reduce(p: MosaicPrinter, op: t.Reduce) -> str:
     axis = op.value.axes.index(op.axis)
     if is_extreme(op):
         return f"{p.helper(f'nan_{op.op}')}({p.text(op.value)}, {axis})"
-    dtype = f", dtype={p.dtypes[op.out.dtype]}" if op.op == "sum" else ""
-    return f"jnp.{op.op}({p.text(op.value)}, axis={axis}{dtype})"
+    if op.op != "sum":
+        return f"jnp.{op.op}({p.text(op.value)}, axis={axis})"
+    value = p.text(op.value)
+    if op.out.dtype == "float32" and p.fragments[op.axis].each(op.axis) == 1:
+        value = f"lax.optimization_barrier({value})"  # or a lane's product and its neighbour's become an fma, in each another
+    return f"jnp.sum({value}, axis={axis}, dtype={p.dtypes[op.out.dtype]})"
 
 
 def emit(kernel: t.Kernel) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moekit.jax import launch, mosaic
+from moekit.compile import tile as t
+from moekit.jax import mosaic
 
 from .ptx import Machine
 
@@ -31,14 +32,25 @@ def h200() -> Mesh:
     return Mesh(np.array(topology.devices).reshape(-1), ("tp",))
 
 
-def assembled(program, taken, wrote, shapes, grid: int) -> tuple[str, str]:
-    """A kernel's PTX, and what the assembler says of it; `taken`: buffer → shape of those it reads."""
+def assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
+    """A kernel's PTX, and what the assembler says of it; `buffers`: the shape of each by name."""
     sharding = NamedSharding(h200(), PartitionSpec())
-    given = {b: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for b, x in taken.items()}
+    given = {b: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for b, x in buffers.items()}
+    shapes = [jax.ShapeDtypeStruct(buffers[b].shape, buffers[b].dtype) for b in wrote]
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder), jax.set_mesh(h200()):
-        jax.jit(lambda memory: REAL(program, memory, wrote, shapes, grid, False)).lower(given).compile()
-        (ptx,), (said,) = (list(Path(folder).glob(f"*.{kind}")) for kind in ("ptx", "ptxas"))
-        return ptx.read_text(), said.read_text()
+        jax.jit(lambda memory: REAL(program, memory, wrote, shapes, grid, False), donate_argnums=0).lower(given).compile()
+        (ptx,), (said,) = ([p.read_text() for p in Path(folder).glob(f"*.{kind}")] for kind in ("ptx", "ptxas"))
+    return ptx, said
+
+
+def used(program: t.Kernel) -> list[str]:
+    """The buffers in the order in which a kernel's text first names them: so MLIR numbers the parameters of a launch."""
+    found: list[str] = []
+    for section in program.sections:
+        found += [place for p in section.params for _, place in p.viewed.picked]
+        memory = (op.at.tensor for op, _ in t.walk(section.body) if isinstance(op, t.Load | t.Store))
+        found += [section.param(name).viewed.buffer for name in memory]
+    return list(dict.fromkeys(found))
 
 
 REAL = mosaic.call
@@ -51,21 +63,19 @@ def emulated() -> Iterator[list[Machine]]:
 
     def call(program, memory, wrote, shapes, grid, interpret):
         read, _ = mosaic.mosaic.buffers(program)
-        plain = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes]
-        taken = {b: jax.ShapeDtypeStruct(memory[b].shape, memory[b].dtype) for b in read}
-        text, _ = elsewhere.submit(assembled, program, taken, wrote, plain, grid).result()
+        kinds = {b: jax.ShapeDtypeStruct(s.shape, s.dtype) for b, s in zip(wrote, shapes, strict=True)}
+        kinds |= {b: jax.ShapeDtypeStruct(memory[b].shape, memory[b].dtype) for b in read}
+        text, _ = elsewhere.submit(assembled, program, kinds, wrote, grid).result()
 
         def run(*arrays):
-            held = {b: np.array(x) for b, x in zip(read, arrays, strict=True)}
-            for b, s in zip(wrote, plain, strict=True):
-                if b not in held:
-                    held[b] = np.full(s.size * s.dtype.itemsize, POISON, np.uint8).view(s.dtype).reshape(s.shape)
-            machine = Machine(text, [np.ascontiguousarray(held[b]) for b in dict.fromkeys((*read, *wrote))], grid)
+            held = {b: np.full(s.size * s.dtype.itemsize, POISON, np.uint8).view(s.dtype) for b, s in kinds.items()}
+            held |= {b: np.array(x) for b, x in zip(read, arrays, strict=True)}
+            machine = Machine(text, [held[b] for b in used(program)], grid)
             machines.append(machine)
             machine.run()
-            return [held[b] for b in wrote]
+            return [held[b].reshape(kinds[b].shape) for b in wrote]
 
-        return jax.pure_callback(run, plain, *(memory[b] for b in read))
+        return jax.pure_callback(run, [kinds[b] for b in wrote], *(memory[b] for b in read))
 
     with ThreadPoolExecutor(1) as elsewhere, patch.object(mosaic, "call", call):  # a thread that traces nothing else
         yield machines

@@ -51,18 +51,18 @@ class Machine:
         self.writer, self.reader = ([np.full(len(m), -1, np.int64) for m in self.memory] for _ in range(2))
         self.wrote, self.read = ([np.full(len(m), -1, np.int64) for m in self.memory] for _ in range(2))
         self.epoch = np.zeros(self.n, np.int64)
-        self.barriers = 0
 
     def run(self) -> None:
         """Run all threads to their end."""
-        pc = np.zeros(self.n, np.int64)
-        end = len(self.code)
+        pc, end = np.zeros(self.n, np.int64), len(self.code)
+        waiting = np.zeros(self.n, bool)
         for _ in range(self.steps):
-            at = int(pc.min())
+            at = int(pc[~waiting].min(initial=end))
             if at >= end:
+                assert not waiting.any(), "a barrier that some threads of a program do not come to"
                 return
             guard, op, args = self.code[at]
-            here = pc == at
+            here = (pc == at) & ~waiting
             active = here
             if guard:
                 on = self.registers[guard.lstrip("!")] != guard.startswith("!")
@@ -73,6 +73,11 @@ class Machine:
                 pc[active] = self.labels[args[0]]
             elif name in ("ret", "exit"):
                 pc[active] = end
+            elif name == "bar":
+                waiting |= active
+                together = np.repeat(waiting.reshape(-1, THREADS).all(1), THREADS)
+                self.epoch[together] += 1
+                waiting &= ~together
             elif active.any():
                 with np.errstate(all="ignore"):
                     self.step(name, op, args, active)
@@ -85,8 +90,6 @@ class Machine:
         if name in ("fence", "elect"):
             if name == "elect":
                 self.put(args[0].split("|")[1], self.thread % LANES == 0, on)
-        elif name == "bar":
-            self.barrier(on)
         elif name in ("ld", "st"):
             self.access(name, parts, args, on)
         elif name == "cvta":
@@ -117,8 +120,8 @@ class Machine:
             made = values[0].astype(wide) * values[1].astype(wide)
             return made + self.get(args[3], f"{kind[0]}{2 * int(kind[1:])}") if name == "mad" else made
         if name in ("mul", "mad") and parts[1] == "hi":
-            made = ((values[0].astype(np.int64) * values[1].astype(np.int64)) >> 32).astype(values[0].dtype)
-            assert kind[1:] == "32", parts
+            assert int(kind[1:]) <= 32, parts
+            made = ((values[0].astype(np.int64) * values[1].astype(np.int64)) >> int(kind[1:])).astype(values[0].dtype)
             return made + values[2] if name == "mad" else made
         if name == "shf":
             low, high, by = (v.astype(np.uint64) for v in values)
@@ -200,7 +203,8 @@ class Machine:
                 if each.strip() != "_":
                     self.put(each.strip(), pieces[:, i], on)
         elif args[1].startswith("{"):
-            pieces = [self.registers[x.strip()] for x in args[1].strip("{}").split(",")]
+            names = args[1].strip("{}").split(",")
+            pieces = [self.get(x.strip(), f"b{8 * np.dtype(TYPES[kind]).itemsize // len(names)}") for x in names]
             self.put(args[0], np.stack(pieces, 1).reshape(-1).view(TYPES[kind]), on)
         else:
             self.put(args[0], self.get(args[1], kind), on)
@@ -223,13 +227,6 @@ class Machine:
         found = kinds[how].reduce(value.reshape(-1, LANES), axis=1).astype(value.dtype)
         return np.repeat(found, LANES)
 
-    def barrier(self, on: np.ndarray) -> None:
-        """Threads of a program wait for each other; all of them come."""
-        blocks = on.reshape(-1, THREADS)
-        assert (blocks.all(1) | ~blocks.any(1)).all(), "a barrier that some threads of a program do not come to"
-        self.epoch[on] += 1
-        self.barriers += 1
-
     def access(self, name: str, parts: list[str], args: list[str], on: np.ndarray) -> None:
         """A load or a store of one register or several."""
         there, held = (args[1], args[0]) if name == "ld" else (args[0], args[1])
@@ -247,13 +244,14 @@ class Machine:
                 mine = threads[address[threads] >> SPACE == b]
                 at = address[mine] - (int(b) << SPACE)
                 assert (at % (size * len(names)) == 0).all(), f"line {parts}: an access that is not aligned"
+                kept = at > 0  # masked lanes read the first element, and take something else
                 at += i * size
                 assert (at >= 0).all() and (at + size <= len(self.memory[b])).all(), f"buffer {b}: out of bounds"
                 if b == len(self.memory) - 1:
                     at += self.thread[mine] // THREADS * SHARED
                 place = at[:, None] + np.arange(size)
                 if name == "ld":
-                    self.loads(b, place, mine)
+                    self.loads(b, place[kept], mine[kept])
                     found[mine] = self.memory[b][place].reshape(-1).view(TYPES[kind])
                 else:
                     self.stores(b, place, mine, np.ascontiguousarray(found[mine]).view(np.uint8).reshape(-1, size))
@@ -270,7 +268,7 @@ class Machine:
         again = (self.read[b][place] == epoch) & (self.reader[b][place] != who)
         self.reader[b][place] = np.where(again, -2, who)
         counts = np.unique(place, return_counts=True)
-        self.reader[b][counts[0][counts[1] > 1]] = -2  # several
+        self.reader[b][counts[0][counts[1] > 1]] = -2
         self.read[b][place] = epoch
 
     def stores(self, b: int, place: np.ndarray, threads: np.ndarray, values: np.ndarray) -> None:
@@ -293,7 +291,9 @@ class Machine:
         if text in self.special:
             return self.special[text].astype(dtype)
         if text.startswith("%"):
-            raw = self.registers[text]
+            raw = self.registers.get(text)
+            if raw is None:  # what LLVM leaves undefined
+                raw = np.zeros(self.n, CLASSES[re.match(r"%([a-z]+)", text)[1]])
             return raw if raw.dtype == dtype else raw.view(dtype) if raw.itemsize == dtype.itemsize else raw.astype(dtype)
         return np.full(self.n, _number(text, dtype, len(self.memory) - 1))
 
@@ -325,7 +325,7 @@ def _number(text: str, dtype: np.dtype, shared: int):
         return np.array(int(text[2:], 16), np.uint32).view(np.float32) if dtype.kind == "f" else np.uint32(int(text[2:], 16))
     if text.startswith("0d"):
         return np.array(int(text[2:], 16), np.uint64).view(np.float64)
-    number = int(text, 0)
+    number = int(text.rstrip("U"), 0)
     if dtype.kind not in "iu" and dtype != np.bool_:
         return np.array(number, np.uint16).view(dtype)
     return np.array(number % (1 << 8 * dtype.itemsize), np.dtype(f"uint{8 * dtype.itemsize}")).view(dtype)

@@ -35,6 +35,16 @@ class Fragment:
         """The slots that a value over `axes` does not have."""
         return tuple(i for i, slot in enumerate(self.slots) if not {*slot} & {*axes})
 
+    def threads(self, axes: Iterable[str]) -> int:
+        """How many threads hold elements of their own of a value over `axes`."""
+        gone = self.without(axes)
+        return prod(w * n for i, (w, n) in enumerate(zip(self.warps, self.lanes, strict=True)) if i not in gone)
+
+    def each(self, axis: str) -> int:
+        """How many elements along an axis a thread holds."""
+        i = next(i for i, slot in enumerate(self.slots) if axis in slot)
+        return self.sizes[i] // (self.warps[i] * self.lanes[i])
+
     def along(self, axis: str) -> int:
         """How many elements of an axis lie side by side in a lane."""
         return next(n for slot, n in zip(self.slots, self.vector, strict=True) if axis in slot)
@@ -44,11 +54,12 @@ def fragments(program: t.TileProgram, target: Target) -> dict[str, Fragment]:
     """How each axis's block is spread, by axis; those of axes that meet are one."""
     together = [{*v.axes} for op, _ in t.walk(program.body) for v in _made(op) if v.axes]
     reduced = {op.axis for op, _ in t.walk(program.body) if isinstance(op, t.Reduce | t.Scan)}
-    near = contiguous(program)
+    near, alone = contiguous(program), {op.out.axes for op, _ in t.walk(program.body) if isinstance(op, t.Load)}
     found: dict[str, Fragment] = {}
     for group in _groups(together):
         slots = _slots(program, program.ordered(group), together)
-        made = _spread(slots, [program.axis(s[0]).block for s in slots], reduced, near, target)
+        whole = {a for a in group if (a,) in alone}
+        made = _spread(slots, [program.axis(s[0]).block for s in slots], reduced, near, whole, target)
         found |= dict.fromkeys(group, made)
     return found
 
@@ -102,9 +113,12 @@ def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str
 
 
 def _spread(
-    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, int], target: Target
+    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, int], whole: set[str], target: Target
 ) -> Fragment:
-    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first."""
+    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first.
+
+    Not all of an axis in a vector if something is loaded over it alone (`whole`): jax 0.11 takes that register for the block.
+    """
     threads, n = target.lanes * target.warps[0], len(slots)
     left, vector = [*sizes], [1] * n
     inner = max((i for i in range(n) if {*slots[i]} & near.keys()), default=n - 1)
@@ -112,7 +126,8 @@ def _spread(
     summed = [bool({*slot} & reduced) for slot in slots]
     order = [i for i in range(n) if i != inner] + [inner]
     first = [i for i in order if not summed[i]] + [i for i in order if summed[i]]
-    vector[inner] = max(1, min(16 // bytes_of, sizes[inner], prod(sizes) // threads))
+    most = sizes[inner] // 2 if {*slots[inner]} & whole else sizes[inner]
+    vector[inner] = max(1, min(16 // bytes_of, most, prod(sizes) // threads))
     left[inner] //= vector[inner]
     warps, lanes = [1] * n, [1] * n
     if prod(left) >= threads:
