@@ -1,6 +1,8 @@
 """How long each fusion takes in JAX: moekit's kernels and XLA's, by the device's clock over a chain of calls in one jit.
 
-    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--seconds N] [--json FILE]
+    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--kinds pallas,mosaic,xla] [--seconds N] [--json FILE]
+
+Kinds are moekit's implementations: `mosaic` is by name only, and fusions without such kernels have no row of it.
 
 Each call of a chain has operands of its own and waits for the one before; the L2 is filled with something else before a chain
 runs (bench/device_jax.py). Operands are contiguous; those that a fusion updates are donated. Beside each time stands how right
@@ -28,6 +30,7 @@ from bench.correctness import Checker
 from bench.device_jax import compiled, made, timed
 from bench.fusions import SIZES, named
 from moekit import jax as mj
+from moekit.backends.mosaic import unprinted
 from moekit.fusions import FUSIONS
 
 LENGTH = 24
@@ -35,6 +38,8 @@ LARGEST_BYTES = 4e9
 UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
            "conv_projections": ("state", 2), "down_combine": ("hidden", 0), "gate_block": ("residual", 1),
            "moe_block": ("residual", 1), "all_reduce_add_rms_norm": ("residual", 1)}  # fmt: skip
+KINDS = ("pallas", "xla")
+SIDES = {"pallas": "moekit (jax)", "mosaic": "moekit (mosaic)"}
 Arrays = dict[str, Any]
 Side = Callable[[Arrays], tuple]
 
@@ -46,11 +51,11 @@ def to_jax(x: torch.Tensor) -> jax.Array:
     return jnp.asarray(whole.cpu().numpy()).astype(name)
 
 
-def sides(case: Case) -> dict[str, Side]:
+def sides(case: Case, kinds: Sequence[str] = KINDS) -> dict[str, Side]:
     """Every side of a case as a function of its operands that returns a tuple: moekit's kernels, then XLA's."""
     if case.part:
         return {name: partial(one, k=case.params["k"], part=case.part) for name, one in layer_jax.layers().items()}
-    return {name: partial(_fusion, case, implementation) for name, implementation in (("moekit (jax)", None), ("xla", "xla"))}
+    return {SIDES.get(kind, kind): partial(_fusion, case, None if kind == "pallas" else kind) for kind in kinds}
 
 
 def _fusion(case: Case, implementation: str | None, given: Arrays) -> tuple:
@@ -91,7 +96,16 @@ class Chain:
         return self.state, kept
 
 
-def measure(name: str, tokens: int, dtype: str, rounds: int) -> list[dict]:
+def printed(case: Case, operands: Arrays, kinds: Sequence[str]) -> list[str]:
+    """The kinds that serve a case."""
+    fusion = FUSIONS[case.fusion]
+    shapes, dtypes = ({n: get(operands[n]) for n in fusion.tensors} for get in (np.shape, lambda x: x.dtype.name))
+    binding = fusion.bind(shapes, dtypes, fusion.bind_params(case.params))
+    graph = fusion.trace(binding)
+    return [kind for kind in kinds if kind != "mosaic" or unprinted(graph, dict(binding.sizes)) is None]
+
+
+def measure(name: str, tokens: int, dtype: str, rounds: int, kinds: Sequence[str] = KINDS) -> list[dict]:
     """One row per side. Each call of a chain has the first one's numbers, moved on by one element."""
     case, kind = CASES[name], getattr(torch, dtype)
     drawn.DEVICE = "cpu"  # this is a process of JAX's
@@ -101,7 +115,8 @@ def measure(name: str, tokens: int, dtype: str, rounds: int) -> list[dict]:
     for i in range(length):
         moved = {n: roll(x, i) for n, x in given.items()}
         sets.append(layer_jax.packed(moved) if case.part else moved)
-    chains = {side: Chain(case, one, sets) for side, one in sides(case).items()}
+    served = kinds if case.part else printed(case, given, kinds)
+    chains = {side: Chain(case, one, sets) for side, one in sides(case, served).items()}
     single = compiled({side: partial(jax.jit(chain.one).lower, sets[0]) for side, chain in chains.items()}, at_once=1)
     every = compiled({side: chain.lower for side, chain in chains.items()})
 
@@ -117,7 +132,7 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     """Every case and number of tokens that was asked for."""
     for name in named(args.fusions):
         for t in () if CASES[name].part else args.tokens:  # bench/moe_block.py asks for blocks
-            yield {"case": name, "T": t, "dtype": args.dtype}, (name, t, args.dtype, args.rounds)
+            yield {"case": name, "T": t, "dtype": args.dtype}, (name, t, args.dtype, args.rounds, args.kinds)
 
 
 QUESTION = runner.Question(
@@ -125,7 +140,7 @@ QUESTION = runner.Question(
     cases,
     measure,
     smoke="--fusions silu_and_mul 64 --tokens 2",
-    options=(SIZES[0], runner.Option("tokens", (1, 64, 4096)), *SIZES[2:]),
+    options=(SIZES[0], runner.Option("tokens", (1, 64, 4096)), runner.Option("kinds", KINDS), *SIZES[2:]),
     patience=180,
     plot=plots.times,
     columns=("us", "error", "relative", "ids"),

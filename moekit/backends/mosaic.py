@@ -31,8 +31,8 @@ WIDEST = 16  # bytes of one access
 THREADS = TARGETS["mosaic"].lanes * TARGETS["mosaic"].warps[0]
 WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
 REFUSED = {
-    t.Dot: "products", t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Prefetch: "prefetches",
-    t.Interleave: "packets", t.Ways: "packets", t.Send: "packets", t.Receive: "packets", t.AtEnd: "flattened loops",
+    t.Dot: "products", t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Interleave: "packets",
+    t.Ways: "packets", t.Send: "packets", t.Receive: "packets", t.AtEnd: "flattened loops",
     t.Sides: "blocks of an axis twice",
 }  # fmt: skip
 DTYPES = ("float32", "float16", "bfloat16", "int32", "int16", "bool")
@@ -44,7 +44,8 @@ def refusal(kernel: t.Kernel) -> str | None:
         if type(op) in REFUSED:
             return f"{kernel.name}: {REFUSED[type(op)]} are not printed for Mosaic GPU so far; choose pallas"
         if wrong := next((v for v in t.results(op) if v.dtype not in DTYPES), None):
-            return f"{kernel.name}: {wrong.name or 'a value'} is {wrong.dtype}, which is not printed for Mosaic GPU; choose pallas"
+            what = f"{wrong.name or 'a value'} is {wrong.dtype}, which is"
+            return f"{kernel.name}: {what} not printed for Mosaic GPU so far; choose pallas"
         if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
             return f"{kernel.name}: loops to an end that data say are not printed for Mosaic GPU so far; choose pallas"
     return None
@@ -179,6 +180,8 @@ class MosaicPrinter(pallas.PallasPrinter):
     def fixed(self, at: str, axes: tuple[str, ...]) -> str:
         """A fixed index: a number."""
         return at
+
+    picked = fixed
 
     def initial(self, value: t.Value) -> str:
         """What a loop's carry begins as."""

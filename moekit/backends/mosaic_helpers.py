@@ -73,7 +73,8 @@ def places(at, index, mask, register, k):
 
 
 def given(index, mask, layout):
-    blocks = [x if jnp.ndim(x) else jnp.int32(x) for x in (*index, *([] if mask is None else [mask]))]
+    blocks = [*index, *([] if mask is None else [mask])]
+    blocks = [plgpu.layout_cast(x, layout) if jnp.ndim(x) else jnp.int32(x) for x in blocks]
     return blocks, [layout if jnp.ndim(x) else plgpu.Layout.WG_SPLAT(()) for x in blocks]
 
 
@@ -123,7 +124,7 @@ def store(ref, index, value, layout=None, mask=None, width=1):
                 with contextlib.nullcontext() if there is None else mgpu.when(there):
                     vector.store(part, array, place, alignment=width * mgpu.bytewidth(dtype))
 
-    stored(ref, value, *blocks)
+    stored(ref, plgpu.layout_cast(value, layout), *blocks)
 """,
 }
 IMPORTS["accesses"] = ("import contextlib", *IMPORTS["accesses"], "from jax.experimental import pallas as pl")

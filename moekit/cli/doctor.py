@@ -6,7 +6,8 @@ import os
 import platform as host
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import click
 
@@ -127,6 +128,7 @@ def findings() -> list[Finding]:
         _triton(no_gpu),
         _xla(bool(gpus)),
         _pallas(no_gpu),
+        _mosaic(gpus),
     ]
 
 
@@ -168,6 +170,15 @@ def _pallas(no_gpu: str | None) -> Finding:
     if not jax_sees_cuda():
         return Finding("pallas", "jax", "compiles", "jax sees no CUDA device: its plugin or the driver does not fit")
     return Finding("pallas", "jax", "runs", "compiled for the GPU through Pallas's Triton lowering")
+
+
+def _mosaic(gpus: Sequence[platform.Gpu]) -> Finding:
+    """By name only, for what is printed for it; a warpgroup's layouts are compiled for sm_90 and later."""
+    newest = max((g.capability for g in gpus), default=(0, 0))
+    older = f"{gpus[0].name} is older than sm_90" if gpus and newest < (9, 0) else None if gpus else "no NVIDIA GPU here"
+    found = _pallas(older)
+    own = "through Mosaic GPU, by name only, where a fusion has such kernels"
+    return replace(found, implementation="mosaic", why=found.why.replace("through Pallas's Triton lowering", own))
 
 
 def torch_sees_cuda() -> bool:

@@ -253,8 +253,8 @@ def op(fusion: Fusion) -> Callable:
     Operands are arrays or Views; outputs come back in declared order (one alone as itself). An InOut operand is updated
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
-    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU, and so does
-    "mosaic", kernels by Mosaic GPU in place of Pallas's Triton lowering, which not every fusion has.
+    and "xla" elsewhere and for operands cut over explicit mesh axes; "pallas" by name runs in interpret mode on CPU. So does
+    "mosaic": kernels by Mosaic GPU in place of Pallas's Triton lowering, which not every fusion has; never taken unasked.
     Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """

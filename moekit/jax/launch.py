@@ -47,7 +47,7 @@ def launch(
     """Run a plan on the buffers of its operands; returns every buffer it writes.
 
     `bases` maps buffer names to arrays, `shapes` gives (shape, dtype) of the fresh outputs, `varying` is what `varies` says of
-    them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, or by Mosaic GPU where that is the `target`;
+    them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, or by Mosaic GPU where that is `target`;
     elsewhere they run in interpret mode: decided when the program is lowered.
     """
     arrays = {n: _varying(a, varying.get(n, NOWHERE)) for n, a in bases.items()}

@@ -71,7 +71,7 @@ class Jax(Executor):
         self.functions: dict[tuple, tuple[Callable, int]] = {}
 
     def supports(self, case: FuzzCase) -> bool:
-        """An output over another operand is not to be had without strides, nor are strides past 2³¹; Mosaic has not all kernels."""
+        """An output over another operand is not to be had without strides, nor are strides past 2³¹; nor all of Mosaic."""
         if case.mode.startswith("over:") or any(case.layout(n).kind == "far" for n in case.memory()):
             return False
         return self.name != "mosaic" or _printed(case)

@@ -21,7 +21,7 @@ from moekit.testing.case import FuzzCase, name_of
 from moekit.testing.draw import plain_case
 from moekit.testing.layouts import KINDS, READ_ONLY
 
-IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "mosaic", "triton", "triton in place")
+IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton", "triton in place")
 SLOW = frozenset({"pallas", "xla", "mosaic"})  # a compilation per case: they run the cases marked `core`
 LARGEST_WITH = {"small": 2500, "looped": 40000}  # elements of work, as every block costs the interpreter the same
 COMPILED = frozenset({"interpret", "pallas", "mosaic", "triton"})  # what a schedule means something to

@@ -38,7 +38,7 @@ def assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
     given = {b: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for b, x in buffers.items()}
     shapes = [jax.ShapeDtypeStruct(buffers[b].shape, buffers[b].dtype) for b in wrote]
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder), jax.set_mesh(h200()):
-        jax.jit(lambda memory: REAL(program, memory, wrote, shapes, grid, False), donate_argnums=0).lower(given).compile()
+        jax.jit(lambda memory: REAL(program, memory, wrote, shapes, grid, False)).lower(given).compile()
         (ptx,), (said,) = ([p.read_text() for p in Path(folder).glob(f"*.{kind}")] for kind in ("ptx", "ptxas"))
     return ptx, said
 

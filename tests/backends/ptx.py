@@ -25,8 +25,10 @@ COMPARED: dict[str, Callable] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
-BINARY: dict[str, Callable] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
-                               "xor": np.bitwise_xor, "div": np.true_divide}  # fmt: skip
+BINARY: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
 UNARY: dict[str, Callable] = {
     "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
     "rcp": lambda x: 1 / x, "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -246,7 +248,7 @@ class Machine:
                 assert (at % (size * len(names)) == 0).all(), f"line {parts}: an access that is not aligned"
                 kept = at > 0  # masked lanes read the first element, and take something else
                 at += i * size
-                assert (at >= 0).all() and (at + size <= len(self.memory[b])).all(), f"buffer {b}: out of bounds"
+                assert ((at >= 0) & (at + size <= len(self.memory[b]))).all(), f"buffer {b}: out of bounds"
                 if b == len(self.memory) - 1:
                     at += self.thread[mine] // THREADS * SHARED
                 place = at[:, None] + np.arange(size)

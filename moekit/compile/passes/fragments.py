@@ -68,15 +68,15 @@ def _made(op: t.Op) -> tuple[t.Value, ...]:
     return (*t.results(op), *op.vars, *op.carries) if isinstance(op, t.Loop) else t.results(op)
 
 
-def contiguous(program: t.TileProgram) -> dict[str, int]:
-    """Axes along which some access finds neighbours in memory, each with the bytes of an element of the largest such block, the
-    narrowest of them."""
+def contiguous(program: t.TileProgram) -> dict[str, tuple[int, int]]:
+    """Axes along which some access finds neighbours in memory: the elements of the largest such block, and the bytes of one,
+    negative; the narrowest where several are as large."""
     found: dict[str, tuple[int, int]] = {}
     for op, _ in t.walk(program.body):
         if isinstance(op, t.Load | t.Store) and (axis := neighbours(program, op.at)) is not None:
             size = itemsize(program.param(op.at.tensor).dtype)
             found[axis] = max(found.get(axis, (0, 0)), (prod(program.block(program.ordered(op.at.axes))), -size))
-    return {axis: -size for axis, (_, size) in found.items()}
+    return found
 
 
 def neighbours(program: t.TileProgram, at: t.Access) -> str | None:
@@ -113,7 +113,7 @@ def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str
 
 
 def _spread(
-    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, int], whole: set[str], target: Target
+    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, tuple[int, int]], whole: set[str], target: Target
 ) -> Fragment:
     """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first.
 
@@ -121,13 +121,13 @@ def _spread(
     """
     threads, n = target.lanes * target.warps[0], len(slots)
     left, vector = [*sizes], [1] * n
-    inner = max((i for i in range(n) if {*slots[i]} & near.keys()), default=n - 1)
-    bytes_of = min((near[a] for a in slots[inner] if a in near), default=16)
+    known = [(*near[a], i) for i in range(n) for a in slots[i] if a in near]
+    _, size, inner = max(known, default=(0, -16, n - 1))
     summed = [bool({*slot} & reduced) for slot in slots]
     order = [i for i in range(n) if i != inner] + [inner]
     first = [i for i in order if not summed[i]] + [i for i in order if summed[i]]
     most = sizes[inner] // 2 if {*slots[inner]} & whole else sizes[inner]
-    vector[inner] = max(1, min(16 // bytes_of, most, prod(sizes) // threads))
+    vector[inner] = max(1, min(-16 // size, most, prod(sizes) // threads))
     left[inner] //= vector[inner]
     warps, lanes = [1] * n, [1] * n
     if prod(left) >= threads:
