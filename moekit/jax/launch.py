@@ -41,7 +41,11 @@ def _unreachable(name: str, *_):
 
 
 def launch(
-    plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple], sizes: Mapping[str, int], varying,
+    plan: Plan,
+    bases: Mapping[str, jax.Array],
+    shapes: Mapping[str, tuple],
+    sizes: Mapping[str, int],
+    varying,
     target: str = "pallas",
 ) -> dict:
     """Run a plan on the buffers of its operands; returns every buffer it writes.

@@ -36,7 +36,12 @@ SIZES = {
     "topk_softmax": {"T": 5, "E": 60},
     "delta_rule_step": {"T": 2, "K": 1, "V": 2, "Dk": 16, "Dv": 16},
     "causal_conv1d_step": {"T": 3, "C": 40, "S": 3},
+    "expert_gate_up": {"T": 2, "K": 2, "E": 4, "I": 8, "D": 32},
+    "expert_down": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
+    "expert_down_shared": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
 }
+MORE = ("expert_gate_up", "expert_down", "expert_down_shared")
+PARAMS = {"topk_softmax": ({"k": 6},)}
 
 
 def made(name: str, dtype: str = "bfloat16"):
@@ -60,10 +65,35 @@ def test_every_kernel_compiles_for_an_h200(name, dtype):
     assert len(read) + len([b for b in wrote if b not in read]) == len(kinds)
 
 
+@pytest.mark.parametrize("name", ["conv_projections", "expert_gate_up", "expert_down_shared", "qkv_norm_rope"])
+def test_more_kernels_compile_for_an_h200(name):
+    """What is printed besides the row-wise ones: several sections, experts gathered by ids, caches written at positions."""
+    for program in made(name).programs:
+        _, wrote = mosaic.buffers(program)
+        kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+        _, said = assembled(program, kinds, wrote, program.programs({"T": 4}))
+        assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def ruled(name: str) -> list:
+    """The cases of a fusion under the rules' schedules: dtypes, kinds of layout, recipes of numbers."""
+    every = (c.case for c in cases(FUSIONS[name], (SIZES[name],), PARAMS.get(name, ({},))))
+    return [case for case in every if case.schedule == "heuristic"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", [*ROWS, *MORE])
+def test_on_a_gpu(name, dtype):
+    """Every fusion, dtype and kind of layout, in guarded memory with poisoned outputs, against the reference."""
+    for case in ruled(name):
+        if dtype in case.dtypes.values():
+            check("mosaic", case)
+
+
 def picked(name: str) -> list:
     """Few cases of a fusion that the machine is to run: dense, then with a layout of another kind for each tensor."""
-    params = ({"k": 6},) if name == "topk_softmax" else ({},)
-    every = [c.case for c in cases(FUSIONS[name], (SIZES[name],), params) if c.case.schedule == "heuristic"]
+    every = ruled(name)
     mixed = [c for c in every if c.layouts]
     return [every[ROWS.index(name) % 3], mixed[ROWS.index(name) % len(mixed)]]
 

@@ -113,7 +113,12 @@ def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str
 
 
 def _spread(
-    slots: list[tuple[str, ...]], sizes: list[int], reduced: set[str], near: Mapping[str, tuple[int, int]], whole: set[str], target: Target
+    slots: list[tuple[str, ...]],
+    sizes: list[int],
+    reduced: set[str],
+    near: Mapping[str, tuple[int, int]],
+    whole: set[str],
+    target: Target,
 ) -> Fragment:
     """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first.
 
