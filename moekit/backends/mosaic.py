@@ -17,7 +17,7 @@ from moekit.backends import pallas
 from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
 from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, calls, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import Fragment, fragments, neighbours
+from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import identifier
 from moekit.compile.plan import plan
@@ -27,7 +27,6 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
-WIDEST = 16  # bytes of one access
 THREADS = TARGETS["mosaic"].lanes * TARGETS["mosaic"].warps[0]
 WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
 REFUSED = {

@@ -26,7 +26,8 @@ LEAST = {"triton": 200}  # cases that every cell must have
 @click.command(short_help="Run random cases of every fusion against its reference.")
 @click.argument("fusions", nargs=-1, metavar="[FUSION]...")
 @click.option("--impl", "implementations", multiple=True, metavar="NAME",
-              help="interpret, numpy, eager, xla, pallas, triton, triton-interpreter, a peer, module:callable.")  # fmt: skip
+              help="interpret, numpy, eager, xla, pallas, mosaic, triton, triton-interpreter, a peer, module:callable."
+)  # fmt: skip
 @click.option("--time", "seconds", type=click.FloatRange(min=0, min_open=True),
               help="End after this many seconds, making failures small included.")  # fmt: skip
 @click.option("--examples", multiple=True, metavar="N | NAME=N",

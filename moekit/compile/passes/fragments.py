@@ -6,7 +6,7 @@ out, so no value ever moves between threads but in a reduction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +14,7 @@ from moekit.compile import tile as t
 from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
+WIDEST = 16  # bytes of one access
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -53,14 +54,10 @@ class Fragment:
 def fragments(program: t.TileProgram, target: Target) -> dict[str, Fragment]:
     """How each axis's block is spread, by axis; those of axes that meet are one."""
     together = [{*v.axes} for op, _ in t.walk(program.body) for v in _made(op) if v.axes]
-    reduced = {op.axis for op, _ in t.walk(program.body) if isinstance(op, t.Reduce | t.Scan)}
-    near, alone = contiguous(program), {op.out.axes for op, _ in t.walk(program.body) if isinstance(op, t.Load)}
     found: dict[str, Fragment] = {}
     for group in _groups(together):
         slots = _slots(program, program.ordered(group), together)
-        whole = {a for a in group if (a,) in alone}
-        made = _spread(slots, [program.axis(s[0]).block for s in slots], reduced, near, whole, target)
-        found |= dict.fromkeys(group, made)
+        found |= dict.fromkeys(group, _spread(_group(program, slots, together), target))
     return found
 
 
@@ -112,37 +109,57 @@ def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str
     return slots
 
 
-def _spread(
-    slots: list[tuple[str, ...]],
-    sizes: list[int],
-    reduced: set[str],
-    near: Mapping[str, tuple[int, int]],
-    whole: set[str],
-    target: Target,
-) -> Fragment:
-    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first.
+@dataclass(frozen=True)
+class _Group:
+    """Slots that meet, their sizes, those of the largest value (`main`), those that something is added up along (`summed`), and
 
-    Not all of an axis in a vector if something is loaded over it alone (`whole`): jax 0.11 takes that register for the block.
+    where elements lie side by side in memory: `near`, the slot, up to how many of them a lane is to hold.
     """
-    threads, n = target.lanes * target.warps[0], len(slots)
-    left, vector = [*sizes], [1] * n
-    known = [(*near[a], i) for i in range(n) for a in slots[i] if a in near]
-    _, size, inner = max(known, default=(0, -16, n - 1))
-    summed = [bool({*slot} & reduced) for slot in slots]
-    order = [i for i in range(n) if i != inner] + [inner]
-    first = [i for i in order if not summed[i]] + [i for i in order if summed[i]]
-    most = sizes[inner] // 2 if {*slots[inner]} & whole else sizes[inner]
-    vector[inner] = max(1, min(-16 // size, most, prod(sizes) // threads))
-    left[inner] //= vector[inner]
-    warps, lanes = [1] * n, [1] * n
-    if prod(left) >= threads:
+
+    slots: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+    main: frozenset[int]
+    summed: frozenset[int]
+    near: int
+    most: int
+
+
+def _group(program: t.TileProgram, slots: list[tuple[str, ...]], together: list[set[str]]) -> _Group:
+    """What is to be known of some axes. Not all of one is to be in a vector if something is loaded over it alone: jax 0.11
+
+    takes that register for the block.
+    """
+    sizes = tuple(program.axis(slot[0]).block for slot in slots)
+    within = [axes for axes in together if axes <= {a for slot in slots for a in slot}]
+    largest = max(within, key=lambda axes: prod(program.block(program.ordered(axes))))
+    main = frozenset(i for i, slot in enumerate(slots) if {*slot} & largest)
+    found, ops = contiguous(program), [op for op, _ in t.walk(program.body)]
+    reduced = {op.axis for op in ops if isinstance(op, t.Reduce | t.Scan)}
+    known = [(*found[a], i) for i in main for a in slots[i] if a in found]
+    _, size, near = max(known, default=(0, -WIDEST, max(main)))
+    alone = any((a,) == op.out.axes for op in ops if isinstance(op, t.Load) for a in slots[near])
+    most = min(WIDEST // -size, sizes[near] // 2 if alone else sizes[near])
+    return _Group(tuple(slots), sizes, main, frozenset(i for i, s in enumerate(slots) if {*s} & reduced), near, most)
+
+
+def _spread(group: _Group, target: Target) -> Fragment:
+    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first: of the largest
+    value's slots, and of others what is left."""
+    threads, n, near = target.lanes * target.warps[0], len(group.sizes), group.near
+    left, vector, warps, lanes = [*group.sizes], [1] * n, [1] * n, [1] * n
+    order = sorted(range(n), key=lambda i: (i in group.main, i == near))  # the last is to be taken first
+    first = sorted(range(n), key=lambda i: (i not in group.main, i in group.summed, i == near))
+    vector[near] = max(1, min(group.most, prod(left[i] for i in group.main) // threads))
+    left[near] //= vector[near]
+    if prod(left[i] for i in group.main) >= threads:
         _take(left, warps, first, target.warps[0])
-    if vector[inner] > SUMMED and any(w > 1 and s for w, s in zip(warps, summed, strict=True)) and not summed[inner]:
-        left[inner], vector[inner] = left[inner] * vector[inner] // SUMMED, SUMMED
+    across = any(warps[i] > 1 for i in group.summed)
+    if across and vector[near] > SUMMED and near not in group.summed:
+        left[near], vector[near] = left[near] * vector[near] // SUMMED, SUMMED
     _take(left, lanes, order[::-1], target.lanes)
     if prod(warps) == 1:
         _take(left, warps, first, target.warps[0])
-    return Fragment(tuple(slots), tuple(sizes), tuple(warps), tuple(lanes), tuple(vector))
+    return Fragment(group.slots, group.sizes, tuple(warps), tuple(lanes), tuple(vector))
 
 
 def _take(left: list[int], taken: list[int], order: list[int], most: int) -> None:
