@@ -72,9 +72,9 @@ class MosaicPrinter(pallas.PallasPrinter):
 
     words = WORDS
 
-    def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts):
+    def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts, layouts: dict[str, Fragment]):
         super().__init__(program, expressions, pid, starts)
-        self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), dict[str, Fragment]()
+        self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), layouts
         self.pending = False  # whether something was loaded since threads waited for each other
 
     def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:
@@ -102,11 +102,15 @@ class MosaicPrinter(pallas.PallasPrinter):
         """How a block over `axes` lies in threads, as text."""
         fragment = self.fragments[axes[0]]
         sizes = zip(fragment.slots, fragment.sizes, strict=True)
-        name = "_".join(f"{identifier(slot[0])}{size}" for slot, size in sizes).upper() + "_LAYOUT"
-        self.layouts[name] = fragment
+        name = first = "_".join(f"{identifier(slot[0])}{size}" for slot, size in sizes).upper()
+        number = 0
+        while self.layouts.setdefault(f"{name}_LAYOUT", fragment) != fragment:  # another section's, of the same sizes
+            number += 1
+            name = f"{first}_{number}"
+        name += "_LAYOUT"
         self.helper("tiled")
         gone = fragment.without(axes)
-        return f"{name}.reduce({gone if len(gone) > 1 else gone[0]})" if gone else name
+        return f"{name}.reduce({', '.join(map(str, gone)) if len(gone) == 1 else gone})" if gone else name
 
     def at(self, value: t.Value, axes: tuple[str, ...], level: int = ATOM) -> str:
         """A value spread over the whole block of `axes`."""
@@ -156,8 +160,10 @@ class MosaicPrinter(pallas.PallasPrinter):
                 strides.append(self.program.axis(along).block if first else pitch[axis] * own * step)
         for mask in (m for m in at.mask if along in m.axes):
             bound = made.get(mask)
-            plain = isinstance(bound, t.InBounds) and isinstance(made.get(bound.value), t.Elements) and not bound.signed
-            strides.append(self.program.axis(bound.axis).extent or 1 if plain else 1)
+            if isinstance(bound, t.InBounds) and isinstance(made.get(bound.value), t.Elements) and not bound.signed:
+                strides.append(self.program.axis(bound.axis).extent or 1)
+            else:
+                strides.append(1)
         return gcd(width, *strides)
 
     def store(self, op: t.Store) -> str:
@@ -180,7 +186,9 @@ class MosaicPrinter(pallas.PallasPrinter):
         """A fixed index: a number."""
         return at
 
-    picked = fixed
+    def picked(self, name: str, axes: tuple[str, ...]) -> str:
+        """An index that an operand holds: a number, too."""
+        return name
 
     def initial(self, value: t.Value) -> str:
         """What a loop's carry begins as."""
@@ -230,7 +238,8 @@ def emit(kernel: t.Kernel) -> str:
     functions of their own, of which a program calls one.
     """
     shared = helpers(kernel)
-    printers = [MosaicPrinter(h.section, EXPRESSIONS, "pid", h.starts) for h in shared]
+    layouts: dict[str, Fragment] = {}
+    printers = [MosaicPrinter(h.section, EXPRESSIONS, "pid", h.starts, layouts) for h in shared]
     bodies = [[*_picked(p), *p.body(p.program.body, 1)] for p in printers]
     alone = len(kernel.sections) == 1
     if numbered := not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) is not None:
@@ -239,7 +248,6 @@ def emit(kernel: t.Kernel) -> str:
     lines = [*header(kernel, __version__), *_imports([*names, *(() if alone else ("sections",))]), ""]
     for name in names:
         lines += ["", MOSAIC[name]]
-    layouts = {name: fragment for p in printers for name, fragment in p.layouts.items()}
     lines += [""] if layouts else []
     for name, fragment in layouts.items():
         lines.append(f"{name} = tiled(warps={fragment.warps}, lanes={fragment.lanes}, vector={fragment.vector})")

@@ -133,19 +133,17 @@ def compiled(implementation: str, case: FuzzCase) -> Callable[[Mapping[str, Any]
 
 def _built(implementation: str, case: FuzzCase, bases: Mapping[str, jax.Array]) -> tuple[Callable, int]:
     """The compiled function of a case, and how many kernels were built into it."""
-    built, makers = [], {module: module.kernel for module in (launch, mosaic)}
+    built, pallas, other = [], launch.kernel, mosaic.kernel
 
     def counted(make, program, interpret):
         built.append(program)
         return make(program, interpret)
 
-    for module, make in makers.items():
-        module.kernel = partial(counted, make)
+    launch.kernel, mosaic.kernel = partial(counted, pallas), partial(counted, other)
     try:
         return compiled(implementation, case).lower(bases).compile(), len(built)
     finally:
-        for module, make in makers.items():
-            module.kernel = make
+        launch.kernel, mosaic.kernel = pallas, other
 
 
 def _printed(case: FuzzCase) -> bool:

@@ -98,6 +98,10 @@ class Machine:
             self.put(args[0], self.get(args[1], "u64"), on)
         elif name == "mov":
             self.move(args, kind, on)
+        elif name == "setp" and kind.endswith("x2"):
+            found = self.compared(parts[1], *(self.halves(a, kind[:-2]) for a in args[1:]))
+            for i, each in enumerate(args[0].split("|")):
+                self.put(each, found[:, i], on)
         elif name == "setp":
             self.put(args[0], self.compared(parts[1], self.get(args[1], kind), self.get(args[2], kind)), on)
         elif name == "selp":
