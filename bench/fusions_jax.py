@@ -1,6 +1,8 @@
 """How long each fusion takes in JAX: moekit's kernels and XLA's, by the device's clock over a chain of calls in one jit.
 
-    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--kinds pallas,triton,xla] [--seconds N] [--json FILE]
+    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--kinds pallas,triton,mosaic,xla] [--seconds N] …
+
+Kinds are moekit's implementations; fusions without kernels for `mosaic` have no row of it.
 
 Each call of a chain has operands of its own and waits for the one before; the L2 is filled with something else before a chain
 runs (bench/device_jax.py). Operands are contiguous; those that a fusion updates are donated. Beside each time stands how right
@@ -28,6 +30,7 @@ from bench.correctness import Checker
 from bench.device_jax import compiled, made, timed
 from bench.fusions import SIZES, named
 from moekit import jax as mj
+from moekit.backends.mosaic import unprinted
 from moekit.fusions import FUSIONS
 
 OURS = "moekit (jax)"  # by the first door that there is
@@ -94,6 +97,15 @@ class Chain:
         return self.state, kept
 
 
+def printed(case: Case, operands: Arrays, kinds: Sequence[str]) -> list[str]:
+    """The kinds that serve a case."""
+    fusion = FUSIONS[case.fusion]
+    shapes, dtypes = ({n: get(operands[n]) for n in fusion.tensors} for get in (np.shape, lambda x: x.dtype.name))
+    binding = fusion.bind(shapes, dtypes, fusion.bind_params(case.params))
+    graph = fusion.trace(binding)
+    return [kind for kind in kinds if kind != "mosaic" or unprinted(graph, dict(binding.sizes)) is None]
+
+
 def measure(name: str, tokens: int, dtype: str, rounds: int, kinds: Sequence[str] = KINDS) -> list[dict]:
     """One row per side. Each call of a chain has the first one's numbers, moved on by one element."""
     case, kind = CASES[name], getattr(torch, dtype)
@@ -104,7 +116,8 @@ def measure(name: str, tokens: int, dtype: str, rounds: int, kinds: Sequence[str
     for i in range(length):
         moved = {n: roll(x, i) for n, x in given.items()}
         sets.append(layer_jax.packed(moved) if case.part else moved)
-    chains = {side: Chain(case, one, sets) for side, one in sides(case, kinds).items()}
+    served = kinds if case.part else printed(case, given, kinds)
+    chains = {side: Chain(case, one, sets) for side, one in sides(case, served).items()}
     single = compiled({side: partial(jax.jit(chain.one).lower, sets[0]) for side, chain in chains.items()}, at_once=1)
     every = compiled({side: chain.lower for side, chain in chains.items()})
 
@@ -132,7 +145,7 @@ QUESTION = runner.Question(
         SIZES[0],
         runner.Option("tokens", (1, 64, 4096)),
         *SIZES[2:],
-        runner.Option("kinds", KINDS, "of kernels; pallas and triton name a door"),
+        runner.Option("kinds", KINDS, "of kernels; pallas, triton and mosaic by name"),
     ),
     patience=180,
     plot=plots.times,

@@ -222,13 +222,17 @@ class PallasPrinter(Printer):
         """
         layout = self.program.param(at.tensor).viewed
         texts = {axis: self.fixed(str(element), axes) for axis, element in layout.fixed}
-        texts |= {axis: f"jnp.full({self.shape(axes)}, {n}, jnp.int32)" if axes else n for axis, n in layout.picked}
+        texts |= {axis: self.picked(n, axes) for axis, n in layout.picked}
         for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
             texts[axis] = self.element(at.tensor, index, axes, start, step)
         if chosen is not None:
             axis = layout.axes[chosen]
             texts[axis] = f"jnp.where({self.mask(at, axes)}, {texts[axis]}, {layout.base[axis]})"
         return ", ".join(texts[axis] for axis in range(len(layout.base))) or "..."
+
+    def picked(self, name: str, axes: tuple[str, ...]) -> str:
+        """An index that an operand holds."""
+        return f"jnp.full({self.shape(axes)}, {name}, jnp.int32)" if axes else name
 
     def element(self, tensor: str, index: t.Index, axes: tuple[str, ...], start: int, step: int) -> str:
         """One index of an access as one along its base's axis, of which it is every `step`-th element from `start` on."""

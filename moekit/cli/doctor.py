@@ -7,6 +7,7 @@ import os
 import platform as host
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import click
@@ -16,6 +17,8 @@ from moekit.cli import platform
 from moekit.cli.output import console, print_json, table
 from moekit.errors import UnavailableError
 from moekit.peers import unreachable
+
+DOORS = ("pallas", "triton", "mosaic")  # by which kernels get into a JAX program
 
 PACKAGES = (
     "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "jax-cuda13-plugin", "safetensors",
@@ -127,7 +130,7 @@ def findings() -> list[Finding]:
         _eager(bool(gpus)),
         _triton(no_gpu),
         _xla(bool(gpus)),
-        *_doors(no_gpu),
+        *_doors(no_gpu, gpus),
     ]
 
 
@@ -156,16 +159,25 @@ def _xla(gpu: bool) -> Finding:
     return Finding("xla", "jax", "runs", f"array evaluation on {where}")
 
 
-def _doors(no_gpu: str | None) -> list[Finding]:
+def _doors(no_gpu: str | None, gpus: Sequence[platform.Gpu]) -> list[Finding]:
     """By what kernels get into a JAX program: the second door is taken where the first is not there."""
     if not platform.installed("jax"):
-        return [Finding(name, "jax", "no", "jax is not installed; install moekit[jax]") for name in ("pallas", "triton")]
+        return [Finding(name, "jax", "no", "jax is not installed; install moekit[jax]") for name in DOORS]
     refused = doors_refused()
     plugin = None if platform.jax_has_cuda() else "jax's CUDA plugin is not installed; install moekit[cuda]"
     sees = not (no_gpu or plugin) and jax_sees_cuda()
     when = "as there is no pallas" if refused["pallas"] else "where it is named"
     by = {"pallas": "through Pallas's Triton lowering", "triton": f"by XLA's own Triton, {when}"}
-    return [_door(name, refused[name], no_gpu, plugin, sees, compiled) for name, compiled in by.items()]
+    by |= {"mosaic": "through Mosaic GPU, by name only, where a fusion has such kernels"}
+    old = dict.fromkeys(DOORS, no_gpu) | {"mosaic": _before_hopper(gpus)}
+    return [_door(name, refused[name], old[name], plugin, sees, compiled) for name, compiled in by.items()]
+
+
+def _before_hopper(gpus: Sequence[platform.Gpu]) -> str | None:
+    """Why no GPU here runs a warpgroup's layouts, which are compiled for sm_90 and later."""
+    if max((g.capability for g in gpus), default=(0, 0)) >= (9, 0):
+        return None
+    return f"{gpus[0].name} is older than sm_90" if gpus else "no NVIDIA GPU here"
 
 
 def _door(name: str, refused: str | None, no_gpu: str | None, plugin: str | None, sees: bool, compiled: str) -> Finding:
@@ -184,11 +196,11 @@ def _door(name: str, refused: str | None, no_gpu: str | None, plugin: str | None
 
 def doors_refused() -> dict[str, str | None]:
     """Why kernels cannot go by each of jax's doors, None where they can; asked in a process of its own."""
-    program = "import json; from moekit.jax import doors; print(json.dumps({d: doors.refusal(d) for d in doors.DOORS}))"
+    program = "import json; from moekit.jax import doors; print(json.dumps({d: doors.refusal(d) for d in doors.KERNELS}))"
     asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if asked.returncode:
         why = f"jax does not work here: {(asked.stderr.strip() or 'no reason given').splitlines()[-1]}"
-        return dict.fromkeys(("pallas", "triton"), why)
+        return dict.fromkeys(DOORS, why)
     return json.loads(asked.stdout.splitlines()[-1])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moekit.cli.output import print_source
-from moekit.errors import ScheduleError
+from moekit.errors import ScheduleError, UnavailableError
 from moekit.lang.arguments import PARAMETERS
 from moekit.lang.dtypes import FLOATS
 
@@ -67,7 +67,7 @@ def _literal(value: str) -> bool | int | float | str:
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["reference", "graph", "schedule", "passes", "tile", "triton", "pallas"]),
+    type=click.Choice(["reference", "graph", "schedule", "passes", "tile", "triton", "pallas", "mosaic"]),
     default="graph",
     show_default=True,
     help="Which step.",
@@ -184,6 +184,16 @@ def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     return "\n\n".join(emit(program).rstrip() for program in _viewed_plan(fusion, binding, schedule).programs)
 
 
+def _mosaic(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
+    from moekit.backends.mosaic import emit, refusal
+    from moekit.compile.rules.warpgroups import warpgroups
+
+    made = _viewed_plan(fusion, binding, schedule or warpgroups(fusion.trace(binding)), "mosaic")
+    if why := next((why for why in map(refusal, made.programs) if why), None):
+        raise UnavailableError(why)
+    return "\n\n".join(emit(program).rstrip() for program in made.programs)
+
+
 FORMS: dict[str, Callable[..., str]] = {
     "graph": _graph,
     "schedule": _schedule,
@@ -191,6 +201,7 @@ FORMS: dict[str, Callable[..., str]] = {
     "tile": _tile,
     "triton": _triton,
     "pallas": _pallas,
+    "mosaic": _mosaic,
 }
 
 
@@ -203,7 +214,7 @@ def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -
     return plan(graph, schedule, contiguous(graph, _sizes(graph, binding)))
 
 
-def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> Plan:
+def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None, target: str = "pallas") -> Plan:
     """The programs for whole contiguous arrays of static shapes, as JAX launches them."""
     from moekit.compile.plan import plan
     from moekit.compile.tile import Viewed
@@ -212,7 +223,7 @@ def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) ->
     for name, t in graph.tensors.items():
         shape = _shape(graph, binding, t)
         layouts[name] = Viewed(name, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-    return plan(graph, schedule, layouts, _sizes(graph, binding))
+    return plan(graph, schedule, layouts, _sizes(graph, binding), target)
 
 
 def _sizes(graph: Graph, binding: Binding) -> dict[str, int]:

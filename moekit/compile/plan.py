@@ -12,6 +12,7 @@ from moekit.compile.rules.choose import heuristic
 from moekit.compile.schedule.cuts import Scratch, launched, section_graphs
 from moekit.compile.schedule.directives import Abreast, Flags, Launch, Schedule
 from moekit.compile.schedule.legal import legal
+from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile.layouts import channels
 from moekit.compile.tile.verify import verify
 from moekit.errors import ScheduleError
@@ -37,8 +38,11 @@ def plan(
     schedule: Schedule | None,
     layouts: Mapping[str, t.Layout],
     sizes: Mapping[str, int] | None = None,
+    target: str | None = None,
 ) -> Plan:
     """Lower `graph` under `schedule` (the rules' if None) and verify every program.
+
+    `target`: a row of `TARGETS`; where it has one number of warps, kernels have that whatever the schedule says.
 
     Raises ScheduleError, in one sentence, for a schedule that is not legal here.
     """
@@ -51,7 +55,7 @@ def plan(
     for launch, g, left in launched(graph, schedule):
         known |= {s.name: _dense(s, viewed, sizes or {}) for s in left}
         scratch += left
-        kernels.append(_kernel(g, launch, known, sizes, digest))
+        kernels.append(_kernel(g, launch, known, sizes, digest, target))
     return Plan(graph, schedule, tuple(kernels), tuple(scratch))
 
 
@@ -60,13 +64,14 @@ def flagged(schedule: Schedule) -> frozenset[str]:
     return frozenset(d.axis for launch in schedule.launches for s in launch.sections for d in s.all(Flags))
 
 
-def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str) -> t.Kernel:
+def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str, target: str | None) -> t.Kernel:
     """One launch: a program, or several side by side where it has several sections."""
+    warps = only[0] if target and len(only := TARGETS[target].warps) == 1 else launch.warps
     pairs = zip(section_graphs(graph, launch), launch.sections, strict=True)
-    programs = tuple(lower(g, section, layouts, sizes, digest, launch.warps, launch.stages) for g, section in pairs)
+    programs = tuple(lower(g, section, layouts, sizes, digest, warps, launch.stages, target) for g, section in pairs)
     kernel = programs[0]
     if len(programs) > 1:
-        kernel = t.Joined(graph.name, programs, launch.warps, launch.stages, digest, bool(launch.all(Abreast)))
+        kernel = t.Joined(graph.name, programs, warps, launch.stages, digest, bool(launch.all(Abreast)))
     verify(kernel)
     return kernel
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib.util import find_spec
 
 import jax
 
 from moekit.jax import launch, ttir
 
 DOORS = ("pallas", "triton")  # the first that is there is taken
+KERNELS = (*DOORS, "mosaic")  # the last by its name only, for what is printed for it
 
 
 def refusal(door: str) -> str | None:
     """Why kernels cannot go this way here; None where they can."""
     if door == "pallas":
         return None if launch.plt else f"jax {jax.__version__} has no jax.experimental.pallas.triton"
+    if door == "mosaic":
+        return None if find_spec("jax.experimental.pallas.mosaic_gpu") else f"jax {jax.__version__} has no Mosaic GPU"
     return ttir.unavailable()
 
 

@@ -16,11 +16,12 @@ from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.rules.alike import settled
 from moekit.compile.rules.rows import flagged_rows
+from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
-from moekit.jax.doors import DOORS, best, refusal
+from moekit.jax.doors import DOORS, KERNELS, best, refusal
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.link import Link
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
@@ -30,7 +31,7 @@ from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
 
-IMPLEMENTATIONS = (*DOORS, "xla")
+IMPLEMENTATIONS = (*KERNELS, "xla")
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
 PSUM = "psum"  # the one more that a sum over a mesh axis has
 
@@ -140,15 +141,17 @@ class Call:
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
-                        self._scheduled(separate, layouts), door)  # fmt: skip
+                        self._scheduled(separate, layouts, door), door)  # fmt: skip
         results = launched(static)(*bases.values())
         if self.link is not None:
             self.link = self.link.after(results)
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
 
-    def _scheduled(self, separate: frozenset[str], layouts: Mapping) -> Schedule:
+    def _scheduled(self, separate: frozenset[str], layouts: Mapping, target: str) -> Schedule:
         """The schedule that was given, or the rules' for the form of this call."""
         form = out_of_place(self.graph, separate)
+        if target == "mosaic":
+            return self.schedule or warpgroups(form)
         chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         return self.schedule or settled(form, chosen, layouts)
 
@@ -254,7 +257,7 @@ def op(fusion: Fusion) -> Callable:
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
     ("triton" where jax has no Pallas-Triton) and "xla" elsewhere and for operands cut over explicit mesh axes; both by name are
-    interpreted on CPU.
+    interpreted on CPU. So is "mosaic": kernels by Mosaic GPU, which not every fusion has; never taken unasked.
     Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """
@@ -281,10 +284,10 @@ def _serve(call: Call, implementation: str | None) -> dict[str, jax.Array]:
         )
     if implementation == PSUM:
         return call.xla(PSUM)
-    if implementation in DOORS and call.graph.ranks:
+    if implementation in KERNELS and call.graph.ranks:
         over = ", ".join(call.graph.ranks)
         raise UnavailableError(f"{call.fusion.name}: kernels reach the ranks of {over} by a link; call moekit.jax.exchange")
-    if implementation in DOORS and call.cut:
+    if implementation in KERNELS and call.cut:
         raise UnavailableError(
             f"{call.fusion.name}: its operands are cut over the explicit mesh axis {call.cut[0]!r} and kernels take whole "
             "arrays; call it inside jax.shard_map, or choose xla"

@@ -52,17 +52,24 @@ def _unreachable(name: str, *_):
     raise UnavailableError(f"{name}: in interpret mode no rank reaches another's memory; choose xla or psum")
 
 
-def launch(plan: Plan, bases: Mapping[str, jax.Array], shapes: Mapping[str, tuple], sizes: Mapping[str, int], varying) -> dict:
+def launch(
+    plan: Plan,
+    bases: Mapping[str, jax.Array],
+    shapes: Mapping[str, tuple],
+    sizes: Mapping[str, int],
+    varying,
+    target: str = "pallas",
+) -> dict:
     """Run a plan on the buffers of its operands; returns every buffer it writes.
 
     `bases` maps buffer names to arrays, `shapes` gives (shape, dtype) of the fresh outputs, `varying` is what `varies` says of
-    them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, elsewhere they run in interpret mode:
-    decided when the program is lowered.
+    them all. On a CUDA device the kernels are compiled by Pallas's Triton lowering, or by Mosaic GPU where that is `target`;
+    elsewhere they run in interpret mode: decided when the program is lowered.
     """
     arrays = {n: spread(a, varying.get(n, NOWHERE)) for n, a in bases.items()}
     kinds = {n: (a.shape, a.dtype) for n, a in bases.items()} | dict(shapes)
     outs = tuple((*kinds[b], varying.get(b, NOWHERE)) for b in written(plan))
-    run = partial(_run, plan, tuple(arrays), kinds, dict(sizes))
+    run = partial(_run, plan, target, tuple(arrays), kinds, dict(sizes))
     by_jax = partial(interpreted.bind, run=partial(run, {}, True), outs=outs)
     results = lax.platform_dependent(*arrays.values(), cuda=partial(run, varying, False), default=by_jax)
     return dict(zip(written(plan), results, strict=True))
@@ -116,19 +123,28 @@ def written(plan: Plan) -> list[str]:
     return [b for b in dict.fromkeys(b for p in plan.programs for b in pallas.buffers(p)[1]) if b not in scratch]
 
 
-def _run(plan: Plan, names: tuple, kinds: dict, sizes: dict, varying: dict, interpret: bool, *arrays: jax.Array) -> list:
+def _run(
+    plan: Plan, target: str, names: tuple, kinds: dict, sizes: dict, varying: dict, interpret: bool, *arrays: jax.Array
+) -> list:
     memory = dict(zip(names, arrays, strict=True))
     kinds = kinds | {s.name: (s.shape(sizes), s.dtype) for s in plan.scratch}
     anywhere = ManualAxisType(varying=frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays)))
     for program in plan.programs:
         read, wrote = pallas.buffers(program)
+        shapes = [jax.ShapeDtypeStruct(*kinds[b], manual_axis_type=varying.get(b, anywhere)) for b in wrote]
+        if target == "mosaic":
+            from moekit.jax import mosaic  # half a second to import, which no other call is to wait for
+
+            outs = mosaic.call(program, memory, wrote, shapes, program.programs(sizes), interpret)
+            memory |= dict(zip(wrote, outs, strict=True))
+            continue
         whole = pl.BlockSpec(memory_space=pl.ANY)
         outs = pl.pallas_call(
             kernel(program, interpret),
             grid=(program.programs(sizes),),
             in_specs=[whole] * len(read),
             out_specs=[whole] * len(wrote),
-            out_shape=[jax.ShapeDtypeStruct(*kinds[b], manual_axis_type=varying.get(b, anywhere)) for b in wrote],
+            out_shape=shapes,
             input_output_aliases={read.index(b): wrote.index(b) for b in wrote if b in read},
             compiler_params=plt.CompilerParams(num_warps=program.warps, num_stages=program.stages),
             interpret=interpret,

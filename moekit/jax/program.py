@@ -16,11 +16,13 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from moekit.backends.array import evaluate
+from moekit.backends.mosaic import refusal
 from moekit.backends.triton_entry import behind
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.plan import Plan, plan, whole
 from moekit.compile.schedule import Schedule
+from moekit.errors import UnavailableError
 from moekit.jax import launch, ttir
 from moekit.jax.view import View
 from moekit.lang.fusion import Binding, Fusion
@@ -63,12 +65,15 @@ class Static:
         return written_name(name) if name in self.separate else name
 
     def plan(self) -> Plan:
-        """The kernels; raises ScheduleError for a schedule that is not legal here."""
+        """The kernels; raises ScheduleError for a schedule that is not legal here, UnavailableError for what is not printed."""
         form, layouts = out_of_place(self.graph, self.separate), dict(self.layouts)
         if self.door == "triton":
             layouts = {n: behind(at, self.lengths.get(n, ()), form.tensors[n].dtype if n in form.tensors else "int32")
                        for n, at in layouts.items()}  # fmt: skip
-        return plan(form, self.schedule, layouts, dict(self.binding.sizes))
+        made = plan(form, self.schedule, layouts, dict(self.binding.sizes), self.door)
+        if self.door == "mosaic" and (why := next((why for why in map(refusal, made.programs) if why), None)):
+            raise UnavailableError(why)
+        return made
 
     @property
     def lengths(self) -> dict[str, tuple[int, ...]]:
@@ -79,10 +84,10 @@ class Static:
 
     def start(self, planned: Plan) -> tuple[Callable[..., dict], list[str]]:
         """What runs the kernels, as `launch.launch` does, and the buffers that they write."""
-        if self.door == "pallas":
-            return partial(launch.launch, planned), launch.written(planned)
-        lying = dict(self.layouts) | {s.name: whole(s, self.sizes) for s in planned.scratch}
-        return partial(ttir.launch, planned, lying, self.lengths), ttir.written(planned, lying)
+        if self.door == "triton":
+            lying = dict(self.layouts) | {s.name: whole(s, self.sizes) for s in planned.scratch}
+            return partial(ttir.launch, planned, lying, self.lengths), ttir.written(planned, lying)
+        return partial(launch.launch, planned, target=self.door), launch.written(planned)
 
 
 def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
@@ -100,7 +105,7 @@ def shape_of(graph: Graph, sizes: Mapping[str, int], name: str) -> tuple[int, ..
 def launched(static: Static) -> Callable[..., dict]:
     """The function from the arrays of a call to every buffer that its kernels write, by name.
 
-    Raises ScheduleError.
+    Raises ScheduleError or UnavailableError.
     """
     sizes, (start, written) = static.sizes, static.start(static.plan())
     fresh = {n: (shape, dtype) for n, shape, dtype in static.fresh}

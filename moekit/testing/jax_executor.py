@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moekit.jax import View, launch, op, program, view
+from moekit.backends.mosaic import unprinted
+from moekit.jax import View, launch, mosaic, op, program, view
+from moekit.jax.face import KERNELS
+from moekit.jax.program import sizes_of
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, keep, launches, schedule_of
 from moekit.testing.guard import Slot
@@ -68,8 +72,10 @@ class Jax(Executor):
         self.functions: dict[tuple, tuple[Callable, int]] = {}
 
     def supports(self, case: FuzzCase) -> bool:
-        """An output over another operand is not to be had without strides, nor are strides past 2³¹."""
-        return not case.mode.startswith("over:") and all(case.layout(n).kind != "far" for n in case.memory())
+        """An output over another operand is not to be had without strides, nor are strides past 2³¹; nor all of Mosaic."""
+        if case.mode.startswith("over:") or any(case.layout(n).kind == "far" for n in case.memory()):
+            return False
+        return self.name != "mosaic" or _printed(case)
 
     def tensor(self, memory: np.ndarray, slot: Slot) -> np.ndarray:
         """The array that the tensor lies in."""
@@ -95,7 +101,7 @@ class Jax(Executor):
             else:
                 mine[...] = np.where((mine != mine) & (after != after), mine, after)  # XLA may give a NaN other bits
                 elements[...] = _elements(case, target, after)
-        launches[self.name] += kernels if self.name == "pallas" else 1
+        launches[self.name] += kernels if self.name in KERNELS else 1
 
 
 def widths(case: FuzzCase) -> contextlib.AbstractContextManager:
@@ -131,14 +137,21 @@ def compiled(implementation: str, case: FuzzCase) -> Callable[[Mapping[str, Any]
 
 def _built(implementation: str, case: FuzzCase, bases: Mapping[str, jax.Array]) -> tuple[Callable, int]:
     """The compiled function of a case, and how many kernels were built into it."""
-    built, original = [], launch.kernel
+    built, pallas, other = [], launch.kernel, mosaic.kernel
 
-    def counted(program, interpret):
+    def counted(make, program, interpret):
         built.append(program)
-        return original(program, interpret)
+        return make(program, interpret)
 
-    launch.kernel = counted
+    launch.kernel, mosaic.kernel = partial(counted, pallas), partial(counted, other)
     try:
         return compiled(implementation, case).lower(bases).compile(), len(built)
     finally:
-        launch.kernel = original
+        launch.kernel, mosaic.kernel = pallas, other
+
+
+def _printed(case: FuzzCase) -> bool:
+    """Whether the case has Mosaic kernels."""
+    fusion = case.declaration
+    binding = fusion.bind({n: case.shape(n) for n in case.shapes}, case.dtypes, fusion.bind_params(case.params))
+    return unprinted(fusion.trace(binding), sizes_of(fusion.trace(binding), binding), schedule_of(case)) is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench.cases import CASES
-from bench.fusions_jax import UPDATED, Chain, sides, to_jax
+from bench.fusions_jax import UPDATED, Chain, printed, sides, to_jax
 from moekit.fusions import FUSIONS
 
 
@@ -25,6 +25,15 @@ def test_a_chain_is_its_calls(name):
             for a, b in zip(everything, want, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
         sets = [s | new for s, new in zip(sets, ({updated: w[place]} if updated else {} for w in wanted), strict=True)]
+
+
+def test_kinds_that_a_fusion_has():
+    """Mosaic's kernels beside Pallas's where there are any."""
+    for name, wanted in (("silu_and_mul 64", ["pallas", "mosaic"]), ("gate_gemm 648", ["pallas"])):
+        case = CASES[name]
+        given = {n: to_jax(x) for n, x in case.make(3, torch.float32).items()}
+        assert printed(case, given, ("pallas", "mosaic")) == wanted
+    assert list(sides(case, ("pallas", "mosaic", "xla"))) == ["moekit (jax)", "moekit (mosaic)", "xla"]
 
 
 def test_what_is_updated_is_what_the_declaration_says():

@@ -11,7 +11,7 @@ from moekit.cli import doctor, platform
 from moekit.cli.app import exit_code
 from moekit.errors import MoekitError, ScheduleError, UnavailableError
 
-IMPLEMENTATIONS = ["reference", "interpret", "eager", "triton", "xla", "pallas", "triton"]
+IMPLEMENTATIONS = ["reference", "interpret", "eager", "triton", "xla", "pallas", "triton", "mosaic"]
 
 
 def states() -> dict[str, tuple[str, str]]:
@@ -55,7 +55,7 @@ def without(monkeypatch, *modules):
 def test_doctor_without_torch_and_jax(monkeypatch):
     without(monkeypatch, "torch", "jax")
     found = states()
-    for name in ("eager", "triton", "xla", "pallas", "jax triton"):
+    for name in ("eager", "triton", "xla", "pallas", "jax triton", "mosaic"):
         assert found[name][0] == "no"
         assert "is not installed" in found[name][1]
 
@@ -80,6 +80,8 @@ def test_doctor_with_gpus_of_several_kinds(monkeypatch):
     assert found["pallas"][0] == "runs"
     assert "compiled" in found["pallas"][1]
     assert found["jax triton"] == ("runs", "compiled for the GPU by XLA's own Triton, where it is named")
+    assert found["mosaic"][0] == "runs"
+    assert "Mosaic GPU" in found["mosaic"][1]
     monkeypatch.setattr(platform, "gpus", lambda: [platform.Gpu("Tesla T4", (7, 5), 15.0)])
     found = states()
     assert found["triton"][0] == "compiles"

@@ -45,7 +45,7 @@ def test_show_every_fusion_in_every_form(moekit, name, form):
     assert re.search(FORMS[form].format(name=name), result.stdout)
 
 
-@pytest.mark.parametrize("form", ["triton", "pallas"])
+@pytest.mark.parametrize("form", ["triton", "pallas", "mosaic"])
 def test_shown_source_is_python(moekit, form):
     compile(moekit("show", "topk_softmax", "--as", form, "--sizes", "E=37,T=3").stdout, form, "exec")
 

@@ -108,7 +108,7 @@ def test_workarounds_are_for_the_targets_that_need_them():
     """One program, three workarounds for Triton, two for Pallas; where nothing needs one nothing changes."""
     _, seen = after_passes(halves_of_two_kinds, None)
     (before,) = [program for name, program in seen if name == "flatten"]
-    assert set(TARGETS) == {"triton", "pallas"}
+    assert set(TARGETS) == {"triton", "pallas", "mosaic"}
     for target, negative_zeros in (("triton", 0), ("pallas", 1)):
         program = legalise(before, target)
         assert not [op for op in good.operations(program, t.Unary) if op.op == "neg"]

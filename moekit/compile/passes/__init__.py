@@ -36,7 +36,7 @@ Watch = Callable[[str, t.TileProgram], None]
 
 @dataclass(frozen=True)
 class How:
-    """What passes obey: the schedule's section, and the target ("triton" or "pallas")."""
+    """What passes obey: the schedule's section, and the target, a row of `TARGETS`."""
 
     section: Section
     target: str
@@ -67,12 +67,13 @@ def lower(
     digest: str = "",
     warps: int = 4,
     stages: int = 2,
+    target: str | None = None,
 ) -> t.TileProgram:
     """The tile program of `graph` under a legal `section`; `sizes` fixes dynamic axes where they are known (JAX).
 
-    Tensors that are part of arrays are for Pallas, those behind pointers for Triton.
+    Tensors that are part of arrays are for Pallas if no `target` is named, those behind pointers for Triton.
     """
-    how = How(section, "pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton")
+    how = How(section, target or ("pallas" if any(isinstance(x, t.Viewed) for x in layouts.values()) else "triton"))
     program = replace(nest(graph, section, layouts, sizes or {}), digest=digest, warps=warps, stages=stages)
     watches = [w for w in (_watch.get(), _tracer(os.environ.get("MOEKIT_TRACE"), program, how)) if w]
     for name, apply in {"nest": lambda program, how: program, **PASSES}.items():

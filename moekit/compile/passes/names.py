@@ -24,8 +24,10 @@ RESERVED = {
     *("ways", "packets", "elementwise", "deinterleave", "interleave", "split_4", "send_1", "send_2"),
     *(f"receive_{words}x{n}" for words in (1, 2) for n in (1, 2, 4)),
     *(f"nan_{kind}" for kind in ("max", "min", "maximum", "minimum")),
+    *("plgpu", "mgpu", "np", "math", "contextlib", "ir", "arith", "vector", "load", "store", "lanes", "spread", "tiled"),
+    *("element", "places", "given"),
 }
-ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_|_body$")  # as other things in a kernel are called
+ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_|_body$|_LAYOUT$")  # as other things in a kernel are called
 PURE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds)
 LARGEST = 5  # operations in one expression that is written where it is read
 REDUCTIONS = {"sum": "total", "max": "largest", "min": "smallest"}

@@ -29,5 +29,6 @@ _H200 = {"sms": 132, "shared_memory": 227 * 2**10, "line": 128, "lanes": 32, "ma
 TARGETS = {
     "triton": Target(**_H200, faults=("narrowing", "negation", "float8", "negative zero", "rounded product")),
     "pallas": Target(**_H200, faults=("narrowing", "negation", "float8")),
+    "mosaic": Target(**(_H200 | {"warps": (4,)}), faults=("narrowing", "negation")),
 }
 MEASURED = TARGETS["triton"]  # where the rules' figures come from (rules/measured.json)

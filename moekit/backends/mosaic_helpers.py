@@ -1,0 +1,130 @@
+"""What emitted Mosaic GPU kernels begin with, as text: layouts, and accesses by pointer that take any index and mask.
+
+An access takes `width` elements at a time, which lie side by side. Masked lanes read the first element of the array, which is
+always there, and write nothing.
+"""
+
+from __future__ import annotations
+
+IMPORTS = {  # helper → what it needs above it
+    "tiled": ("import math", "from jax.experimental.mosaic import gpu as mgpu"),
+    "accesses": (
+        "import numpy as np",
+        "from jax.experimental.mosaic import gpu as mgpu",
+        "from jax.extend.mlir import ir",
+        "from jax.extend.mlir.dialects import arith, vector",
+    ),
+    "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
+    "program": ("from jax import lax",),
+    "spread": ("from jax import lax",),
+    "sections": ("from jax.experimental import pallas as pl",),
+}
+
+MOSAIC = {
+    "program": """def program():
+    return lax.axis_index("program")
+""",
+    "lanes": """def lanes(n, layout):
+    return plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
+""",
+    "spread": """def spread(x, shape, *dims):
+    return lax.broadcast_in_dim(x, shape, dims)
+""",
+    "trunc_div": """def trunc_div(a, b):
+    return lax.div(*jnp.broadcast_arrays(jnp.int32(a), jnp.int32(b)))
+""",
+    "trunc_rem": """def trunc_rem(a, b):
+    return lax.rem(*jnp.broadcast_arrays(jnp.int32(a), jnp.int32(b)))
+""",
+    "nan_max": """def nan_max(x, axis):
+    return jnp.max(x, axis=axis)
+""",
+    "nan_min": """def nan_min(x, axis):
+    return jnp.min(x, axis=axis)
+""",
+    "barrier": """def barrier():
+    plgpu.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
+""",
+    "tiled": """def tiled(warps, lanes, vector):
+    inner = tuple(a * b for a, b in zip(lanes, vector))
+    outer = tuple(a * b for a, b in zip(warps, inner))
+    n = len(vector)
+
+    def shared(counts, first, threads):
+        copies = threads // math.prod(counts)
+        split = [first + d for d in range(n) if counts[d] > 1]
+        return tuple(split + [plgpu.Replicated(copies)] * (copies > 1))
+
+    along = next((d - n for d in range(n) if vector[d] > 1), -1)
+    made = mgpu.TiledLayout(
+        plgpu.Tiling((outer, inner, vector)), shared(warps, -3 * n, 4), shared(lanes, -2 * n, 32), along, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(made.tiling, made.warp_dims, made.lane_dims, made.vector_dim)
+""",
+    "accesses": """def element(x, register, k):
+    x = x.registers.flat[register] if x.registers.ndim else x.registers.item()
+    return vector.extract(x, dynamic_position=[], static_position=[k]) if isinstance(x.type, ir.VectorType) else x
+
+
+def places(at, index, mask, register, k):
+    place = [arith.index_cast(ir.IndexType.get(), element(x, register, k)) for x in at[: len(index)]]
+    there = element(at[-1], register, k) if mask is not None else None
+    return place, arith.cmpi(arith.CmpIPredicate.ne, there, mgpu.c(0, there.type)) if there is not None else None
+
+
+def given(index, mask, layout):
+    blocks = [*index, *([] if mask is None else [mask])]
+    blocks = [plgpu.layout_cast(x, layout) if jnp.ndim(x) else jnp.int32(x) for x in blocks]
+    return blocks, [layout if jnp.ndim(x) else plgpu.Layout.WG_SPLAT(()) for x in blocks]
+
+
+def load(ref, index, layout=None, mask=None, other=0, width=1):
+    if layout is None:
+        place = index if mask is None else tuple(jnp.where(mask, i, 0) for i in index)
+        return ref[place] if mask is None else jnp.where(mask, ref[place], jnp.full((), other, ref.dtype))
+    blocks, layouts = given(index, mask, layout)
+    shape, held = jnp.broadcast_shapes(*map(jnp.shape, blocks)), layout.to_mgpu()
+    made = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts), return_type=made)
+    def loaded(context, array, *at):
+        dtype = ir.MemRefType(array.type).element_type
+        kind, first = ir.VectorType.get((width,), dtype), mgpu.c(0, ir.IndexType.get())
+
+        def part(register, k):
+            place, there = places(at, index, mask, register, k)
+            place = place if there is None else [arith.select(there, i, first) for i in place]
+            found = vector.load(kind, array, place, alignment=width * mgpu.bytewidth(dtype))
+            return found if there is None else arith.select(there, found, vector.broadcast(kind, mgpu.c(other, dtype)))
+
+        registers = np.empty(held.registers_shape(shape), dtype=object)
+        for r in range(registers.size):
+            registers.flat[r] = mgpu.utils.vector_concat([part(r, k) for k in range(0, held.vector_length, width)])
+        return mgpu.FragmentedArray(_registers=registers, _layout=held, _is_signed=mgpu.utils.is_signed(ref.dtype))
+
+    return loaded(ref, *blocks)
+
+
+def store(ref, index, value, layout=None, mask=None, width=1):
+    if layout is None:
+        @pl.when(True if mask is None else mask)
+        def _():
+            ref[index] = value
+
+        return
+    blocks, layouts = given(index, mask, layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *layouts))
+    def stored(context, array, value, *at):
+        dtype = ir.MemRefType(array.type).element_type
+        for r in range(value.registers.size):
+            for k in range(0, value.layout.vector_length, width):
+                place, there = places(at, index, mask, r, k)
+                part = mgpu.utils.vector_slice(value.registers.flat[r], slice(k, k + width))
+                with contextlib.nullcontext() if there is None else mgpu.when(there):
+                    vector.store(part, array, place, alignment=width * mgpu.bytewidth(dtype))
+
+    stored(ref, plgpu.layout_cast(value, layout), *blocks)
+""",
+}
+IMPORTS["accesses"] = ("import contextlib", *IMPORTS["accesses"], "from jax.experimental import pallas as pl")

@@ -1,0 +1,208 @@
+"""Mosaic GPU kernels without a GPU: interpreted, compiled for an H200, and run by a machine for what was compiled."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moekit.backends import mosaic
+from moekit.compile import tile as t
+from moekit.compile.passes.fragments import Fragment, fragments
+from moekit.compile.plan import plan
+from moekit.compile.rules.warpgroups import warpgroups
+from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.targets import TARGETS
+from moekit.errors import UnavailableError
+from moekit.fusions import FUSIONS
+from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
+from moekit.lang.dtypes import FLOATS
+from moekit.testing.batch import check
+from moekit.testing.suite import cases
+
+from .emulated import assembled, emulated
+from .ptx import Race
+from .samples import DECLARATIONS, SAMPLES, viewed
+
+ROWS = ("silu_and_mul", "add_rms_norm", "gated_rms_norm", "shared_expert_combine", "topk_softmax", "delta_rule_step",
+        "causal_conv1d_step")  # fmt: skip
+SIZES = {
+    "silu_and_mul": {"T": 7, "I": 37},
+    "add_rms_norm": {"T": 3, "H": 100},
+    "gated_rms_norm": {"T": 2, "V": 3, "D": 20},
+    "shared_expert_combine": {"T": 4, "H": 40},
+    "topk_softmax": {"T": 5, "E": 60},
+    "delta_rule_step": {"T": 2, "K": 1, "V": 2, "Dk": 16, "Dv": 16},
+    "causal_conv1d_step": {"T": 3, "C": 40, "S": 3},
+    "expert_gate_up": {"T": 2, "K": 2, "E": 4, "I": 8, "D": 32},
+    "expert_down": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
+    "expert_down_shared": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
+}
+MORE = ("expert_gate_up", "expert_down", "expert_down_shared")
+PARAMS = {"topk_softmax": ({"k": 6},)}
+
+
+def made(name: str, dtype: str = "bfloat16"):
+    """The plan of a sample for Mosaic."""
+    _, binding, graph = replace(SAMPLES[name], dtype=dtype).bound()
+    return plan(graph, warpgroups(graph), viewed(graph, dict(binding.sizes)), dict(binding.sizes), "mosaic")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_kernel_compiles_for_an_h200(name, dtype):
+    """One warpgroup, in registers, and what lies side by side in memory is loaded together."""
+    (program,) = made(name, dtype).programs
+    read, wrote = mosaic.buffers(program)
+    kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+    ptx, said = assembled(program, kinds, wrote, program.programs({"T": 4}))
+    assert ".maxntid 128" in ptx
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 128
+    assert re.search(r"ld\.global\.v4\.b(32|16)", ptx)
+    assert len(read) + len([b for b in wrote if b not in read]) == len(kinds)
+
+
+@pytest.mark.parametrize("name", ["conv_projections", "expert_gate_up", "expert_down_shared", "qkv_norm_rope"])
+def test_more_kernels_compile_for_an_h200(name):
+    """What is printed besides the row-wise ones: several sections, experts gathered by ids, caches written at positions."""
+    for program in made(name).programs:
+        _, wrote = mosaic.buffers(program)
+        kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+        _, said = assembled(program, kinds, wrote, program.programs({"T": 4}))
+        assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def ruled(name: str) -> list:
+    """The cases of a fusion under the rules' schedules: dtypes, kinds of layout, recipes of numbers."""
+    every = (c.case for c in cases(FUSIONS[name], (SIZES[name],), PARAMS.get(name, ({},))))
+    return [case for case in every if case.schedule == "heuristic"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", [*ROWS, *MORE])
+def test_on_a_gpu(name, dtype):
+    """Every fusion, dtype and kind of layout, in guarded memory with poisoned outputs, against the reference."""
+    for case in ruled(name):
+        if dtype in case.dtypes.values():
+            check("mosaic", case)
+
+
+def picked(name: str) -> list:
+    """Few cases of a fusion that the machine is to run: dense, then with a layout of another kind for each tensor."""
+    every = ruled(name)
+    mixed = [c for c in every if c.layouts]
+    return [every[ROWS.index(name) % 3], mixed[ROWS.index(name) % len(mixed)]]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_compiled_kernels_run_right(name):
+    """What is compiled for an H200, run by numpy: within the bound of the reference, in bounds, and without races."""
+    with emulated() as machines:
+        for case in picked(name):
+            check("mosaic", case)
+    assert machines
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_interpreted_kernels_are_right(name):
+    for case in picked(name)[1:]:
+        check("mosaic", case)
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "topk_softmax"])
+def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
+    rng = np.random.default_rng(5)
+    sizes, face = {"add_rms_norm": 256, "topk_softmax": 64}, op(FUSIONS[name])
+    x = jnp.asarray(rng.standard_normal((6, sizes[name])), jnp.bfloat16)
+    more = (x[::-1], x[0]) if name == "add_rms_norm" else ()
+    params = {"k": 4} if name == "topk_softmax" else {}
+    with emulated():
+        whole = face(x, *more, **params, implementation="mosaic")
+        few = face(x[2:5], *(m[2:5] if m.ndim == 2 else m for m in more), **params, implementation="mosaic")
+    for a, b in zip(whole, few, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[2:5], np.asarray(b))
+
+
+def test_threads_that_store_what_others_read_wait(monkeypatch):
+    """Fewer elements than threads, updated in place: without a barrier the machine sees the race."""
+    x = jnp.ones((3, 16), jnp.float32)
+    run = lambda: add_rms_norm(x, x + 1, x[0], implementation="mosaic", schedule=Schedule.parse("tile:T:1 whole:H:16"))  # noqa: E731
+    with emulated() as machines:
+        run()
+    assert machines
+    monkeypatch.setattr(mosaic.MosaicPrinter, "held_twice", lambda self, op: False)
+    jax.clear_caches()
+    from moekit.jax import mosaic as launcher
+    from moekit.jax import program
+
+    launcher.kernel.cache_clear()
+    program.launched.cache_clear()
+    with emulated(), pytest.raises(Exception, match="while another thread reads it"):
+        run()
+    launcher.kernel.cache_clear()
+    program.launched.cache_clear()
+    assert issubclass(Race, AssertionError)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_fragments_cover_blocks(name):
+    """Warps, lanes and neighbours divide every axis, and no more threads than there are hold elements of their own."""
+    for program in made(name).programs:
+        for axis, found in fragments(program, TARGETS["mosaic"]).items():
+            i = next(i for i, slot in enumerate(found.slots) if axis in slot)
+            assert program.axis(axis).block == found.sizes[i]
+            assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
+            assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
+
+
+def test_a_layout_is_said_by_what_a_value_lacks():
+    found = Fragment((("T",), ("S", "S+1"), ("H",)), (4, 4, 64), (4, 1, 1), (1, 1, 32), (1, 1, 2))
+    assert found.without(("T", "S+1")) == (2,)
+    assert found.threads(("T", "S")) == 4
+    assert found.each("H") == 2
+
+
+def test_what_is_not_printed_says_so():
+    """In one sentence, before anything is compiled; and never chosen otherwise."""
+    x, w = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((32, 64), jnp.bfloat16)
+    said = r"^gate_gemm\w*: products are not printed for Mosaic GPU so far; choose pallas$"
+    with pytest.raises(UnavailableError, match=said):
+        gate_gemm(x, w, implementation="mosaic")
+    jax.eval_shape(gate_gemm, x, w)
+    _, binding, graph = SAMPLES["scaled_expert_down"].bound()
+    why = mosaic.unprinted(graph, dict(binding.sizes))
+    assert why == "scaled_expert_down: down is float8_e4m3fn, which is not printed for Mosaic GPU so far; choose pallas"
+
+
+def test_rows_of_a_warp_go_to_a_warpgroup_together():
+    """As many as it has warps, whatever the number of rows."""
+    for rows in (4, 4096):
+        fusion = DECLARATIONS["topk_softmax"]
+        graph = fusion.trace(fusion.bind({"logits": (rows, 512)}, {"logits": "bfloat16"}, fusion.bind_params({"k": 10})))
+        (launch,) = warpgroups(graph).launches
+        assert (launch.sections[0].block("T"), launch.warps) == (4, 4)
+    (program,) = made("topk_softmax").programs
+    assert isinstance(program, t.TileProgram)
+    found = fragments(program, TARGETS["mosaic"])["E"]
+    assert (found.warps, found.lanes, found.vector) == ((4, 1, 1), (1, 32, 1), (1, 8, 1))
+
+
+def test_views_picks_and_vmap():
+    """Elements that data pick, an output in part of an array, and batches, in interpret mode and by the machine."""
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.standard_normal((3, 4, 40)), jnp.float32)
+    run = jax.jit(lambda s, i: silu_and_mul(view(s)[i, :, 4:36], implementation="mosaic"))
+    wanted = silu_and_mul(stack[2, :, 4:36], implementation="xla")
+    np.testing.assert_allclose(run(stack, jnp.int32(2)), wanted, rtol=1e-6)
+    with emulated() as machines:
+        np.testing.assert_allclose(jax.jit(lambda s, i: run.__wrapped__(s, i))(stack, jnp.int32(2)), wanted, rtol=1e-5)
+        out = topk_softmax(view(stack)[1, :, ::2], 3, implementation="mosaic")
+    assert machines
+    for got, want in zip(out, topk_softmax(stack[1, :, ::2], 3, implementation="xla"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    both = jax.vmap(lambda x: silu_and_mul(x, implementation="mosaic"))(stack)
+    np.testing.assert_allclose(both[1], silu_and_mul(stack[1], implementation="xla"), rtol=1e-6)
