@@ -100,8 +100,9 @@ class Chain:
 def printed(case: Case, operands: Arrays, kinds: Sequence[str]) -> list[str]:
     """The kinds that serve a case."""
     fusion = FUSIONS[case.fusion]
-    shapes, dtypes = ({n: get(operands[n]) for n in fusion.tensors} for get in (np.shape, lambda x: x.dtype.name))
-    binding = fusion.bind(shapes, dtypes, fusion.bind_params(case.params))
+    arrays = {n: operands[n] for n in fusion.tensors}
+    dtypes = {n: x.dtype.name for n, x in arrays.items()}
+    binding = fusion.bind({n: x.shape for n, x in arrays.items()}, dtypes, fusion.bind_params(case.params))
     graph = fusion.trace(binding)
     return [kind for kind in kinds if kind != "mosaic" or unprinted(graph, dict(binding.sizes)) is None]
 

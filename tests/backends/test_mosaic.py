@@ -102,14 +102,14 @@ def picked(name: str) -> list:
 def test_compiled_kernels_run_right(name):
     """What is compiled for an H200, run by numpy: within the bound of the reference, in bounds, and without races."""
     with emulated() as machines:
-        for case in picked(name):
+        for case in picked(name)[1:]:
             check("mosaic", case)
     assert machines
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_interpreted_kernels_are_right(name):
-    for case in picked(name)[1:]:
+    for case in picked(name)[:1]:
         check("mosaic", case)
 
 
