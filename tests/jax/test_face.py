@@ -43,7 +43,7 @@ def test_second_derivative():
 def traces(monkeypatch):
     """How often kernels are traced, from an empty cache."""
     count, original = [], launch.launch
-    monkeypatch.setattr(launch, "launch", lambda *args: (count.append(1), original(*args))[1])
+    monkeypatch.setattr(launch, "launch", lambda *args, **more: (count.append(1), original(*args, **more))[1])
     program.launched.cache_clear()
     yield count
     program.launched.cache_clear()
