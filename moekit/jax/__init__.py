@@ -27,6 +27,7 @@ all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 conv_projections = op(_FUSIONS["conv_projections"])
+delta_rule_chunks = op(_FUSIONS["delta_rule_chunks"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
 gate_topk = op(_FUSIONS["gate_topk"])
@@ -59,6 +60,7 @@ __all__ = [
     "attention_decode",
     "causal_conv1d_step",
     "conv_projections",
+    "delta_rule_chunks",
     "delta_rule_step",
     "down_combine",
     "exchange",

@@ -35,6 +35,8 @@ causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 causal_conv1d_step_ = op(_FUSIONS["causal_conv1d_step"], in_place=True)
 conv_projections = op(_FUSIONS["conv_projections"])
 conv_projections_ = op(_FUSIONS["conv_projections"], in_place=True)
+delta_rule_chunks = op(_FUSIONS["delta_rule_chunks"])
+delta_rule_chunks_ = op(_FUSIONS["delta_rule_chunks"], in_place=True)
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
 gate_projections = op(_FUSIONS["gate_projections"])
@@ -74,6 +76,8 @@ __all__ = [
     "causal_conv1d_step_",
     "conv_projections",
     "conv_projections_",
+    "delta_rule_chunks",
+    "delta_rule_chunks_",
     "delta_rule_step",
     "delta_rule_step_",
     "down_combine",

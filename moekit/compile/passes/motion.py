@@ -10,11 +10,12 @@ from moekit.compile import tile as t
 WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 MOST_LANES = 1024  # of a program: 32 warps
+MOST_EARLY = 256  # elements for each lane of what is loaded before: more would wait in registers for its turn
 
 
 def motion(program: t.TileProgram) -> t.TileProgram:
     """The program's operations in an order in which memory is busy while threads wait for each other."""
-    return replace(program, body=tuple(_stores_early(program, _loads_first(list(program.body)))))
+    return replace(program, body=tuple(_stores_early(program, _loads_first(program, list(program.body)))))
 
 
 def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
@@ -23,16 +24,21 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(ops: list[t.Op]) -> list[t.Op]:
+def _loads_first(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
-    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
+    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left. Of a
+    program of many steps, each with loads of its own, the first ones.
     """
     before, after = _split(ops)
     known = {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
+    room = MOST_EARLY * 32 * program.warps - sum(_elements(program, op) for op in before)
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:
+            room -= _elements(program, op)
+            if room < 0:
+                break
             early.append(op)
             known.add(op.out)
     wanted = {v for op in early if isinstance(op, t.Load) for v in t.operands(op)}
@@ -41,6 +47,11 @@ def _loads_first(ops: list[t.Op]) -> list[t.Op]:
             wanted |= set(t.operands(op))
     moved = [op for op in early if isinstance(op, t.Load) or wanted & set(t.results(op))]
     return [*before, *moved, *(op for op in after if op not in moved)]
+
+
+def _elements(program: t.TileProgram, op: t.Op) -> int:
+    """What a load brings."""
+    return prod(program.block(op.out.axes)) if isinstance(op, t.Load) else 0
 
 
 def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:

@@ -32,6 +32,7 @@ FUSIONS = (
     "causal_conv1d_step",
     "conv_projections",
     "delta_rule_step",
+    "delta_rule_chunks",
 )
 
 
@@ -66,6 +67,7 @@ class Kernels:
     causal_conv1d_step: Callable[..., Any]
     conv_projections: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
+    delta_rule_chunks: Callable[..., Any]
 
 
 @cache
