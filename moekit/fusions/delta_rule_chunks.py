@@ -3,63 +3,84 @@
 import numpy as np
 
 from moekit.errors import ShapeError
-from moekit.lang import In, InOut, Value, cast, contract, f32, fusion, gather, iota, size
+from moekit.lang import In, InOut, Out, Value, cast, contract, f32, fusion, gather, iota, round_to, size, where
 
 MOST = 16  # chunks of a call, each of which is code of its own
 
 
 def reference(q, k, solved, attend, v, since, left, asked, fade, state):
-    """float64, chunk by chunk and head by head."""
-    after, outs = state.astype(np.float64), {}
+    """float64, chunk by chunk; factors that are cut in two are rounded as the declaration says."""
+    kind, after, outs = q.dtype, state.astype(np.float64), []
     heads = np.arange(v.shape[3]) // max(1, v.shape[3] // max(1, q.shape[3]))
-    for n in range(q.shape[1]):
-        queries, keys, values, on, to, of = (a[:, n].astype(np.float64) for a in (q, k, v, since, left, asked))
-        known = np.einsum("tskd,tkde->tske", keys[:, :, heads], after)
-        new = np.einsum("tvsr,trve->tsve", solved[:, n].astype(np.float64), values - on[..., None] * known)
-        read = np.einsum("tckd,tkde->tcke", queries[:, :, heads], after) * of[..., None]
-        outs[f"read{n}"] = read + np.einsum("tvcs,tsve->tcve", attend[:, n].astype(np.float64), new)
-        added = np.einsum("tskd,tske->tkde", keys[:, :, heads], new * to[..., None])
-        after = after * fade[:, n].astype(np.float64)[..., None, None] + added
-    return {**outs, "state": after}
+    wide = (a.astype(np.float64) for a in (q[..., heads, :], k[..., heads, :], solved, attend, v, since, left, asked, fade))
+    for queries, keys, solving, attending, new, on, to, of, kept in zip(*(np.moveaxis(a, 1, 0) for a in wide), strict=True):
+        held = _rounded(after, kind)
+        known = _summed("tskd,tkde->tske", [keys], held)
+        new = _summed("tvsr,trve->tsve", _rounded(solving, kind), _rounded(new - on[..., None] * known, kind))
+        read = _summed("tckd,tkde->tcke", [queries], held) * of[..., None]
+        outs.append(read + _summed("tvcs,tsve->tcve", _rounded(attending, kind), _rounded(new, kind)))
+        after = after * kept[..., None, None] + _summed("tskd,tske->tkde", [keys], _rounded(new * to[..., None], kind))
+    return {"read": np.stack(outs, axis=1), "state": after}
+
+
+def _rounded(x, dtype):
+    if dtype == np.float32:
+        return [x]
+    high = round_to(x, dtype)
+    return [high, round_to(x - high, dtype)]
+
+
+def _summed(subscripts, a, b):
+    return sum(np.einsum(subscripts, x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
 
 @fusion(
     reference,
-    q=In("T N C K Dk"), k=In("T N S K Dk"), solved=In("T N V S R", dtype="float32"), attend=In("T N V C S", dtype="float32"),
-    v=In("T N R V Dv"), since=In("T N R V", dtype="float32"), left=In("T N S V", dtype="float32"),
-    asked=In("T N C V", dtype="float32"), fade=In("T N V", dtype="float32"), state=InOut("T V Dk Dv", dtype="float32"),
+    q=In("T M Cq K Dk"), k=In("T M Ck K Dk"), solved=In("T M V Ck Cv", dtype="float32"),
+    attend=In("T M V Cq Ck", dtype="float32"), v=In("T M Cv V Dv"),
+    since=In("T M Cv V", dtype="float32"), left=In("T M Ck V", dtype="float32"),
+    asked=In("T M Cq V", dtype="float32"), fade=In("T M V", dtype="float32"), state=InOut("T V Dk Dv", dtype="float32"),
+    read=Out("T M Cq V Dv"),
 )  # fmt: skip
 def delta_rule_chunks(q, k, solved, attend, v, since, left, asked, fade, state):
-    """N chunks of C tokens each: new = solved·(v - since·(k·S)), read = asked·(q·S) + attend·new, S = fade·S + kᵀ·(left·new).
+    """M chunks of C tokens each: new = solved·(v - since·(k·S)), read = asked·(q·S) + attend·new, S = fade·S + kᵀ·(left·new).
 
-    q, k [T, N, C, K, Dk], v [T, N, C, V, Dv]; solved, attend [T, N, V, C, C]; since, left, asked [T, N, C, V], fade [T, N, V];
-    S is state [T, V, Dk, Dv], in place; value head h has key head h·K//V. read0, read1 and so on, [T, C, V, Dv] in q's dtype,
-    one for each chunk. Products of float32 numbers with q and k are of two parts in their dtype, those of two of three products
-    of such parts (an error of about 2⁻¹⁶ in bfloat16); where q is float32, IEEE. `moekit.models.qwen3next` says what solved is.
+    q, k [T, M, C, K, Dk], v [T, M, C, V, Dv]; solved, attend [T, M, V, C, C]; since, left, asked [T, M, C, V], fade [T, M, V];
+    S is state [T, V, Dk, Dv], in place; value head h has key head h·K//V. read [T, M, C, V, Dv] in q's dtype. Where that is
+    narrow, float32 factors are of two parts in it, and of products of two such the last is left out: 2⁻¹⁶ in bfloat16.
+    With solved = (1 + L)⁻¹·β, L the part of β·k·kᵀ·decay below the diagonal, attend = q·kᵀ·decay, and since, left, asked, fade
+    the decays from the chunk's begin, to its end, from its begin, and over it, it is the gated delta rule: Yang, Kautz and
+    Hatamizadeh, Gated Delta Networks (2024), section 3.3.
     """
-    counts = {a: size(a) for a in ("C", "S", "R")}
+    counts = {a: size(a) for a in ("Cq", "Ck", "Cv")}
     if len(set(counts.values())) > 1:
-        raise ShapeError(f"delta_rule_chunks: the chunks of q, k and v have {list(counts.values())} tokens; they must be as long")
-    if size("N") > MOST:
-        raise ShapeError(f"delta_rule_chunks: there are {size('N')} chunks; a call takes at most {MOST}")
+        raise ShapeError(
+            f"delta_rule_chunks: the chunks of q, k and v have {list(counts.values())} tokens; they must be as long"
+        )
+    if size("M") > MOST:
+        raise ShapeError(f"delta_rule_chunks: there are {size('M')} chunks; a call takes at most {MOST}")
     if size("V") % size("K"):
         raise ShapeError(f"delta_rule_chunks: v has {size('V')} heads and k has {size('K')}; V must be a multiple of K")
-    head, dtype, outs = iota("V") // (size("V") // size("K")), q.dtype, {}
+    head, outs = iota("V") // (size("V") // size("K")), []
     q, k = gather(q, head, over="K"), gather(k, head, over="K")
-    for n in range(size("N")):
-        of = {name: gather(a, n, over="N") for name, a in (("q", q), ("k", k), ("v", v), ("solved", solved), ("attend", attend))}
-        at = [gather(a, n, over="N") for a in (since, left, asked, fade)]
-        held = _parts(state, dtype)
-        known = _product(_only(gather(of["k"], iota("R"), over="S")), held, "Dk")
-        new = _product(_parts(of["solved"], dtype), _parts(f32(of["v"]) - at[0] * known, dtype), "R")
-        read = at[2] * _product(_only(of["q"]), held, "Dk") + _product(_parts(of["attend"], dtype), _parts(new, dtype), "S")
-        outs[f"read{n}"] = cast(read, dtype)
-        state = state * at[3] + _product(_only(of["k"]), _parts(new * at[1], dtype), "S")
-    return {**outs, "state": state}
+    for n in range(size("M")):
+        given = (gather(a, n, over="M") for a in (q, k, solved, attend, v, since, left, asked, fade))
+        read, state = _chunk(*given, state)
+        outs.append(read)
+    every = where(iota("M") == 0, outs[0], outs[-1])
+    for n in range(1, len(outs) - 1):
+        every = where(iota("M") == n, outs[n], every)
+    return {"read": every, "state": state}
 
 
-def _only(x: Value) -> list[Value]:
-    return [x]
+def _chunk(q, k, solved, attend, v, since, left, asked, fade, state):
+    """What a chunk reads, and the state after it."""
+    dtype = q.dtype
+    held, again = _parts(state, dtype), gather(k, iota("Cv"), over="Ck")  # k along both axes of a product with it
+    rest = f32(v) - since * _product([again], held, "Dk")
+    new = _product(_parts(solved, dtype), _parts(rest, dtype), "Cv")
+    read = asked * _product([q], held, "Dk") + _product(_parts(attend, dtype), _parts(new, dtype), "Ck")
+    return cast(read, dtype), state * fade + _product([k], _parts(new * left, dtype), "Ck")
 
 
 def _parts(x: Value, dtype: str) -> list[Value]:

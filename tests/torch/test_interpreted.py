@@ -19,6 +19,7 @@ SIZES = {
     "gate_gemm": {"T": 5, "D": 24, "P": 17}, "silu_and_mul": {"T": 5, "I": 9}, "topk_softmax": {"T": 5, "E": 20},
     "shared_expert_combine": {"T": 5, "H": 9}, "add_rms_norm": {"T": 5, "H": 24},
     "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
+    "delta_rule_chunks": {"T": 2, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
     "gate_projections": {"T": 5, "D": 24, "I": 5, "E": 9, "G": 1},
     "down_combine": {"T": 5, "H": 9, "I": 20},
     "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},

@@ -46,13 +46,21 @@ def delta_rule_in_turns(
     total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
     solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k)
     last = total[..., -1:, :]
-    given = q, k, solved, attend, v, of_k * jnp.exp(total), of_k * jnp.exp(last - total), of_q * jnp.exp(total), jnp.exp(last)[..., 0, :]
+    given = (
+        q,
+        k,
+        solved,
+        attend,
+        v,
+        of_k * jnp.exp(total),
+        of_k * jnp.exp(last - total),
+        of_q * jnp.exp(total),
+        jnp.exp(last)[..., 0, :],
+    )
     read = lax.empty((batch, turns, together, chunk, values, dims[1]), convolved.dtype)
     state = jnp.zeros((batch, values, *dims), jnp.float32) if state is None else state
     for turn in map(jnp.int32, range(turns)):  # known at run time: all turns are one kernel
-        out = *(view(read)[:, turn, n] for n in range(together)), None
-        *reads, state = kernels.delta_rule_chunks(*(view(a)[:, turn] for a in given), state, out=out)
-        read = reads[0]  # each is the whole array
+        read, state = kernels.delta_rule_chunks(*(view(a)[:, turn] for a in given), state, out=(view(read)[:, turn], None))
     return read.reshape(batch, -1, values, dims[1])[:, :length], state
 
 
