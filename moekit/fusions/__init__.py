@@ -26,6 +26,7 @@ from moekit.fusions.scaled_product import scaled_product
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
+from moekit.fusions.unit_lower_inverse import unit_lower_inverse
 
 FUSIONS = {
     f.name: f
@@ -40,6 +41,7 @@ FUSIONS = {
         conv_projections,
         delta_rule_step,
         delta_rule_chunks,
+        unit_lower_inverse,
         gate_projections,
         gate_topk,
         down_combine,

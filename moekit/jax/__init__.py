@@ -21,6 +21,7 @@ from moekit.jax.view import View, view
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
+unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
@@ -86,5 +87,6 @@ __all__ = [
     "silu_and_mul",
     "split_gate",
     "topk_softmax",
+    "unit_lower_inverse",
     "view",
 ]

@@ -24,6 +24,7 @@ from moekit.torch.warm import Warmed, warmup  # noqa: E402
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
+unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
@@ -108,6 +109,7 @@ __all__ = [
     "silu_and_mul",
     "split_gate",
     "topk_softmax",
+    "unit_lower_inverse",
     "unpatch",
     "warmup",
 ]

@@ -104,6 +104,7 @@ SAMPLES = {
     ),
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
+    "unit_lower_inverse": Sample("unit_lower_inverse", {"system": (8192, 16, 16)}, f32=("system",)),
     "delta_rule_chunks": Sample(
         "delta_rule_chunks", _CHUNKS, f32=("solved", "attend", "since", "left", "asked", "fade", "state")
     ),

@@ -31,6 +31,7 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "conv_projections": 0,
     "delta_rule_step": 2,
     "delta_rule_chunks": 0,
+    "unit_lower_inverse": 0,
     **dict.fromkeys(("scaled_expert_gate_up", "scaled_expert_down", "scaled_experts", "scaled_product"), 0),
 }
 

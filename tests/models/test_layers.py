@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, gdn, moe
 from moekit.models.qwen3next.cache import KeyValues, delta_specs
-from moekit.models.qwen3next.delta_rule import chunked_delta_rule
+from moekit.models.qwen3next.delta_rule import chunked_delta_rule, inverse
 from moekit.models.qwen3next.delta_rule_turns import delta_rule_in_turns
 from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.layer import Layer, arranged
+from moekit.models.qwen3next.numerics import product
 from moekit.models.qwen3next.sharding import specs
 
 CASES = ("four-layers", "sixteen-value-heads", "odd-experts")
@@ -51,6 +52,7 @@ def close(mine, theirs, tolerance=2e-5):
 def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
     """With kernels a prompt goes from chunk to chunk by one of them."""
     monkeypatch.setattr(gdn, "IN_TURNS", 0)
+    monkeypatch.setattr(gdn, "SOLVES", True)
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     theirs = zoo.transformers(case).model.layers[0].linear_attn
     x = hidden(zoo, case)
@@ -275,6 +277,16 @@ def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
     read, state = chunked_delta_rule(q, k, *given, None, tuple(jnp.asarray(a, jnp.float32) for a in scales))
     close(read[0], expected, 3e-6)
     close(state[0], memory, 3e-6)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_an_inverse_by_halves(size, by_kernel):
+    """Of systems whose powers are far larger than the inverse, small ones by products and by a kernel."""
+    system = np.tril(0.9 + 0.1 * np.random.default_rng(size).random((3, size, size)), -1).astype(np.float32)
+    solve = named("pallas").unit_lower_inverse if by_kernel else None
+    found = jax.jit(partial(inverse, times=partial(product, exact=True), solve=solve))(system)
+    close(found, np.linalg.inv(np.eye(size) + system.astype(np.float64)), 1e-5)
 
 
 def in_turns(q, k, v, decay, beta, state, scales, kind):

@@ -112,6 +112,7 @@ SIZES = {
     "gated_rms_norm": {"T": 3, "V": 4, "D": 16},
     "delta_rule_step": {"T": 3, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
     "delta_rule_chunks": {"T": 3, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "K": 2, "V": 4, "Dk": 8, "Dv": 16},
+    "unit_lower_inverse": {"T": 5, "Lr": 4, "Lc": 4},
     "gate_projections": {"T": 5, "D": 32, "I": 8, "E": 16, "G": 1},
     "down_combine": {"T": 5, "H": 24, "I": 16, "H?": 1},
     "expert_gate_up": {"T": 5, "D": 24, "I": 8, "E": 6, "K": 3},

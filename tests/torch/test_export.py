@@ -27,6 +27,7 @@ SIZES = {
     "gated_rms_norm": {"V": 3, "D": 16},
     "delta_rule_step": {"K": 1, "V": 2, "Dk": 16, "Dv": 16},
     "delta_rule_chunks": {"M": 2, "Cq": 8, "Ck": 8, "Cv": 8, "K": 1, "V": 2, "Dk": 16, "Dv": 16},
+    "unit_lower_inverse": {"Lr": 8, "Lc": 8},
     "gate_projections": {"D": 64, "I": 12, "E": 20, "G": 1},
     "down_combine": {"H": 40, "I": 24, "H?": 1},
     "expert_gate_up": {"D": 40, "I": 8, "E": 6, "K": 3},

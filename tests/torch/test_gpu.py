@@ -211,6 +211,7 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
              "shared_expert_combine": {"H": 88}, "add_rms_norm": {"H": 88}, "gated_rms_norm": {"V": 3, "D": 88},
              "delta_rule_step": {"K": 1, "V": 3, "Dk": 8, "Dv": 24},
              "delta_rule_chunks": {"M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "K": 1, "V": 3, "Dk": 8, "Dv": 24},
+             "unit_lower_inverse": {"Lr": 5, "Lc": 5},
              "gate_projections": {"D": 72, "I": 24, "E": 40, "G": 8}, "down_combine": {"H": 88, "I": 72},
              "expert_gate_up": {"D": 72, "I": 24, "E": 9, "K": 3},
              "attention_decode": {"K": 2, "G": 3, "L": 300, "D": 24, "Dv": 40},

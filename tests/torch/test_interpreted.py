@@ -20,6 +20,7 @@ SIZES = {
     "shared_expert_combine": {"T": 5, "H": 9}, "add_rms_norm": {"T": 5, "H": 24},
     "gated_rms_norm": {"T": 3, "V": 2, "D": 9}, "delta_rule_step": {"T": 3, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
     "delta_rule_chunks": {"T": 2, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "K": 1, "V": 2, "Dk": 4, "Dv": 8},
+    "unit_lower_inverse": {"T": 3, "Lr": 4, "Lc": 4},
     "gate_projections": {"T": 5, "D": 24, "I": 5, "E": 9, "G": 1},
     "down_combine": {"T": 5, "H": 9, "I": 20},
     "expert_gate_up": {"T": 3, "D": 24, "I": 5, "E": 7, "K": 2},

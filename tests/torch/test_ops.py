@@ -123,6 +123,7 @@ SMALL = {
     "gated_rms_norm": {"T": 2, "V": 2, "D": 5},
     "delta_rule_step": {"T": 1, "K": 1, "V": 2, "Dk": 3, "Dv": 3},
     "delta_rule_chunks": {"T": 1, "M": 1, "Cq": 2, "Ck": 2, "Cv": 2, "K": 1, "V": 2, "Dk": 3, "Dv": 3},
+    "unit_lower_inverse": {"T": 2, "Lr": 3, "Lc": 3},
     "gate_projections": {"T": 2, "D": 4, "I": 2, "E": 5, "G": 1},
     "down_combine": {"T": 2, "H": 4, "I": 3, "H?": 1},
     "expert_gate_up": {"T": 2, "D": 4, "I": 2, "E": 4, "K": 2},

@@ -33,6 +33,7 @@ SIZES = {
     "gated_rms_norm": {"V": 4, "D": 128},
     "delta_rule_step": {"K": 2, "V": 4, "Dk": 128, "Dv": 128},
     "delta_rule_chunks": {"M": 1, "Cq": 16, "Ck": 16, "Cv": 16, "K": 2, "V": 4, "Dk": 128, "Dv": 128},
+    "unit_lower_inverse": {"Lr": 16, "Lc": 16},
     "gate_projections": {"D": 2048, "I": 64, "E": 512, "G": 1},
     "down_combine": {"I": 64, "H": 2048, "H?": 1},
     "expert_gate_up": {"I": 64, "D": 2048, "E": 512, "K": 10},

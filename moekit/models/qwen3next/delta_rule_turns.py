@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moekit.jax import View, view
-from moekit.models.qwen3next.delta_rule import CHUNK, inverse
+from moekit.models.qwen3next.delta_rule import CHUNK, Solve, inverse
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.numerics import product
 
@@ -29,6 +29,7 @@ def delta_rule_in_turns(
     state: jax.Array | None,
     scales: tuple[jax.Array, jax.Array],
     kernels: Kernels,
+    solve: Solve | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `chunked_delta_rule`, whose q | k | v are the columns of convolved [B, S, C], in heads of `dims` = (Dk, Dv).
 
@@ -44,7 +45,7 @@ def delta_rule_in_turns(
     convolved, decay, beta = map(cut, (convolved, decay, beta))
     q, k, v = _heads(convolved, (keys, dims[0]), (keys, dims[0]), (values, dims[1]))
     total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
-    solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k)
+    solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k, solve)
     last = total[..., -1:, :]
     given = (
         q,
@@ -84,7 +85,13 @@ def _heads(columns: jax.Array, *parts: tuple[int, int]) -> list[View]:
 
 
 def _within(
-    q: jax.Array, k: jax.Array, total: jax.Array, beta: jax.Array, of_q: jax.Array, of_k: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    total: jax.Array,
+    beta: jax.Array,
+    of_q: jax.Array,
+    of_k: jax.Array,
+    solve: Solve | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What a chunk's tokens make of each other: solved and attend, [..., V, c, c], of q and k [..., c, K, D]."""
     times = partial(product, exact=k.dtype == jnp.float32)
@@ -94,5 +101,5 @@ def _within(
     between = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf)) * of_k[..., None, :]
     among, asked = (jnp.repeat(times("...tkd,...skd->...kts", a, k), ratio, axis=-3) for a in (k, q))
     system = among * between * (of_k * beta)[..., None]
-    solved = inverse(system.reshape(-1, chunk, chunk), times).reshape(system.shape)
+    solved = inverse(system.reshape(-1, chunk, chunk), times, solve).reshape(system.shape)
     return solved * beta[..., None, :], asked * between * of_q[..., None]

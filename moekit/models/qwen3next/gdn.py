@@ -26,6 +26,7 @@ from moekit.models.qwen3next.projected import projected
 
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
 IN_TURNS = inf  # tokens of a sequence from which on, with kernels, one of them goes from chunk to chunk; not timed yet
+SOLVES = False  # with kernels: whether one of them takes small systems, in place of products; not timed yet
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -126,9 +127,10 @@ def _remembered(
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :heads]), 0.0)
     decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., heads:] + weights["dt_bias"][None, None])
     decay, scales = jnp.where(real, decay, 0.0), (_inverse_norm(q) * key_dim**-0.5, _inverse_norm(k))
+    solve = kernels.unit_lower_inverse if kernels.fused and SOLVES else None
     if kernels.fused and length >= IN_TURNS:
-        return delta_rule_in_turns(convolved, (key_dim, value_dim), decay, beta, state, scales, kernels)
-    read, state = chunked_delta_rule(q, k, v.reshape(batch, length, heads, value_dim), decay, beta, state, scales)
+        return delta_rule_in_turns(convolved, (key_dim, value_dim), decay, beta, state, scales, kernels, solve)
+    read, state = chunked_delta_rule(q, k, v.reshape(batch, length, heads, value_dim), decay, beta, state, scales, solve)
     return round_to(read, convolved.dtype), state
 
 

@@ -33,6 +33,7 @@ FUSIONS = (
     "conv_projections",
     "delta_rule_step",
     "delta_rule_chunks",
+    "unit_lower_inverse",
 )
 
 
@@ -68,6 +69,7 @@ class Kernels:
     conv_projections: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
     delta_rule_chunks: Callable[..., Any]
+    unit_lower_inverse: Callable[..., Any]
 
 
 @cache
