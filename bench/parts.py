@@ -30,6 +30,7 @@ PREFIXES = {
     "down_combine": GATES,
     "shared_expert_combine": GATES,
     "delta_rule": DELTA,
+    "unit_lower_inverse": DELTA,
     "gated_rms_norm": DELTA,
     "add_rms_norm": NORMS,
     "all_reduce_add_rms_norm": NORMS,

@@ -5,6 +5,7 @@ from moekit.fusions.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from moekit.fusions.attention_decode import attention_decode
 from moekit.fusions.causal_conv1d_step import causal_conv1d_step
 from moekit.fusions.conv_projections import conv_projections
+from moekit.fusions.delta_rule_chunks import delta_rule_chunks
 from moekit.fusions.delta_rule_step import delta_rule_step
 from moekit.fusions.down_combine import down_combine
 from moekit.fusions.expert_down import expert_down
@@ -31,6 +32,7 @@ from moekit.fusions.scaled_row_product import scaled_row_product
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
+from moekit.fusions.unit_lower_inverse import unit_lower_inverse
 
 FUSIONS = {
     f.name: f
@@ -44,6 +46,8 @@ FUSIONS = {
         causal_conv1d_step,
         conv_projections,
         delta_rule_step,
+        delta_rule_chunks,
+        unit_lower_inverse,
         gate_projections,
         gate_topk,
         down_combine,

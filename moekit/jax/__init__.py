@@ -21,12 +21,14 @@ from moekit.jax.view import View, view
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
+unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 conv_projections = op(_FUSIONS["conv_projections"])
+delta_rule_chunks = op(_FUSIONS["delta_rule_chunks"])
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 gate_projections = op(_FUSIONS["gate_projections"])
 gate_topk = op(_FUSIONS["gate_topk"])
@@ -65,6 +67,7 @@ __all__ = [
     "attention_decode",
     "causal_conv1d_step",
     "conv_projections",
+    "delta_rule_chunks",
     "delta_rule_step",
     "down_combine",
     "exchange",
@@ -96,5 +99,6 @@ __all__ = [
     "silu_and_mul",
     "split_gate",
     "topk_softmax",
+    "unit_lower_inverse",
     "view",
 ]

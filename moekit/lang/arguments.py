@@ -13,7 +13,7 @@ from moekit.lang.graph import Graph
 
 EXTRA = ("out", "implementation", "schedule")
 SIZES = {
-    "T": 16, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "V": 32, "K": 16, "Dk": 128, "Dv": 128,
+    "T": 16, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "V": 32, "K": 16, "Dk": 128, "Dv": 128, "M": 2,
 }  # fmt: skip
 OTHER_SIZE = 64
 PARAMETERS = {"k": 10, "experts": 512}

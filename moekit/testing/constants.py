@@ -13,6 +13,8 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("silu_and_mul", None): 3.0,
     ("shared_expert_combine", None): 3.0,
     ("delta_rule_step", None): 2.5,
+    ("delta_rule_chunks", None): 0.5,
+    ("unit_lower_inverse", None): 0.43,
     ("topk_softmax", None): 3.25,
     ("expert_gate_up", None): 2.75,
     ("expert_down", None): 2.75,

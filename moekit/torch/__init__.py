@@ -24,6 +24,7 @@ from moekit.torch.warm import Warmed, warmup  # noqa: E402
 
 silu_and_mul = op(_FUSIONS["silu_and_mul"])
 topk_softmax = op(_FUSIONS["topk_softmax"])
+unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
@@ -35,6 +36,8 @@ causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
 causal_conv1d_step_ = op(_FUSIONS["causal_conv1d_step"], in_place=True)
 conv_projections = op(_FUSIONS["conv_projections"])
 conv_projections_ = op(_FUSIONS["conv_projections"], in_place=True)
+delta_rule_chunks = op(_FUSIONS["delta_rule_chunks"])
+delta_rule_chunks_ = op(_FUSIONS["delta_rule_chunks"], in_place=True)
 delta_rule_step = op(_FUSIONS["delta_rule_step"])
 delta_rule_step_ = op(_FUSIONS["delta_rule_step"], in_place=True)
 gate_projections = op(_FUSIONS["gate_projections"])
@@ -82,6 +85,8 @@ __all__ = [
     "causal_conv1d_step_",
     "conv_projections",
     "conv_projections_",
+    "delta_rule_chunks",
+    "delta_rule_chunks_",
     "delta_rule_step",
     "delta_rule_step_",
     "down_combine",
@@ -120,6 +125,7 @@ __all__ = [
     "silu_and_mul",
     "split_gate",
     "topk_softmax",
+    "unit_lower_inverse",
     "unpatch",
     "warmup",
 ]

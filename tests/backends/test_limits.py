@@ -78,6 +78,7 @@ CALLS = {  # one rank of eight, and what differs in kind where one GPU holds the
     "gated_attention_decode 1x8x256": SAMPLES["gated_attention_decode"],
     "causal_conv1d_step 8192": SAMPLES["causal_conv1d_step"],
     "gated_rms_norm 4x128": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
+    "delta_rule_chunks 8/16": SAMPLES["delta_rule_chunks"],
     "delta_rule_step 2/4": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
 }
 

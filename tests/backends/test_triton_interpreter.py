@@ -23,6 +23,8 @@ SIZES = {
     "all_reduce_add_rms_norm": [dict(T=5, H=50)],
     "gated_rms_norm": [dict(T=3, V=4, D=33)],
     "delta_rule_step": [dict(T=3, K=2, V=4, Dk=8, Dv=9)],
+    "delta_rule_chunks": [dict(T=2, M=2, Cq=5, Ck=5, Cv=5, K=1, V=2, Dk=6, Dv=17)],
+    "unit_lower_inverse": [dict(T=3, Lr=5, Lc=5)],
     "gate_projections": [dict(T=3, D=35, I=5, E=9, G=1)],
     "gate_block": [dict(T=3, D=35, I=5, E=9, G=1)],
     "down_combine": [dict(T=3, H=19, I=33, **{"H?": 1})],

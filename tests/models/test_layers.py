@@ -1,5 +1,7 @@
 """One layer at a time against transformers' own modules, and the parts that have two ways of being computed."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.models.qwen3next import attention, gdn, moe
 from moekit.models.qwen3next.cache import KeyValues, delta_specs
-from moekit.models.qwen3next.delta_rule import chunked_delta_rule
+from moekit.models.qwen3next.delta_rule import chunked_delta_rule, inverse
+from moekit.models.qwen3next.delta_rule_turns import delta_rule_in_turns
 from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.layer import Layer, arranged
+from moekit.models.qwen3next.numerics import product
 from moekit.models.qwen3next.sharding import specs
 
 CASES = ("four-layers", "sixteen-value-heads", "odd-experts")
@@ -43,9 +47,12 @@ def close(mine, theirs, tolerance=2e-5):
     assert np.abs(np.asarray(mine) - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize(("tp", "kernels"), [(1, "xla"), (4, "xla"), (4, "pallas")])
 @pytest.mark.parametrize("case", CASES)
-def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
+def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
+    """With kernels a prompt goes from chunk to chunk by one of them."""
+    monkeypatch.setattr(gdn, "IN_TURNS", 0)
+    monkeypatch.setattr(gdn, "SOLVES", True)
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     theirs = zoo.transformers(case).model.layers[0].linear_attn
     x = hidden(zoo, case)
@@ -53,7 +60,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp):
     state = delta_specs()
 
     def prompt(weights, x, lengths):
-        return gdn.prefill(x, weights, lengths, config, named("xla"))
+        return gdn.prefill.__wrapped__(x, weights, lengths, config, named(kernels))  # not one traced before
 
     def token(weights, x, memory):
         return gdn.decode(x, weights, memory, None, config, named("pallas"))
@@ -270,6 +277,60 @@ def test_keys_that_are_nearly_alike_and_never_forgotten_lose_no_digits(alike):
     read, state = chunked_delta_rule(q, k, *given, None, tuple(jnp.asarray(a, jnp.float32) for a in scales))
     close(read[0], expected, 3e-6)
     close(state[0], memory, 3e-6)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_an_inverse_by_halves(size, by_kernel):
+    """Of systems whose powers are far larger than the inverse, small ones by products and by a kernel."""
+    system = np.tril(0.9 + 0.1 * np.random.default_rng(size).random((3, size, size)), -1).astype(np.float32)
+    solve = named("pallas").unit_lower_inverse if by_kernel else None
+    found = jax.jit(partial(inverse, times=partial(product, exact=True), solve=solve))(system)
+    close(found, np.linalg.inv(np.eye(size) + system.astype(np.float64)), 1e-5)
+
+
+def in_turns(q, k, v, decay, beta, state, scales, kind):
+    """`delta_rule_in_turns` of arrays of q, k and v, whose heads it takes out of the columns of one."""
+    columns = jnp.concatenate([jnp.asarray(a).reshape(*a.shape[:2], -1) for a in (q, k, v)], axis=-1)
+    given = (jnp.asarray(a, jnp.float32) for a in (decay, beta))
+    scales = tuple(jnp.asarray(a, jnp.float32) for a in scales)
+    return jax.jit(partial(delta_rule_in_turns, dims=(q.shape[3], v.shape[3]), kernels=named(kind)))(
+        columns, decay=next(given), beta=next(given), state=state, scales=scales
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "kind", "value_dim"), [(1, "pallas", 8), (63, "pallas", 5), (130, "pallas", 8), (64, "xla", 8), (300, "xla", 8)]
+)
+def test_the_delta_rule_in_turns_is_the_recurrence(length, kind, value_dim):
+    """Chunks that are full and not, more than a launch has; heads of q, k and v as one array's, and of widths that differ."""
+    rng, (keys, values, key_dim) = np.random.default_rng(length), (2, 4, 8)
+    q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
+    v, beta = rng.standard_normal((1, length, values, value_dim)), rng.random((1, length, values))
+    decay, scales = -rng.exponential(0.1, (1, length, values)), [1 / np.linalg.norm(a, axis=-1) for a in (q, k)]
+    expected, memory = recurrence(q * scales[0][..., None], k * scales[1][..., None], v, decay, beta)
+    q, k, v = (a.astype(np.float32) for a in (q, k, v))
+    read, state = in_turns(q, k, v, decay, beta, None, scales, kind)
+    close(read[0], expected, 1e-5)
+    close(state[0], memory, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["xla", "pallas"])
+def test_in_turns_from_a_state_with_narrow_keys_that_are_nearly_alike(kind):
+    """Read is rounded to bfloat16, the state is not: factors of two parts lose 2⁻¹⁶, not bfloat16's 2⁻⁸."""
+    rng, length, keys, dim = np.random.default_rng(2), 200, 1, 8
+    q, k = (rng.standard_normal((1, length, keys, dim)) for _ in range(2))
+    q, k, v = (np.asarray(jnp.asarray(a, jnp.bfloat16)) for a in (q, 1 + 0.01 * k, rng.standard_normal((1, length, 2, dim))))
+    beta, scales = np.full((1, length, 2), 0.999), [1 / np.linalg.norm(a.astype(np.float64), axis=-1) for a in (q, k)]
+    wide = [a.astype(np.float64) for a in (q, k, v)]
+    expected, memory = recurrence(wide[0] * scales[0][..., None], wide[1] * scales[1][..., None], wide[2], 0 * beta, beta)
+    reads, state = [], None
+    for some in (slice(0, 100), slice(100, length)):
+        parts = (a[:, some] for a in (q, k, v, 0 * beta, beta))
+        read, state = in_turns(*parts, state, [a[:, some] for a in scales], kind)
+        reads.append(np.asarray(read[0], np.float64))
+    close(np.concatenate(reads), expected, 5e-3)
+    close(state[0], memory, 2e-4)
 
 
 def test_strong_decay_over_a_chunk_stays_finite():

@@ -105,7 +105,7 @@ def emulated(monkeypatch) -> Log:
 
 
 AXES = {"T": 5, "D": 32, "P": 24, "I": 24, "E": 16, "H": 24, "H?": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 16, "G": 3, "Q": 6,
-        "L": 20, "C": 24, "S": 3, "R": 4, "N": 8, "J": 16}  # fmt: skip
+        "L": 20, "C": 24, "S": 3, "R": 4, "N": 8, "J": 16, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "Lr": 4, "Lc": 4}  # fmt: skip
 PARAMS = {
     "topk_softmax": {"k": 4},
     "gate_topk": {"k": 4},

@@ -204,7 +204,7 @@ def count_kernels(monkeypatch):
 
 
 ODD = {"D": 72, "P": 88, "I": 24, "E": 40, "H": 88, "V": 3, "K": 3, "Dk": 8, "Dv": 40, "G": 8, "Q": 24, "L": 300,
-       "C": 88, "S": 3, "R": 8, "N": 8, "J": 72}  # fmt: skip
+       "C": 88, "S": 3, "R": 8, "N": 8, "J": 72, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "Lr": 5, "Lc": 5}  # fmt: skip
 
 
 @pytest.mark.parametrize("order", ["row-major", "transposed"])

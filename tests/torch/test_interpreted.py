@@ -17,7 +17,8 @@ from tests.sizes import every
 
 mend()  # loops to a run-time end
 SIZES = every({"T": 3, "D": 24, "P": 17, "I": 5, "E": 20, "H": 9, "V": 4, "K": 2, "Dk": 4, "Dv": 9, "G": 3,
-               "Q": 6, "L": 300, "C": 9, "S": 3, "R": 2, "N": 6, "J": 20})
+               "Q": 6, "L": 300, "C": 9, "S": 3, "R": 2, "N": 6, "J": 20,
+               "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "Lr": 4, "Lc": 4})
 for name, sizes in SIZES.items():
     params = {n: x for n, x in {"k": 3, "experts": 7}.items() if n in FUSIONS[name].params}
     for dtype, tolerance in (("float32", 2e-5), ("float16", 4e-3)):

@@ -115,7 +115,7 @@ def test_inference_mode(fused, params, tensors):
 
 
 SMALL = {"T": 2, "D": 4, "P": 3, "I": 2, "E": 6, "H": 4, "H?": 1, "V": 2, "K": 2, "Dk": 3, "Dv": 2, "G": 2, "Q": 4, "L": 4,
-         "C": 3, "S": 2, "R": 1, "N": 2, "J": 3}  # fmt: skip
+         "C": 3, "S": 2, "R": 1, "N": 2, "J": 3, "M": 1, "Cq": 2, "Ck": 2, "Cv": 2, "Lr": 3, "Lc": 3}  # fmt: skip
 FINITE = {"eps": 3e-3, "atol": 2e-2, "rtol": 2e-2}
 pytestmark = pytest.mark.filterwarnings("ignore:Input #.*not a double precision:UserWarning")
 

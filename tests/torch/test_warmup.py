@@ -19,7 +19,8 @@ def test_every_form_of_every_fusion():
         (f, False)
         for f in (
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
-            "delta_rule_step", "gate_projections", "down_combine", "expert_gate_up", "expert_down",
+            "delta_rule_step", "delta_rule_chunks", "unit_lower_inverse",
+            "gate_projections", "down_combine", "expert_gate_up", "expert_down",
             "attention_decode", "experts", "moe_align", "all_reduce_add_rms_norm", "causal_conv1d_step", "qkv_norm_rope",
             "gated_attention_decode", "expert_down_shared", "gate_topk",
             "conv_projections",
@@ -29,7 +30,7 @@ def test_every_form_of_every_fusion():
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "all_reduce_add_rms_norm", "delta_rule_step",
-                            "down_combine", "causal_conv1d_step", "qkv_norm_rope", "conv_projections",
+                            "delta_rule_chunks", "down_combine", "causal_conv1d_step", "qkv_norm_rope", "conv_projections",
                             "scaled_conv_projections", "scaled_down_combine")
     }  # fmt: skip
     assert all(w.first > 0 < w.next for w in warmed)

@@ -24,7 +24,8 @@ from moekit.tune.table import Entry, bucket, buckets, kernels_of, order_of, stal
 from tests.sizes import every
 
 RANK = {"T": 3, "D": 2048, "P": 648, "I": 512, "E": 512, "H": 2048, "H?": 1, "V": 4, "K": 2, "Dk": 128, "Dv": 128, "G": 8,
-        "Q": 16, "L": 1024, "C": 1024, "S": 3, "R": 32, "N": 192, "J": 512}  # fmt: skip
+        "Q": 16, "L": 1024, "C": 1024, "S": 3, "R": 32, "N": 192, "J": 512, "M": 1, "Cq": 16, "Ck": 16, "Cv": 16,
+        "Lr": 16, "Lc": 16}  # fmt: skip
 SIZES = every(RANK)  # a decode step's
 shipped = table.table  # other folders take it away for a session
 FEW = {1: (1, 16), 17: (64,)}

@@ -10,19 +10,20 @@ from moekit.compile import tile as t
 WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 MOST_LANES = 1024  # of a program: 32 warps
+MOST_EARLY = 256  # elements for each lane of what is loaded before: more would wait in registers for its turn
 
 
 def motion(program: t.TileProgram) -> t.TileProgram:
     """The program's operations in an order in which memory is busy while threads wait for each other."""
-    ops = _stores_early(program, _loads_first(list(program.body), set()))
+    ops = _stores_early(program, _loads_first(program, list(program.body), set()))
     known = {v for op in ops for v in t.results(op)}
-    return replace(program, body=tuple(_row_by_row(op, known) for op in ops))
+    return replace(program, body=tuple(_row_by_row(program, op, known) for op in ops))
 
 
-def _row_by_row(op: t.Op, known: set[t.Value]) -> t.Op:
+def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value]) -> t.Op:
     """The loop in which a program adds up one row after the other over ranks, with a turn's loads before its first wait."""
     if isinstance(op, t.Loop) and any(isinstance(x, t.Receive) for x in op.body):
-        return replace(op, body=tuple(_loads_first(list(op.body), known | {*op.vars})))
+        return replace(op, body=tuple(_loads_first(program, list(op.body), known | {*op.vars})))
     return op
 
 
@@ -32,16 +33,21 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
+def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
-    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left.
+    A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left. Of a
+    program of many steps, each with loads of its own, the first ones.
     """
     before, after = _split(ops)
     known = outside | {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
+    room = MOST_EARLY * 32 * program.warps - sum(_elements(program, op) for op in before)
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:
+            room -= _elements(program, op)
+            if room < 0:
+                break
             early.append(op)
             known.add(op.out)
     wanted = {v for op in early if isinstance(op, t.Load) for v in t.operands(op)}
@@ -50,6 +56,11 @@ def _loads_first(ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
             wanted |= set(t.operands(op))
     moved = [op for op in early if isinstance(op, t.Load) or wanted & set(t.results(op))]
     return [*before, *moved, *(op for op in after if op not in moved)]
+
+
+def _elements(program: t.TileProgram, op: t.Op) -> int:
+    """What a load brings."""
+    return prod(program.block(op.out.axes)) if isinstance(op, t.Load) else 0
 
 
 def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:

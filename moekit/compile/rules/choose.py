@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
+from moekit.compile.rules.chains import chained
 from moekit.compile.rules.folds import weighed
 from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
@@ -88,7 +89,9 @@ def _classes(graph: Graph) -> dict[int, Schedule]:
 
 def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
     """Numbers of rows from which on there are other kernels, ascending from 0, with their schedules."""
-    if found := _tabled(graph) or _gathered(graph):
+    if launch := chained(graph):
+        yield 0, Schedule((launch,))
+    elif found := _tabled(graph) or _gathered(graph):
         yield 0, found
         if along(graph) and (many := _tabled(graph, many=True)):
             yield LONG_FROM, many

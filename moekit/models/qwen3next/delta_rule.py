@@ -24,6 +24,7 @@ BLOCK = 16  # rows and columns of a system that are solved at once
 
 
 Times = Callable[..., jax.Array]  # a product, by its subscripts
+Solve = Callable[[jax.Array], jax.Array]  # `inverse` of systems of at most BLOCK rows
 
 
 def chunked_delta_rule(
@@ -34,13 +35,14 @@ def chunked_delta_rule(
     beta: jax.Array,
     state: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
+    solve: Solve | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule over sequences, in chunks of tokens, from a state, zero where None, in float32.
 
     q, k [B, S, K, Dk]; v [B, S, V, Dv]; decay (log, at most 0), beta [B, S, V]; scales: what q and k are to be multiplied by,
     [B, S, K] each, 1 where None -> read [B, S, V, Dv], state [B, V, Dk, Dv], float32. Value head h reads key head h·K // V.
     Scales stand beside q and k so that these may be narrow: they are the operands of most products. Where they are, products of
-    float32 are of three of its parts (`numerics.product`); where they are float32 themselves, IEEE.
+    float32 are of three of its parts (`numerics.product`); where they are float32 themselves, IEEE. solve: see `inverse`.
     """
     times = partial(_times, exact=k.dtype == jnp.float32)
     batch, length, heads, _ = v.shape
@@ -60,7 +62,7 @@ def chunked_delta_rule(
     attend = _of_values(times("btd,bsd->bts", q, k), ratio) * between * of_q[..., None]
 
     # What a chunk adds to the state, and what it reads, is made of its v and of the state before it, which goes by its k.
-    solved = inverse(system, times) * beta[..., None, :]
+    solved = inverse(system, times, solve) * beta[..., None, :]
     since, left = of_k * jnp.exp(total), of_k * jnp.exp(total[..., -1:] - total)
     to_state, to_read = solved * left[..., None], times("bij,bjk->bik", attend, solved)
     fade = jnp.exp(total[:, -1])[:, None, None] * jnp.eye(k.shape[-1], dtype=jnp.float32)[None]
@@ -132,17 +134,18 @@ def _of_values(a: jax.Array, ratio: int) -> jax.Array:
     return jnp.broadcast_to(a[:, None], (a.shape[0], ratio, *a.shape[1:])).reshape(-1, *a.shape[1:])
 
 
-def inverse(system: jax.Array, times: Times) -> jax.Array:
+def inverse(system: jax.Array, times: Times, solve: Solve | None = None) -> jax.Array:
     """Of the identity plus what stands below the diagonal of system [N, n, n], n a power of two; what stands above is zero.
 
-    By halves: what is added up is then never larger than what comes of it, as powers of the system may be.
+    By halves: what is added up is then never larger than what comes of it, as powers of the system may be. solve: what takes
+    the small ones, products where None.
     """
     size = system.shape[-1]
     if size <= BLOCK:
-        return _small(system, times)
+        return solve(system) if solve else _small(system, times)
     half = size // 2
     corners = jnp.concatenate([system[:, :half, :half], system[:, half:, half:]])
-    first, second = jnp.split(inverse(corners, times), 2)
+    first, second = jnp.split(inverse(corners, times, solve), 2)
     below = -times("bij,bjk->bik", second, times("bij,bjk->bik", system[:, half:, :half], first))
     upper, lower = jnp.concatenate([first, jnp.zeros_like(below)], axis=2), jnp.concatenate([below, second], axis=2)
     return jnp.concatenate([upper, lower], axis=1)

@@ -7,6 +7,7 @@ heads: K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolut
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 from typing import Any
 
 import jax
@@ -17,12 +18,15 @@ from moekit.jax import view
 from moekit.models.qwen3next.cache import DeltaState
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.delta_rule import CHUNK, chunked_delta_rule
+from moekit.models.qwen3next.delta_rule_turns import delta_rule_in_turns
 from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import linear, round_to
 from moekit.models.qwen3next.projected import projected
 
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
+IN_TURNS = inf  # tokens of a sequence from which on, with kernels, one of them goes from chunk to chunk; not timed yet
+SOLVES = False  # with kernels: whether one of them takes small systems, in place of products; not timed yet
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -96,7 +100,7 @@ def prefill(
         given = convolved[:, some], gates[:, some, first : first + 2 * value_heads], real[:, some]
         if reads:  # one after the other, or XLA may begin with all of them
             given, state = lax.optimization_barrier((given, state))
-        read, state = _remembered(*given, state, weights, config)
+        read, state = _remembered(*given, state, weights, config, kernels)
         reads.append(read)
     tokens = batch * length
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
@@ -111,7 +115,13 @@ def _pieces(length: int, most: int) -> list[slice]:
 
 
 def _remembered(
-    convolved: jax.Array, gates: jax.Array, real: jax.Array, state: jax.Array | None, weights: Layer, config: Config
+    convolved: jax.Array,
+    gates: jax.Array,
+    real: jax.Array,
+    state: jax.Array | None,
+    weights: Layer,
+    config: Config,
+    kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array]:
     """What is read of the memory at each token, [B, S, V, Dv], and the state after the last real one.
 
@@ -125,15 +135,11 @@ def _remembered(
     gates = gates.astype(jnp.float32)
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :heads]), 0.0)
     decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., heads:] + weights["dt_bias"][None, None])
-    read, state = chunked_delta_rule(
-        q,
-        k,
-        v.reshape(batch, length, heads, value_dim),
-        jnp.where(real, decay, 0.0),
-        beta,
-        state,
-        (_inverse_norm(q) * key_dim**-0.5, _inverse_norm(k)),
-    )
+    decay, scales = jnp.where(real, decay, 0.0), (_inverse_norm(q) * key_dim**-0.5, _inverse_norm(k))
+    solve = kernels.unit_lower_inverse if kernels.fused and SOLVES else None
+    if kernels.fused and length >= IN_TURNS:
+        return delta_rule_in_turns(convolved, (key_dim, value_dim), decay, beta, state, scales, kernels, solve)
+    read, state = chunked_delta_rule(q, k, v.reshape(batch, length, heads, value_dim), decay, beta, state, scales, solve)
     return round_to(read, convolved.dtype), state
 
 

@@ -40,6 +40,8 @@ FUSIONS = (
     "causal_conv1d_step",
     "conv_projections",
     "delta_rule_step",
+    "delta_rule_chunks",
+    "unit_lower_inverse",
 )
 
 
@@ -80,6 +82,8 @@ class Kernels:
     causal_conv1d_step: Callable[..., Any]
     conv_projections: Callable[..., Any]
     delta_rule_step: Callable[..., Any]
+    delta_rule_chunks: Callable[..., Any]
+    unit_lower_inverse: Callable[..., Any]
 
 
 @cache

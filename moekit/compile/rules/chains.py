@@ -1,0 +1,32 @@
+"""A good schedule for products in a row whose last is what the first began with: a state that a program keeps while it goes on.
+
+The numbers are by what lanes and shared memory hold, as compiled for an H200; none was timed.
+"""
+
+from __future__ import annotations
+
+from moekit.compile.rules.rows import alone, other_axis
+from moekit.compile.schedule.directives import Axis, Launch, Tile, Whole, pow2
+from moekit.compile.schedule.facts import axis_uses, gemms, once
+from moekit.compile.schedule.targets import MEASURED
+from moekit.lang.graph import Graph
+
+MOST_HELD = 128  # elements along each axis of a state and of what it is multiplied by
+STATE_COLUMNS = 16  # of a state that a program has: few, so that one sequence's heads are programs for the whole GPU
+
+
+@once
+def chained(graph: Graph) -> Launch | None:
+    """Programs that hold all of a state but for some of its columns; None where no product's sum runs along its rows."""
+    found, uses = gemms(graph), axis_uses(graph)
+    if not {g.k for g in found.values()} & {a for w in graph.writes for a in graph.nodes[w.value].axes}:
+        return None
+    columns = set.intersection(*({g.m, g.n} for g in found.values())) - {g.k for g in found.values()}
+    held = {a for g in found.values() for a in (g.m, g.n, g.k)} - columns
+    if len(columns) != 1 or any((uses[a].extent or MOST_HELD + 1) > MOST_HELD for a in held):
+        return None
+    (column,) = columns
+    extent = uses[column].extent or STATE_COLUMNS
+    said: dict[str, Axis] = {a: Whole(a, max(MEASURED.matrix, pow2(uses[a].extent or 1))) for a in held}
+    said[column] = Tile(column, max(MEASURED.matrix, min(STATE_COLUMNS, pow2(extent))))
+    return alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1)
