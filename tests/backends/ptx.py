@@ -103,7 +103,11 @@ class Machine:
             for i, each in enumerate(args[0].split("|")):
                 self.put(each, found[:, i], on)
         elif name == "setp":
-            self.put(args[0], self.compared(parts[1], self.get(args[1], kind), self.get(args[2], kind)), on)
+            found = self.compared(parts[1], self.get(args[1], kind), self.get(args[2], kind))
+            if len(args) == 4:
+                other = self.get(args[3].lstrip("!"), "pred") != args[3].startswith("!")
+                found = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]](found, other)
+            self.put(args[0], found, on)
         elif name == "selp":
             self.put(args[0], np.where(self.get(args[3], "pred"), self.get(args[1], kind), self.get(args[2], kind)), on)
         elif name == "shfl":
