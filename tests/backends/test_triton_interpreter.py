@@ -41,22 +41,20 @@ SIZES = {
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],
     "scaled_product": [dict(T=3, D=35, P=9)],
-    "scaled_row_product": [dict(T=2, D=35, P=9)],
-    "scaled_conv_projections": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
 }
 LONG = {  # by the rules alone, as others take minutes
     "attention_decode": [dict(T=3, K=2, G=3, L=300, D=20, Dv=9)],
     "scaled_expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
     "scaled_expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
     "scaled_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
-    "scaled_gate_projections": [dict(T=3, D=35, I=5, E=7, G=1)],
+    "scaled_conv_projections": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
     "scaled_gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
-    "scaled_down_combine": [dict(T=3, H=19, I=9, **{"H?": 1})],
     "scaled_expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
 }
 count = 0
 for name, fusion in DECLARATIONS.items():
-    params = {n: v for n, v in dict(k=10, experts=7, block=4, rows=8, columns=8, inner=8).items() if n in fusion.params}
+    known = dict(k=10, experts=7, block=4, rows=8, columns=8, inner=8, shared_inner=8)
+    params = {n: v for n, v in known.items() if n in fusion.params}
     for sizes in SIZES.get(name, []) + LONG.get(name, []):
         for dtype in ("float32", "float16", "bfloat16"):
             call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7, params), params)
