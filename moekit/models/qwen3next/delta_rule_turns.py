@@ -47,17 +47,8 @@ def delta_rule_in_turns(
     total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
     solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k, solve)
     last = total[..., -1:, :]
-    given = (
-        q,
-        k,
-        solved,
-        attend,
-        v,
-        of_k * jnp.exp(total),
-        of_k * jnp.exp(last - total),
-        of_q * jnp.exp(total),
-        jnp.exp(last)[..., 0, :],
-    )
+    since, left, asked = of_k * jnp.exp(total), of_k * jnp.exp(last - total), of_q * jnp.exp(total)
+    given = q, k, solved, attend, v, since, left, asked, jnp.exp(last)[..., 0, :]
     read = lax.empty((batch, turns, together, chunk, values, dims[1]), convolved.dtype)
     state = jnp.zeros((batch, values, *dims), jnp.float32) if state is None else state
     for turn in map(jnp.int32, range(turns)):  # known at run time: all turns are one kernel
