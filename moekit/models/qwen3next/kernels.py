@@ -11,10 +11,10 @@ from jax import lax
 
 from moekit import jax as face
 from moekit.errors import ArgumentError
-from moekit.jax.doors import best
+from moekit.jax.doors import DOORS, best
 from moekit.models.qwen3next.sharding import AXIS
 
-KINDS = face.IMPLEMENTATIONS
+KINDS = (*DOORS, "xla")
 FUSIONS = (
     "add_rms_norm",
     "gate_projections",
