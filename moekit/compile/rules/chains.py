@@ -1,6 +1,6 @@
 """A good schedule for products in a row whose last is what the first began with: a state that a program keeps while it goes on.
 
-The numbers are by what lanes and shared memory hold, as compiled for an H200; none was timed.
+The numbers are by what lanes and shared memory hold, as compiled; none was timed.
 """
 
 from __future__ import annotations
