@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moekit.lang.graph import Graph, Tensor
 
 #: The sizes shown where none are given: one decode step of Qwen3-Next on one of 8 ranks.
-SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128}
+SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128, "M": 2}
 CHOSEN = {"K": 10}  # experts of a token, where K does not count key heads
 OTHER_SIZE = 64
 

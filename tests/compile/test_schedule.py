@@ -207,7 +207,8 @@ SIZES = [1, 2, 7, 64, 1000, 4096, 16384, 20000]
 def test_heuristic_is_legal_for_every_size(fusion, size):
     """A good schedule without tuning, from one element to the widest row; E and k stay in their limits."""
     sizes = {"T": 3, **dict.fromkeys("HIPDLCJN", size), "E": min(size, 1024), "G": 1, "V": 4, "K": 2, "Dk": 8, "Dv": 8}
-    sizes |= {"S": 3, "Q": 2, "R": min(size, 64)}
+    sizes |= {"S": 3, "Q": 2, "R": min(size, 64), "M": 2}
+    sizes |= dict.fromkeys(("Lr", "Lc"), min(size, 16)) | dict.fromkeys(("Cq", "Ck", "Cv"), min(size, 200))
     wanted = {a: sizes[a] for a in axes_of(fusion)}
     if fusion.name == "delta_rule_step":
         wanted |= {"Dk": min(size, 256), "Dv": min(size, 256)}

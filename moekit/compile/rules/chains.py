@@ -1,6 +1,6 @@
 """A good schedule for products in a row whose last is what the first began with: a state that a program keeps while it goes on.
 
-The numbers are by what lanes and shared memory hold, as compiled for an H200; none was timed.
+The numbers are by what lanes and shared memory hold, as compiled; none was timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATE_COLUMNS = 16  # of a state that a program has: few, so that one sequence's
 def chained(graph: Graph) -> Launch | None:
     """Programs that hold all of a state but for some of its columns; None where no product's sum runs along its rows."""
     found, uses = gemms(graph), axis_uses(graph)
-    if not {g.k for g in found.values()} & {a for w in graph.writes for a in graph.nodes[w.value].axes}:
+    if not _in_a_row(graph) or not {g.k for g in found.values()} & {a for w in graph.writes for a in graph.nodes[w.value].axes}:
         return None
     columns = set.intersection(*({g.m, g.n} for g in found.values())) - {g.k for g in found.values()}
     held = {a for g in found.values() for a in (g.m, g.n, g.k)} - columns
@@ -30,3 +30,14 @@ def chained(graph: Graph) -> Launch | None:
     said: dict[str, Axis] = {a: Whole(a, max(MEASURED.matrix, pow2(uses[a].extent or 1))) for a in held}
     said[column] = Tile(column, max(MEASURED.matrix, min(STATE_COLUMNS, pow2(extent))))
     return alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1)
+
+
+def _in_a_row(graph: Graph) -> bool:
+    """Whether some product is of what another product made."""
+    made: set[int] = set()
+    for i in sorted(graph.live()):
+        follows, product = bool(made & {*graph.nodes[i].args}), i in gemms(graph)
+        if follows and product:
+            return True
+        made |= {i} if follows or product else set()
+    return False
