@@ -119,7 +119,7 @@ def test_ranks_find_the_best_token_by_a_link_as_they_do_without():
 
     def found(x, link):
         plain = _most_likely(x, True, partial(lax.all_gather, axis_name="tp"))
-        gather = Gathered(link)
+        gather = Gathered(link, "pallas")
         return plain, _most_likely(x, True, gather), gather.link
 
     specs = {"in_specs": (P(None, "tp"), link.specs), "out_specs": (P(), P(), link.specs)}
