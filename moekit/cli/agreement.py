@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moekit.jax import Channel
 from moekit.models.qwen3next import Cache, Generation, Model, decode_step, prefill
+from moekit.models.qwen3next.exchanged import locked, of_prompts
 from moekit.models.qwen3next.generate import padded
 from moekit.models.qwen3next.kernels import Kernels, resolve
 
@@ -71,8 +73,12 @@ def closeness(
     tokens: Sequence[Sequence[int]],
     kind: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    channel: Channel | None = None,
 ) -> Closeness:
-    """Feed each prompt and its new tokens to kernels of a kind, XLA's and a float32 run, and compare the logits before each."""
+    """Feed each prompt and its new tokens to kernels of a kind, XLA's and a float32 run, and compare the logits before each.
+
+    channel: by which the ranks' parts of the kernels of that kind add up.
+    """
     total = max(map(len, tokens))
     ids, lengths, room = padded(prompts, total)
     fed = np.zeros((len(tokens), total), np.int32)
@@ -86,12 +92,17 @@ def closeness(
         logits = {}
         for side, (own, fill, step) in sides.items():
             kernels = resolve(kind if side == "fused" else "xla")
-            made = (
-                step(own, fed[:, at - 1], memories[side], kernels=kernels)
-                if at
-                else fill(own, ids, lengths, cache_length=room, kernels=kernels)
-            )
-            logits[side], memories[side] = jax.block_until_ready(made)  # virtual devices meet in one program at a time
+            with locked(channel):
+                link = None if channel is None or side != "fused" else channel.link if at else of_prompts(channel)
+                by = {"link": link} if link else {}
+                made = (
+                    step(own, fed[:, at - 1], memories[side], kernels=kernels, **by)
+                    if at
+                    else fill(own, ids, lengths, cache_length=room, kernels=kernels, **by)
+                )
+                logits[side], memories[side], *after = jax.block_until_ready(made)  # virtual devices meet in one program
+                if channel is not None and after:
+                    channel.keep(after[0])
         found.append([np.asarray(error) for error in _errors(logits["fused"], logits["xla"], logits["wide"])])
         progress(at + 1, total)
     fused, xla, size = np.array(found).transpose(1, 2, 0)[:, live]

@@ -99,8 +99,7 @@ def decode(
     from moekit.models.qwen3next.questions import TASKS, held_out
 
     fused = kernels if kernels in doors.DOORS else doors.best()
-    if fused == kernels and (why := doors.refusal(fused)):
-        raise UnavailableError(f"--kernels {fused}: {why}")
+    run.check_kernels(kernels)
     kernels = kernels or fused
     directory, dtype = (checkpoint, dtype) if checkpoint else (SHIPPED, dtype or "float32")
     config = replace(Config.from_json(directory), ep=ep)
@@ -122,7 +121,8 @@ def decode(
     close = None
     if str(model.dtype) != "float32":
         with bar("comparing logits") as advance:
-            close = agreement.closeness(model, prompts, runs[kernels].tokens, fused, advance)
+            channel, _ = channel_of(model.mesh, len(prompts), config.hidden_size, fused)
+            close = agreement.closeness(model, prompts, runs[kernels].tokens, fused, advance, channel)
     agree = found is None if close is None else close.within
     report = {
         **_setting(directory, checkpoint is None, config, model),

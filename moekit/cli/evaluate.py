@@ -31,7 +31,8 @@ ALLOWED = 300  # of so many questions one answer may be right with one kind of k
 @click.option("--questions", type=click.IntRange(1), default=QUESTIONS, show_default=True, help="How many, each task in turn.")
 @click.option("--batch", type=click.IntRange(1), default=BATCH, show_default=True, help="Questions at once.")
 @click.option("--new-tokens", type=click.IntRange(1), default=NEW_TOKENS, show_default=True, help="Of an answer, at most.")
-@click.option("--kernels", type=click.Choice(WHO), multiple=True, help="Who answers; may be repeated (default: all there are).")
+@click.option("--kernels", type=click.Choice(WHO), multiple=True,
+              help="Who answers; may be repeated (default: the first fused kind, xla, transformers).")  # fmt: skip
 @click.option("--dtype", "dtypes", type=click.Choice(["float32", "float16", "bfloat16"]), multiple=True,
               help="Of the weights; may be repeated (default: float32 and bfloat16).")  # fmt: skip
 @kept_weights
@@ -67,6 +68,7 @@ def evaluate(
     from moekit.models.qwen3next.questions import held_out
     from moekit.models.qwen3next.text import Text
 
+    run.check_kernels(*kernels)
     directory = checkpoint or SHIPPED
     config, text, asked = Config.from_json(directory), Text(directory), held_out(questions)
     prompts = [text.encode_chat([{"role": "user", "content": question.text}]) for question in asked]

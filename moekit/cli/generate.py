@@ -97,6 +97,7 @@ def generate(
     from moekit.models.qwen3next import SHIPPED, Config
     from moekit.models.qwen3next.text import Text, sampling_of
 
+    run.check_kernels(kernels)
     checkpoint = checkpoint or SHIPPED
     config, text = Config.from_json(checkpoint), Text(checkpoint)
     given_sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moekit.errors import UnavailableError
+from moekit.jax.doors import DOORS, refusal
 from moekit.models.qwen3next import Config, ConfigError, Generation, Model, Progress, Room, greedy_step, prefill
 from moekit.models.qwen3next.config import check_tensor_parallel
 from moekit.models.qwen3next.exchanged import channel_of
@@ -79,6 +81,13 @@ def run(
     return generate(model, prompts, max_new_tokens=new_tokens, eos=ends, kernels=kernels, progress=progress, channel=channel)
 
 
+def check_kernels(*kernels: str | None) -> None:
+    """Raise UnavailableError for named kernels that do not get into a JAX program here."""
+    for name in kernels:
+        if name in DOORS and (why := refusal(name)):
+            raise UnavailableError(f"--kernels {name}: {why}")
+
+
 def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     """For each fusion how many kernels of it one decode step calls, read off the step as jax traced it.
 
@@ -99,7 +108,9 @@ def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
     ids = jax.ShapeDtypeStruct((batch, PROMPT_BUCKET), np.int32)
     lengths = jax.ShapeDtypeStruct((batch,), np.int32)
     _, cache = jax.eval_shape(lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths)
-    step = greedy_step.trace(model, lengths, cache, kernels=kernels)
+    channel, _ = channel_of(model.mesh, batch, model.config.hidden_size, kernels)
+    by = {} if channel is None else {"link": channel.link}
+    step = greedy_step.trace(model, lengths, cache, kernels=kernels, **by)
     names = _kernel_names(step.jaxpr.jaxpr)
     return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
 

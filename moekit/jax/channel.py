@@ -52,7 +52,8 @@ class Channel:
         if why := refusal(mesh):
             raise UnavailableError(f"channel: {why}; implementation='xla' and 'psum' go without")
         if rows < 1 or width < 1 or many < 0 or not 1 <= looks < 2**31:
-            raise ArgumentError(f"channel: {rows} rows of {width} elements and {looks} looks; each must be 1 or more")
+            raise ArgumentError(f"channel: {rows} rows of {width} elements and {looks} looks must be 1 or more each, and "
+                                f"{many} rows with flags 0 or more")  # fmt: skip
         if many and width < FLAGGED:
             raise ArgumentError(f"channel: {many} rows of {width} elements with flags; such rows have {FLAGGED} or more")
         self.mesh, self.rows, self.width, self.many, self.looks = mesh, rows, width, many, looks
@@ -87,9 +88,19 @@ class Channel:
         """What a step gave back, for the next one."""
         self.link = link
 
-    def check(self) -> None:
-        """Wait for the devices, and raise RankError for a rank that did not come; the channel is new then."""
+    def check(self, mail: jax.Array | None = None) -> None:
+        """Wait for the devices, and raise RankError for a rank that did not come. The channel is new then, and also where a
+        step that failed took the link along.
+
+        `mail`: the mailboxes when what is asked about began. If there are others now, a rank did not come in another's steps.
+        """
         self.hold(self.words())
+        if mail is not None and mail is not self.mail:
+            raise RankError("channel: it was made anew meanwhile, as a rank did not come in other steps that go by it; what "
+                            "came by the mailboxes of before is no result")  # fmt: skip
+        with self.lock:
+            if any(x.is_deleted() for x in jax.tree.leaves(self.link)):
+                self.reset()
 
     def words(self) -> jax.Array:
         """Every rank's word of errors behind what has been dispatched, for `hold`: nothing is waited for."""
@@ -110,11 +121,12 @@ class Channel:
 
         The old mailboxes stay where they are, for what may still be on its way to them.
         """
-        for x in (x for x in jax.tree.leaves((self.mail, self.link)) if not x.is_deleted()):
-            with suppress(jax.errors.JaxRuntimeError):  # a link that a step which failed was to make
-                x.block_until_ready()
-        self.left.append(self.mail)
-        self._open(self.looks)
+        with self.lock:  # another thread may stand between taking the link and keeping the next
+            for x in (x for x in jax.tree.leaves((self.mail, self.link)) if not x.is_deleted()):
+                with suppress(jax.errors.JaxRuntimeError):  # a link that a step which failed was to make
+                    x.block_until_ready()
+            self.left.append(self.mail)
+            self._open(self.looks)
 
     def _prove(self) -> None:
         """Send a row of numbers, through both slots and the first again, and see that it comes."""

@@ -26,8 +26,11 @@ def refusal(door: str) -> str | None:
 @cache
 def best() -> str:
     """The first door that is there, and "xla", which is said once, where none is."""
-    refused = {door: refusal(door) for door in DOORS}
-    if found := [door for door, why in refused.items() if why is None]:
-        return found[0]
-    warnings.warn(f"moekit.jax: no kernels, array evaluation serves: {'; '.join(map(str, refused.values()))}", stacklevel=2)
+    refused = []
+    for door in DOORS:
+        why = refusal(door)  # asked of one door after the other, as the second imports triton
+        if why is None:
+            return door
+        refused.append(why)
+    warnings.warn(f"moekit.jax: no kernels, array evaluation serves: {'; '.join(refused)}", stacklevel=2)
     return "xla"

@@ -325,6 +325,12 @@ def exchange(
     `door`: which kernels None takes on GPUs, if not the first there are. Raises ShapeError for a link of all ranks, and where
     the call says nothing of them.
     """
+    for asked in (implementation, door):
+        if asked in KERNELS and asked not in DOORS:
+            known = f"{', '.join(DOORS)}, xla or psum"
+            raise UnavailableError(f"{face.fusion.name}: {asked}'s kernels reach no other rank; choose {known}")
+    if door not in (None, *DOORS, "xla"):
+        raise UnavailableError(f"{face.fusion.name}: there is no door {door!r}; choose {', '.join(DOORS)} or xla")
     call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
     if implementation in DOORS and why and call.graph.ranks:
@@ -354,11 +360,14 @@ def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Sch
     if not call.graph.ranks:
         return call, f"{fusion.name} adds up over one rank"
     why = call.unlinked()
-    if why and link.many is not None and (many := schedule or _for_many(call, link.many)):
-        other = Call(fusion, operands, params, None, many, link.many)
-        if not other.unlinked():
-            return other, None
-    return call, why
+    if not why or link.many is None:
+        return call, why
+    many = schedule or _for_many(call, link.many)
+    if many is None:
+        return call, f"{why}; its rows are too short to go with flags"
+    other = Call(fusion, operands, params, None, many, link.many)
+    refused = other.unlinked()
+    return (call, f"{why}; with flags {refused}") if refused else (other, None)
 
 
 def _for_many(call: Call, link: Link) -> Schedule | None:

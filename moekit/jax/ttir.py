@@ -11,6 +11,7 @@ import importlib.util
 import linecache
 from collections.abc import Mapping
 from functools import lru_cache, partial
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -40,8 +41,10 @@ def unavailable() -> str | None:
     """Why kernels cannot be made this way here; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install moekit[triton]"
-    from triton import knobs
-
+    try:
+        from triton import knobs
+    except ImportError:
+        return f"triton {metadata.version('triton')} is installed, and 3.6 or newer is needed; install moekit[triton]"
     return "TRITON_INTERPRET is set, and XLA takes what Triton compiles; unset it" if knobs.runtime.interpret else None
 
 
@@ -133,6 +136,12 @@ def _run(plan: Plan, lying: tuple, names: tuple, kinds: dict, sizes: dict, varyi
 # One launch: `count` programs of a kernel, which takes the arrays that it reads. Triton makes its text when it is lowered.
 triton_call = Primitive("triton_call")
 triton_call.multiple_results = True
+
+
+@triton_call.def_impl
+def _eagerly(*arrays, **how):
+    with jax.disable_jit(False):
+        return jax.jit(partial(triton_call.bind, **how))(*arrays)
 
 
 @triton_call.def_abstract_eval

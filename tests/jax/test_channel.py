@@ -229,6 +229,17 @@ def test_the_proof_compiles(width, flags):
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
 
 
+def test_doors_that_reach_no_rank():
+    """A name that is none is not taken for XLA's gather."""
+    x = jnp.ones((2, 64))
+    for how, said in (
+        ({"door": "tritn"}, "all_reduce_add_rms_norm: there is no door 'tritn'; choose pallas, triton or xla"),
+        ({"implementation": "mosaic"}, "mosaic's kernels reach no other rank; choose pallas, triton, xla or psum"),
+    ):
+        with pytest.raises(UnavailableError, match=said):
+            exchange(all_reduce_add_rms_norm, linked(2, width=64), x, x, x[0], tp=2, **how)
+
+
 @pytest.mark.parametrize(("rows", "door"), [(1, "pallas"), (4, "pallas"), (200, "pallas"), (4, "triton")])
 def test_a_chain_compiles_to_kernels_alone(rows, door):
     """Three calls in a row on two H200s that are not there: three kernels, no collective, no copy of rows; addresses are

@@ -3,6 +3,8 @@
 On a CPU no packet goes, so the ranks gather; what is held here is how links and words of errors are handed on.
 """
 
+from importlib import import_module
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from moekit.jax import Channel
 from moekit.models.qwen3next import Engine, Result, Sampling, exchanged, generate, prefill
 from moekit.models.qwen3next import engine as module
 
+generating = import_module("moekit.models.qwen3next.generate")  # the package has a function of that name
 CASE, TP, LENGTH, MOST = "two-layers", 2, 64, 6
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 
@@ -89,6 +92,55 @@ def test_a_step_that_fails_takes_its_link_along(zoo, made, monkeypatch):
     engine.step()
     again = engine.add(PROMPTS[0], max_new_tokens=MOST)
     assert engine.results() == {again: Result(alone, "length")}
+
+
+def test_each_failure_while_a_prompt_is_read_is_said(zoo, opened, monkeypatch):
+    """A rank that does not come, again and again, and a piece that takes its link along; then the engine goes on."""
+    model, real = zoo.model(CASE, tp=TP), module.extend
+    channel = opened(model.mesh, rows=2, width=256, many=64)
+    (alone,) = generate(model, PROMPTS[:1], max_new_tokens=MOST, kernels="xla").tokens
+    engine = Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel)
+
+    def late(*given, **options):
+        made = real(*given, **options)
+        missed(channel, 1, 17)
+        return made
+
+    def breaking(*given, **options):
+        jax.tree.map(lambda array: array.delete(), channel.link)
+        raise jax.errors.JaxRuntimeError("INTERNAL: a device is gone")
+
+    for way, error in ((late, RankError), (late, RankError), (breaking, jax.errors.JaxRuntimeError)):
+        monkeypatch.setattr(module, "extend", way)
+        engine.add(PROMPTS[0], max_new_tokens=MOST)
+        with pytest.raises(error):
+            engine.results()
+        engine.step()
+    monkeypatch.setattr(module, "extend", real)
+    again = engine.add(PROMPTS[0], max_new_tokens=MOST)
+    assert engine.results() == {again: Result(alone, "length")}
+
+
+def test_a_generation_whose_step_fails_leaves_a_channel_of_use(zoo, opened, monkeypatch):
+    """The link went with the step; and what others' failures took away is no result."""
+    model, real = zoo.model(CASE, tp=TP), generating.greedy_step
+    channel = opened(model.mesh, rows=3)
+    whole = generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
+
+    def breaking(*given, link, **options):
+        jax.tree.map(lambda array: array.delete(), link)
+        raise jax.errors.JaxRuntimeError("INTERNAL: a device is gone")
+
+    def renewed(*given, link, **options):
+        channel.reset()
+        return real(*given, link=channel.link, **options)
+
+    for way, error in ((breaking, jax.errors.JaxRuntimeError), (renewed, RankError)):
+        monkeypatch.setattr(generating, "greedy_step", way)
+        with pytest.raises(error):
+            generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel)
+    monkeypatch.setattr(generating, "greedy_step", real)
+    assert generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel).tokens == whole
 
 
 def test_a_generation_says_who_did_not_come(zoo, opened):

@@ -25,7 +25,7 @@ from moekit.errors import ArgumentError, MoekitError, ShapeError
 from moekit.jax import Channel, Link
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
-from moekit.models.qwen3next.exchanged import locked, of_prompts
+from moekit.models.qwen3next.exchanged import check_channel, locked, of_prompts
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.memory import check_rows_fit
@@ -102,13 +102,14 @@ class Engine:
         self.pieces = sorted({max(SMALLEST_PIECE, positive("piece", piece) // part) for part in (1, 4, 16)})
         slots = positive("slots", slots)
         if channel is not None:
-            _check_channel(channel, model, slots)
+            check_channel(channel, model.mesh, model.config.hidden_size, slots, "engine", "slots")
         check_rows_fit(model.config, model.mesh, model.dtype, slots, self.length, self.pieces[-1])
         self._slots: list[_Sequence | None] = [None] * slots
         self._queue: deque[_Sequence] = deque()
         self._reading: tuple[_Sequence, Cache, jax.Array | None] | None = None
         self._flights: deque[tuple[jax.Array, Any, list[tuple[int, _Sequence]]]] = deque()
         self._rows: _Rows | None = _Rows.empty(model, slots, self.length, self.kernels)
+        self._mail = channel and channel.mail  # the mailboxes that its steps go by
         self._lock = threading.Lock()  # sequences are added and fail as a whole
         self._count = 0
         self._live: dict[int, _Sequence] = {}  # those that have not ended
@@ -177,6 +178,8 @@ class Engine:
         """Compile every program that a step may need; raises ArgumentError where sequences are at work."""
         if self.busy:
             raise ArgumentError("warmup: sequences are at work; warm an engine up before the first is added")
+        with locked(self.channel):
+            self._held()
         for sampling in (GREEDY, Sampling(temperature=1.0)):
             for size in self.pieces:
                 row = empty_cache(self.model, 1, self.length, self.kernels)
@@ -191,7 +194,9 @@ class Engine:
         """What the slots have; made anew after an error of the devices."""
         if self._rows is None:
             if self.channel is not None:
-                self.channel.reset()  # its link went with a step that failed, maybe on some ranks alone
+                if self.channel.mail is self._mail:  # its link went with a step that failed, maybe on some ranks alone
+                    self.channel.reset()
+                self._mail = self.channel.mail
             self._rows = _Rows.empty(self.model, len(self._slots), self.length, self.kernels)
         return self._rows
 
@@ -200,6 +205,7 @@ class Engine:
         try:
             self._drop_cancelled()
             with locked(self.channel):
+                self._held()  # before anything takes a link that may have gone with what failed
                 self._read_a_piece()
                 self._dispatch()
             while self._flights and (len(self._flights) > self.ahead or not self._has_work()):
@@ -371,18 +377,6 @@ def _advance(
     else:
         tokens, cache, *after = greedy_step(model, tokens, cache, kernels=kernels, link=link)
     return tokens, _Rows(cache, tokens, rows.draws.after()), after[0] if after else None
-
-
-def _check_channel(channel: Channel, model: Model, slots: int) -> None:
-    """Refuse a channel by which the rows of a step cannot go."""
-    if channel.mesh != model.mesh:
-        raise ArgumentError("engine: the channel is of another mesh than the model; make one of model.mesh")
-    width, most = model.config.hidden_size, min(channel.rows, channel.link.resident)
-    if slots > most or width > channel.width:
-        raise ArgumentError(
-            f"engine: {slots} slots of {width} elements where the channel serves {most} rows of {channel.width}; "
-            "make a channel with room for them or an engine of fewer slots"
-        )
 
 
 def _everywhere(model: Model, logits: jax.Array) -> jax.Array:

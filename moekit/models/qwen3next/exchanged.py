@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
-from moekit.errors import RankError, UnavailableError
+from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
 from moekit.jax.channel import FLAGGED
@@ -88,6 +88,18 @@ def channel_of(mesh: Mesh, rows: int, width: int, kernels: str | None) -> tuple[
     if rows > (most := channel.link.resident):
         return None, f"psum: {rows} rows wait for each other, of which a device has {most} at once"
     return channel, "one kernel with the norm behind it, by packets"
+
+
+def check_channel(channel: Channel, mesh: Mesh, width: int, rows: int, who: str, of: str) -> None:
+    """Raise ArgumentError for a channel by which the rows of a step cannot go."""
+    if channel.mesh != mesh:
+        raise ArgumentError(f"{who}: the channel is of another mesh than the model; make one of model.mesh")
+    most = min(channel.rows, channel.link.resident)
+    if rows > most or width > channel.width:
+        raise ArgumentError(
+            f"{who}: {rows} {of} of {width} elements where the channel serves {most} rows of {channel.width}; make a channel "
+            f"with room for them or ask for fewer {of}"
+        )
 
 
 def of_prompts(channel: Channel | None) -> Link | None:

@@ -15,7 +15,7 @@ from moekit.errors import DtypeError, NonFiniteError, ShapeError
 from moekit.jax import Channel
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.exchanged import locked, of_prompts
+from moekit.models.qwen3next.exchanged import check_channel, locked, of_prompts
 from moekit.models.qwen3next.files import brief, read_json, shown
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
@@ -85,6 +85,9 @@ def generate(
     max_new_tokens = positive("max_new_tokens", max_new_tokens)
     stops = frozenset(() if eos is None else token_ids("eos", eos, model.config.vocab_size))
     kernels = resolve(kernels)
+    if channel is not None:
+        check_channel(channel, model.mesh, model.config.hidden_size, 0, "generate", "prompts")  # more are gathered
+    mail = channel and channel.mail
     run = _Run(len(prompts), max_new_tokens, stops, progress)
     calls = _calls(model, prompts, max_new_tokens, kernels, channel)
     try:
@@ -98,7 +101,7 @@ def generate(
             waiting = None if run.finished else following
     finally:
         if channel is not None:  # a rank that did not come leaves what may be no number, too
-            channel.check()
+            channel.check(mail)
     return run.result()
 
 
