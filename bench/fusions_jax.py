@@ -1,6 +1,6 @@
 """How long each fusion takes in JAX: moekit's kernels and XLA's, by the device's clock over a chain of calls in one jit.
 
-    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--kinds pallas,triton,mosaic,xla] [--seconds N] …
+    python bench/fusions_jax.py [--fusions NAME,…] [--tokens 1,64,4096] [--kinds pallas,triton,mosaic,xla] [--json FILE]
 
 Kinds are moekit's implementations; fusions without kernels for `mosaic` have no row of it.
 

@@ -90,6 +90,12 @@ class MosaicPrinter(pallas.PallasPrinter):
                 self.pending = not isinstance(op, t.Barrier)
         return lines
 
+    def choice(self, op: t.Where) -> str:
+        """A choice between two blocks: of a condition that is a number (blocks of one element are) Mosaic makes no block."""
+        if op.out.axes and not op.condition.axes and op.condition not in self.literals:
+            return self.word("where", self.spread(op.condition, op.out.axes), *self.branches(op))
+        return super().choice(op)
+
     def held_twice(self, op: t.Store) -> bool:
         """Whether several threads store one element of an array that is read."""
         axes, read = self.program.ordered(op.at.axes), buffers(self.program)[0]

@@ -57,8 +57,10 @@ def delta_rule_chunks(q, k, solved, attend, v, since, left, asked, fade, state):
         raise ShapeError(
             f"delta_rule_chunks: the chunks of q, k and v have {list(counts.values())} tokens; they must be as long"
         )
-    if size("M") > MOST:
-        raise ShapeError(f"delta_rule_chunks: there are {size('M')} chunks; a call takes at most {MOST}")
+    if not 1 <= size("M") <= MOST:
+        raise ShapeError(f"delta_rule_chunks: there are {size('M')} chunks; a call takes 1 to {MOST}")
+    if not size("K"):
+        raise ShapeError("delta_rule_chunks: k has no heads; a call takes 1 or more")
     if size("V") % size("K"):
         raise ShapeError(f"delta_rule_chunks: v has {size('V')} heads and k has {size('K')}; V must be a multiple of K")
     head, outs = iota("V") // (size("V") // size("K")), []

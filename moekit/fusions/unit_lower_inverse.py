@@ -31,7 +31,7 @@ def unit_lower_inverse(system):
         raise ShapeError(f"unit_lower_inverse: system has {size('Lr')} rows; a call takes at most {MOST}")
     row, column = iota("Lr"), iota("Lc")
     solved = where(row == column, 1.0, 0.0)
-    if size("Lr") == 1:
+    if size("Lr") <= 1:
         return where(row > 0, f32(system), solved)  # for each matrix, though it is not looked at
     for i in range(1, size("Lr")):
         below = where(row < i, f32(gather(gather(system, i, over="Lr"), row, over="Lc")), 0.0)  # what row i has, along rows

@@ -19,6 +19,7 @@ from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
 from moekit.lang.dtypes import FLOATS
+from moekit.testing import Call, operands
 from moekit.testing.batch import check
 from moekit.testing.suite import cases
 
@@ -73,6 +74,16 @@ def test_more_kernels_compile_for_an_h200(name):
         kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
         _, said = assembled(program, kinds, wrote, program.programs({"T": 4}))
         assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+@pytest.mark.parametrize(("name", "sizes", "params"), [
+    ("topk_softmax", {"T": 3, "E": 64}, {"k": 1}), ("causal_conv1d_step", {"T": 2, "C": 16, "S": 1}, {}),
+])  # fmt: skip
+def test_blocks_of_one_element_run_right(name, sizes, params):
+    """A condition along such an axis is a number, of which Mosaic makes no block by itself."""
+    with emulated() as machines:
+        check("mosaic", Call(FUSIONS[name], operands(FUSIONS[name], sizes, "float32", "normal", 3, params), params))
+    assert machines
 
 
 def ruled(name: str) -> list:

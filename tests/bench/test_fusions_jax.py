@@ -41,7 +41,8 @@ def test_what_is_updated_is_what_the_declaration_says():
     roles = {f.name: [n for n, s in f.tensors.items() if s.role == "InOut"] for f in FUSIONS.values()}
     fusions = {name: entry for name, entry in UPDATED.items() if not name.endswith("_block")}
     assert {n: [u] for n, (u, _) in fusions.items()} == {n: r for n, r in roles.items() if r and n in fusions}
-    assert {n for n, r in roles.items() if r} - {"causal_conv1d_step", "qkv_norm_rope"} == set(fusions)  # timed in a step alone
+    in_a_model = {"causal_conv1d_step", "qkv_norm_rope", "delta_rule_chunks"}  # are timed
+    assert {n for n, r in roles.items() if r} - in_a_model == set(fusions)
     sizes = {"x": (2, 8), "residual": (2, 8), "weight": (8,)}
     outputs = FUSIONS["add_rms_norm"].reference(*(np.ones(s) for s in sizes.values()), eps=1e-6, offset=1.0)
     assert list(outputs)[UPDATED["add_rms_norm"][1]] == "residual"

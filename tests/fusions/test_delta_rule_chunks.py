@@ -60,7 +60,7 @@ def test_a_program_has_a_heads_state_but_for_its_columns():
     ("wrong", "why"),
     [
         ({"Cv": 4}, r"chunks of q, k and v have \[5, 5, 4\] tokens; they must be as long"),
-        ({"M": 17}, "there are 17 chunks; a call takes at most 16"),
+        ({"M": 17}, "there are 17 chunks; a call takes 1 to 16"),
         ({"V": 3}, "v has 3 heads and k has 2; V must be a multiple of K"),
     ],
 )
