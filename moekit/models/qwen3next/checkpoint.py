@@ -205,8 +205,10 @@ def kept_float8(checkpoint: Checkpoint, tp: int = 1) -> tuple[Float8 | None, str
         return next((w.block[1] for w in parts(scaled, every, tp) if w.block and w.block[1] < LEAST), None)
 
     if few := narrow(ROUTED):
-        found = f"over {tp} ranks in {config.ep} groups {few} columns of a routed expert share a scale, and {LEAST} are needed"
-        return None, f"{found} for {name}; choose fewer ranks or a larger ep, or leave weights out"
+        where = f"over {tp} ranks in {config.ep} groups" if tp > config.ep else f"of blocks of {blocks.rows} × {blocks.columns}"
+        advice = "choose fewer ranks or a larger ep, or leave" if tp > config.ep else "leave"
+        found = f"{where} {few} columns of a routed expert share a scale, and {LEAST} are needed"
+        return None, f"{found} for {name}; {advice} weights out"
     kept = [ROUTED, *(names for names in others if plain(names) is None and narrow(names) is None)]
     return Float8(blocks.rows, blocks.columns, frozenset(chain.from_iterable(kept))), ""
 
