@@ -197,7 +197,7 @@ def _door(name: str, refused: str | None, no_gpu: str | None, plugin: str | None
 def doors_refused() -> dict[str, str | None]:
     """Why kernels cannot go by each of jax's doors, None where they can; asked in a process of its own."""
     program = "import json; from moekit.jax import doors; print(json.dumps({d: doors.refusal(d) for d in doors.KERNELS}))"
-    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
     if asked.returncode:
         why = f"jax does not work here: {(asked.stderr.strip() or 'no reason given').splitlines()[-1]}"
         return dict.fromkeys(DOORS, why)

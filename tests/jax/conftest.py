@@ -13,8 +13,10 @@ from moekit.fusions import FUSIONS
 from moekit.jax import op
 from moekit.lang.arguments import example
 
-SIZES = {"T": 4, "H": 16, "D": 16, "P": 24, "I": 8, "E": 8, "V": 4, "K": 2, "Dk": 8, "Dv": 8, "G": 1, "H?": 1}
+SIZES = {"T": 4, "H": 16, "D": 16, "P": 24, "I": 8, "E": 8, "V": 4, "K": 2, "Dk": 8, "Dv": 8, "G": 1, "H?": 1,
+         "M": 2, "Cq": 4, "Ck": 4, "Cv": 4}  # fmt: skip
 PARAMS = {"k": 3, "experts": 8}
+SCALE = {"delta_rule_chunks": 0.3}  # of its operands, which are multiplied by each other from chunk to chunk
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -84,7 +86,7 @@ def call_of(name: str, seed: int = 0) -> Call:
     sizes, ones = dict(binding.sizes), dict(binding.ones)
     shapes = {n: tuple(1 if i in ones[n] else d.size(sizes) for i, d in enumerate(s.dims)) for n, s in fusion.tensors.items()}
     arrays = tuple(
-        rng.standard_normal(shapes[n]) if "float32" in s.dtypes else rng.integers(0, 2, shapes[n]).astype(np.int32)
+        SCALE.get(name, 1.0) * rng.standard_normal(shapes[n]) if "float32" in s.dtypes else rng.integers(0, 2, shapes[n]).astype(np.int32)
         for n, s in fusion.tensors.items()
     )
     return Call(name, arrays, params)

@@ -67,7 +67,7 @@ def test_another_process_reads_the_functions():
     import moekit.torch as mt
 
     functions = [getattr(mt, n) for n in mt.__all__ if hasattr(getattr(mt, n), "fusion")]
-    assert len(functions) == 32
+    assert {face.fusion.name for face in functions} == {*FUSIONS} - {"gate_gemm"}  # which is a function of its own
     for face in functions:
         assert pickle.loads(pickle.dumps(face)) is face
     says = "import moekit.torch as mt; print(x == [getattr(mt, f.__name__) for f in x])"
