@@ -99,15 +99,21 @@ def nccl(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
     return link
 
 
-def one_shot(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
-    """The kernel of symmetric memory, then moekit's norm; it has no copy to make, as x is moved there once."""
+def shared(x: torch.Tensor) -> str:
+    """Move a tensor into symmetric memory, once; the name of the group that reaches it."""
     from torch.distributed import _symmetric_memory as symmetric
 
     name = dist.group.WORLD.group_name
-    shared = symmetric.empty(*x.shape, dtype=x.dtype, device=x.device)
-    symmetric.rendezvous(shared, name)
-    shared.copy_(x)
-    x.set_(shared)
+    memory = symmetric.empty(*x.shape, dtype=x.dtype, device=x.device)
+    symmetric.rendezvous(memory, name)
+    memory.copy_(x)
+    x.set_(memory)
+    return name
+
+
+def one_shot(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
+    """The kernel of symmetric memory, then moekit's norm; it has no copy to make, as x is moved there once."""
+    name = shared(x)
 
     def link() -> None:
         total = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name)
@@ -118,13 +124,7 @@ def one_shot(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
 
 def two_shot(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
     """The kernel of symmetric memory in which each rank adds up a part of all rows, in place; then moekit's norm."""
-    from torch.distributed import _symmetric_memory as symmetric
-
-    name = dist.group.WORLD.group_name
-    shared = symmetric.empty(*x.shape, dtype=x.dtype, device=x.device)
-    symmetric.rendezvous(shared, name)
-    shared.copy_(x)
-    x.set_(shared)
+    name = shared(x)
 
     def link() -> None:
         torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", name)

@@ -217,12 +217,10 @@ EXPRESSIONS: dict[type, Callable[[MosaicPrinter, Any], str | Text]] = {
 
 
 def _binary(p: MosaicPrinter, op: t.Binary) -> str | Text:
-    if op.op not in ("maximum", "minimum", "floordiv", "rem"):
-        return p.operator(op)
+    if op.op not in ("maximum", "minimum"):
+        return pallas.binary(p, op)
     a, b = p.pair(op)
-    if op.op in ("maximum", "minimum"):
-        return f"jnp.{op.op}({a}, {b})"
-    return f"{p.helper('trunc_div' if op.op == 'floordiv' else 'trunc_rem')}({a}, {b})"
+    return f"jnp.{op.op}({a}, {b})"
 
 
 def _reduce(p: MosaicPrinter, op: t.Reduce) -> str:

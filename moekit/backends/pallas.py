@@ -261,7 +261,8 @@ def _load(p: PallasPrinter, op: t.Load) -> str:
     return f"plt.load({ref}.at[{p.index(op.at, axes)}]{mask}{f', other={fill}' if mask else ''})"
 
 
-def _binary(p: PallasPrinter, op: t.Binary) -> str | Text:
+def binary(p: PallasPrinter, op: t.Binary) -> str | Text:
+    """An operation of two blocks."""
     if op.op not in ("maximum", "minimum", "floordiv", "rem"):
         return p.operator(op)
     a, b = p.pair(op)
@@ -324,7 +325,7 @@ EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     t.Deinterleave: lambda p, op: f"{p.helper('deinterleave')}({p.text(op.value)}, {len(op.outs)})",
     t.Interleave: _interleave,
     t.Load: _load,
-    t.Binary: _binary,
+    t.Binary: binary,
     t.Reduce: _reduce,
     t.Dot: _dot,
     t.Ways: _ways,

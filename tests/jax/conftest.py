@@ -86,7 +86,9 @@ def call_of(name: str, seed: int = 0) -> Call:
     sizes, ones = dict(binding.sizes), dict(binding.ones)
     shapes = {n: tuple(1 if i in ones[n] else d.size(sizes) for i, d in enumerate(s.dims)) for n, s in fusion.tensors.items()}
     arrays = tuple(
-        SCALE.get(name, 1.0) * rng.standard_normal(shapes[n]) if "float32" in s.dtypes else rng.integers(0, 2, shapes[n]).astype(np.int32)
+        SCALE.get(name, 1.0) * rng.standard_normal(shapes[n])
+        if "float32" in s.dtypes
+        else rng.integers(0, 2, shapes[n]).astype(np.int32)
         for n, s in fusion.tensors.items()
     )
     return Call(name, arrays, params)
