@@ -310,3 +310,16 @@ def test_ctrl_c_ends_with_the_summary():
 ])  # fmt: skip
 def test_exit_codes(arguments, code):
     assert run(*arguments).exit_code == code
+
+
+def test_an_implementation_that_cannot_run_here_is_refused_before_a_campaign(monkeypatch):
+    """Triton's interpreter and the kernels that XLA compiles need opposite settings: neither is a failure of a case."""
+    asked = ["fuzz", "silu_and_mul", "--examples", "8", "--impl"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    said = CliRunner().invoke(cli, [*asked, "triton-jax"])
+    assert said.exit_code == 3
+    assert "triton-jax: TRITON_INTERPRET is set, and XLA takes what Triton compiles; unset it" in " ".join(said.output.split())
+    monkeypatch.delenv("TRITON_INTERPRET")
+    said = CliRunner().invoke(cli, [*asked, "triton-interpreter"])
+    assert said.exit_code == 3
+    assert "needs TRITON_INTERPRET=1" in said.output
