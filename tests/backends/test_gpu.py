@@ -113,7 +113,10 @@ def test_more_rows_than_a_second_grid_axis_has(tokens):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    """Bitwise: any slice of the batch gives the rows of the whole batch, for every fusion, in PyTorch and by JAX's doors."""
+    """Bitwise: any slice of the batch gives the rows of the whole batch, for every fusion that has rows, by every door.
+
+    What adds up over ranks has no sample for one of them, and what sorts pairs has no rows.
+    """
     import jax
     import torch
 
@@ -125,9 +128,11 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
     from .samples import SAMPLES
 
-    for name, fusion in FUSIONS.items():
-        sample = SAMPLES[name]
+    for name in sorted(FUSIONS.keys() & SAMPLES.keys() - {"moe_align"}):
+        fusion, sample = FUSIONS[name], SAMPLES[name]
         sizes = dict(sample.bound()[1].sizes) | {"T": 37}
+        if "ids" in fusion.tensors:
+            sizes["E"] = 48  # stacks of matrices: drawing 512 takes a minute
         values = operands(fusion, sizes, "bfloat16", "normal", 3)
         tokens = [n for n, s in fusion.tensors.items() if s.shape.startswith("T")]
         for rows in (slice(0, 1), slice(5, 6), slice(30, 37), slice(3, 20)):
