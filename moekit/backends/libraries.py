@@ -1,7 +1,7 @@
 """What array evaluation has of numpy, torch and jax.numpy: a function of each for every operation, with moekit's meaning.
 
-Declared roundings stay: in JAX a narrowing cast whose result is used again goes through `lax.reduce_precision`, because XLA
-drops plain convert pairs on GPU; float32 contractions are never TF32.
+Declared roundings stay: in JAX a narrowing cast whose result is used again is `rounding.rounded` before, because XLA drops
+plain convert pairs on GPU; float32 contractions are never TF32.
 """
 
 from __future__ import annotations
@@ -189,11 +189,10 @@ def jax_library() -> Library:
     import jax.numpy as jnp
     from jax import lax, nn
 
+    from moekit.backends.rounding import rounded
+
     def cast(x, dtype, inner):
-        if inner and dtype in ("bfloat16", "float16") and x.dtype == jnp.float32:
-            exponent, mantissa = (8, 7) if dtype == "bfloat16" else (5, 10)
-            x = lax.reduce_precision(x, exponent_bits=exponent, mantissa_bits=mantissa)
-        return x.astype(dtype)
+        return (rounded(x, dtype) if inner and x.dtype == jnp.float32 else x).astype(dtype)
 
     def scatter(base, index, value):
         ok = _in_range(index, base.shape)

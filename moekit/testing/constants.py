@@ -21,16 +21,8 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("experts", None): 0.7,
     ("attention_decode", None): 0.19,
     ("gated_attention_decode", None): 0.4,
-    ("scaled_expert_gate_up", None): 1.7,
-    ("scaled_expert_down", None): 1.15,
     ("scaled_experts", None): 0.8,
-    ("scaled_product", None): 2.2,
-    ("scaled_row_product", None): 1.65,
-    ("scaled_conv_projections", None): 1.7,
-    ("scaled_gate_projections", None): 2.05,
-    ("scaled_gate_topk", None): 1.9,
-    ("scaled_down_combine", None): 1.5,
-    ("scaled_expert_down_shared", None): 1.45,
+    ("scaled_expert_gate_up", None): 2.75,
 }
 
 

@@ -218,13 +218,24 @@ LONG_SUMS = {
     "expert_down_shared": {"T": 1, "K": 2, "I": 300, "E": 3, "H": 2, "J": 500},
     "qkv_norm_rope": {"T": 2, "Q": 1, "K": 1, "L": 2, "R": 4, "N": 492, "Dv": 2},
     "causal_conv1d_step": {"T": 1, "C": 4, "S": 400},
+    "scaled_product": {"T": 1, "D": 160, "P": 2},
+    "scaled_row_product": {"T": 1, "D": 160, "P": 2},
+    "scaled_conv_projections": {"T": 1, "D": 160, "C": 2, "P": 1, "Q": 2, "S": 3},
+    "scaled_gate_projections": {"T": 1, "D": 160, "I": 2, "E": 4, "G": 1},
+    "scaled_gate_topk": {"T": 1, "D": 160, "I": 2, "E": 4, "G": 1},
+    "scaled_down_combine": {"T": 1, "H": 2, "I": 160, "H?": 1},
+    "scaled_expert_gate_up": {"T": 1, "K": 2, "E": 3, "I": 2, "D": 160},
+    "scaled_expert_down": {"T": 1, "K": 2, "E": 3, "I": 160, "H": 2},
+    "scaled_expert_down_shared": {"T": 1, "K": 2, "E": 3, "I": 160, "J": 160, "H": 2, "H?": 1},
 }
+BLOCKS = {"rows": 2, "columns": 160, "inner": 160, "shared_inner": 160, "k": 2}  # a scale for all of a sum
 
 
 @pytest.mark.parametrize("name", LONG_SUMS)
 def test_equal_terms_added_up_in_order_are_within_the_bound(name):
     """A block of one adds up one term after another, and rounds equal terms the same way each time."""
-    declared, params = FUSIONS[name].tensors.items(), {"k": 2} if name == "gate_topk" else {}
+    declared = FUSIONS[name].tensors.items()
+    params = {n: BLOCKS[n] for n in FUSIONS[name].params if n in BLOCKS}
     dtypes = {n: "float32" if "float32" in t.dtypes else t.dtypes[0] for n, t in declared}
     for seed in range(4):
         case = FuzzCase(name, LONG_SUMS[name], dtypes, params, recipe="equal", seed=seed, schedule="small")

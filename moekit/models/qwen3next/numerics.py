@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moekit.backends.rounding import rounded
+
 PARTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 _EXPONENTS = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80),
               "float8_e4m3fn": (np.uint8, 0x7F)}  # fmt: skip
 _AT_ONCE = 1 << 18  # values of an array that are looked at together: they stay in a cache
-_ROUNDING = {"bfloat16": (8, 7), "float16": (5, 10)}  # exponent and mantissa bits
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` in `dtype`, rounded for certain: XLA may drop a narrowing cast that a widening one follows."""
-    bits = _ROUNDING.get(jnp.dtype(dtype).name)
-    return (x if bits is None else lax.reduce_precision(x, *bits)).astype(dtype)
+    return rounded(x, jnp.dtype(dtype).name).astype(dtype)
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
