@@ -78,7 +78,8 @@ def sglang_modules():
 
     def fused_experts(x, w1, w2, routed, config, use_fp8_w8a8=False, w1_scale=None, w2_scale=None, block_shape=None):
         assert settings == ["installed"]
-        assert not config.inplace and config.num_experts == config.num_local_experts == EXPERTS
+        assert not config.inplace
+        assert config.num_experts == config.num_local_experts == EXPERTS
         assert use_fp8_w8a8 == (w1_scale is not None)
         weights, ids, _ = routed
         return fused(x, w1.contiguous(), w2, weights, ids, (w1_scale, w2_scale), block_shape)
@@ -105,7 +106,8 @@ def triton_kernels_modules():
         each = torch.einsum("pk,pkn->pn", rows, w.double()[routed.experts.long()])
         if fused_activation is not None:
             specs, _, columns = fused_activation
-            assert specs[0] == "silu_and_mul" and columns == 2
+            assert specs[0] == "silu_and_mul"
+            assert columns == 2
             gate, up = each.view(len(each), -1, 2).unbind(-1)
             each = torch.nn.functional.silu(gate) * up
         if gammas is not None:
@@ -179,7 +181,8 @@ def test_what_is_not_installed_is_a_row_that_says_so():
 def test_pages_hold_the_cache_in_order(length, page):
     cache = torch.randn(3, 2, 128, 4)
     pages, count = attention_peers._pages(cache, length, page), -(-length // page)
-    assert pages.shape == (3 * count, 2, page, 4) and pages.is_contiguous()
+    assert pages.shape == (3 * count, 2, page, 4)
+    assert pages.is_contiguous()
     for b, t in np.ndindex(3, count * page):
         want = cache[b, :, t] if t < length else torch.zeros(2, 4)
         assert torch.equal(pages[b * count + t // page, :, t % page], want)
@@ -201,11 +204,14 @@ class Wrapper:
     """`BatchDecodeWithPagedKVCacheWrapper`."""
 
     def __init__(self, workspace, layout, use_tensor_cores):
-        assert layout == "HND" and workspace.dtype == torch.uint8
+        assert layout == "HND"
+        assert workspace.dtype == torch.uint8
 
     def plan(self, first, numbers, last, query_heads, heads, depth, page, sm_scale, q_data_type, kv_data_type):
         counts = first.diff()
-        assert len(set(counts.tolist())) == 1 and query_heads == 8 * heads and len(numbers) == first[-1]
+        assert len(set(counts.tolist())) == 1
+        assert query_heads == 8 * heads
+        assert len(numbers) == first[-1]
         assert first.device.type == last.device.type == "cpu"
         self.tables, self.scale = numbers.view(len(counts), -1), sm_scale
         self.length = int((counts[0] - 1) * page + last[0])
@@ -217,7 +223,9 @@ class Wrapper:
 
 def trtllm(q, cache, workspace, tables, lengths, most, bmm1_scale, out, backend):
     """`trtllm_batch_decode_with_kv_cache`."""
-    assert backend == "xqa" and not workspace.any() and lengths.tolist() == [most] * len(q)
+    assert backend == "xqa"
+    assert not workspace.any()
+    assert lengths.tolist() == [most] * len(q)
     keys, values = (unpaged(pages, tables, most) for pages in cache)
     return out.copy_(attended(q, keys, values, bmm1_scale))
 
@@ -234,7 +242,8 @@ def test_attention_gets_pages_and_a_plan(side, length, stand_in):
 
 def delta(q, k, v, state, A_log, a, dt_bias, b, scale, out, use_qk_l2norm):
     """`gated_delta_rule_decode_pretranspose`: tensors [T, 1, …] and a state [T, V, Dv, Dk], in place."""
-    assert use_qk_l2norm and state.is_contiguous()
+    assert use_qk_l2norm
+    assert state.is_contiguous()
     share = v.shape[2] // q.shape[2]
     wide_q, wide_k = (x[:, 0].double().repeat_interleave(share, 1) for x in (q, k))
     wide_q, wide_k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (wide_q, wide_k))
