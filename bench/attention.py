@@ -4,7 +4,8 @@
 
 Qwen3-Next's heads: 8 query heads to each of its `--heads` keys and values of 256 numbers (2 on one GPU, 1 on each of two). A
 call has a cache of its own, so that none is in the L2. torch is given the cache cut to its length, as it has no lengths of its
-own. `--room N`: the cache has room for so many tokens, whatever it holds. `relative`: the error against float64.
+own, and FlashInfer a copy in pages of its own, planned ahead. `--room N`: the cache has room for so many tokens, whatever it
+holds. `relative`: the error against float64.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 import moekit.torch as mt
-from bench import runner
+from bench import attention_peers, runner
 from bench.cases import DEVICE, rows
 from bench.device_torch import captured, replayed
 
@@ -46,20 +47,18 @@ def drawn(batch: int, heads: int, length: int, room: int, dtype: torch.dtype) ->
     return Call(rows(batch, heads, GROUP, HEAD_DIM, dtype=dtype), *cache, lengths)
 
 
-def ours(c: Call) -> torch.Tensor:
+def ours(c: Call, length: int) -> Callable[[], torch.Tensor]:
     """The fusion."""
-    return mt.attention_decode(c.q, c.keys, c.values, c.lengths, scale=HEAD_DIM**-0.5)
+    return lambda: mt.attention_decode(c.q, c.keys, c.values, c.lengths, scale=HEAD_DIM**-0.5)
 
 
-def sdpa(length: int) -> Callable[[Call], torch.Tensor]:
+def sdpa(c: Call, length: int) -> Callable[[], torch.Tensor]:
     """torch's, of the first `length` tokens."""
+    q, keys, values = c.q.flatten(1, 2).unsqueeze(2), *(x[:, :, :length] for x in (c.keys, c.values))
+    return lambda: scaled_dot_product_attention(q, keys, values, enable_gqa=True).view(c.q.shape)
 
-    def call(c: Call) -> torch.Tensor:
-        keys, values = (x[:, :, :length] for x in (c.keys, c.values))
-        found = scaled_dot_product_attention(c.q.flatten(1, 2).unsqueeze(2), keys, values, enable_gqa=True)
-        return found.view(c.q.shape)
 
-    return call
+SIDES = {"moekit": ours, "torch sdpa": sdpa, **attention_peers.SIDES}
 
 
 def relative(c: Call, length: int, out: torch.Tensor) -> float:
@@ -88,13 +87,12 @@ def measure(batch: int, heads: int, length: int, room: int, dtype: str, rounds: 
     read = 2 * batch * heads * length * HEAD_DIM * kind.itemsize
     count = int(min(max(2, IN_CACHE // read), 100, MOST // (read * room // length)))
     calls = [drawn(batch, heads, length, room, kind) for _ in range(max(1, count))]
-    made = {"moekit": ours, "torch sdpa": sdpa(length)}
 
     def prepare(side: str) -> tuple[dict, object]:
-        error = relative(calls[0], length, made[side](calls[0]))
-        return {"relative": round(error, 6)}, captured([lambda c=c: made[side](c) for c in calls])
+        made = [SIDES[side](c, length) for c in calls]
+        return {"relative": round(relative(calls[0], length, made[0]()), 6)}, captured(made)
 
-    found = runner.beside(made, prepare, lambda graphs: replayed(graphs, rounds))
+    found = runner.beside(SIDES, prepare, lambda graphs: replayed(graphs, rounds))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [{**r, **({"TB/s": round(read / r["us"] / 1e6, 3)} if "us" in r else {})} for r in found]

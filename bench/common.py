@@ -10,8 +10,8 @@ from pathlib import Path
 from moekit import __version__
 from moekit.files import read_json, write_text
 
-PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang-kernel", "vllm", "liger-kernel", "quack-kernels",
-            "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax", "transformers")  # fmt: skip
+PACKAGES = ("numpy", "torch", "triton", "jax", "flashinfer-python", "sglang", "sglang-kernel", "vllm", "liger-kernel",
+            "quack-kernels", "nvidia-cutlass-dsl", "flash-linear-attention", "tokamax", "transformers")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

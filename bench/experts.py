@@ -10,9 +10,10 @@ floor has the bytes; down projections are then [H, I] of each expert, as in such
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import silu
@@ -20,7 +21,7 @@ from torch.nn.functional import silu
 sys.path.insert(0, __file__.rpartition("/bench/")[0])
 
 import moekit.torch as mt
-from bench import runner
+from bench import experts_peers, runner
 from bench.cases import DEVICE, rows, weight
 from bench.device_torch import captured, replayed
 
@@ -86,27 +87,38 @@ class Routed(NamedTuple):
     weights: torch.Tensor
 
 
+Side = Callable[[Routed], torch.Tensor]
+
+
 def drawn(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> Routed:
     """Rows, and for each `top_k` experts with weights that add up to 1."""
     ids = torch.rand(tokens, experts, device=DEVICE).argsort(-1)[:, :top_k].int()
     return Routed(rows(tokens, hidden, dtype=dtype), ids, rows(tokens, top_k, dtype=torch.float32).softmax(-1))
 
 
-def grouped(layer: Layer, call: Routed) -> torch.Tensor:
-    """torch's grouped products over the pairs sorted by expert, and their weighted sum."""
+def grouped(first: Sequence[torch.Tensor], down: torch.Tensor, call: Routed) -> torch.Tensor:
+    """torch's grouped products over the pairs sorted by expert, and their weighted sum; `first` is gate_up, or gate and up."""
     (x, ids, weights), flat = call, call.ids.flatten()
     _, order = torch.sort(flat, stable=True)
-    counts = torch.zeros(len(layer.down), dtype=torch.int32, device=x.device).index_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(len(down), dtype=torch.int32, device=x.device).index_add_(0, flat, torch.ones_like(flat))
     ends, tokens = counts.cumsum(0, dtype=torch.int32), order // ids.shape[1]
-    gate, up = torch._grouped_mm(x[tokens], layer.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-    each = torch._grouped_mm(silu(gate) * up, layer.down, offs=ends)
+    gathered = x[tokens]
+    products = [torch._grouped_mm(gathered, matrices.transpose(1, 2), offs=ends) for matrices in first]
+    gate, up = (half for product in products for half in product.chunk(2 // len(first), -1))
+    each = torch._grouped_mm(silu(gate) * up, down, offs=ends)
     return torch.zeros_like(x).index_add_(0, tokens, each * weights.flatten()[order, None].to(x.dtype))
 
 
-def sides(layer: Layer, tokens: int, blocks: tuple[int, ...]) -> dict[str, Callable[[Routed], torch.Tensor]]:
+def once(make: Callable[[Any], Side], layer: Layer | Scaled) -> Side:
+    """A side whose maker is asked at its first call, so that one which cannot be made is a row that says why."""
+    made = functools.lru_cache(maxsize=1)(lambda: make(layer))
+    return lambda c: made()(c)
+
+
+def sides(layer: Layer, tokens: int, blocks: tuple[int, ...]) -> dict[str, Side]:
     """Every side by name, as functions of a call."""
 
-    def ours(block: int) -> Callable[[Routed], torch.Tensor]:
+    def ours(block: int) -> Side:
         return lambda c: mt.experts(c.x, c.ids, c.weights, layer.gate_up, layer.down, block=block)
 
     def gathered(c: Routed) -> torch.Tensor:
@@ -115,13 +127,16 @@ def sides(layer: Layer, tokens: int, blocks: tuple[int, ...]) -> dict[str, Calla
     found = {f"moekit, block {block}": ours(block) for block in blocks if block > 1 or tokens <= FEW}
     if tokens <= GATHERED:
         found["moekit, gathered"] = gathered
-    return found | {"torch grouped": lambda c: grouped(layer, c)}
+    found["torch grouped"] = lambda c: grouped([layer.gate_up], layer.down, c)
+    halves = [half.contiguous() for half in layer.gate_up.chunk(2, 1)]
+    found["torch grouped, three products"] = lambda c: grouped(halves, layer.down, c)
+    return found | {name: once(make, layer) for name, make in experts_peers.DENSE.items()}
 
 
-def scaled_sides(layer: Scaled, tokens: int, blocks: tuple[int, ...]) -> dict[str, Callable[[Routed], torch.Tensor]]:
+def scaled_sides(layer: Scaled, tokens: int, blocks: tuple[int, ...]) -> dict[str, Side]:
     """`sides` of float8 weights."""
 
-    def ours(block: int) -> Callable[[Routed], torch.Tensor]:
+    def ours(block: int) -> Side:
         return lambda c: mt.scaled_experts(c.x, c.ids, c.weights, *layer, block=block)
 
     def gathered(c: Routed) -> torch.Tensor:
@@ -129,7 +144,8 @@ def scaled_sides(layer: Scaled, tokens: int, blocks: tuple[int, ...]) -> dict[st
         return mt.scaled_expert_down(activated, layer.down, layer.down_scale, c.ids, c.weights)
 
     found = {f"{FLOAT8}block {block}": ours(block) for block in blocks if block > 1 or tokens <= FEW}
-    return found | ({f"{FLOAT8}gathered": gathered} if tokens <= GATHERED else {})
+    found |= {f"{FLOAT8}gathered": gathered} if tokens <= GATHERED else {}
+    return found | {f"{FLOAT8}{name}": once(make, layer) for name, make in experts_peers.FLOAT8.items()}
 
 
 def relative(layer: Layer | Scaled, call: Routed, out: torch.Tensor) -> float:

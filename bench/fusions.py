@@ -26,7 +26,7 @@ from moekit.tune.timer import copies_needed
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 LARGEST_BYTES = 12e9  # of all operands together
 SLOW = ("eager",)  # sides with many kernels: fewer calls in their graphs
-PEERS = ("sgl-kernel", "flashinfer", "flashinfer cuda", "liger", "quack", "vllm", "fla")
+PEERS = ("sgl-kernel", "flashinfer", "flashinfer cuda", "liger", "quack", "vllm", "fla", "flashinfer, bfloat16 state")
 
 
 def named(prefixes: tuple[str, ...]) -> list[str]:

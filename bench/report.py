@@ -7,6 +7,7 @@ and command), or one of the tables in `MAKERS`. `--check` changes nothing and ex
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,10 @@ PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES)
 RESULTS, PLOT, STEP = ROOT / "bench" / "results", ROOT / "docs" / "performance.svg", ROOT / "docs" / "step_80b.svg"
 PLOTTED = ("add_rms_norm 2048", "silu_and_mul 512", "topk_softmax 512/10", "shared_expert_combine 2048", "gate_gemm 648",
            "gate_block 648")  # fmt: skip
+
+
+FLOAT8 = "float8, "  # how sides begin that have such weights
+OTHERS = ("vllm", "sglang", "triton_kernels", "torch", "flashinfer", "fla")  # how those begin that are not moekit's
 
 
 Cell = Callable[[dict], str]
@@ -242,6 +247,27 @@ def beside_floor(result: dict) -> str:
     return crossed(rows, by, text("side"), lambda row: number("us")(row) + text("of floor", " ({:.2f})")(row))
 
 
+def against(result: dict) -> str:
+    """The time of the fastest of moekit's sides over each other side's; those with float8 weights beside their like."""
+    best: dict[tuple, float] = {}
+    rows = [row for row in result["rows"] if "us" in row]
+    for row in rows:
+        if not _theirs(row):
+            best[_place(row)] = min(row["us"], best.get(_place(row), math.inf))
+    by = {"case": text("case"), "T": text("T"), "tokens in the cache": text("length")}
+    by = {head: cell for head, cell in by.items() if any(cell(row) for row in rows)}
+    rivals = [row | {"over": best[_place(row)] / row["us"]} for row in rows if _theirs(row) and _place(row) in best]
+    return crossed(rivals, by, text("side"), text("over", "{:.2f}"))
+
+
+def _place(row: dict) -> tuple:
+    return row["side"].startswith(FLOAT8), *(row.get(key) for key in ("case", "T", "length", "room"))
+
+
+def _theirs(row: dict) -> bool:
+    return row["side"].removeprefix(FLOAT8).startswith(OTHERS)
+
+
 def _calls(result: dict, key: str, title: str, floors: Mapping[str, str]) -> str:
     """Calls of the whole model: a row per size (`key`) and side; a ratio to XLA's kernels only where those were measured."""
     rows = [r for r in result["rows"] if key in r and "side" in r]
@@ -283,7 +309,7 @@ def _calls(result: dict, key: str, title: str, floors: Mapping[str, str]) -> str
 MAKERS: dict[str, Callable[[dict], str]] = {
     "made": made, "targets": judged, "times": times, "blocks": times, "tuned": tuned, "errors": errors, "host": host,
     "patched": patched, "accuracy": accuracy, "beside": beside, "ratios": ratios, "step": step, "prefill": prefill,
-    "engine": engine, "floors": beside_floor,
+    "engine": engine, "floors": beside_floor, "against": against,
 }  # fmt: skip
 SECTION = re.compile(rf"<!-- ({'|'.join(MAKERS)}) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -173,6 +173,31 @@ def _downs(case: Case) -> dict[str, Maker]:
     return {"moekit": _direct(mt.down_combine_), "cublas + torch.compile": cublas}
 
 
+def _deltas(case: Case) -> dict[str, Maker]:
+    def flashinfer(dtype: torch.dtype) -> Maker:
+        """Its states are [T, V, Dv, Dk] and stay so."""
+
+        def make(o: Operands) -> Call:
+            *given, state = o.values()
+            own = state.transpose(-1, -2).contiguous().to(dtype)
+            out = torch.empty_like(o["v"])
+
+            def call():
+                others.flashinfer_delta_rule_step(*given, own, out)
+                return out, own.transpose(-1, -2)
+
+            return call
+
+        return make
+
+    return {
+        "moekit": _direct(mt.delta_rule_step_),
+        "fla": _direct(others.fla_delta_rule_step),
+        "flashinfer": flashinfer(torch.float32),
+        "flashinfer, bfloat16 state": flashinfer(torch.bfloat16),
+    }
+
+
 SIDES: dict[str, Callable[[Case], dict[str, Maker]]] = {
     "add_rms_norm": _norms,
     "silu_and_mul": _silus,
@@ -184,7 +209,7 @@ SIDES: dict[str, Callable[[Case], dict[str, Maker]]] = {
     "moe_block": _blocks,
     "down_combine": _downs,
     "gated_rms_norm": lambda case: {"moekit": _direct(mt.gated_rms_norm), "fla": _direct(others.fla_gated_rms_norm, EPS)},
-    "delta_rule_step": lambda case: {"moekit": _direct(mt.delta_rule_step_), "fla": _direct(others.fla_delta_rule_step)},
+    "delta_rule_step": _deltas,
 }
 
 

@@ -139,3 +139,10 @@ def fla_delta_rule_step(q, k, v, a, b, A_log, dt_bias, state) -> tuple[Any, Any]
         q, k, v, g=a, beta=b, A_log=A_log, dt_bias=dt_bias, scale=q.shape[-1] ** -0.5, initial_state=state, **inside
     )
     return out.squeeze(1), state
+
+
+def flashinfer_delta_rule_step(q, k, v, a, b, A_log, dt_bias, state, out) -> None:
+    """out and state by its decode kernel of CuTe; state is [T, V, Dv, Dk] in float32 or bfloat16, A_log and dt_bias float32."""
+    step = module("flashinfer.gdn_decode").gated_delta_rule_decode_pretranspose
+    q, k, v, a, b, out = (t.unsqueeze(1) for t in (q, k, v, a, b, out))
+    step(q, k, v, state, A_log, a, dt_bias, b, q.shape[-1] ** -0.5, out, use_qk_l2norm=True)

@@ -179,3 +179,15 @@ def test_two_sides_in_one_table(tmp_path):
     assert "| fusion | T | moekit (jax) | xla | ratio | error |" in page
     assert "| gate_gemm 648 | 1 | 4.10 | **2.59** | 1.58 | 0.96 |" in page
     assert "| gate_gemm 648 | 64 | **4.56** | – |  |  |" in page
+
+
+def test_the_fastest_form_is_set_beside_each_peer(tmp_path):
+    """Only with weights of the same kind; a peer that did not run has no figure."""
+    times = {"moekit, block 1": 30.0, "moekit, block 16": 20.0, "vllm": 40.0, "torch grouped": 25.0}
+    times |= {"float8, block 16": 15.0, "float8, vllm": 10.0}
+    rows = [{"case": "experts 512", "T": 4, "side": side, "us": us} for side, us in times.items()]
+    rows.append({"case": "experts 512", "T": 4, "side": "sglang", "problem": "it is not installed"})
+    write(tmp_path / "r.json", result(rows=rows))
+    page = report.filled("<!-- against r.json -->\n<!-- end -->", tmp_path)
+    assert "| case | T | vllm | torch grouped | float8, vllm |" in page
+    assert "| experts 512 | 4 | 0.50 | 0.80 | 1.50 |" in page

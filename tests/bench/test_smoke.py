@@ -16,7 +16,7 @@ NARROW = {
     "shared_expert_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
-PEERS = ("flashinfer", "sgl", "liger", "quack", "vllm", "fla", "peers")  # not installed, or not for a CPU
+PEERS = ("flashinfer", "sgl", "liger", "quack", "vllm", "fla", "peers", "triton_kernels")  # not installed, or not for a CPU
 
 
 @pytest.fixture(autouse=True)
