@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moekit.torch as mt
-from moekit.compile.rules import row_classes
+from moekit.compile.rules import heuristic, row_classes
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.torch import launch, ops
@@ -73,7 +73,9 @@ def test_gradients_equal_those_on_the_cpu(fused, params, tensors):
         operands = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors(fused, device=device)]
         sum(x.square().sum() for x in as_tuple(face(*operands, **params)) if x.is_floating_point()).backward()
         grads.append([x.grad.cpu() for x in operands if x.requires_grad])
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-4)
+    for there, here in zip(*grads, strict=True):
+        largest = there.abs().max().item() if there.numel() else 0.0  # what little large terms leave is noise
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=max(1e-4, 1e-6 * largest))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -210,11 +212,11 @@ ODD = {"D": 72, "P": 88, "I": 24, "E": 40, "H": 88, "V": 3, "K": 3, "Dk": 8, "Dv
 
 @pytest.mark.parametrize("order", ["row-major", "transposed"])
 def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
-    """T = 1 … 300 at an odd size no other test has: as many kernels as stride classes, for a GEMM times its classes of rows."""
+    """T = 1 … 300 at an odd size no other test has: a kernel of each launch for each class of rows and of strides."""
     from moekit.testing import operands
 
     sizes = sizes_of(FUSIONS[fused], ODD)
-    face = mt.op(FUSIONS[fused])
+    face, seen = mt.op(FUSIONS[fused]), set()
     for tokens in range(1, 301):
         shapes = [x.shape for x in operands(FUSIONS[fused], {"T": tokens, **sizes}, "bfloat16").values()]
         dtypes = [
@@ -229,11 +231,20 @@ def test_new_token_counts_compile_nothing(fused, params, order, count_kernels):
             else torch.zeros(s, dtype=d, device="cuda")
             for s, d in zip(shapes, dtypes, strict=True)
         ]
+        seen.add(tuple(stride_class(s, 16 // x.element_size()) for x in made for s in x.stride()))
         face(*made, **params)
     declared = FUSIONS[fused].trace(example(FUSIONS[fused], sizes, "bfloat16", params))
     classes = sum(least <= 300 for least in row_classes(declared))
-    launches = 2 if fused.startswith("expert_down") or fused.endswith("attention_decode") else 1
-    assert 1 <= compiled_kernels() <= (1 if order == "row-major" else 4) * classes * launches
+    assert len(seen) == 1 or order == "transposed"
+    assert 1 <= compiled_kernels() <= len(seen) * classes * len(heuristic(declared).launches)
+
+
+def stride_class(stride: int, unit: int) -> tuple[bool, ...]:
+    """What a kernel is told of a stride: whether it is 1 or a multiple of 16 bytes, in units of which it is passed then, and
+    what Triton sees of the number that is passed."""
+    aligned = stride % unit == 0
+    passed = stride // unit if aligned else stride
+    return stride == 1, aligned, passed == 1, passed % 16 == 0
 
 
 def test_kernels_persist(tmp_path):
