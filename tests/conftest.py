@@ -1,5 +1,6 @@
 """What every test stands on: jax's devices, the `gpu` mark, Hypothesis profiles and seconds per folder."""
 
+import gc
 import os
 from collections import Counter
 from pathlib import PurePosixPath
@@ -12,8 +13,11 @@ from moekit.cli.platform import gpu_count, prepare_jax
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 if gpu_count() == 0:  # XLA's compiler is most of what the tests take, and its code runs for microseconds
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    # Its newer emitters of fused loops go through MLIR, which takes as long again as all the rest (jax 0.11.2).
+    quick = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 prepare_jax()  # before anything imports jax
+gc.set_threshold(20_000, 20, 20)  # each collection calls XLA's, too; and what is traced is made of very many small objects
 
 settings.register_profile(
     "ci",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -34,6 +35,10 @@ def _lowering() -> Any:
 
 
 plt = _lowering()
+# What interprets Pallas imports this in the middle of the first lowering; it adds to the context that jit's caches hang on, and
+# whatever had been called before was compiled again.
+with contextlib.suppress(ImportError):
+    import_module("jax.experimental.pallas.fuser")
 
 
 @lru_cache(maxsize=1024)

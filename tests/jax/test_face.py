@@ -1,5 +1,9 @@
 """The JAX face: outputs that share a base, derivatives of derivatives."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +67,22 @@ def test_eager_calls_of_one_signature_are_traced_once(traces):
     for k, renormalize in ((3, True), (3, True), (3, False), (4, True)):
         topk_softmax(x, k, renormalize, implementation="pallas")
     assert len(traces) == 6
+
+
+ONCE = """
+import jax, jax.numpy as jnp
+from moekit.jax import silu_and_mul
+run = jax.jit(lambda x: silu_and_mul(x, implementation="pallas"))
+for _ in range(2):
+    run(jnp.ones((2, 8)))
+print(run._cache_size())
+"""
+
+
+def test_the_first_call_of_a_process_is_compiled_once():
+    """Nothing is loaded on the way that jit's caches hang on."""
+    done = subprocess.run([sys.executable, "-c", ONCE], env=os.environ, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr[-2000:]
 
 
 def test_an_eager_call_is_the_compiled_one(traces):
