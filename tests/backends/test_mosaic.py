@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moekit.backends import mosaic
 from moekit.compile import tile as t
@@ -23,7 +24,7 @@ from moekit.testing import Call, operands
 from moekit.testing.batch import check
 from moekit.testing.suite import cases
 
-from .emulated import assembled, emulated
+from .emulated import assembled, emulated, h200
 from .ptx import Race
 from .samples import DECLARATIONS, SAMPLES, viewed
 
@@ -136,6 +137,23 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
         few = face(x[2:5], *(m[2:5] if m.ndim == 2 else m for m in more), **params, implementation="mosaic")
     for a, b in zip(whole, few, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[2:5], np.asarray(b))
+
+
+def test_shard_map_with_its_check():
+    """Two H200s, rows cut, a state donated: JAX's check passes, and a kernel is one call, in place."""
+    mesh = h200(2)
+    cut, whole = PartitionSpec("tp"), PartitionSpec()
+
+    def step(x, state, weight):
+        return op(FUSIONS["causal_conv1d_step"])(x, state, weight, implementation="mosaic")
+
+    given = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, p))
+             for s, p in (((8, 128), cut), ((8, 128, 3), cut), ((128, 4), whole))]  # fmt: skip
+    run = jax.shard_map(step, mesh=mesh, in_specs=(cut, cut, whole), out_specs=(cut, cut))
+    with jax.set_mesh(mesh):
+        text = jax.jit(run, donate_argnums=1).lower(*given).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 1
+    assert "copy(" not in text
 
 
 def test_threads_that_store_what_others_read_wait(monkeypatch):
