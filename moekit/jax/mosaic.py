@@ -45,8 +45,8 @@ def call(
     return mosaic_call.bind(*(memory[b] for b in read), program=program, wrote=tuple(wrote), outs=outs, count=grid)
 
 
-# One launch: `count` programs of a kernel, which takes the arrays that it reads. JAX mixes in a kernel of Mosaic GPU what varies
-# over the manual axes of a `shard_map` with what does not, so inside of this no value says that it varies, and its outputs do.
+# One launch: `count` programs of a kernel, which takes the arrays that it reads. JAX mixes in Mosaic GPU's kernels what varies
+# over manual axes of a `shard_map` with what does not, so inside of this no value says that it varies, and its outputs do.
 mosaic_call = Primitive("mosaic_call")
 mosaic_call.multiple_results = True
 
