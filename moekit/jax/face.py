@@ -30,7 +30,7 @@ from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, 
 from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
-from moekit.tune.way import TRITON, in_rows, way
+from moekit.tune.way import MOSAIC, TRITON, in_rows, way
 
 IMPLEMENTATIONS = (*KERNELS, "xla")
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
@@ -154,7 +154,7 @@ class Call:
         """By what kernels go: of `pallas` what a table of the GPU at hand says, but for a schedule, which is the caller's."""
         if implementation == "pallas" and self.schedule is None and self.link is None and (device := gpu()):
             placed = ((layouts[m], x) for n, x in self.graph.tensors.items() for m in (n, written_name(n)) if m in layouts)
-            implementation = way(device, self.graph) if in_rows(self.graph, placed) else TRITON
+            implementation = MOSAIC if way(device, self.graph) == MOSAIC and in_rows(self.graph, placed) else TRITON
         return "pallas" if implementation == TRITON else implementation
 
     def _scheduled(self, separate: frozenset[str], layouts: Mapping, target: str) -> Schedule:

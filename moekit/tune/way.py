@@ -65,7 +65,7 @@ def faster(times: Times) -> bool:
 
 def way(device: str, graph: Graph) -> str:
     """What serves calls of a graph on a device whose operands lie in rows, whatever their number: `TRITON` or `MOSAIC`."""
-    row = table(device).get(graph_key(graph), {}) if table(device) else {}
+    row = table(device).get(_key(graph), {}) if table(device) else {}
     return MOSAIC if _won(row) and _printed(graph) else TRITON
 
 
@@ -77,6 +77,9 @@ def won(device: str) -> list[str]:
 
 def _won(row: Mapping[str, Times]) -> bool:
     return all(layout in row and faster(row[layout]) for layout in LAYOUTS)
+
+
+_key = once(graph_key)
 
 
 @once

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moekit.backends import mosaic
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import Fragment, fragments
+from moekit.compile.passes.fragments import Fragment, fragments, neighbours
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
@@ -19,7 +19,7 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
-from moekit.lang.dtypes import FLOATS
+from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
 from moekit.testing.suite import cases
@@ -186,6 +186,19 @@ def test_fragments_cover_blocks(name):
             assert program.axis(axis).block == found.sizes[i]
             assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
             assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
+
+
+@pytest.mark.parametrize("name", [*ROWS, *MORE])
+def test_a_warp_has_whole_lines(name):
+    """Of the largest array that is loaded or stored, 128 bytes of neighbours at least are in lanes of one warp."""
+    for program in (s for kernel in made(name).programs for s in kernel.sections):
+        accesses = [op.at for op, _ in t.walk(program.body) if isinstance(op, t.Load | t.Store)]
+        at = max(accesses, key=lambda at: np.prod(program.block(program.ordered(at.axes))))
+        if (along := neighbours(program, at)) is not None:
+            found = fragments(program, TARGETS["mosaic"])[along]
+            i = next(i for i, slot in enumerate(found.slots) if along in slot)
+            size = itemsize(program.param(at.tensor).dtype)
+            assert found.warps[i] == 1 or found.lanes[i] * found.vector[i] * size >= 128
 
 
 def test_a_layout_is_said_by_what_a_value_lacks():
