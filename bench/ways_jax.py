@@ -35,6 +35,7 @@ from moekit.tune.table import graph_key
 from moekit.tune.way import LAYOUTS, MOSAIC, TRITON
 
 LINKS = 8
+HOW = f"microseconds of a call, in a chain of {LINKS} in one jit with operands of their own, L2 cold, by the device's clock"
 MORE = 64  # columns of the larger arrays
 FLOAT32 = ("A_log", "dt_bias", "weights", "share", "q_weight", "k_weight", "frequencies")  # whatever the dtype is
 Arrays = dict[str, Any]
@@ -195,7 +196,7 @@ def end(result: dict) -> str:
     entries = {key: {n: x for n, x in e.items() if len(x[TRITON]) == len(x[MOSAIC])} for key, e in entries.items()}
     if path := result.pop("table"):
         known = json.loads(Path(path).read_text(encoding="utf-8"))["entries"] if Path(path).exists() else {}
-        said = {"gpu": result["device"], "made with": {n: result["versions"][n] for n in ("jax", "triton")}}
+        said = {"gpu": result["device"], "made with": {n: result["versions"][n] for n in ("jax", "triton")}, "how": HOW}
         write_table(Path(path), said | {"again": f"python bench/ways_jax.py --table {path}"}, known | entries)
     return "\n".join(f"other bits: {' '.join(key)}" for key, found in firsts.items() if len(found) > 1)
 

@@ -15,8 +15,8 @@ from moekit.tune.table import graph_key
 from moekit.tune.way import MOSAIC, TRITON, faster, in_rows
 
 H200 = "NVIDIA H200"
-WON = {"T": [1, 64], TRITON: [2.0, 3.0], MOSAIC: [1.8, 3.0]}
-SLOWER = {"T": [1, 64], TRITON: [2.0, 3.0], MOSAIC: [1.0, 3.1]}
+WON = {"T": [1, 64], TRITON: [2.0, 3.0], MOSAIC: [2.1, 2.5]}
+SLOWER = {"T": [1, 64], TRITON: [2.0, 3.0], MOSAIC: [1.0, 3.4]}
 
 
 def call(*operands, fusion="silu_and_mul", out=None, schedule=None):
@@ -40,10 +40,10 @@ def measured(monkeypatch):
     return rows
 
 
-def test_a_row_is_won_clearly_somewhere_and_lost_nowhere():
+def test_a_row_is_won_clearly_and_lost_nowhere():
     assert faster(WON)
     assert not faster(SLOWER)
-    assert not faster({TRITON: [2.0, 3.0], MOSAIC: [1.95, 2.95]})
+    assert not faster({TRITON: [2.0, 3.0], MOSAIC: [1.9, 2.95]})
 
 
 def test_what_was_measured_decides(measured):
