@@ -167,10 +167,17 @@ def _doors(no_gpu: str | None, gpus: Sequence[platform.Gpu]) -> list[Finding]:
     plugin = None if platform.jax_has_cuda() else "jax's CUDA plugin is not installed; install moekit[cuda]"
     sees = not (no_gpu or plugin) and jax_sees_cuda()
     when = "as there is no pallas" if refused["pallas"] else "where it is named"
-    by = {"pallas": "through Pallas's Triton lowering", "triton": f"by XLA's own Triton, {when}"}
-    by |= {"mosaic": "through Mosaic GPU, by name only, where a fusion has such kernels"}
+    by = {"pallas": f"through Pallas's Triton lowering{_measured(gpus)}", "triton": f"by XLA's own Triton, {when}"}
+    by |= {"mosaic": "through Mosaic GPU, where it is named or pallas takes it, of fusions that have such kernels"}
     old = dict.fromkeys(DOORS, no_gpu) | {"mosaic": _before_hopper(gpus)}
     return [_door(name, refused[name], old[name], plugin, sees, compiled) for name, compiled in by.items()]
+
+
+def _measured(gpus: Sequence[platform.Gpu]) -> str:
+    """What is to be said of pallas where a table of the GPU here says that Mosaic GPU is faster for some calls."""
+    from moekit.tune.way import won
+
+    return f", or Mosaic GPU, faster for {named}" if gpus and (named := ", ".join(won(gpus[0].name))) else ""
 
 
 def _before_hopper(gpus: Sequence[platform.Gpu]) -> str | None:

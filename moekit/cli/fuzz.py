@@ -26,8 +26,8 @@ LEAST = {"triton": 200}  # cases that every cell must have
 @click.command(short_help="Run random cases of every fusion against its reference.")
 @click.argument("fusions", nargs=-1, metavar="[FUSION]...")
 @click.option("--impl", "implementations", multiple=True, metavar="NAME",
-              help="interpret, numpy, eager, xla, pallas, triton-jax, mosaic, triton, triton-interpreter, a peer, or "
-                   "module:callable.")  # fmt: skip
+              help="interpret, numpy, eager, xla, pallas, pallas-triton, triton-jax, mosaic, triton, triton-interpreter, "
+                   "a peer, or module:callable.")  # fmt: skip
 @click.option("--time", "seconds", type=click.FloatRange(min=0, min_open=True),
               help="End after this many seconds, making failures small included.")  # fmt: skip
 @click.option("--examples", multiple=True, metavar="N | NAME=N",

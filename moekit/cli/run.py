@@ -95,39 +95,43 @@ def served(model: Model, batch: int, kernels: str) -> dict[str, dict[str, Any]]:
     XLA's own, as they are for many tokens.
     """
     calls = _kernel_calls(model, batch, kernels)
-    kind = f"{kernels}, interpreted" if _interpreted() else kernels
-    return {name: {"implementation": kind if calls[name] else "xla", "kernels": calls[name]} for name in FUSIONS}
+    found = {}
+    for name in FUSIONS:
+        ways = {kernels if way == "pallas" else way: n for (fusion, way), n in calls.items() if fusion == name}
+        kind = " and ".join(ways) + (", interpreted" if _interpreted() else "")
+        found[name] = {"implementation": kind if ways else "xla", "kernels": sum(ways.values())}
+    return found
 
 
 def _interpreted() -> bool:
     return devices()[0].platform == "cpu"
 
 
-def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[str]:
-    """Kernels that a traced decode step calls, by the fusion that each is named after."""
+def _kernel_calls(model: Model, batch: int, kernels: str) -> Counter[tuple[str, str]]:
+    """Kernels that a traced decode step calls, by the fusion that each is named after and the way it goes."""
     ids = jax.ShapeDtypeStruct((batch, PROMPT_BUCKET), np.int32)
     lengths = jax.ShapeDtypeStruct((batch,), np.int32)
     _, cache = jax.eval_shape(lambda m, t, n: prefill(m, t, n, cache_length=CACHE_BUCKET, kernels=kernels), model, ids, lengths)
     channel, _ = channel_of(model.mesh, batch, model.config.hidden_size, kernels)
     by = {} if channel is None else {"link": channel.link}
     step = greedy_step.trace(model, lengths, cache, kernels=kernels, **by)
-    names = _kernel_names(step.jaxpr.jaxpr)
-    return Counter(next((f for f in FUSIONS if name.startswith(f)), name) for name in names)
+    names = _kernels(step.jaxpr.jaxpr)
+    return Counter((next((f for f in FUSIONS if name.startswith(f)), name), way) for name, way in names)
 
 
-def _kernel_names(jaxpr: Any) -> list[str]:
-    """The name of every kernel in a jaxpr and in those inside it, by any door: the compiled ones; a CPU interprets the same."""
+def _kernels(jaxpr: Any) -> list[tuple[str, str]]:
+    """The name and way of every kernel in a jaxpr and in those inside it: the compiled ones; a CPU interprets the same."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             if not eqn.params["interpret"]:
-                found.append(eqn.params["name"])
+                found.append((eqn.params["name"], "pallas"))
             continue
-        if eqn.primitive.name == "triton_call":
-            found.append(eqn.params["program"].name)
+        if eqn.primitive.name in ("triton_call", "mosaic_call"):
+            found.append((eqn.params["program"].name, eqn.primitive.name.removesuffix("_call")))
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                found += _kernel_names(getattr(inner, "jaxpr", inner))
+                found += _kernels(getattr(inner, "jaxpr", inner))
     return found
 
 

@@ -180,8 +180,11 @@ def _triton(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
 
 def _pallas(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     from moekit.backends.pallas import emit
+    from moekit.tune.way import served_by_mosaic
 
-    return "\n\n".join(emit(program).rstrip() for program in _viewed_plan(fusion, binding, schedule).programs)
+    text = "\n\n".join(emit(program).rstrip() for program in _viewed_plan(fusion, binding, schedule).programs)
+    gpus = [] if schedule else served_by_mosaic(fusion.trace(binding))
+    return "\n".join([*(f"# on an {gpu} pallas goes by Mosaic GPU here: --as mosaic" for gpu in gpus), text])
 
 
 def _mosaic(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:

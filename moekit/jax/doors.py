@@ -11,16 +11,21 @@ import jax
 from moekit.jax import launch, ttir
 
 DOORS = ("pallas", "triton")  # the first that is there is taken
-KERNELS = (*DOORS, "mosaic")  # the last by its name only, for what is printed for it
+KERNELS = ("pallas", "pallas-triton", "triton", "mosaic")  # `pallas` is the faster of its two ways, where it is known
 
 
 def refusal(door: str) -> str | None:
     """Why kernels cannot go this way here; None where they can."""
-    if door == "pallas":
+    if door in ("pallas", "pallas-triton"):
         return None if launch.plt else f"jax {jax.__version__} has no jax.experimental.pallas.triton"
     if door == "mosaic":
         return None if find_spec("jax.experimental.pallas.mosaic_gpu") else f"jax {jax.__version__} has no Mosaic GPU"
     return ttir.unavailable()
+
+
+def gpu() -> str:
+    """The name of the GPU that JAX computes on; empty where it computes on none."""
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
 
 
 @cache

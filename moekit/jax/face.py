@@ -21,7 +21,7 @@ from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DtypeError, MoekitError, ScheduleError, ShapeError, UnavailableError
 from moekit.jax import launch
-from moekit.jax.doors import DOORS, KERNELS, best, refusal
+from moekit.jax.doors import DOORS, KERNELS, best, gpu, refusal
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.link import Link
 from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
@@ -30,9 +30,11 @@ from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, 
 from moekit.lang.fusion import LONGEST, Fusion
 from moekit.lang.graph import Graph
 from moekit.tune.table import serves, untuned
+from moekit.tune.way import MOSAIC, TRITON, in_rows, way
 
 IMPLEMENTATIONS = (*KERNELS, "xla")
 COUNTED = 2**31  # elements that Pallas can tell apart in 32 bits; arrays of more than 2³² bytes have offsets of 64 (jax 0.11)
+LINKED = (*DOORS, TRITON)  # whose kernels reach other ranks
 PSUM = "psum"  # the one more that a sum over a mesh axis has
 
 
@@ -127,10 +129,10 @@ class Call:
         """The axes of a mesh with explicit axes over which operands, or bases to write to, are cut."""
         return axes_cut((*self.views.values(), *self.out.values()))
 
-    def kernels(self, door: str) -> dict[str, jax.Array]:
-        """The outputs by the emitted kernels; raises UnavailableError where they cannot go through that door."""
-        if why := refusal(door):
-            raise UnavailableError(f"{self.fusion.name}: {why}; choose another implementation than {door}")
+    def kernels(self, implementation: str) -> dict[str, jax.Array]:
+        """The outputs by the emitted kernels; raises UnavailableError where they cannot go that way."""
+        if why := refusal(implementation):
+            raise UnavailableError(f"{self.fusion.name}: {why}; choose another implementation than {implementation}")
         if all(0 in self.shape(n) for n in self.names):
             return {
                 n: self.out[n].base if n in self.out else launch.empty(self.shape(n), self.graph.tensors[n].dtype)
@@ -140,12 +142,20 @@ class Call:
             return self.xla()
         self._keep_rows()
         bases, layouts, separate, fresh = self._buffers()
+        door = self._door(implementation, layouts)
         static = Static(self.fusion, self.binding, tuple(bases), tuple(layouts.items()), separate, frozenset(self.out), fresh,
                         self._scheduled(separate, layouts, door), door)  # fmt: skip
         results = launched(static)(*bases.values())
         if self.link is not None:
             self.link = self.link.after(results)
         return {n: results[layouts[static.target(n)].buffer] for n in self.names}
+
+    def _door(self, implementation: str, layouts: Mapping) -> str:
+        """By what kernels go: of `pallas` what a table of the GPU at hand says, but for a schedule, which is the caller's."""
+        if implementation == "pallas" and self.schedule is None and self.link is None and (device := gpu()):
+            placed = ((layouts[m], x) for n, x in self.graph.tensors.items() for m in (n, written_name(n)) if m in layouts)
+            implementation = MOSAIC if way(device, self.graph) == MOSAIC and in_rows(self.graph, placed) else TRITON
+        return "pallas" if implementation == TRITON else implementation
 
     def _scheduled(self, separate: frozenset[str], layouts: Mapping, target: str) -> Schedule:
         """The schedule that was given, or the rules' for the form of this call."""
@@ -257,7 +267,8 @@ def op(fusion: Fusion) -> Callable:
     functionally: its new value is returned. `out=View(...)` (a tuple where there are several outputs, None for those that
     are not redirected) writes there and returns the new base instead. `implementation`: None takes "pallas" on CUDA devices
     ("triton" where jax has no Pallas-Triton) and "xla" elsewhere and for operands cut over explicit mesh axes; both by name are
-    interpreted on CPU. So is "mosaic": kernels by Mosaic GPU, which not every fusion has; never taken unasked.
+    interpreted on CPU. "pallas" goes by "pallas-triton", or by "mosaic" where a table of the GPU at hand says that this is
+    faster for a fusion, its sizes and dtypes, whatever the number of tokens (moekit/tune/way.py); both can be named.
     Derivatives of both modes and vmap go through array evaluation; under `jax.shard_map` outputs vary as array evaluation's.
     Raises ShapeError, DtypeError, AliasError, ScheduleError or UnavailableError, each in one sentence, before anything runs.
     """
@@ -326,17 +337,17 @@ def exchange(
     the call says nothing of them.
     """
     for asked in (implementation, door):
-        if asked in KERNELS and asked not in DOORS:
+        if asked in KERNELS and asked not in LINKED:
             known = f"{', '.join(DOORS)}, xla or psum"
             raise UnavailableError(f"{face.fusion.name}: {asked}'s kernels reach no other rank; choose {known}")
     if door not in (None, *DOORS, "xla"):
         raise UnavailableError(f"{face.fusion.name}: there is no door {door!r}; choose {', '.join(DOORS)} or xla")
     call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
-    if implementation in DOORS and why and call.graph.ranks:
+    if implementation in LINKED and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
     door = door or best() if implementation is None and jax.default_backend() == "gpu" else implementation
-    if not why and door in DOORS:
+    if not why and door in LINKED:
         outs = call.kernels(door)
     else:
         plain = implementation or ("xla" if call.graph.ranks else None)

@@ -12,9 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as plt
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from moekit.backends import mosaic, pallas
 from moekit.compile import tile as t
+from moekit.jax.launch import NOWHERE, shaped
 
 SCRATCH = 8192  # bytes in which warps add up: four float32 for each thread
 
@@ -36,11 +39,42 @@ def call(
 ) -> Sequence[jax.Array]:
     """The arrays that a kernel writes, `wrote`, of these shapes."""
     read, _ = mosaic.buffers(program)
-    run = kernel(program, interpret)
     if interpret:
-        return _interpreted(run, program, read, wrote, memory, shapes, grid)
-    places = {b: memory[b] if b in memory else lax.empty(x.shape, x.dtype) for b, x in zip(wrote, shapes, strict=True)}
-    made = pl.run_state(partial(_start, run, program.name, read, wrote, memory, grid))(places)
+        return _interpreted(kernel(program, True), program, read, wrote, memory, shapes, grid)
+    outs = tuple((x.shape, x.dtype, x.manual_axis_type) for x in shapes)
+    return mosaic_call.bind(*(memory[b] for b in read), program=program, wrote=tuple(wrote), outs=outs, count=grid)
+
+
+# One launch: `count` programs of a kernel, which takes the arrays that it reads. JAX mixes in Mosaic GPU's kernels what varies
+# over manual axes of a `shard_map` with what does not, so inside of this no value says that it varies, and its outputs do.
+mosaic_call = Primitive("mosaic_call")
+mosaic_call.multiple_results = True
+
+
+@mosaic_call.def_impl
+def _eagerly(*arrays, **how):
+    with jax.disable_jit(False):
+        return jax.jit(partial(mosaic_call.bind, **how))(*arrays)
+
+
+@mosaic_call.def_abstract_eval
+def _outputs(*avals, program, wrote, outs, count):
+    return shaped(outs)
+
+
+@partial(mlir.register_lowering, mosaic_call, platform="cuda")
+def _lower(ctx, *operands, program, wrote, outs, count):
+    plain = [a.update(manual_axis_type=NOWHERE) for a in ctx.avals_in]
+    run = partial(_run, program, wrote, [(shape, dtype) for shape, dtype, _ in outs], count)
+    return mlir.lower_fun(run)(ctx.replace(avals_in=plain), *operands)
+
+
+def _run(program: t.Kernel, wrote: Sequence[str], shapes: Sequence, count: int, *arrays: jax.Array) -> list[jax.Array]:
+    read, _ = mosaic.buffers(program)
+    memory = dict(zip(read, arrays, strict=True))
+    places = {b: memory[b] if b in memory else lax.empty(*x) for b, x in zip(wrote, shapes, strict=True)}
+    start = partial(_start, kernel(program, False), program.name, read, wrote, memory, count)
+    made = pl.run_state(start)(places)
     return [made[b] for b in wrote]
 
 

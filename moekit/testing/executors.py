@@ -28,7 +28,7 @@ from moekit.testing.layouts import lay
 from moekit.testing.oracle import Standard
 from moekit.testing.schedules import over, schedule_of, static
 
-JAX = ("pallas", "triton-jax", "mosaic", "xla")
+JAX = ("pallas", "pallas-triton", "triton-jax", "mosaic", "xla")
 FRONT, SHORT = "front door", "short door"  # the two ways in which moekit launches Triton kernels
 launches: Counter[str] = Counter()  # kernels, by implementation and by door: a case that launches none does not count
 
@@ -280,6 +280,7 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
     "triton-interpreter": lambda: Interpreted("triton-interpreter"),
     "xla": lambda: _jax("xla"),
     "pallas": lambda: _jax("pallas"),
+    "pallas-triton": lambda: _jax("pallas-triton"),
     "triton-jax": lambda: _jax("triton-jax"),
     "mosaic": lambda: _jax("mosaic"),
 }
@@ -289,6 +290,7 @@ NEEDED = {  # packages, each with the extra that installs it
     "triton-interpreter": {"torch": "torch", "triton": "torch"},
     "xla": {"jax": "jax"},
     "pallas": {"jax": "jax"},
+    "pallas-triton": {"jax": "jax"},
     "triton-jax": {"jax": "jax", "triton": "triton"},
     "mosaic": {"jax": "jax"},
 }

@@ -22,9 +22,10 @@ from moekit.testing.draw import plain_case
 from moekit.testing.layouts import KINDS, READ_ONLY
 
 IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton-jax", "triton", "triton in place")
-SLOW = frozenset({"pallas", "triton-jax", "mosaic", "xla"})  # a compilation per case: they run the cases marked `core`
+KERNELS = ("pallas", "pallas-triton", "triton-jax", "mosaic")
+SLOW = frozenset({*KERNELS, "xla"})  # a compilation per case: they run the cases marked `core`
 LARGEST_WITH = {"small": 2500, "looped": 40000}  # elements of work, as every block costs the interpreter the same
-COMPILED = frozenset({"interpret", "pallas", "triton-jax", "mosaic", "triton"})  # what a schedule means something to
+COMPILED = frozenset({"interpret", *KERNELS, "triton"})  # what a schedule means something to
 LAYOUTS = tuple(k for k in KINDS if k != "far")
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moekit.compile import tile as t
 from moekit.jax import mosaic
+from moekit.jax.launch import NOWHERE
 
 from .ptx import Machine
 
@@ -27,9 +28,9 @@ _built: dict[tuple, tuple[str, str]] = {}
 
 
 @cache
-def h200() -> Mesh:
-    """One virtual H200."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x1")
+def h200(number: int = 1) -> Mesh:
+    """So many virtual H200s."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology=f"1x1x{number}")
     return Mesh(np.array(topology.devices).reshape(-1), ("tp",))
 
 
@@ -47,7 +48,7 @@ def assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
 def _assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
     sharding = NamedSharding(h200(), PartitionSpec())
     given = {b: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for b, x in buffers.items()}
-    shapes = [jax.ShapeDtypeStruct(buffers[b].shape, buffers[b].dtype) for b in wrote]
+    shapes = [jax.ShapeDtypeStruct(buffers[b].shape, buffers[b].dtype, manual_axis_type=NOWHERE) for b in wrote]
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder), jax.set_mesh(h200()):
         jax.jit(lambda memory: REAL(program, memory, wrote, shapes, grid, False)).lower(given).compile()
         (ptx,), (said,) = ([p.read_text() for p in Path(folder).glob(f"*.{kind}")] for kind in ("ptx", "ptxas"))

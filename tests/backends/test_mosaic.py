@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moekit.backends import mosaic
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import Fragment, fragments
+from moekit.compile.passes.fragments import Fragment, fragments, neighbours
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
@@ -18,12 +19,12 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
-from moekit.lang.dtypes import FLOATS
+from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
 from moekit.testing.suite import cases
 
-from .emulated import assembled, emulated
+from .emulated import assembled, emulated, h200
 from .ptx import Race
 from .samples import DECLARATIONS, SAMPLES, viewed
 
@@ -138,6 +139,23 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
         np.testing.assert_array_equal(np.asarray(a)[2:5], np.asarray(b))
 
 
+def test_shard_map_with_its_check():
+    """Two H200s, rows cut, a state donated: JAX's check passes, and a kernel is one call, in place."""
+    mesh = h200(2)
+    cut, whole = PartitionSpec("tp"), PartitionSpec()
+
+    def step(x, state, weight):
+        return op(FUSIONS["causal_conv1d_step"])(x, state, weight, implementation="mosaic")
+
+    given = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, p))
+             for s, p in (((8, 128), cut), ((8, 128, 3), cut), ((128, 4), whole))]  # fmt: skip
+    run = jax.shard_map(step, mesh=mesh, in_specs=(cut, cut, whole), out_specs=(cut, cut))
+    with jax.set_mesh(mesh):
+        text = jax.jit(run, donate_argnums=1).lower(*given).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 1
+    assert "copy(" not in text
+
+
 def test_threads_that_store_what_others_read_wait(monkeypatch):
     """Fewer elements than threads, updated in place: without a barrier the machine sees the race."""
     x = jnp.ones((3, 16), jnp.float32)
@@ -168,6 +186,19 @@ def test_fragments_cover_blocks(name):
             assert program.axis(axis).block == found.sizes[i]
             assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
             assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
+
+
+@pytest.mark.parametrize("name", [*ROWS, *MORE])
+def test_a_warp_has_whole_lines(name):
+    """Of the largest array that is loaded or stored, 128 bytes of neighbours at least are in lanes of one warp."""
+    for program in (s for kernel in made(name).programs for s in kernel.sections):
+        accesses = [op.at for op, _ in t.walk(program.body) if isinstance(op, t.Load | t.Store)]
+        at = max(accesses, key=lambda at: np.prod(program.block(program.ordered(at.axes))))
+        if (along := neighbours(program, at)) is not None:
+            found = fragments(program, TARGETS["mosaic"])[along]
+            i = next(i for i, slot in enumerate(found.slots) if along in slot)
+            size = itemsize(program.param(at.tensor).dtype)
+            assert found.warps[i] == 1 or found.lanes[i] * found.vector[i] * size >= 128
 
 
 def test_a_layout_is_said_by_what_a_value_lacks():

@@ -15,6 +15,7 @@ from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
 WIDEST = 16  # bytes of one access
+LINE = 128  # bytes that are asked for together: lanes of one warp are to have them all
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -113,7 +114,7 @@ def _slots(program: t.TileProgram, axes: tuple[str, ...], together: list[set[str
 class _Group:
     """Slots that meet, their sizes, those of the largest value (`main`), those that something is added up along (`summed`), and
 
-    where elements lie side by side in memory: `near`, the slot, up to how many of them a lane is to hold.
+    where elements lie side by side in memory: `near`, the slot, `line`, how many are a line, up to how many a lane is to hold.
     """
 
     slots: tuple[tuple[str, ...], ...]
@@ -121,6 +122,7 @@ class _Group:
     main: frozenset[int]
     summed: frozenset[int]
     near: int
+    line: int
     most: int
 
 
@@ -139,12 +141,13 @@ def _group(program: t.TileProgram, slots: list[tuple[str, ...]], together: list[
     _, size, near = max(known, default=(0, -WIDEST, max(main)))
     alone = any((a,) == op.out.axes for op in ops if isinstance(op, t.Load) for a in slots[near])
     most = min(WIDEST // -size, sizes[near] // 2 if alone else sizes[near])
-    return _Group(tuple(slots), sizes, main, frozenset(i for i, s in enumerate(slots) if {*s} & reduced), near, most)
+    summed = frozenset(i for i, s in enumerate(slots) if {*s} & reduced)
+    return _Group(tuple(slots), sizes, main, summed, near, max(1, LINE // -size), most)
 
 
 def _spread(group: _Group, target: Target) -> Fragment:
-    """Neighbours in memory to a lane, then warps along what is not added up, then lanes along neighbours first: of the largest
-    value's slots, and of others what is left."""
+    """Neighbours in memory to a lane, then warps along what is not added up, but for what is less than a line of neighbours,
+    then lanes along neighbours first: of the largest value's slots, and of others what is left."""
     threads, n, near = target.lanes * target.warps[0], len(group.sizes), group.near
     left, vector, warps, lanes = [*group.sizes], [1] * n, [1] * n, [1] * n
     order = sorted(range(n), key=lambda i: (i in group.main, i == near))  # the last is to be taken first
@@ -152,7 +155,10 @@ def _spread(group: _Group, target: Target) -> Fragment:
     vector[near] = max(1, min(group.most, prod(left[i] for i in group.main) // threads))
     left[near] //= vector[near]
     if prod(left[i] for i in group.main) >= threads:
+        kept = min(left[near], max(1, group.line // vector[near]))
+        left[near] //= kept
         _take(left, warps, first, target.warps[0])
+        left[near] *= kept
     across = any(warps[i] > 1 for i in group.summed)
     if across and vector[near] > SUMMED and near not in group.summed:
         left[near], vector[near] = left[near] * vector[near] // SUMMED, SUMMED
