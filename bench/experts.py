@@ -208,7 +208,7 @@ QUESTION = runner.Question(
     __doc__,
     cases,
     measure,
-    smoke="--tokens 3 --widths 16 --blocks 1,16 --dtype float32 --rounds 1",
+    smoke="--tokens 3 --widths 16 --blocks 1,16 --dtype float32 --float8 --rounds 1",
     options=(
         runner.Option("tokens", (1, 4, 16, 64, 256, 1024, 4096)),
         runner.Option("widths", (512, 256, 64), "the experts' intermediate size on a rank"),

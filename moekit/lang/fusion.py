@@ -250,11 +250,12 @@ class Fusion:
                 raise DeclarationError(f"{self.name}: it returns nothing; return a value, or values by name")
             writes = tuple(self._write(builder, tensors, name, value) for name, value in results.items())
         self._check_updates(tensors, writes, builder)
+        axes, nodes = builder.arranged()
         return Graph(
             self.name,
-            dict(builder.sizes),
+            axes,
             tensors,
-            tuple(builder.nodes),
+            nodes,
             writes,
             builder.names(),
             builder.lines,

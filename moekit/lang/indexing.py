@@ -63,6 +63,8 @@ def blocks(x: Value, over: str, size: int, into: str) -> Value:
         raise ShapeError(f"{builder.name}: axis {block} has {there} elements; {over} has {count} blocks of {size}; pass that")
     builder.new_axis(block, count)
     builder.new_axis(element, size)
+    if not {element, block} & {*builder.blocked, *builder.blocked.values()}:
+        builder.blocked[element] = block
     return reindex(x, over, Index(((block, size), (element, 1))))
 
 

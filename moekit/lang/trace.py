@@ -7,6 +7,7 @@ import linecache
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from math import copysign
 from types import MappingProxyType
@@ -89,6 +90,7 @@ class Builder:
         self.nodes: list[g.Node] = []
         self.lines: dict[int, str] = {}
         self.frame = None
+        self.blocked: dict[str, str] = {}  # the axis of blocks by that of their elements
         self._known: dict[g.Node, int] = {}
 
     def add(self, op: str, args: Sequence[int] = (), attrs: tuple = (), dtype: str = "float32") -> Value:
@@ -124,6 +126,15 @@ class Builder:
                 f"{self.name}: axis {axis!r} is {self.sizes[axis]} already and cannot also be {size}; choose another name"
             )
         self.sizes.setdefault(axis, size)
+
+    def arranged(self) -> tuple[dict[str, int | None], tuple[g.Node, ...]]:
+        """The axes and the nodes, with each axis of blocks right before that of their elements.
+
+        So Triton gives a warp's lanes a row's blocks, and its registers several rows, which share what is multiplied by them.
+        """
+        order = [a for axis in self.sizes for a in (self.blocked.get(axis), axis) if a and axis not in self.blocked.values()]
+        nodes = (replace(n, axes=tuple(a for a in order if a in n.axes)) for n in self.nodes)
+        return {a: self.sizes[a] for a in order}, tuple(nodes)
 
     def axis_size(self, axis: str) -> int | None:
         """The size of a known axis, None if it is dynamic."""

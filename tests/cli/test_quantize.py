@@ -1,6 +1,7 @@
 """`moekit quantize`: what it prints and how it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,19 @@ def test_the_report(moekit, folder, tmp_path):
     assert said.stdout.startswith(
         f"wrote {tmp_path / 'again'}: {report['quantised']} matrices in FP8, 0.00 MB became 0.00 MB in 1 file"
     )
+
+
+def test_sides_that_keep_matrices_as_they_are_are_said(moekit, tmp_path):
+    """A shared expert of 192: its model would have float8 weights but for that one, and nobody would know why."""
+    config = replace(MICRO, shared_expert_intermediate_size=192)
+    folder = write_random_checkpoint(tmp_path / "plain", config, dtype="bfloat16")
+    said = moekit("quantize", str(folder), str(tmp_path / "fp8")).stdout
+    count = 3 * config.num_layers
+    assert f"{count} modules stay as they are, of which a side above 128 is no multiple of it" in said
+    assert "model.layers.*.mlp.shared_expert.down_proj" in said
+    made = json.loads(moekit("quantize", str(folder), str(tmp_path / "again"), "--json").stdout)
+    assert len(made["uneven"]) == count
+    assert set(made["uneven"]) < set(made["kept"])
 
 
 def test_what_is_refused(moekit, folder, tmp_path):

@@ -1,5 +1,6 @@
 """`quantize`: which tensors of a checkpoint become FP8, in which files, and that nothing is left of what fails."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from moekit.models.qwen3next.fp8 import SCALE
 from tests.models.conftest import CASES
 from tests.models.micro import load_tensors
 
+quantize_module = importlib.import_module("moekit.models.qwen3next.quantize")  # whose function has its name in the package
 CONFIG = replace(CASES["two-layers"], hidden_size=128, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=128)
 STAY = ("norm", "conv1d", "in_proj_ba", "mlp.gate", "shared_expert_gate", "embed_tokens", "lm_head", "A_log", "dt_bias", "mtp")
 
@@ -48,6 +50,7 @@ def test_what_becomes_fp8_and_what_stays(source, tmp_path):
         assert (after[key] == (dtype, content)) == stays, key
         assert (key + SCALE in after) == (after[key][0] == "F8_E4M3") == (not stays)
     assert made.quantised == sum(dtype == "F8_E4M3" for dtype, _ in after.values()) == 2 * 12 + 2 + 4
+    assert made.uneven == ()
     assert made.before == sum(len(content) for _, content in before.values())
     assert seen[-1] == (made.after, made.after) == (sum(len(content) for _, content in after.values()),) * 2
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -113,7 +116,16 @@ def test_sides_of_which_readers_differ_stay(tmp_path, mesh, fused):
     assert made.quantised == 2 * 3 + 2 + 4
     name = "model.layers.0.mlp.experts" if fused else "model.layers.0.mlp.experts.1.down_proj"
     assert name in made.kept
+    assert set(made.uneven) == {module for module in made.kept if ".experts" in module}
     equal(load(tmp_path / "out", mesh(1)), load(tmp_path / "plain", mesh(1)))  # halves are exact
+
+
+def test_a_file_beside_the_source_that_cannot_be_read_is_blamed_itself(source, tmp_path, monkeypatch):
+    """A link to nothing, as a download that was cut off leaves one: nothing is written, and OUT has no part in it."""
+    plain = shutil.copytree(source, tmp_path / "plain")
+    (plain / "vocab.txt").symlink_to("nothing")
+    monkeypatch.setattr(quantize_module, "_written", lambda *_: pytest.fail("written"))
+    refused(plain, tmp_path / "out", CheckpointError, r"plain/vocab\.txt does not exist")
 
 
 def refused(source, out, error, words):

@@ -22,7 +22,7 @@ from moekit.errors import ArgumentError, FileError
 from moekit.files import beside, write_text
 from moekit.models.qwen3next.checkpoint import HEAD, THREADS, Checkpoint
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.files import FP8, INDEX, SINGLE, CheckpointError, Tensor, read_json, said, shown
+from moekit.models.qwen3next.files import AGAIN, FP8, INDEX, SINGLE, CheckpointError, Tensor, read_json, said, shown
 from moekit.models.qwen3next.forms import FUSED
 from moekit.models.qwen3next.fp8 import MATRIX, SCALE, Blocks, quantised
 from moekit.models.qwen3next.numerics import finite
@@ -37,7 +37,10 @@ BESIDE = (".json", ".jinja", ".txt", ".md", ".model")  # what is copied: tokeniz
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was written. before, after: bytes of all tensors. kept: the modules that stay."""
+    """What was written. before, after: bytes of all tensors.
+
+    kept: the modules that stay. uneven: those of them that do because of a side above BLOCK that is no multiple of it.
+    """
 
     directory: Path
     files: int
@@ -46,6 +49,7 @@ class Quantised:
     before: int
     after: int
     kept: tuple[str, ...]
+    uneven: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class _Plan:
     checkpoint: Checkpoint
     jobs: list[_Job] = field(default_factory=list)
     kept: set[str] = field(default_factory=lambda: {HEAD.removesuffix(".weight")})  # a tied head, too
+    uneven: set[str] = field(default_factory=set)
 
     def add(self, key: str, tensor: Tensor) -> None:
         """One tensor of the source: made FP8, or copied as it is."""
@@ -90,8 +95,9 @@ class _Plan:
         else:
             entry = _Entry(key, tensor.dtype, tensor.shape, tensor.stop - tensor.start)
             self.jobs.append(_Job((entry,), lambda: [self.checkpoint.content(tensor)]))
-            if len(tensor.shape) > 1:
-                self.kept.add(key.removesuffix(".weight") if key.endswith(".weight") else key.rpartition(".")[0])
+            module = key.removesuffix(".weight") if key.endswith(".weight") else key.rpartition(".")[0]
+            self.kept |= {module} if len(tensor.shape) > 1 else set()
+            self.uneven |= {module} if wanted else set()
 
     def _expert_shape(self, key: str, tensor: Tensor) -> tuple[int, ...]:
         _, rows, columns = tensor.shape
@@ -131,7 +137,7 @@ def quantize(
     dimensions. progress(done, total) is called with bytes written; shard: the most bytes of a file, unless one tensor has more.
 
     Raises, with nothing left behind, ArgumentError where `out` exists, ConfigError or CheckpointError for what is no
-    checkpoint in bfloat16 or float32 or holds what is not finite, and FileError where files cannot be written.
+    checkpoint in bfloat16 or float32, holds what is not finite or cannot be read, and FileError where files cannot be written.
     """
     source, out = Path(source), Path(out)
     if os.path.lexists(out):
@@ -145,10 +151,10 @@ def quantize(
         plan = _Plan(checkpoint)
         for key, tensor in checkpoint.tensors.items():
             plan.add(key, tensor)
-        scratch = beside(out)
+        copied, scratch = _copied(source), beside(out)
         try:
             scratch.mkdir()
-            report = _written(plan, source, scratch, shard, progress or (lambda done, total: None))
+            report = _written(plan, source, copied, scratch, shard, progress or (lambda done, total: None))
             os.rename(scratch, out)
         except OSError as error:
             if isinstance(error, FileError):
@@ -159,7 +165,25 @@ def quantize(
     return Quantised(out, *report)
 
 
-def _written(plan: _Plan, source: Path, to: Path, shard: int, progress: Callable[[int, int], None]) -> tuple[Any, ...]:
+def _copied(source: Path) -> dict[str, bytes]:
+    """The files beside the tensors that are copied, read before anything is written."""
+    found = {}
+    for path in source.iterdir():
+        if path.suffix not in BESIDE or path.name in (INDEX, "config.json"):
+            continue
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                found[path.name] = path.read_bytes()
+        except FileNotFoundError:  # a link to nothing
+            raise CheckpointError(f"{shown(path)} does not exist; {AGAIN}") from None
+        except OSError as error:
+            raise CheckpointError(f"{shown(path)} cannot be read: {said(error)}; make it readable") from None
+    return found
+
+
+def _written(
+    plan: _Plan, source: Path, copied: dict[str, bytes], to: Path, shard: int, progress: Callable[[int, int], None]
+) -> tuple[Any, ...]:
     """Write all files to a folder that is there; what Quantised has but for the folder."""
     shards, total, done = list(_shards(plan.jobs, shard)), sum(job.size for job in plan.jobs), 0
     count, weight_map = len(shards), {}
@@ -177,12 +201,11 @@ def _written(plan: _Plan, source: Path, to: Path, shard: int, progress: Callable
     raw = read_json(source / "config.json", ConfigError)
     raw["quantization_config"] = {**method, "modules_to_not_convert": sorted(plan.kept)}
     write_text(to / "config.json", json.dumps(raw, indent=2) + "\n")
-    for path in source.iterdir():
-        if path.suffix in BESIDE and path.name not in (INDEX, "config.json") and stat.S_ISREG(path.stat().st_mode):
-            shutil.copyfile(path, to / path.name)
+    for name, content in copied.items():
+        (to / name).write_bytes(content)
     made = sum(len(job.entries) == 2 for job in plan.jobs)
     before = sum(tensor.stop - tensor.start for tensor in plan.checkpoint.tensors.values())
-    return count, len(weight_map), made, before, total, tuple(sorted(plan.kept))
+    return count, len(weight_map), made, before, total, tuple(sorted(plan.kept)), tuple(sorted(plan.uneven))
 
 
 def _shards(jobs: Sequence[_Job], most: int) -> Iterator[list[_Job]]:
