@@ -33,22 +33,34 @@ EIGHTY = {"D": 2048, "H": 2048, "I": 512, "J": 512, "E": 512, "K": 10, "G": 1, "
 SMALL = {"D": 64, "H": 64, "I": 32, "J": 32, "E": 8, "K": 2, "G": 1, "C": 64, "P": 32, "Q": 8, "S": 3, "H?": 1}
 OWN = {"scaled_row_product": {"D": 4096, "P": 2048}, "scaled_product": {"D": 4096, "P": 2048}}  # a mixer's projection back
 CODES = 64.0
-_ROWS = "whole:Db:16 tile:T:1 tile:K:1 tile:I:{} whole:Di:128 warps:{} stages:1 dependent"
-_PAIRS = "whole:Ib:4 tile:T:1 loop:K:{} tile:H:{} whole:Ii:128 warps:{} stages:{} dependent"
-_BOTH = "whole:Ib:4 whole:Jb:4 tile:T:1 loop:K:{} tile:H:{} whole:Ii:128 whole:Ji:128 warps:{} stages:1 dependent"
-_ALONE = "whole:Db:32 tile:T:1 tile:P:{} whole:I:128 warps:{} stages:1 dependent"
+_ROWS = "tile:T:1 tile:K:1 tile:I:{} whole:Db:16 whole:Di:128 warps:{} stages:1 dependent"
+_PAIRS = "tile:T:1 loop:K:{} tile:H:{} whole:Ib:4 whole:Ii:128 warps:{} stages:1 dependent"
+_BOTH = "tile:T:1 loop:K:{} tile:H:{} whole:Ib:4 whole:Ii:128 whole:Jb:4 whole:Ji:128 warps:{} stages:1 dependent"
+_APART = (
+    "tile:K.part:1 tile:T:1 loop:K:1 tile:H:{} whole:Ib:4 whole:Ii:128 warps:{} stages:1 dependent split:K:10 then "
+    "loop:K.part:1 tile:T:{} tile:H:{} {}:Jb:{} whole:Ji:128 warps:4 stages:{} dependent"
+)
+_ALONE = "tile:T:1 tile:P:{} whole:Db:32 whole:I:128 warps:{} stages:1 dependent"
+_PARTS = (
+    "tile:Db.part:1 tile:T:16 tile:P:{} loop:Db:1 whole:I:128 warps:4 stages:{} dependent split:Db:{} then "
+    "loop:Db.part:1 tile:T:1 tile:P:256 warps:4 stages:1 dependent"
+)
 _CONV = (
-    "rest(whole:Db:16 tile:T:1 tile:P:{0} whole:I:128) gated(whole:Db:16 tile:T:1 tile:Q:{0} whole:I:128) "
-    "out,state(whole:Db:16 tile:T:1 tile:C:{0} whole:S:4 whole:S+1:4 whole:I:128) warps:{1} stages:1 dependent"
+    "rest(tile:T:1 tile:P:{0} whole:Db:16 whole:I:128) gated(tile:T:1 tile:Q:{0} whole:Db:16 whole:I:128) "
+    "out,state(tile:T:1 tile:C:{0} whole:S:4 whole:S+1:4 whole:Db:16 whole:I:128) warps:{1} stages:1 dependent"
 )
 CANDIDATES = {
-    "scaled_expert_gate_up": [_ROWS.format(*n) for n in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 8), (8, 8))],
-    "scaled_expert_down": [_PAIRS.format(*n) for n in ((2, 4, 2, 4), (2, 16, 4, 3), (4, 4, 4, 1), (4, 8, 8, 1), (4, 2, 2, 1))],
-    "scaled_expert_down_shared": [_BOTH.format(*n) for n in ((2, 4, 2), (2, 16, 4), (4, 4, 4), (4, 8, 8), (4, 2, 2))],
+    "scaled_expert_gate_up": [_ROWS.format(*n) for n in ((1, 1), (4, 2), (4, 4), (8, 2), (16, 4), (16, 8))],
+    "scaled_expert_down": [_PAIRS.format(*n) for n in ((1, 8, 4), (2, 4, 2), (2, 16, 4), (4, 8, 8))],
+    "scaled_expert_down_shared": [
+        *(_BOTH.format(*n) for n in ((1, 8, 4), (2, 8, 4), (2, 16, 4), (4, 8, 8))),
+        *(_APART.format(*n, "loop", 1, 4) for n in ((8, 1, 16, 64), (16, 4, 16, 16))),
+        _APART.format(16, 4, 1, 8, "whole", 4, 1),
+    ],
     "scaled_row_product": [_ALONE.format(*n) for n in ((1, 2), (1, 4), (4, 4), (4, 8), (2, 8))],
     "scaled_conv_projections": [_CONV.format(*n) for n in ((2, 2), (1, 1), (8, 4), (8, 8))],
     "scaled_experts": [],  # on the matrix unit, with one pair a program: beside the two of few tokens
-    "scaled_product": [],
+    "scaled_product": [_PARTS.format(*n) for n in ((64, 8, 4), (32, 4, 8), (64, 2, 16))],
     "scaled_gate_topk": [],
     "gate_topk": [],
 }

@@ -328,7 +328,8 @@ def fusion(
     `reference` takes the operands as numpy arrays in their own dtypes and the parameters by name, computes in float64
     and returns the outputs by name. Axes listed in `dynamic` are run-time sizes; all others are constants of a compiled kernel.
     `axes`: axes that no operand need have, each with a function of sizes and static parameters, by name, that gives its size:
-    `axes={"B": lambda T, K: T * K}`. In blocks and outputs they come before the others.
+    `axes={"B": lambda T, K: T * K}`. In blocks and outputs they come before the others, but for one
+    of `blocks`: in a program's blocks that stands beside the axis of their elements.
     `mesh`: axes of a mesh of devices that the declaration may `all_reduce` over; operands are then one rank's, and a static
     parameter of the same name says how many ranks there are.
     """

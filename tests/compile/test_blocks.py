@@ -55,6 +55,22 @@ def test_blocks_are_one_index():
     assert [m for m in good.operations(program, t.InBounds) if m.axis == "D" and m.out in load.at.mask]
 
 
+def test_blocks_lie_beside_their_elements():
+    """In a program's blocks, wherever an operand has their axis: lanes get what comes last. Outputs stay as they were."""
+    axes = list(graph().axes)
+    assert axes.index("I") == axes.index("Db") + 1 > axes.index("P")
+
+    @fusion(lambda x, scale: {"out": None}, x=In("T D"), scale=In("B T"), axes={"B": lambda D: -(-D // 4)})
+    def apart(x, scale):
+        parts = ml.blocks(x, "D", 4, into="B I")
+        return {"out": parts * scale, "inner": ml.blocks(parts, "I", 2, into="S J")}
+
+    traced = Call(apart, {"x": np.zeros((2, 8), np.float32), "scale": np.zeros((2, 2), np.float32)}).graph
+    assert list(traced.axes) == ["T", "D", "B", "I", "S", "J"]
+    assert all(n.axes == traced.ordered(n.axes) for n in traced.nodes)
+    assert [d.text for d in traced.tensors["out"].dims] == ["B", "T", "I"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_rules_split_the_blocks(dtype):
     """On the matrix unit, a block a turn; one order of sums whatever the number of rows."""

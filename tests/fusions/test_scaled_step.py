@@ -151,7 +151,7 @@ def test_compiled_without_spills(fusion, launches):
 
 def test_a_program_has_whole_rows_of_a_matrix_in_blocks():
     """As of `conv_projections`, whose sums go over one axis; so many elements a program, whatever they are in blocks of."""
-    assert str(heuristic(graph(ROW))) == "whole:Db:16 tile:T:1 tile:P:4 whole:I:128 warps:4 stages:1 dependent"
+    assert str(heuristic(graph(ROW))) == "tile:T:1 tile:P:4 whole:Db:16 whole:I:128 warps:4 stages:1 dependent"
 
 
 @pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)

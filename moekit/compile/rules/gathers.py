@@ -23,7 +23,8 @@ MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many
 MOST_PAIRS = 64
 FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
 DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
-ROWS_BLOCK, MOST_COLUMNS, TURN = 8192, 64, 2  # one-byte elements of a program's block, its most rows, and pairs in a turn
+ROWS_BLOCK, PAIRS_BLOCK = 2**14, 2**13  # one-byte elements of a program's block, and of one where pairs are added up
+MOST_COLUMNS, TURN = 64, 2  # a program's most rows, and pairs in a turn
 WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
 
 
@@ -50,7 +51,8 @@ def gathered_product(graph: Graph) -> Launch | None:
 def gathered_rows(graph: Graph) -> Launch | None:
     """Programs of whole rows of gathered matrices of one-byte elements, which lie along what is contracted.
 
-    Where a row's pairs are added up, a program does so, some at a time.
+    Where a row's pairs are added up, a program does so, some at a time; where a product of rows is added to that, pairs have
+    programs of their own, and the launch after them makes it on the matrix unit.
     """
     uses = axis_uses(graph)
     for number in graph.live():
@@ -64,12 +66,16 @@ def gathered_rows(graph: Graph) -> Launch | None:
         if not (static and column and uses[column[0]].parallel) or len(pairs) > 1:
             continue
         depths = {a: pow2(uses[a].extent or 1) for a in inner}
-        many = ROWS_BLOCK // prod(depths.values()) // (TURN if pairs else 1)
+        split = [Split(a, uses[a].extent or 1) for a in pairs if gemms(graph) and 1 < (uses[a].extent or 0) <= MOST_PAIRS]
+        split = [cut for cut in split if equally_deep(graph, cut.axis)]
+        turn = 1 if split else TURN
+        many = PAIRS_BLOCK // turn // prod(depths.values()) if pairs else ROWS_BLOCK // prod(depths.values())
         if many < 1:
             continue
         said: dict[str, Axis] = {column[0]: Tile(column[0], min(MOST_COLUMNS, many, pow2(uses[column[0]].extent or 1)))}
-        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, TURN) for a in pairs}
-        return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs else 1)
+        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, turn) for a in pairs}
+        launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs and not split else 1)
+        return launch.but(*split)
     return None
 
 

@@ -46,6 +46,8 @@ from moekit.lang.graph import Graph
 GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
 MOST_PARTS, ENOUGH_PARTS = 8, 4
 LEAST_DEPTH = 256  # of the contracted axis, in one part
+LEAST_SCALED = 512  # of one in blocks with scales, down to which an SM has two programs of a split
+TURNS_UNDER_WAY = 4  # of such a program
 WORTH_A_LAUNCH = 1024  # so much less of the contracted axis a split's programs must have for the launch that adds up
 WIDE = 4  # bytes of float32, which the matrix unit does not take
 WIDE_ROWS = 2048  # of float32, from which on a split is not worth its scratch
@@ -101,15 +103,16 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
         return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
-    split, _ = splitting(graph)
+    split, columns = splitting(graph)
     parts = split.count if split else 1
+    twice = 1 + _two_an_sm(graph, gemm, parts, columns)
     found, few, least = list(GEMM_TILES[:2]), GEMM_TILES[2], GEMM_TILES[2].least
     for tile in (*(SPLIT_TILES if split else ()), *MANY_ROWS_TILES):
         if split and tile.in_a_row and least == few.least:  # no larger tile of a split would do
             found.append(few)
             least = MANY_ROWS
         across = -(-_gemm_outputs(graph, gemm) // tile.columns) * (1 if tile.in_a_row else parts)
-        most = tile.rows * (MEASURED.sms // across)
+        most = tile.rows * (MEASURED.sms * (1 if tile.in_a_row else twice) // across)
         if most >= least or tile == MANY_ROWS_TILES[-1]:
             found.append(tile._replace(least=least))
             least = most + 1
@@ -180,6 +183,8 @@ def splitting(graph: Graph) -> tuple[Split | None, int]:
         columns = max(GEMM_COLUMNS, key=lambda c: (min(most[c], ENOUGH_PARTS), -c))
         alone = any(first_gemm(g) for g in sections(graph))
         parts = most[columns] if alone else max(2, most[columns])
+        doubled = 2 * parts * -(-outputs // columns) <= 2 * MEASURED.sms and depth >= 2 * parts * LEAST_SCALED
+        parts *= 2 if parts > 1 and doubled and turns(graph, gemm) else 1
         return (Split(axis, parts) if parts > 1 else None), columns
     return None, GEMM_COLUMNS[0]
 
@@ -190,6 +195,11 @@ def _parts(blocks: int, depth: int) -> int:
     while parts < MOST_PARTS and 2 * parts * blocks <= MEASURED.sms and depth >= 2 * parts * LEAST_DEPTH:
         parts *= 2
     return parts if depth - depth // parts >= WORTH_A_LAUNCH else 1
+
+
+def _two_an_sm(graph: Graph, gemm: GemmAxes, parts: int, columns: int) -> bool:
+    """Whether a split in blocks with scales has more programs than there are SMs, of blocks of so many columns."""
+    return parts > 1 and bool(turns(graph, gemm)) and parts * -(-_gemm_outputs(graph, gemm) // columns) > MEASURED.sms
 
 
 def _gemm_outputs(graph: Graph, gemm: GemmAxes) -> int:
@@ -212,6 +222,8 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
     if outer and not wide:  # all of one element of the outer axis at a time; its product, the sum and a part's are held
         k_block, stages = pow2(depth), max(2, min(stages, stages * k_block // pow2(depth)))
         warps = MOST_WARPS if rows * columns > HELD * warps else warps
+        if fills and _two_an_sm(graph, gemm, several, few):
+            fills, stages = False, TURNS_UNDER_WAY
     elif not wide and several > 1 and depth % (several * GEMM_TILES[0].depth):  # else the tile would say where a part begins
         k_block, stages = 128, max(2, min(stages, stages * k_block // 128))
     accumulators = sum(g == gemm for g in gemms(graph).values())

@@ -42,10 +42,14 @@ def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:
 
 
 def summed_launch(graph: Graph) -> Launch | None:
-    """Programs that add up parts, and to them products of few rows with a matrix; None of another graph."""
+    """Programs that add up parts, and to them products of few rows with a matrix; None of another graph.
+
+    Products in blocks with scales are the matrix unit's: lanes would take longer to make float32 of their codes.
+    """
     products = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op in PRODUCTS]
     uses = axis_uses(graph)
-    if len(products) != 1 or not any(a.endswith(PART) for a in uses):
+    deep = [a for a, use in uses.items() if use.reduced and not a.endswith(PART)]
+    if len(products) != 1 or len(deep) > 1 or not any(a.endswith(PART) for a in uses):
         return None
     columns = [a for a in products[0].axes if graph.axes[a] is not None and uses[a].parallel]
     return _launch(graph, (products[0].attr("axis"),), columns[-1], SUMMED_TILE) if columns else None
