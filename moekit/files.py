@@ -18,7 +18,11 @@ def write_text(path: str | Path, text: str) -> None:
 
     Raises FileError where it cannot be written; a file that was there is then as it was.
     """
-    content = text.encode()
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """`write_text` of what is no text, or is in an encoding of its own."""
     try:
         if _is_special(path):
             with open(path, "wb") as stream:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moekit.errors import ArgumentError, FileError
-from moekit.files import beside, write_text
+from moekit.files import beside, write_bytes, write_text
 from moekit.models.qwen3next.checkpoint import HEAD, THREADS, Checkpoint
 from moekit.models.qwen3next.config import Config, ConfigError
 from moekit.models.qwen3next.files import AGAIN, FP8, INDEX, SINGLE, CheckpointError, Tensor, read_json, said, shown
@@ -202,7 +202,7 @@ def _written(
     raw["quantization_config"] = {**method, "modules_to_not_convert": sorted(plan.kept)}
     write_text(to / "config.json", json.dumps(raw, indent=2) + "\n")
     for name, content in copied.items():
-        (to / name).write_bytes(content)
+        write_bytes(to / name, content)
     made = sum(len(job.entries) == 2 for job in plan.jobs)
     before = sum(tensor.stop - tensor.start for tensor in plan.checkpoint.tensors.values())
     return count, len(weight_map), made, before, total, tuple(sorted(plan.kept)), tuple(sorted(plan.uneven))
