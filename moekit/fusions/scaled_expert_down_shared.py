@@ -25,7 +25,7 @@ def scaled_expert_down_shared(
     activated, down, scale, ids, weights, shared, shared_down, shared_scale, share,
     columns: int = BLOCK, inner: int = BLOCK, shared_inner: int = BLOCK,
 ):  # fmt: skip
-    """out = scaled_expert_down(activated, down, …) + share·(shared·shared_downᵀ), both weights times scales, in one launch.
+    """out = scaled_expert_down(activated, down, …) + share·(shared·shared_downᵀ), both weights times scales.
 
     activated [T, K, I], down [E, H, I] in float8_e4m3fn (or a wider float), scale [E, ⌈H/columns⌉, ⌈I/inner⌉] float32, ids
     and weights [T, K], shared [T, J], shared_down [H, J] as down, shared_scale [⌈H/columns⌉, ⌈J/shared_inner⌉] float32, share

@@ -133,7 +133,7 @@ def graph(fusion):
     return fusion.trace(example(fusion, given, dtypes(fusion, "bfloat16"), {"k": 10} if fusion is TOPK else {}))
 
 
-@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 1)])
+@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 2)])
 def test_compiled_without_spills(fusion, launches):
     """In as few launches as are meant; codes are loaded 16 bytes at a time and become wider by the fast instructions."""
     pytest.importorskip("triton")

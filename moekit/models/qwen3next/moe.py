@@ -23,10 +23,10 @@ from moekit.models.qwen3next.projected import MOST, projected, widened
 from moekit.models.qwen3next.sharding import AXIS
 
 # With kernels: pairs for each expert up to which blocks of so many are the fastest; 0: two kernels that read an expert for each
-# pair. Measured on an H200 (docs/performance_kernels.md), but for some places between; of float8 1 was not tried, one pair a
-# program on the matrix unit (bench/schedules_jax.py).
+# pair. Measured on an H200 (docs/performance_kernels.md), but for some places between. Of float8 two kernels took 0.90 of what
+# blocks did at 5/16 and 1.41 at 5/4 (bench/experts.py --float8), one pair a program on the matrix unit more than they at each.
 FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
-SCALED_FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
+SCALED_FORMS = ((3 / 8, 0), (16, 16), (48, 64), (inf, 128))
 ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
