@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,11 +13,12 @@ NORMAL, STEP = 2.0**-14, 2.0**-24  # of float16: its smallest normal number, and
 TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
     """float32 `x` with the values that `dtype` has, still float32; as it is where that is neither bfloat16 nor float16.
 
     XLA's reduce_precision makes zero of what is subnormal in float16; that is rounded to a multiple of the step between such
-    numbers. bfloat16's subnormal numbers are float32's, which may read as zero anyhow. Derivatives are those of a cast: 1.
+    numbers. bfloat16's subnormal numbers are float32's, which may read as zero anyhow. Derivatives pass as they are.
     """
     if dtype not in BITS:
         return x
@@ -23,5 +26,9 @@ def rounded(x: jax.Array, dtype: str) -> jax.Array:
     near = lax.reduce_precision(x, exponent_bits=exponent, mantissa_bits=mantissa)
     if dtype == "bfloat16":
         return near
-    off = lax.stop_gradient(lax.round(x / STEP, TO_EVEN) * STEP - x)  # has few enough bits to be exact
-    return jnp.where(jnp.abs(x) < NORMAL, x + off, near)
+    return jnp.where(jnp.abs(x) < NORMAL, lax.round(x / STEP, TO_EVEN) * STEP, near)
+
+
+@rounded.defjvp
+def _passed(dtype: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return rounded(*primals, dtype), *tangents

@@ -168,7 +168,11 @@ def quantize(
 def _copied(source: Path) -> dict[str, bytes]:
     """The files beside the tensors that are copied, read before anything is written."""
     found = {}
-    for path in source.iterdir():
+    try:
+        there = sorted(source.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{shown(source)} cannot be listed: {said(error)}; make it readable") from None
+    for path in there:
         if path.suffix not in BESIDE or path.name in (INDEX, "config.json"):
             continue
         try:
