@@ -5,7 +5,7 @@ operands of a dot as if they were integers, adds up a dot in an order that hangs
 along the contracted axis step by step, and asks an array of one element for an int where a loop goes to a run-time extent,
 which numpy 2.4 and later refuse. Its maximum and minimum give NaN where a GPU's drop it unless told otherwise; its dot never
 rounds float32 operands to TF32. And it makes a reduction by a function element by element, which takes a minute instead of a
-second.
+second, and its table of dtypes anew for every operation.
 """
 
 from __future__ import annotations
@@ -43,12 +43,17 @@ def mend() -> None:
         return
     builder.mended = True
     cast, dot, place, reduce = builder.cast_impl, builder.create_dot, builder.set_grid_idx, reducer.generic_reduce
-    patch, TensorHandle = interpreter._patch_lang_tensor, interpreter.TensorHandle
+    patch, TensorHandle, numpy_type = interpreter._patch_lang_tensor, interpreter.TensorHandle, interpreter._get_np_dtype
+    known: dict[str, np.dtype] = {}
 
     own = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}  # which it has as integers
 
     def numbers(handle) -> np.ndarray:
         return handle.data.view(own.get(handle.dtype.scalar, handle.data.dtype))
+
+    def known_type(dtype):
+        name = dtype.scalar.name
+        return known[name] if name in known else known.setdefault(name, numpy_type(dtype.scalar))
 
     def mended_cast(self, src, dst_type):
         if tl.bfloat16 not in (src.dtype.scalar, dst_type.scalar):
@@ -94,3 +99,4 @@ def mend() -> None:
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter._patch_lang_tensor, reducer.generic_reduce = mended_patch, mended_reduce
+    interpreter._get_np_dtype = known_type

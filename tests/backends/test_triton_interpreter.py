@@ -14,6 +14,7 @@ from moekit.testing import Call, check, operands
 from moekit.testing.schedules import variants
 from tests.declarations import DECLARATIONS
 
+DTYPES = ("float32", "float16", "bfloat16")  # the rules' schedule in each; others and layouts in the first two, by turns
 SIZES = {
     "gate_gemm": [dict(T=5, P=19, D=38), dict(T=17, P=8, D=16)],
     "silu_and_mul": [dict(T=7, I=37)],
@@ -56,16 +57,15 @@ for name, fusion in DECLARATIONS.items():
     known = dict(k=10, experts=7, block=4, rows=8, columns=8, inner=8, shared_inner=8)
     params = {n: v for n, v in known.items() if n in fusion.params}
     for sizes in SIZES.get(name, []) + LONG.get(name, []):
-        for dtype in ("float32", "float16", "bfloat16"):
-            call = Call(fusion, operands(fusion, sizes, dtype, "normal", 7, params), params)
-            schedules = {None} | set(variants(fusion.trace(call.binding)).values() if sizes in SIZES.get(name, []) else ())
-            cases = [(s, {}) for s in schedules] if dtype != "bfloat16" else [(None, {})]
-            for layout in ("padded", "strided", "transposed padded", "shifted") if dtype != "bfloat16" else ():
-                cases.append((None, dict.fromkeys([*call.operands, *call.names], layout)))
-            for schedule, layouts in cases:
-                one = Call(fusion, call.operands, params, layouts, schedule)
-                check("triton-interpreter", one)
-                count += 1
+        calls = [Call(fusion, operands(fusion, sizes, dtype, "normal", 7, params), params) for dtype in DTYPES]
+        cases = [(call, {}, None) for call in calls]
+        for i, call in enumerate(calls[:2] if sizes in SIZES.get(name, []) else ()):
+            cases += [(call, {}, schedule) for schedule in [*variants(fusion.trace(call.binding)).values()][1 + i :: 2]]
+        for i, layout in enumerate(("padded", "strided", "transposed padded", "shifted")):
+            cases.append((calls[i // 2], dict.fromkeys([*calls[0].operands, *calls[0].names], layout), None))
+        for call, layouts, schedule in cases:
+            check("triton-interpreter", Call(fusion, call.operands, params, layouts, schedule))
+            count += 1
 print(count, "cases")
 """
 
