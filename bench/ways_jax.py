@@ -27,6 +27,7 @@ sys.path.insert(0, __file__.rpartition("/bench/")[0])
 from bench import runner
 from bench.device_jax import compiled, made, timed
 from moekit import jax as mj
+from moekit.files import write_text
 from moekit.fusions import FUSIONS
 from moekit.jax import view
 from moekit.lang.graph import Graph
@@ -205,7 +206,7 @@ def write_table(path: Path, head: dict, entries: dict) -> None:
     """Write a table, a line for each graph and layout."""
     rows = [f"  {json.dumps(key)}: {{\n" + ",\n".join(f"   {json.dumps(n)}: {json.dumps(x)}" for n, x in e.items()) + "\n  }"
             for key, e in sorted(entries.items())]  # fmt: skip
-    path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "entries": {\n' + ",\n".join(rows) + "\n }\n}\n", encoding="utf-8")
+    write_text(path, json.dumps(head, indent=1)[:-2] + ',\n "entries": {\n' + ",\n".join(rows) + "\n }\n}\n")
 
 
 QUESTION = runner.Question(
