@@ -14,6 +14,7 @@ from moekit.backends.libraries import LIBRARIES, Library
 from moekit.errors import ShapeError, UnavailableError
 from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.graph import Graph, Index, Node, Write
+from moekit.lang.turns import unrolled
 
 
 class _Evaluation:
@@ -213,7 +214,7 @@ def evaluate(graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], 
     `arrays` are the operands by name, of any strides; `sizes` gives the dynamic axes.
     """
     with np.errstate(all="ignore"):
-        return _Evaluation(graph, arrays, sizes, LIBRARIES[library]()).run()
+        return _Evaluation(unrolled(graph), arrays, sizes, LIBRARIES[library]()).run()
 
 
 def evaluate_ranks(
@@ -222,6 +223,7 @@ def evaluate_ranks(
     """The outputs of every rank of a mesh, all played by this process: `arrays` has each rank's operands, in order."""
     if (ranks := set(graph.ranks.values())) - {len(arrays)}:
         raise UnavailableError(f"{graph.name}: it adds up over {max(ranks)} ranks, but there are operands of {len(arrays)}")
+    graph = unrolled(graph)
     every = [_Evaluation(graph, each, sizes, LIBRARIES[library]()) for each in arrays]
     with np.errstate(all="ignore"):
         for i in graph.live():

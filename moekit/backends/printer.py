@@ -302,6 +302,7 @@ COMMON: dict[type, Callable[[Any, Any], str | Text]] = {
     t.InBounds: lambda p, op: p.in_bounds(op),
     t.Cast: lambda p, op: p.converted(op),
     t.Bitcast: lambda p, op: p.converted(op),
+    t.Along: lambda p, op: p.text(op.value),
     t.Unary: lambda p, op: p.unary(op),
     t.Binary: lambda p, op: p.operator(op),
     t.Where: lambda p, op: p.choice(op),

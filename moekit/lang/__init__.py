@@ -40,6 +40,7 @@ from moekit.lang.ops import (
 )
 from moekit.lang.spec import In, InOut, Out
 from moekit.lang.trace import Value
+from moekit.lang.turns import in_turns
 
 __all__ = [
     "Binding",
@@ -70,6 +71,7 @@ __all__ = [
     "fusion",
     "gather",
     "halves",
+    "in_turns",
     "int8",
     "int16",
     "int32",

@@ -100,12 +100,15 @@ def concat(*values: Value | float, over: str, into: str) -> Value:
     return found
 
 
-def gather(table: Value, ids: Value, over: str) -> Value:
+def gather(table: Value, ids: Value | int, over: str) -> Value:
     """`table` at index `ids` of axis `over`; the result varies over the rest of `table` and over `ids`.
 
     An id outside the axis reads zero from the tensor, and never memory that is not the tensor's.
     """
-    table, ids = as_value(table, "float32"), as_value(ids, "int32")
+    table = as_value(table, "float32")
+    if isinstance(ids, int) and 0 <= ids < (table.builder.axis_size(over) or 0):
+        return reindex(table, over, Index(start=int(ids)))
+    ids = as_value(ids, "int32")
     if is_float(ids.dtype) or ids.dtype == "bool":
         raise DtypeError(f"{table.builder.name}: gather needs integer ids, got {ids.dtype}")
     table.builder.axis_size(over)

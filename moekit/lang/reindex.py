@@ -13,10 +13,11 @@ def reindex(x: Value, axis: str, by: Index | Value) -> Value:
     Element-wise values, and reductions over other axes, are recomputed at the new index, so nothing is copied.
     """
     done: dict[int, int] = {}
-    return Value(x.builder, _visit(x.builder, x.node, axis, by, done))
+    return Value(x.builder, visit(x.builder, x.node, axis, by, done))
 
 
-def _visit(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
+def visit(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, int]) -> int:
+    """The node with index i of `axis` replaced; `done`: nodes that have been, by what they were."""
     n = b.nodes[node]
     if axis not in n.axes:
         return node
@@ -29,7 +30,7 @@ def _replace(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int
     n = b.nodes[node]
     new_axes = by.axes
     inner = {str(value) for name, value in n.attrs if name in ("axis", "into")}
-    if n.op in ("cumsum", "top_k", "pick") and axis in inner:
+    if n.op in ("cumsum", "top_k", "pick", "before", "after") and axis in inner:
         raise DeclarationError(
             f"{b.name}: a {n.op} cannot be sliced or gathered along its own axis {axis!r}; slice its operand, "
             "or select with where(iota(...) == ..., ...)"
@@ -47,7 +48,7 @@ def _replace(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int
         return _read(b, node, axis, by, done)
     if n.op == "iota":
         return _affine(b, n.attr("index"), axis, by).node
-    return b.add(n.op, [_visit(b, a, axis, by, done) for a in n.args], n.attrs, n.dtype).node
+    return b.add(n.op, [visit(b, a, axis, by, done) for a in n.args], n.attrs, n.dtype).node
 
 
 def _affine(b: Builder, index: Index, axis: str, by: Index | Value) -> Value:
@@ -85,7 +86,7 @@ def _read(b: Builder, node: int, axis: str, by: Index | Value, done: dict[int, i
     for entry, own in zip(n.attr("index"), whole, strict=True):
         new: Index | int = entry
         if entry.operands:  # which stand alone
-            new = _visit(b, n.args[entry.alone], axis, by, done)
+            new = visit(b, n.args[entry.alone], axis, by, done)
             new = b.nodes[new].attr("index") if b.nodes[new].op == "iota" else new
         elif axis in entry.axes:
             new = entry.put(axis, by) if isinstance(by, Index) else _chosen(b, entry, axis, by, own).node

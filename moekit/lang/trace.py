@@ -112,6 +112,8 @@ class Builder:
         index = attrs.get("index", ())
         found = {a for i in ((index,) if isinstance(index, g.Index) else index) for a in i.axes}
         found |= {a for x in args for a in self.nodes[x].axes}
+        if op == "before":
+            return found | {attrs["axis"]}
         reduced = {attrs.get("axis")} if op != "cumsum" else set()
         if op == "place":
             return found - {a for x in args[1:] for a in self.nodes[x].axes} | set(attrs["over"])

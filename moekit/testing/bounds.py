@@ -25,6 +25,7 @@ import numpy as np
 
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph, Node, Write
+from moekit.lang.turns import unrolled
 from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation, placed
 
 
@@ -39,7 +40,7 @@ def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str
 def graph_bounds(graph: Graph, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, Bound]:
     """The bound of every output of a traced graph; `sizes` gives the dynamic axes."""
     with np.errstate(all="ignore"):
-        return _Evaluation(graph, inputs, sizes).outputs()
+        return _Evaluation(unrolled(graph), inputs, sizes).outputs()
 
 
 class _Evaluation(Evaluation):

@@ -73,7 +73,7 @@ def viewed(graph, sizes) -> dict:
 
 _DELTA = {"q": (4, 2, 128), "k": (4, 2, 128), "v": (4, 4, 128), "a": (4, 4), "b": (4, 4), "A_log": (4,), "dt_bias": (4,),
           "state": (4, 4, 128, 128)}  # fmt: skip
-_CHUNKS = {"q": (1, 2, 64, 8, 128), "k": (1, 2, 64, 8, 128), "solved": (1, 2, 16, 64, 64), "attend": (1, 2, 16, 64, 64),
+_CHUNKS = {"q": (1, 2, 64, 8, 128), "k": (1, 2, 64, 8, 128), "solved": (1, 2, 16, 128, 64), "attend": (1, 2, 16, 128, 64),
            "v": (1, 2, 64, 16, 128), "since": (1, 2, 64, 16), "left": (1, 2, 64, 16), "asked": (1, 2, 64, 16),
            "fade": (1, 2, 16), "state": (1, 16, 128, 128)}  # fmt: skip
 _EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
@@ -106,9 +106,7 @@ SAMPLES = {
     "gated_rms_norm": Sample("gated_rms_norm", {"x": (4, 4, 128), "z": (4, 4, 128), "weight": (128,)}),
     "delta_rule_step": Sample("delta_rule_step", _DELTA, f32=("A_log", "dt_bias", "state")),
     "unit_lower_inverse": Sample("unit_lower_inverse", {"system": (8192, 16, 16)}, f32=("system",)),
-    "delta_rule_chunks": Sample(
-        "delta_rule_chunks", _CHUNKS, f32=("solved", "attend", "since", "left", "asked", "fade", "state")
-    ),
+    "delta_rule_chunks": Sample("delta_rule_chunks", _CHUNKS, f32=("since", "left", "asked", "fade", "state")),
     "gate_projections": Sample("gate_projections", {"x": (4, 2048), **_GATES}),
     "gate_topk": Sample("gate_topk", {"x": (4, 2048), **_GATES}, {"k": 10}),
     "gate_projections_parts": Sample(

@@ -24,9 +24,8 @@ from .sm_90 import TARGETS, compiled  # noqa: E402
 
 H200 = Path(__file__).parents[1] / "data/h200.textproto"
 STACK = {"qk_norm_rope": 32, "qkv_norm_rope": 32}  # bytes: libdevice's sine has the digits of an angle times 2/π
-STACK["delta_rule_chunks", "float32"] = 8872  # whole products in registers; a prompt's operands are narrower
+STACK["delta_rule_chunks", "float32"] = 2656  # whole products in registers; a prompt's operands are narrower
 if release(triton.__version__) >= (3, 8):
-    STACK["delta_rule_chunks", "float32"] = 8800
     STACK["gate_block", "bfloat16"] = 8  # what does not fit into the 128 registers that it is given there
 
 

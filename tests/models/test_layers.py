@@ -49,10 +49,8 @@ def close(mine, theirs, tolerance=2e-5):
 
 @pytest.mark.parametrize(("tp", "kernels"), [(1, "xla"), (4, "xla"), (4, "pallas")])
 @pytest.mark.parametrize("case", CASES)
-def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
+def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels):
     """With kernels a prompt goes from chunk to chunk by one of them."""
-    monkeypatch.setattr(gdn, "IN_TURNS", 0)
-    monkeypatch.setattr(gdn, "SOLVES", True)
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     theirs = zoo.transformers(case).model.layers[0].linear_attn
     x = hidden(zoo, case)
@@ -303,7 +301,7 @@ def in_turns(q, k, v, decay, beta, state, scales, kind):
     ("length", "kind", "value_dim"), [(1, "pallas", 8), (63, "pallas", 5), (130, "pallas", 8), (64, "xla", 8), (300, "xla", 8)]
 )
 def test_the_delta_rule_in_turns_is_the_recurrence(length, kind, value_dim):
-    """Chunks that are full and not, more than a launch has; heads of q, k and v as one array's, and of widths that differ."""
+    """Chunks that are full and not, one and several; heads of q, k and v as one array's, and of widths that differ."""
     rng, (keys, values, key_dim) = np.random.default_rng(length), (2, 4, 8)
     q, k = (rng.standard_normal((1, length, keys, key_dim)) for _ in range(2))
     v, beta = rng.standard_normal((1, length, values, value_dim)), rng.random((1, length, values))

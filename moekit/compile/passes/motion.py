@@ -9,6 +9,7 @@ from moekit.compile import tile as t
 
 WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
+HANDED_ON = (t.Load, t.Cast, t.Binary, t.Unary, t.Where, t.Const, t.Along)  # what operands of products are made by
 MOST_LANES = 1024  # of a program: 32 warps
 MOST_EARLY = 256  # elements for each lane of what is loaded before: more would wait in registers for its turn
 
@@ -17,7 +18,8 @@ def motion(program: t.TileProgram) -> t.TileProgram:
     """The program's operations in an order in which memory is busy while threads wait for each other."""
     ops = _stores_early(program, _loads_first(program, list(program.body), set()))
     known = {v for op in ops for v in t.results(op)}
-    return replace(program, body=tuple(_row_by_row(program, op, known) for op in ops))
+    ops = [_row_by_row(program, op, known) for op in ops]
+    return replace(program, body=tuple(_operands_first(program, ops, set())))
 
 
 def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value]) -> t.Op:
@@ -25,6 +27,38 @@ def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value]) -> t.Op:
     if isinstance(op, t.Loop) and any(isinstance(x, t.Receive) for x in op.body):
         return replace(op, body=tuple(_loads_first(program, list(op.body), known | {*op.vars})))
     return op
+
+
+def _operands_first(program: t.TileProgram, ops: list[t.Op], carried: set[t.Value]) -> list[t.Op]:
+    """The operations of a run, and of its loops, with what products take before the first product that it need not wait for.
+
+    Where products follow from products, threads meet to hand an operand on: so they do once for all operands that are there.
+    """
+    ops = [
+        replace(op, body=tuple(_operands_first(program, list(op.body), {*op.carries}))) if isinstance(op, t.Loop) else op
+        for op in ops
+    ]
+    made = {op.out: op for op in ops if isinstance(op, HANDED_ON)}
+    follows = set(carried)
+    for op in ops:
+        follows |= {*t.results(op)} if isinstance(op, t.Dot) or follows & {*t.operands(op)} else set()
+    left = [v for op in ops if isinstance(op, t.Dot) for v in (op.left, op.right) if v in follows]
+    wanted: set[t.Value] = set()
+    while left:
+        if (value := left.pop()) in made and value not in wanted:
+            wanted.add(value)
+            left += t.operands(made[value])
+    stored = {op.at.tensor for op, _ in t.walk(program.body) if isinstance(op, t.Store)}
+    early = [op for v, op in made.items() if v in wanted and not (isinstance(op, t.Load) and op.at.tensor in stored)]
+    waits, found = {v for op in ops for v in t.results(op)}, []
+    for op in ops:
+        ready = early if isinstance(op, t.Dot) else []
+        for x in (*ready, op):
+            if x is op or not waits & {*t.operands(x)}:
+                found += [x] if x not in found else []
+                waits -= {*t.results(x)}
+        early = [x for x in early if waits & {*t.results(x)}]
+    return found
 
 
 def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from moekit.compile import tile as t
 from moekit.lang.elementwise import ELEMENTWISE
@@ -94,19 +95,22 @@ def _uses(ops: Iterable[t.Op]) -> Counter[t.Value]:
 
 
 def _choose_inline(found: Names, ops: Sequence[t.Op], uses: Counter[t.Value]) -> None:
-    """Note what of a run of operations, and of those within, is written where it is read."""
+    """Note what of a run of operations, and of those within, is written where it is read: not beyond a product."""
     here = Counter(v for op in ops for v in t.operands(op))
+    products = list(accumulate((isinstance(op, t.Dot) for op in ops), initial=0))  # before each operation
+    read = {v: products[i] for i, op in enumerate(ops) for v in t.operands(op)}
     size: dict[t.Value, int] = {}
     inits = {v for op in ops if isinstance(op, t.Loop) for v in op.inits}
-    for op in ops:
+    for i, op in enumerate(ops):
         if isinstance(op, t.Loop | t.AtEnd):
             _choose_inline(found, op.body, uses)
             continue
         for out in t.results(op):
             size[out] = 1 + sum(size.get(v, 0) for v in t.operands(op) if v in found.inline)
-            once = uses[out] == here[out] == 1 and (not out.name or out in inits) and size[out] <= LARGEST
+            near = read.get(out, 0) == products[i]
+            once = near and uses[out] == here[out] == 1 and (not out.name or out in inits) and size[out] <= LARGEST
             number = isinstance(op, t.Const) and (bool(out.axes) or not out.name)
-            if number or isinstance(op, t.Extent | t.Sides) or (isinstance(op, PURE) and once):
+            if number or isinstance(op, t.Along | t.Extent | t.Sides) or (isinstance(op, PURE) and once):
                 found.inline.add(out)
     for op in ops:
         if isinstance(op, t.Elements) and op.turn and not op.part and not op.out.axes:

@@ -127,6 +127,23 @@ class Nest(Writer):
         home.running.append((before, begun, home.binary("add", before, total)))
         return home.binary("add", before, home.emit(t.Scan, value=value, axis=axis) if held else value, name)
 
+    def before(self, node: int, n: Node, home: Scope) -> t.Value:
+        """What a turn of a loop begins with."""
+        begun = self.value(n.args[0], home.parent or home)
+        held = self.numbers.like(begun, self.graph.names.get(n.args[0], "held"))
+        home.handed[node] = held, begun
+        return held
+
+    def after(self, node: int, n: Node, home: Scope) -> t.Value:
+        """What the last turn leaves, of a loop that stores nothing on the way."""
+
+        def body(inner: Scope, _: tuple[t.Value, ...]) -> tuple[t.Value, ...]:
+            self.value(n.args[0], inner)
+            return ()
+
+        self.loop(home, n.attr("axis"), [], [], body)
+        return home.made[node]
+
     def extent(self, node: int, n: Node, home: Scope) -> t.Value:
         """The size of an axis: a constant where it is known after all."""
         axis = self.program.axis(n.attr("axis"))
@@ -169,6 +186,8 @@ class Nest(Writer):
         if node in seen:
             return
         seen.add(node)
+        if self.graph.nodes[node].op == "after":
+            return  # whose loop may store outputs, too
         if not self.looped & set(self.graph.nodes[node].axes):
             self.value(node, self.root)
         else:
@@ -196,6 +215,8 @@ OTHERS: dict[str, Callable[[Nest, int, Node, Scope], t.Value]] = {
     "iota": lambda low, node, n, home: low.along(n.attr("index"), home),
     "extent": Nest.extent,
     "cumsum": Nest.scan,
+    "before": Nest.before,
+    "after": Nest.after,
     "top_k": Nest.top_k,
     "all_reduce": Nest.all_reduce,
     "reduce": reduction,

@@ -35,7 +35,8 @@ class Scope(t.Draft):
     """A straight run of operations: the program's own, or a loop's body.
 
     `bound` has the elements of axes known from here, `made` the blocks of nodes and of indices. `running`: the running sums of
-    a loop, each as what came before the turn, what that begins with, what comes before the next. `ended`: by the axis that a
+    a loop, each as what came before the turn, what that begins with, what comes before the next. `handed`: by the node of what
+    its turns hand on, what a turn begins with and what the first one does. `ended`: by the axis that a
     loop goes over, the node of the element where it ends. `weights`: by the node of a largest score, what a sum of exponentials
     so far is worth now, and exp(score - largest so far).
     """
@@ -44,6 +45,7 @@ class Scope(t.Draft):
     bound: dict[str, t.Value] = field(default_factory=dict)
     made: dict[int | Index, t.Value] = field(default_factory=dict)
     running: list[tuple[t.Value, t.Value, t.Value]] = field(default_factory=list)
+    handed: dict[int, tuple[t.Value, t.Value]] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
     weights: dict[int, tuple[t.Value | None, t.Value]] = field(default_factory=dict)
 
@@ -145,9 +147,21 @@ class Writer(ABC):
         part = axis.endswith(PART)
         few = axis.removesuffix(PART) not in self.section.parts if part else not several and 1 < (block.length or 0) <= FEW
         yields = tuple(body(scope, carries))
+        handed = self.handed_on(scope)
         unroll = end is None and few and not any(isinstance(op, t.Dot) for op, _ in t.walk(scope.ops))
-        before, begun, after = zip(*scope.running, strict=True) if scope.running else ((), (), ())
+        on = [*scope.running, *handed.values()]
+        before, begun, after = zip(*on, strict=True) if on else ((), (), ())
         carries, begins, yields = (*carries, *before), (*inits, *begun), (*yields, *after)
         outs = tuple(map(self.numbers.like, carries))
         home.ops.append(t.Loop((turn,), (axis,), carries, begins, tuple(scope.ops), yields, outs, unroll, end))
+        home.made |= dict(zip(handed, outs[len(outs) - len(handed) :], strict=True))
         return outs[: len(outs) - len(before)]
+
+    def handed_on(self, scope: Scope) -> dict[int, tuple[t.Value, t.Value, t.Value]]:
+        """What the turns of a loop hand on, as `running` has it, by the node of what the last one leaves."""
+        ends = {n.args[0]: (i, n.args[1]) for i in self.graph.live() if (n := self.graph.nodes[i]).op == "after"}
+        found: dict[int, tuple[t.Value, t.Value, t.Value]] = {}
+        while left := [node for node in scope.handed if ends[node][0] not in found]:
+            end, following = ends[left[0]]
+            found[end] = (*scope.handed[left[0]], self.value(following, scope))
+        return found

@@ -54,8 +54,9 @@ def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:
 def row_launch(graph: Graph) -> Launch:
     """Rows: reduced axes whole while they fit, then the innermost parallel axis, then several rows a program."""
     uses, chosen, tile = axis_uses(graph), {}, 1
-    inner = [u for u in uses.values() if not u.parallel and not u.name.endswith(PART)]
-    chosen |= {u.name: Loop(u.name, 1) for u in uses.values() if not u.parallel and u.name.endswith(PART)}
+    one_by_one = {u.name for u in uses.values() if not u.parallel and (u.in_turns or u.name.endswith(PART))}
+    inner = [u for u in uses.values() if not u.parallel and u.name not in one_by_one]
+    chosen |= {a: Loop(a, 1) for a in one_by_one}
     for use in sorted(inner, key=lambda u: (not u.whole, u.extent is None, u.extent or 0)):
         if use.extent is not None and (use.whole or tile * pow2(use.extent) <= WHOLE_TILE):
             chosen[use.name] = Whole(use.name, pow2(use.extent))
@@ -159,7 +160,7 @@ def other_axis(use: AxisUse) -> Axis:
     """How an axis is held that no product runs along."""
     if use.parallel:
         return Tile(use.name, 1)
-    if use.name.endswith(PART):
+    if use.in_turns or use.name.endswith(PART):
         return Loop(use.name, 1)
     if use.extent is not None and (use.whole or pow2(use.extent) <= ROW_TILE):
         return Whole(use.name, pow2(use.extent))

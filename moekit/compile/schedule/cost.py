@@ -12,9 +12,9 @@ from math import prod
 
 from moekit.compile.schedule.cuts import launched, section_graphs
 from moekit.compile.schedule.directives import Launch, Loop, Rounds, Schedule, Section, Tile
-from moekit.compile.schedule.facts import PART, loaded, reach, shares
+from moekit.compile.schedule.facts import PART, axis_uses, loaded, reach, shares
 from moekit.lang.dtypes import itemsize
-from moekit.lang.graph import Graph, Node
+from moekit.lang.graph import Graph, Index, Node
 
 MOST_AGAIN = 8  # times the products of a launch may be made, all in all
 SMALL = 2**20  # multiplications for each row that may be done again in any case
@@ -106,7 +106,7 @@ def _launch_cost(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> Laun
     extents = _extents(graph, launch, sizes)
     pairs = list(zip(section_graphs(graph, launch), launch.sections, strict=True))
     asked = sum(_programs(s, extents) * _held(g, s, extents) for g, s in pairs)
-    shared = max(launch.stages * _in_flight(g, s) for g, s in pairs)
+    shared = max(launch.stages * in_flight(g, s) for g, s in pairs)
     moved = sum(size * prod(extents[a] for a in axes) for size, axes in _accesses(graph))
     count = programs(graph, launch, sizes)
     return LaunchCost(graph.name, count, moved, asked, *_in_all(_made(graph, launch, extents)), shared)
@@ -152,13 +152,28 @@ def _accesses(graph: Graph) -> list[tuple[int, Iterable[str]]]:
     return [*reads.values(), *((itemsize(graph.nodes[w.value].dtype), reach(graph, w)) for w in graph.writes)]
 
 
-def _in_flight(graph: Graph, section: Section) -> int:
-    """Bytes of one turn's loads of the operands of products in loops."""
-    found = set()
+def in_flight(graph: Graph, section: Section) -> int:
+    """Bytes of one turn's loads of the operands of products in loops; of what is the same along two axes once."""
+    found, turns = {}, {use.name for use in axis_uses(graph).values() if use.in_turns}
     for n in map(graph.nodes.__getitem__, graph.live()):
-        if n.op == "contract" and isinstance(section.axis(n.attr("axis")), Loop):
-            found |= {x for a in n.args if (x := loaded(graph, a)).op == "read"}
-    return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found)
+        if n.op == "contract":
+            looped = isinstance(section.axis(n.attr("axis")), Loop)
+            some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and (looped or turns & set(x.axes)))
+            found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
+    return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found.values())
+
+
+def _place(graph: Graph, section: Section, n: Node, index: Index) -> tuple:
+    """Which elements an index says, those of an axis by their blocks."""
+    found: list[object] = [index.start]
+    for term, step in index.terms:
+        if isinstance(term, str):
+            found.append((section.block(term), step))
+        elif (other := graph.nodes[n.args[term]]).op == "iota":
+            found += _place(graph, section, other, other.attr("index"))[1:]
+        else:
+            found.append((f"%{n.args[term]}", step))
+    return tuple(found)
 
 
 def _bytes(n: int) -> str:

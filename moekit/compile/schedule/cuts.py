@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
-from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis
+from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis, within_turns
 from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Graph, Index, Node, Tensor, Write
 from moekit.lang.spec import Dim
@@ -65,7 +65,7 @@ def stageable(graph: Graph) -> dict[str, int]:
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
-        if i not in kept and (node.op in (*FOLDS, "place") or narrows):
+        if i not in kept and i not in within_turns(graph) and (node.op in (*FOLDS, "place") or narrows):
             found[graph.names.get(i, f"v{i}")] = i
     return found
 

@@ -26,7 +26,10 @@ def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
 
 @dataclass(frozen=True)
 class AxisUse:
-    """How a graph uses one axis. `scanned`: running sums go along it, in one block where its size is static."""
+    """How a graph uses one axis. `scanned`: running sums go along it, in one block where its size is static; `in_turns`: values
+
+    are handed on along it.
+    """
 
     name: str
     extent: int | None
@@ -34,6 +37,7 @@ class AxisUse:
     whole: bool
     parallel: bool
     scanned: bool = False
+    in_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     reduced: set[str] = set()
     whole: set[str] = set()
     scanned: set[str] = set()
+    turns: set[str] = set()
     for node in (graph.nodes[i] for i in graph.live()):
         used |= set(node.axes)
         if node.op in FOLDS:
@@ -87,6 +92,8 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
         elif node.op == "cumsum":
             scanned.add(node.attr("axis"))
             whole |= {a for a in scanned if graph.axes[a] is not None}
+        elif node.op == "before":
+            turns.add(node.attr("axis"))
         elif node.op == "top_k":
             whole |= {node.attr("axis"), node.attr("into")}
         elif node.op == "all_reduce":
@@ -94,12 +101,23 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
     spreads = [reach(graph, w) for w in graph.writes]
     used |= set().union(*spreads)
-    everywhere = set.intersection(*spreads)
+    parallel = set.intersection(*spreads) - (reduced | whole | scanned | turns)
     return {
-        a: AxisUse(a, size, a in reduced, a in whole, a in everywhere and a not in reduced | whole | scanned, a in scanned)
+        a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in scanned, a in turns)
         for a, size in graph.axes.items()
         if a in used
     }
+
+
+@once
+def within_turns(graph: Graph) -> frozenset[int]:
+    """The nodes that are made of what turns hand on, each in its turn: one program makes all of them."""
+    found: set[int] = set()
+    for i in graph.live():
+        n = graph.nodes[i]
+        if n.op == "before" or (n.op != "after" and found & {*n.args}):
+            found.add(i)
+    return frozenset(found)
 
 
 @once
@@ -216,7 +234,7 @@ def reduction_levels(graph: Graph, axes: set[str]) -> tuple[dict[int, int], set[
     for i in graph.live():
         node = graph.nodes[i]
         level[i] = max((level[a] for a in operands(node)), default=0)
-        if node.op in FOLDS and node.attr("axis") in axes:
+        if node.op in (*FOLDS, "after") and node.attr("axis") in axes:
             depths.add(level[i])
             level[i] += 1
     return level, depths

@@ -31,6 +31,7 @@ from moekit.compile.schedule.facts import (
     AxisUse,
     axis_uses,
     equally_deep,
+    folded,
     operands,
     part_axis,
     reach,
@@ -39,6 +40,7 @@ from moekit.compile.schedule.facts import (
     scattered,
     shares,
     twins,
+    within_turns,
 )
 from moekit.compile.schedule.stores import in_order
 from moekit.compile.schedule.targets import MEASURED
@@ -184,6 +186,8 @@ def axis_problem(use: AxisUse, d: Axis) -> str | None:
         return "a block is a power of two"
     if use.whole and not isinstance(d, Whole):
         return "a scan or top_k runs along it, an update reads other elements of it, or ranks add up its rows: it must be whole"
+    if use.in_turns and d != Loop(d.axis, 1):
+        return f"values are handed on along it, so it must be loop:{d.axis}:1"
     if isinstance(d, Tile) and not use.parallel:
         return "it is reduced, scanned or missing from an output, so one program must see all of it"
     if isinstance(d, Whole) and (use.extent is None or d.block < use.extent):
@@ -223,13 +227,13 @@ def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator
 
 
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
-    """A running sum goes from turn to turn of one loop: it begins at the axis's first element, and has no other loop within."""
-    looped = {d.axis for d in section.all(Loop)}
+    """What goes from turn to turn of one loop begins at the axis's first element, and has no other loop within."""
+    looped, what = {d.axis for d in section.all(Loop)}, {"cumsum": "a running sum", "before": "what is handed on"}
     for n in (graph.nodes[i] for i in graph.live()):
-        if n.op == "cumsum" and n.attr("axis") in looped:
+        if n.op in what and n.attr("axis") in looped:
             if others := sorted(looped & set(n.axes) - {n.attr("axis")}):
-                along = n.attr("axis")
-                yield f"a running sum along {along} also varies over {others[0]}, which cannot be looped over beside it"
+                along = f"{what[n.op]} along {n.attr('axis')}"
+                yield f"{along} also varies over {others[0]}, which cannot be looped over beside it"
         elif n.op == "place":
             yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
 
@@ -277,6 +281,8 @@ def _divisible(graph: Graph, axis: str, count: int, each: int) -> str | None:
     uses = axis_uses(graph)
     if axis not in uses or not uses[axis].reduced or uses[axis].extent is None:
         return "only a reduced axis of static size can be split"
+    if any(folded(graph.nodes[i]) == axis for i in within_turns(graph)):
+        return "turns add up along it what is handed on to the next"
     if each and (each < 1 or count < 2 or count != -(-(uses[axis].extent or 0) // each)):
         return f"its {uses[axis].extent} elements are not that many parts of {each}, two or more"
     if not each and not 2 <= count <= MOST_PARTS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moekit.compile.tile.operations import (
     Accumulate,
+    Along,
     AtEnd,
     Binary,
     Bitcast,
@@ -121,6 +122,8 @@ class Facts:
             return op.fill == identity and name in self.masks(op.at.mask)
         if isinstance(op, Accumulate):
             return known(op.acc, op.value)
+        if isinstance(op, Along):
+            return self.filled(op.value, op.value.axes[value.axes.index(axis)], identity, seen)
         if isinstance(op, Cast | Bitcast):
             return identity == 0 and known(op.value)
         if isinstance(op, Binary) and op.op in SIDES and (op.op != "shl" or identity == 0):

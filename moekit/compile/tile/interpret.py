@@ -298,6 +298,7 @@ EXECUTE = {
     t.Receive: Program.receive,
     t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),
     t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),
+    t.Along: lambda p, op: p.values[op.value],
     t.Unary: lambda p, op: ELEMENTWISE[op.op].meaning(p.values[op.value]),
     t.Binary: lambda p, op: ELEMENTWISE[op.op].meaning(p.at(op.left, op.out.axes), p.at(op.right, op.out.axes)),
     t.Where: Program.where,

@@ -242,6 +242,14 @@ class Bitcast:
 
 
 @dataclass(frozen=True)
+class Along:
+    """The same block along other axes, which are held in the same blocks: what is multiplied along either is loaded once."""
+
+    out: Value
+    value: Value
+
+
+@dataclass(frozen=True)
 class Unary:
     """An element-wise function of one block (graph.UNARY)."""
 
@@ -391,7 +399,7 @@ class AtEnd:
 Op = (
     Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
     | Reduce | Accumulate | Scan | Dot | Halves | Deinterleave | Interleave | TopK | Loop | AtEnd | AllReduce | Ways | Send
-    | Raise | Receive
+    | Raise | Receive | Along
 )  # fmt: skip
 Packet = Send | Receive
 Message = Packet | Raise

@@ -35,6 +35,7 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Receive: lambda p, op: (op.own[0].dtype, op.own[0].axes),
     t.Cast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Bitcast: lambda p, op: (op.out.dtype, op.value.axes),
+    t.Along: lambda p, op: (op.value.dtype, op.out.axes),
     t.Unary: _like,
     t.Binary: lambda p, op: (
         "bool" if ELEMENTWISE[op.op].domain == "compare" else op.left.dtype,
@@ -72,6 +73,11 @@ def _where(p: TileProgram, op: t.Where) -> Demand:
 
 def _bitcast(p: TileProgram, op: t.Bitcast) -> Demand:
     yield itemsize(op.out.dtype) == itemsize(op.value.dtype), "the width changes"
+
+
+def _along(p: TileProgram, op: t.Along) -> Demand:
+    held, other = ([(p.axis(a).mode, p.axis(a).extent, p.axis(a).block) for a in v.axes] for v in (op.value, op.out))
+    yield held == other, f"{op.value.label} is held as {held}, its other axes as {other}; they must be alike"
 
 
 def _reduce(p: TileProgram, op: t.Reduce | t.Scan) -> Demand:
@@ -206,6 +212,7 @@ DEMANDS: dict[type, Callable[[TileProgram, Any], Demand]] = {
     t.Binary: _binary,
     t.Where: _where,
     t.Bitcast: _bitcast,
+    t.Along: _along,
     t.Reduce: _reduce,
     t.Scan: _reduce,
     t.Accumulate: _accumulate,

@@ -11,14 +11,11 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from moekit.jax import View, view
 from moekit.models.qwen3next.delta_rule import CHUNK, Solve, inverse
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.numerics import product
-
-TOGETHER = 4  # chunks of a launch, whose code they are; more do not fit in a lane's registers
+from moekit.models.qwen3next.numerics import in_parts, product
 
 
 def delta_rule_in_turns(
@@ -29,7 +26,6 @@ def delta_rule_in_turns(
     state: jax.Array | None,
     scales: tuple[jax.Array, jax.Array],
     kernels: Kernels,
-    solve: Solve | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `chunked_delta_rule`, whose q | k | v are the columns of convolved [B, S, C], in heads of `dims` = (Dk, Dv).
 
@@ -38,22 +34,19 @@ def delta_rule_in_turns(
     batch, length, _ = convolved.shape
     values, keys = beta.shape[2], scales[0].shape[2]
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
-    together = min(TOGETHER, -(-length // chunk))
-    turns = -(-length // (chunk * together))
-    cut = partial(_cut, shape=(turns, together, chunk))
+    cut = partial(_cut, shape=(-(-length // chunk), chunk))
     of_q, of_k = (cut(jnp.repeat(a, values // keys, axis=2)) for a in scales)
     convolved, decay, beta = map(cut, (convolved, decay, beta))
     q, k, v = _heads(convolved, (keys, dims[0]), (keys, dims[0]), (values, dims[1]))
-    total = jnp.cumsum(decay, axis=3)  # log of the decay since the chunk began
-    solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k, solve)
+    total = jnp.cumsum(decay, axis=2)  # log of the decay since the chunk began
+    solved, attend = _within(q.array(), k.array(), total, beta, of_q, of_k, kernels.unit_lower_inverse)
     last = total[..., -1:, :]
     since, left, asked = of_k * jnp.exp(total), of_k * jnp.exp(last - total), of_q * jnp.exp(total)
+    solved, attend = (in_parts(a, convolved.dtype, axis=-2) for a in (solved, attend))
     given = q, k, solved, attend, v, since, left, asked, jnp.exp(last)[..., 0, :]
-    read = lax.empty((batch, turns, together, chunk, values, dims[1]), convolved.dtype)
-    state = jnp.zeros((batch, values, *dims), jnp.float32) if state is None else state
-    for turn in map(jnp.int32, range(turns)):  # known at run time: all turns are one kernel
-        read, state = kernels.delta_rule_chunks(*(view(a)[:, turn] for a in given), state, out=(view(read)[:, turn], None))
-    return read.reshape(batch, -1, values, dims[1])[:, :length], state
+    begin = jnp.zeros((batch, values, *dims), jnp.float32) if state is None else state
+    read, after = kernels.delta_rule_chunks(*given, begin)
+    return read.reshape(batch, -1, values, dims[1])[:, :length], after
 
 
 def _cut(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -82,7 +75,7 @@ def _within(
     beta: jax.Array,
     of_q: jax.Array,
     of_k: jax.Array,
-    solve: Solve | None,
+    solve: Solve,
 ) -> tuple[jax.Array, jax.Array]:
     """What a chunk's tokens make of each other: solved and attend, [..., V, c, c], of q and k [..., c, K, D]."""
     times = partial(product, exact=k.dtype == jnp.float32)

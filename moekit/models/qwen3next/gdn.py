@@ -7,7 +7,6 @@ heads: K key heads, V value heads, C = 2·K·Dk + V·Dv channels of the convolut
 from __future__ import annotations
 
 from functools import partial
-from math import inf
 from typing import Any
 
 import jax
@@ -25,8 +24,6 @@ from moekit.models.qwen3next.numerics import linear, round_to
 from moekit.models.qwen3next.projected import projected
 
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
-IN_TURNS = inf  # tokens of a sequence from which on, with kernels, one of them goes from chunk to chunk; not timed yet
-SOLVES = False  # with kernels: whether one of them takes small systems, in place of products; not timed yet
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -100,7 +97,7 @@ def prefill(
         given = convolved[:, some], gates[:, some, first : first + 2 * value_heads], real[:, some]
         if reads:  # one after the other, or XLA may begin with all of them
             given, state = lax.optimization_barrier((given, state))
-        read, state = _remembered(*given, state, weights, config, kernels)
+        read, state = remembered(*given, state, weights, config, kernels)
         reads.append(read)
     tokens = batch * length
     (z,) = _heads(mixed.reshape(tokens, -1), (channels, value_heads, value_dim))
@@ -114,7 +111,7 @@ def _pieces(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + most, length)) for start in range(0, length, most)]
 
 
-def _remembered(
+def remembered(
     convolved: jax.Array,
     gates: jax.Array,
     real: jax.Array,
@@ -136,10 +133,9 @@ def _remembered(
     beta = jnp.where(real, jax.nn.sigmoid(gates[..., :heads]), 0.0)
     decay = -jnp.exp(weights["A_log"][None, None]) * jax.nn.softplus(gates[..., heads:] + weights["dt_bias"][None, None])
     decay, scales = jnp.where(real, decay, 0.0), (_inverse_norm(q) * key_dim**-0.5, _inverse_norm(k))
-    solve = kernels.unit_lower_inverse if kernels.fused and SOLVES else None
-    if kernels.fused and length >= IN_TURNS:
-        return delta_rule_in_turns(convolved, (key_dim, value_dim), decay, beta, state, scales, kernels, solve)
-    read, state = chunked_delta_rule(q, k, v.reshape(batch, length, heads, value_dim), decay, beta, state, scales, solve)
+    if kernels.fused:
+        return delta_rule_in_turns(convolved, (key_dim, value_dim), decay, beta, state, scales, kernels)
+    read, state = chunked_delta_rule(q, k, v.reshape(batch, length, heads, value_dim), decay, beta, state, scales)
     return round_to(read, convolved.dtype), state
 
 

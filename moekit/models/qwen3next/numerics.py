@@ -24,6 +24,12 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return rounded(x, jnp.dtype(dtype).name).astype(dtype)
 
 
+def in_parts(x: jax.Array, dtype: jnp.dtype, axis: int) -> jax.Array:
+    """Two that add up to a float32 x, one after the other along an axis: x rounded to a dtype, and what that leaves."""
+    high = round_to(x, dtype)
+    return jnp.concatenate([high, round_to(x - high.astype(jnp.float32), dtype)], axis=axis)
+
+
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
     """IEEE products for float32 operands, which GPUs would otherwise round to TF32."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
