@@ -86,6 +86,15 @@ def test_the_rules_split_the_blocks(dtype):
     assert any(isinstance(op, t.Dot) for op in good.operations(good.planned(made).programs[0], t.Dot))
 
 
+def test_a_deep_split_has_two_programs_an_sm():
+    """Each with 512 of the contracted axis or more, and shared memory that two have room in: 256 programs of 64 columns."""
+    first, second, *_ = (heuristic(graph(4096, 2048), rows).launches[0] for rows in row_classes(graph(4096, 2048)))
+    assert "split:Db:8" in str(first)
+    assert (first.sections[0].block("P"), first.stages, second.stages) == (64, 4, 4)
+    assert "split:Db:4" in str(heuristic(graph(2048, 2048), 1))
+    assert "split" not in str(heuristic(graph(2048, 12288), 1))
+
+
 def test_rows_have_the_same_bits_in_every_class():
     """Few rows and many, with blocks that do not fill the axis."""
     values = operands(FUSION, {"T": 200, "D": 300, "P": 40}, "bfloat16", "normal", 3)
