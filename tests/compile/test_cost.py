@@ -11,9 +11,12 @@ from moekit.compile.schedule import Schedule, Stage
 from moekit.compile.schedule.cost import cost, runaway
 from moekit.compile.schedule.cuts import cut, stageable
 from moekit.compile.schedule.legal import legal
+from moekit.compile.schedule.targets import MEASURED
 from moekit.fusions import FUSIONS
 from moekit.lang import In, cast, contract, f32, fusion, gather, halves, silu, sum
+from moekit.lang.arguments import example
 from moekit.testing import Call, check, operands, run
+from tests.sizes import sizes_of
 
 
 def _layer(x, gate_up, down, ids, weights):
@@ -126,3 +129,16 @@ def test_figures_of_a_cost():
     assert (first.products, first.again) == (16 * 640 * 2048, 1.0)
     assert first.shared == 3 * (16 + 32) * 256 * 2
     assert second.moved == second.asked == sums + 16 * 640 * 2
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_rules_leave_what_is_loaded_room_in_shared_memory(name):
+    """At the sizes of small layers, too, where one block is a whole contraction: turns under way fit in an SM."""
+    small = {"D": 72, "P": 88, "I": 24, "E": 40, "H": 88, "V": 3, "K": 3, "Dk": 8, "Dv": 40, "G": 8, "Q": 24, "L": 300,
+             "C": 88, "S": 3, "R": 8, "N": 8, "J": 72, "M": 2, "Cq": 5, "Ck": 5, "Cv": 5, "Lr": 5, "Lc": 5}  # fmt: skip
+    params = {"topk_softmax": {"k": 4}, "gate_topk": {"k": 4}, "scaled_gate_topk": {"k": 4}, "moe_align": {"experts": 6}}
+    for dtype in ("bfloat16", "float32"):
+        made = example(FUSIONS[name], sizes_of(FUSIONS[name], small), dtype, params.get(name, {}))
+        graph = FUSIONS[name].trace(made)
+        sizes = {a: 37 for a, n in graph.axes.items() if n is None}
+        assert all(c.shared <= MEASURED.shared_memory for c in cost(graph, heuristic(graph), sizes))

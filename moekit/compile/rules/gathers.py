@@ -13,6 +13,7 @@ from math import prod
 
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
+from moekit.compile.schedule.cost import in_flight
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stages, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once, twins
 from moekit.compile.schedule.legal import pairable
@@ -111,6 +112,8 @@ def grouped(graph: Graph) -> Launch | None:
     pairs = [Pair(name) for name in twins(graph) if many and not outer and pairable(graph, launch.sections[0], name)]
     if pairs:
         launch = replace(launch, sections=(launch.sections[0].but(*pairs),)).but(Stages(PAIRED_STAGES))
+    if held := in_flight(graph, launch.sections[0]):
+        launch = launch.but(Stages(max(1, min(launch.stages, MEASURED.shared_memory // held))))
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 

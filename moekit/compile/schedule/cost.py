@@ -154,11 +154,11 @@ def _accesses(graph: Graph) -> list[tuple[int, Iterable[str]]]:
 
 def in_flight(graph: Graph, section: Section) -> int:
     """Bytes of one turn's loads of the operands of products in loops; of what is the same along two axes once."""
-    found, turns = {}, {use.name for use in axis_uses(graph).values() if use.in_turns}
+    found, uses = {}, axis_uses(graph).values()
+    looped = {use.name for use in uses if use.in_turns or isinstance(section.axis(use.name), Loop)}
     for n in map(graph.nodes.__getitem__, graph.live()):
         if n.op == "contract":
-            looped = isinstance(section.axis(n.attr("axis")), Loop)
-            some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and (looped or turns & set(x.axes)))
+            some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and looped & set(x.axes))
             found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
     return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found.values())
 
