@@ -8,12 +8,14 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
-from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Split, Tile, Whole, pow2
-from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once
+from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stages, Tile, Whole, pow2
+from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once, twins
+from moekit.compile.schedule.legal import pairable
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
 from moekit.lang.graph import Graph, Node
@@ -22,6 +24,7 @@ COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64
 FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
+PAIRED_STAGES = 4  # of two products of many rows that are one
 DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
 ROWS_BLOCK, MOST_COLUMNS, TURN = 8192, 64, 2  # one-byte elements of a program's block, its most rows, and pairs in a turn
 WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
@@ -99,6 +102,9 @@ def grouped(graph: Graph) -> Launch | None:
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
     launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))
+    pairs = [Pair(name) for name in twins(graph) if many and not outer and pairable(graph, launch.sections[0], name)]
+    if pairs:
+        launch = replace(launch, sections=(launch.sections[0].but(*pairs),)).but(Stages(PAIRED_STAGES))
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
 
 
