@@ -209,7 +209,7 @@ LOWERING = (
          'return tuple(a if a.extent is None else 1 if a.extent < 2 * a.block else a.beside or a.blocks for a in map(self.axis, self.grid))', 'an axis of less than two blocks has no program for the second'),
     _one('loops-shared-across', "compile/passes/reductions.py", '    return low.looped & set(a.axes) == low.looped & set(b.axes)', '    return True', 'reductions in other loops share one'),
     _one('scratch-confused', 'compile/schedule/cuts.py', 's = scratch[i]', 's = next(iter(scratch.values()))', "every sum of parts reads the first one's parts"),
-    _one('parallel-if-any', 'compile/schedule/facts.py', 'everywhere = set.intersection(*spreads)', 'everywhere = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
+    _one('parallel-if-any', 'compile/schedule/facts.py', 'parallel = set.intersection(*spreads)', 'parallel = set.union(*spreads)', 'an axis that some output lacks is cut into programs'),
     _one('over-what-others-read', 'compile/passes/form.py', '(n.attr("index"), n.args) == (write.index, write.ids)', 'n.args == write.ids', 'an output may replace an operand of which it reads other elements'),
     _one('twins-step-lost', "compile/passes/reductions.py",
          '(low.root.bound[twice], step)', '(low.root.bound[twice], 1)', 'of two products made as one every column is taken for every second'),
