@@ -129,7 +129,8 @@ class Chain:
 
     def one(self, held: Arrays) -> tuple:
         """The outputs of one call."""
-        operands = [view(x)[..., :-MORE] if self.wide(n, x) else x for n, x in held.items()]
+        given = ((n, held[n]) for n in FUSIONS[self.case.fusion].tensors)  # under jit a dict is in the order of its keys
+        operands = [view(x)[..., :-MORE] if self.wide(n, x) else x for n, x in given]
         got = getattr(mj, self.case.fusion)(*operands, **self.case.params, implementation=self.way)
         return got if isinstance(got, tuple) else (got,)
 
@@ -172,7 +173,7 @@ def measure(case: Case, dtype: str, tokens: int, rounds: int) -> list[dict]:
             return {"layout": layout, "first": hashlib.sha256(first).hexdigest()[:16]}, run  # noqa: B023
 
         rows += runner.beside(chains, prepare, partial(timed, links=LINKS, rounds=rounds))
-    return [row | {"key": graph_key(case.graph(dtype))} for row in rows]
+    return [row | {"key": graph_key(case.graph(dtype)), "every": list(case.tokens)} for row in rows]
 
 
 def cases(args: Any) -> Iterator[runner.Case]:
@@ -186,20 +187,24 @@ def cases(args: Any) -> Iterator[runner.Case]:
 
 
 def end(result: dict) -> str:
-    """Say where a token's bits hang on how many there are, and write the table."""
-    entries, firsts = {}, {}
+    """Say where a token's bits hang on how many there are, and write the table: of what was timed both ways at every number of
+    tokens of its case, with the same bits."""
+    times, firsts, entries = {}, {}, {}
     for row in result["rows"]:
+        every = times.setdefault((row["key"], row["layout"], tuple(row["every"])), {TRITON: {}, MOSAIC: {}})
         if "us" in row:
-            times = entries.setdefault(row["key"], {}).setdefault(row["layout"], {"T": [], TRITON: [], MOSAIC: []})
-            times[row["side"]].append(row["us"])
-            times["T"] += [row["T"]] if row["side"] == TRITON else []
+            every[row["side"]][row["T"]] = row["us"]
             firsts.setdefault((row["key"], row["layout"], row["side"]), set()).add(row["first"])
-    entries = {key: {n: x for n, x in e.items() if len(x[TRITON]) == len(x[MOSAIC])} for key, e in entries.items()}
+    others = [key for key, found in firsts.items() if len(found) > 1]
+    for (key, layout, tokens), by in times.items():
+        if all({*found} == {*tokens} for found in by.values()) and not any((key, layout, way) in others for way in by):
+            found = {way: [by[way][t] for t in tokens] for way in by}
+            entries.setdefault(key, {})[layout] = {"T": list(tokens), **found}
     if path := result.pop("table"):
         known = json.loads(Path(path).read_text(encoding="utf-8"))["entries"] if Path(path).exists() else {}
         said = {"gpu": result["device"], "made with": {n: result["versions"][n] for n in ("jax", "triton")}, "how": HOW}
         write_table(Path(path), said | {"again": f"python bench/ways_jax.py --table {path}"}, known | entries)
-    return "\n".join(f"other bits: {' '.join(key)}" for key, found in firsts.items() if len(found) > 1)
+    return "\n".join(f"other bits: {' '.join(key)}" for key in others)
 
 
 def write_table(path: Path, head: dict, entries: dict) -> None:

@@ -103,7 +103,11 @@ def _in_rows(graph: Graph, at: t.Viewed, tensor: Tensor) -> bool:
         return False
     pitch = [prod(at.base[axis + 1 :]) for axis in range(len(at.base))]
     begins = [index * pitch[axis] for axis, index in at.fixed] + [pitch[axis] for axis, _ in at.picked]
-    begins += [start * pitch[axis] for axis, start in zip(at.axes, at.starts, strict=True)]
-    begins += [at.steps[d] * pitch[at.axes[d]] for d in range(len(sizes)) if d != inner]
+    for d, axis in enumerate(tensor.axes):
+        one = pitch[at.axes[d]]
+        if axis is not None and graph.axes[axis] is None:
+            begins.append(one)  # of tokens every one counts, or which of them there are would decide
+        else:
+            begins += [at.starts[d] * one, *([at.steps[d] * one] if d != inner else [])]
     size = itemsize(tensor.dtype)
     return not any(b * size % gcd(ALIGNED, sizes[inner] * size) for b in begins)

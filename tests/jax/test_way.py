@@ -106,6 +106,16 @@ def test_tokens_of_any_array_are_as_aligned_as_all():
         assert in_rows(graph, placed(*some))
 
 
+@pytest.mark.parametrize(("wide", "row"), [(130, False), (136, True)])
+def test_which_tokens_of_an_array_there_are_decides_nothing(wide, row):
+    """Rows of 128 float32 in wider ones: every other row may begin at a multiple of 16 bytes where the rows between do not."""
+    x = jnp.ones((9, wide))
+    for some in (slice(None), slice(0, 1), slice(1, 2), slice(0, 9, 2), slice(1, 9, 2)):
+        made = call(view(x)[some, :128])
+        placed = [(made._buffers()[1]["gate_up"], made.graph.tensors["gate_up"])]
+        assert in_rows(made.graph, placed) == row
+
+
 def test_a_row_has_the_same_bits_beside_others(measured):
     """What is chosen is run: the bits of rows alone are those of rows beside others."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 128)), jnp.float32)
