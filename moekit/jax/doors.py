@@ -18,8 +18,11 @@ def refusal(door: str) -> str | None:
     """Why kernels cannot go this way here; None where they can."""
     if door in ("pallas", "pallas-triton"):
         return None if launch.plt else f"jax {jax.__version__} has no jax.experimental.pallas.triton"
+    if door == "mosaic" and not find_spec("jax.experimental.pallas.mosaic_gpu"):
+        return f"jax {jax.__version__} has no Mosaic GPU"
     if door == "mosaic":
-        return None if find_spec("jax.experimental.pallas.mosaic_gpu") else f"jax {jax.__version__} has no Mosaic GPU"
+        here = launch.plt or jax.default_backend() == "gpu"
+        return None if here else f"jax {jax.__version__} has no jax.experimental.pallas.triton, and on a CPU loads go by that"
     return ttir.unavailable()
 
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from moekit.backends import mosaic, pallas
 from moekit.compile import tile as t
+from moekit.jax import launch
 from moekit.jax.launch import NOWHERE, shaped
 
 SCRATCH = 8192  # bytes in which warps add up: four float32 for each thread
@@ -113,17 +113,17 @@ def _interpreted(run, program: t.Kernel, read, wrote, memory, shapes, grid: int)
 
 def _load(ref, index, layout=None, mask=None, other=0, width=1):
     if mask is None:
-        return plt.load(ref.at[_alike(index)])
+        return launch.plt.load(ref.at[_alike(index)])
     index, mask = _alike((*index, mask))[:-1], _alike((*index, mask))[-1]
-    return plt.load(ref.at[index], mask=mask, other=other)
+    return launch.plt.load(ref.at[index], mask=mask, other=other)
 
 
 def _store(ref, index, value, layout=None, mask=None, width=1):
     index = _alike((*index, *(() if mask is None else (mask,))))
     if mask is None:
-        plt.store(ref.at[index], value)
+        launch.plt.store(ref.at[index], value)
     else:
-        plt.store(ref.at[index[:-1]], value, mask=index[-1])
+        launch.plt.store(ref.at[index[:-1]], value, mask=index[-1])
 
 
 def _alike(index: tuple) -> tuple:

@@ -1,5 +1,8 @@
 """Which of its two ways `pallas` goes: by a table of measurements, for a GPU, a graph and layouts, and never by the tokens."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from moekit.compile import tile as t
 from moekit.compile.schedule import Schedule
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
-from moekit.jax import face, silu_and_mul, view
+from moekit.jax import add_rms_norm, face, launch, silu_and_mul, view
 from moekit.jax.face import Call
 from moekit.tune import way as ways
 from moekit.tune.table import graph_key
@@ -166,3 +169,12 @@ def test_a_call_that_is_served_says_so(measured, monkeypatch):
     assert _pallas(declared, bound(64), None).startswith("# silu_and_mul")
     assert ways.won(H200) == ["silu_and_mul"]
     assert ways.won("NVIDIA H100") == []
+
+
+def test_mosaic_gpu_needs_no_triton_lowering_but_where_it_is_interpreted(monkeypatch):
+    """Whose jax has dropped that is who Mosaic GPU is for; on a CPU a sentence says what is missing."""
+    hidden = "import sys; sys.modules['jax.experimental.pallas.triton'] = None; import moekit.jax.mosaic"
+    subprocess.run([sys.executable, "-c", hidden], check=True)
+    monkeypatch.setattr(launch, "plt", None)
+    with pytest.raises(UnavailableError, match=r"add_rms_norm: jax .* has no jax.experimental.pallas.triton, and on a CPU"):
+        add_rms_norm(jnp.ones((2, 8)), jnp.ones((2, 8)), jnp.ones(8), implementation="mosaic")
