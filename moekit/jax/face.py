@@ -340,8 +340,8 @@ def exchange(
         if asked in KERNELS and asked not in LINKED:
             known = f"{', '.join(DOORS)}, xla or psum"
             raise UnavailableError(f"{face.fusion.name}: {asked}'s kernels reach no other rank; choose {known}")
-    if door not in (None, *DOORS, "xla"):
-        raise UnavailableError(f"{face.fusion.name}: there is no door {door!r}; choose {', '.join(DOORS)} or xla")
+    if door not in (None, *LINKED, "xla"):
+        raise UnavailableError(f"{face.fusion.name}: there is no door {door!r}; choose {', '.join(LINKED)} or xla")
     call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
     if implementation in LINKED and why and call.graph.ranks:

@@ -233,7 +233,7 @@ def test_doors_that_reach_no_rank():
     """A name that is none is not taken for XLA's gather."""
     x = jnp.ones((2, 64))
     for how, said in (
-        ({"door": "tritn"}, "all_reduce_add_rms_norm: there is no door 'tritn'; choose pallas, triton or xla"),
+        ({"door": "tritn"}, "all_reduce_add_rms_norm: there is no door 'tritn'; choose pallas, triton, pallas-triton or xla"),
         ({"implementation": "mosaic"}, "mosaic's kernels reach no other rank; choose pallas, triton, xla or psum"),
     ):
         with pytest.raises(UnavailableError, match=said):

@@ -72,9 +72,9 @@ def generate(
 
     prompts: for each sequence its token ids, at least one: lists of any lengths, or arrays or tensors of integers
     of any framework; an array [B, S] is B prompts. eos: the token ids that end a sequence, an int or a collection
-    or array of them (none by default; `end_tokens` are the checkpoint's). kernels: 'pallas', 'triton' or 'xla'; None is the
-    first that is there. progress is called once per new token. channel: of the model's mesh, by which its ranks add up
-    without psum.
+    or array of them (none by default; `end_tokens` are the checkpoint's). kernels: 'pallas', 'pallas-triton', 'triton'
+    or 'xla'; None is the first that is there. progress is called once per new token. channel: of the model's mesh, by
+    which its ranks add up without psum.
 
     Raises, before anything is compiled, DtypeError for what is no integer (text, 1.5, True), ShapeError for an empty
     or nested prompt, and ArgumentError for an id outside the vocabulary or no token to make; and NonFiniteError, at

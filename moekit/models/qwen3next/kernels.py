@@ -11,10 +11,10 @@ from jax import lax
 
 from moekit import jax as face
 from moekit.errors import ArgumentError
-from moekit.jax.doors import DOORS, best
+from moekit.jax.doors import best
 from moekit.models.qwen3next.sharding import AXIS
 
-KINDS = (*DOORS, "xla")
+KINDS = ("pallas", "pallas-triton", "triton", "xla")
 FUSIONS = (
     "add_rms_norm",
     "gate_projections",
@@ -88,8 +88,8 @@ class Kernels:
 
 @cache
 def named(name: str) -> Kernels:
-    """`pallas`, `triton`: moekit's kernels, by that door. `xla`: array evaluation, three gate products, and experts as XLA does
-    them best. Raises ArgumentError for another name."""
+    """`pallas`, `pallas-triton`, `triton`: moekit's kernels, that way. `xla`: array evaluation, three gate products, and
+    experts as XLA does them best. Raises ArgumentError for another name."""
     if name not in KINDS:
         raise ArgumentError(f"kernels={name!r} is not known; choose {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}")
     bound = {fusion: partial(getattr(face, fusion), implementation=name) for fusion in FUSIONS}
