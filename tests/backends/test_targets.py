@@ -27,6 +27,7 @@ STACK = {"qk_norm_rope": 32, "qkv_norm_rope": 32}  # bytes: libdevice's sine has
 STACK["delta_rule_chunks", "float32"] = 2656  # whole products in registers; a prompt's operands are narrower
 if release(triton.__version__) >= (3, 8):
     STACK["gate_block", "bfloat16"] = 8  # what does not fit into the 128 registers that it is given there
+    STACK["delta_rule_chunks", "float32"] = 2672
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
