@@ -114,14 +114,22 @@ def fuzz(pressed_before: list[int] | None, /, fusions: tuple[str, ...], implemen
 def _checked(fusions: tuple[str, ...], chosen: list[str]) -> list[str]:
     """The fusions that are meant, where each of them and of the implementations can be had here."""
     from moekit.testing.case import find_fusion
-    from moekit.testing.executors import unavailable
 
     names = _fusions(fusions)
     for name in names:
         find_fusion(name)
     for name in chosen:
-        _check(name, unavailable(name))
+        _check(name, _unavailable(name))
     return names
+
+
+def _unavailable(name: str) -> str | None:
+    """Why a campaign cannot run an implementation here, None if it can."""
+    from moekit.testing.executors import unavailable
+
+    if name == "triton-jax" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET is set, and XLA takes what Triton compiles; unset it"
+    return unavailable(name)
 
 
 def _check_kept(save: Path | None, record: Path | None) -> None:
@@ -237,7 +245,6 @@ def _small(failure: Any, seconds: float, disarmed: bool) -> dict:
 
 def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None:
     """Run recorded cases, in a process that may die of them."""
-    from moekit.testing.executors import unavailable
     from moekit.testing.failures import load, problems
     from moekit.testing.processes import Process
 
@@ -248,7 +255,7 @@ def _replay(path: Path, implementations: tuple[str, ...], as_json: bool) -> None
     rows, skipped, process = [], 0, Process()
     for regression in recorded:
         for name in implementations or (regression.implementation,):
-            if why := unavailable(name):
+            if why := _unavailable(name):
                 skipped += 1
                 notes().print(f"skipped {regression.case.fusion}: {name}: {why}")
                 continue

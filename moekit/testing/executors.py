@@ -314,10 +314,7 @@ def unavailable(name: str) -> str | None:
     for package, extra in NEEDED.get(name, {}).items():
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed; install moekit[{extra}]"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if name == "triton-jax" and interpreted:
-        return "TRITON_INTERPRET is set, and XLA takes what Triton compiles; unset it"
-    if name == "triton-interpreter" and not interpreted:
+    if name == "triton-interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's interpreter needs TRITON_INTERPRET=1 in the environment"
     if name == "triton" and not platform.gpu_count():
         return "there is no NVIDIA GPU here; choose interpret, eager or pallas"
