@@ -34,7 +34,7 @@ from moekit.compile.schedule import (
 )
 from moekit.compile.schedule.cuts import launched, part, section_graphs, stageable
 from moekit.compile.schedule.directives import Axis
-from moekit.compile.schedule.facts import part_axis, shares, twins
+from moekit.compile.schedule.facts import axis_uses, part_axis, shares, twins
 from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
 from moekit.lang.graph import Graph
 from moekit.tune.table import order_of, rows_axis
@@ -171,7 +171,7 @@ def _cuts(graph: Graph, schedule: Schedule) -> Iterator[Schedule]:
     axes = {d.axis: d for s in reversed(launch.sections) for d in s.axes}
     wish = Launch((Section((), tuple(axes.values())),), launch.without(Abreast, Split, Stage).directives)
     for d in wish.sections[0].all(Loop):
-        if graph.axes.get(d.axis) is None:
+        if graph.axes.get(d.axis) is None or any(u.name == d.axis and u.in_turns for u in axis_uses(graph).values()):
             continue
         parts = max(s.parts.get(d.axis, 1) for s in launch.sections)
         split = launch.cut.count if isinstance(launch.cut, Split) and launch.cut.axis == d.axis else 1
