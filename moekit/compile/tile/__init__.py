@@ -1,9 +1,11 @@
 """The tile IR: what one program of a kernel does to blocks. Frozen dataclasses, no framework in sight.
 
-`operations` are the steps of a program and the blocks between them, `program` is what stands around them: axes, tensors, grid.
+`operations` are the steps of a program and the blocks between them, `flow` is what they read and define, `text` how they are
+shown; `program` is what stands around them: axes, tensors, grid.
 `verify` holds the rules, `interpret` is the meaning.
 """
 
+from moekit.compile.tile.flow import operands, results
 from moekit.compile.tile.operations import (
     LINE,
     Access,
@@ -42,11 +44,9 @@ from moekit.compile.tile.operations import (
     Value,
     Ways,
     Where,
-    operands,
-    results,
-    text_of,
 )
 from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Layout, Mailbox, Param, Strided, TileProgram, Viewed
+from moekit.compile.tile.text import text_of
 from moekit.compile.tile.walk import Draft, Numbers, rewrite, substitute, used, walk
 from moekit.lang.graph import Index
 

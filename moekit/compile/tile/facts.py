@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moekit.compile.tile.flow import operands, results
 from moekit.compile.tile.operations import (
     Accumulate,
     Along,
@@ -24,8 +25,6 @@ from moekit.compile.tile.operations import (
     Sides,
     Value,
     Where,
-    operands,
-    results,
 )
 from moekit.compile.tile.program import AxisBlock, TileProgram
 from moekit.compile.tile.walk import walk

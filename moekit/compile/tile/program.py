@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moekit.compile.tile.operations import Op, text_of
+from moekit.compile.tile.operations import Op
+from moekit.compile.tile.text import text_of
 
 
 @dataclass(frozen=True)

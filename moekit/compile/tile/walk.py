@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moekit.compile.tile.flow import operands, results
 from moekit.compile.tile.operations import (
     AtEnd,
     Barrier,
@@ -19,8 +20,6 @@ from moekit.compile.tile.operations import (
     Unary,
     Value,
     Where,
-    operands,
-    results,
 )
 from moekit.compile.tile.program import TileProgram
 from moekit.compile.tile.types import RESULT
