@@ -32,8 +32,8 @@ from moekit.testing.oracle import Oracle
 from moekit.testing.probes import PROBES
 from moekit.testing.schedules import variants
 
-ODD = dict(T=5, S=9, H=200, D=200, P=40, I=50, E=60, K=2, V=4, Dk=24, Dv=17, R=21, A=3, B=11, M=3)  # noqa: C408
-EVEN = dict(T=33, S=40, H=256, D=128, P=64, I=64, E=64, K=2, V=4, Dk=16, Dv=32, R=32, A=4, B=16, M=2)  # noqa: C408
+ODD = dict(T=5, S=9, H=200, D=200, P=40, I=50, E=60, K=2, V=4, Dk=24, Dv=17, R=21, A=3, B=11, M=3, Cq=3, Ck=3, Cv=3)  # noqa: C408
+EVEN = dict(T=33, S=40, H=256, D=128, P=64, I=64, E=64, K=2, V=4, Dk=16, Dv=32, R=32, A=4, B=16, M=2, Cq=16, Ck=16, Cv=16)  # noqa: C408
 OTHER = 24
 ALSO = {"block": 16}  # values of parameters that make other kernels than the defaults
 COMPILED = "compiled"  # the door of Pallas's kernels

@@ -8,24 +8,27 @@ from dataclasses import replace
 from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Abreast, Launch, Loop, Parts, Rounds, Schedule, Section, Split, Tile, Whole, pow2
+from moekit.compile.schedule.cuts import launched, section_graphs
 from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
-from moekit.compile.schedule.legal import legal
+from moekit.compile.schedule.legal import block_size, legal
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph
 from moekit.testing.case import FuzzCase
+
+MOST = 2**16  # elements of a warp, of all values of a program: a compiler takes minutes over more
 
 
 def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole", "rounds" (two
     programs along an axis of more blocks), "split" (in three, blocks of eight), "parts" (the same, one after the other),
     "single parts" (in two, blocks of one), and for products "tall" (blocks of 64 rows, in two parts one after the other);
-    "apart" (blocks of four along whatever a section can have programs along).
+    "apart" (blocks of four along whatever a section can have programs along). None has programs of more than `MOST` elements.
     """
     found: dict[str, Schedule | None] = {}
 
     def offer(name: str, schedule: Schedule) -> None:
         new = name not in found and schedule not in (*found.values(), heuristic(graph))
-        if new and legal(graph, schedule) is None:
+        if new and legal(graph, schedule) is None and elements(graph, schedule) <= MOST:
             found[name] = schedule
 
     offer("looped", _spread(graph, _loop(4), 2))
@@ -45,6 +48,15 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
     first, *rest = heuristic(graph).launches
     offer("apart", Schedule((replace(first, sections=tuple(_apart(graph, s) for s in first.sections)), *rest)))
     return {"heuristic": None, **found}
+
+
+def elements(graph: Graph, schedule: Schedule) -> int:
+    """Elements that a warp has of all values of a program together, of the launch with most; products as they are summed up."""
+    most = 0
+    for launch, part, _ in launched(graph, schedule):
+        for own, section in zip(section_graphs(part, launch), launch.sections, strict=True):
+            most = max(most, sum(block_size(own, section, i) for i in own.live()) // launch.warps)
+    return most
 
 
 def _loop(block: int):

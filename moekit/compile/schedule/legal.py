@@ -304,14 +304,14 @@ def uses_dot(graph: Graph, section: Section, node: int) -> bool:
 
 def largest_tile(graph: Graph, section: Section) -> int:
     """Elements of the largest block any value needs."""
-    largest = 1
-    for i in graph.live():
-        node = graph.nodes[i]
-        axes = set(node.axes)
-        if node.op in PRODUCTS and not uses_dot(graph, section, i):
-            axes.add(node.attr("axis"))
-        largest = max(largest, prod(map(section.block, axes)))
-    return largest
+    return max((block_size(graph, section, i) for i in graph.live()), default=1)
+
+
+def block_size(graph: Graph, section: Section, node: int) -> int:
+    """Elements of a value's block; of a product that is summed up, of what is added."""
+    n = graph.nodes[node]
+    summed = n.op in PRODUCTS and not uses_dot(graph, section, node)
+    return prod(map(section.block, {*n.axes, n.attr("axis")} if summed else n.axes))
 
 
 def pairable(graph: Graph, section: Section, tensor: str) -> tuple[int, int] | None:
