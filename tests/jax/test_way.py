@@ -178,3 +178,13 @@ def test_mosaic_gpu_needs_no_triton_lowering_but_where_it_is_interpreted(monkeyp
     monkeypatch.setattr(launch, "plt", None)
     with pytest.raises(UnavailableError, match=r"add_rms_norm: jax .* has no jax.experimental.pallas.triton, and on a CPU"):
         add_rms_norm(jnp.ones((2, 8)), jnp.ones((2, 8)), jnp.ones(8), implementation="mosaic")
+
+
+def test_the_shipped_table_of_the_h200_has_what_won(monkeypatch):
+    """A short convolution's step goes by Mosaic GPU there, at any number of tokens and in columns, too."""
+    monkeypatch.setattr(face, "gpu", lambda: H200)
+    assert ways.won(H200) == ["causal_conv1d_step"]
+    for tokens in (1, 200):
+        columns = view(jnp.ones((tokens, 2048), jnp.bfloat16))[:, 1024:]
+        state = view(jnp.ones((tokens, 1024, 3), jnp.bfloat16))
+        assert went(call(columns, state, jnp.ones((1024, 4)), fusion="causal_conv1d_step")) == "mosaic"
