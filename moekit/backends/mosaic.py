@@ -17,7 +17,7 @@ from moekit.backends import pallas
 from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
 from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, calls, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours
+from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours, unspread
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import identifier
 from moekit.compile.plan import plan
@@ -30,7 +30,7 @@ from moekit.lang.graph import Graph
 THREADS = TARGETS["mosaic"].lanes * TARGETS["mosaic"].warps[0]
 WORDS = pallas.WORDS | {"lanes": "", "broadcast": "spread({}, {})", "div": "trunc_div({}, {})", "rem": "trunc_rem({}, {})"}
 REFUSED = {
-    t.Dot: "products", t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Interleave: "packets",
+    t.Scan: "running sums", t.Halves: "halves of blocks", t.Deinterleave: "packets", t.Interleave: "packets",
     t.Ways: "packets", t.Send: "packets", t.Receive: "packets", t.AtEnd: "flattened loops",
     t.Sides: "blocks of an axis twice",
 }  # fmt: skip
@@ -47,6 +47,8 @@ def refusal(kernel: t.Kernel) -> str | None:
             return f"{kernel.name}: {what} not printed for Mosaic GPU so far; choose pallas"
         if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
             return f"{kernel.name}: loops to an end that data say are not printed for Mosaic GPU so far; choose pallas"
+    if what := next((w for section in kernel.sections if (w := unspread(section, TARGETS["mosaic"]))), None):
+        return f"{kernel.name}: {what} are not printed for Mosaic GPU so far; choose pallas"
     return None
 
 
@@ -101,12 +103,12 @@ class MosaicPrinter(pallas.PallasPrinter):
         axes, read = self.program.ordered(op.at.axes), buffers(self.program)[0]
         if self.program.param(op.at.tensor).viewed.buffer not in read:
             return False
-        own = self.fragments[axes[0]] if axes else None
+        own = self.fragments.of(axes) if axes else None
         return own is None or own.threads(axes) < THREADS
 
-    def layout(self, axes: tuple[str, ...]) -> str:
-        """How a block over `axes` lies in threads, as text."""
-        fragment = self.fragments[axes[0]]
+    def layout(self, axes: tuple[str, ...], value: t.Value | None = None) -> str:
+        """How a block over `axes` lies in threads, that of `value`, as text."""
+        fragment = self.fragments.of(axes, value)
         sizes = zip(fragment.slots, fragment.sizes, strict=True)
         name = first = "_".join(f"{identifier(slot[0])}{size}" for slot, size in sizes).upper()
         number = 0
@@ -123,7 +125,10 @@ class MosaicPrinter(pallas.PallasPrinter):
         if not value.axes or value.axes == axes:
             return self.text(value, level)
         dims = ", ".join(str(axes.index(a)) for a in value.axes)
-        return f"{self.helper('spread')}({self.text(value)}, {self.shape(axes)}, {dims})"
+        spread = f"{self.text(value)}, {self.shape(axes)}, {dims}"
+        if {*axes} <= self.fragments.multiplied:
+            return f"{self.helper('spread_to')}({self.layout(axes, value)}, {spread})"
+        return f"{self.helper('spread')}({spread})"
 
     def spread(self, value: t.Value, axes: tuple[str, ...]) -> str:
         """A value as a block over `axes`, a number too."""
@@ -140,7 +145,7 @@ class MosaicPrinter(pallas.PallasPrinter):
         if not op.out.axes:
             return self.first(op)
         first, _ = self.first(op)
-        text = f"{self.helper('lanes')}({self.program.axis(op.axis).block}, {self.layout((op.axis,))})"
+        text = f"{self.helper('lanes')}({self.program.axis(op.axis).block}, {self.layout((op.axis,), op.out)})"
         return (f"{first} + {text}", pallas.PLUS) if first != "0" else (text, ATOM)
 
     def word(self, name: str, *args) -> str:
@@ -149,14 +154,14 @@ class MosaicPrinter(pallas.PallasPrinter):
             self.helper(f"trunc_{name}")
         return super().word(name, *args)
 
-    def width(self, at: t.Access) -> int:
+    def width(self, at: t.Access, axes: tuple[str, ...], value: t.Value | None) -> int:
         """How many elements an access takes at once: neighbours in a lane, in memory and behind one mask."""
         layout, along = self.program.param(at.tensor).viewed, neighbours(self.program, at)
         if along is None:
             return 1
         size, made = itemsize(self.program.param(at.tensor).dtype), {op.out: op for op, _ in t.walk(self.program.body)
                                                                      if isinstance(op, t.Elements | t.InBounds)}  # fmt: skip
-        width = min(self.fragments[along].along(along), WIDEST // size)
+        width = min(self.fragments.of(axes, value).along(along), WIDEST // size)
         pitch = [prod(layout.base[d + 1 :]) for d in range(len(layout.base))]
         strides = [pitch[axis] for axis, _ in (*layout.fixed, *layout.picked)]
         for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
@@ -179,12 +184,12 @@ class MosaicPrinter(pallas.PallasPrinter):
         value = self.spread(op.value, axes)
         return f"store({array}, {at}, {value}{more})"
 
-    def accessed(self, at: t.Access, axes: tuple[str, ...]) -> tuple[str, str, str]:
-        """An access: its array, its index, and what else is to be said of it."""
+    def accessed(self, at: t.Access, axes: tuple[str, ...], value: t.Value | None = None) -> tuple[str, str, str]:
+        """An access, which loads `value`: its array, its index, and what else is to be said of it."""
         index = self.index(at, axes)
-        layout = f", {self.layout(axes)}" if axes else ""
+        layout = f", {self.layout(axes, value)}" if axes else ""
         mask = self.mask(at, axes)
-        width = self.width(at) if axes else 1
+        width = self.width(at, axes, value) if axes else 1
         more = layout + (f", mask={mask}" if mask else "") + (f", width={width}" if width > 1 else "")
         return f"{self.program.param(at.tensor).viewed.buffer}_ref", f"({index},)" if ", " not in index else f"({index})", more
 
@@ -203,7 +208,7 @@ class MosaicPrinter(pallas.PallasPrinter):
 
 def _load(p: MosaicPrinter, op: t.Load) -> str:
     p.helper("accesses")
-    array, at, more = p.accessed(op.at, op.out.axes)
+    array, at, more = p.accessed(op.at, op.out.axes, op.out)
     fill = number(float(op.fill) if op.out.dtype.startswith(("float", "bfloat")) else int(op.fill))
     return f"load({array}, {at}{more}{f', other={fill}' if op.at.mask and op.fill else ''})"
 
@@ -213,6 +218,7 @@ EXPRESSIONS: dict[type, Callable[[MosaicPrinter, Any], str | Text]] = {
     t.Load: _load,
     t.Binary: lambda p, op: _binary(p, op),
     t.Reduce: lambda p, op: _reduce(p, op),
+    t.Dot: lambda p, op: _dot(p, op),
 }
 
 
@@ -230,9 +236,17 @@ def _reduce(p: MosaicPrinter, op: t.Reduce) -> str:
     if op.op != "sum":
         return f"jnp.{op.op}({p.text(op.value)}, axis={axis})"
     value = p.text(op.value)
-    if op.out.dtype == "float32" and p.fragments[op.axis].each(op.axis) == 1:
+    if op.out.dtype == "float32" and p.fragments.of(op.value.axes, op.value).each(op.axis) == 1:
         value = f"lax.optimization_barrier({value})"  # or a lane's product and its neighbour's become an fma, in each another
     return f"jnp.sum({value}, axis={axis}, dtype={p.dtypes[op.out.dtype]})"
+
+
+def _dot(p: MosaicPrinter, op: t.Dot) -> str:
+    p.helper("mma")
+    acc = p.text(op.acc) if op.acc else p.word("full", p.shape(op.out.axes), "0.0", p.dtypes["float32"])
+    along = op.left.axes.index(op.axis), op.right.axes.index(op.axis)
+    layouts = ", ".join(p.layout(v.axes, v) for v in (op.left, op.right, op.out))
+    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}))"
 
 
 def emit(kernel: t.Kernel) -> str:
@@ -253,8 +267,9 @@ def emit(kernel: t.Kernel) -> str:
     for name in names:
         lines += ["", MOSAIC[name]]
     lines += [""] if layouts else []
-    for name, fragment in layouts.items():
-        lines.append(f"{name} = tiled(warps={fragment.warps}, lanes={fragment.lanes}, vector={fragment.vector})")
+    for name, of in layouts.items():
+        turned = ", turned=True" if of.turned else ""
+        lines.append(f"{name} = tiled(warps={of.warps}, lanes={of.lanes}, vector={of.vector}{turned})")
     for helper, body in zip(shared, bodies, strict=True) if not alone else ():
         takes = ["pid", *_refs(helper.section), *helper.starts.values()]
         lines += ["", "", f"def {helper.section.name}({', '.join(takes)}):", *body]

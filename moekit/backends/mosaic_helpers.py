@@ -1,7 +1,8 @@
 """What emitted Mosaic GPU kernels begin with, as text: layouts, and accesses by pointer that take any index and mask.
 
 An access takes `width` elements at a time, which lie side by side. Masked lanes read the first element of the array, which is
-always there, and write nothing.
+always there, and write nothing. `spread_to` is for a product's blocks: of two that are of one shape and spread from the same
+Mosaic makes one, and finds no layout for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ IMPORTS = {  # helper → what it needs above it
         "from jax.extend.mlir import ir",
         "from jax.extend.mlir.dialects import arith, vector",
     ),
+    "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu"),
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
@@ -30,6 +32,12 @@ MOSAIC = {
     "spread": """def spread(x, shape, *dims):
     return lax.broadcast_in_dim(x, shape, dims)
 """,
+    "spread_to": """def spread_to(layout, x, shape, *dims):
+    gone = tuple(d for d in range(len(shape)) if d not in dims)
+    made, held = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=layout), layout.to_mgpu()
+    given = layout.reduce(gone[0] if len(gone) == 1 else gone)
+    return plgpu.inline_mgpu(arg_types=(given,), return_type=made)(lambda _, x: x.broadcast_in_dim(shape, dims, held))(x)
+""",
     "trunc_div": """def trunc_div(a, b):
     return lax.div(*jnp.broadcast_arrays(jnp.int32(a), jnp.int32(b)))
 """,
@@ -45,14 +53,14 @@ MOSAIC = {
     "barrier": """def barrier():
     plgpu.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 """,
-    "tiled": """def tiled(warps, lanes, vector):
+    "tiled": """def tiled(warps, lanes, vector, turned=False):
     inner = tuple(a * b for a, b in zip(lanes, vector))
     outer = tuple(a * b for a, b in zip(warps, inner))
     n = len(vector)
 
     def shared(counts, first, threads):
         copies = threads // math.prod(counts)
-        split = [first + d for d in range(n) if counts[d] > 1]
+        split = [first + d for d in (range(n)[::-1] if turned else range(n)) if counts[d] > 1]
         return tuple(split + [plgpu.Replicated(copies)] * (copies > 1))
 
     along = next((d - n for d in range(n) if vector[d] > 1), -1)
@@ -60,6 +68,39 @@ MOSAIC = {
         plgpu.Tiling((outer, inner, vector)), shared(warps, -3 * n, 4), shared(lanes, -2 * n, 32), along, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(made.tiling, made.warp_dims, made.lane_dims, made.vector_dim)
+""",
+    "mma": """def mma_steps(x, along):
+    n = x.layout.vector_length
+    spans = x.shape[along] // (4 * n)
+    lines = np.moveaxis(x.registers.reshape((-1, spans) if along else (spans, -1)), along, 1)
+    pairs = np.empty((*lines.shape, n // 2), dtype=object)
+    for *at, k in np.ndindex(pairs.shape):
+        pairs[*at, k] = mgpu.utils.vector_slice(lines[*at], slice(2 * k, 2 * k + 2))
+    return pairs.reshape(len(lines), -1, 2)
+
+
+def mma(left, right, acc, along, layouts):
+    made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
+
+    @plgpu.inline_mgpu(arg_types=layouts, return_type=made)
+    def multiplied(context, left, right, acc):
+        rows, columns = mma_steps(left, along[0]), mma_steps(right, along[1])
+        m, n, k = len(rows) // 2, len(columns), rows.shape[1]
+        kinds = mgpu.MMALayouts(left.mlir_dtype, m_warps=1)
+
+        def given(registers, shape, layout):
+            registers = registers.reshape(layout.registers_shape(shape))
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        found = mgpu.mma(
+            given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * m, 32 * n), kinds.acc),
+            given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * m, 16 * k), kinds.lhs),
+            given(columns.swapaxes(0, 1), (16 * k, 32 * n), kinds.rhs),
+        )
+        registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+    return multiplied(left, right, plgpu.layout_cast(acc, layouts[2]))
 """,
     "accesses": """def element(x, register, k):
     x = x.registers.flat[register] if x.registers.ndim else x.registers.item()

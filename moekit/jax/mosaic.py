@@ -126,6 +126,11 @@ def _store(ref, index, value, layout=None, mask=None, width=1):
         launch.plt.store(ref.at[index[:-1]], value, mask=index[-1])
 
 
+def _mma(left, right, acc, along, layouts):
+    summed = (along[:1], along[1:]), ((), ())
+    return acc + lax.dot_general(left, right, summed, precision="highest", preferred_element_type=jnp.float32)
+
+
 def _alike(index: tuple) -> tuple:
     zero = jnp.zeros((), jnp.int32)  # traced: JAX 0.11 refuses a literal beside a mask
     blocks = [x + zero if jnp.result_type(x) != jnp.bool_ else x for x in index]
@@ -142,6 +147,8 @@ INTERPRETED = {
     "load": _load,
     "store": _store,
     "barrier": lambda: None,
+    "spread_to": lambda layout, x, shape, *dims: lax.broadcast_in_dim(x, shape, dims),
+    "mma": _mma,
     "nan_max": _pallas["nan_max"],
     "nan_min": _pallas["nan_min"],
 }

@@ -114,6 +114,8 @@ class Machine:
             self.put(args[0], self.shuffled(parts[2], args, on), on)
         elif name == "redux":
             self.put(args[0], self.reduced(parts[2], self.get(args[1], kind), on), on)
+        elif name == "mma":
+            self.multiply(parts, args, on)
         elif name == "cvt":
             self.put(args[0], self.converted(parts, args), on)
         else:
@@ -236,6 +238,23 @@ class Machine:
         kinds = {"add": np.add, "max": np.maximum, "min": np.minimum}
         found = kinds[how].reduce(value.reshape(-1, LANES), axis=1).astype(value.dtype)
         return np.repeat(found, LANES)
+
+    def multiply(self, parts: list[str], args: list[str], on: np.ndarray) -> None:
+        """Each warp's product of 16 × 16 and 16 × 8 elements, and a sum: lanes have of them what the PTX ISA says in "Matrix
+        Fragments for mma.m16n8k16 with floating point type". Products are added up exactly, then rounded once."""
+        warps = on.reshape(-1, LANES)
+        assert (warps.all(1) | ~warps.any(1)).all(), "a product without some lanes of its warp"
+        assert parts[3:7] + parts[9:] == ["m16n8k16", "row", "col", "f32", "f32"], parts
+        outs, *given = ([x.strip() for x in arg.strip("{}").split(",")] for arg in args)
+        a, b = (np.stack([self.halves(x, kind) for x in held], 1) for held, kind in zip(given, parts[7:9], strict=False))
+        a, b = (x.reshape(-1, 8, 4, x.shape[1], 2).astype(np.float64) for x in (a, b))  # warp, group, thread, register, half
+        c = np.stack([self.get(x, "f32") for x in given[2]], 1).reshape(-1, 8, 4, 2, 2).astype(np.float64)
+        left = a.reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
+        right = b.transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
+        made = left @ right + c.transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
+        made = made.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(self.n, 4).astype(np.float32)
+        for i, each in enumerate(outs):
+            self.put(each, made[:, i], on)
 
     def access(self, name: str, parts: list[str], args: list[str], on: np.ndarray) -> None:
         """A load or a store of one register or several."""

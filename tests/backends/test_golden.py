@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 MOSAIC = ("silu_and_mul", "add_rms_norm", "gated_rms_norm", "shared_expert_combine", "topk_softmax", "delta_rule_step",
-          "causal_conv1d_step", "qk_norm_rope")  # fmt: skip
+          "causal_conv1d_step", "qk_norm_rope", "gate_gemm_split", "down_combine")  # fmt: skip
 
 
 def _text(backend: str, name: str) -> str:

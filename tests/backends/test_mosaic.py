@@ -41,9 +41,14 @@ SIZES = {
     "expert_gate_up": {"T": 2, "K": 2, "E": 4, "I": 8, "D": 32},
     "expert_down": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
     "expert_down_shared": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
+    "gate_gemm": {"T": 18, "D": 72, "P": 37},
+    "gate_projections": {"T": 3, "D": 72, "I": 20, "E": 40, "G": 1},
+    "gate_topk": {"T": 3, "D": 72, "I": 20, "E": 40, "G": 1},
+    "down_combine": {"T": 3, "H": 40, "I": 24},
 }
 MORE = ("expert_gate_up", "expert_down", "expert_down_shared")
-PARAMS = {"topk_softmax": ({"k": 6},)}
+PRODUCTS = ("gate_gemm", "gate_projections", "gate_topk", "down_combine")
+PARAMS = {"topk_softmax": ({"k": 6},), "gate_topk": ({"k": 6},)}
 
 
 def made(name: str, dtype: str = "bfloat16"):
@@ -77,6 +82,22 @@ def test_more_kernels_compile_for_an_h200(name):
         assert "0 bytes spill stores, 0 bytes spill loads" in said
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [*PRODUCTS, "gate_block", "gate_projections_parts"])
+def test_products_compile_for_an_h200(name, dtype):
+    """On the matrix unit, both operands loaded into its registers 16 bytes at a time, with no shared memory between."""
+    program = made(name, dtype).programs[0]
+    _, wrote = mosaic.buffers(program)
+    kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+    ptx, said = assembled(program, kinds, wrote, program.programs({"T": 4}))
+    kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
+    loops = sum(isinstance(op, t.Dot) for section in program.sections for op, _ in t.walk(section.body))
+    assert ptx.count(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32") >= 2 * loops
+    assert ptx.count("ld.global.v4.b32") >= 2 * loops
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    assert name == "gate_block" or "ld.shared" not in ptx  # its rows are added up across lanes
+
+
 @pytest.mark.parametrize(("name", "sizes", "params"), [
     ("topk_softmax", {"T": 3, "E": 64}, {"k": 1}), ("causal_conv1d_step", {"T": 2, "C": 16, "S": 1}, {}),
 ])  # fmt: skip
@@ -90,12 +111,13 @@ def test_blocks_of_one_element_run_right(name, sizes, params):
 def ruled(name: str) -> list:
     """The cases of a fusion under the rules' schedules: dtypes, kinds of layout, recipes of numbers."""
     every = (c.case for c in cases(FUSIONS[name], (SIZES[name],), PARAMS.get(name, ({},))))
-    return [case for case in every if case.schedule == "heuristic"]
+    every = (case for case in every if case.schedule == "heuristic")
+    return [case for case in every if name not in PRODUCTS or "float32" not in (case.dtypes.get("x"), case.dtypes.get("down"))]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", [*ROWS, *MORE])
+@pytest.mark.parametrize("name", [*ROWS, *MORE, *PRODUCTS])
 def test_on_a_gpu(name, dtype):
     """Every fusion, dtype and kind of layout, in guarded memory with poisoned outputs, against the reference."""
     for case in ruled(name):
@@ -106,11 +128,11 @@ def test_on_a_gpu(name, dtype):
 def picked(name: str) -> list:
     """Few cases of a fusion that the machine is to run: dense, then with a layout of another kind for each tensor."""
     every = ruled(name)
-    mixed = [c for c in every if c.layouts]
-    return [every[ROWS.index(name) % 3], mixed[ROWS.index(name) % len(mixed)]]
+    mixed, number = [c for c in every if c.layouts], (*ROWS, *PRODUCTS).index(name)
+    return [every[number % (2 if name in PRODUCTS else 3)], mixed[number % len(mixed)]]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *PRODUCTS])
 def test_compiled_kernels_run_right(name):
     """What is compiled for an H200, run by numpy: within the bound of the reference, in bounds, and without races."""
     with emulated() as machines:
@@ -119,7 +141,7 @@ def test_compiled_kernels_run_right(name):
     assert machines
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *PRODUCTS])
 def test_interpreted_kernels_are_right(name):
     for case in picked(name)[:1]:
         check("mosaic", case)
@@ -137,6 +159,28 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
         few = face(x[2:5], *(m[2:5] if m.ndim == 2 else m for m in more), **params, implementation="mosaic")
     for a, b in zip(whole, few, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[2:5], np.asarray(b))
+
+
+def test_a_product_has_the_same_bits_whatever_is_beside_it():
+    """Rows of one block of the matrix unit and of several, by the machine."""
+    rng = np.random.default_rng(6)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((20, 96), (40, 96)))
+    with emulated() as machines:
+        whole = np.asarray(gate_gemm(x, w, implementation="mosaic"))
+        for rows in (slice(3, 4), slice(14, 19)):
+            np.testing.assert_array_equal(whole[rows], np.asarray(gate_gemm(x[rows], w, implementation="mosaic")))
+    assert len(machines) >= 3
+
+
+def test_the_order_within_a_step_is_both_operands():
+    """Columns and rows that pick one element of the summed axis each: no other one is met."""
+    w = jnp.eye(96, dtype=jnp.bfloat16)[::-1]
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((5, 96)), jnp.bfloat16)
+    with emulated() as machines:
+        np.testing.assert_array_equal(gate_gemm(x, w, implementation="mosaic"), np.asarray(x)[:, ::-1])
+        turned = gate_gemm(view(x.T).T, w, implementation="mosaic")  # no element beside another along the summed axis
+    np.testing.assert_array_equal(turned, np.asarray(x)[:, ::-1])
+    assert machines
 
 
 def test_shard_map_with_its_check():
@@ -181,11 +225,11 @@ def test_threads_that_store_what_others_read_wait(monkeypatch):
 def test_fragments_cover_blocks(name):
     """Warps, lanes and neighbours divide every axis, and no more threads than there are hold elements of their own."""
     for program in made(name).programs:
-        for axis, found in fragments(program, TARGETS["mosaic"]).items():
-            i = next(i for i, slot in enumerate(found.slots) if axis in slot)
-            assert program.axis(axis).block == found.sizes[i]
-            assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
-            assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
+        for found in fragments(program, TARGETS["mosaic"]).held:
+            for i, axis in ((i, axis) for i, slot in enumerate(found.slots) for axis in slot):
+                assert program.axis(axis).block == found.sizes[i]
+                assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
+                assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
 
 
 @pytest.mark.parametrize("name", [*ROWS, *MORE])
@@ -195,7 +239,7 @@ def test_a_warp_has_whole_lines(name):
         accesses = [op.at for op, _ in t.walk(program.body) if isinstance(op, t.Load | t.Store)]
         at = max(accesses, key=lambda at: np.prod(program.block(program.ordered(at.axes))))
         if (along := neighbours(program, at)) is not None:
-            found = fragments(program, TARGETS["mosaic"])[along]
+            found = fragments(program, TARGETS["mosaic"]).of((along,))
             i = next(i for i, slot in enumerate(found.slots) if along in slot)
             size = itemsize(program.param(at.tensor).dtype)
             assert found.warps[i] == 1 or found.lanes[i] * found.vector[i] * size >= 128
@@ -210,11 +254,18 @@ def test_a_layout_is_said_by_what_a_value_lacks():
 
 def test_what_is_not_printed_says_so():
     """In one sentence, before anything is compiled; and never chosen otherwise."""
-    x, w = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((32, 64), jnp.bfloat16)
-    said = r"^gate_gemm\w*: products are not printed for Mosaic GPU so far; choose pallas$"
+    x, w = jnp.ones((2, 64), jnp.float32), jnp.ones((32, 64), jnp.float32)
+    said = r"^gate_gemm\w*: products of float32 are not printed for Mosaic GPU so far; choose pallas$"
     with pytest.raises(UnavailableError, match=said):
         gate_gemm(x, w, implementation="mosaic")
     jax.eval_shape(gate_gemm, x, w)
+    narrow = Schedule.parse("tile:T:16 loop:D:64 tile:P:16 warps:4 stages:2")
+    with pytest.raises(UnavailableError, match=r"^gate_gemm: products of blocks of 16 × 16 × 64 are not printed for"):
+        gate_gemm(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), implementation="mosaic", schedule=narrow)
+    chained = made("delta_rule_chunks").programs[0]
+    assert mosaic.refusal(chained) == (
+        "delta_rule_chunks: products of products are not printed for Mosaic GPU so far; choose pallas"
+    )
     _, binding, graph = SAMPLES["scaled_expert_down"].bound()
     why = mosaic.unprinted(graph, dict(binding.sizes))
     assert why == "scaled_expert_down: down is float8_e4m3fn, which is not printed for Mosaic GPU so far; choose pallas"
@@ -229,7 +280,7 @@ def test_rows_of_a_warp_go_to_a_warpgroup_together():
         assert (launch.sections[0].block("T"), launch.warps) == (4, 4)
     (program,) = made("topk_softmax").programs
     assert isinstance(program, t.TileProgram)
-    found = fragments(program, TARGETS["mosaic"])["E"]
+    found = fragments(program, TARGETS["mosaic"]).of(("E",))
     assert (found.warps, found.lanes, found.vector) == ((4, 1, 1), (1, 32, 1), (1, 8, 1))
 
 

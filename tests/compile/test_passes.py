@@ -12,6 +12,7 @@ import pytest
 from moekit.backends import triton
 from moekit.compile import tile as t
 from moekit.compile.passes import PASSES, watching
+from moekit.compile.passes.apart import rights
 from moekit.compile.passes.helpers import helpers
 from moekit.compile.passes.legalise import legalise
 from moekit.compile.plan import plan
@@ -126,7 +127,7 @@ def test_a_trace_has_a_file_for_every_pass(tmp_path, monkeypatch):
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"norm.{program.digest}.triton.")
     assert sorted(p.name for p in folder.iterdir()) == [f"{i:02}.{name}.txt" for i, name in enumerate(ORDER)]
-    assert (folder / f"{len(ORDER) - 1:02}.tidy.txt").read_text() == f"{program}\n"
+    assert (folder / f"{len(ORDER) - 1:02}.{ORDER[-1]}.txt").read_text() == f"{program}\n"
 
 
 def test_traces_of_two_targets_and_two_schedules_stand_side_by_side(tmp_path, monkeypatch):
@@ -183,3 +184,19 @@ def test_a_helper_is_told_of_each_beginning_by_a_name_of_its_own():
     assert [starts for _, starts in helper.calls] == [(0, 64), (32, 96)]
     assert [*helper.starts.values()] == ["w_first", "w_first_1"]
     ast.parse(triton.emit(kernel))
+
+
+def test_a_right_operand_has_elements_and_masks_of_its_own():
+    """Where threads are told what they hold: columns of the weight, and no others, are made twice."""
+    shapes = {"hidden": (3, 40), "activated": (3, 24), "down": (40, 24), "share": (3, 1)}
+    graph = good.graph_of(FUSIONS["down_combine"], shapes, "bfloat16")
+    whole = {n: t.Viewed(n, s, tuple(range(len(s))), (0,) * len(s), (1,) * len(s)) for n, s in shapes.items()}
+    by = {target: plan(graph, None, whole, {"T": 3}, target).programs[0] for target in ("pallas", "mosaic")}
+    made = {target: [op.axis for op, _ in t.walk(p.body) if isinstance(op, t.Elements)] for target, p in by.items()}
+    assert sorted(made["mosaic"]) == sorted([*made["pallas"], "H"])
+    (product,) = [op for op, _ in t.walk(by["mosaic"].body) if isinstance(op, t.Dot)]
+    own = rights(by["mosaic"])
+    assert product.right in own
+    for op, _ in t.walk(by["mosaic"].body):
+        mixed = {*t.operands(op)} & own and not {*t.results(op)} <= own
+        assert not mixed or op == product

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from moekit.compile import tile as t
+from moekit.compile.passes.apart import apart
 from moekit.compile.passes.choices import choices
 from moekit.compile.passes.decompose import decompose
 from moekit.compile.passes.exchange import exchange
@@ -28,6 +29,7 @@ from moekit.compile.passes.rounds import rounds
 from moekit.compile.passes.scope import Layouts
 from moekit.compile.passes.tidy import tidy
 from moekit.compile.schedule.directives import Prefetch, Rounds, Section
+from moekit.compile.schedule.targets import TARGETS
 from moekit.files import make_folder, write_text
 from moekit.lang.graph import Graph
 
@@ -54,6 +56,7 @@ PASSES: dict[str, Pass] = {
     "flatten": lambda program, how: flatten(program),
     "legalise": lambda program, how: legalise(program, how.target),
     "tidy": lambda program, how: tidy(program),
+    "apart": lambda program, how: apart(program) if TARGETS[how.target].told else program,
 }
 
 _watch: ContextVar[Watch | None] = ContextVar("moekit_watch", default=None)

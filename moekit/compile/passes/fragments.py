@@ -1,7 +1,9 @@
 """Which thread of a warpgroup holds which elements of a block, for targets that want to be told (Mosaic GPU).
 
 Axes whose blocks meet in some value are spread together, once: a value over some of them has that layout with the others left
-out, so no value ever moves between threads but in a reduction.
+out, so no value ever moves between threads but in a reduction. Of a product's axes any two are spread as the matrix unit has
+them, which agrees along all axes but one: columns lie in a right operand as rows do, so what that is made of is its own
+(`apart.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ from dataclasses import dataclass
 from math import prod
 
 from moekit.compile import tile as t
+from moekit.compile.passes.apart import rights
 from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
 WIDEST = 16  # bytes of one access
 LINE = 128  # bytes that are asked for together: lanes of one warp are to have them all
+ROWS, PER_ROW = 8, 4  # lanes of a warp along rows of the matrix unit's blocks, and along their neighbours
+STEP = 16  # elements along which the matrix unit adds up at once, of two bytes
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -24,7 +29,7 @@ class Fragment:
     """How blocks over `slots` are spread: of each slot so many `warps`, `lanes` of each, and neighbours (`vector`) in a lane.
 
     A slot is an axis, or several of one size that never meet. What is left of a slot is in the lane's further registers; where
-    there is less than a lane for each thread, threads hold the same.
+    there is less than a lane for each thread, threads hold the same. `turned`: lanes go along the last slot last, not first.
     """
 
     slots: tuple[tuple[str, ...], ...]
@@ -32,6 +37,16 @@ class Fragment:
     warps: tuple[int, ...]
     lanes: tuple[int, ...]
     vector: tuple[int, ...]
+    turned: bool = False
+
+    def has(self, axes: Iterable[str]) -> bool:
+        """Whether a value over `axes` lies so, the other slots left out."""
+        return {*axes} <= {a for slot in self.slots for a in slot}
+
+    def along_slot(self, axis: str) -> tuple[int, int, int]:
+        """Warps, lanes and neighbours along an axis."""
+        i = next(i for i, slot in enumerate(self.slots) if axis in slot)
+        return self.warps[i], self.lanes[i], self.vector[i]
 
     def without(self, axes: Iterable[str]) -> tuple[int, ...]:
         """The slots that a value over `axes` does not have."""
@@ -52,14 +67,74 @@ class Fragment:
         return next(n for slot, n in zip(self.slots, self.vector, strict=True) if axis in slot)
 
 
-def fragments(program: t.TileProgram, target: Target) -> dict[str, Fragment]:
-    """How each axis's block is spread, by axis; those of axes that meet are one."""
+@dataclass(frozen=True)
+class Fragments:
+    """How a program's blocks are spread: as one of `held` that has a value's axes; as one of `turned` where it is of `right`,
+    what right operands of products are made of, or has their axes. Axes in `multiplied` are a product's."""
+
+    held: tuple[Fragment, ...]
+    turned: tuple[Fragment, ...] = ()
+    right: frozenset[t.Value] = frozenset()
+    multiplied: frozenset[str] = frozenset()
+
+    def of(self, axes: Iterable[str], value: t.Value | None = None) -> Fragment:
+        """How a block over `axes` is spread, that of `value`; StopIteration if the axes do not meet."""
+        return next(f for f in self.among(value) if f.has(axes))
+
+    def among(self, value: t.Value | None) -> tuple[Fragment, ...]:
+        """What there is to choose from."""
+        return (*self.turned, *self.held) if value in self.right else (*self.held, *self.turned)
+
+
+def fragments(program: t.TileProgram, target: Target) -> Fragments:
+    """How each value's block is spread; those over axes that meet, and are not multiplied, are one."""
     together = [{*v.axes} for op, _ in t.walk(program.body) for v in _made(op) if v.axes]
-    found: dict[str, Fragment] = {}
+    products = [op for op, _ in t.walk(program.body) if isinstance(op, t.Dot)]
+    held, turned = [], []
+    for op in products:
+        left, right, out = _multiplied(program, op, target)
+        held, turned = [*held, left, out], [*turned, right]
+    multiplied = frozenset(a for f in held for slot in f.slots for a in slot)
     for group in _groups(together):
-        slots = _slots(program, program.ordered(group), together)
-        found |= dict.fromkeys(group, _spread(_group(program, slots, together), target))
-    return found
+        if not group & multiplied:
+            slots = _slots(program, program.ordered(group), together)
+            held.append(_spread(_group(program, slots, together), target))
+    return Fragments(tuple(dict.fromkeys(held)), tuple(dict.fromkeys(turned)), rights(program), multiplied)
+
+
+def _multiplied(program: t.TileProgram, op: t.Dot, target: Target) -> tuple[Fragment, Fragment, Fragment]:
+    """A product's operands and its sum, as `mma.sync` has them: rows in eight groups of lanes, and of a row's neighbours along
+    the summed axis up to 16 bytes in each of a group's four, for within a step they may have any order that both operands have.
+    Warps have other columns each."""
+    m, n = op.out.axes
+    near, warps = min(WIDEST // itemsize(op.left.dtype), program.axis(op.axis).block // PER_ROW), target.warps[0]
+
+    def spread(major: str, minor: str, own: tuple[int, int], vector: int) -> Fragment:
+        both, turned = program.ordered((major, minor)), program.ordered((major, minor)) != (major, minor)
+        order = slice(None, None, -1 if turned else 1)
+        counts = own[order], (ROWS, PER_ROW)[order], (1, vector)[order]
+        return Fragment(tuple((a,) for a in both), program.block(both), *counts, turned)
+
+    return spread(m, op.axis, (1, 1), near), spread(n, op.axis, (warps, 1), near), spread(m, n, (1, warps), 2)
+
+
+def unspread(program: t.TileProgram, target: Target) -> str | None:
+    """What of a program's products has no place in the matrix unit, as `mma.sync` has it; None if all have one."""
+    products = [op for op, _ in t.walk(program.body) if isinstance(op, t.Dot)]
+    for op in products:
+        if {op.left.dtype, op.right.dtype} not in ({"float16"}, {"bfloat16"}):
+            return f"products of {op.left.dtype}"
+        m, n, k = program.block((*op.out.axes, op.axis))
+        if m % STEP or n % (ROWS * target.warps[0]) or k % STEP:
+            return f"products of blocks of {m} × {n} × {k}"
+    found = fragments(program, target)
+    every = (*found.held, *found.turned) if products else ()
+    for axis in {a for f in every for slot in f.slots for a in slot}:
+        if len({f.along_slot(axis) for f in found.held if f.has((axis,))}) > 1:
+            return "products of products"
+    made = [v for op, _ in t.walk(program.body) for v in _made(op) if v.axes]
+    alone = all(any(f.has(v.axes) for f in (found.turned if v in found.right else found.held)) for v in made)
+    return None if alone else "products whose operands are read otherwise, too,"
 
 
 def _made(op: t.Op) -> tuple[t.Value, ...]:

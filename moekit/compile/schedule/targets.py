@@ -10,7 +10,8 @@ class Target:
     """A GPU as a compiler serves it. `shared_memory` and `line` in bytes; `matrix`: elements of each axis from which on its
 
     matrix unit takes a product; `largest_tile`: elements of a block that the compiler takes; `faults`: those of the compiler
-    that passes/legalise.py works around, by the names they have there.
+    that passes/legalise.py works around, by the names they have there; `told`: whether it wants to be told which thread holds
+    what (passes/fragments.py).
     """
 
     sms: int
@@ -22,6 +23,7 @@ class Target:
     warps: tuple[int, ...]
     most_stages: int
     faults: tuple[str, ...]
+    told: bool = False
 
 
 _H200 = {"sms": 132, "shared_memory": 227 * 2**10, "line": 128, "lanes": 32, "matrix": 16, "largest_tile": 2**17,
@@ -29,6 +31,6 @@ _H200 = {"sms": 132, "shared_memory": 227 * 2**10, "line": 128, "lanes": 32, "ma
 TARGETS = {
     "triton": Target(**_H200, faults=("narrowing", "negation", "float8", "negative zero", "rounded product")),
     "pallas": Target(**_H200, faults=("narrowing", "negation", "float8")),
-    "mosaic": replace(Target(**_H200, faults=("narrowing", "negation")), warps=(4,)),
+    "mosaic": replace(Target(**_H200, faults=("narrowing", "negation")), warps=(4,), told=True),
 }
 MEASURED = TARGETS["triton"]  # where the rules' figures come from (rules/measured.json)
