@@ -19,6 +19,7 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
+from moekit.lang import In, cast, contract, fusion, mean, rsqrt
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
@@ -170,6 +171,28 @@ def test_a_product_has_the_same_bits_whatever_is_beside_it():
         for rows in (slice(3, 4), slice(14, 19)):
             np.testing.assert_array_equal(whole[rows], np.asarray(gate_gemm(x[rows], w, implementation="mosaic")))
     assert len(machines) >= 3
+
+
+def _product_norm(x, w):
+    y = x.astype(np.float64) @ w.astype(np.float64).T
+    return {"out": y / np.sqrt(np.mean(y * y, -1, keepdims=True) + 1)}
+
+
+@fusion(_product_norm, x=In("T D"), w=In("P D"))
+def product_norm(x, w):
+    """Rows of x·wᵀ over their norms. x [T, D], w [P, D] -> [T, P] in x's dtype."""
+    y = contract(x, w, over="D")
+    return cast(y * rsqrt(mean(y * y, over="P") + 1.0), x.dtype)
+
+
+def test_what_follows_a_product_adds_up_along_its_columns():
+    """Over lanes and warps, each of which has some of a row's columns; part of the block is past the end."""
+    case = Call(product_norm, operands(product_norm, {"T": 5, "D": 40, "P": 50}, "bfloat16", "normal", 8))
+    case = replace(case, schedule="tile:T:16 loop:D:32 whole:P:64 warps:4 stages:2")
+    check("mosaic", case)
+    with emulated() as machines:
+        check("mosaic", case)
+    assert machines
 
 
 def test_the_order_within_a_step_is_both_operands():

@@ -130,7 +130,7 @@ def test_a_row_has_the_same_bits_beside_others(measured):
 
 def test_what_is_not_printed_goes_by_triton(measured):
     """Whatever a table says of it; by name it is refused."""
-    x, w = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((32, 64), jnp.bfloat16)
+    x, w = jnp.ones((2, 64), jnp.float32), jnp.ones((32, 64), jnp.float32)
     made = call(x, w, fusion="gate_gemm")
     measured[graph_key(made.graph)] = {"whole": WON, "columns": WON}
     assert went(made) == "pallas"
