@@ -202,8 +202,9 @@ class MosaicPrinter(pallas.PallasPrinter):
         return name
 
     def initial(self, value: t.Value) -> str:
-        """What a loop's carry begins as."""
-        return self.typed(value, LOOSEST)
+        """What a loop's carry begins as: a block of a number in a layout, which Mosaic does not always find."""
+        text = self.typed(value, LOOSEST)
+        return f"{self.helper('laid')}({text}, {self.layout(value.axes)})" if value.axes and value in self.inline else text
 
 
 def _load(p: MosaicPrinter, op: t.Load) -> str:

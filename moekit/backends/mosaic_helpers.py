@@ -69,6 +69,9 @@ MOSAIC = {
     ).canonicalize()
     return plgpu.Layout.TILED(made.tiling, made.warp_dims, made.lane_dims, made.vector_dim)
 """,
+    "laid": """def laid(x, layout):
+    return plgpu.layout_cast(x, layout)
+""",
     "mma": """def mma_steps(x, along):
     n = x.layout.vector_length
     spans = x.shape[along] // (4 * n)

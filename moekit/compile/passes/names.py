@@ -26,7 +26,7 @@ RESERVED = {
     *(f"receive_{words}x{n}" for words in (1, 2) for n in (1, 2, 4)),
     *(f"nan_{kind}" for kind in ("max", "min", "maximum", "minimum")),
     *("plgpu", "mgpu", "np", "math", "contextlib", "ir", "arith", "vector", "load", "store", "lanes", "spread", "tiled"),
-    *("element", "places", "given", "mma", "mma_steps", "spread_to"),
+    *("element", "places", "given", "laid", "mma", "mma_steps", "spread_to"),
 }
 ARGUMENT = re.compile(r"^n_|^end_|_ptr$|_ref$|_stride_|_body$|_LAYOUT$")  # as other things in a kernel are called
 PURE = (t.Cast, t.Bitcast, t.Unary, t.Binary, t.Where, t.InBounds)
