@@ -121,10 +121,10 @@ def run(implementation: str, call: FuzzCase) -> Outcome:
     return run_alone(executor(name), replace(call, mode=mode))
 
 
-def check(implementation: str, call: FuzzCase) -> Comparison:
-    """Run a call and raise AssertionError with everything that is wrong with what came back."""
+def check(implementation: str, call: FuzzCase, oracle: Oracle | None = None) -> Comparison:
+    """Run a call and raise AssertionError with everything that is wrong with what came back; `oracle`: that of the call."""
     outcome = run(implementation, call)
-    result = Oracle.of(call, implementation).compare(outcome.outputs)
+    result = (oracle or Oracle.of(call, implementation)).compare(outcome.outputs)
     problems = (*outcome.problems, *result.problems)
     if problems:
         raise AssertionError("\n".join(f"{implementation}: {p}" for p in problems))

@@ -13,13 +13,16 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from moekit.lang.dtypes import FLOATS
 from moekit.lang.fusion import Fusion
 from moekit.testing.batch import check
 from moekit.testing.case import FuzzCase, name_of
+from moekit.testing.constants import constant
 from moekit.testing.draw import plain_case
 from moekit.testing.layouts import KINDS, READ_ONLY
+from moekit.testing.oracle import Oracle, Standard
 
 IMPLEMENTATIONS = ("interpret", "numpy", "eager", "eager in place", "xla", "pallas", "triton-jax", "triton", "triton in place")
 KERNELS = ("pallas", "pallas-triton", "triton-jax", "mosaic")
@@ -29,7 +32,7 @@ COMPILED = frozenset({"interpret", *KERNELS, "triton"})  # what a schedule means
 LAYOUTS = tuple(k for k in KINDS if k != "far")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picked:
     """A case with a label; `core` ones run where each is compiled."""
 
@@ -111,12 +114,18 @@ class FusionSuite:
     def pytest_generate_tests(cls, metafunc) -> None:
         """One test per implementation and case."""
         if "case" in metafunc.fixturenames:
-            every = [(n, c) for n in cls.implementations for c in cls.every_case() if cls.serves(n, c)]
-            metafunc.parametrize(("implementation", "case"), [_param(n, c.case, id=f"{n}-{c.label}") for n, c in every])
+            every = [(n, c) for c in cls.every_case() for n in cls.implementations if cls.serves(n, c)]
+            metafunc.parametrize(("implementation", "case"), [_param(n, c, id=f"{n}-{c.label}") for n, c in every])
 
-    def test_against_reference(self, implementation: str, case: FuzzCase) -> None:
+    def test_against_reference(self, implementation: str, case: Picked) -> None:
         """The outputs lie within the bound of the reference, and no other memory is touched."""
-        check(implementation, case)
+        check(implementation, case.case, _oracle(case, constant(case.case.declaration.name, implementation)))
+
+
+@lru_cache(maxsize=2)
+def _oracle(picked: Picked, factor: float) -> Oracle:
+    """What a case is held to: worked out once, as its implementations come one after the other."""
+    return Oracle.of(picked.case, standard=Standard(None, factor))
 
 
 def implementations(names: Sequence[str] = IMPLEMENTATIONS) -> list:

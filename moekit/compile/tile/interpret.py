@@ -220,18 +220,18 @@ class Program:
         strided = isinstance(self.program.param(op.at.tensor).layout, t.Strided)
         extents, strides = (extents, (0,) * len(extents)) if extents else (array.shape, array.strides)
         for size, step, at, wide in zip(extents, strides, op.at.index, op.at.wide, strict=True):
-            i = np.broadcast_to(self._index(at, axes), shape)
-            if (mask & ((i < 0) | (i >= size))).any():
+            i = self._index(at, axes)
+            if (i.min() < 0 or i.max() >= size) and (mask & ((i < 0) | (i >= size))).any():
                 raise IndexError(f"{self.program.name}: {name} of {op.at.tensor} leaves its bounds")
             if strided and not wide and (mask & (i * (step // array.itemsize) > INT32_MAX)).any():
                 raise IndexError(f"{self.program.name}: {name} of {op.at.tensor} has an offset that passes 32 bits")
-            index.append(np.where(mask, i, 0))
+            index.append(np.broadcast_to(i, shape))
         return array, tuple(index), mask
 
     def _index(self, at: t.Index, axes: tuple[str, ...]) -> np.ndarray:
         found = np.full([1] * len(axes), at.start, np.int64)
         for value, step in at.terms:
-            found = found + self.at(value, axes).astype(np.int64) * step
+            found = found + self.at(value, axes) * np.int64(step)
         return found
 
     def load(self, op: t.Load) -> np.ndarray:
