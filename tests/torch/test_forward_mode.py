@@ -114,11 +114,13 @@ def calls(name: str, params: dict, operands) -> dict:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 def test_tangents(fused, params, tensors, way, device):
+    """By the function and the operator in turns: every way of each, and every fusion by each."""
     operands = tensors(fused, device=device)
     primals, wanted = floats(operands), Differences(fused, operands, params)
-    for call in calls(fused, params, operands).values():
-        call(*primals)  # so that the next call is of a layout seen before
-        close(way(call, primals, wanted.directions(primals)), wanted.tangents())
+    turn = (WAYS.index(way) + list(FUSIONS).index(fused)) % 2
+    call = [*calls(fused, params, operands).values()][turn]
+    call(*primals)  # so that the next call is of a layout seen before
+    close(way(call, primals, wanted.directions(primals)), wanted.tangents())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -125,14 +125,13 @@ def differentiable(x) -> bool:
 
 
 @pytest.mark.usefixtures("smooth")
-@pytest.mark.parametrize("through", ["function", "operator"])
-def test_gradcheck(fused, params, tensors, through):
-    """Against finite differences, in float32: so a wide step and a wide tolerance."""
+def test_gradcheck(fused, params, tensors):
+    """Against finite differences, in float32: so a wide step and a wide tolerance. By the function and the operator in turns."""
     operands = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors(fused, sizes=sizes_of(FUSIONS[fused], SMALL)))
     face, known = mt.op(FUSIONS[fused]), ops.registered(FUSIONS[fused])
 
     def call(*xs):
-        outs = face(*xs, **params) if through == "function" else known.plain(*xs, *params.values())
+        outs = known.plain(*xs, *params.values()) if list(FUSIONS).index(fused) % 2 else face(*xs, **params)
         return tuple(x for x in as_tuple(outs) if differentiable(x))
 
     assert torch.autograd.gradcheck(call, operands, **FINITE)
