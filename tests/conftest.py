@@ -2,8 +2,9 @@
 
 import gc
 import os
+import sys
 from collections import Counter
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if gpu_count() == 0:  # XLA's compiler is most of what the tests take, and its code runs for microseconds
     # Its newer emitters of fused loops go through MLIR, which takes as long again as all the rest (jax 0.11.2).
     quick = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    one = "--xla_cpu_parallel_codegen_split_count=1"  # module of LLVM for a program: the other processes have the other cores
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick} {one}".strip()
 prepare_jax()  # before anything imports jax
 gc.set_threshold(20_000, 20, 20)  # each collection calls XLA's, too; and what is traced is made of very many small objects
 
@@ -41,6 +43,7 @@ if PROFILE == "nightly":
 FIRST = (  # what once failed, then the longest
     "tests/regressions/", "tests/models/", "tests/backends/test_triton_interpreter.py", "tests/torch/test_export.py",
 )  # fmt: skip
+MANY_MAPPINGS = 15_000  # of a process: each program takes some
 _seconds: Counter[str] = Counter()
 _tests: Counter[str] = Counter()
 
@@ -54,6 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Forget compiled programs between files where they are many: Linux has 65,530 mappings for a process, and XLA crashes."""
+    yield
+    if "jax" in sys.modules and Path("/proc/self/maps").read_bytes().count(b"\n") > MANY_MAPPINGS:
+        sys.modules["jax"].clear_caches()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

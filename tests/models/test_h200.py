@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -147,6 +148,7 @@ def arguments(layer_types=CONFIG.layer_types):
     return mesh, abstract_model(config, mesh, "bfloat16"), tokens
 
 
+@cache
 def compiled_step(kernels, layer_types=CONFIG.layer_types):
     mesh, model, tokens = arguments(layer_types)
     with jax.set_mesh(mesh):

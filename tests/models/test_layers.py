@@ -47,8 +47,12 @@ def close(mine, theirs, tolerance=2e-5):
     assert np.abs(np.asarray(mine) - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(("tp", "kernels"), [(1, "xla"), (4, "xla"), (4, "pallas")])
-@pytest.mark.parametrize("case", CASES)
+def beside(*others):
+    """(case, tp, kernels): kernels of every case on four ranks, which are most that can go wrong, and others of one case."""
+    return pytest.mark.parametrize(("case", "tp", "kernels"), [*((case, 4, "pallas") for case in CASES), *others])
+
+
+@beside((CASES[0], 1, "xla"), (CASES[1], 4, "xla"), (CASES[2], 1, "pallas"))
 def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels):
     """With kernels a prompt goes from chunk to chunk by one of them."""
     model, config = zoo.model(case, tp=tp), zoo.config(case)
@@ -75,8 +79,7 @@ def test_gated_delta_net_prefill_then_steps(zoo, case, tp, kernels):
         close(out, expected[np.arange(B), lengths + step])
 
 
-@pytest.mark.parametrize(("tp", "kernels"), [(1, "pallas"), (4, "pallas"), (1, "xla")])
-@pytest.mark.parametrize("case", CASES)
+@beside((CASES[0], 1, "pallas"), (CASES[1], 1, "xla"), (CASES[2], 4, "xla"))
 def test_gated_attention_prefill_then_steps(zoo, case, tp, kernels, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)  # 67 tokens are more than four
     monkeypatch.setattr(attention, "ROWS", 16)
@@ -139,9 +142,8 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
     close(attention._flash(*given).astype(jnp.float32), np.asarray(wanted), 2**-7)
 
 
-@pytest.mark.parametrize(("kernels", "tp"), [("xla", 1), ("xla", 4), ("pallas", 4)])
-@pytest.mark.parametrize("case", CASES)
-def test_mixture_of_experts(zoo, case, kernels, tp):
+@beside((CASES[0], 4, "xla"), (CASES[1], 1, "pallas"), (CASES[2], 1, "xla"))
+def test_mixture_of_experts(zoo, case, tp, kernels):
     model, config = zoo.model(case, tp=tp), zoo.config(case)
     x = hidden(zoo, case)
     expected = zoo.transformers(case).model.layers[1].mlp(torch.tensor(x)).detach().numpy().reshape(B * S, -1)
