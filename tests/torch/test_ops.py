@@ -126,7 +126,7 @@ def differentiable(x) -> bool:
 
 @pytest.mark.usefixtures("smooth")
 def test_gradcheck(fused, params, tensors):
-    """Against finite differences, in float32: so a wide step and a wide tolerance. By the function and the operator in turns."""
+    """Against finite differences, in float32: so a wide step and a wide tolerance; by function and operator in turns."""
     operands = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors(fused, sizes=sizes_of(FUSIONS[fused], SMALL)))
     face, known = mt.op(FUSIONS[fused]), ops.registered(FUSIONS[fused])
 
