@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def free_port() -> int:
 
 def test_two_processes_generate_what_one_does(small, tmp_path):
     """The first prints, the second does not, nor does what joins their devices: JSON stands alone."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = re.sub(r"(device_count)=\d+", r"\1=4", os.environ["XLA_FLAGS"])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)  # where programs are kept
     asked = ["generate", "--checkpoint", str(small), "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--length", "64"]
