@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
-# each model where test_parity.py has it not, and one where it has
-WHERE = (("four-layers", 1), ("four-layers", 8), ("eight-kv-heads", 4), ("sixteen-value-heads", 2), ("odd-experts", 8))
+# models at tps that test_parity.py leaves out (what is left at tp 4 is in test_layers.py), and one that it has
+WHERE = (
+    *(("four-layers", tp) for tp in (1, 8)),
+    *(("eight-kv-heads", tp) for tp in (2, 4)),
+    ("sixteen-value-heads", 2),
+    ("odd-experts", 8),
+)
 
 
 @pytest.mark.parametrize(("case", "tp"), WHERE)
