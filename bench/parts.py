@@ -17,6 +17,7 @@ PREFIXES = {
     "scaled_product": REST,
     "scaled_row_product": REST,
     "scaled_conv_projections": REST,
+    "scaled_conv_products": REST,
     "conv_projections": REST,
     "causal_conv1d": DELTA,
     "qkv_norm_rope": ATTENTION,

@@ -49,6 +49,10 @@ _CONV = (
     "rest(tile:T:1 tile:P:{0} whole:Db:16 whole:I:128) gated(tile:T:1 tile:Q:{0} whole:Db:16 whole:I:128) "
     "out,state(tile:T:1 tile:C:{0} whole:S:4 whole:S+1:4 whole:Db:16 whole:I:128) warps:{1} stages:1 dependent"
 )
+_FEW = (
+    "rest(tile:T:16 tile:P:{0} loop:Db:1 whole:I:128) gated(tile:T:16 tile:Q:{1} loop:Db:1 whole:I:128) "
+    "out,state(tile:T:16 tile:C:{0} whole:S:4 whole:S+1:4 loop:Db:1 whole:I:128) warps:{2} stages:{3} dependent"
+)
 CANDIDATES = {
     "scaled_expert_gate_up": [_ROWS.format(*n) for n in ((1, 1), (4, 2), (4, 4), (8, 2), (16, 4), (16, 8))],
     "scaled_expert_down": [_PAIRS.format(*n) for n in ((1, 8, 4), (2, 4, 2), (2, 16, 4), (4, 8, 8))],
@@ -59,6 +63,7 @@ CANDIDATES = {
     ],
     "scaled_row_product": [_ALONE.format(*n) for n in ((1, 2), (1, 4), (4, 4), (4, 8), (2, 8))],
     "scaled_conv_projections": [_CONV.format(*n) for n in ((2, 2), (1, 1), (8, 4), (8, 8))],
+    "scaled_conv_products": [_FEW.format(*n) for n in ((32, 16, 4, 8), (32, 16, 2, 8), (64, 32, 4, 6), (16, 16, 2, 8))],
     "scaled_experts": [],  # on the matrix unit, with one pair a program: beside the two of few tokens
     "scaled_product": [_PARTS.format(*n) for n in ((64, 8, 4), (32, 4, 8), (64, 2, 16))],
     "scaled_gate_topk": [],

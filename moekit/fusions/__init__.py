@@ -19,6 +19,7 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
+from moekit.fusions.scaled_conv_products import scaled_conv_products
 from moekit.fusions.scaled_conv_projections import scaled_conv_projections
 from moekit.fusions.scaled_down_combine import scaled_down_combine
 from moekit.fusions.scaled_expert_down import scaled_expert_down
@@ -66,6 +67,7 @@ FUSIONS = {
         scaled_product,
         scaled_row_product,
         scaled_conv_projections,
+        scaled_conv_products,
         scaled_gate_projections,
         scaled_gate_topk,
         scaled_down_combine,

@@ -79,6 +79,16 @@ _CHUNKS = {"q": (1, 2, 64, 8, 128), "k": (1, 2, 64, 8, 128), "solved": (1, 2, 16
 _EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
 _SCALED = {"gate_up_scale": (512, 8, 16), "down": (512, 2048, 512), "down_scale": (512, 16, 4)}
 _SCALED_GATES = {"x": (4, 2048), "gate_up": (256, 2048), "scale": (2, 16), "router": (512, 2048), "shared_gate": (1, 2048)}
+_CONVOLVED = {
+    "x": (4, 2048),
+    "mixing": (1024, 2048),
+    "mixing_scale": (8, 16),
+    "others": (512, 2048),
+    "others_scale": (4, 16),
+    "gates": (64, 2048),
+    "state": (4, 1024, 3),
+    "weight": (1024, 4),
+}
 _GATES = {"gate_up": (128, 2048), "router": (512, 2048), "shared_gate": (1, 2048)}
 
 SAMPLES = {
@@ -184,19 +194,10 @@ SAMPLES = {
         "scaled_row_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",), f8=("weight",)
     ),
     "scaled_conv_projections": Sample(
-        "scaled_conv_projections",
-        {
-            "x": (4, 2048),
-            "mixing": (1024, 2048),
-            "mixing_scale": (8, 16),
-            "others": (512, 2048),
-            "others_scale": (4, 16),
-            "gates": (64, 2048),
-            "state": (4, 1024, 3),
-            "weight": (1024, 4),
-        },
-        f32=("mixing_scale", "others_scale", "weight"),
-        f8=("mixing", "others"),
+        "scaled_conv_projections", _CONVOLVED, f32=("mixing_scale", "others_scale", "weight"), f8=("mixing", "others")
+    ),
+    "scaled_conv_products": Sample(
+        "scaled_conv_products", _CONVOLVED, f32=("mixing_scale", "others_scale", "weight"), f8=("mixing", "others")
     ),
     "scaled_gate_projections": Sample("scaled_gate_projections", _SCALED_GATES, f32=("scale",), f8=("gate_up",)),
     "scaled_gate_topk": Sample("scaled_gate_topk", _SCALED_GATES, {"k": 10}, f32=("scale",), f8=("gate_up",)),

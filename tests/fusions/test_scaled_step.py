@@ -13,13 +13,15 @@ from moekit.testing import Call, FusionSuite, check, implementations, operands, 
 from tests.backends.samples import strided
 from tests.fusions.test_scaled_experts import QWEN, SCALES, chosen, dtypes, own, whole
 
-NAMES = ("row_product", "conv_projections", "gate_projections", "gate_topk", "down_combine", "expert_down_shared")
-ROW, CONV, GATES, TOPK, DOWN, SHARED = (FUSIONS[f"scaled_{name}"] for name in NAMES)
-ALL = (ROW, CONV, GATES, TOPK, DOWN, SHARED)
+NAMES = (
+    "row_product", "conv_projections", "conv_products", "gate_projections", "gate_topk", "down_combine", "expert_down_shared",
+)  # fmt: skip
+ALL = ROW, CONV, FEW, GATES, TOPK, DOWN, SHARED = tuple(FUSIONS[f"scaled_{name}"] for name in NAMES)
 SIZES = {"T": 3, "D": 50, "P": 21, "C": 19, "Q": 5, "S": 3, "I": 24, "E": 9, "G": 1, "H": 35, "J": 20, "K": 3}
 PARAMS = {
     ROW: {"rows": 16, "columns": 16},
     CONV: {"rows": 8, "columns": 16},
+    FEW: {"rows": 8, "columns": 16},
     GATES: {"columns": 16, "inner": 8},
     TOPK: {"columns": 16, "inner": 8, "k": 4},
     DOWN: {"columns": 16, "inner": 16},
@@ -56,7 +58,7 @@ def suite(declared):
     return Suite
 
 
-TestScaledConvProjections, TestScaledExpertDownShared = map(suite, (CONV, SHARED))
+TestScaledConvProjections, TestScaledConvProducts, TestScaledExpertDownShared = map(suite, (CONV, FEW, SHARED))
 
 
 def expected(fusion, c):
@@ -65,7 +67,7 @@ def expected(fusion, c):
     p, kind = c.params, next(iter(c.operands.values())).dtype
     if fusion is ROW:
         return {"out": v["x"] @ whole(v["weight"], v["scale"], p["rows"], p["columns"]).T}
-    if fusion is CONV:
+    if fusion in (CONV, FEW):
         mixed, rest = (v["x"] @ whole(v[n], v[f"{n}_scale"], p["rows"], p["columns"]).T for n in ("mixing", "others"))
         plain = {"x": mixed.astype(kind), "state": c.operands["state"], "weight": c.operands["weight"]}
         after = FUSIONS["causal_conv1d_step"].reference(**plain)
@@ -133,7 +135,7 @@ def graph(fusion):
     return fusion.trace(example(fusion, given, dtypes(fusion, "bfloat16"), {"k": 10} if fusion is TOPK else {}))
 
 
-@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 2)])
+@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (FEW, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 2)])
 def test_compiled_without_spills(fusion, launches):
     """In as few launches as are meant; codes are loaded 16 bytes at a time and become wider by the fast instructions."""
     pytest.importorskip("triton")

@@ -221,6 +221,7 @@ LONG_SUMS = {
     "scaled_product": {"T": 1, "D": 160, "P": 2},
     "scaled_row_product": {"T": 1, "D": 160, "P": 2},
     "scaled_conv_projections": {"T": 1, "D": 160, "C": 2, "P": 1, "Q": 2, "S": 3},
+    "scaled_conv_products": {"T": 1, "D": 160, "C": 2, "P": 1, "Q": 2, "S": 3},
     "scaled_gate_projections": {"T": 1, "D": 160, "I": 2, "E": 4, "G": 1},
     "scaled_gate_topk": {"T": 1, "D": 160, "I": 2, "E": 4, "G": 1},
     "scaled_down_combine": {"T": 1, "H": 2, "I": 160, "H?": 1},

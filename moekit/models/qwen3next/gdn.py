@@ -24,6 +24,7 @@ from moekit.models.qwen3next.numerics import linear, round_to
 from moekit.models.qwen3next.projected import projected
 
 AT_ONCE = 8192  # tokens, of all sequences, whose chunks are held at a time
+ROWS = 16  # up to which a step's convolution is where float8 projections are added up: one block of the matrix unit's
 
 
 @partial(jax.jit, static_argnames=("config", "kernels"))
@@ -36,12 +37,13 @@ def decode(
     keys = (channels - value_heads * value_dim) // 2
     inputs, memory = (view(held) if at is None else view(held)[at] for held in (state.conv, state.recurrent))
     inputs = inputs.transpose(0, 2, 1)  # channels before what each remembers
-    if kernels.fused and x.shape[0] == 1 and "in_proj_qkvz" + SCALE in weights.layout:
+    if kernels.fused and x.shape[0] <= ROWS and "in_proj_qkvz" + SCALE in weights.layout:
         every, scales = weights.view("in_proj_qkvz"), weights.view("in_proj_qkvz" + SCALE)
         rows, columns = weights.block("in_proj_qkvz")
         end = channels // rows  # no block has channels and others
         given = every[:channels], scales[:end], every[channels:], scales[end:], weights.view("in_proj_ba")
-        mixed, gates, convolved, conv = kernels.scaled_conv_projections(
+        product = kernels.scaled_conv_projections if x.shape[0] == 1 else kernels.scaled_conv_products
+        mixed, gates, convolved, conv = product(
             x, *given, inputs, weights.view("conv1d"), rows=rows, columns=columns, out=(None, None, None, inputs)
         )
         behind, first = 0, 0

@@ -32,6 +32,7 @@ FUSIONS = (
     "scaled_product",
     "scaled_row_product",
     "scaled_conv_projections",
+    "scaled_conv_products",
     "scaled_gate_projections",
     "scaled_gate_topk",
     "scaled_down_combine",
@@ -74,6 +75,7 @@ class Kernels:
     scaled_product: Callable[..., Any]
     scaled_row_product: Callable[..., Any]
     scaled_conv_projections: Callable[..., Any]
+    scaled_conv_products: Callable[..., Any]
     scaled_gate_projections: Callable[..., Any]
     scaled_gate_topk: Callable[..., Any]
     scaled_down_combine: Callable[..., Any]
