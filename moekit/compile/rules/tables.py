@@ -24,7 +24,7 @@ WARPS = 4
 BLOCK = 2**15  # integers of a program's block
 FEW_BLOCK = 2**13  # of one in turns, or one that has several elements of a run-time axis: few programs would be left
 TURN, TURN_COLUMNS = 32, 64  # along a run-time axis that is added up, and along a static one beside it
-COLUMNS = 256  # of placed rows that a program adds up
+COLUMNS = 256  # of placed rows that a program, of one warp, adds up
 
 
 @once
@@ -82,7 +82,7 @@ def table_launch(graph: Graph) -> Launch:
 
 
 def _held(graph: Graph) -> tuple[Axis, ...]:
-    """Static axes that are added up whole, run-time ones in turns; of parallel ones, static first, what a block has room for."""
+    """Static axes that are added up whole, run-time ones in turns; what is parallel, static first, as a block has room."""
     uses = axis_uses(graph)
     added = [u for u in uses.values() if not u.parallel]
     said: dict[str, Axis] = {u.name: Loop(u.name, TURN) if u.extent is None else Whole(u.name, pow2(u.extent)) for u in added}
@@ -99,4 +99,4 @@ def wide(graph: Graph) -> Launch:
     """What adds up placed rows: one after the other, as many columns a program as are worth its few rows."""
     uses = axis_uses(graph).values()
     columns = [Tile(u.name, min(COLUMNS, pow2(u.extent or COLUMNS))) for u in uses if u.parallel][-1:]
-    return alone((*columns, *(Loop(u.name, 1) for u in uses if u.reduced)), stages=1)
+    return alone((*columns, *(Loop(u.name, 1) for u in uses if u.reduced)), warps=1, stages=1)
