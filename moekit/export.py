@@ -141,7 +141,7 @@ def export(
     Raises ShapeError, DtypeError or ScheduleError for what does not fit, MoekitError for a reference that cannot be taken
     along, and for what several ranks do.
     """
-    if follows := [a for a in fusion.axes if a in fusion.dynamic]:
+    if follows := [a for a in fusion.dynamic if a in fusion.axes]:
         what = f"the size of {follows[0]} follows from others at the call, which a file of its own does not work out"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit")
     binding = example(fusion, sizes, dtype, params)

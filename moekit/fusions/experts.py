@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moekit.fusions.moe_align import align, most_blocks
+from moekit.fusions.moe_align import align, most_blocks, tables_axes
 from moekit.lang import In, cast, contract, extent, f32, fusion, gather, halves, iota, place, round_to, silu, size, sum, where
 
 
@@ -19,9 +19,9 @@ def reference(x, ids, weights, gate_up, down, block=1):
     return {"out": out}
 
 
-def blocks(T, K, E, block):
+def blocks(T, K, F, block):
     """As many as there are pairs, or as `moe_align` makes of them."""
-    return T * K if block == 1 else most_blocks(T, K, E, block)
+    return T * K if block == 1 else most_blocks(T, K, F, block)
 
 
 def known(ids):
@@ -32,7 +32,7 @@ def known(ids):
 @fusion(
     reference,
     x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"), gate_up=In("E 2*I D"), down=In("E I H"),
-    dynamic="T B", axes={"B": blocks, "J": lambda block: block},
+    dynamic="T B C G", axes={**tables_axes(lambda E: E), "B": blocks},
 )  # fmt: skip
 def experts(x, ids, weights, gate_up, down, block: int = 1):
     """out[t] = Σ over k of weights[t, k]·expert ids[t, k] of x[t]: down·(silu(gate·x)·(up·x)).

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moekit.lang import In, Value, cumsum, fusion, iota, max, place, size, slice, sum, where
+from moekit.lang import In, Value, cast, cumsum, extent, fusion, gather, iota, max, place, size, slice, sum, where
+
+CHUNK = 256  # pairs that are counted together, and in which each is compared with those before it
 
 
 def reference(ids, experts, block):
@@ -22,42 +24,80 @@ def reference(ids, experts, block):
     return {"pairs": pairs, "chosen": chosen}
 
 
-def most_blocks(T, K, experts, block):
+def most_blocks(T, K, F, block):
     """Blocks that T·K pairs can need: the full ones, and one for the rest of each expert."""
-    return T * K // block + (0 if block == 1 else min(experts, T * K))
+    return T * K // block + (0 if block == 1 else min(F, T * K))
+
+
+def chunks(T, K):
+    """Chunks of T·K pairs."""
+    return -(-T * K // CHUNK)
+
+
+def tables_axes(experts):
+    """The axes of `align` besides T and K, for a declaration's `axes`; `experts` is the rule of how many there are.
+
+    Chunks C and their pairs P stand once more as G and Q, as every program that orders some looks at others.
+    """
+    chunk = {"G": chunks, "Q": lambda: CHUNK, "F": experts, "C": chunks, "P": lambda: CHUNK}
+    return {**chunk, "B": most_blocks, "J": lambda block: block}
 
 
 class Tables(NamedTuple):
-    """`moe_align`'s pairs [B, J] and chosen [B], and what they are made of: how many pairs each expert has [F], pairs in their
-    blocks [B, J], how many a block has [B]."""
+    """`moe_align`'s pairs [B, J] and chosen [B], and what they are made of.
+
+    That is how many pairs of each expert a chunk has [G, F], all have [F], and those before a chunk [C, F]; how many before a
+    pair its chunk has of its expert [C, P]; pairs in their blocks [B, J], and how many a block has [B].
+    """
 
     pairs: Value
     chosen: Value
+    counted: Value
+    rank: Value
     counts: Value
+    before: Value
     order: Value
     filled: Value
 
 
 def align(ids: Value, block: int) -> Tables:
-    """The tables of `moe_align`, for a declaration with the axes T, K, E, B and J."""
-    e = slice(iota("E"), "E", 0, size("E"), into="F")  # the experts once more: a program has one of E and looks at all of F
-    counts = sum(ids == e, over="K T")
-    padded = (counts + (block - 1)) // block * block
-    before = iota("B") * block - (cumsum(padded, over="F") - padded)  # places of an expert's that lie before a block
-    within = (before >= 0) & (before < padded)
-    chosen = max(where(within, e, -1), over="F")
-    filled = sum(where(within, counts - before, 0), over="F")
+    """The tables of `moe_align`, for a declaration with the axes T, K and `tables_axes`.
 
-    mine = ids == iota("E")
-    start = sum(where(e < iota("E"), padded, 0), over="F")
-    slot = where(mine, start + cumsum(mine, over="T K") - 1, -1)
-    order = place(iota("T") * size("K") + iota("K"), B=slot // block, J=slot % block)
-    return Tables(where(iota("J") < filled, order, -1), chosen, counts, order, filled)
+    A pair's place is where its expert's begin, and then how many of these there are in the chunks before, and in its own before
+    it.
+    """
+
+    def listed(chunk: str, element: str) -> tuple[Value, Value]:
+        """Numbers of pairs, and their experts; -1 where there is none."""
+        number = iota(chunk) * size(element) + iota(element)
+        token = number // size("K")
+        found = gather(gather(ids, token, over="T"), number % size("K"), over="K")
+        inside = (token < extent("T")) & (found >= 0) & (found < size("F"))
+        return number, cast(where(inside, found, -1), "int32")
+
+    e = iota("F")
+    counted = sum(listed("G", "Q")[1] == e, over="Q")
+    counts = sum(counted, over="G")
+    before = sum(counted, over="G", upto=iota("C"))
+    padded = (counts + (block - 1)) // block * block
+    begins = cumsum(padded, over="F") - padded
+
+    number, expert = listed("C", "P")
+    other, earlier = (slice(x, "P", 0, size("P"), into="Q") for x in (expert, iota("P")))
+    rank = sum((other == expert) & (earlier < iota("P")), over="Q")
+    first = sum(where(expert == e, begins + before, 0), over="F")
+    slot = where(expert < 0, -1, first + rank)
+    order = place(number, B=slot // block, J=slot % block)
+
+    behind = iota("B") * block - begins  # places of an expert's that lie before a block
+    within = (behind >= 0) & (behind < padded)
+    chosen = max(where(within, e, -1), over="F")
+    filled = sum(where(within, counts - behind, 0), over="F")
+    return Tables(where(iota("J") < filled, order, -1), chosen, counted, rank, counts, before, order, filled)
 
 
 @fusion(
-    reference, ids=In("T K", dtype=("int32", "int64")), dynamic="T B",
-    axes={"E": lambda experts: experts, "B": most_blocks, "J": lambda block: block},
+    reference, ids=In("T K", dtype=("int32", "int64")), dynamic="T B C G", axes=tables_axes(lambda experts: experts),
 )  # fmt: skip
 def moe_align(ids, experts: int, block: int = 16):
     """Blocks of pairs of one expert each: ids [T, K] -> pairs [B, block] and chosen [B], int32.

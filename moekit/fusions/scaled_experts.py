@@ -3,7 +3,7 @@
 import numpy as np
 
 from moekit.fusions.experts import blocks, known
-from moekit.fusions.moe_align import align
+from moekit.fusions.moe_align import align, tables_axes
 from moekit.fusions.scaled import BLOCK, STORED, block_by_block, counted, gated, of_rows, one, products
 from moekit.lang import In, cast, extent, f32, fusion, gather, halves, iota, place, round_to, silu, size, sum, where
 
@@ -26,7 +26,7 @@ def reference(x, ids, weights, gate_up, gate_up_scale, down, down_scale, block, 
     x=In("T D"), ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
     gate_up=In("E 2*I D", dtype=STORED), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
     down=In("E H I", dtype=STORED), down_scale=In("E Hb Ib", dtype="float32"),
-    dynamic="T B", axes={"B": blocks, "J": lambda block: block, "Ib": counted("I", "inner"),
+    dynamic="T B C G", axes={**tables_axes(lambda E: E), "B": blocks, "Ib": counted("I", "inner"),
                          "Db": counted("D", "columns"), "Hb": counted("H", "columns")},
 )  # fmt: skip
 def scaled_experts(

@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from fractions import Fraction
+from math import prod
 
 import pytest
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 from moekit.compile.plan import plan
 from moekit.compile.schedule.targets import MEASURED
+from moekit.compile.tile import Store, walk
 from moekit.fusions.experts import experts
 from moekit.lang.arguments import example
 
@@ -36,9 +39,12 @@ def test_products_run_on_the_matrix_unit(block, width):
 
 
 def arithmetic(program):
-    """How often each kind of float instruction stands in a kernel, for each element of its block."""
+    """How often each kind of float instruction stands in a kernel, for each element that a lane stores."""
+    (section,) = program.sections
+    (stored,) = (op.value for op, _ in walk(section.body) if isinstance(op, Store))
+    each = Fraction(prod(section.block(stored.axes)), 32 * program.warps)
     found = Counter(re.findall(r"\s(mma\.sync|fma|mul|add|sub)\.[\w.]*f32", compiled(program).asm["ptx"]))
-    return {name: found[name] for name in ("mma.sync", "fma", "mul", "add", "sub")}
+    return {name: found[name] / each for name in ("mma.sync", "fma", "mul", "add", "sub")}
 
 
 def test_one_pair_a_block_and_sixteen_are_computed_alike():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moekit.compile.plan import plan
-from moekit.compile.rules import heuristic
+from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.tile.interpret import run as execute
 from moekit.compile.tile.layouts import contiguous
 from moekit.fusions.moe_align import moe_align
@@ -77,9 +77,12 @@ def test_any_strides(layout):
         np.testing.assert_array_equal(got.outputs[name], x)
 
 
-@pytest.mark.parametrize(("kind", "tokens", "experts"), [("distinct", 70, 520), ("one", 130, 100), ("outside", 130, 100)])
+MANY = [("distinct", 70, 520), ("one", 130, 100), ("outside", 130, 100), ("few", 52, 9), ("distinct", 830, 20)]
+
+
+@pytest.mark.parametrize(("kind", "tokens", "experts"), MANY)
 def test_many_pairs_and_experts(kind, tokens, experts):
-    """Running sums go on over several blocks of tokens; the order of programs does not matter."""
+    """Several chunks, the last one not full, and more of them than a turn has; the order of programs does not matter."""
     ids = ids_of(kind, tokens, 10, experts)
     binding = moe_align.bind({"ids": ids.shape}, {"ids": "int32"}, moe_align.bind_params({"experts": experts, "block": 16}))
     graph, sizes, expected = moe_align.trace(binding), dict(binding.sizes), tables(ids, experts, 16)
@@ -92,11 +95,13 @@ def test_many_pairs_and_experts(kind, tokens, experts):
 
 
 def test_one_plan_for_every_number_of_tokens():
-    """Three launches, with the same text whatever T is."""
+    """Four launches, with the same text whatever T is."""
     binds = [moe_align.bind({"ids": (n, 10)}, {"ids": "int32"}, {"experts": 512, "block": 16}) for n in (1, 4096)]
     graphs = [moe_align.trace(b) for b in binds]
     assert graphs[0] is graphs[1]
-    assert len(heuristic(graphs[0]).launches) == 3
+    assert row_classes(graphs[0]) == (0,)
+    stages = [text.rpartition("stage:")[2] for text in str(heuristic(graphs[0])).split(" then ")[:-1]]
+    assert stages == ["counted,rank", "counts,before", "order,filled"]
     assert [dict(b.sizes)["B"] for b in binds] == [10, 40960 // 16 + 512]
 
 

@@ -13,7 +13,7 @@ from moekit.compile.rules.gathers import gathered_product, gathered_rows, groupe
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
-from moekit.compile.rules.tables import LONG_FROM, along, integers, table_launch, tables, wide
+from moekit.compile.rules.tables import integers, table_launch, tables, wide
 from moekit.compile.rules.vectors import summed_launch, vector_launch
 from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
@@ -60,12 +60,12 @@ def row_classes(graph: Graph) -> tuple[int, ...]:
 
 
 def class_axis(graph: Graph) -> str | None:
-    """The dynamic axis whose size says which class a call belongs to: a table's or a GEMM's rows, or the only one there is.
+    """The dynamic axis whose size says which class a call belongs to: a GEMM's rows, or the only one there is.
 
-    The rows of a product with scores are heads, of which a row of the fusion has some.
+    The rows of a product with scores are heads, of which a row of the fusion has some. Tables have one schedule.
     """
-    if table := along(graph):
-        return table
+    if tables(graph):
+        return None
     found = [] if list(weighed(graph)) else [g.m for g in gemms(graph).values()]
     found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
     return next((a for a in found if graph.axes[a] is None), None)
@@ -93,8 +93,6 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
         yield 0, Schedule((launch,))
     elif found := _tabled(graph) or _gathered(graph):
         yield 0, found
-        if along(graph) and (many := _tabled(graph, many=True)):
-            yield LONG_FROM, many
     elif several := list(weighed(graph)):
         yield from several
     elif found := _staged(graph):
@@ -153,15 +151,14 @@ def _gathered(graph: Graph) -> Schedule | None:
     return schedule if legal(graph, schedule) is None else None
 
 
-def _tabled(graph: Graph, many: bool = False) -> Schedule | None:
+def _tabled(graph: Graph) -> Schedule | None:
     """Tables of integers, and what is placed, in launches before those that read them."""
     if (stage := tables(graph)) is None:
         return None
     first, rest, left = cut(graph, stage)
     counted = integers(left)
-    before = Schedule((table_launch(first, many),)) if counted else heuristic(first)
-    rows = LONG_FROM if many and along(rest) else None
-    after = heuristic(rest, rows) if counted or gemms(rest) else spread(rest, wide(rest))
+    before = Schedule((table_launch(first),)) if counted else heuristic(first)
+    after = heuristic(rest) if counted or gemms(rest) else spread(rest, wide(rest))
     return Schedule((*before.launches[:-1], before.launches[-1].but(stage), *after.launches))
 
 

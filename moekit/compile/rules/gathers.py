@@ -8,14 +8,16 @@ matrix unit, which has 16 rows even where a block has one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.cost import in_flight
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stages, Tile, Whole, pow2
-from moekit.compile.schedule.facts import axis_uses, equally_deep, first_gemm, gemms, loaded, once, twins
+from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, twins
 from moekit.compile.schedule.legal import pairable
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
@@ -24,12 +26,34 @@ from moekit.lang.graph import Graph, Node
 COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64
-FEW, MANY = 64, 128  # columns of a program's products of few rows, and of each of many; and the most rows
-PAIRED_STAGES = 4  # of two products of many rows that are one
-DEEP, SHALLOW = 128, 64  # of few rows whose matrices lie side by side along the contracted axis, and of others
+MOST_ROWS, PAIRED_FROM = 128, 64  # of a block of pairs, and from which on two products are one
+MOST_DEEP = 128  # of the contracted axis, where each block of it has a scale of its own: up to so much is one turn
 ROWS_BLOCK, PAIRS_BLOCK = 2**14, 2**13  # one-byte elements of a program's block, and of one where pairs are added up
 MOST_COLUMNS, TURN = 64, 2  # a program's most rows, and pairs in a turn
-WIDE_BLOCK = 32  # columns and depth of float32, which the matrix unit does not take
+
+
+class Products(NamedTuple):
+    """Columns of all of a program's products, how much of the contracted axis a turn has; warps and stages."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By the least rows of a block: where matrices lie along the contracted axis, and where along their columns.
+PRODUCTS = {
+    1: (Products(64, 128, 4, 4), Products(64, 64, 4, 4)),
+    16: (Products(128, 128, 8, 3), Products(256, 64, 8, 3)),
+    64: (Products(128, 64, 4, 3), Products(128, 64, 4, 3)),
+    128: (Products(128, 64, 4, 3), Products(128, 32, 4, 4)),
+}
+# In blocks with scales: a turn's products and the sums are held beside each other.
+SCALED = {
+    1: (Products(64, 128, 4, 4), Products(64, 64, 4, 4)),
+    64: (Products(128, 64, 8, 3), Products(128, 64, 8, 3)),
+}
+WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
 
 
 @once
@@ -90,31 +114,34 @@ def grouped(graph: Graph) -> Launch | None:
     found = [graph.nodes[i] for i, g in gemms(graph).items() if g == gemm]
     if gemm is None or not all(_chosen(graph, n) for n in found):
         return None
-    uses, size = axis_uses(graph), max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args)
-    rows = max(MEASURED.matrix, min(MANY, pow2(uses[gemm.m].extent or MANY)))
-    many = rows >= FEW and size == 2
-    columns, depth = MANY if many else FEW // len(found), SHALLOW if many or any(_columns(graph, n) for n in found) else DEEP
-    if size > 2:
-        rows, columns, depth = MEASURED.matrix, WIDE_BLOCK // len(found), WIDE_BLOCK
-    columns = max(MEASURED.matrix, min(columns, pow2(uses[gemm.n].extent or 1)))
-    depth = max(MEASURED.matrix, min(depth, pow2(uses[gemm.k].extent or depth)))
+    uses, outer = axis_uses(graph), turns(graph, gemm)
+    rows, each = _tile(graph, gemm, found)
+    columns = max(MEASURED.matrix, min(each.columns // len(found), pow2(uses[gemm.n].extent or 1)))
+    depth = max(MEASURED.matrix, min(each.depth, pow2(uses[gemm.k].extent or each.depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
-    if outer := turns(graph, gemm):  # a turn's products and the sums are held beside each other
-        fewer = max(MEASURED.matrix, columns // (len(found) if many else 1))
-        deep = pow2(uses[gemm.k].extent or DEEP + 1)
-        said |= {gemm.k: Whole(gemm.k, deep) if deep <= DEEP else said[gemm.k], gemm.n: Tile(gemm.n, fewer)}
-        said |= {a: Loop(a, 1) for a in outer}
+    if outer:
+        deep = pow2(uses[gemm.k].extent or MOST_DEEP + 1)
+        said |= {gemm.k: Whole(gemm.k, deep) if deep <= MOST_DEEP else said[gemm.k]} | {a: Loop(a, 1) for a in outer}
     shallow = {g.k for g in gemms(graph).values() if (uses[g.k].extent or MEASURED.matrix) < MEASURED.matrix}
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
-    stages = 1 if size > 2 else 3 if many else 4  # blocks of products beside the matrix unit leave no room for the next turn's
-    launch = shrunk(graph, alone(axes, warps=8 if many else 4, stages=stages))
-    pairs = [Pair(name) for name in twins(graph) if many and not outer and pairable(graph, launch.sections[0], name)]
-    if pairs:
-        launch = replace(launch, sections=(launch.sections[0].but(*pairs),)).but(Stages(PAIRED_STAGES))
+    launch = shrunk(graph, alone(axes, each.warps, each.stages))
+    pair = rows >= PAIRED_FROM and not outer
+    pairs = [Pair(name) for name in twins(graph) if pair and pairable(graph, launch.sections[0], name)]
+    launch = replace(launch, sections=(launch.sections[0].but(*pairs),)) if pairs else launch
     if held := in_flight(graph, launch.sections[0]):
         launch = launch.but(Stages(max(1, min(launch.stages, MEASURED.shared_memory // held))))
     return launch.without(Dependent)  # its programs would hold shared memory that the launch before still needs
+
+
+def _tile(graph: Graph, gemm: GemmAxes, found: Sequence[Node]) -> tuple[int, Products]:
+    """Rows of a program of grouped products, and the rest of its block."""
+    if max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args) > 2:
+        return MEASURED.matrix, WIDE
+    block = min(MOST_ROWS, pow2(axis_uses(graph)[gemm.m].extent or MOST_ROWS))
+    table = SCALED if turns(graph, gemm) else PRODUCTS
+    along = table[max(least for least in table if least <= block)]
+    return max(MEASURED.matrix, block), along[any(_columns(graph, n) for n in found)]
 
 
 def _chosen(graph: Graph, n: Node) -> bool:

@@ -1,75 +1,69 @@
 """Good schedules for tables of integers, such as which pairs of a token and an expert a block has.
 
-Each is made once, by a launch before those that read it: first what is counted along a run-time axis, then what is placed, with
-what is read beside it.
+Each is made once, by launches before those that read it: first what is counted, level by level where counts are added up in
+turn, then what is placed, with what is read beside it.
+
+What was measured stands in measured.json, by the name of the constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from math import prod
 
 from moekit.compile.rules.rows import alone
 from moekit.compile.rules.sections import sections
-from moekit.compile.schedule.cuts import Scratch, cut, stageable
+from moekit.compile.schedule.cuts import Scratch, stageable
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Section, Stage, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, once
 from moekit.lang.dtypes import INTS
-from moekit.lang.graph import Graph, Node
+from moekit.lang.graph import Graph
 
-TURN, WARPS = 1024, 4  # integers that a program goes through at a time
-LONG_TURN, LONG_WARPS, LONG_FROM = 4096, 8, 1024  # where there are so many rows: fewer turns are waited for
-COLUMNS = 256  # of placed rows that a program adds up
+WARPS = 4
+BLOCK = 2**15  # integers of a program's block
+FEW_BLOCK = 2**13  # of one in turns, or one that has several elements of a run-time axis: few programs would be left
+TURN, TURN_COLUMNS = 32, 64  # along a run-time axis that is added up, and along a static one beside it
+COLUMNS = 256  # of placed rows that a program, of one warp, adds up
 
 
 @once
 def tables(graph: Graph) -> Stage | None:
     """What a graph's first launch makes, where that is a table, or what is placed; None where there is neither."""
     names = {i: name for name, i in stageable(graph).items()}
-    counts = [i for i in names if _counts(graph, graph.nodes[i])]
-    placed = [i for i in names if graph.nodes[i].op == "place" and not _beneath(graph, graph.nodes[i].args, "place")]
-    if counts or not placed:
-        return Stage(",".join(names[i] for i in counts)) if counts else None
+    counted = [i for i in names if graph.nodes[i].op == "reduce" and graph.nodes[i].dtype in INTS]
+    if any(graph.axes[graph.nodes[i].attr("axis")] is None for i in counted):
+        lowest = [i for i in counted if not _beneath(graph, graph.nodes[i].args, counted)]
+        return Stage(",".join(names[i] for i in lowest))
+    placed = [i for i in names if graph.nodes[i].op == "place"]
+    placed = [i for i in placed if not _beneath(graph, graph.nodes[i].args, placed)]
+    if not placed:
+        return None
     first = placed[0]
     beside = _read_beside(graph, first, names) if graph.nodes[first].dtype in INTS else []
     return Stage(",".join(names[i] for i in (first, *beside)))
 
 
-def _counts(graph: Graph, n: Node) -> bool:
-    """Whether integers are added up along a run-time axis, to one number for each element of static ones."""
-    runtime = n.op == "reduce" and graph.axes[n.attr("axis")] is None
-    return runtime and n.dtype in INTS and all(graph.axes[a] is not None for a in n.axes)
-
-
-def _beneath(graph: Graph, nodes: Iterable[int], op: str) -> bool:
-    """Whether some of `nodes` is made by an `op`, or of what is."""
-    return any(graph.nodes[i].op == op or _beneath(graph, graph.nodes[i].args, op) for i in nodes)
+def _beneath(graph: Graph, nodes: Iterable[int], which: Collection[int]) -> bool:
+    """Whether some of `nodes` is one of `which`, or made of one."""
+    return any(i in which or _beneath(graph, graph.nodes[i].args, which) for i in nodes)
 
 
 def _read_beside(graph: Graph, first: int, names: dict[int, str]) -> list[int]:
     """The reductions of integers, made of nothing that is placed, that what reads `first` needs too: the last ones."""
     found, seen, left = [], set(), [i for w in graph.writes for i in (w.value, *w.ids)]
+    placed = [i for i in names if graph.nodes[i].op == "place"]
     while left:
         i = left.pop()
         n = graph.nodes[i]
         if i in seen or i == first:
             continue
         seen.add(i)
-        if i in names and n.op == "reduce" and n.dtype in INTS and not _beneath(graph, [i], "place"):
+        if i in names and n.op == "reduce" and n.dtype in INTS and not _beneath(graph, [i], placed):
             found.append(i)
         else:
             left += n.args
     return sorted(found)
-
-
-def along(graph: Graph) -> str | None:
-    """The run-time axis along which a graph's tables of integers are made; None where it has none."""
-    if (stage := tables(graph)) is None:
-        return None
-    first, _, left = cut(graph, stage)
-    uses = axis_uses(first).values()
-    return next((u.name for u in uses if not u.parallel and u.extent is None), None) if integers(left) else None
 
 
 def integers(left: Iterable[Scratch]) -> bool:
@@ -77,30 +71,32 @@ def integers(left: Iterable[Scratch]) -> bool:
     return all(s.dtype in INTS for s in left)
 
 
-def table_launch(graph: Graph, many: bool) -> Launch:
-    """Programs that make tables: run-time axes that are added up or gone along in turns, static ones in one block.
-
-    many: whether there are many rows. Integers add up to the same in turns of any size.
-    """
-    made = [_held(g, LONG_TURN if many else TURN) for g in sections(graph)]
-    launch = alone(made[0] if len(made) == 1 else (), LONG_WARPS if many else WARPS)
+def table_launch(graph: Graph) -> Launch:
+    """Programs that make tables, of any number of rows: integers add up to the same in blocks and turns of any size."""
+    made = [_held(g) for g in sections(graph)]
+    launch = alone(made[0] if len(made) == 1 else (), WARPS, stages=1)
     if len(made) == 1:
         return launch
     named = zip(sections(graph), made, strict=True)
     return replace(launch, sections=tuple(Section(tuple(w.output for w in g.writes), held) for g, held in named))
 
 
-def _held(graph: Graph, turn: int) -> tuple[Axis, ...]:
-    uses, live = axis_uses(graph), [graph.nodes[i] for i in graph.live()]
-    chosen: dict[str, Axis] = {a: Tile(a, 1) for a, u in uses.items() if u.parallel}
-    chosen |= {a: Whole(a, pow2(u.extent)) for a, u in uses.items() if not u.parallel and u.extent is not None}
-    looped = [n.axes for n in live if not set(n.axes) <= set(chosen)]
-    wide = max((prod(chosen[a].block for a in axes if a in chosen) for axes in looped), default=1)
-    return tuple(chosen.get(a) or Loop(a, max(1, turn // wide)) for a in uses)
+def _held(graph: Graph) -> tuple[Axis, ...]:
+    """Static axes that are added up whole, run-time ones in turns; what is parallel, static first, as a block has room."""
+    uses = axis_uses(graph)
+    added = [u for u in uses.values() if not u.parallel]
+    said: dict[str, Axis] = {u.name: Loop(u.name, TURN) if u.extent is None else Whole(u.name, pow2(u.extent)) for u in added}
+    turns = any(u.extent is None for u in added)
+    for use in sorted((u for u in reversed(uses.values()) if u.parallel), key=lambda u: u.extent is None):
+        held = prod(d.block for d in said.values())
+        room = max(1, (FEW_BLOCK if turns or use.extent is None else BLOCK) // held)
+        most = room if use.extent is None else min(room, pow2(use.extent), TURN_COLUMNS if turns else room)
+        said[use.name] = Tile(use.name, most)
+    return tuple(said[a] for a in uses)
 
 
 def wide(graph: Graph) -> Launch:
     """What adds up placed rows: one after the other, as many columns a program as are worth its few rows."""
     uses = axis_uses(graph).values()
     columns = [Tile(u.name, min(COLUMNS, pow2(u.extent or COLUMNS))) for u in uses if u.parallel][-1:]
-    return alone((*columns, *(Loop(u.name, 1) for u in uses if u.reduced)), stages=1)
+    return alone((*columns, *(Loop(u.name, 1) for u in uses if u.reduced)), warps=1, stages=1)
