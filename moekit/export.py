@@ -298,8 +298,8 @@ def _tolerance(graph: Graph, write: Write) -> float:
         if (i := left.pop()) not in found:
             found.add(i)
             left += graph.nodes[i].args
-    rounded = (TOLERANCE[graph.nodes[i].dtype] for i in found if graph.nodes[i].op == "cast" and graph.nodes[i].dtype in TOLERANCE)
-    return max([own, *(TURNED * each for each in rounded)]) if own else own
+    rounded = (graph.nodes[i].dtype for i in found if graph.nodes[i].op == "cast")
+    return max([own, *(TURNED * TOLERANCE.get(dtype, 0) for dtype in rounded)]) if own else own
 
 
 def _self_test(made: _Exported) -> str:

@@ -9,7 +9,7 @@ from math import prod
 
 from moekit.compile.rules.chains import chained
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped
+from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped, summands
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -143,6 +143,12 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
 
 
 def _gathered(graph: Graph) -> Schedule | None:
+    if stage := summands(graph):
+        first, rest, _ = cut(graph, stage)
+        pieces = [(g, heuristic(g).launches[0]) for g in sections(first)]
+        made = tuple(replace(p.sections[0], outputs=tuple(w.output for w in g.writes)) for g, p in pieces)
+        most = Warps(max(p.warps for _, p in pieces)), Stages(max(p.stages for _, p in pieces))
+        return Schedule((Launch(made, (*most, Dependent())).but(stage), *heuristic(rest).launches))
     if (launch := gathered_product(graph) or gathered_rows(graph)) is None:
         return None
     first, *rest = spread(graph, launch).launches

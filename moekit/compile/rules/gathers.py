@@ -16,8 +16,9 @@ from typing import NamedTuple
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.cost import in_flight
-from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stages, Tile, Whole, pow2
-from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, twins
+from moekit.compile.schedule.cuts import stageable
+from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stage, Stages, Tile, Whole, pow2
+from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, operands, twins
 from moekit.compile.schedule.legal import pairable
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
@@ -79,8 +80,7 @@ def gathered_product(graph: Graph) -> Launch | None:
 def gathered_rows(graph: Graph) -> Launch | None:
     """Programs of whole rows of gathered matrices of one-byte elements, which lie along what is contracted.
 
-    Where a row's pairs are added up, a program does so, some at a time; where a product of rows is added to that, pairs have
-    programs of their own, and the launch after them makes it on the matrix unit.
+    Where a row's pairs are added up, a program does so, some at a time.
     """
     uses = axis_uses(graph)
     for number in graph.live():
@@ -94,17 +94,36 @@ def gathered_rows(graph: Graph) -> Launch | None:
         if not (static and column and uses[column[0]].parallel) or len(pairs) > 1:
             continue
         depths = {a: pow2(uses[a].extent or 1) for a in inner}
-        split = [Split(a, uses[a].extent or 1) for a in pairs if gemms(graph) and 1 < (uses[a].extent or 0) <= MOST_PAIRS]
-        split = [cut for cut in split if equally_deep(graph, cut.axis)]
-        turn = 1 if split else TURN
-        many = PAIRS_BLOCK // turn // prod(depths.values()) if pairs else ROWS_BLOCK // prod(depths.values())
+        many = PAIRS_BLOCK // TURN // prod(depths.values()) if pairs else ROWS_BLOCK // prod(depths.values())
         if many < 1:
             continue
         said: dict[str, Axis] = {column[0]: Tile(column[0], min(MOST_COLUMNS, many, pow2(uses[column[0]].extent or 1)))}
-        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, turn) for a in pairs}
-        launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs and not split else 1)
-        return launch.but(*split)
+        said |= {a: Whole(a, depth) for a, depth in depths.items()} | {a: Loop(a, TURN) for a in pairs}
+        return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=3 if pairs else 1)
     return None
+
+
+@once
+def summands(graph: Graph) -> Stage | None:
+    """What is added up by itself where a row's pairs are, and a product of rows beside them: that product and each pair's.
+
+    One launch makes both, the product on the matrix unit; the next adds them up and reads few bytes.
+    """
+    launch, uses, found = gathered_rows(graph), axis_uses(graph), stageable(graph)
+    pairs = [d.axis for d in launch.sections[0].directives if isinstance(d, Loop)] if launch and gemms(graph) else []
+    if len(pairs) != 1:
+        return None
+    made: dict[int, set[int]] = {}  # by node, the products that it is made of
+    for i in sorted(graph.live()):
+        own = {i} if graph.nodes[i].op == "contract" else set()
+        made[i] = own.union(*(made.get(a, set()) for a in operands(graph.nodes[i])))
+    whole = {name: i for name, i in found.items() if not {a for a in graph.nodes[i].axes if uses[a].reduced} - {*pairs}}
+    sides = (
+        [name for name, i in whole.items() if made[i] and made[i] <= {*gemms(graph)}],
+        [name for name, i in whole.items() if made[i] and pairs[0] in graph.nodes[i].axes],
+    )
+    size = {name: itemsize(graph.nodes[i].dtype) for name, i in whole.items()}
+    return Stage(",".join(min(side, key=size.__getitem__) for side in sides)) if all(sides) else None
 
 
 @once
