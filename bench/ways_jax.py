@@ -44,13 +44,15 @@ Arrays = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A fusion at static sizes, and at which numbers of tokens it is measured. `float32`: operands that are always so."""
+    """A fusion at static sizes, and at which numbers of tokens it is measured. `float32`: operands that are always so.
+    `printed`: dtypes in which Mosaic GPU has it."""
 
     fusion: str
     sizes: Mapping[str, int]
     tokens: tuple[int, ...] = (1, 64, 4096)
     params: Mapping[str, Any] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
+    printed: tuple[str, ...] = ("bfloat16", "float32", "float16")
 
     def dtypes(self, dtype: str) -> dict[str, str]:
         """The dtype of every operand."""
@@ -93,6 +95,7 @@ class Case:
         return [n for n, x in FUSIONS[self.fusion].tensors.items() if x.role == "InOut"]
 
 
+PRODUCT = ((1, 64), {}, (), ("bfloat16", "float16"))
 EXPERTS = {"K": 10, "E": 512, "I": 256, "H": 2048}
 CASES = (
     *(Case("add_rms_norm", {"H": h}) for h in (2048, 4096)),
@@ -107,6 +110,9 @@ CASES = (
     Case("expert_down", EXPERTS, (1, 4, 16)),
     Case("expert_down_shared", {**EXPERTS, "J": 256, "H?": 1}, (1, 4, 16)),
     Case("conv_projections", {"C": 4096, "S": 3, "P": 2176, "D": 2048}, (1, 4), float32=("weight",)),
+    Case("gate_gemm", {"P": 648, "D": 2048}, *PRODUCT),
+    *(Case("gate_projections", {"I": i, "D": 2048, "E": 512, "G": 1}, *PRODUCT) for i in (64, 512)),
+    *(Case("down_combine", {"H": 2048, "I": i, "H?": 1}, *PRODUCT) for i in (64, 512)),
 )
 
 
@@ -180,7 +186,7 @@ def cases(args: Any) -> Iterator[runner.Case]:
     """Every fusion, dtype and number of tokens that was asked for."""
     asked = [case for case in CASES if case.fusion.startswith(args.fusions)]
     for case in asked[: 1 if args.smoke else None]:
-        for dtype in args.dtypes:
+        for dtype in (d for d in args.dtypes if d in case.printed):
             for tokens in case.tokens[: 1 if args.smoke else None]:
                 head = {"fusion": case.fusion, "sizes": " ".join(map(str, case.sizes.values())), "dtype": dtype, "T": tokens}
                 yield head, (case, dtype, tokens, args.rounds)

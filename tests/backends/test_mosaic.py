@@ -24,6 +24,7 @@ from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
 from moekit.testing.suite import cases
+from moekit.testing.values import shapes_of
 
 from .emulated import assembled, emulated, h200
 from .ptx import Race
@@ -162,15 +163,32 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
         np.testing.assert_array_equal(np.asarray(a)[2:5], np.asarray(b))
 
 
-def test_a_product_has_the_same_bits_whatever_is_beside_it():
-    """Rows of one block of the matrix unit and of several, by the machine."""
+@pytest.mark.parametrize("depth", [96, 1600])
+def test_a_product_has_the_same_bits_whatever_is_beside_it(depth):
+    """Rows of one block of the matrix unit and of several, whole and in parts of which the last is short, by the machine."""
     rng = np.random.default_rng(6)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((20, 96), (40, 96)))
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((20, depth), (40, depth)))
     with emulated() as machines:
         whole = np.asarray(gate_gemm(x, w, implementation="mosaic"))
         for rows in (slice(3, 4), slice(14, 19)):
             np.testing.assert_array_equal(whole[rows], np.asarray(gate_gemm(x[rows], w, implementation="mosaic")))
     assert len(machines) >= 3
+    np.testing.assert_allclose(whole.astype(np.float32), np.asarray(x, np.float32) @ np.asarray(w, np.float32).T, 1e-2, 0.5)
+
+
+@pytest.mark.parametrize(("name", "depth", "columns", "said"), [
+    ("gate_gemm", 2048, 648, "loop:D:256 split:D:8"), ("gate_gemm", 2048, 1544, "loop:D:256 split:D:8"),
+    ("gate_gemm", 2880, 648, "loop:D:256 split:D:12"), ("gate_gemm", 2**15, 648, "loop:D:512 split:D:64"),
+    ("gate_gemm", 72, 37, "loop:D:128"), ("down_combine", 512, 2048, "loop:I:512"), ("down_combine", 1024, 2048, "loop:I:512"),
+    ("down_combine", 2048, 4096, "loop:I:128 split:I:8"),
+])  # fmt: skip
+def test_turns_of_products_are_long(name, depth, columns, said):
+    """Parts of a split are one turn each, as far as a schedule has so many and registers hold the weight's block."""
+    fusion, sizes = FUSIONS[name], {"gate_gemm": {"D": depth, "P": columns}, "down_combine": {"I": depth, "H": columns}}[name]
+    shapes = shapes_of(fusion, {**sizes, "T": 4}, {})
+    graph = fusion.trace(fusion.bind(shapes, dict.fromkeys(shapes, "bfloat16"), fusion.bind_params({})))
+    first = warpgroups(graph).launches[0]
+    assert " ".join(d for d in str(first).split() if d.startswith(("loop", "split"))) == said
 
 
 def _product_norm(x, w):
