@@ -20,7 +20,7 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("expert_down", None): 2.75,
     ("experts", None): 0.7,
     ("attention_decode", None): 0.19,
-    ("gated_attention_decode", None): 0.4,
+    ("gated_attention_decode", None): 1.0,
     ("scaled_experts", None): 0.8,
     ("scaled_expert_gate_up", None): 2.75,
 }

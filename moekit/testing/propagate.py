@@ -56,8 +56,9 @@ class Bound:
     """A value with its errors, in arrays that broadcast together; `exact` is None where bits are not
     determined.
 
-    `product` says that a compiler may fuse the value into an addition. An infinite error: nothing is known of
-    the value, as float32 overflowed on the way.
+    `product` says that a compiler may fuse the value into an addition. `terms`: of a contraction, or of what it was added to,
+    the terms' magnitudes added up, as one may begin where another ended. An infinite error: nothing is known of the value, as
+    float32 overflowed on the way.
     """
 
     value: np.ndarray
@@ -65,6 +66,7 @@ class Bound:
     flips: np.ndarray
     exact: np.ndarray | None = None
     product: bool = False
+    terms: np.ndarray | None = None
 
     def error(self, constant: float = 1.0) -> np.ndarray:
         """The total for a given constant."""
@@ -72,8 +74,8 @@ class Bound:
 
     def each(self, f: Callable) -> Bound:
         """`f` applied to every array."""
-        exact = None if self.exact is None else f(self.exact)
-        return Bound(f(self.value), f(self.noise), f(self.flips), exact, self.product)
+        exact, terms = (None if x is None else f(x) for x in (self.exact, self.terms))
+        return Bound(f(self.value), f(self.noise), f(self.flips), exact, self.product, terms)
 
 
 def _made(value, parts, own, exact=None, product=False) -> Bound:
@@ -162,6 +164,9 @@ def _binary(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
         "div": lambda: (1 / _nearest(b), np.abs(value) / _nearest(b)),
     }[node.op]()
     made = _made(value, zip(slopes, args, strict=True), OWN[node.op], exact, node.op == "mul")
+    if node.op in ("add", "sub") and not (a.terms is None and b.terms is None):
+        terms = sum(_tame(x.value) if x.terms is None else x.terms for x in (a, b))
+        return _unknown(replace(made, terms=terms), terms > LARGEST)
     if node.op != "mul" or np.isfinite(value).all():
         return made
     vanishing = [np.isinf(x.value) & (y.value != 0) & (np.abs(y.value) < TINY) for x, y in ((a, b), (b, a))]
@@ -319,8 +324,9 @@ def _contract(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:
     size_a, size_b, largest_b = np.abs(a.value), np.abs(b.value), _largest(b)
     value = dot(a.value, b.value)
     noise = dot(a.noise, largest_b) + dot(size_a, b.noise) + _added(n, dot(size_a, size_b), value)
-    made = Bound(value, noise, dot(a.flips, largest_b) + dot(size_a, b.flips))
-    return _unknown(made, dot(_tame(a.value), _tame(b.value)) > LARGEST)
+    terms = dot(_tame(a.value), _tame(b.value))
+    made = Bound(value, noise, dot(a.flips, largest_b) + dot(size_a, b.flips), terms=terms)
+    return _unknown(made, terms > LARGEST)
 
 
 def _exp_sum(ev: Evaluation, node: Node, args: list[Bound]) -> Bound:

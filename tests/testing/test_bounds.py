@@ -199,6 +199,25 @@ def test_bound_is_of_the_right_size():
     assert found["sum"].value[0] == 2e6 + 10
 
 
+@fusion(None, a=In("T A"), b=In("A B"), c=In("T B"))
+def products_added(a, b, c):
+    """Two contractions that are added up, and one with what is less a product."""
+    first = ml.contract(a, b, over="A")
+    return {"both": first + ml.contract(a, b * 0.5, over="A"), "less": first - ml.f32(c)}
+
+
+def test_a_sum_of_products_may_go_on_where_another_ended():
+    """Matrix units add onto what is there: -1e38 and then -3e38, before the 2e38 that would have made it less."""
+    a = np.array([[-1.0, 1.0, -1.0]], np.float32)
+    b = np.array([[1.0], [1.0], [1.0]], np.float32) * np.float32(0.8e38)
+    few = bounds(products_added, {"a": a, "b": b, "c": np.array([[0.5e38]], np.float32)})
+    assert np.isinf(few["both"].noise).all()
+    assert np.isfinite(few["less"].noise).all()
+    more = bounds(products_added, {"a": a, "b": b / 2, "c": np.array([[3e38]], np.float32)})
+    assert np.isfinite(more["both"].noise).all()
+    assert np.isinf(more["less"].noise).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ulp(dtype):
     """The distance to the next number, subnormals included."""
