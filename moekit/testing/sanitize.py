@@ -43,7 +43,25 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
     "PYTHONWARNINGS": "ignore",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # what one tool compiled the next one loads
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every `of`-th case from the `number`-th on."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """`2/3`, say; raises ArgumentTypeError for what is none."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise argparse.ArgumentTypeError(f"{text} is no part; give I/N with I from 1 to N, such as 2/3")
+        return cls(int(found[1]), int(found[2]))
 
 
 @dataclass
@@ -85,12 +103,13 @@ def explained(log: str) -> Counter[str]:
 def run_pass(sanitizer: str, tool: str, arguments: list[str], base: Path, seconds: float) -> int | None:
     """A process of the pass under a tool, its log in `base`.txt and what it prints in `base`.out: its exit code, or None if it
 
-    had to be stopped after `seconds`.
+    had to be stopped after `seconds`. What it compiles is kept in folders beside them.
     """
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only", *TOOLS[tool]]
     command = [sanitizer, *options, "--log-file", f"{base}.txt", sys.executable, "-m", "moekit.testing.gpu_pass", *arguments]
     with open(f"{base}.out", "wb") as sink:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=sink, stderr=subprocess.STDOUT,
+        kept = {"JAX_COMPILATION_CACHE_DIR": str(base.parent / "jax"), "TRITON_CACHE_DIR": str(base.parent / "triton")}
+        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, **kept}, stdout=sink, stderr=subprocess.STDOUT,
                                    start_new_session=True)  # fmt: skip
         try:
             return process.wait(seconds)
@@ -100,15 +119,18 @@ def run_pass(sanitizer: str, tool: str, arguments: list[str], base: Path, second
             return None
 
 
-def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path) -> Verdict:
-    """The control, in which the tool must find what is planted; then the pass in `workers` processes. Each has `seconds`."""
+def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path, part: Part = Part()) -> Verdict:
+    """The control, in which the tool must find what is planted; then the pass, or a part of it, in `workers` processes. Each
+
+    has `seconds`.
+    """
     begin, verdict = time.monotonic(), Verdict(tool)
     run_pass(sanitizer, tool, ["control"], folder / f"{tool}.control", seconds)
     if not found(text := text_of(folder / f"{tool}.control.txt")):
         verdict.findings.append(f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}")
 
     def share(i: int) -> int | None:
-        arguments = [str(i), str(workers), str(folder / f"{tool}.{i}.json")]
+        arguments = [str(part.number - 1 + i * part.of), str(workers * part.of), str(folder / f"{tool}.{i}.json")]
         return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", seconds)
 
     with ThreadPoolExecutor(workers) as threads:
@@ -123,7 +145,8 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
             verdict.cases += told["cases"]
             doors.update(told["doors"])
             cells.update(told["cells"])
-    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in cases())
+    mine = list(cases())[part.number - 1 :: part.of]
+    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in mine)
     verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
     verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), doors.total()
     verdict.explained = dict(hazards)
@@ -164,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m moekit.testing.sanitize", description="Every kernel under compute-sanitizer."
     )
     parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
-    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes")
+    parser.add_argument("--workers", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="processes")
+    parser.add_argument("--part", type=Part.parse, default=Part(), metavar="I/N", help="every N-th case, from the I-th on")
     parser.add_argument("--seconds", type=float, default=540.0, help="the most that one tool may take")
     parser.add_argument("--folder", type=Path, help="where logs are kept (default: a temporary folder)")
     parser.add_argument("--json-file", type=Path, help="write what came of it as JSON")
@@ -184,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         verdicts = []
         for tool in options.tool or TOOLS:
-            verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder))
+            verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder, options.part))
             tell(verdicts[-1])
             if options.json_file:
                 write_text(options.json_file, json.dumps([asdict(v) for v in verdicts], indent=1))

@@ -97,6 +97,22 @@ def test_clean(fake, tmp_path, capsys):
     assert json.loads((tmp_path / "found.json").read_text())[0]["cases"] == len(EVERY)
 
 
+def test_parts_make_the_whole(fake, tmp_path):
+    """Each of three parts in two processes; together every case once."""
+    found = Counter()
+    for part in ("1/3", "2/3", "3/3"):
+        assert fake("--workers", "2", "--part", part, "--json-file", str(tmp_path / "found.json")) == 0
+        found.update(json.loads((tmp_path / "found.json").read_text())[0]["cells"])
+    assert found == Counter(cell(i, c) for i, c in EVERY)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b"])
+def test_what_is_no_part_is_refused(fake, part, capsys):
+    with pytest.raises(SystemExit):
+        fake("--part", part)
+    assert f"{part} is no part; give I/N with I from 1 to N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
