@@ -1,9 +1,9 @@
 """Which part of a decode step a kernel belongs to, told from its name, and the same parts of the step's floor.
 
-moekit's kernels are called what their fusion is called (`_partial` and `_combine` behind it where it has two launches). XLA
-calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head and arg-max cannot be told apart, so they
-are one part, of times and of floors alike, and so are projections by moekit's kernels. Where no kernel of moekit's computes
-the routed experts, they are in that part, too.
+moekit's kernels are called what their fusion is called (`_partial` and `_combine`, or `_staged_` and a value, behind it where
+it has several launches). XLA calls its kernels by their form, `gemm_fusion_dot`: projections, attention, head and arg-max
+cannot be told apart, so they are one part, of times and of floors alike, and so are projections by moekit's kernels. Where no
+kernel of moekit's computes the routed experts, they are in that part, too.
 """
 
 EXPERTS, GATES, DELTA, NORMS = "routed experts", "gates, router, shared expert", "delta rule and its norm", "norms"

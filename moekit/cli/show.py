@@ -130,8 +130,7 @@ def bound(fusion: Fusion, sizes: dict[str, int], dtype: str, params: dict[str, A
 def refuse_empty_axes(fusion: Fusion, sizes: dict[str, int]) -> None:
     """Refuse size 0 of an axis that is fixed in a kernel: no call has it."""
     if empty := [a for a, n in sizes.items() if n == 0 and a not in fusion.dynamic]:
-        may = f"; only {', '.join(fusion.dynamic)} may be 0" if fusion.dynamic else ""
-        raise click.BadParameter(f"axis {empty[0]} must have an element{may}", param_hint="--sizes")
+        raise click.BadParameter(f"axis {empty[0]} must have an element{fusion.may_be_empty()}", param_hint="--sizes")
 
 
 def all_parameters(fusion: Fusion, given: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moekit.errors import ShapeError
 from moekit.lang import In, Value, cast, cumsum, extent, fusion, gather, iota, max, place, size, slice, sum, where
 
 CHUNK = 256  # pairs that are counted together, and in which each is compared with those before it
@@ -26,7 +27,7 @@ def reference(ids, experts, block):
 
 def most_blocks(T, K, F, block):
     """Blocks that T·K pairs can need: the full ones, and one for the rest of each expert."""
-    return T * K // block + (0 if block == 1 else min(F, T * K))
+    return T * K // pairs_in_block(block) + (0 if block == 1 else min(F, T * K))
 
 
 def chunks(T, K):
@@ -40,7 +41,21 @@ def tables_axes(experts):
     Chunks C and their pairs P stand once more as G and Q, as every program that orders some looks at others.
     """
     chunk = {"G": chunks, "Q": lambda: CHUNK, "F": experts, "C": chunks, "P": lambda: CHUNK}
-    return {**chunk, "B": most_blocks, "J": lambda block: block}
+    return {**chunk, "B": most_blocks, "J": pairs_in_block}
+
+
+def pairs_in_block(block):
+    """Pairs of a block."""
+    if block < 1:
+        raise ShapeError(f"block = {block}; blocks have 1 pair or more")
+    return block
+
+
+def counted_experts(experts):
+    """Experts that ids may name."""
+    if experts < 1:
+        raise ShapeError(f"experts = {experts}; there must be 1 or more")
+    return experts
 
 
 class Tables(NamedTuple):
@@ -97,7 +112,7 @@ def align(ids: Value, block: int) -> Tables:
 
 
 @fusion(
-    reference, ids=In("T K", dtype=("int32", "int64")), dynamic="T B C G", axes=tables_axes(lambda experts: experts),
+    reference, ids=In("T K", dtype=("int32", "int64")), dynamic="T B C G", axes=tables_axes(counted_experts),
 )  # fmt: skip
 def moe_align(ids, experts: int, block: int = 16):
     """Blocks of pairs of one expert each: ids [T, K] -> pairs [B, block] and chosen [B], int32.

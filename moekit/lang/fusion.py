@@ -227,6 +227,12 @@ class Fusion:
         sizes = tuple((a, None if self._is_dynamic(a) else s) for a, s in binding.sizes)
         return self._trace(sizes, binding.dtypes, binding.params, binding.ones, binding.spelled)
 
+    def may_be_empty(self) -> str:
+        """The end of a sentence that refuses an empty axis: which of the operands' axes may be, if any."""
+        own = {axis for s in self.tensors.values() for d in s.dims for _, axis in d.terms}
+        found = [axis for axis in self.dynamic if axis in own]
+        return f"; only {', '.join(found)} may be 0" if found else ""
+
     def _is_dynamic(self, axis: str) -> bool:
         dim = Dim.parse(axis)
         if any(name in self.dynamic for _, name in dim.terms):

@@ -22,7 +22,7 @@ def variants(graph: Graph) -> dict[str, Schedule | None]:
     """Schedules by name, legal ones only: "heuristic" (None), "looped", "rows", "small", "dots", "whole", "rounds" (two
     programs along an axis of more blocks), "split" (in three, blocks of eight), "parts" (the same, one after the other),
     "single parts" (in two, blocks of one), and for products "tall" (blocks of 64 rows, in two parts one after the other);
-    "apart" (blocks of four along whatever a section can have programs along). None has programs of more than `MOST` elements.
+    "apart" (blocks of four along whatever a section can have programs along). None has more than `MOST` elements a warp.
     """
     found: dict[str, Schedule | None] = {}
 
@@ -131,6 +131,8 @@ def schedule_of(case: FuzzCase) -> Schedule | None:
         return case.schedule
     if case.schedule == "heuristic":
         return None
+    if ":" in case.schedule:
+        raise ValueError(f"{case.schedule!r} is a schedule's text, and a case takes its name or a Schedule; parse it")
     found = _variants(case.declaration, static(case)).get(case.schedule)
     return None if found and over(case) and legal(over_operand(case.graph, over(case)), found) else found
 

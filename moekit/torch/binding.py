@@ -106,5 +106,5 @@ def _refuse_empty(fusion: Fusion, shapes: Mapping[str, tuple[int, ...]]) -> None
     for n, spec in fusion.tensors.items():
         for d, size in zip(spec.dims, shapes[n], strict=True):
             if size == 0 and d.text not in fusion.dynamic:
-                may = f"; only {', '.join(fusion.dynamic)} may be 0" if fusion.dynamic else ""
-                raise ShapeError(f"{fusion.name}: {n} has shape {list(shapes[n])}; axis {d.text} must have an element{may}")
+                said = f"{fusion.name}: {n} has shape {list(shapes[n])}; axis {d.text} must have an element"
+                raise ShapeError(said + fusion.may_be_empty())

@@ -203,10 +203,21 @@ def product_norm(x, w):
     return cast(y * rsqrt(mean(y * y, over="P") + 1.0), x.dtype)
 
 
+@fusion(lambda x, w: {"out": x.astype(np.float64) @ w.astype(np.float64).T}, x=In("T D"), w=In("P D"))
+def turned_product(x, w):
+    """x·wᵀ, said the other way about. x [T, D], w [P, D] -> [T, P] in x's dtype."""
+    return cast(contract(w, x, over="D"), x.dtype)
+
+
+def test_a_weight_may_stand_first():
+    """A program has rows before columns, whichever operand the weight is."""
+    check("mosaic", Call(turned_product, operands(turned_product, {"T": 5, "D": 40, "P": 50}, "bfloat16", "normal", 8)))
+
+
 def test_what_follows_a_product_adds_up_along_its_columns():
     """Over lanes and warps, each of which has some of a row's columns; part of the block is past the end."""
     case = Call(product_norm, operands(product_norm, {"T": 5, "D": 40, "P": 50}, "bfloat16", "normal", 8))
-    case = replace(case, schedule="tile:T:16 loop:D:32 whole:P:64 warps:4 stages:2")
+    case = replace(case, schedule=Schedule.parse("tile:T:16 loop:D:32 whole:P:64 warps:4 stages:2"))
     check("mosaic", case)
     with emulated() as machines:
         check("mosaic", case)

@@ -145,7 +145,8 @@ def test_every_fusion_is_a_part_of_a_step(name):
     """None of moekit's kernels is taken for one of XLA's, whichever of its launches it is; nor is a sum over GPUs."""
     alike = name.endswith(("conv_projections", "scaled_conv_products", "scaled_product", "scaled_row_product"))
     projections = {parts.REST} if alike else set(parts.PARTS) - {parts.REST}
-    assert {parts.part(name + end) for end in ("", "_partial", "_combine")} <= projections - {parts.COLLECTIVES}
+    ends = ("", "_partial", "_combine", "_staged_product_v21")
+    assert {parts.part(name + end) for end in ends} <= projections - {parts.COLLECTIVES}
     assert {parts.part(n) for n in ("psum_721_0_fusion", "ncclDevKernel_AllGather_RING_LL(a)")} == {parts.COLLECTIVES}
     assert {parts.part(n) for n in ("gemm_fusion_dot", "input_reduce_fusion", "sort", "Memset ", "fusion")} == {parts.REST}
 

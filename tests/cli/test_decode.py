@@ -23,7 +23,7 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "down_combine": 4,
     "expert_gate_up": 0,
     "expert_down_shared": 0,
-    "experts": 16,
+    "experts": 20,
     "qkv_norm_rope": 2,
     "gated_attention_decode": 2,
     "gated_rms_norm": 2,

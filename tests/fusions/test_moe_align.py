@@ -7,7 +7,9 @@ from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.tile.interpret import run as execute
 from moekit.compile.tile.layouts import contiguous
+from moekit.errors import ShapeError
 from moekit.fusions.moe_align import moe_align
+from moekit.jax import moe_align as in_jax
 from moekit.testing import Call, implementations, run
 
 
@@ -113,3 +115,17 @@ def test_the_most_experts():
         np.testing.assert_array_equal(got[name], x)
     binding = moe_align.bind({"ids": ids.shape}, {"ids": "int32"}, {"experts": 1024, "block": 16})
     assert "whole:F:1024" in str(heuristic(moe_align.trace(binding)))
+
+
+@pytest.mark.parametrize(
+    ("params", "said"), [((0,), "experts = 0; there must be 1 or more"), ((4, 0), "block = 0; blocks have 1 pair or more")]
+)
+def test_parameters_that_no_call_has(params, said):
+    with pytest.raises(ShapeError, match=said):
+        in_jax(np.zeros((2, 2), np.int32), *params)
+
+
+def test_what_may_be_empty_is_said_of_the_callers_axes():
+    torch, torch_face = pytest.importorskip("torch"), pytest.importorskip("moekit.torch")
+    with pytest.raises(ShapeError, match=r"axis K must have an element; only T may be 0$"):
+        torch_face.moe_align(torch.zeros(2, 0, dtype=torch.int32), 4)

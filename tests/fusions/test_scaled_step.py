@@ -7,6 +7,7 @@ import pytest
 from moekit.compile.plan import plan
 from moekit.compile.rules import heuristic, row_classes
 from moekit.compile.rules.order import order
+from moekit.compile.schedule.legal import legal
 from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.testing import Call, FusionSuite, check, implementations, operands, run
@@ -154,6 +155,18 @@ def test_compiled_without_spills(fusion, launches):
 def test_a_program_has_whole_rows_of_a_matrix_in_blocks():
     """As of `conv_projections`, whose sums go over one axis; so many elements a program, whatever they are in blocks of."""
     assert str(heuristic(graph(ROW))) == "tile:T:1 tile:P:4 whole:Db:16 whole:I:128 warps:4 stages:1 dependent"
+
+
+@pytest.mark.parametrize("width", [512, 1408, 4096])
+def test_a_wide_shared_product_is_beside_the_pairs(width):
+    """In one launch, which has no place for it in parts; with the values that there should be."""
+    sizes = {"T": 2, "K": 2, "E": 3, "I": 16, "H": 32, "J": width}
+    shared = {"columns": 128, "inner": 128, "shared_inner": 128}
+    values = operands(SHARED, own(SHARED, sizes), dtypes(SHARED, "bfloat16"), "normal", 3, shared)
+    call = Call(SHARED, values, shared)
+    assert len(heuristic(call.graph).launches) == 2
+    assert legal(call.graph, heuristic(call.graph)) is None
+    check("interpret", call)
 
 
 @pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)

@@ -1,5 +1,7 @@
 """Forward mode: tangents of every fusion by every way there is, against differences of the numpy references."""
 
+from zlib import crc32
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -117,7 +119,7 @@ def test_tangents(fused, params, tensors, way, device):
     """By the function and the operator in turns: every way of each, and every fusion by each."""
     operands = tensors(fused, device=device)
     primals, wanted = floats(operands), Differences(fused, operands, params)
-    turn = (WAYS.index(way) + list(FUSIONS).index(fused)) % 2
+    turn = (WAYS.index(way) + crc32(fused.encode())) % 2
     call = [*calls(fused, params, operands).values()][turn]
     call(*primals)  # so that the next call is of a layout seen before
     close(way(call, primals, wanted.directions(primals)), wanted.tangents())

@@ -1,5 +1,7 @@
 """`torch.ops.moekit.*`: schemas, opcheck, autograd, transforms, meta tensors and fusions of one's own."""
 
+from zlib import crc32
+
 import pytest
 import torch
 
@@ -131,7 +133,7 @@ def test_gradcheck(fused, params, tensors):
     face, known = mt.op(FUSIONS[fused]), ops.registered(FUSIONS[fused])
 
     def call(*xs):
-        outs = known.plain(*xs, *params.values()) if list(FUSIONS).index(fused) % 2 else face(*xs, **params)
+        outs = known.plain(*xs, *params.values()) if crc32(fused.encode()) % 2 else face(*xs, **params)
         return tuple(x for x in as_tuple(outs) if differentiable(x))
 
     assert torch.autograd.gradcheck(call, operands, **FINITE)

@@ -143,18 +143,24 @@ def _taking(graph: Graph, section: Section, wish: Section) -> Section:
 
 
 def _gathered(graph: Graph) -> Schedule | None:
-    if stage := summands(graph):
-        first, rest, _ = cut(graph, stage)
-        pieces = [(g, heuristic(g).launches[0]) for g in sections(first)]
-        made = tuple(replace(p.sections[0], outputs=tuple(w.output for w in g.writes)) for g, p in pieces)
-        most = Warps(max(p.warps for _, p in pieces)), Stages(max(p.stages for _, p in pieces))
-        return Schedule((Launch(made, (*most, Dependent())).but(stage), *heuristic(rest).launches))
+    stage = summands(graph)
+    if stage and legal(graph, beside := _beside(graph, stage)) is None:
+        return beside
     if (launch := gathered_product(graph) or gathered_rows(graph)) is None:
         return None
     first, *rest = spread(graph, launch).launches
     graphs = [g for _, g, _ in launched(graph, Schedule((first, *rest)))][1:]
     schedule = Schedule((first, *(summed_launch(g) or other for g, other in zip(graphs, rest, strict=True))))
     return schedule if legal(graph, schedule) is None else None
+
+
+def _beside(graph: Graph, stage: Stage) -> Schedule:
+    """What is added up made in one launch, a product of rows beside each pair's; not in parts, which would take another."""
+    first, rest, _ = cut(graph, stage)
+    pieces = [(g, _launch(g, columns=splitting(g)[1]) if first_gemm(g) else heuristic(g).launches[0]) for g in sections(first)]
+    made = tuple(replace(p.sections[0], outputs=tuple(w.output for w in g.writes)) for g, p in pieces)
+    most = Warps(max(p.warps for _, p in pieces)), Stages(max(p.stages for _, p in pieces))
+    return Schedule((Launch(made, (*most, Dependent())).but(stage), *heuristic(rest).launches))
 
 
 def _tabled(graph: Graph) -> Schedule | None:

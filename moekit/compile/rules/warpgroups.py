@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moekit.compile.rules.choose import heuristic
 from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Tile, Warps, Whole, pow2
-from moekit.compile.schedule.facts import gemms
+from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
 from moekit.compile.schedule.targets import TARGETS
 from moekit.lang.graph import Graph
@@ -39,9 +39,14 @@ def _shared(graph: Graph, launch: Launch, warps: int) -> Launch:
 def _columns(graph: Graph, section: Section, least: int) -> Section:
     """A section whose blocks of a product's columns, if it makes one, have at least so many."""
     summed = {d.axis for d in (*section.all(Loop), *section.all(Whole))}
-    columns = {g.n for g in gemms(graph).values() if g.k in summed}
+    columns = {_column(graph, g) for g in gemms(graph).values() if g.k in summed}
     wide = [Tile(d.axis, max(d.block, least)) if isinstance(d, Tile) and d.axis in columns else d for d in section.directives]
     return replace(section, directives=tuple(wide))
+
+
+def _column(graph: Graph, gemm: GemmAxes) -> str:
+    """The columns of a product's block in a program, which has its axes in the graph's order."""
+    return max(gemm.m, gemm.n, key=list(graph.axes).index)
 
 
 def _turned(graph: Graph, launch: Launch) -> Launch:
@@ -57,7 +62,8 @@ def _turned(graph: Graph, launch: Launch) -> Launch:
 def _longer(graph: Graph, section: Section, sizes: dict[str, int | None]) -> Section:
     """A section whose turns along summed axes of products, `sizes` for each program, are few."""
     tiled = {d.axis for d in section.all(Tile)}
-    columns = max((section.block(g.n) for g in gemms(graph).values() if g.n in tiled), default=1)
+    columns = {_column(graph, g) for g in gemms(graph).values()}
+    columns = max((section.block(a) for a in columns if a in tiled), default=1)
     turns = {axis: min(TURN, HELD // columns, pow2(size)) for axis, size in sizes.items() if size}
     longer = [replace(d, block=max(16, turns[d.axis])) for d in section.all(Loop) if d.axis in turns and not section.parts]
     return section.but(*longer)
