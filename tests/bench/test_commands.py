@@ -73,6 +73,6 @@ def test_the_rules_figures_can_be_measured_again():
         name, argv = parsed(row["again"])
         asked = question(name)
         args = asked.arguments(argv)
-        cases = {head["case"] for head, _ in asked.cases(args)}
+        cases = {head.get("case") or head["fusion"] for head, _ in asked.cases(args)}
         assert cases
         assert all(any(case.startswith(fusion) for case in cases) for fusion in getattr(args, "fusions", ())), row["again"]
