@@ -34,6 +34,8 @@ from moekit.testing.schedules import variants
 
 ODD = dict(T=5, S=9, H=200, D=200, P=40, I=50, E=60, K=2, V=4, Dk=24, Dv=17, R=21, A=3, B=11, M=3, Cq=3, Ck=3, Cv=3)  # noqa: C408
 EVEN = dict(T=33, S=40, H=256, D=128, P=64, I=64, E=64, K=2, V=4, Dk=16, Dv=32, R=32, A=4, B=16, M=2, Cq=16, Ck=16, Cv=16)  # noqa: C408
+# For schedules whose programs would be too large of those.
+SMALL = dict(T=5, S=9, H=24, D=24, P=20, I=20, E=12, K=2, V=2, Dk=8, Dv=9, R=9, A=3, B=11, M=2, Cq=3, Ck=3, Cv=3, Lr=9, Lc=9)  # noqa: C408
 OTHER = 24
 ALSO = {"block": 16}  # values of parameters that make other kernels than the defaults
 COMPILED = "compiled"  # the door of Pallas's kernels
@@ -72,9 +74,10 @@ def _cases(name: str) -> Iterator[FuzzCase]:
     for i, kind in enumerate(KINDS[1:]):
         made = case(ODD, i)
         yield replace(made, layouts={n: made.laid(n, kind) for n in made.memory()})
-    for i, schedule in enumerate(s for s in variants(plain.graph) if s != "heuristic"):
-        yield case(ODD, i, schedule=schedule)
-        yield case(EVEN, i + 1, schedule=schedule)
+    usual = variants(plain.graph)
+    for i, schedule in enumerate(s for s in {**usual, **variants(case(SMALL, 0).graph)} if s != "heuristic"):
+        yield case(ODD if schedule in usual else SMALL, i, schedule=schedule)
+        yield case(EVEN if schedule in usual else SMALL, i + 1, schedule=schedule)
 
 
 def cell(implementation: str, case: FuzzCase) -> str:

@@ -18,6 +18,8 @@ from moekit.testing.schedules import variants
 
 EVERY = list(cases())
 
+NAMED = {"expert_gate_up": {"rows"}, "unit_lower_inverse": {"dots", "rows", "whole"}}  # that are small enough in smaller sizes
+
 FAKE = """#!{python}
 import json, os, sys
 tool, log = sys.argv[sys.argv.index("--tool") + 1], sys.argv[sys.argv.index("--log-file") + 1]
@@ -63,7 +65,8 @@ def test_it_covers_every_fusion_dtype_layout_and_schedule():
             own = [d for d in FLOATS if any(d in s.dtypes for s in fusion.tensors.values())] or FLOATS[:1]
             assert all(cells[f"{implementation} {name} {d}"] >= 3 for d in own)
             assert {c.layout(n).kind for c in mine for n in c.memory()} == set(KINDS)
-            assert {c.schedule for c in mine} == set(variants(mine[0].graph))
+            assert {c.schedule for c in mine} >= set(variants(mine[0].graph))
+            assert {c.schedule for c in mine} >= NAMED.get(name, set())
             assert {c.mode for c in mine} >= {"out", "plain"}
             assert any(s.role == "InOut" for s in fusion.tensors.values()) == any(c.mode == "in place" for c in mine)
     assert not [c.problem() for _, c in EVERY if c.problem()]
