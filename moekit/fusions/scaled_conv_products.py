@@ -1,18 +1,12 @@
 """`scaled_conv_projections` of more rows than one, by the matrix unit."""
 
 from moekit.fusions.causal_conv1d_step import causal_conv1d_step
-from moekit.fusions.scaled import BLOCK, STORED, counted, of_rows, products
-from moekit.fusions.scaled_conv_projections import reference
-from moekit.lang import In, InOut, cast, fusion
+from moekit.fusions.scaled import BLOCK, of_rows, products
+from moekit.fusions.scaled_conv_projections import AXES, OPERANDS, reference
+from moekit.lang import cast, fusion
 
 
-@fusion(
-    reference,
-    x=In("T D"), mixing=In("C D", dtype=STORED), mixing_scale=In("Cb Db", dtype="float32"),
-    others=In("P D", dtype=STORED), others_scale=In("Pb Db", dtype="float32"), gates=In("Q D"),
-    state=InOut("T C S"), weight=In("C S+1"),
-    axes={"Cb": counted("C", "rows"), "Pb": counted("P", "rows"), "Db": counted("D", "columns")},
-)  # fmt: skip
+@fusion(reference, **OPERANDS, axes=AXES)
 def scaled_conv_products(
     x, mixing, mixing_scale, others, others_scale, gates, state, weight, rows: int = BLOCK, columns: int = BLOCK
 ):

@@ -5,25 +5,27 @@ import numpy as np
 from moekit.fusions.causal_conv1d_step import causal_conv1d_step
 from moekit.fusions.causal_conv1d_step import reference as convolved
 from moekit.fusions.scaled import BLOCK, STORED, counted, of_rows, sums
-from moekit.fusions.scaled_product import reference as product
+from moekit.fusions.scaled_product import reference as blocked
 from moekit.lang import In, InOut, cast, fusion, round_to
 
 
 def reference(x, mixing, mixing_scale, others, others_scale, gates, state, weight, rows, columns):
     """float64, block by block where there are scales; a projection is rounded before the convolution."""
-    mixed = product(x, mixing, mixing_scale, rows, columns)["out"]
-    rest = product(x, others, others_scale, rows, columns)["out"]
+    mixed = blocked(x, mixing, mixing_scale, rows, columns)["out"]
+    rest = blocked(x, others, others_scale, rows, columns)["out"]
     plain = x.astype(np.float64) @ gates.astype(np.float64).T
     return {"rest": rest, "gated": plain, **convolved(round_to(mixed, x.dtype), state, weight)}
 
 
-@fusion(
-    reference,
-    x=In("T D"), mixing=In("C D", dtype=STORED), mixing_scale=In("Cb Db", dtype="float32"),
-    others=In("P D", dtype=STORED), others_scale=In("Pb Db", dtype="float32"), gates=In("Q D"),
-    state=InOut("T C S"), weight=In("C S+1"),
-    axes={"Cb": counted("C", "rows"), "Pb": counted("P", "rows"), "Db": counted("D", "columns")},
-)  # fmt: skip
+OPERANDS = {
+    "x": In("T D"), "mixing": In("C D", dtype=STORED), "mixing_scale": In("Cb Db", dtype="float32"),
+    "others": In("P D", dtype=STORED), "others_scale": In("Pb Db", dtype="float32"), "gates": In("Q D"),
+    "state": InOut("T C S"), "weight": In("C S+1"),
+}  # fmt: skip
+AXES = {"Cb": counted("C", "rows"), "Pb": counted("P", "rows"), "Db": counted("D", "columns")}
+
+
+@fusion(reference, **OPERANDS, axes=AXES)
 def scaled_conv_projections(
     x, mixing, mixing_scale, others, others_scale, gates, state, weight, rows: int = BLOCK, columns: int = BLOCK
 ):
