@@ -1,7 +1,9 @@
 """One pass over the GPU for compute-sanitizer: every fusion and probe, in every dtype, layout and schedule, in both backends.
 
-    python -m moekit.testing.gpu_pass SHARE SHARES FILE    # every SHARES-th case from number SHARE on; a report as JSON
-    python -m moekit.testing.gpu_pass control              # two kernels with planted faults, which the tool must find
+    python -m moekit.testing.gpu_pass I N FOLDER FILE SECONDS   # every N-th case from the I-th on; a report as JSON
+    python -m moekit.testing.gpu_pass control                   # two kernels with planted faults, which the tool must find
+
+Processes with the same FOLDER share the cases: each takes the next that none has taken, and none after SECONDS.
 
 A fuzz campaign keeps its tensors in one arena, where a checker of allocations sees nothing; here each has an allocation of its
 own that ends with its last element. Every output is held to the reference, and every case must have launched kernels.
@@ -11,8 +13,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ EVEN = dict(T=33, S=40, H=256, D=128, P=64, I=64, E=64, K=2, V=4, Dk=16, Dv=32, 
 SMALL = dict(T=5, S=9, H=24, D=24, P=20, I=20, E=12, K=2, V=2, Dk=8, Dv=9, R=9, A=3, B=11, M=2, Cq=3, Ck=3, Cv=3, Lr=9, Lc=9)  # noqa: C408
 OTHER = 24
 ALSO = {"block": 16}  # values of parameters that make other kernels than the defaults
+SLOWEST = 5  # cases that a report names
 COMPILED = "compiled"  # the door of Pallas's kernels
 KINDS = ("dense", "padded", "strided", "transposed", "apart", "arbitrary")
 
@@ -132,18 +136,30 @@ def pallas_call(case: FuzzCase) -> tuple[Callable, dict]:
     return compiled("pallas", case), arrays(case, {n: s.whole(image) for n, s in placed.slots.items()})
 
 
-def run_share(share: int, shares: int) -> dict:
-    """Run every `shares`-th case; the report: cases, kernels by door and by cell, and one sentence per problem.
+def taken(folder: Path, many: int) -> Iterator[int]:
+    """The numbers below `many` that no other process has taken by a file of that name; each is taken as it is given."""
+    for number in range(many):
+        try:
+            (folder / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield number
 
-    Each case is printed before it runs: the last line of a share that did not end says where it was.
+
+def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float) -> dict:
+    """Run what no other process takes of `mine`; the report: cases, kernels by door and by cell, one sentence per problem, and
+
+    the cases that took longest, with their seconds. Each case is printed before it runs: the last line of a share that did not
+    end says where it was.
     """
+    begin = time.monotonic()
     prepare_jax()
-    made = {name: executor(name) for name in ("triton", "pallas")}
-    report = {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": []}
-    mine = list(cases())[share::shares]
-    for number, (implementation, case) in enumerate(mine, 1):
-        what = f"{implementation} {json.dumps(case.to_json())}"
-        print(f"case {number} of {len(mine)}: {what}", flush=True)
+    made = {name: executor(name) for name in dict.fromkeys(implementation for implementation, _ in mine)}
+    report = {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": [], "slow": []}
+    for number in taken(folder, len(mine)):
+        implementation, case = mine[number]
+        what, since = f"{implementation} {json.dumps(case.to_json())}", time.monotonic()
+        print(f"case {number + 1} of {len(mine)}: {what}", flush=True)
         outcome, launched = counted(made[implementation], case)
         found = [f"no kernel by the way {d!r}" for d in doors_of(implementation, case) if not launched.get(d)]
         found += Oracle.of(case, implementation).compare(outcome.outputs).problems
@@ -151,6 +167,10 @@ def run_share(share: int, shares: int) -> dict:
         report["cases"] += 1
         report["doors"].update({f"{implementation} {d}": n for d, n in launched.items()})
         report["cells"][cell(implementation, case)] += sum(launched.values())
+        now = time.monotonic()
+        report["slow"] = sorted([*report["slow"], [round(now - since, 1), what]], reverse=True)[:SLOWEST]
+        if now - begin > seconds:
+            break
     return report
 
 
@@ -179,4 +199,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "control":
         control()
     else:
-        write_text(Path(sys.argv[3]), json.dumps(run_share(int(sys.argv[1]), int(sys.argv[2]))))
+        first, step = map(int, sys.argv[1:3])
+        share = run_share(list(cases())[first - 1 :: step], Path(sys.argv[3]), float(sys.argv[5]))
+        write_text(Path(sys.argv[4]), json.dumps(share))

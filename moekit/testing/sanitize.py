@@ -23,8 +23,9 @@ from pathlib import Path
 
 from moekit.cli import platform
 from moekit.files import check_writable, read_json, write_text
-from moekit.testing.gpu_pass import cases, cell
+from moekit.testing.gpu_pass import SLOWEST, cases, cell
 
+GRACE = 60  # seconds for the case that a process is at when its time is over
 FOUND = 99  # the exit code by which the sanitizer says that it found something
 TOOLS = {
     "memcheck": ("--report-api-errors", "no", "--padding", "512"),
@@ -66,16 +67,18 @@ class Part:
 
 @dataclass
 class Verdict:
-    """What came of one tool: cases and kernels that ran under it, and one sentence per finding."""
+    """What came of one tool: cases that ran under it and that are left, kernels that ran, and one sentence per finding."""
 
     tool: str
     cases: int = 0
+    left: int = 0
     kernels: int = 0
     seconds: float = 0.0
     doors: dict[str, int] = field(default_factory=dict)
     cells: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     explained: dict[str, int] = field(default_factory=dict)
+    slow: list[tuple[float, str]] = field(default_factory=list)
 
 
 def find_sanitizer() -> str | None:
@@ -120,18 +123,23 @@ def run_pass(sanitizer: str, tool: str, arguments: list[str], base: Path, second
 
 
 def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Path, part: Part = Part()) -> Verdict:
-    """The control, in which the tool must find what is planted; then the pass, or a part of it, in `workers` processes. Each
+    """The control, in which the tool must find what is planted; then the pass, or a part of it, in `workers` processes, which
 
-    has `seconds`.
+    take no case after `seconds` and are stopped `GRACE` later. Cases that an earlier run with this folder took are not run
+    again.
     """
     begin, verdict = time.monotonic(), Verdict(tool)
     run_pass(sanitizer, tool, ["control"], folder / f"{tool}.control", seconds)
     if not found(text := text_of(folder / f"{tool}.control.txt")):
         verdict.findings.append(f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}")
+    taken = folder / f"{tool}.{part.number}.{part.of}.taken"
+    taken.mkdir(exist_ok=True)
+    before, until = {p.name for p in taken.iterdir()}, seconds - (time.monotonic() - begin)
 
     def share(i: int) -> int | None:
-        arguments = [str(part.number - 1 + i * part.of), str(workers * part.of), str(folder / f"{tool}.{i}.json")]
-        return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", seconds)
+        (report := folder / f"{tool}.{i}.json").unlink(missing_ok=True)
+        arguments = [str(part.number), str(part.of), str(taken), str(report), str(until)]
+        return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", until + GRACE)
 
     with ThreadPoolExecutor(workers) as threads:
         codes = list(threads.map(share, range(workers)))
@@ -143,13 +151,19 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
         if report.exists():
             told = read_json(report)
             verdict.cases += told["cases"]
+            verdict.slow += told["slow"]
             doors.update(told["doors"])
             cells.update(told["cells"])
-    mine = list(cases())[part.number - 1 :: part.of]
-    wanted = dict.fromkeys(cell(implementation, case) for implementation, case in mine)
+    mine, now = list(cases())[part.number - 1 :: part.of], {p.name for p in taken.iterdir()}
+    wanted = dict.fromkeys(cell(*mine[int(number)]) for number in sorted(now - before, key=int))
     verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
+    if left := len(mine) - len(now):
+        verdict.left = left
+        verdict.findings.append(
+            f"{tool}: {left} of {len(mine)} cases are left; the same command with --folder {folder} goes on"
+        )
     verdict.doors, verdict.cells, verdict.kernels = dict(doors), dict(cells), doors.total()
-    verdict.explained = dict(hazards)
+    verdict.explained, verdict.slow = dict(hazards), sorted(verdict.slow, reverse=True)[:SLOWEST]
     verdict.seconds = time.monotonic() - begin
     return verdict
 
@@ -189,8 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
     parser.add_argument("--workers", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="processes")
     parser.add_argument("--part", type=Part.parse, default=Part(), metavar="I/N", help="every N-th case, from the I-th on")
-    parser.add_argument("--seconds", type=float, default=540.0, help="the most that one tool may take")
-    parser.add_argument("--folder", type=Path, help="where logs are kept (default: a temporary folder)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="after which a tool takes no further case")
+    parser.add_argument("--folder", type=Path, help="where logs are kept, and which cases were taken: a run with the folder of "
+                        "one that had not time for all goes on where it ended (default: a temporary folder)")  # fmt: skip
     parser.add_argument("--json-file", type=Path, help="write what came of it as JSON")
     options = parser.parse_args(arguments)
     sanitizer, gpus = find_sanitizer(), platform.gpu_count()

@@ -10,7 +10,7 @@ import pytest
 from moekit.cli import platform
 from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
-from moekit.testing import sanitize
+from moekit.testing import gpu_pass, sanitize
 from moekit.testing.executors import FRONT, SHORT, executor
 from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, counted
 from moekit.testing.oracle import Oracle
@@ -32,13 +32,17 @@ errors, skip = int(os.environ.get("FAKE_ERRORS", 0)), os.environ.get("FAKE_SKIP"
 if skip == "summary":
     sys.exit(0)
 open(log, "w").write(line.format(errors))
-cells = {{}}
-for name in json.load(open(os.environ["FAKE_CELLS"]))[int(rest[0]) :: int(rest[1])]:
-    if not name.startswith(skip):
-        cells[name] = cells.get(name, 0) + 1
+cells, most = {{}}, int(os.environ.get("FAKE_MOST", 10**6))
+for number, name in enumerate(json.load(open(os.environ["FAKE_CELLS"]))[int(rest[0]) - 1 :: int(rest[1])]):
+    taken = os.path.join(rest[2], str(number))
+    if sum(cells.values()) < most and not os.path.exists(taken):
+        open(taken, "x").close()
+        if not name.startswith(skip):
+            cells[name] = cells.get(name, 0) + 1
 if skip != "report":
-    with open(rest[2], "w") as file:
-        json.dump({{"cases": sum(cells.values()), "doors": {{"triton front": 1}}, "cells": cells, "problems": []}}, file)
+    report = {{"cases": sum(cells.values()), "doors": {{"triton front": 1}}, "cells": cells, "problems": [], "slow": []}}
+    with open(rest[3], "w") as file:
+        json.dump(report, file)
 sys.exit(99 if errors else 0)
 """
 
@@ -101,12 +105,34 @@ def test_clean(fake, tmp_path, capsys):
 
 
 def test_parts_make_the_whole(fake, tmp_path):
-    """Each of three parts in two processes; together every case once."""
+    """Three parts are together every case once."""
     found = Counter()
     for part in ("1/3", "2/3", "3/3"):
-        assert fake("--workers", "2", "--part", part, "--json-file", str(tmp_path / "found.json")) == 0
+        assert fake("--part", part, "--json-file", str(tmp_path / "found.json")) == 0
         found.update(json.loads((tmp_path / "found.json").read_text())[0]["cells"])
     assert found == Counter(cell(i, c) for i, c in EVERY)
+
+
+def test_what_there_was_no_time_for_is_no_success_and_is_run_by_the_next(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_MOST", "1000")
+    ends, found = [], Counter()
+    for _ in range(-(-len(EVERY) // 1000)):
+        ends.append(fake("--json-file", str(tmp_path / "found.json")))
+        found.update(json.loads((tmp_path / "found.json").read_text())[0]["cells"])
+    assert ends == [1] * (len(ends) - 1) + [0]
+    assert found == Counter(cell(i, c) for i, c in EVERY)
+    assert f"{len(EVERY) - 1000} of {len(EVERY)} cases are left; the same command with --folder" in capsys.readouterr().out
+
+
+def test_a_share_ends_after_its_time_and_takes_what_no_other_took(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu_pass, "counted", lambda made, case: ran.append(case) or counted(made, case))
+    mine = [e for e in EVERY if e[0] == "pallas" and e[1].fusion == "silu_and_mul"][:4]
+    (tmp_path / "1").touch()
+    reports = [gpu_pass.run_share(mine, tmp_path, seconds) for seconds in (0, 600, 600)]
+    assert [r["cases"] for r in reports] == [1, 2, 0]
+    assert ran == [mine[i][1] for i in (0, 2, 3)]
+    assert len(reports[1]["slow"]) == 2
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b"])
