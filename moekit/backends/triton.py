@@ -28,6 +28,7 @@ from moekit.backends.printer import (
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import extent_name, identifier
+from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
 
 DTYPES = {
@@ -104,6 +105,11 @@ class TritonPrinter(Printer):
     def __init__(self, *given):
         super().__init__(*given)
         self.counted: set[t.Value] = set()  # variables of loops, which Triton's interpreter has as Python numbers
+        self.summands = {op.value for op, _ in t.walk(self.program.body) if isinstance(op, t.Reduce) and self.across(op)}
+
+    def across(self, op: t.Reduce) -> bool:
+        """Whether each lane of a warp may have one summand of a sum, so that it adds its neighbour's to its own."""
+        return op.op == "sum" and op.out.dtype == "float32" and self.program.axis(op.axis).block <= MEASURED.lanes
 
     def loop(self, op: t.Loop, depth: int) -> list[str]:
         pad, counts = "    " * depth, [self.turns(a, op.end) for a in op.over]
@@ -218,6 +224,9 @@ def _load(p: TritonPrinter, op: t.Load) -> str:
 
 
 def _binary(p: TritonPrinter, op: t.Binary) -> str | Text:
+    if op.op == "mul" and op.out in p.summands:
+        a, b = p.pair(op)  # a lane would make an fma of its product and its neighbour's, so that two had two sums
+        return f"tl.fma({a}, {b}, 0.0)"
     if op.op not in ("maximum", "minimum"):
         return p.operator(op)
     a, b = p.pair(op)

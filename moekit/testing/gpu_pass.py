@@ -1,7 +1,7 @@
 """One pass over the GPU for compute-sanitizer: every fusion and probe, in every dtype, layout and schedule, in both backends.
 
-    python -m moekit.testing.gpu_pass I N FOLDER FILE SECONDS   # every N-th case from the I-th on; a report as JSON
-    python -m moekit.testing.gpu_pass control                   # two kernels with planted faults, which the tool must find
+    python -m moekit.testing.gpu_pass NAMES I N FOLDER FILE SECONDS   # every N-th case from the I-th on; a report as JSON
+    python -m moekit.testing.gpu_pass control                         # planted faults, which the tool must find
 
 Processes with the same FOLDER share the cases: each takes the next that none has taken, and none after SECONDS.
 
@@ -11,11 +11,12 @@ own that ends with its last element. Every output is held to the reference, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from moekit.lang.dtypes import FLOATS
 from moekit.testing.batch import Outcome, run_alone
 from moekit.testing.case import FuzzCase
 from moekit.testing.draw import plain_case
-from moekit.testing.executors import FRONT, SHORT, Executor, Torch, as_torch, executor, launches, to_numpy
+from moekit.testing.executors import FRONT, SHORT, Executor, Torch, as_torch, executor, launches, schedule_of, to_numpy
 from moekit.testing.guard import POISONS, Arena, place
 from moekit.testing.oracle import Oracle
 from moekit.testing.probes import PROBES
@@ -46,10 +47,11 @@ COMPILED = "compiled"  # the door of Pallas's kernels
 KINDS = ("dense", "padded", "strided", "transposed", "apart", "arbitrary")
 
 
-def cases() -> Iterator[tuple[str, FuzzCase]]:
-    """Every implementation with every case it shall run, cheapest variety first."""
-    for name in (*FUSIONS, *PROBES):
-        for i, case in enumerate({json.dumps(c.to_json()): c for c in _cases(name)}.values()):
+def cases(names: Collection[str] = (*FUSIONS, *PROBES)) -> Iterator[tuple[str, FuzzCase]]:
+    """Every implementation with every case it shall run of these fusions and probes, cheapest variety first, none twice."""
+    for name in names:
+        once = {json.dumps(c.to_json() | {"schedule": str(schedule_of(c))}): c for c in _cases(name)}
+        for i, case in enumerate(once.values()):
             yield "triton", case
             if name in FUSIONS or i % 2 == 0 or case.schedule != "heuristic":
                 yield "pallas", case
@@ -136,14 +138,19 @@ def pallas_call(case: FuzzCase) -> tuple[Callable, dict]:
     return compiled("pallas", case), arrays(case, {n: s.whole(image) for n, s in placed.slots.items()})
 
 
-def taken(folder: Path, many: int) -> Iterator[int]:
-    """The numbers below `many` that no other process has taken by a file of that name; each is taken as it is given."""
-    for number in range(many):
+def mark(implementation: str, case: FuzzCase) -> str:
+    """The name of the file by which a process says that it takes a case."""
+    return hashlib.sha256(f"{implementation} {json.dumps(case.to_json())}".encode()).hexdigest()[:16]
+
+
+def taken(folder: Path, mine: Sequence[tuple[str, FuzzCase]]) -> Iterator[tuple[str, FuzzCase]]:
+    """The cases that no other process has taken; each is taken as it is given."""
+    for one in mine:
         try:
-            (folder / str(number)).touch(exist_ok=False)
+            (folder / mark(*one)).touch(exist_ok=False)
         except FileExistsError:
             continue
-        yield number
+        yield one
 
 
 def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float) -> dict:
@@ -156,10 +163,9 @@ def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float
     prepare_jax()
     made = {name: executor(name) for name in dict.fromkeys(implementation for implementation, _ in mine)}
     report = {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": [], "slow": []}
-    for number in taken(folder, len(mine)):
-        implementation, case = mine[number]
+    for implementation, case in taken(folder, mine):
         what, since = f"{implementation} {json.dumps(case.to_json())}", time.monotonic()
-        print(f"case {number + 1} of {len(mine)}: {what}", flush=True)
+        print(f"case {report['cases'] + 1}: {what}", flush=True)
         outcome, launched = counted(made[implementation], case)
         found = [f"no kernel by the way {d!r}" for d in doors_of(implementation, case) if not launched.get(d)]
         found += Oracle.of(case, implementation).compare(outcome.outputs).problems
@@ -199,6 +205,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "control":
         control()
     else:
-        first, step = map(int, sys.argv[1:3])
-        share = run_share(list(cases())[first - 1 :: step], Path(sys.argv[3]), float(sys.argv[5]))
-        write_text(Path(sys.argv[4]), json.dumps(share))
+        names, first, step, folder, report, seconds = sys.argv[1:]
+        share = run_share(list(cases(names.split(",")))[int(first) - 1 :: int(step)], Path(folder), float(seconds))
+        write_text(Path(report), json.dumps(share))

@@ -18,12 +18,14 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from moekit.cli import platform
 from moekit.files import check_writable, read_json, write_text
-from moekit.testing.gpu_pass import SLOWEST, cases, cell
+from moekit.fusions import FUSIONS
+from moekit.testing.gpu_pass import SLOWEST, cases, cell, mark
+from moekit.testing.probes import PROBES
 
 GRACE = 60  # seconds for the case that a process is at when its time is over
 FOUND = 99  # the exit code by which the sanitizer says that it found something
@@ -33,11 +35,10 @@ TOOLS = {
 }
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 HAZARD = re.compile(r"between Write access at (\S+) in <moekit triton ([^>]+)>\S*\s+=*\s*and Write access at \1 in")
+REPLICATED = ("Triton hands a sum, of which every lane that has it has the same bits, to another layout through shared memory; "
+              "all write it (`st.shared.v4` without a predicate), and racecheck compares no values of 16 bytes")  # fmt: skip
 # A kernel as it is printed, and why its writes from one instruction to one place are no race; another text is judged anew.
-EXPLAINED = {
-    "expert_down 440f656da0ad 92ca93e0": "Triton hands a sum, of which every warp has the same bits, to another layout through "
-    "shared memory; all warps write it (`st.shared.v4` without a predicate), and racecheck compares no values of 16 bytes",
-}
+EXPLAINED = {"expert_down b48eadc8ec06 b0807f8d": REPLICATED, "expert_down_shared 3deef253b54b 7df976d5": REPLICATED}
 ENVIRONMENT = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one allocation per tensor
     "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -51,10 +52,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Part:
-    """Every `of`-th case from the `number`-th on."""
+    """Every `of`-th case from the `number`-th on, of some fusions and probes."""
 
     number: int = 1
     of: int = 1
+    names: tuple[str, ...] = (*FUSIONS, *PROBES)
 
     @classmethod
     def parse(cls, text: str) -> Part:
@@ -132,13 +134,12 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     run_pass(sanitizer, tool, ["control"], folder / f"{tool}.control", seconds)
     if not found(text := text_of(folder / f"{tool}.control.txt")):
         verdict.findings.append(f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}")
-    taken = folder / f"{tool}.{part.number}.{part.of}.taken"
-    taken.mkdir(exist_ok=True)
+    (taken := folder / f"{tool}.taken").mkdir(exist_ok=True)
     before, until = {p.name for p in taken.iterdir()}, seconds - (time.monotonic() - begin)
 
     def share(i: int) -> int | None:
         (report := folder / f"{tool}.{i}.json").unlink(missing_ok=True)
-        arguments = [str(part.number), str(part.of), str(taken), str(report), str(until)]
+        arguments = [",".join(part.names), str(part.number), str(part.of), str(taken), str(report), str(until)]
         return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", until + GRACE)
 
     with ThreadPoolExecutor(workers) as threads:
@@ -154,10 +155,11 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
             verdict.slow += told["slow"]
             doors.update(told["doors"])
             cells.update(told["cells"])
-    mine, now = list(cases())[part.number - 1 :: part.of], {p.name for p in taken.iterdir()}
-    wanted = dict.fromkeys(cell(*mine[int(number)]) for number in sorted(now - before, key=int))
+    now = {p.name for p in taken.iterdir()}
+    mine = {mark(*one): cell(*one) for one in list(cases(part.names))[part.number - 1 :: part.of]}
+    wanted = dict.fromkeys(c for name, c in mine.items() if name in now - before)
     verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
-    if left := len(mine) - len(now):
+    if left := len(mine.keys() - now):
         verdict.left = left
         verdict.findings.append(
             f"{tool}: {left} of {len(mine)} cases are left; the same command with --folder {folder} goes on"
@@ -201,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m moekit.testing.sanitize", description="Every kernel under compute-sanitizer."
     )
     parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
+    parser.add_argument("names", nargs="*", choices=[*Part.names, []], metavar="NAME", help="fusions and probes (default: all)")
     parser.add_argument("--workers", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="processes")
     parser.add_argument("--part", type=Part.parse, default=Part(), metavar="I/N", help="every N-th case, from the I-th on")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which a tool takes no further case")
@@ -221,9 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             print(f"sanitize: {error}", file=sys.stderr)
             return 2
-        verdicts = []
+        verdicts, part = [], replace(options.part, names=tuple(options.names) or Part.names)
         for tool in options.tool or TOOLS:
-            verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder, options.part))
+            verdicts.append(run_tool(sanitizer, tool, max(1, options.workers), options.seconds, folder, part))
             tell(verdicts[-1])
             if options.json_file:
                 write_text(options.json_file, json.dumps([asdict(v) for v in verdicts], indent=1))

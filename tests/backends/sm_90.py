@@ -67,7 +67,7 @@ def compiled(program: t.Kernel, target: str = "sm_90"):
 def build(program: t.Kernel) -> Built:
     """What can be read off a kernel as it is compiled."""
     assembled = compiled(program).asm
-    text = _disassembled(assembled["cubin"])
+    text = disassembled(assembled["cubin"])
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     loaded = widths(assembled["ptx"], emitter.emit(program))
     mnemonics = [m for m in INSTRUCTION.findall(text) if m != "NOP"]
@@ -91,11 +91,23 @@ def _assembled(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return subprocess.run([CUOBJDUMP, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
+
+
+def crossed(sass: str) -> list[str]:
+    """The instructions that make an fma of a product and what a neighbour in the warp has handed over (`SHFL.BFLY`)."""
+    found, handed = [], set()
+    for op, arguments in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*(.*?);", sass):
+        out, *read = (set(re.findall(r"\bR\d+\b", a)) for a in arguments.split(",") if not a.strip().startswith("P"))
+        found += [f"{op} {arguments}"] if op.startswith("FFMA") and handed & set().union(*read) else []
+        wide = 4 if ".128" in op else 2 if ".64" in op else 1
+        out = {f"R{int(r[1:]) + i}" for r in out for i in range(wide)}
+        handed = handed | out if op.startswith("SHFL.BFLY") else handed - out
+    return found
 
 
 def elements(program: t.Kernel) -> int:

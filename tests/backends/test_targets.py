@@ -20,7 +20,7 @@ from tests.compile import unseen
 from .samples import SAMPLES, strided, viewed
 
 triton = pytest.importorskip("triton")
-from .sm_90 import TARGETS, compiled  # noqa: E402
+from .sm_90 import TARGETS, compiled, crossed, disassembled  # noqa: E402
 
 H200 = Path(__file__).parents[1] / "data/h200.textproto"
 STACK = {"qk_norm_rope": 32, "qkv_norm_rope": 32}  # bytes: libdevice's sine has the digits of an angle times 2/π
@@ -55,6 +55,13 @@ def test_sm_90_without_spills(name, dtype, tmp_path):
         if name == "add_rms_norm":
             assert set(re.findall(r"ld\.global\.\S*", ptx)) == {"ld.global.v4.b32"}
     assert max(stacks) == STACK.get((name, dtype), STACK.get(name, 0))
+
+
+@pytest.mark.parametrize("name", ["scaled_expert_gate_up", "scaled_conv_products", "conv_projections"])
+def test_lanes_that_add_up_products_have_the_same_sum(name):
+    """A lane that has one product of a sum would make an fma of it and its neighbour's, and each has another one to round."""
+    for program in SAMPLES[name].strided().programs:
+        assert not crossed(disassembled(compiled(program).asm["cubin"]))
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])

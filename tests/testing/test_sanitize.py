@@ -12,7 +12,7 @@ from moekit.fusions import FUSIONS
 from moekit.lang.dtypes import FLOATS
 from moekit.testing import gpu_pass, sanitize
 from moekit.testing.executors import FRONT, SHORT, executor
-from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, counted
+from moekit.testing.gpu_pass import COMPILED, KINDS, cases, cell, counted, mark
 from moekit.testing.oracle import Oracle
 from moekit.testing.schedules import variants
 
@@ -33,15 +33,16 @@ if skip == "summary":
     sys.exit(0)
 open(log, "w").write(line.format(errors))
 cells, most = {{}}, int(os.environ.get("FAKE_MOST", 10**6))
-for number, name in enumerate(json.load(open(os.environ["FAKE_CELLS"]))[int(rest[0]) - 1 :: int(rest[1])]):
-    taken = os.path.join(rest[2], str(number))
+mine = [e for e in json.load(open(os.environ["FAKE_CELLS"])) if e[0] in rest[0].split(",")]
+for _, name, mark in mine[int(rest[1]) - 1 :: int(rest[2])]:
+    taken = os.path.join(rest[3], mark)
     if sum(cells.values()) < most and not os.path.exists(taken):
         open(taken, "x").close()
         if not name.startswith(skip):
             cells[name] = cells.get(name, 0) + 1
 if skip != "report":
     report = {{"cases": sum(cells.values()), "doors": {{"triton front": 1}}, "cells": cells, "problems": [], "slow": []}}
-    with open(rest[3], "w") as file:
+    with open(rest[4], "w") as file:
         json.dump(report, file)
 sys.exit(99 if errors else 0)
 """
@@ -55,9 +56,9 @@ def fake(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FAKE_CELLS", str(tmp_path / "cells.json"))
-    (tmp_path / "cells.json").write_text(json.dumps([cell(i, c) for i, c in EVERY]))
+    (tmp_path / "cells.json").write_text(json.dumps([(c.fusion, cell(i, c), mark(i, c)) for i, c in EVERY]))
     monkeypatch.setattr(platform, "gpu_count", lambda: 1)
-    monkeypatch.setattr(sanitize, "cases", lambda: EVERY)
+    monkeypatch.setattr(sanitize, "cases", lambda names: [e for e in EVERY if e[1].fusion in names])
     return lambda *more: sanitize.main(["--workers", "1", "--tool", "memcheck", "--folder", str(tmp_path / "logs"), *more])
 
 
@@ -128,11 +129,20 @@ def test_a_share_ends_after_its_time_and_takes_what_no_other_took(tmp_path, monk
     ran = []
     monkeypatch.setattr(gpu_pass, "counted", lambda made, case: ran.append(case) or counted(made, case))
     mine = [e for e in EVERY if e[0] == "pallas" and e[1].fusion == "silu_and_mul"][:4]
-    (tmp_path / "1").touch()
+    (tmp_path / mark(*mine[1])).touch()
     reports = [gpu_pass.run_share(mine, tmp_path, seconds) for seconds in (0, 600, 600)]
     assert [r["cases"] for r in reports] == [1, 2, 0]
     assert ran == [mine[i][1] for i in (0, 2, 3)]
     assert len(reports[1]["slow"]) == 2
+
+
+def test_some_fusions_alone(fake, tmp_path):
+    mine = Counter(cell(i, c) for i, c in EVERY if c.fusion in ("gate_gemm", "probe_round"))
+    assert fake("gate_gemm", "probe_round", "--json-file", str(tmp_path / "found.json")) == 0
+    assert Counter(json.loads((tmp_path / "found.json").read_text())[0]["cells"]) == mine
+    assert list(cases(["gate_gemm"])) == [e for e in EVERY if e[1].fusion == "gate_gemm"]
+    with pytest.raises(SystemExit):
+        fake("gate_gem")
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b"])
@@ -185,7 +195,7 @@ HAZARD = """========= Error: Race reported between {first} access at {kernel}+0x
 
 @pytest.mark.parametrize(
     ("changed", "clean"),
-    [({}, True), ({"first": "Read"}, False), ({"second": "0x1750"}, False), ({"text": "expert_down 440f656da0ad 0"}, False)],
+    [({}, True), ({"first": "Read"}, False), ({"second": "0x1750"}, False), ({"text": "expert_down b48eadc8ec06 0"}, False)],
 )
 def test_only_the_hazard_that_is_explained_is_none(tmp_path, changed, clean):
     """One instruction's writes in just this kernel; beside any other hazard they do not hide it."""
