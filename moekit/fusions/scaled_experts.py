@@ -60,6 +60,8 @@ def scaled_experts(
         for half, part in enumerate(halves(gate_up, "I"))
     )
     activated = cast(silu(gate) * up, x.dtype)
+    if size("I") % inner:  # past the end, where weights are zero, an infinite scale makes NaN of them
+        activated = where(iota("I") < size("I"), activated, 0.0)
     each = cast(product(activated, down, of_rows(down_scale, "H", "Hb", columns), "I", "Ib Ii", inner), x.dtype)
     placed = place(each, T=token, K=slot)
     return {"out": cast(sum(where(known(ids), f32(placed) * f32(weights), 0.0), over="K"), x.dtype)}
