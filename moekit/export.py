@@ -149,7 +149,7 @@ def export(
     if graph.ranks:
         what = f"it adds up over {', '.join(graph.ranks)}, whose ranks a file of its own does not reach"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit, or export what one rank does")
-    extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
+    extents = graph.sizes(dict(binding.sizes))
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
     rows, schedules = class_axis(graph), {least: heuristic(graph, least) for least in row_classes(graph)}

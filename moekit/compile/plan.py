@@ -76,15 +76,9 @@ def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str, target: s
     return kernel
 
 
-def whole(s: Scratch, sizes: Mapping[str, int]) -> t.Viewed:
-    """The layout of scratch as an array of its own."""
-    shape, n = s.shape(sizes), len(s.axes)
-    return t.Viewed(s.name, shape, tuple(range(n)), (0,) * n, (1,) * n)
-
-
 def _dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.Viewed:
     if viewed:
-        return whole(s, sizes)
+        return t.Viewed.whole(s.name, s.shape(sizes))
     kinds = []
     for d in range(len(s.axes) - 1):  # a row's stride is known, but for the dynamic sizes in it
         known = prod(n for n in s.sizes[d + 1 :] if n is not None) * itemsize(s.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -193,6 +193,14 @@ class Graph:
         """The mesh axes over which live nodes add up, each with its number of ranks; empty where one rank does all."""
         live = (self.nodes[i] for i in self.live())
         return {n.attr("over"): n.attr("ranks") for n in live if n.op == "all_reduce"}
+
+    def sizes(self, bound: Mapping[str, int]) -> dict[str, int]:
+        """The size of every axis, of a call that says those of dynamic ones."""
+        return {**bound, **{a: s for a, s in self.axes.items() if s is not None}}
+
+    def shape(self, tensor: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of a tensor, by the size of every axis."""
+        return tuple(1 if a is None else sizes[a] for a in self.tensors[tensor].axes)
 
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""

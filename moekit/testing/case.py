@@ -137,7 +137,7 @@ class FuzzCase:
     @functools.cached_property
     def extents(self) -> dict[str, int]:
         """The size of every axis of the graph."""
-        return dict(self.binding.sizes) | {a: s for a, s in self.graph.axes.items() if s is not None}
+        return self.graph.sizes(dict(self.binding.sizes))
 
     @property
     def names(self) -> list[str]:

@@ -87,6 +87,12 @@ class Viewed:
     fixed: tuple[tuple[int, int], ...] = ()
     picked: tuple[tuple[int, str], ...] = ()
 
+    @classmethod
+    def whole(cls, buffer: str, shape: tuple[int, ...]) -> Viewed:
+        """All of an array of its own."""
+        n = len(shape)
+        return cls(buffer, shape, tuple(range(n)), (0,) * n, (1,) * n)
+
 
 @dataclass(frozen=True)
 class Mailbox:
