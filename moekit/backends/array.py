@@ -25,7 +25,7 @@ class _Evaluation:
         self.sizes = {a: sizes[a] if s is None else s for a, s in graph.axes.items()}
         self.like = next(iter(arrays.values()))
         self.values: dict[int, Any] = {}
-        self.used = {a for i in graph.live() for a in graph.nodes[i].args}
+        self.used = {a for n in graph.live_nodes() for a in n.args}
         self.all: Sequence[_Evaluation] = ()
 
     def run(self) -> dict[str, Any]:

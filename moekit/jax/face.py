@@ -244,7 +244,7 @@ def _operand(fusion: Fusion, name: str, x) -> View:
 
 def _refuse_wide(graph: Graph) -> None:
     """Raise DtypeError for 64-bit integers where JAX would make 32-bit ones of them."""
-    made = {graph.nodes[i].dtype for i in graph.live()} | {t.dtype for t in graph.tensors.values()}
+    made = {n.dtype for n in graph.live_nodes()} | {t.dtype for t in graph.tensors.values()}
     if wide := [d for d in sorted(made) if jax.dtypes.canonicalize_dtype(d) != jnp.dtype(d)]:
         raise DtypeError(f"{graph.name}: it computes in {wide[0]}, which JAX has only with jax_enable_x64; enable it")
 
@@ -383,6 +383,5 @@ def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Sch
 
 def _for_many(call: Call, link: Link) -> Schedule | None:
     """The schedule of a call whose rows go with flags."""
-    nodes = [call.graph.nodes[i] for i in call.graph.live()]
-    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in nodes if n.op == "all_reduce")
+    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in call.graph.live_nodes("all_reduce"))
     return flagged_rows(call.graph, link.resident, call.sizes[rows])

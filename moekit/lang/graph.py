@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -148,6 +148,10 @@ class Graph:
         """The nodes some output needs, in order."""
         return self._live
 
+    def live_nodes(self, *ops: str) -> Iterator[Node]:
+        """The nodes some output needs, in order; of some operations alone, where these are said."""
+        return (n for n in map(self.nodes.__getitem__, self._live) if not ops or n.op in ops)
+
     @cached_property
     def _live(self) -> tuple[int, ...]:
         needed, stack = set(), [n for w in self.writes for n in (w.value, *w.ids)]
@@ -163,8 +167,8 @@ class Graph:
         """The updated tensors that are also read at other elements than the one written, with the dimensions that differ."""
         written = {w.tensor: [_meaning(e, w.ids) for e in w.index] for w in self.writes}
         found: dict[str, frozenset[int]] = {}
-        for n in (self.nodes[i] for i in self.live()):
-            if n.op == "read" and (own := written.get(name := n.attr("tensor"))) is not None:
+        for n in self.live_nodes("read"):
+            if (own := written.get(name := n.attr("tensor"))) is not None:
                 read = [_meaning(e, n.args) for e in n.attr("index")]
                 differ = {d for d, pair in enumerate(zip(own, read, strict=True)) if pair[0] != pair[1]}
                 found |= {name: found.get(name, frozenset()) | differ} if differ else {}
@@ -191,8 +195,7 @@ class Graph:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """The mesh axes over which live nodes add up, each with its number of ranks; empty where one rank does all."""
-        live = (self.nodes[i] for i in self.live())
-        return {n.attr("over"): n.attr("ranks") for n in live if n.op == "all_reduce"}
+        return {n.attr("over"): n.attr("ranks") for n in self.live_nodes("all_reduce")}
 
     def sizes(self, bound: Mapping[str, int]) -> dict[str, int]:
         """The size of every axis, of a call that says those of dynamic ones."""

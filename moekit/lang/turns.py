@@ -59,7 +59,7 @@ def _made_of(builder: Builder, node: int, other: int) -> bool:
 
 def unrolled(graph: Graph) -> Graph:
     """The same graph where nothing is handed on: each element's nodes are made of those of the one before."""
-    if not any(graph.nodes[i].op == "after" for i in graph.live()):
+    if not any(graph.live_nodes("after")):
         return graph
     builder = Builder(graph.name, graph.axes, mesh=graph.ranks)
     with tracing(builder):
@@ -105,7 +105,7 @@ class _Copy:
     def _begun(self, axis: str) -> list[dict[int, int]]:
         """By turn along an axis, and once more behind the last, what is known of it: first what it begins with."""
         if axis not in self.turns:
-            ends = [n for i in self.graph.live() if (n := self.graph.nodes[i]).op == "after" and n.attr("axis") == axis]
+            ends = [n for n in self.graph.live_nodes("after") if n.attr("axis") == axis]
             begins = {self.made[n.args[0]]: self.outside(self.graph.nodes[n.args[0]].args[0], "") for n in ends}
             self.turns[axis] = [begins]
             for m in range(self.graph.axes[axis] or 0):

@@ -71,7 +71,7 @@ def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], se
     ranks, calls = len(given[0]), len(given)
     made = plan(graph, None, contiguous(graph, sizes))
     memories: list[list[dict]] = []
-    axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in (graph.nodes[i] for i in graph.live()) if n.op == "all_reduce"}
+    axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in graph.live_nodes("all_reduce")}
     extents = {over: [sizes[a] for a in own] for over, own in axes.items()}
     boxes = {over: Mailboxes(ranks, (*most, pitch(last))) for over, (*most, last) in extents.items()}
     for r in range(ranks):

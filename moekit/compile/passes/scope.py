@@ -75,14 +75,14 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     for column in (pair.column for pair in pairs):
         twice, block = twice_axis(column), 2 * section.block(column)
         axes[twice] = t.AxisBlock(twice, block, block, "whole", of=column)
-    named = {*gathered(graph), *(graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "extent")}
+    named = {*gathered(graph), *(n.attr("axis") for n in graph.live_nodes("extent"))}
     axes |= {a: t.AxisBlock(a, extent[a], 1, "gather") for a in graph.ordered(named - set(axes))}
     params = tuple(
         t.Param(x.name, x.role, x.dtype, x.axes, layouts[x.name])
         for x in graph.tensors.values()
         if x.name in read(graph) or x.role != "In"
     )
-    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+    for n in graph.live_nodes("all_reduce"):
         value, mail, epochs = graph.nodes[n.args[0]], mail_name(n.attr("over")), epochs_name(n.attr("over"))
         params += (
             t.Param(mail, "In", value.dtype, value.axes, layouts[mail]),

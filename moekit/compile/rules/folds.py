@@ -51,8 +51,8 @@ def weighed(graph: Graph) -> Iterator[tuple[int, Schedule]]:
 @once
 def _weighed(graph: Graph) -> Schedule | None:
     """The schedule with a program for each part of a row."""
-    for node in map(graph.nodes.__getitem__, graph.live()):
-        if node.op == "exp_sum" and (sides := _sides(graph, node)) and graph.axes[node.attr("axis")]:
+    for node in graph.live_nodes("exp_sum"):
+        if (sides := _sides(graph, node)) and graph.axes[node.attr("axis")]:
             schedule = _schedule(graph, node, *sides)
             return schedule if legal(graph, schedule) is None else None
     return None
@@ -86,6 +86,6 @@ def _launch(graph: Graph, axis: str, said: dict[str, Axis], columns: str) -> Lau
         single = use.parallel and a != columns
         held.append(said.get(a) or (Tile(a, 1) if single else Whole(a, max(MEASURED.matrix, pow2(use.extent or 1)))))
     block = {d.axis: d.block for d in held}
-    loaded = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and axis in n.axes]
+    loaded = [n for n in graph.live_nodes("read") if axis in n.axes]
     turn = sum(prod(block[a] for a in n.axes) * itemsize(n.dtype) for n in loaded)
     return alone(held, warps=4, stages=max(1, min(MOST_STAGES, FOR_LOADS // max(1, turn))))

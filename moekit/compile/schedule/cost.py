@@ -147,7 +147,7 @@ def _share(graph: Graph, section: Section, axis: str, extents: Mapping[str, int]
 
 def _accesses(graph: Graph) -> list[tuple[int, Iterable[str]]]:
     """Bytes of an element, and the axes, of every read (each once) and write; of what ids choose, what is chosen."""
-    nodes = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "read"]
+    nodes = graph.live_nodes("read")
     reads = {(n.attr("tensor"), n.attr("index"), n.args): (itemsize(n.dtype), n.axes) for n in nodes}
     return [*reads.values(), *((itemsize(graph.nodes[w.value].dtype), reach(graph, w)) for w in graph.writes)]
 
@@ -156,10 +156,9 @@ def in_flight(graph: Graph, section: Section) -> int:
     """Bytes of one turn's loads of the operands of products in loops; of what is the same along two axes once."""
     found, uses = {}, axis_uses(graph).values()
     looped = {use.name for use in uses if use.in_turns or isinstance(section.axis(use.name), Loop)}
-    for n in map(graph.nodes.__getitem__, graph.live()):
-        if n.op == "contract":
-            some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and looped & set(x.axes))
-            found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
+    for n in graph.live_nodes("contract"):
+        some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and looped & set(x.axes))
+        found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
     return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found.values())
 
 

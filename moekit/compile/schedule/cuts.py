@@ -65,7 +65,7 @@ def stageable(graph: Graph) -> dict[str, int]:
     One that the declaration does not name is called by what it is, and along what (`sum_d`), with a number behind it where
     several are.
     """
-    kept = {w.value for w in graph.writes} | {graph.nodes[i].args[2] for i in graph.live() if graph.nodes[i].op == "exp_sum"}
+    kept = {w.value for w in graph.writes} | {n.args[2] for n in graph.live_nodes("exp_sum")}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
     found: dict[str, int] = {}
     taken = {*graph.names.values()}

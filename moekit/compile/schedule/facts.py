@@ -85,7 +85,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     whole: set[str] = set()
     scanned: set[str] = set()
     turns: set[str] = set()
-    for node in (graph.nodes[i] for i in graph.live()):
+    for node in graph.live_nodes():
         used |= set(node.axes)
         if node.op in FOLDS:
             reduced.add(node.attr("axis"))
@@ -124,10 +124,9 @@ def within_turns(graph: Graph) -> frozenset[int]:
 def gathered(graph: Graph) -> dict[str, int | None]:
     """Axes of tensors that are indexed by values, or past their ends, with their sizes: needed for range checks."""
     found = {}
-    for node in (graph.nodes[i] for i in graph.live()):
-        if node.op == "read":
-            name, index = node.attr("tensor"), node.attr("index")
-            found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
+    for node in graph.live_nodes("read"):
+        name, index = node.attr("tensor"), node.attr("index")
+        found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
     for w in graph.writes:
         found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
     return {a: graph.axes[a] for a in found}
@@ -249,7 +248,7 @@ def equally_deep(graph: Graph, axis: str) -> bool:
 @once
 def read(graph: Graph) -> frozenset[str]:
     """The tensors that are read."""
-    return frozenset(graph.nodes[i].attr("tensor") for i in graph.live() if graph.nodes[i].op == "read")
+    return frozenset(n.attr("tensor") for n in graph.live_nodes("read"))
 
 
 @once

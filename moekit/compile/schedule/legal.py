@@ -229,18 +229,17 @@ def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
     """What goes from turn to turn of one loop begins at the axis's first element, and has no other loop within."""
     looped, what = {d.axis for d in section.all(Loop)}, {"cumsum": "a running sum", "before": "what is handed on"}
-    for n in (graph.nodes[i] for i in graph.live()):
-        if n.op in what and n.attr("axis") in looped:
-            if others := sorted(looped & set(n.axes) - {n.attr("axis")}):
-                along = f"{what[n.op]} along {n.attr('axis')}"
-                yield f"{along} also varies over {others[0]}, which cannot be looped over beside it"
-        elif n.op == "place":
-            yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
+    for n in graph.live_nodes(*what):
+        if n.attr("axis") in looped and (others := sorted(looped & set(n.axes) - {n.attr("axis")})):
+            along = f"{what[n.op]} along {n.attr('axis')}"
+            yield f"{along} also varies over {others[0]}, which cannot be looped over beside it"
+    for n in graph.live_nodes("place"):
+        yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
 
 
 def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
     """A program sends all of its rows, which are its own, before it waits for those of others; once."""
-    exchanges = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"]
+    exchanges = [*graph.live_nodes("all_reduce")]
     for n in exchanges:
         rows, over = graph.nodes[n.args[0]].axes[0], n.attr("over")
         if not isinstance(section.axis(rows), Tile):
@@ -254,7 +253,7 @@ def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
 def _flags_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
     """One flag stands for what all lanes have sent: there is one row, and each lane has a part of it that no other has."""
     for d in section.all(Flags):
-        rows = [graph.nodes[n.args[0]] for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "all_reduce"]
+        rows = [graph.nodes[n.args[0]] for n in graph.live_nodes("all_reduce")]
         if d.axis not in graph.ranks or not rows:
             yield f"{text_of(d)} names what no ranks add up over; they do over {', '.join(graph.ranks) or 'nothing'}"
             continue

@@ -55,7 +55,7 @@ def channels(
     one, and its elements none.
     """
     found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
-    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+    for n in graph.live_nodes("all_reduce"):
         (rows, *others), over = graph.nodes[n.args[0]].axes, n.attr("over")
         mail, epochs, width = mail_name(over), epochs_name(over), prod(graph.axes[a] or 1 for a in others)
         known = found.get(mail)
