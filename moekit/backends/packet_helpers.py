@@ -17,10 +17,10 @@ def _triton_send(words: int) -> str:
     return f'''@triton.jit
 def send_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
     """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put: tl.constexpr = {packet.literal(packet.send(words), 1)}
+    put: tl.constexpr = {packet.literal(packet.send(words).text, 1)}
     at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
     args = [{data}, at, epoch, there & tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(put, "{packet.send_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(put, "{packet.send(words).operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
 
@@ -31,11 +31,11 @@ def receive_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, e
                 {_data("own", words)}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(words, n), 1)}
+    wait: tl.constexpr = {packet.literal(packet.receive(words, n).text, 1)}
     at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
     there = there & tl.cast(way != 0, tl.int32)
     args = [{_data("own", words)}, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    kinds: tl.constexpr = "{packet.receive_operands(words, n)}"
+    kinds: tl.constexpr = "{packet.receive(words, n).operands}"
     data = tl.inline_asm_elementwise(wait, kinds, args, dtype=tl.int{32 * words}, is_pure=False, pack={n})
     return {data}
 '''
@@ -45,9 +45,9 @@ def _pallas_send(words: int) -> str:
     data = _data("data", words)
     return f'''def send_{words}(way, row, epoch, column, columns, mask, {data}):
     """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put = {packet.literal(packet.send(words), 1)}
+    put = {packet.literal(packet.send(words).text, 1)}
     at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
-    return elementwise(put, "{packet.send_operands(words)}", ({data}, at, epoch, there), data_0.shape)
+    return elementwise(put, "{packet.send(words).operands}", ({data}, at, epoch, there), data_0.shape)
 '''
 
 
@@ -61,10 +61,10 @@ def _pallas_receive(words: int, n: int) -> str:
     return f'''def receive_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {own}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait = {packet.literal(packet.receive(words, n), 1)}
+    wait = {packet.literal(packet.receive(words, n).text, 1)}
     at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
     args = {own}, at, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
-    kinds = "{packet.receive_operands(words, n)}"
+    kinds = "{packet.receive(words, n).operands}"
 {data}
 '''
 
@@ -77,10 +77,10 @@ def _triton_put(words: int) -> str:
     return f'''@triton.jit
 def put_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
     """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put: tl.constexpr = {packet.literal(packet.put(words), 1)}
+    put: tl.constexpr = {packet.literal(packet.put(words).text, 1)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     args = [{data}, at, there & tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(put, "{packet.put_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(put, "{packet.put(words).operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
 
@@ -89,9 +89,10 @@ def _pairs(words: int) -> list[tuple[int, int]]:
 
 
 def _triton_take(words: int, n: int) -> str:
+    wait, take = packet.await_flag(n), packet.take()
     takes = "\n".join(
         f"    pair = [own_{a}, own_{b}, at + {4 * a}, there, seen]\n"
-        f'    data_{a} = tl.inline_asm_elementwise(take, "{packet.TAKE_OPERANDS}", pair, dtype=tl.int64, is_pure=False, pack=1)'
+        f'    data_{a} = tl.inline_asm_elementwise(take, "{take.operands}", pair, dtype=tl.int64, is_pure=False, pack=1)'
         for a, b in _pairs(words)
     )
     found = ", ".join(f"data_{a}.to(tl.int32), (data_{a} >> 32).to(tl.int32)" for a, _ in _pairs(words))
@@ -100,13 +101,13 @@ def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, erro
              {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait: tl.constexpr = {packet.literal(packet.await_flag(n), 1)}
-    take: tl.constexpr = {packet.literal(packet.take(), 1)}
+    wait: tl.constexpr = {packet.literal(packet.await_flag(n).text, 1)}
+    take: tl.constexpr = {packet.literal(packet.take().text, 1)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
     there = there & tl.cast(way != 0, tl.int32)
     args = [own_0, flag, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    seen = tl.inline_asm_elementwise(wait, "{packet.await_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+    seen = tl.inline_asm_elementwise(wait, "{packet.await_flag(n).operands}", args, dtype=tl.int32, is_pure=False, pack={n})
 {takes}
     return {found}
 '''
@@ -116,29 +117,30 @@ def _pallas_put(words: int) -> str:
     data = _data("data", words)
     return f'''def put_{words}(way, row, epoch, column, columns, mask, {data}):
     """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put = {packet.literal(packet.put(words), 1)}
+    put = {packet.literal(packet.put(words).text, 1)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
-    return elementwise(put, "{packet.put_operands(words)}", ({data}, at, there), data_0.shape)
+    return elementwise(put, "{packet.put(words).operands}", ({data}, at, there), data_0.shape)
 '''
 
 
 def _pallas_take(words: int, n: int) -> str:
+    wait, take = packet.await_flag(n), packet.take()
     takes = "\n".join(
         f"        pair = own_{a}, own_{b}, at + {4 * a}, there, seen\n"
-        f'        data_{a} = elementwise(take, "{packet.TAKE_OPERANDS}", pair, own_0.shape, dtype=jnp.int64)'
+        f'        data_{a} = elementwise(take, "{take.operands}", pair, own_0.shape, dtype=jnp.int64)'
         for a, b in _pairs(words)
     )
     found = ", ".join(f"data_{a}.astype(jnp.int32), (data_{a} >> 32).astype(jnp.int32)" for a, _ in _pairs(words))
     return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait = {packet.literal(packet.await_flag(n), 1)}
-    take = {packet.literal(packet.take(), 1)}
+    wait = {packet.literal(packet.await_flag(n).text, 1)}
+    take = {packet.literal(packet.take().text, 1)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
     flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
     args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
     with jax.enable_x64(True):
-        seen = elementwise(wait, "{packet.await_operands(n)}", args, own_0.shape, {n})
+        seen = elementwise(wait, "{packet.await_flag(n).operands}", args, own_0.shape, {n})
 {takes}
         return {found}
 '''
@@ -164,9 +166,9 @@ TRITON = (
         "raise_flag": f'''@triton.jit
 def raise_flag(way, row, epoch, columns: tl.constexpr, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up: tl.constexpr = {packet.literal(packet.raise_flag(), 1)}
+    up: tl.constexpr = {packet.literal(packet.raise_flag().text, 1)}
     args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(up, "{packet.RAISE_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(up, "{packet.raise_flag().operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 ''',
         "split_8": '''@triton.jit
 def split_8(eights):
@@ -198,10 +200,10 @@ PALLAS = (
     | {
         "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up = {packet.literal(packet.raise_flag(), 1)}
+    up = {packet.literal(packet.raise_flag().text, 1)}
     at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
     with jax.enable_x64(True):
-        return jnp.max(elementwise(up, "{packet.RAISE_OPERANDS}", (after, at, epoch, there), (1,)), axis=0)
+        return jnp.max(elementwise(up, "{packet.raise_flag().operands}", (after, at, epoch, there), (1,)), axis=0)
 ''',
         "ways": '''def ways(mail_ref, n):
     """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""

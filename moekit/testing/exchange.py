@@ -45,7 +45,7 @@ def _packet_problems() -> list[str]:
     two may be one vector access; and each one's epoch is looked at."""
     problems = []
     for words in range(1, PAIR + 1):
-        texts = packet.send(words), packet.receive(words, 1)
+        texts = packet.send(words).text, packet.receive(words, 1).text
         stores, loads = (re.findall(r"@\w+ (st|ld)(\S+) [^;]*packet", text) for text in texts)
         shape = ".relaxed.sys.global" + ".v2" * (words == 2) + ".b64"
         looked = sorted(re.findall(r"setp\.ne\S+ \w+, (epoch\w+),", texts[1]))
@@ -58,9 +58,10 @@ def _packet_problems() -> list[str]:
 
 def _flag_problems() -> Iterator[str]:
     """What is wrong with the text of flags: one store that releases, in the first thread; loads that acquire."""
-    stores = re.findall(r"@(\w+) (st\S+) ", packet.raise_flag())
-    loads = re.findall(r"POLL:\s*@\w+ (ld\S+) seen", packet.await_flag(1))
-    if stores != [("first", "st.release.sys.global.b32")] or "setp.eq.u32 first, thread, 0" not in packet.raise_flag():
+    raised = packet.raise_flag().text
+    stores = re.findall(r"@(\w+) (st\S+) ", raised)
+    loads = re.findall(r"POLL:\s*@\w+ (ld\S+) seen", packet.await_flag(1).text)
+    if stores != [("first", "st.release.sys.global.b32")] or "setp.eq.u32 first, thread, 0" not in raised:
         yield f"a flag is raised by {stores}, not by one store of the first thread that releases"
     if loads != ["ld.acquire.sys.global.b32"]:
         yield f"a flag is looked at by {loads}, not by loads that acquire"
