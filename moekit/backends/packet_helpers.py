@@ -101,13 +101,13 @@ def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, erro
              {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait: tl.constexpr = {packet.literal(packet.await_flag(n).text, 1)}
-    take: tl.constexpr = {packet.literal(packet.take().text, 1)}
+    wait: tl.constexpr = {packet.literal(wait.text, 1)}
+    take: tl.constexpr = {packet.literal(take.text, 1)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
     there = there & tl.cast(way != 0, tl.int32)
     args = [own_0, flag, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    seen = tl.inline_asm_elementwise(wait, "{packet.await_flag(n).operands}", args, dtype=tl.int32, is_pure=False, pack={n})
+    seen = tl.inline_asm_elementwise(wait, "{wait.operands}", args, dtype=tl.int32, is_pure=False, pack={n})
 {takes}
     return {found}
 '''
@@ -134,13 +134,13 @@ def _pallas_take(words: int, n: int) -> str:
     return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait = {packet.literal(packet.await_flag(n).text, 1)}
-    take = {packet.literal(packet.take().text, 1)}
+    wait = {packet.literal(wait.text, 1)}
+    take = {packet.literal(take.text, 1)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
     flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
     args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
     with jax.enable_x64(True):
-        seen = elementwise(wait, "{packet.await_flag(n).operands}", args, own_0.shape, {n})
+        seen = elementwise(wait, "{wait.operands}", args, own_0.shape, {n})
 {takes}
         return {found}
 '''
