@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Concatenate
 
 from moekit.lang.dtypes import STORED
 from moekit.lang.graph import Graph, Node, end_of
 
 
-def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
+def once[**P, R](fact: Callable[Concatenate[Graph, P], R]) -> Callable[Concatenate[Graph, P], R]:
     """A fact about a graph: computed when it is first asked for, and kept with the graph, which never changes."""
 
     @wraps(fact)
-    def kept(graph: Graph, *args: *A) -> R:
+    def kept(graph: Graph, *args: P.args, **named: P.kwargs) -> R:
         facts = vars(graph).setdefault("_facts", {})
-        key = (fact.__module__, fact.__qualname__, *args)
+        key = (fact.__module__, fact.__qualname__, *args, *named.items())
         if key not in facts:
-            facts[key] = fact(graph, *args)
+            facts[key] = fact(graph, *args, **named)
         return facts[key]
 
     return kept
