@@ -179,7 +179,6 @@ def region(rows: int, width: int, flags: bool = False) -> int:
     return rows * SLOTS * pitch(width, flags) * (BYTES // 2 if flags else BYTES)
 
 
-def literal(text: str, depth: int) -> str:
-    """The text as one string of Python, a line of it on each line."""
-    pad = "    " * depth
-    return "(\n" + "".join(f'{pad}    "{line} "\n' for line in text.splitlines()) + f"{pad})"
+def literal(text: str) -> str:
+    """The text as one string of Python within a function, a line of it on each line."""
+    return "(\n" + "".join(f'        "{line} "\n' for line in text.splitlines()) + "    )"

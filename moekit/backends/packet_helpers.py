@@ -17,7 +17,7 @@ def _triton_send(words: int) -> str:
     return f'''@triton.jit
 def send_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
     """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put: tl.constexpr = {packet.literal(packet.send(words).text, 1)}
+    put: tl.constexpr = {packet.literal(packet.send(words).text)}
     at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
     args = [{data}, at, epoch, there & tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(put, "{packet.send(words).operands}", args, dtype=tl.int32, is_pure=False, pack=1)
@@ -31,7 +31,7 @@ def receive_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, e
                 {_data("own", words)}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(words, n).text, 1)}
+    wait: tl.constexpr = {packet.literal(packet.receive(words, n).text)}
     at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
     there = there & tl.cast(way != 0, tl.int32)
     args = [{_data("own", words)}, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
@@ -45,7 +45,7 @@ def _pallas_send(words: int) -> str:
     data = _data("data", words)
     return f'''def send_{words}(way, row, epoch, column, columns, mask, {data}):
     """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put = {packet.literal(packet.send(words).text, 1)}
+    put = {packet.literal(packet.send(words).text)}
     at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
     return elementwise(put, "{packet.send(words).operands}", ({data}, at, epoch, there), data_0.shape)
 '''
@@ -61,7 +61,7 @@ def _pallas_receive(words: int, n: int) -> str:
     return f'''def receive_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {own}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait = {packet.literal(packet.receive(words, n).text, 1)}
+    wait = {packet.literal(packet.receive(words, n).text)}
     at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
     args = {own}, at, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
     kinds = "{packet.receive(words, n).operands}"
@@ -77,7 +77,7 @@ def _triton_put(words: int) -> str:
     return f'''@triton.jit
 def put_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
     """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put: tl.constexpr = {packet.literal(packet.put(words).text, 1)}
+    put: tl.constexpr = {packet.literal(packet.put(words).text)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     args = [{data}, at, there & tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(put, "{packet.put(words).operands}", args, dtype=tl.int32, is_pure=False, pack=1)
@@ -101,8 +101,8 @@ def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, erro
              {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait: tl.constexpr = {packet.literal(wait.text, 1)}
-    take: tl.constexpr = {packet.literal(take.text, 1)}
+    wait: tl.constexpr = {packet.literal(wait.text)}
+    take: tl.constexpr = {packet.literal(take.text)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
     there = there & tl.cast(way != 0, tl.int32)
@@ -117,7 +117,7 @@ def _pallas_put(words: int) -> str:
     data = _data("data", words)
     return f'''def put_{words}(way, row, epoch, column, columns, mask, {data}):
     """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put = {packet.literal(packet.put(words).text, 1)}
+    put = {packet.literal(packet.put(words).text)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
     return elementwise(put, "{packet.put(words).operands}", ({data}, at, there), data_0.shape)
 '''
@@ -134,8 +134,8 @@ def _pallas_take(words: int, n: int) -> str:
     return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait = {packet.literal(wait.text, 1)}
-    take = {packet.literal(take.text, 1)}
+    wait = {packet.literal(wait.text)}
+    take = {packet.literal(take.text)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
     flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
     args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
@@ -166,7 +166,7 @@ TRITON = (
         "raise_flag": f'''@triton.jit
 def raise_flag(way, row, epoch, columns: tl.constexpr, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up: tl.constexpr = {packet.literal(packet.raise_flag().text, 1)}
+    up: tl.constexpr = {packet.literal(packet.raise_flag().text)}
     args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(up, "{packet.raise_flag().operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 ''',
@@ -200,7 +200,7 @@ PALLAS = (
     | {
         "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up = {packet.literal(packet.raise_flag().text, 1)}
+    up = {packet.literal(packet.raise_flag().text)}
     at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
     with jax.enable_x64(True):
         return jnp.max(elementwise(up, "{packet.raise_flag().operands}", (after, at, epoch, there), (1,)), axis=0)

@@ -143,8 +143,6 @@ class PallasPrinter(Printer):
             end = self.typed(op.end, PLUS) if op.end is not None else str(axis.extent)
             left = f"{end} - ({self.begin(axis)[0]})" if axis.beside else end
             return self.word("div", f"{left} + {axis.step - 1}", axis.step) if axis.step > 1 else left
-        if isinstance(over, str) and self.program.axis(over).length is None:
-            return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
-from moekit.compile.passes.pairs import Twins, paired
-from moekit.compile.schedule.directives import Section
+from moekit.compile.schedule.directives import Pair, Section
 from moekit.compile.schedule.facts import (
     PART,
     PRODUCTS,
+    Twins,
     axis_uses,
     gathered,
     part_axis,
@@ -21,7 +21,7 @@ from moekit.compile.schedule.facts import (
     shares,
     twice_axis,
 )
-from moekit.compile.schedule.legal import uses_dot
+from moekit.compile.schedule.legal import pairable, uses_dot
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph, Index
 
@@ -97,7 +97,8 @@ class Writer(ABC):
     """The state of one lowering: the program so far, and what is known of the graph."""
 
     def __init__(self, graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, int]):
-        self.graph, self.section, self.pairs = graph, section, paired(graph, section)
+        self.graph, self.section = graph, section
+        self.pairs = [pair for d in section.all(Pair) if (pair := pairable(graph, section, d.tensor))]
         self.program, self.numbers = frame(graph, section, layouts, sizes, self.pairs), t.Numbers()
         self.looped = {a for a in axis_uses(graph) if section.mode(a) == "loop"}
         self.level, _ = reduction_levels(graph, self.looped)

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Concatenate
 
 from moekit.lang.dtypes import STORED
-from moekit.lang.graph import Graph, Node, end_of
+from moekit.lang.graph import Graph, Index, Node, end_of
 
 
 def once[**P, R](fact: Callable[Concatenate[Graph, P], R]) -> Callable[Concatenate[Graph, P], R]:
@@ -27,17 +27,13 @@ def once[**P, R](fact: Callable[Concatenate[Graph, P], R]) -> Callable[Concatena
 
 @dataclass(frozen=True)
 class AxisUse:
-    """How a graph uses one axis. `scanned`: running sums go along it, in one block where its size is static; `in_turns`: values
-
-    are handed on along it.
-    """
+    """How a graph uses one axis. `in_turns`: values are handed on along it."""
 
     name: str
     extent: int | None
     reduced: bool
     whole: bool
     parallel: bool
-    scanned: bool = False
     in_turns: bool = False
 
 
@@ -104,9 +100,7 @@ def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     used |= set().union(*spreads)
     parallel = set.intersection(*spreads) - (reduced | whole | scanned | turns)
     return {
-        a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in scanned, a in turns)
-        for a, size in graph.axes.items()
-        if a in used
+        a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in turns) for a, size in graph.axes.items() if a in used
     }
 
 
@@ -252,25 +246,52 @@ def read(graph: Graph) -> frozenset[str]:
     return frozenset(n.attr("tensor") for n in graph.live_nodes("read"))
 
 
-@once
-def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
-    """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
+@dataclass(frozen=True)
+class Twins:
+    """Products `nodes` of node `left` with two blocks of columns of a tensor.
 
-    The two reads begin at different elements of one dimension, and are alike in all else, choices around them too.
+    Node `right` reads it along dimension `dim` from `first` on, behind choices or not; another one, alike, from `second` on. A
+    gate and an up projection are such a pair. The matrix unit reads its left operand from shared memory for each product anew,
+    and two accumulators in a loop without gaps keep Triton 3.6's products from overlapping; one product twice as wide gives
+    the same sums, in the same order.
     """
-    found: dict[str, tuple[int, int, str]] = {}
+
+    nodes: tuple[int, int]
+    left: int
+    right: int
+    dim: int
+    first: Index
+    second: Index
+
+    @property
+    def column(self) -> str:
+        """The axis of the columns, of which a program holds two blocks."""
+        return self.first.axes[0]
+
+
+@once
+def paired(graph: Graph) -> dict[str, Twins]:
+    """Tensors of which two blocks of columns are multiplied by one left operand, with the two products."""
+    found: dict[str, Twins] = {}
     products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
     for n, a in enumerate(products):
         for b in products[n + 1 :]:
-            right, other = (set(graph.nodes[i].args) for i in (a, b))
-            alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
-            if alike and len(right & other) == 1:
-                (one, choices), (two, others) = (behind(graph, (x - (right & other)).pop()) for x in (right, other))
-                if choices == others and (dim := apart(graph, one, two)) is not None:
-                    (column,) = one.attr("index")[dim].axes
-                    if not any(column in graph.nodes[i].axes for choice in choices for i in choice):
-                        found.setdefault(one.attr("tensor"), (a, b, column))
+            mine, others = (set(graph.nodes[i].args) for i in (a, b))
+            same = mine & others
+            if len(mine) == len(others) == 2 and len(same) == 1 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis"):
+                (left,), (right,), (other,) = same, mine - same, others - same
+                (one, choices), (two, alike) = behind(graph, right), behind(graph, other)
+                dim = apart(graph, one, two) if choices == alike else None
+                if dim is not None:
+                    pair = Twins((a, b), left, right, dim, one.attr("index")[dim], two.attr("index")[dim])
+                    if not any(pair.column in graph.nodes[i].axes for choice in choices for i in choice):
+                        found.setdefault(one.attr("tensor"), pair)
     return found
+
+
+def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
+    """The two products of each such tensor, and the columns' axis."""
+    return {tensor: (*pair.nodes, pair.column) for tensor, pair in paired(graph).items()}
 
 
 def apart(graph: Graph, one: Node, other: Node) -> int | None:

@@ -29,17 +29,18 @@ from moekit.compile.schedule.directives import (
 from moekit.compile.schedule.facts import (
     PRODUCTS,
     AxisUse,
+    Twins,
     axis_uses,
     equally_deep,
     folded,
     operands,
+    paired,
     part_axis,
     reach,
     read,
     reduction_levels,
     scattered,
     shares,
-    twins,
     within_turns,
 )
 from moekit.compile.schedule.stores import in_order
@@ -313,18 +314,17 @@ def block_size(graph: Graph, section: Section, node: int) -> int:
     return prod(map(section.block, {*n.axes, n.attr("axis")} if summed else n.axes))
 
 
-def pairable(graph: Graph, section: Section, tensor: str) -> tuple[int, int] | None:
+def pairable(graph: Graph, section: Section, tensor: str) -> Twins | None:
     """The two products of one left operand with two blocks of columns of `tensor`, if they can be made as one."""
-    if tensor not in twins(graph):
+    if (pair := paired(graph).get(tensor)) is None:
         return None
-    a, b, column = twins(graph)[tensor]
-    (left,) = set(graph.nodes[a].args) & set(graph.nodes[b].args)
+    (a, b), left, column = pair.nodes, graph.nodes[pair.left], pair.column
     looped = {d.axis for d in section.all(Loop)}
     level, _ = reduction_levels(graph, looped)
     fits = graph.nodes[a].attr("axis") in looped and level[a] == level[b] and column not in looped
-    fits = fits and column not in graph.nodes[left].axes and section.block(column) > 1
-    wide = itemsize(graph.nodes[left].dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
-    return (a, b) if fits and wide else None
+    fits = fits and column not in left.axes and section.block(column) > 1
+    wide = itemsize(left.dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
+    return pair if fits and wide else None
 
 
 def prefetchable(graph: Graph, section: Section) -> dict[str, list[tuple[int, int]]]:
