@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moekit.compile.schedule.cuts import launched, section_graphs
+from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.directives import Launch, Loop, Rounds, Schedule, Section, Tile
 from moekit.compile.schedule.facts import PART, axis_uses, loaded, reach, shares
 from moekit.lang.dtypes import itemsize
@@ -86,7 +86,7 @@ class _Product:
 def _made(graph: Graph, launch: Launch, extents: Mapping[str, int]) -> list[_Product]:
     """Every product of every section."""
     found = []
-    for g, section in zip(section_graphs(graph, launch), launch.sections, strict=True):
+    for g, section in sections_of(graph, launch):
         for i in g.live():
             if graph.nodes[i].op == "contract":
                 spread = _spread(graph.nodes[i])
@@ -104,7 +104,7 @@ def _in_all(made: list[_Product]) -> tuple[int, int]:
 
 def _launch_cost(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> LaunchCost:
     extents = _extents(graph, launch, sizes)
-    pairs = list(zip(section_graphs(graph, launch), launch.sections, strict=True))
+    pairs = sections_of(graph, launch)
     asked = sum(_programs(s, extents) * _held(g, s, extents) for g, s in pairs)
     shared = max(launch.stages * in_flight(g, s) for g, s in pairs)
     moved = sum(size * prod(extents[a] for a in axes) for size, axes in _accesses(graph))

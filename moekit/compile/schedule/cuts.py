@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
+from moekit.compile.schedule.directives import Launch, Schedule, Section, Split, Stage
 from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis, within_turns
 from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Graph, Index, Node, Tensor, Write
@@ -40,9 +40,9 @@ def launched(graph: Graph, schedule: Schedule) -> Iterator[tuple[Launch, Graph, 
             yield launch, first, scratch
 
 
-def section_graphs(graph: Graph, launch: Launch) -> list[Graph]:
-    """The graph of each section of a launch that computes `graph`."""
-    return [part(graph, s.outputs) for s in launch.sections]
+def sections_of(graph: Graph, launch: Launch) -> list[tuple[Graph, Section]]:
+    """The sections of a launch that computes `graph`, each with its own part of it."""
+    return [(part(graph, s.outputs), s) for s in launch.sections]
 
 
 @once

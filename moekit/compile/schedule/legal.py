@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 
 from moekit.compile.schedule.cost import runaway
-from moekit.compile.schedule.cuts import cut, part, stageable
+from moekit.compile.schedule.cuts import cut, sections_of, stageable
 from moekit.compile.schedule.directives import (
     Abreast,
     Axis,
@@ -81,7 +81,7 @@ def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
     if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
         return
-    found = [why for s in launch.sections for why in _section_problems(part(graph, s.outputs), s, launch)]
+    found = [why for g, s in sections_of(graph, launch) for why in _section_problems(g, s, launch)]
     if found:
         yield from found
         return
@@ -101,8 +101,8 @@ def taking_turns(graph: Graph, launch: Launch) -> str | None:
     of dynamic size; None if there is none.
     """
     grids = []
-    for section in launch.sections:
-        held = map(section.axis, axis_uses(part(graph, section.outputs)))
+    for g, section in sections_of(graph, launch):
+        held = map(section.axis, axis_uses(g))
         grids.append(sorted((d for d in held if isinstance(d, Tile)), key=lambda d: graph.axes[d.axis] is not None))
     outer = {grid[0] if grid else None for grid in grids}
     if len(outer) != 1 or None in outer or any(graph.axes[d.axis] is None for grid in grids for d in grid[1:]):
@@ -127,9 +127,9 @@ def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
     if Counter(said) != Counter(outputs):
         return f"each output is of one section; the launch makes {', '.join(outputs)}, the sections say {', '.join(said)}"
     if len(launch.sections) > 1:
-        for one in launch.sections:
+        for g, one in sections_of(graph, launch):
             others = {w.tensor for w in graph.writes if w.output not in one.outputs}
-            if met := sorted(others & read(part(graph, one.outputs))):
+            if met := sorted(others & read(g)):
                 return f"the section of {', '.join(one.outputs)} reads {met[0]}, which another section of the launch writes"
     return None
 
