@@ -170,13 +170,9 @@ def _place(e: _Evaluation, _: int, n: Node):
 def _pick(e: _Evaluation, _: int, n: Node):
     """The elements of x at ids: differentiable, where the value unpacked from the key is not."""
     _, x, ids = n.args
-    have, axis = e.graph.nodes[x].axes, n.attr("axis")
-    index = []
     shape = tuple(e.sizes[a] for a in n.axes)
-    for a in have:
-        at = e.values[ids] if a == axis else e.along(a, n.axes)
-        index.append(e.lib.expand(at, shape))
-    return e.lib.take(e.values[x], tuple(index))
+    index = (e.values[ids] if a == n.attr("axis") else e.along(a, n.axes) for a in e.graph.nodes[x].axes)
+    return e.lib.take(e.values[x], tuple(e.lib.expand(at, shape) for at in index))
 
 
 def _all_reduce(e: _Evaluation, _: int, n: Node):

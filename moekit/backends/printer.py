@@ -121,7 +121,7 @@ class Printer(ABC):
         """A value with dimensions of size 1 put in so that it lines up with `axes`."""
         if not value.axes or value.axes == axes:
             return self.text(value, level)
-        return self.text(value, ATOM) + dimensions(value, axes)
+        return f"{self.text(value, ATOM)}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
 
     def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """Where an access may touch memory, lined up with `axes`; "" for everywhere."""
@@ -286,11 +286,6 @@ def woven(parts: list[str], pair: str) -> str:
     if len(parts) == 1:
         return parts[0]
     return pair.format(woven(parts[0::2], pair), woven(parts[1::2], pair))
-
-
-def dimensions(value: t.Value, axes: tuple[str, ...]) -> str:
-    """The index that puts in dimensions of size 1, so that a value lines up with `axes`."""
-    return f"[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
 
 
 def count_of(blocks: int | t.AxisBlock) -> str:

@@ -26,7 +26,8 @@ import numpy as np
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph, Node, Write
 from moekit.lang.turns import unrolled
-from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation, placed
+from moekit.testing.evaluation import LARGEST, Bound, Evaluation
+from moekit.testing.propagate import ALONG, RULES, placed
 
 
 def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:

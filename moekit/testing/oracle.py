@@ -21,7 +21,7 @@ from moekit.lang.graph import COMPARE, Graph
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.case import Call, FuzzCase
 from moekit.testing.constants import DEFAULT, constant
-from moekit.testing.propagate import TINY, Bound
+from moekit.testing.evaluation import TINY, Bound
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
