@@ -213,14 +213,12 @@ def evaluate(graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], 
         return _Evaluation(unrolled(graph), arrays, sizes, LIBRARIES[library]()).run()
 
 
-def evaluate_ranks(
-    graph: Graph, arrays: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], library: str
-) -> list[dict[str, Any]]:
-    """The outputs of every rank of a mesh, all played by this process: `arrays` has each rank's operands, in order."""
+def evaluate_ranks(graph: Graph, arrays: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The outputs of every rank of a mesh, all played by numpy in this process: `arrays` has each one's operands, in order."""
     if (ranks := set(graph.ranks.values())) - {len(arrays)}:
         raise UnavailableError(f"{graph.name}: it adds up over {max(ranks)} ranks, but there are operands of {len(arrays)}")
     graph = unrolled(graph)
-    every = [_Evaluation(graph, each, sizes, LIBRARIES[library]()) for each in arrays]
+    every = [_Evaluation(graph, each, sizes, LIBRARIES["numpy"]()) for each in arrays]
     with np.errstate(all="ignore"):
         for i in graph.live():
             for e in every:

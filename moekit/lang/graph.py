@@ -154,13 +154,7 @@ class Graph:
 
     @cached_property
     def _live(self) -> tuple[int, ...]:
-        needed, stack = set(), [n for w in self.writes for n in (w.value, *w.ids)]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(self.nodes[node].args)
-        return tuple(sorted(needed))
+        return tuple(sorted(made_of(self.nodes, *(n for w in self.writes for n in (w.value, *w.ids)))))
 
     @cached_property
     def elsewhere(self) -> dict[str, frozenset[int]]:
@@ -252,6 +246,16 @@ class Graph:
         attrs = ", ".join(f"{k}={_plain(v)}" for k, v in node.attrs)
         inner = "; ".join(part for part in (args, attrs) if part)
         return f"{self._label(i)} = {node.op}({inner}) : {node.dtype}[{', '.join(node.axes)}]"
+
+
+def made_of(nodes: Sequence[Node], *which: int) -> set[int]:
+    """Some nodes, and all that they are computed from."""
+    found, left = set(), [*which]
+    while left:
+        if (i := left.pop()) not in found:
+            found.add(i)
+            left += nodes[i].args
+    return found
 
 
 def _meaning(entry: Index, args: tuple[int, ...]) -> Index:

@@ -15,7 +15,7 @@ from moekit.compile.plan import plan
 from moekit.compile.tile.interpret import poison
 from moekit.compile.tile.layouts import PAIR, contiguous, epochs_name, mail_name, pitch
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
-from moekit.lang.graph import Graph, Node
+from moekit.lang.graph import Graph, made_of
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor
 
@@ -89,21 +89,13 @@ def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], se
 def _differ(case: FuzzCase, given: Operands, found: list[dict]) -> list[str]:
     """Where ranks have something else than array evaluation: other bits of what no sum within a rank reaches."""
     problems, graph = [], case.graph
-    for rank, wanted in enumerate(evaluate_ranks(graph, given, case.extents, "numpy")):
+    value = {w.tensor: w.value for w in graph.writes}
+    for rank, wanted in enumerate(evaluate_ranks(graph, given, case.extents)):
         for name, x in wanted.items():
             got, near = found[rank][name].astype(np.float64), CLOSE.get(x.dtype.name, 0.0)
-            exact = not any(n.op == "reduce" for n in _behind(graph, name))
+            exact = not any(graph.nodes[i].op == "reduce" for i in made_of(graph.nodes, value[name]))
             with np.errstate(all="ignore"):
                 same = np.isclose(got, x.astype(np.float64), 0 if exact else near, 0 if exact else near, equal_nan=True)
             if not same.all():
                 problems.append(f"{name} of rank {rank} of {len(given)} has {int((~same).sum())} of {same.size} other elements")
     return problems
-
-
-def _behind(graph: Graph, output: str) -> Iterator[Node]:
-    """The nodes that an output is made of."""
-    left = [w.value for w in graph.writes if w.tensor == output]
-    while left:
-        node = graph.nodes[left.pop()]
-        left += node.args
-        yield node
