@@ -74,7 +74,12 @@ class Value:
     __and__, __or__, __xor__ = _infix("and"), _infix("or"), _infix("xor")
     __lshift__, __rshift__ = _infix("shl"), _infix("shr")
     __lt__, __le__, __gt__, __ge__ = _infix("lt"), _infix("le"), _infix("gt"), _infix("ge")
-    __eq__, __ne__ = _infix("eq"), _infix("ne")
+
+    def __eq__(self, other):
+        return elementwise("eq", self, other)
+
+    def __ne__(self, other):
+        return elementwise("ne", self, other)
 
 
 class Builder:

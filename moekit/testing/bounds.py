@@ -49,7 +49,6 @@ class _Evaluation(Evaluation):
 
     def outputs(self) -> dict[str, Bound]:
         """Every write's bound, before the rounding that the write's dtype makes."""
-        self.nodes: dict[int, Bound] = {}
         self.unrounded: dict[int, Bound] = {}
         for i in self.graph.live():
             node = self.graph.nodes[i]

@@ -22,6 +22,7 @@ class Evaluation:
         self.graph, self.inputs = graph, inputs
         self.sizes = {a: sizes[a] if s is None else s for a, s in graph.axes.items()}
         self.order = {a: i for i, a in enumerate(self.sizes)}
+        self.nodes: dict[int, Bound] = {}
 
     def along(self, x: np.ndarray, axis: str | None) -> np.ndarray:
         """The one-dimensional `x` as an array that varies along `axis`."""
