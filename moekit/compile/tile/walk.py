@@ -44,19 +44,19 @@ def rewrite(ops: Iterable[Op], rule: Callable[[Op], Sequence[Op] | None]) -> tup
     return tuple(found)
 
 
+def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
+    """An operation, or a part of one, in which everything down to its values is what `change` makes of it, outermost first."""
+    part = change(part)
+    if isinstance(part, tuple):
+        return tuple(rebuilt(x, change) for x in part)
+    if isinstance(part, Value) or not hasattr(part, "__dataclass_fields__"):
+        return part
+    return replace(part, **{n: rebuilt(getattr(part, n), change) for n in part.__dataclass_fields__})
+
+
 def substitute[T](part: T, new: Mapping[Value, Value]) -> T:
     """An operation, or a part of one, that reads other values in place of some."""
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, Value):
-            return new.get(x, x)
-        if isinstance(x, tuple):
-            return tuple(map(visit, x))
-        if hasattr(x, "__dataclass_fields__"):
-            return replace(x, **{n: visit(getattr(x, n)) for n in x.__dataclass_fields__})
-        return x
-
-    return visit(part)
+    return rebuilt(part, lambda x: new.get(x, x) if isinstance(x, Value) else x)
 
 
 def used(ops: Iterable[Op], kept: Iterable[Value] = ()) -> tuple[Op, ...]:
