@@ -5,7 +5,7 @@ shown; `program` is what stands around them: axes, tensors, grid.
 `verify` holds the rules, `interpret` is the meaning.
 """
 
-from moekit.compile.tile.flow import operands, results
+from moekit.compile.tile.flow import operands, reads, results
 from moekit.compile.tile.operations import (
     LINE,
     Access,
@@ -101,6 +101,7 @@ __all__ = [
     "Ways",
     "Where",
     "operands",
+    "reads",
     "rebuilt",
     "results",
     "rewrite",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moekit.compile.tile.flow import operands, results
+from moekit.compile.tile.flow import reads, results
 from moekit.compile.tile.operations import (
     AtEnd,
     Barrier,
@@ -63,19 +63,13 @@ def used(ops: Iterable[Op], kept: Iterable[Value] = ()) -> tuple[Op, ...]:
     """The operations without those that nothing reads; `kept` are read from outside."""
     needed, found = set(kept), []
     for op in reversed(tuple(ops)):
-        if not isinstance(op, Store | Prefetch | Barrier) and not needed & set(results(op)) and not _stores(op):
+        if not needed & set(results(op)) and not any(isinstance(o, Store | Prefetch | Barrier) for o, _ in walk([op])):
             continue
         if isinstance(op, Loop | AtEnd):
             op = replace(op, body=used(op.body, op.yields))
-            needed |= {v for o, _ in walk(op.body) for v in operands(o)} | set(op.yields)
-            needed |= {v for o, _ in walk(op.body) if isinstance(o, Loop | AtEnd) for v in o.yields}
-        needed |= set(operands(op))
+        needed |= {v for o, _ in walk([op]) for v in reads(o)}
         found.append(op)
     return tuple(reversed(found))
-
-
-def _stores(op: Op) -> bool:
-    return isinstance(op, Loop | AtEnd) and any(isinstance(o, Store) for o, _ in walk(op.body))
 
 
 class Numbers:
