@@ -42,9 +42,9 @@ WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
     "sin": "jnp.sin({})", "cos": "jnp.cos({})", "sigmoid": "lax.logistic({})",
     "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
-    "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "full": "jnp.full({}, {}, {})",
-    "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})", "cast": "{}.astype({})",
-    "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
+    "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "typed": "{1}({0})",
+    "full": "jnp.full({}, {}, {})", "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})",
+    "cast": "{}.astype({})", "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
     "there": "{}", "everywhere": "jnp.full({}, True)",
 }  # fmt: skip
 
@@ -107,6 +107,7 @@ class PallasPrinter(Printer):
     """Loops, stores and helpers in Pallas."""
 
     words, dtypes, basic = WORDS, DTYPES, ("packets", "elementwise")
+    typed_literals = ("float16", "bfloat16", "int64", "int16", "int8")
 
     def helper(self, name: str) -> str:
         """Note that a helper is needed."""
@@ -191,11 +192,6 @@ class PallasPrinter(Printer):
         elements = {op.out for op, _ in t.walk(self.program.body) if isinstance(op, t.Elements)}
         data = (d for d, i in enumerate(at.index) if any(v.axes and v not in elements for v in i.values))
         return next(data, None) if at.mask else None
-
-    def const(self, op: t.Const) -> str | Text:
-        """Of a dtype that a literal does not have a number is made by it."""
-        plain = op.out.axes or op.out.dtype in ("float32", "int32", "bool")
-        return super().const(op) if plain else f"{DTYPES[op.out.dtype]}({number(op.value)})"
 
     def branches(self, op: t.Where) -> tuple[str, str]:
         """JAX 0.11's Triton lowering gives a literal beside a loop's number its own type, and two of them the condition's."""

@@ -37,9 +37,9 @@ class Printer(ABC):
     of indices that it is told (`compile/passes/helpers.py`)."""
 
     #: Text around what it is said of: element-wise functions of one block by name; `lanes`, the numbers from 0 on; `element`, a
-    #: constant one; `div` and `rem` of one; `full`, a block of a number of a dtype; `broadcast`, a block in another shape;
-    #: `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension; `barrier`; `there` and
-    #: `everywhere`, which packets there are.
+    #: constant one; `div` and `rem` of one; `typed`, a number of a dtype, and `full`, a block of it; `broadcast`, a block in
+    #: another shape; `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension;
+    #: `barrier`; `there` and `everywhere`, which packets there are.
     words: Mapping[str, str]
     dtypes: Mapping[str, str]
     constant = ""  # what marks the name of a number
@@ -134,9 +134,9 @@ class Printer(ABC):
     def const(self, op: t.Const) -> str | Text:
         """A literal, but for a block of it, and where it would be of another dtype."""
         text, dtype = number(op.value), self.dtypes[op.out.dtype]
-        if op.out.axes or op.out.dtype in self.typed_literals:
+        if op.out.axes:
             return self.word("full", self.shape(op.out.axes), text, dtype)
-        return text, literal_level(text)
+        return self.word("typed", text, dtype) if op.out.dtype in self.typed_literals else (text, literal_level(text))
 
     def converted(self, op: t.Cast | t.Bitcast) -> str:
         """A block in another dtype."""

@@ -39,9 +39,9 @@ DTYPES = {
 WORDS = {
     "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
     "sin": "tl.sin({})", "cos": "tl.cos({})", "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}",
-    "div": "{} // {}", "rem": "{} % {}", "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})",
-    "where": "tl.where({}, {}, {})", "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)",
-    "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
+    "div": "{} // {}", "rem": "{} % {}", "typed": "tl.full((), {}, {})", "full": "tl.full({}, {}, {})",
+    "broadcast": "tl.broadcast_to({}, {})", "where": "tl.where({}, {}, {})", "cast": "{}.to({})",
+    "bitcast": "{}.to({}, bitcast=True)", "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
     "there": "tl.cast({}, tl.int32)", "everywhere": "tl.full((), 1, tl.int32)",
 }  # fmt: skip
 
