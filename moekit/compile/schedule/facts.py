@@ -116,15 +116,12 @@ def within_turns(graph: Graph) -> frozenset[int]:
 
 
 @once
-def gathered(graph: Graph) -> dict[str, int | None]:
-    """Axes of tensors that are indexed by values, or past their ends, with their sizes: needed for range checks."""
-    found = {}
-    for node in graph.live_nodes("read"):
-        name, index = node.attr("tensor"), node.attr("index")
-        found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
-    for w in graph.writes:
-        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
-    return {a: graph.axes[a] for a in found}
+def gathered(graph: Graph) -> set[str]:
+    """Axes of tensors that are indexed by values, or past their ends: needed for range checks."""
+    reads = ((n.attr("tensor"), d, e) for n in graph.live_nodes("read") for d, e in enumerate(n.attr("index")))
+    past = [(name, d) for name, d, e in reads if not graph.inside(name, d, e)]
+    put = [(w.tensor, d) for w in graph.writes for d, e in enumerate(w.index) if e.operands]
+    return {graph.tensors[name].dims[d].axis for name, d in (*past, *put)}
 
 
 @once
