@@ -77,27 +77,17 @@ def reach(graph: Graph, write) -> set[str]:
 @once
 def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     """Every axis that a live node or a write varies over, in the graph's order."""
-    used: set[str] = set()
-    reduced: set[str] = set()
-    whole: set[str] = set()
-    scanned: set[str] = set()
-    turns: set[str] = set()
-    for node in graph.live_nodes():
-        used |= set(node.axes)
-        if node.op in FOLDS:
-            reduced.add(node.attr("axis"))
-        elif node.op == "cumsum":
-            scanned.add(node.attr("axis"))
-            whole |= {a for a in scanned if graph.axes[a] is not None}
-        elif node.op == "before":
-            turns.add(node.attr("axis"))
-        elif node.op == "top_k":
-            whole |= {node.attr("axis"), node.attr("into")}
-        elif node.op == "all_reduce":
-            whole |= {*graph.nodes[node.args[0]].axes[1:]}
+
+    def along(*ops: str) -> set[str]:
+        return {n.attr("axis") for n in graph.live_nodes(*ops)}
+
+    reduced, scanned, turns = along(*FOLDS), along("cumsum"), along("before")
+    whole = {a for a in scanned if graph.axes[a] is not None} | along("top_k")
+    whole |= {n.attr("into") for n in graph.live_nodes("top_k")}
+    whole |= {a for n in graph.live_nodes("all_reduce") for a in graph.nodes[n.args[0]].axes[1:]}
     whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
     spreads = [reach(graph, w) for w in graph.writes]
-    used |= set().union(*spreads)
+    used = set().union(*spreads, *(n.axes for n in graph.live_nodes()))
     parallel = set.intersection(*spreads) - (reduced | whole | scanned | turns)
     return {
         a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in turns) for a, size in graph.axes.items() if a in used
