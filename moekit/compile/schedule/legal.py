@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from moekit.compile.schedule.cost import runaway
@@ -134,22 +134,23 @@ def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
     return None
 
 
-def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
-    uses = axis_uses(graph)
+def _axes_problem(uses: Mapping[str, AxisUse], section: Section) -> str | None:
+    """Each axis is held in one way, which it can be."""
     given = [d.axis for d in section.axes]
-    for axis in uses:
-        if given.count(axis) != 1:
-            yield f"the schedule must say once what is done with axis {axis}; it speaks of {', '.join(given)}"
-            return
+    if lacking := [axis for axis in uses if given.count(axis) != 1]:
+        return f"the schedule must say once what is done with axis {lacking[0]}; it speaks of {', '.join(given)}"
     for d in section.axes:
         if d.axis not in uses:
             who = f"the section of {', '.join(section.outputs)}" if section.outputs else "the fusion"
-            yield f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
-            return
+            return f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
         if why := axis_problem(uses[d.axis], d):
-            yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
-            return
-    if why := _said_twice(section):
+            return f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
+    return _said_twice(section)
+
+
+def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
+    uses = axis_uses(graph)
+    if why := _axes_problem(uses, section):
         yield why
         return
     yield from _parts_problems(graph, section, launch)
