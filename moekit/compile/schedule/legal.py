@@ -59,17 +59,15 @@ def legal(graph: Graph, schedule: Schedule) -> str | None:
 
 
 def _problems(graph: Graph, schedule: Schedule) -> Iterator[str]:
-    """What is wrong, as far as it can be told: a launch is looked at only if what comes before it is right."""
+    """What is wrong, of which nobody asks for more than the first: what comes after rests on what comes before."""
     for n, launch in enumerate(schedule.launches):
         last = n == len(schedule.launches) - 1
         if (launch.cut is None) != last:
             yield "a launch that is not the last ends with split or stage, the last one with neither"
-            return
         first = graph
         if launch.cut is not None:
             if why := _cut_problem(graph, launch.cut):
                 yield why
-                return
             first, graph, _ = cut(graph, launch.cut)
         yield from _launch_problems(first, launch)
 
@@ -80,11 +78,8 @@ def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
         yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {MEASURED.warps}, stages 1 to {most}"
     if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
-        return
-    found = [why for g, s in sections_of(graph, launch) for why in _section_problems(g, s, launch)]
-    if found:
-        yield from found
-        return
+    for g, section in sections_of(graph, launch):
+        yield from _section_problems(g, section, launch)
     if len(launch.sections) > 1 and graph.ranks:
         yield f"a launch that adds up over {', '.join(graph.ranks)} has one section, not {len(launch.sections)}"
     if (why := runaway(graph, launch)) is not None:
@@ -152,7 +147,6 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
     uses = axis_uses(graph)
     if why := _axes_problem(uses, section):
         yield why
-        return
     yield from _parts_problems(graph, section, launch)
     yield from _rounds_problems(graph, section, launch)
     yield from _running_problems(graph, section)
