@@ -95,10 +95,8 @@ def taking_turns(graph: Graph, launch: Launch) -> str | None:
 
     of dynamic size; None if there is none.
     """
-    grids = []
-    for g, section in sections_of(graph, launch):
-        held = map(section.axis, axis_uses(g))
-        grids.append(sorted((d for d in held if isinstance(d, Tile)), key=lambda d: graph.axes[d.axis] is not None))
+    tiles = [[d for d in map(s.axis, axis_uses(g)) if isinstance(d, Tile)] for g, s in sections_of(graph, launch)]
+    grids = [sorted(each, key=lambda d: graph.axes[d.axis] is not None) for each in tiles]
     outer = {grid[0] if grid else None for grid in grids}
     if len(outer) != 1 or None in outer or any(graph.axes[d.axis] is None for grid in grids for d in grid[1:]):
         return None
