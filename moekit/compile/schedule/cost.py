@@ -85,15 +85,14 @@ class _Product:
 
 def _made(graph: Graph, launch: Launch, extents: Mapping[str, int]) -> list[_Product]:
     """Every product of every section."""
-    found = []
-    for g, section in sections_of(graph, launch):
-        for i in g.live():
-            if graph.nodes[i].op == "contract":
-                spread = _spread(graph.nodes[i])
-                again = [d for d in section.all(Tile) if d.axis not in spread and not d.axis.endswith(PART)]
-                times = prod(-(-extents[d.axis] // d.block) for d in again)
-                found.append(_Product(i, section, prod(extents[a] for a in spread), times))
-    return found
+    products = [(i, section) for g, section in sections_of(graph, launch) for i in g.live() if g.nodes[i].op == "contract"]
+    return [_product(i, _spread(graph.nodes[i]), section, extents) for i, section in products]
+
+
+def _product(node: int, spread: set[str], section: Section, extents: Mapping[str, int]) -> _Product:
+    again = [d for d in section.all(Tile) if d.axis not in spread and not d.axis.endswith(PART)]
+    times = prod(-(-extents[d.axis] // d.block) for d in again)
+    return _Product(node, section, prod(extents[a] for a in spread), times)
 
 
 def _in_all(made: list[_Product]) -> tuple[int, int]:
