@@ -81,10 +81,10 @@ def _schedule(graph: Graph, node: Node, rows: str, columns: str) -> Schedule:
 
 def _launch(graph: Graph, axis: str, said: dict[str, Axis], columns: str) -> Launch:
     """Programs for each element of what is parallel; what is summed up within a step, and the columns, whole."""
-    held: list[Axis] = []
-    for a, use in axis_uses(graph).items():
-        single = use.parallel and a != columns
-        held.append(said.get(a) or (Tile(a, 1) if single else Whole(a, max(MEASURED.matrix, pow2(use.extent or 1)))))
+    held: list[Axis] = [
+        said.get(a) or (Tile(a, 1) if use.parallel and a != columns else Whole(a, max(MEASURED.matrix, pow2(use.extent or 1))))
+        for a, use in axis_uses(graph).items()
+    ]
     block = {d.axis: d.block for d in held}
     loaded = [n for n in graph.live_nodes("read") if axis in n.axes]
     turn = sum(prod(block[a] for a in n.axes) * itemsize(n.dtype) for n in loaded)
