@@ -66,7 +66,7 @@ def class_axis(graph: Graph) -> str | None:
     """
     if tables(graph):
         return None
-    found = [] if list(weighed(graph)) else [g.m for g in gemms(graph).values()]
+    found = [] if weighed(graph) else [g.m for g in gemms(graph).values()]
     found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
     return next((a for a in found if graph.axes[a] is None), None)
 
@@ -93,8 +93,8 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
         yield 0, Schedule((launch,))
     elif found := _tabled(graph) or _gathered(graph):
         yield 0, found
-    elif several := list(weighed(graph)):
-        yield from several
+    elif several := weighed(graph):
+        yield from several.items()
     elif found := _staged(graph):
         yield 0, found
     elif launch := grouped(graph):

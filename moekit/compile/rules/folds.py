@@ -6,7 +6,6 @@ end, so that neither the rows beside it nor the capacity move a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -28,27 +27,27 @@ MERGED_COLUMNS = 64  # of a program that puts parts together
 ROUNDS = ((0, 256), (4, 64), (16, 16))  # from so many rows on, programs of each that take its parts in turn, of all its heads
 
 
-def weighed(graph: Graph) -> Iterator[tuple[int, Schedule]]:
-    """Numbers of rows from which on there are other schedules, ascending from 0, of a graph whose first softmax-weighted sum is
+@once
+def weighed(graph: Graph) -> dict[int, Schedule]:
+    """Schedules by the least number of rows, of a graph whose first softmax-weighted sum is over a static axis, of rows that
 
-    over a static axis, of rows that share values; none of another graph.
+    share values; none of another graph.
     """
-    if (found := _weighed(graph)) is None:
-        return
-    split = found.launches[0].cut
-    if not isinstance(split, Split):
-        yield 0, found
-        return
+    found = _weighed(graph)
+    split = found.launches[0].cut if found else None
+    if found is None or not isinstance(split, Split):
+        return {0: found} if found else {}
     (section,), axis = found.launches[0].sections, part_axis(split.axis)
     others = (d for d in section.all(Tile) if d.axis != axis and graph.axes[d.axis])
     heads = prod(-(-(graph.axes[d.axis] or 0) // d.block) for d in others)
+    by_rows = {}
     for least, programs in ROUNDS:
         taking = section.but(Rounds(axis, max(1, programs // heads)))
         some = Schedule((replace(found.launches[0], sections=(taking,)), *found.launches[1:]))
-        yield least, some if legal(graph, some) is None else found
+        by_rows[least] = some if legal(graph, some) is None else found
+    return by_rows
 
 
-@once
 def _weighed(graph: Graph) -> Schedule | None:
     """The schedule with a program for each part of a row."""
     for node in graph.live_nodes("exp_sum"):
