@@ -28,7 +28,7 @@ from moekit.compile.tile.walk import walk
 from moekit.errors import MoekitError
 from moekit.lang.arguments import example
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph, Tensor, Write
+from moekit.lang.graph import Graph, Tensor, Write, made_of
 
 ANY = "_any_strides"
 TOLERANCE = {"float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -149,7 +149,7 @@ def export(
     if graph.ranks:
         what = f"it adds up over {', '.join(graph.ranks)}, whose ranks a file of its own does not reach"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit, or export what one rank does")
-    extents = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
+    extents = graph.sizes(dict(binding.sizes))
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}
     rows, schedules = class_axis(graph), {least: heuristic(graph, least) for least in row_classes(graph)}
@@ -293,12 +293,8 @@ def _launch(program: t.Kernel, name: str, dependent: bool) -> list[str]:
 
 def _tolerance(graph: Graph, write: Write) -> float:
     """How far an output may be from the reference: a value that is rounded on its way there may fall to a tie's other side."""
-    found, left, own = set(), [write.value], TOLERANCE.get(graph.tensors[write.tensor].dtype, 0)
-    while left:
-        if (i := left.pop()) not in found:
-            found.add(i)
-            left += graph.nodes[i].args
-    rounded = (graph.nodes[i].dtype for i in found if graph.nodes[i].op == "cast")
+    own = TOLERANCE.get(graph.tensors[write.tensor].dtype, 0)
+    rounded = (n.dtype for i in made_of(graph.nodes, write.value) if (n := graph.nodes[i]).op == "cast")
     return max([own, *(TURNED * TOLERANCE.get(dtype, 0) for dtype in rounded)]) if own else own
 
 

@@ -25,7 +25,7 @@ class _Evaluation:
         self.sizes = {a: sizes[a] if s is None else s for a, s in graph.axes.items()}
         self.like = next(iter(arrays.values()))
         self.values: dict[int, Any] = {}
-        self.used = {a for i in graph.live() for a in graph.nodes[i].args}
+        self.used = {a for n in graph.live_nodes() for a in n.args}
         self.all: Sequence[_Evaluation] = ()
 
     def run(self) -> dict[str, Any]:
@@ -170,13 +170,9 @@ def _place(e: _Evaluation, _: int, n: Node):
 def _pick(e: _Evaluation, _: int, n: Node):
     """The elements of x at ids: differentiable, where the value unpacked from the key is not."""
     _, x, ids = n.args
-    have, axis = e.graph.nodes[x].axes, n.attr("axis")
-    index = []
     shape = tuple(e.sizes[a] for a in n.axes)
-    for a in have:
-        at = e.values[ids] if a == axis else e.along(a, n.axes)
-        index.append(e.lib.expand(at, shape))
-    return e.lib.take(e.values[x], tuple(index))
+    index = (e.values[ids] if a == n.attr("axis") else e.along(a, n.axes) for a in e.graph.nodes[x].axes)
+    return e.lib.take(e.values[x], tuple(e.lib.expand(at, shape) for at in index))
 
 
 def _all_reduce(e: _Evaluation, _: int, n: Node):
@@ -217,14 +213,12 @@ def evaluate(graph: Graph, arrays: Mapping[str, Any], sizes: Mapping[str, int], 
         return _Evaluation(unrolled(graph), arrays, sizes, LIBRARIES[library]()).run()
 
 
-def evaluate_ranks(
-    graph: Graph, arrays: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], library: str
-) -> list[dict[str, Any]]:
-    """The outputs of every rank of a mesh, all played by this process: `arrays` has each rank's operands, in order."""
+def evaluate_ranks(graph: Graph, arrays: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The outputs of every rank of a mesh, all played by numpy in this process: `arrays` has each one's operands, in order."""
     if (ranks := set(graph.ranks.values())) - {len(arrays)}:
         raise UnavailableError(f"{graph.name}: it adds up over {max(ranks)} ranks, but there are operands of {len(arrays)}")
     graph = unrolled(graph)
-    every = [_Evaluation(graph, each, sizes, LIBRARIES[library]()) for each in arrays]
+    every = [_Evaluation(graph, each, sizes, LIBRARIES["numpy"]()) for each in arrays]
     with np.errstate(all="ignore"):
         for i in graph.live():
             for e in every:

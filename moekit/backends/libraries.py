@@ -252,15 +252,9 @@ def jax_library() -> Library:
     )
 
 
-@lru_cache(maxsize=1)
-def psum_library() -> Library:
-    """jax.numpy, sums over a mesh by `lax.psum`."""
-    return replace(jax_library(), parts=jax_sum)
-
-
 LIBRARIES: dict[str, Callable[[], Library]] = {
     "numpy": numpy_library,
     "torch": torch_library,
     "jax": jax_library,
-    "psum": psum_library,
+    "psum": lambda: replace(jax_library(), parts=jax_sum),
 }

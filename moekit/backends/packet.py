@@ -13,6 +13,7 @@ the flag itself, by loads that acquire, and its loads have what it saw among the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from moekit.compile.tile.layouts import pitch
 from moekit.compile.tile.ranks import SLOTS
@@ -23,7 +24,14 @@ LOOKS = 1023  # turns of a wait, less one, between looks at whether another wait
 TOGETHER = (1, 2, 4)  # accesses that a lane waits for at once, by how many it has
 
 
-def send(words: int) -> str:
+class Assembly(NamedTuple):
+    """Text for a GPU, and the constraints of its results and operands."""
+
+    text: str
+    operands: str
+
+
+def send(words: int) -> Assembly:
     """The text of an access that sends so many packets.
 
     Result: the first packet's data. Operands: each packet's data, address, epoch, whether there are any.
@@ -32,15 +40,10 @@ def send(words: int) -> str:
     lines = ["{", f".reg .pred there; .reg .b64 {', '.join(packets)};", f"setp.ne.s32 there, {there}, 0;"]
     lines += [f"mov.b64 {p}, {{{x}, {epoch}}};" for p, x in zip(packets, data, strict=True)]
     lines += [f"@there st.relaxed.sys.global{_shape(words)} [{at}], {_listed(packets)};"]
-    return "\n".join([*lines, f"mov.b32 $0, {data[0]};", "}"])
+    return _assembly([*lines, f"mov.b32 $0, {data[0]};"], "=r", *"r" * words, *"lrr")
 
 
-def send_operands(words: int) -> str:
-    """The constraints of its result and operands."""
-    return ",".join(["=r", *["r"] * words, "l", "r", "r"])
-
-
-def receive(words: int, together: int) -> str:
+def receive(words: int, together: int) -> Assembly:
     """The text of a wait for so many accesses of so many packets, each wherever it is, whose loads are on their way at the same
     time.
 
@@ -72,16 +75,11 @@ def receive(words: int, together: int) -> str:
         lines += [f"@wait{i} mov.b64 packet{i}_0, {{{epoch[i]}, {sender[i]}}};"]
         lines += [f"@wait{i} atom.relaxed.sys.global.cas.b64 packet{i}_0, [{errors[i]}], 0, packet{i}_0;"]
     lines += [f"mov.b{32 * words} ${i}, {_listed(_each(f'data{i}_', words))};" for i in every]
-    return "\n".join([*lines, "}"])
+    results = ["=l" if words == 2 else "=r"] * together
+    return _assembly(lines, *results, *(kind for kind in "r" * words + "lrrllr" for _ in every))
 
 
-def receive_operands(words: int, together: int) -> str:
-    """The constraints of its results and operands."""
-    kinds = "r" * words + "lrrllr"
-    return ",".join(["=l" if words == 2 else "=r"] * together + [kind for kind in kinds for _ in range(together)])
-
-
-def put(words: int) -> str:
+def put(words: int) -> Assembly:
     """The text of an access that stores so many words of a row that has a flag.
 
     Result: the first word. Operands: each word, address, whether there are any.
@@ -89,28 +87,20 @@ def put(words: int) -> str:
     *data, at, there = _operands(1, words + 2)
     lines = ["{", ".reg .pred there;", f"setp.ne.s32 there, {there}, 0;"]
     lines += [f"@there st.relaxed.sys.global.v{words}.b32 [{at}], {_listed(data)};"]
-    return "\n".join([*lines, f"mov.b32 $0, {data[0]};", "}"])
+    return _assembly([*lines, f"mov.b32 $0, {data[0]};"], "=r", *"r" * words, *"lr")
 
 
-def put_operands(words: int) -> str:
-    """The constraints of its result and operands."""
-    return ",".join(["=r", *["r"] * words, "l", "r"])
-
-
-RAISE_OPERANDS = "=r,r,l,r,r"
-
-
-def raise_flag() -> str:
+def raise_flag() -> Assembly:
     """The text that raises a row's flag, once for all threads.
 
     Result: the epoch. Operands: a maximum of what all threads have sent, for its barrier; address, epoch, whether there is one.
     """
     lines = ["{", ".reg .pred first; .reg .b32 thread;", "mov.u32 thread, %tid.x;", "setp.eq.u32 first, thread, 0;"]
     lines += ["setp.ne.and.s32 first, $4, 0, first;", "@first st.release.sys.global.b32 [$2], $3;"]
-    return "\n".join([*lines, "mov.b32 $0, $3;", "}"])
+    return _assembly([*lines, "mov.b32 $0, $3;"], "=r", *"rlrr")
 
 
-def await_flag(together: int) -> str:
+def await_flag(together: int) -> Assembly:
     """The text of a wait for a row's flag, for so many accesses of a lane.
 
     Result: the epoch that was seen, for each. Operands, of each as many as accesses: a word that was sent; the flag's address
@@ -125,18 +115,11 @@ def await_flag(together: int) -> str:
     lines += _looked(errors[0])
     lines += [f"setp.ne.s32 more, seen, {epoch[0]};", f"@more mov.b64 word, {{{epoch[0]}, {sender[0]}}};"]
     lines += [f"@more atom.relaxed.sys.global.cas.b64 word, [{errors[0]}], 0, word;"]
-    return "\n".join([*lines, *(f"mov.b32 ${i}, seen;" for i in range(together)), "}"])
+    lines += [f"mov.b32 ${i}, seen;" for i in range(together)]
+    return _assembly(lines, *["=r"] * together, *(kind for kind in "rlrrllr" for _ in range(together)))
 
 
-def await_operands(together: int) -> str:
-    """The constraints of its results and operands."""
-    return ",".join(["=r"] * together + [kind for kind in "rlrrllr" for _ in range(together)])
-
-
-TAKE_OPERANDS = "=l,r,r,l,r,r"
-
-
-def take() -> str:
+def take() -> Assembly:
     """The text of a load of two words of a row whose flag is up.
 
     Result: the words, the first one's lowest. Operands: the words that were sent, which it is where there are none; address,
@@ -149,7 +132,12 @@ def take() -> str:
         "mov.b32 low, $1;",
         "mov.b32 high, $2;",
     ]
-    return "\n".join([*lines, "@there ld.relaxed.sys.global.v2.b32 {low, high}, [$3];", "mov.b64 $0, {low, high};", "}"])
+    lines += ["@there ld.relaxed.sys.global.v2.b32 {low, high}, [$3];", "mov.b64 $0, {low, high};"]
+    return _assembly(lines, "=l", *"rrlrr")
+
+
+def _assembly(lines: Sequence[str], *operands: str) -> Assembly:
+    return Assembly("\n".join([*lines, "}"]), ",".join(operands))
 
 
 def _looked(errors: str) -> list[str]:
@@ -191,7 +179,6 @@ def region(rows: int, width: int, flags: bool = False) -> int:
     return rows * SLOTS * pitch(width, flags) * (BYTES // 2 if flags else BYTES)
 
 
-def literal(text: str, depth: int) -> str:
-    """The text as one string of Python, a line of it on each line."""
-    pad = "    " * depth
-    return "(\n" + "".join(f'{pad}    "{line} "\n' for line in text.splitlines()) + f"{pad})"
+def literal(text: str) -> str:
+    """The text as one string of Python within a function, a line of it on each line."""
+    return "(\n" + "".join(f'        "{line} "\n' for line in text.splitlines()) + "    )"

@@ -7,20 +7,32 @@ from collections.abc import Callable
 from moekit.backends import packet
 from moekit.compile.tile.layouts import PAIR, WORDS
 
+SIZE = 4 * WORDS  # bytes of an access where rows have flags
+
 
 def _data(name: str, words: int) -> str:
     return ", ".join(f"{name}_{w}" for w in range(words))
 
 
-def _triton_send(words: int) -> str:
-    data = _data("data", words)
+def _sent(words: int, flags: bool) -> tuple[str, packet.Assembly, int, str, str, str]:
+    """How data are sent, as packets or, where rows have flags, as they are.
+
+    The helper's name, its text for a GPU, bytes of an access, what it sends and gives back, and the epoch if the text takes it.
+    """
+    if flags:
+        return "put", packet.put(words), SIZE, "words of a row", "the first word", ""
+    return "send", packet.send(words), words * packet.BYTES, "packets", "the first one's data", "epoch, "
+
+
+def _triton_send(words: int, flags: bool = False) -> str:
+    data, (name, put, size, what, first, epoch) = _data("data", words), _sent(words, flags)
     return f'''@triton.jit
-def send_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
-    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put: tl.constexpr = {packet.literal(packet.send(words), 1)}
-    at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
-    args = [{data}, at, epoch, there & tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(put, "{packet.send_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
+def {name}_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
+    """Put {what} into a mailbox, {words} at once, but into one's own; {first} again."""
+    put: tl.constexpr = {packet.literal(put.text)}
+    at = packets(way, row, epoch, column, columns, {size})
+    args = [{data}, at, {epoch}there & tl.cast(way != 0, tl.int32)]
+    return tl.inline_asm_elementwise(put, "{put.operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
 
@@ -31,23 +43,23 @@ def receive_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, e
                 {_data("own", words)}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait: tl.constexpr = {packet.literal(packet.receive(words, n), 1)}
+    wait: tl.constexpr = {packet.literal(packet.receive(words, n).text)}
     at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
     there = there & tl.cast(way != 0, tl.int32)
     args = [{_data("own", words)}, at, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    kinds: tl.constexpr = "{packet.receive_operands(words, n)}"
+    kinds: tl.constexpr = "{packet.receive(words, n).operands}"
     data = tl.inline_asm_elementwise(wait, kinds, args, dtype=tl.int{32 * words}, is_pure=False, pack={n})
     return {data}
 '''
 
 
-def _pallas_send(words: int) -> str:
-    data = _data("data", words)
-    return f'''def send_{words}(way, row, epoch, column, columns, mask, {data}):
-    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
-    put = {packet.literal(packet.send(words), 1)}
-    at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
-    return elementwise(put, "{packet.send_operands(words)}", ({data}, at, epoch, there), data_0.shape)
+def _pallas_send(words: int, flags: bool = False) -> str:
+    data, (name, put, size, what, first, epoch) = _data("data", words), _sent(words, flags)
+    return f'''def {name}_{words}(way, row, epoch, column, columns, mask, {data}):
+    """Put {what} into a mailbox, {words} at once, but into one's own; {first} again."""
+    put = {packet.literal(put.text)}
+    at, there = packets(way, row, epoch, column, columns, {size}, mask)
+    return elementwise(put, "{put.operands}", ({data}, at, {epoch}there), data_0.shape)
 '''
 
 
@@ -61,26 +73,11 @@ def _pallas_receive(words: int, n: int) -> str:
     return f'''def receive_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {own}):
     """Wait for accesses of {words} packets of an epoch, {n} at a time; their data, or one's own. What comes too late is said in
     the word of errors."""
-    wait = {packet.literal(packet.receive(words, n), 1)}
+    wait = {packet.literal(packet.receive(words, n).text)}
     at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
     args = {own}, at, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
-    kinds = "{packet.receive_operands(words, n)}"
+    kinds = "{packet.receive(words, n).operands}"
 {data}
-'''
-
-
-SIZE = 4 * WORDS  # bytes of an access where rows have flags
-
-
-def _triton_put(words: int) -> str:
-    data = _data("data", words)
-    return f'''@triton.jit
-def put_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
-    """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put: tl.constexpr = {packet.literal(packet.put(words), 1)}
-    at = packets(way, row, epoch, column, columns, {SIZE})
-    args = [{data}, at, there & tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(put, "{packet.put_operands(words)}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
 
@@ -89,9 +86,10 @@ def _pairs(words: int) -> list[tuple[int, int]]:
 
 
 def _triton_take(words: int, n: int) -> str:
+    wait, take = packet.await_flag(n), packet.take()
     takes = "\n".join(
         f"    pair = [own_{a}, own_{b}, at + {4 * a}, there, seen]\n"
-        f'    data_{a} = tl.inline_asm_elementwise(take, "{packet.TAKE_OPERANDS}", pair, dtype=tl.int64, is_pure=False, pack=1)'
+        f'    data_{a} = tl.inline_asm_elementwise(take, "{take.operands}", pair, dtype=tl.int64, is_pure=False, pack=1)'
         for a, b in _pairs(words)
     )
     found = ", ".join(f"data_{a}.to(tl.int32), (data_{a} >> 32).to(tl.int32)" for a, _ in _pairs(words))
@@ -100,75 +98,58 @@ def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, erro
              {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait: tl.constexpr = {packet.literal(packet.await_flag(n), 1)}
-    take: tl.constexpr = {packet.literal(packet.take(), 1)}
+    wait: tl.constexpr = {packet.literal(wait.text)}
+    take: tl.constexpr = {packet.literal(take.text)}
     at = packets(way, row, epoch, column, columns, {SIZE})
     flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
     there = there & tl.cast(way != 0, tl.int32)
     args = [own_0, flag, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    seen = tl.inline_asm_elementwise(wait, "{packet.await_operands(n)}", args, dtype=tl.int32, is_pure=False, pack={n})
+    seen = tl.inline_asm_elementwise(wait, "{wait.operands}", args, dtype=tl.int32, is_pure=False, pack={n})
 {takes}
     return {found}
 '''
 
 
-def _pallas_put(words: int) -> str:
-    data = _data("data", words)
-    return f'''def put_{words}(way, row, epoch, column, columns, mask, {data}):
-    """Put words of a row into a mailbox, {words} at once, but into one's own; the first word again."""
-    put = {packet.literal(packet.put(words), 1)}
-    at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
-    return elementwise(put, "{packet.put_operands(words)}", ({data}, at, there), data_0.shape)
-'''
-
-
 def _pallas_take(words: int, n: int) -> str:
+    wait, take = packet.await_flag(n), packet.take()
     takes = "\n".join(
         f"        pair = own_{a}, own_{b}, at + {4 * a}, there, seen\n"
-        f'        data_{a} = elementwise(take, "{packet.TAKE_OPERANDS}", pair, own_0.shape, dtype=jnp.int64)'
+        f'        data_{a} = elementwise(take, "{take.operands}", pair, own_0.shape, dtype=jnp.int64)'
         for a, b in _pairs(words)
     )
     found = ", ".join(f"data_{a}.astype(jnp.int32), (data_{a} >> 32).astype(jnp.int32)" for a, _ in _pairs(words))
     return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
     """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
     errors."""
-    wait = {packet.literal(packet.await_flag(n), 1)}
-    take = {packet.literal(packet.take(), 1)}
+    wait = {packet.literal(wait.text)}
+    take = {packet.literal(take.text)}
     at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
     flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
     args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
     with jax.enable_x64(True):
-        seen = elementwise(wait, "{packet.await_operands(n)}", args, own_0.shape, {n})
+        seen = elementwise(wait, "{wait.operands}", args, own_0.shape, {n})
 {takes}
         return {found}
 '''
 
 
-def _flagged(put: Callable[[int], str], take: Callable[[int, int], str]) -> dict[str, str]:
-    """The helpers of rows that have flags, by how many accesses a lane has."""
-    return {f"put_{WORDS}": put(WORDS)} | {f"take_{WORDS}x{n}": take(WORDS, n) for n in packet.TOGETHER}
-
-
-def _each(send: Callable[[int], str], receive: Callable[[int, int], str]) -> dict[str, str]:
-    """A helper for each number of packets in an access, and of accesses that a lane waits for."""
+def _each(send: Callable[..., str], receive: Callable[[int, int], str], take: Callable[[int, int], str]) -> dict[str, str]:
+    """A helper for each number of packets in an access (words where rows have flags), and of accesses that a lane waits for."""
     counts = range(1, PAIR + 1)
-    return {f"send_{words}": send(words) for words in counts} | {
-        f"receive_{words}x{n}": receive(words, n) for words in counts for n in packet.TOGETHER
-    }
+    found = {f"send_{words}": send(words) for words in counts} | {f"put_{WORDS}": send(WORDS, flags=True)}
+    found |= {f"receive_{words}x{n}": receive(words, n) for words in counts for n in packet.TOGETHER}
+    return found | {f"take_{WORDS}x{n}": take(WORDS, n) for n in packet.TOGETHER}
 
 
-TRITON = (
-    _each(_triton_send, _triton_receive)
-    | _flagged(_triton_put, _triton_take)
-    | {
-        "raise_flag": f'''@triton.jit
+TRITON = _each(_triton_send, _triton_receive, _triton_take) | {
+    "raise_flag": f'''@triton.jit
 def raise_flag(way, row, epoch, columns: tl.constexpr, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up: tl.constexpr = {packet.literal(packet.raise_flag(), 1)}
+    up: tl.constexpr = {packet.literal(packet.raise_flag().text)}
     args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(up, "{packet.RAISE_OPERANDS}", args, dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(up, "{packet.raise_flag().operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 ''',
-        "split_8": '''@triton.jit
+    "split_8": '''@triton.jit
 def split_8(eights):
     """Neighbours, eight at a time, apart: the last three dimensions count them."""
     first, second = tl.split(eights)
@@ -176,12 +157,12 @@ def split_8(eights):
     data_1, data_3, data_5, data_7 = split_4(second)
     return data_0, data_1, data_2, data_3, data_4, data_5, data_6, data_7
 ''',
-        "packets": '''@triton.jit
+    "packets": '''@triton.jit
 def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
     """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
     return way + ((tl.cast(row, tl.int64) * 2 + tl.cast(epoch & 1, tl.int64)) * columns + column) * size
 ''',
-        "split_4": '''@triton.jit
+    "split_4": '''@triton.jit
 def split_4(fours):
     """Neighbours, four at a time, apart: the last two dimensions count them."""
     first, second = tl.split(fours)
@@ -189,40 +170,36 @@ def split_4(fours):
     data_1, data_3 = tl.split(second)
     return data_0, data_1, data_2, data_3
 ''',
-    }
-)
+}
 
-PALLAS = (
-    _each(_pallas_send, _pallas_receive)
-    | _flagged(_pallas_put, _pallas_take)
-    | {
-        "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
+PALLAS = _each(_pallas_send, _pallas_receive, _pallas_take) | {
+    "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
     """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up = {packet.literal(packet.raise_flag(), 1)}
+    up = {packet.literal(packet.raise_flag().text)}
     at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
     with jax.enable_x64(True):
-        return jnp.max(elementwise(up, "{packet.RAISE_OPERANDS}", (after, at, epoch, there), (1,)), axis=0)
+        return jnp.max(elementwise(up, "{packet.raise_flag().operands}", (after, at, epoch, there), (1,)), axis=0)
 ''',
-        "ways": '''def ways(mail_ref, n):
+    "ways": '''def ways(mail_ref, n):
     """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
     halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]
     with jax.enable_x64(True):
         pairs = zip(halves[0::2], halves[1::2], strict=True)
         return [high.astype(jnp.int64) * 2**32 + (low.astype(jnp.int64) & 0xFFFFFFFF) for low, high in pairs]
 ''',
-        "packets": '''def packets(way, row, epoch, column, columns, size, mask):
+    "packets": '''def packets(way, row, epoch, column, columns, size, mask):
     """The addresses of packets: two slots for each row, which may be a literal, each of so many columns of so many bytes. And
     where there are any: of those of `mask`, if the way does not lead to oneself."""
     with jax.enable_x64(True):
         at = way + (((epoch & 1).astype(jnp.int64) + row + row) * columns + column) * size
         return at, (mask & (way != 0)).astype(jnp.int32)
 ''',
-        "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
+    "elementwise": """def elementwise(text, operands, args, shape, pack=1, dtype=jnp.int32):
     args = [jnp.broadcast_to(x, shape) for x in args]
     out = [jax.ShapeDtypeStruct(shape, dtype)]
     return plt.elementwise_inline_asm(text, args=args, constraints=operands, pack=pack, result_shape_dtypes=out)[0]
 """,
-        "deinterleave": '''def deinterleave(x, n):
+    "deinterleave": '''def deinterleave(x, n):
     """Neighbours along the last dimension, n at a time, apart."""
     if n == 1:
         return (x,)
@@ -230,10 +207,9 @@ PALLAS = (
     first, second = (deinterleave(side.reshape(*x.shape[:-1], x.shape[-1] // 2), n // 2) for side in sides)
     return tuple(x for pair in zip(first, second, strict=True) for x in pair)
 ''',
-        "interleave": '''def interleave(a, b):
+    "interleave": '''def interleave(a, b):
     """An element of each in turn along the last dimension."""
     pairs = lax.concatenate([a.reshape(*a.shape, 1), b.reshape(*b.shape, 1)], a.ndim)
     return pairs.reshape(*a.shape[:-1], 2 * a.shape[-1])
 ''',
-    }
-)
+}

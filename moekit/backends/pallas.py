@@ -13,6 +13,7 @@ from typing import Any
 
 from moekit import __version__
 from moekit.backends import packet_helpers
+from moekit.backends.packet_calls import PACKETS
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -41,9 +42,10 @@ WORDS = {
     "exp": "jnp.exp({})", "log": "jnp.log({})", "sqrt": "jnp.sqrt({})", "rsqrt": "lax.rsqrt({})", "abs": "jnp.abs({})",
     "sin": "jnp.sin({})", "cos": "jnp.cos({})", "sigmoid": "lax.logistic({})",
     "lanes": "jnp.arange({}, dtype=jnp.int32)", "element": "jnp.int32({})",
-    "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "full": "jnp.full({}, {}, {})",
-    "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})", "cast": "{}.astype({})",
-    "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
+    "div": "lax.div({}, jnp.int32({}))", "rem": "lax.rem({}, jnp.int32({}))", "typed": "{1}({0})",
+    "full": "jnp.full({}, {}, {})", "broadcast": "jnp.broadcast_to({}, {})", "where": "jnp.where({}, {}, {})",
+    "cast": "{}.astype({})", "bitcast": "lax.bitcast_convert_type({}, {})", "cumsum": "lax.cumsum({}, axis={})",
+    "there": "{}", "everywhere": "jnp.full({}, True)",
 }  # fmt: skip
 
 # What Pallas's Triton lowering has no word for. Its maximum and minimum drop NaN, so floats are compared as the integers
@@ -104,7 +106,8 @@ def touched(params: Iterable[t.Param]) -> tuple[list[str], list[str]]:
 class PallasPrinter(Printer):
     """Loops, stores and helpers in Pallas."""
 
-    words, dtypes = WORDS, DTYPES
+    words, dtypes, basic = WORDS, DTYPES, ("packets", "elementwise")
+    typed_literals = ("float16", "bfloat16", "int64", "int16", "int8")
 
     def helper(self, name: str) -> str:
         """Note that a helper is needed."""
@@ -139,10 +142,8 @@ class PallasPrinter(Printer):
         axis = self.program.axis(over) if isinstance(over, str) else None
         if axis and (op.end is not None or axis.beside):
             end = self.typed(op.end, PLUS) if op.end is not None else str(axis.extent)
-            left = f"{end} - ({self.begin(axis.name)})" if axis.beside else end
+            left = f"{end} - ({self.begin(axis)[0]})" if axis.beside else end
             return self.word("div", f"{left} + {axis.step - 1}", axis.step) if axis.step > 1 else left
-        if isinstance(over, str) and self.program.axis(over).length is None:
-            return f"pl.cdiv({self.extent(over)}, {self.program.axis(over).block})"
         return str(prod(map(self.program.turns, op.over)))
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
@@ -192,11 +193,6 @@ class PallasPrinter(Printer):
         data = (d for d, i in enumerate(at.index) if any(v.axes and v not in elements for v in i.values))
         return next(data, None) if at.mask else None
 
-    def const(self, op: t.Const) -> str | Text:
-        """Of a dtype that a literal does not have a number is made by it."""
-        plain = op.out.axes or op.out.dtype in ("float32", "int32", "bool")
-        return super().const(op) if plain else f"{DTYPES[op.out.dtype]}({number(op.value)})"
-
     def branches(self, op: t.Where) -> tuple[str, str]:
         """JAX 0.11's Triton lowering gives a literal beside a loop's number its own type, and two of them the condition's."""
         numbers = {op.yes, op.no} <= self.literals
@@ -209,11 +205,6 @@ class PallasPrinter(Printer):
         if mask and {a for m in at.mask for a in m.axes} != set(axes):
             mask = f"jnp.broadcast_to({mask}, {self.shape(axes)})"
         return f", mask={mask}" if mask else ""
-
-    def there(self, op: t.Packet) -> str:
-        """Which packets there are."""
-        axes = self.program.ordered(op.at.axes)
-        return self.mask(op.at, axes) or f"jnp.full({self.shape(axes)}, True)"
 
     def index(self, at: t.Access, axes: tuple[str, ...], chosen: int | None = None) -> str:
         """One index per axis of the base array; past the end along dimension `chosen` in masked lanes, for JAX's interpret mode
@@ -299,28 +290,13 @@ def _interleave(p: PallasPrinter, op: t.Interleave) -> str:
     return woven([p.text(v) for v in op.values], f"{p.helper('interleave')}({{}}, {{}})")
 
 
-def _send(p: PallasPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", "elementwise", helper := p.packet_helper(op)}
-    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
-
-
-def _receive(p: PallasPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", "elementwise", helper := p.packet_helper(op)}
-    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
-    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
-
-
-def _raise(p: PallasPrinter, op: t.Raise) -> str:
-    p.helpers |= {"packets", "elementwise", "raise_flag"}
-    return p.flag(op)
-
-
 def _ways(p: PallasPrinter, op: t.Ways) -> str:
     return f"{p.helper('ways')}({p.program.param(op.tensor).mailbox.buffer}_ref, {len(op.outs)})"
 
 
 EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     **COMMON,
+    **PACKETS,
     t.Halves: _halves,
     t.Deinterleave: lambda p, op: f"{p.helper('deinterleave')}({p.text(op.value)}, {len(op.outs)})",
     t.Interleave: _interleave,
@@ -329,9 +305,6 @@ EXPRESSIONS: dict[type, Callable[[PallasPrinter, Any], str | Text]] = {
     t.Reduce: _reduce,
     t.Dot: _dot,
     t.Ways: _ways,
-    t.Send: _send,
-    t.Raise: _raise,
-    t.Receive: _receive,
 }
 
 

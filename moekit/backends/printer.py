@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from moekit.backends import packet
 from moekit.compile import tile as t
 from moekit.compile.passes.helpers import Helper
 from moekit.compile.passes.names import extent_name, names
-from moekit.compile.tile.layouts import WORDS, pitch
 from moekit.lang.dtypes import is_float
 
 # how tightly an operator binds in Python; what is no operator binds as an ATOM does
@@ -39,11 +37,13 @@ class Printer(ABC):
     of indices that it is told (`compile/passes/helpers.py`)."""
 
     #: Text around what it is said of: element-wise functions of one block by name; `lanes`, the numbers from 0 on; `element`, a
-    #: constant one; `div` and `rem` of one; `full`, a block of a number of a dtype; `broadcast`, a block in another shape;
-    #: `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension; `barrier`.
+    #: constant one; `div` and `rem` of one; `typed`, a number of a dtype, and `full`, a block of it; `broadcast`, a block in
+    #: another shape; `where`; `cast`, `bitcast`, a block in another dtype; `cumsum`, the running sum along a dimension;
+    #: `barrier`; `there` and `everywhere`, which packets there are.
     words: Mapping[str, str]
     dtypes: Mapping[str, str]
     constant = ""  # what marks the name of a number
+    basic: tuple[str, ...] = ()  # what helpers of packets stand on
     typed_literals: tuple[str, ...] = ()  # the dtypes of which a Python number is no literal
 
     def __init__(self, program: t.TileProgram, expressions: Mapping[type, Callable], pid: str, starts: Starts):
@@ -121,7 +121,7 @@ class Printer(ABC):
         """A value with dimensions of size 1 put in so that it lines up with `axes`."""
         if not value.axes or value.axes == axes:
             return self.text(value, level)
-        return self.text(value, ATOM) + dimensions(value, axes)
+        return f"{self.text(value, ATOM)}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
 
     def mask(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """Where an access may touch memory, lined up with `axes`; "" for everywhere."""
@@ -134,9 +134,9 @@ class Printer(ABC):
     def const(self, op: t.Const) -> str | Text:
         """A literal, but for a block of it, and where it would be of another dtype."""
         text, dtype = number(op.value), self.dtypes[op.out.dtype]
-        if op.out.axes or op.out.dtype in self.typed_literals:
+        if op.out.axes:
             return self.word("full", self.shape(op.out.axes), text, dtype)
-        return text, literal_level(text)
+        return self.word("typed", text, dtype) if op.out.dtype in self.typed_literals else (text, literal_level(text))
 
     def converted(self, op: t.Cast | t.Bitcast) -> str:
         """A block in another dtype."""
@@ -197,10 +197,7 @@ class Printer(ABC):
         """The element at which a block of an axis begins."""
         owner = self.program.bounded(op.axis)
         if owner.mode == "grid":
-            text, level = self.program_id(owner.name)
-            if owner.block == 1 or text == "0":
-                return text, level
-            return f"{text if level >= TIMES else f'({text})'} * {owner.block}", TIMES
+            return self.begin(owner)
         part = self.text(op.part, TIMES) + (f" * {owner.share}" if owner.share > 1 else "") if op.part else ""
         turn = self.text(op.turn) if op.turn else ""
         return " + ".join(filter(None, (part, turn))) or "0", PLUS if part and turn else TIMES if part else ATOM
@@ -222,34 +219,6 @@ class Printer(ABC):
         first = f"{self.word('lanes', block)} < {block // 2}"
         return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
 
-    def packets(self, op: t.Packet) -> str:
-        """Arguments that say where packets are: by what way, of which row, epoch and column, and of how many columns."""
-        axes, mail = self.program.ordered(op.at.axes), self.program.param(op.at.tensor)
-        row, *others = (self.at(i.values[0], axes) for i in op.at.index)
-        column = others[0] if others else "0"
-        for axis, text in zip(mail.axes[2:], others[1:], strict=True):
-            column = f"({column}) * {self.program.axis(axis or '').extent} + {text}"
-        columns = pitch(mail.mailbox.width, mail.mailbox.flags) // op.words
-        return f"{self.text(op.way)}, {row}, {self.at(op.epoch, axes)}, {column}, {columns}"
-
-    def flag(self, op: t.Raise) -> str:
-        """The line that raises a flag."""
-        columns = pitch(self.program.param(op.at.tensor).mailbox.width, flags=True) // WORDS
-        row = self.text(op.at.index[0].values[0])
-        return f"raise_flag({self.text(op.way)}, {row}, {self.text(op.epoch)}, {columns}, {self.text(op.after)})"
-
-    def packet_helper(self, op: t.Packet) -> str:
-        """The helper that sends or receives an access."""
-        flags = self.program.param(op.at.tensor).mailbox.flags
-        if isinstance(op, t.Send):
-            return f"{'put' if flags else 'send'}_{op.words}"
-        return f"{'take' if flags else 'receive'}_{op.words}x{self.together(op)}"
-
-    def together(self, op: t.Receive) -> int:
-        """How many accesses a lane waits for at once: as many as it has, if that is few."""
-        lanes = prod(self.program.block(self.program.ordered(op.at.axes))) // (32 * self.program.warps)
-        return max(n for n in packet.TOGETHER if n <= max(1, lanes))
-
     def extent(self, axis: str) -> str:
         """An axis's extent: a number, or the kernel argument that carries it."""
         a = self.program.axis(axis)
@@ -262,11 +231,12 @@ class Printer(ABC):
             return f"{value} < {self.extent(op.axis)}", COMPARED
         return f"({value} >= 0) & ({value} < {self.extent(op.axis)})", AND
 
-    def begin(self, over: str) -> str:
-        """The element at which this program's turns along an axis begin."""
-        axis = self.program.axis(over)
-        text, level = self.program_id(over) if axis.beside else ("0", ATOM)
-        return text if axis.block == 1 or text == "0" else f"{text if level >= TIMES else f'({text})'} * {axis.block}"
+    def begin(self, axis: t.AxisBlock) -> Text:
+        """The element at which a program's block of an axis begins, or its turns do."""
+        text, level = self.program_id(axis.name) if axis.numbered else ("0", ATOM)
+        if axis.block == 1 or text == "0":
+            return text, level
+        return f"{text if level >= TIMES else f'({text})'} * {axis.block}", TIMES
 
     def turn(self, op: t.Loop, depth: int) -> list[str]:
         """Where a turn begins along each axis."""
@@ -275,9 +245,10 @@ class Printer(ABC):
             inner = prod(self.program.turns(a) for a in op.over[i + 1 :])
             text = self.word("div", "turn", inner) if inner > 1 else "turn"
             text = self.word("rem", text, self.program.turns(over)) if i else text
-            step = self.program.axis(over).step if isinstance(over, str) else 1
-            begin = f"{self.begin(over)} + " if isinstance(over, str) and self.program.axis(over).beside else ""
-            lines.append("    " * depth + f"{self.names[var]} = {begin}{text}" + (f" * {step}" if step > 1 else ""))
+            axis = self.program.axis(over) if isinstance(over, str) else None
+            begin = f"{self.begin(axis)[0]} + " if axis and axis.beside else ""
+            step = f" * {axis.step}" if axis and axis.step > 1 else ""
+            lines.append("    " * depth + f"{self.names[var]} = {begin}{text}{step}")
         return lines
 
     @abstractmethod
@@ -315,11 +286,6 @@ def woven(parts: list[str], pair: str) -> str:
     if len(parts) == 1:
         return parts[0]
     return pair.format(woven(parts[0::2], pair), woven(parts[1::2], pair))
-
-
-def dimensions(value: t.Value, axes: tuple[str, ...]) -> str:
-    """The index that puts in dimensions of size 1, so that a value lines up with `axes`."""
-    return f"[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
 
 
 def count_of(blocks: int | t.AxisBlock) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moekit import __version__
 from moekit.backends import packet_helpers
+from moekit.backends.packet_calls import PACKETS
 from moekit.backends.printer import (
     ATOM,
     COMMON,
@@ -39,9 +40,10 @@ DTYPES = {
 WORDS = {
     "exp": "tl.exp({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})",
     "sin": "tl.sin({})", "cos": "tl.cos({})", "sigmoid": "tl.sigmoid({})", "lanes": "tl.arange(0, {})", "element": "{}",
-    "div": "{} // {}", "rem": "{} % {}", "full": "tl.full({}, {}, {})", "broadcast": "tl.broadcast_to({}, {})",
-    "where": "tl.where({}, {}, {})", "cast": "{}.to({})", "bitcast": "{}.to({}, bitcast=True)",
-    "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
+    "div": "{} // {}", "rem": "{} % {}", "typed": "tl.full((), {}, {})", "full": "tl.full({}, {}, {})",
+    "broadcast": "tl.broadcast_to({}, {})", "where": "tl.where({}, {}, {})", "cast": "{}.to({})",
+    "bitcast": "{}.to({}, bitcast=True)", "cumsum": "tl.cumsum({}, axis={})", "barrier": "tl.debug_barrier()",
+    "there": "tl.cast({}, tl.int32)", "everywhere": "tl.full((), 1, tl.int32)",
 }  # fmt: skip
 
 HELPERS = packet_helpers.TRITON | {
@@ -101,6 +103,7 @@ class TritonPrinter(Printer):
     """Loops and stores in Triton."""
 
     words, dtypes, constant, typed_literals = WORDS, DTYPES, ": tl.constexpr", ("float16", "bfloat16", "int16", "int8")
+    basic = ("packets",)
 
     def __init__(self, *given):
         super().__init__(*given)
@@ -137,7 +140,7 @@ class TritonPrinter(Printer):
         axis = self.program.axis(over)
         known = self.extent(over) if axis.length is None else str(axis.length)
         last = known if end is None else self.text(end)
-        return last if axis.step == 1 and not axis.beside else f"{self.begin(over)}, {last}, {axis.step}"
+        return last if axis.step == 1 and not axis.beside else f"{self.begin(axis)[0]}, {last}, {axis.step}"
 
     def at_end(self, op: t.AtEnd, depth: int) -> list[str]:
         count = self.program.turns(op.axis)
@@ -177,12 +180,6 @@ class TritonPrinter(Printer):
         value = self.spread(op.value, axes) if op.value.axes else self.text(op.value)
         mask = self.mask(op.at, axes)
         return f"tl.store({self.pointer(op.at, axes)}, {value}{f', mask={mask}' if mask else ''})"
-
-    def there(self, op: t.Packet) -> str:
-        """Which packets there are."""
-        axes = self.program.ordered(op.at.axes)
-        mask = self.mask(op.at, axes)
-        return f"tl.cast({mask}, tl.int32)" if mask else "tl.full((), 1, tl.int32)"
 
     def pointer(self, at: t.Access, axes: tuple[str, ...]) -> str:
         """The block of addresses: the pointer and one term per dimension, in 64 bits where the access says so."""
@@ -274,28 +271,13 @@ def _interleave(p: TritonPrinter, op: t.Interleave) -> str:
     return woven([p.text(v) for v in op.values], "tl.interleave({}, {})")
 
 
-def _send(p: TritonPrinter, op: t.Send) -> str:
-    p.helpers |= {"packets", helper := p.packet_helper(op)}
-    return f"{helper}({p.packets(op)}, {p.there(op)}, {', '.join(map(p.text, op.values))})"
-
-
-def _receive(p: TritonPrinter, op: t.Receive) -> str:
-    p.helpers |= {"packets", helper := p.packet_helper(op)}
-    late, own = f"{p.text(op.errors)}, {p.text(op.most)}, {op.sender}", ", ".join(map(p.text, op.own))
-    return f"{helper}({p.packets(op)}, {p.there(op)}, {late}, {own})"
-
-
-def _raise(p: TritonPrinter, op: t.Raise) -> str:
-    p.helpers |= {"packets", "raise_flag"}
-    return p.flag(op)
-
-
 def _ways(p: TritonPrinter, op: t.Ways) -> str:
     return f"({', '.join(f'tl.load({op.tensor}_ptr + {i})' for i in range(len(op.outs)))})"
 
 
 EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     **COMMON,
+    **PACKETS,
     t.Halves: _halves,
     t.Deinterleave: _deinterleave,
     t.Interleave: _interleave,
@@ -304,9 +286,6 @@ EXPRESSIONS: dict[type, Callable[[TritonPrinter, Any], str | Text]] = {
     t.Reduce: _reduce,
     t.Dot: _dot,
     t.Ways: _ways,
-    t.Send: _send,
-    t.Raise: _raise,
-    t.Receive: _receive,
 }
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from moekit.compile.plan import Plan
     from moekit.compile.schedule import Schedule
     from moekit.lang.fusion import Binding, Fusion
-    from moekit.lang.graph import Graph, Tensor
 
 #: The sizes shown where none are given: one decode step of Qwen3-Next on one of 8 ranks.
 SIZES = {"T": 8, "H": 2048, "D": 2048, "P": 648, "I": 512, "E": 512, "K": 2, "V": 4, "Dk": 128, "Dv": 128, "M": 2}
@@ -213,26 +212,13 @@ def _strided_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None) -
     from moekit.compile.tile.layouts import contiguous
 
     graph = fusion.trace(binding)
-    return plan(graph, schedule, contiguous(graph, _sizes(graph, binding)))
+    return plan(graph, schedule, contiguous(graph, dict(binding.sizes)))
 
 
 def _viewed_plan(fusion: Fusion, binding: Binding, schedule: Schedule | None, target: str = "pallas") -> Plan:
     """The programs for whole contiguous arrays of static shapes, as JAX launches them."""
     from moekit.compile.plan import plan
-    from moekit.compile.tile import Viewed
+    from moekit.compile.tile.layouts import arrays
 
-    graph, layouts = fusion.trace(binding), {}
-    for name, t in graph.tensors.items():
-        shape = _shape(graph, binding, t)
-        layouts[name] = Viewed(name, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-    return plan(graph, schedule, layouts, _sizes(graph, binding), target)
-
-
-def _sizes(graph: Graph, binding: Binding) -> dict[str, int]:
-    bound_sizes = dict(binding.sizes)
-    return {axis: bound_sizes[axis] if size is None else size for axis, size in graph.axes.items()}
-
-
-def _shape(graph: Graph, binding: Binding, tensor: Tensor) -> tuple[int, ...]:
-    sizes = _sizes(graph, binding)
-    return tuple(1 if axis is None else sizes[axis] for axis in tensor.axes)
+    graph, sizes = fusion.trace(binding), dict(binding.sizes)
+    return plan(graph, schedule, arrays(graph, sizes), sizes, target)

@@ -9,7 +9,7 @@ from math import prod
 from moekit.compile import tile as t
 from moekit.compile.passes import lower
 from moekit.compile.rules.choose import heuristic
-from moekit.compile.schedule.cuts import Scratch, launched, section_graphs
+from moekit.compile.schedule.cuts import Scratch, launched, sections_of
 from moekit.compile.schedule.directives import Abreast, Flags, Launch, Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.compile.schedule.targets import TARGETS
@@ -67,8 +67,7 @@ def flagged(schedule: Schedule) -> frozenset[str]:
 def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str, target: str | None) -> t.Kernel:
     """One launch: a program, or several side by side where it has several sections."""
     warps = only[0] if target and len(only := TARGETS[target].warps) == 1 else launch.warps
-    pairs = zip(section_graphs(graph, launch), launch.sections, strict=True)
-    programs = tuple(lower(g, section, layouts, sizes, digest, warps, launch.stages, target) for g, section in pairs)
+    programs = tuple(lower(g, s, layouts, sizes, digest, warps, launch.stages, target) for g, s in sections_of(graph, launch))
     kernel = programs[0]
     if len(programs) > 1:
         kernel = t.Joined(graph.name, programs, warps, launch.stages, digest, bool(launch.all(Abreast)))
@@ -76,15 +75,9 @@ def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str, target: s
     return kernel
 
 
-def whole(s: Scratch, sizes: Mapping[str, int]) -> t.Viewed:
-    """The layout of scratch as an array of its own."""
-    shape, n = s.shape(sizes), len(s.axes)
-    return t.Viewed(s.name, shape, tuple(range(n)), (0,) * n, (1,) * n)
-
-
 def _dense(s: Scratch, viewed: bool, sizes: Mapping[str, int]) -> t.Strided | t.Viewed:
     if viewed:
-        return whole(s, sizes)
+        return t.Viewed.whole(s.name, s.shape(sizes))
     kinds = []
     for d in range(len(s.axes) - 1):  # a row's stride is known, but for the dynamic sizes in it
         known = prod(n for n in s.sizes[d + 1 :] if n is not None) * itemsize(s.dtype)

@@ -24,7 +24,7 @@ from moekit.jax import launch
 from moekit.jax.doors import DOORS, KERNELS, best, gpu, refusal
 from moekit.jax.explicit import automatically, axes_cut, kept
 from moekit.jax.link import Link
-from moekit.jax.program import Static, evaluated, launched, shape_of, sizes_of
+from moekit.jax.program import Static, evaluated, launched
 from moekit.jax.view import View, held, in_range, view
 from moekit.lang.arguments import bind_arguments, face_signature, refuse_empty, refuse_schedule
 from moekit.lang.fusion import LONGEST, Fusion
@@ -55,7 +55,7 @@ class Call:
         dtypes = {n: v.dtype.name for n, v in self.views.items()}
         self.binding = fusion.bind(shapes, dtypes, fusion.bind_params(params))
         self.graph = fusion.trace(self.binding)
-        self.sizes = sizes_of(self.graph, self.binding)
+        self.sizes = self.graph.sizes(dict(self.binding.sizes))
         refuse_empty(self.graph, self.sizes)
         _refuse_wide(self.graph)
         if schedule is not None and (why := legal(self.graph, schedule)):
@@ -66,7 +66,7 @@ class Call:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an operand or output."""
-        return shape_of(self.graph, self.sizes, name)
+        return self.graph.shape(name, self.sizes)
 
     def _outputs(self, out) -> dict[str, View]:
         if out is None:
@@ -222,7 +222,7 @@ class Call:
             elif not in_place:
                 shape = self.shape(n)
                 fresh.append((target, shape, self.graph.tensors[n].dtype))
-                layouts[target] = t.Viewed(target, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
+                layouts[target] = t.Viewed.whole(target, shape)
         return bases, layouts, frozenset(separate), tuple(fresh)
 
     def _in_place(self, name: str) -> bool:
@@ -244,7 +244,7 @@ def _operand(fusion: Fusion, name: str, x) -> View:
 
 def _refuse_wide(graph: Graph) -> None:
     """Raise DtypeError for 64-bit integers where JAX would make 32-bit ones of them."""
-    made = {graph.nodes[i].dtype for i in graph.live()} | {t.dtype for t in graph.tensors.values()}
+    made = {n.dtype for n in graph.live_nodes()} | {t.dtype for t in graph.tensors.values()}
     if wide := [d for d in sorted(made) if jax.dtypes.canonicalize_dtype(d) != jnp.dtype(d)]:
         raise DtypeError(f"{graph.name}: it computes in {wide[0]}, which JAX has only with jax_enable_x64; enable it")
 
@@ -383,6 +383,5 @@ def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Sch
 
 def _for_many(call: Call, link: Link) -> Schedule | None:
     """The schedule of a call whose rows go with flags."""
-    nodes = [call.graph.nodes[i] for i in call.graph.live()]
-    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in nodes if n.op == "all_reduce")
+    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in call.graph.live_nodes("all_reduce"))
     return flagged_rows(call.graph, link.resident, call.sizes[rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
@@ -19,6 +18,7 @@ from jax.interpreters import mlir
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from moekit.backends import pallas
+from moekit.backends.loaded import load
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.errors import UnavailableError
@@ -44,11 +44,7 @@ with contextlib.suppress(ImportError):
 @lru_cache(maxsize=1024)
 def kernel(program: t.Kernel, interpret: bool):
     """The kernel function of a program, compiled from its emitted source; interpret mode has no barrier."""
-    source = pallas.emit(program)
-    filename = f"<moekit pallas {program.name} {program.digest} {hash(source) & 0xFFFFFFFF:08x}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    names: dict = {}
-    exec(compile(source, filename, "exec"), names)
+    names = load("pallas", program.name, pallas.emit(program), program.digest)
     names |= {"barrier": lambda: None, "ways": partial(_unreachable, program.name)} if interpret else {}
     return names[pallas.kernel_name(program)]
 
@@ -93,27 +89,29 @@ def spread(array: jax.Array, wanted: ManualAxisType) -> jax.Array:
     return lax.pcast(array, tuple(more), to="varying") if more else array
 
 
-# A run in interpret mode. JAX's interpreter mixes what varies over the manual axes of a `shard_map` with what does not, which
-# `check_vma` refuses; so inside of it no value says that it varies, and its outputs do.
-interpreted = Primitive("interpreted")
-interpreted.multiple_results = True
+def primitive(name: str) -> Primitive:
+    """An operation of JAX that is compiled even where jit is disabled; `outs` is what it returns, as `shaped` takes it."""
+    made = Primitive(name)
+    made.multiple_results = True
 
+    @made.def_impl
+    def eagerly(*arrays, **how):
+        with jax.disable_jit(False):
+            return jax.jit(partial(made.bind, **how))(*arrays)
 
-@interpreted.def_impl
-def _eagerly(*arrays, run, outs):
-    with jax.disable_jit(False):
-        return jax.jit(run)(*arrays)
-
-
-@interpreted.def_abstract_eval
-def _outputs(*avals, run, outs):
-    return shaped(outs)
+    made.def_abstract_eval(lambda *avals, outs, **how: shaped(outs))
+    return made
 
 
 def shaped(outs: Sequence[tuple]) -> list[ShapedArray]:
     """Whole arrays of these shapes and dtypes, and what they vary over."""
     whole = NamedSharding(get_abstract_mesh(), PartitionSpec())
     return [ShapedArray(shape, dtype, sharding=whole, manual_axis_type=varying) for shape, dtype, varying in outs]
+
+
+# A run in interpret mode. JAX's interpreter mixes what varies over the manual axes of a `shard_map` with what does not, which
+# `check_vma` refuses; so inside of it no value says that it varies, and its outputs do.
+interpreted = primitive("interpreted")
 
 
 @partial(mlir.register_lowering, interpreted)

@@ -61,7 +61,7 @@ class Link:
             return {}, {}
         lying = {
             mail: t.Mailbox(mail, self.ranks, self.width, self.flags),
-            epochs: t.Viewed(epochs, (self.rows,), (0,), (0,), (1,)),
+            epochs: t.Viewed.whole(epochs, (self.rows,)),
         }
         return {mail: self.table, epochs: self.epochs}, lying
 

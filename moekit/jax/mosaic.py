@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 
@@ -11,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from moekit.backends import mosaic, pallas
+from moekit.backends.loaded import load
 from moekit.compile import tile as t
 from moekit.jax import launch
-from moekit.jax.launch import NOWHERE, shaped
+from moekit.jax.launch import NOWHERE
 
 SCRATCH = 8192  # bytes in which warps add up: four float32 for each thread
 
@@ -25,11 +24,7 @@ SCRATCH = 8192  # bytes in which warps add up: four float32 for each thread
 @lru_cache(maxsize=1024)
 def kernel(program: t.TileProgram, interpret: bool):
     """The kernel function of a program, compiled from its emitted source; in interpret mode helpers know no threads."""
-    source = mosaic.emit(program)
-    filename = f"<moekit mosaic {program.name} {program.digest} {hash(source) & 0xFFFFFFFF:08x}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    names: dict = {}
-    exec(compile(source, filename, "exec"), names)
+    names = load("mosaic", program.name, mosaic.emit(program), program.digest)
     names |= INTERPRETED if interpret else {}
     return names[mosaic.kernel_name(program)]
 
@@ -47,19 +42,7 @@ def call(
 
 # One launch: `count` programs of a kernel, which takes the arrays that it reads. JAX mixes in Mosaic GPU's kernels what varies
 # over manual axes of a `shard_map` with what does not, so inside of this no value says that it varies, and its outputs do.
-mosaic_call = Primitive("mosaic_call")
-mosaic_call.multiple_results = True
-
-
-@mosaic_call.def_impl
-def _eagerly(*arrays, **how):
-    with jax.disable_jit(False):
-        return jax.jit(partial(mosaic_call.bind, **how))(*arrays)
-
-
-@mosaic_call.def_abstract_eval
-def _outputs(*avals, program, wrote, outs, count):
-    return shaped(outs)
+mosaic_call = launch.primitive("mosaic_call")
 
 
 @partial(mlir.register_lowering, mosaic_call, platform="cuda")

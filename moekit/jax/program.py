@@ -6,7 +6,7 @@ traced and compiled once; inside another jit they are inlined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -20,7 +20,7 @@ from moekit.backends.mosaic import refusal
 from moekit.backends.triton_entry import behind
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
-from moekit.compile.plan import Plan, plan, whole
+from moekit.compile.plan import Plan, plan
 from moekit.compile.schedule import Schedule
 from moekit.errors import UnavailableError
 from moekit.jax import launch, ttir
@@ -58,7 +58,7 @@ class Static:
     @property
     def sizes(self) -> dict[str, int]:
         """The size of every axis."""
-        return sizes_of(self.graph, self.binding)
+        return self.graph.sizes(dict(self.binding.sizes))
 
     def target(self, name: str) -> str:
         """The name of the memory that an output is written to."""
@@ -80,25 +80,14 @@ class Static:
         """The shape of every tensor that is part of an array."""
         form = out_of_place(self.graph, self.separate)
         parts = {n: at for n, at in self.layouts if isinstance(at, t.Viewed)}
-        return {n: shape_of(form, self.sizes, n) if n in form.tensors else at.base for n, at in parts.items()}
+        return {n: form.shape(n, self.sizes) if n in form.tensors else at.base for n, at in parts.items()}
 
     def start(self, planned: Plan) -> tuple[Callable[..., dict], list[str]]:
         """What runs the kernels, as `launch.launch` does, and the buffers that they write."""
         if self.door == "triton":
-            lying = dict(self.layouts) | {s.name: whole(s, self.sizes) for s in planned.scratch}
+            lying = dict(self.layouts) | {s.name: t.Viewed.whole(s.name, s.shape(self.sizes)) for s in planned.scratch}
             return partial(ttir.launch, planned, lying, self.lengths), ttir.written(planned, lying)
         return partial(launch.launch, planned, target=self.door), launch.written(planned)
-
-
-def sizes_of(graph: Graph, binding: Binding) -> dict[str, int]:
-    """The size of every axis of a bound graph."""
-    return dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None}
-
-
-def shape_of(graph: Graph, sizes: Mapping[str, int], name: str) -> tuple[int, ...]:
-    """The shape of an operand or output."""
-    tensor = graph.tensors[name]
-    return tuple(1 if i in tensor.ones else sizes[d.text] for i, d in enumerate(tensor.dims))
 
 
 @lru_cache(maxsize=MOST_KEPT)
@@ -161,7 +150,7 @@ def _array_form(static: Static, wanted: list[str], arrays: tuple[jax.Array, ...]
 
     def lying(at: t.Viewed, base: jax.Array, name: str) -> View:
         picked = tuple((axis, memory[place][0]) for axis, place in at.picked)
-        return View(base, at.axes, at.starts, at.steps, shape_of(graph, sizes, name), at.fixed, picked)
+        return View(base, at.axes, at.starts, at.steps, graph.shape(name, sizes), at.fixed, picked)
 
     operands = {n: lying(layouts[n], memory[layouts[n].buffer], n).array() for n in static.fusion.tensors}
     written: dict[str, jax.Array] = {}
@@ -177,7 +166,7 @@ def _array_form(static: Static, wanted: list[str], arrays: tuple[jax.Array, ...]
 def evaluated(fusion: Fusion, binding: Binding, library: str = "jax") -> Callable[[dict], dict]:
     """The function from operands by name to outputs by name, by array evaluation with `library` (libraries.py)."""
     graph = fusion.trace(binding)
-    sizes = sizes_of(graph, binding)
+    sizes = graph.sizes(dict(binding.sizes))
 
     def run(arrays: dict) -> dict:
         return evaluate(graph, arrays, sizes, library)

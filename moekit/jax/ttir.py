@@ -8,7 +8,6 @@ numbers, so sizes and strides are constants in it, and a View's is a kernel of i
 from __future__ import annotations
 
 import importlib.util
-import linecache
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from importlib import metadata
@@ -17,16 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import ManualAxisType
 
+from moekit.backends.loaded import load
 from moekit.backends.triton_entry import Entry, Lying, begins, buffers, entry, picks, strides_of
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.compile.tile import interpret
 from moekit.errors import UnavailableError
-from moekit.jax.launch import NOWHERE, interpreted, shaped, spread
+from moekit.jax.launch import NOWHERE, interpreted, primitive, spread
 
 TARGET = "__gpu$xla.gpu.triton"  # XLA's name of its compiler
 CAPABILITY = 90  # of the GPU that the front end is told of: it asks for the float8 types alone; XLA knows what is there
@@ -63,7 +62,7 @@ def ttir(made: Entry, warps: int, stages: int) -> str:
     from triton.backends.compiler import GPUTarget, Language
     from triton.compiler import ASTSource, make_backend
 
-    function = _function(made)
+    function = load("triton", made.name, made.source)[made.name]
     signature = {name: POINTERS[dtype] for name, dtype in zip(function.arg_names, made.dtypes, strict=True)}
     aligned = {(i,): [["tt.divisibility", ALIGNED]] for i in range(len(signature))}
     source, target = ASTSource(function, signature, {}, aligned), GPUTarget("cuda", CAPABILITY, 32)
@@ -76,15 +75,6 @@ def ttir(made: Entry, warps: int, stages: int) -> str:
     module = source.make_ir(target, options, *generators, context)
     backend.add_stages(stages_of, options, Language.TRITON)
     return stages_of["ttir"](module, {}).str_nodebug()
-
-
-def _function(made: Entry) -> Any:
-    """The `triton.jit` function of an entry."""
-    filename = f"<moekit triton {made.name} {hash(made.source) & 0xFFFFFFFF:08x}>"
-    linecache.cache[filename] = (len(made.source), None, made.source.splitlines(True), filename)
-    names: dict = {"__name__": f"moekit_generated_{made.name}"}
-    exec(compile(made.source, filename, "exec"), names)
-    return names[made.name]
 
 
 def written(plan: Plan, lying: Lying) -> list[str]:
@@ -134,19 +124,7 @@ def _run(plan: Plan, lying: tuple, names: tuple, kinds: dict, sizes: dict, varyi
 
 
 # One launch: `count` programs of a kernel, which takes the arrays that it reads. Triton makes its text when it is lowered.
-triton_call = Primitive("triton_call")
-triton_call.multiple_results = True
-
-
-@triton_call.def_impl
-def _eagerly(*arrays, **how):
-    with jax.disable_jit(False):
-        return jax.jit(partial(triton_call.bind, **how))(*arrays)
-
-
-@triton_call.def_abstract_eval
-def _outputs(*avals, program, lying, count, outs):
-    return shaped(outs)
+triton_call = primitive("triton_call")
 
 
 @partial(mlir.register_lowering, triton_call, platform="cuda")

@@ -119,17 +119,11 @@ class Fusion:
                     f"[{', '.join(d.text for d in self._dims[name])}]"
                 )
         sizes = self._solve(shapes)
-        ones = []
+        ones: dict[str, frozenset[int]] = {}
         for name, dims in self._dims.items():
-            ones.append(
-                (
-                    name,
-                    frozenset(i for i, d in enumerate(dims) if d.optional and shapes[name][i] == 1 != sizes[d.text]),
-                )
-            )
-            for i, d in enumerate(dims):
-                if shapes[name][i] != d.size(sizes) and i not in ones[-1][1]:
-                    raise ShapeError(self._misfit(name, shapes[name], sizes))
+            ones[name] = frozenset(i for i, d in enumerate(dims) if d.optional and shapes[name][i] == 1 != sizes[d.text])
+            if any(shapes[name][i] != d.size(sizes) and i not in ones[name] for i, d in enumerate(dims)):
+                raise ShapeError(self._misfit(name, shapes[name], sizes))
         found = self.follow(sizes, params)
         if wrong := [a for a, n in found.items() if sizes.get(a, n) != n]:
             raise ShapeError(
@@ -143,7 +137,7 @@ class Fusion:
                 f"{self.name}: axis {long[0]} has {every[long[0]]} elements; kernels count to {LONGEST}, so split the call"
             )
         every = {**{d: s for d, s in sizes.items() if d not in every}, **every}
-        return Binding(tuple(every.items()), tuple(dtypes.items()), tuple(params.items()), tuple(ones))
+        return Binding(tuple(every.items()), tuple(dtypes.items()), tuple(params.items()), tuple(ones.items()))
 
     def _solve(self, shapes: Mapping[str, tuple]) -> dict[str, int]:
         """Sizes of the plain axes, first from plain dimensions, then from those with one unknown left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -148,23 +148,21 @@ class Graph:
         """The nodes some output needs, in order."""
         return self._live
 
+    def live_nodes(self, *ops: str) -> Iterator[Node]:
+        """The nodes some output needs, in order; of some operations alone, where these are said."""
+        return (n for n in map(self.nodes.__getitem__, self._live) if not ops or n.op in ops)
+
     @cached_property
     def _live(self) -> tuple[int, ...]:
-        needed, stack = set(), [n for w in self.writes for n in (w.value, *w.ids)]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(self.nodes[node].args)
-        return tuple(sorted(needed))
+        return tuple(sorted(made_of(self.nodes, *(n for w in self.writes for n in (w.value, *w.ids)))))
 
     @cached_property
     def elsewhere(self) -> dict[str, frozenset[int]]:
         """The updated tensors that are also read at other elements than the one written, with the dimensions that differ."""
         written = {w.tensor: [_meaning(e, w.ids) for e in w.index] for w in self.writes}
         found: dict[str, frozenset[int]] = {}
-        for n in (self.nodes[i] for i in self.live()):
-            if n.op == "read" and (own := written.get(name := n.attr("tensor"))) is not None:
+        for n in self.live_nodes("read"):
+            if (own := written.get(name := n.attr("tensor"))) is not None:
                 read = [_meaning(e, n.args) for e in n.attr("index")]
                 differ = {d for d, pair in enumerate(zip(own, read, strict=True)) if pair[0] != pair[1]}
                 found |= {name: found.get(name, frozenset()) | differ} if differ else {}
@@ -191,8 +189,15 @@ class Graph:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """The mesh axes over which live nodes add up, each with its number of ranks; empty where one rank does all."""
-        live = (self.nodes[i] for i in self.live())
-        return {n.attr("over"): n.attr("ranks") for n in live if n.op == "all_reduce"}
+        return {n.attr("over"): n.attr("ranks") for n in self.live_nodes("all_reduce")}
+
+    def sizes(self, bound: Mapping[str, int]) -> dict[str, int]:
+        """The size of every axis, of a call that says those of dynamic ones."""
+        return {**bound, **{a: s for a, s in self.axes.items() if s is not None}}
+
+    def shape(self, tensor: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of a tensor, by the size of every axis."""
+        return tuple(1 if a is None else sizes[a] for a in self.tensors[tensor].axes)
 
     def inputs(self) -> list[Tensor]:
         """The operands, in declared order."""
@@ -241,6 +246,16 @@ class Graph:
         attrs = ", ".join(f"{k}={_plain(v)}" for k, v in node.attrs)
         inner = "; ".join(part for part in (args, attrs) if part)
         return f"{self._label(i)} = {node.op}({inner}) : {node.dtype}[{', '.join(node.axes)}]"
+
+
+def made_of(nodes: Sequence[Node], *which: int) -> set[int]:
+    """Some nodes, and all that they are computed from."""
+    found, left = set(), [*which]
+    while left:
+        if (i := left.pop()) not in found:
+            found.add(i)
+            left += nodes[i].args
+    return found
 
 
 def _meaning(entry: Index, args: tuple[int, ...]) -> Index:

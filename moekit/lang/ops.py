@@ -88,8 +88,8 @@ def names_of(over: str) -> list[str]:
 
 
 def summable(x: Value) -> Value:
-    """Bools and narrow integers in int32, wider ones as they are."""
-    return convert(x, "int32") if x.dtype in ("bool", "int8", "int16") else x
+    """Floats in float32, bools and narrow integers in int32, wider ones as they are."""
+    return convert(x, "int32" if x.dtype in ("bool", "int8", "int16") else widened(x.dtype))
 
 
 def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
@@ -114,13 +114,8 @@ def _first(x: Value, over: str, upto: Value | int | None, kind: str) -> Value:
 
 
 def _reduce(kind: str, x, over: str, upto: Value | int | None = None) -> Value:
-    x = as_value(x, "float32")
+    x = _first(summable(as_value(x, "float32")), over, upto, kind)
     builder = x.builder
-    if is_float(x.dtype):
-        x = convert(x, "float32")
-    else:
-        x = summable(x)
-    x = _first(x, over, upto, kind)
     for axis in names_of(over):
         size = builder.axis_size(axis)
         if kind != "sum" and size == 0 and end_of(builder.nodes, x.node, axis, kind) is None:
@@ -161,8 +156,7 @@ def mean(x, over: str) -> Value:
 
 def cumsum(x, over: str) -> Value:
     """Running sum along the named axes, the last one's elements following each other; inclusive, in float32 for floats."""
-    x = as_value(x, "float32")
-    x = convert(x, "float32") if is_float(x.dtype) else summable(x)
+    x = summable(as_value(x, "float32"))
     *outer, axis = names_of(over)
     if axis not in x.axes:
         raise DeclarationError(f"{x.builder.name}: cumsum over {axis!r}, but the value varies over {x.axes}")

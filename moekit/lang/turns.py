@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from moekit.errors import DeclarationError
-from moekit.lang.graph import Graph, Index, Node
+from moekit.lang.graph import Graph, Index, Node, made_of
 from moekit.lang.ops import traced
 from moekit.lang.reindex import visit
 from moekit.lang.trace import Builder, Value, constant, convert, tracing
@@ -26,15 +26,15 @@ def in_turns(step: Callable[[Value], tuple[Any, Value]], begin: Value, over: str
         raise DeclarationError(f"{builder.name}: in_turns over the dynamic axis {over!r}; its size must be static")
     if over in begin.axes:
         raise DeclarationError(f"{builder.name}: in_turns over {over!r} begins with a value that varies over {over!r}")
-    others = [i for i, n in enumerate(builder.nodes) if n.op == "after" and n.attr("axis") == over]
-    if any(_made_of(builder, begin.node, i) for i in others):
+    before = (builder.nodes[i] for i in made_of(builder.nodes, begin.node))
+    if any(n.op == "after" and n.attr("axis") == over for n in before):
         raise DeclarationError(f"{builder.name}: in_turns over {over!r} begins with what other turns over {over!r} left")
     attrs = (("axis", over), ("number", sum(n.op == "before" for n in builder.nodes)))
     held = builder.add("before", (begin.node,), attrs, begin.dtype)
     given, left = step(held)
     for n in builder.nodes[held.node + 1 :]:
-        own = (a for a in n.args if over in builder.nodes[a].axes and _made_of(builder, a, held.node))
-        if dict(n.attrs).get("axis") == over and next(own, None) is not None:
+        own = [a for a in n.args if over in builder.nodes[a].axes] if dict(n.attrs).get("axis") == over else []
+        if held.node in made_of(builder.nodes, *own):
             raise DeclarationError(f"{builder.name}: in_turns over {over!r} has a {n.op} along {over!r} of what it hands on")
     left = convert(traced(left, "in_turns"), begin.dtype)
     if {*left.axes, over} != set(held.axes):
@@ -45,21 +45,9 @@ def in_turns(step: Callable[[Value], tuple[Any, Value]], begin: Value, over: str
     return given, builder.add("after", (held.node, left.node), (("axis", over),), begin.dtype)
 
 
-def _made_of(builder: Builder, node: int, other: int) -> bool:
-    """Whether a node is made of another one."""
-    seen, left = set(), [node]
-    while left:
-        if (i := left.pop()) == other:
-            return True
-        if i not in seen and i > other:  # what is made of it comes after it
-            seen.add(i)
-            left += builder.nodes[i].args
-    return False
-
-
 def unrolled(graph: Graph) -> Graph:
     """The same graph where nothing is handed on: each element's nodes are made of those of the one before."""
-    if not any(graph.nodes[i].op == "after" for i in graph.live()):
+    if not any(graph.live_nodes("after")):
         return graph
     builder = Builder(graph.name, graph.axes, mesh=graph.ranks)
     with tracing(builder):
@@ -105,7 +93,7 @@ class _Copy:
     def _begun(self, axis: str) -> list[dict[int, int]]:
         """By turn along an axis, and once more behind the last, what is known of it: first what it begins with."""
         if axis not in self.turns:
-            ends = [n for i in self.graph.live() if (n := self.graph.nodes[i]).op == "after" and n.attr("axis") == axis]
+            ends = [n for n in self.graph.live_nodes("after") if n.attr("axis") == axis]
             begins = {self.made[n.args[0]]: self.outside(self.graph.nodes[n.args[0]].args[0], "") for n in ends}
             self.turns[axis] = [begins]
             for m in range(self.graph.axes[axis] or 0):

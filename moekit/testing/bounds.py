@@ -26,7 +26,8 @@ import numpy as np
 from moekit.lang.fusion import Fusion
 from moekit.lang.graph import Graph, Node, Write
 from moekit.lang.turns import unrolled
-from moekit.testing.propagate import ALONG, LARGEST, RULES, Bound, Evaluation, placed
+from moekit.testing.evaluation import LARGEST, Bound, Evaluation
+from moekit.testing.propagate import ALONG, RULES, placed
 
 
 def bounds(fusion: Fusion, inputs: Mapping[str, np.ndarray], params: Mapping[str, object] | None = None) -> dict[str, Bound]:
@@ -48,7 +49,6 @@ class _Evaluation(Evaluation):
 
     def outputs(self) -> dict[str, Bound]:
         """Every write's bound, before the rounding that the write's dtype makes."""
-        self.nodes: dict[int, Bound] = {}
         self.unrounded: dict[int, Bound] = {}
         for i in self.graph.live():
             node = self.graph.nodes[i]

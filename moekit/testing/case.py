@@ -17,7 +17,7 @@ from moekit.compile.schedule import Schedule
 from moekit.errors import MoekitError, UnavailableError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.fusion import Binding, Fusion
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, made_of
 from moekit.testing.layouts import READ_ONLY, Layout, lay
 from moekit.testing.values import make, shapes_of
 
@@ -137,7 +137,7 @@ class FuzzCase:
     @functools.cached_property
     def extents(self) -> dict[str, int]:
         """The size of every axis of the graph."""
-        return dict(self.binding.sizes) | {a: s for a, s in self.graph.axes.items() if s is not None}
+        return self.graph.sizes(dict(self.binding.sizes))
 
     @property
     def names(self) -> list[str]:
@@ -258,15 +258,11 @@ def spread(x: np.ndarray, layout: Layout) -> np.ndarray:
 
 def read_ids(graph: Graph) -> set[str]:
     """Operands that decide what a `gather` reads, where a `place` puts or how far `upto` goes: references index with them."""
-    nodes, found = graph.nodes, set()
+    nodes = graph.nodes
     counted = [n for n in nodes if n.op in COMPARED and "iota" in {nodes[a].op for a in n.args}]
     left = [a for n in counted for a in n.args] + [a for n in nodes if n.op == "read" for a in n.args]
     left += [a for n in nodes if n.op == "place" for a in n.args[1:]]
-    while left:
-        if (i := left.pop()) not in found:
-            found.add(i)
-            left += graph.nodes[i].args
-    return {graph.nodes[i].attr("tensor") for i in found if graph.nodes[i].op == "read"}
+    return {nodes[i].attr("tensor") for i in made_of(nodes, *left) if nodes[i].op == "read"}
 
 
 def unique_ids(graph: Graph) -> dict[str, str]:

@@ -15,7 +15,7 @@ from moekit.compile.plan import plan
 from moekit.compile.tile.interpret import poison
 from moekit.compile.tile.layouts import PAIR, contiguous, epochs_name, mail_name, pitch
 from moekit.compile.tile.ranks import Mail, Mailboxes, play
-from moekit.lang.graph import Graph, Node
+from moekit.lang.graph import Graph, made_of
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor
 
@@ -45,7 +45,7 @@ def _packet_problems() -> list[str]:
     two may be one vector access; and each one's epoch is looked at."""
     problems = []
     for words in range(1, PAIR + 1):
-        texts = packet.send(words), packet.receive(words, 1)
+        texts = packet.send(words).text, packet.receive(words, 1).text
         stores, loads = (re.findall(r"@\w+ (st|ld)(\S+) [^;]*packet", text) for text in texts)
         shape = ".relaxed.sys.global" + ".v2" * (words == 2) + ".b64"
         looked = sorted(re.findall(r"setp\.ne\S+ \w+, (epoch\w+),", texts[1]))
@@ -58,9 +58,10 @@ def _packet_problems() -> list[str]:
 
 def _flag_problems() -> Iterator[str]:
     """What is wrong with the text of flags: one store that releases, in the first thread; loads that acquire."""
-    stores = re.findall(r"@(\w+) (st\S+) ", packet.raise_flag())
-    loads = re.findall(r"POLL:\s*@\w+ (ld\S+) seen", packet.await_flag(1))
-    if stores != [("first", "st.release.sys.global.b32")] or "setp.eq.u32 first, thread, 0" not in packet.raise_flag():
+    raised = packet.raise_flag().text
+    stores = re.findall(r"@(\w+) (st\S+) ", raised)
+    loads = re.findall(r"POLL:\s*@\w+ (ld\S+) seen", packet.await_flag(1).text)
+    if stores != [("first", "st.release.sys.global.b32")] or "setp.eq.u32 first, thread, 0" not in raised:
         yield f"a flag is raised by {stores}, not by one store of the first thread that releases"
     if loads != ["ld.acquire.sys.global.b32"]:
         yield f"a flag is looked at by {loads}, not by loads that acquire"
@@ -71,7 +72,7 @@ def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], se
     ranks, calls = len(given[0]), len(given)
     made = plan(graph, None, contiguous(graph, sizes))
     memories: list[list[dict]] = []
-    axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in (graph.nodes[i] for i in graph.live()) if n.op == "all_reduce"}
+    axes = {n.attr("over"): graph.nodes[n.args[0]].axes for n in graph.live_nodes("all_reduce")}
     extents = {over: [sizes[a] for a in own] for over, own in axes.items()}
     boxes = {over: Mailboxes(ranks, (*most, pitch(last))) for over, (*most, last) in extents.items()}
     for r in range(ranks):
@@ -88,21 +89,13 @@ def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], se
 def _differ(case: FuzzCase, given: Operands, found: list[dict]) -> list[str]:
     """Where ranks have something else than array evaluation: other bits of what no sum within a rank reaches."""
     problems, graph = [], case.graph
-    for rank, wanted in enumerate(evaluate_ranks(graph, given, case.extents, "numpy")):
+    value = {w.tensor: w.value for w in graph.writes}
+    for rank, wanted in enumerate(evaluate_ranks(graph, given, case.extents)):
         for name, x in wanted.items():
             got, near = found[rank][name].astype(np.float64), CLOSE.get(x.dtype.name, 0.0)
-            exact = not any(n.op == "reduce" for n in _behind(graph, name))
+            exact = not any(graph.nodes[i].op == "reduce" for i in made_of(graph.nodes, value[name]))
             with np.errstate(all="ignore"):
                 same = np.isclose(got, x.astype(np.float64), 0 if exact else near, 0 if exact else near, equal_nan=True)
             if not same.all():
                 problems.append(f"{name} of rank {rank} of {len(given)} has {int((~same).sum())} of {same.size} other elements")
     return problems
-
-
-def _behind(graph: Graph, output: str) -> Iterator[Node]:
-    """The nodes that an output is made of."""
-    left = [w.value for w in graph.writes if w.tensor == output]
-    while left:
-        node = graph.nodes[left.pop()]
-        left += node.args
-        yield node

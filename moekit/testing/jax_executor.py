@@ -17,7 +17,6 @@ import numpy as np
 from moekit.backends.mosaic import unprinted
 from moekit.jax import View, launch, mosaic, op, program, view
 from moekit.jax.face import KERNELS
-from moekit.jax.program import sizes_of
 from moekit.testing.case import FuzzCase
 from moekit.testing.executors import Executor, keep, launches, schedule_of
 from moekit.testing.guard import Slot
@@ -154,4 +153,5 @@ def _printed(case: FuzzCase) -> bool:
     """Whether the case has Mosaic kernels."""
     fusion = case.declaration
     binding = fusion.bind({n: case.shape(n) for n in case.shapes}, case.dtypes, fusion.bind_params(case.params))
-    return unprinted(fusion.trace(binding), sizes_of(fusion.trace(binding), binding), schedule_of(case)) is None
+    graph = fusion.trace(binding)
+    return unprinted(graph, graph.sizes(dict(binding.sizes)), schedule_of(case)) is None

@@ -17,11 +17,11 @@ import numpy as np
 from moekit.errors import MoekitError
 from moekit.lang.dtypes import MANTISSA, MIN_EXPONENT, is_float, numpy_dtype, round_to
 from moekit.lang.fusion import Fusion
-from moekit.lang.graph import COMPARE, Graph
+from moekit.lang.graph import COMPARE, Graph, made_of
 from moekit.testing.bounds import graph_bounds
 from moekit.testing.case import Call, FuzzCase
 from moekit.testing.constants import DEFAULT, constant
-from moekit.testing.propagate import TINY, Bound
+from moekit.testing.evaluation import TINY, Bound
 
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
@@ -219,7 +219,7 @@ def _exact(graph: Graph, want: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     found: dict[str, np.ndarray] = {}
     for w in graph.writes:
         dtype, value = graph.tensors[w.tensor].dtype, want[w.tensor].astype(np.float64)
-        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in behind(graph, w.value))
+        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in made_of(graph.nodes, w.value))
         if exact and value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 64:
             found[w.tensor] = round_to(value, dtype)
     return found
@@ -240,18 +240,8 @@ def _chosen(fusion: Fusion, graph: Graph, values: Mapping[str, np.ndarray], para
 
 def _compares(graph: Graph, value: int) -> bool:
     """Whether two floats (not one with itself, which is a test for NaN) are compared on the way to a value."""
-    nodes = [graph.nodes[i] for i in behind(graph, value)]
+    nodes = [graph.nodes[i] for i in made_of(graph.nodes, value)]
     return any(n.op in COMPARE and len(set(n.args)) == 2 and is_float(graph.nodes[n.args[0]].dtype) for n in nodes)
-
-
-def behind(graph: Graph, node: int) -> set[int]:
-    """A node, and all from which it is computed."""
-    found, left = set(), [node]
-    while left:
-        i = left.pop()
-        left += [a for a in graph.nodes[i].args if a not in found]
-        found.add(i)
-    return found
 
 
 def _is_exact(graph: Graph, i: int) -> bool:

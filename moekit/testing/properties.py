@@ -14,14 +14,14 @@ import numpy as np
 from moekit.compile.schedule.facts import axis_uses, gathered
 from moekit.errors import AliasError
 from moekit.lang.dtypes import numpy_dtype
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, made_of
 from moekit.testing.batch import run_alone, run_case
 from moekit.testing.case import FuzzCase, read_ids, unique_ids
 from moekit.testing.exchange import ranks_add_up
 from moekit.testing.executors import JAX, Executor, Torch, to_numpy
 from moekit.testing.executors import executor as make_executor
 from moekit.testing.guard import POISONS, Arena, Placed, place
-from moekit.testing.oracle import Oracle, behind
+from moekit.testing.oracle import Oracle
 
 SCALE = 4.0
 
@@ -257,7 +257,7 @@ def _stained(x: np.ndarray, axes: tuple[str | None, ...], axis: str, n: int) -> 
 def _reduced(graph: Graph, output: str) -> bool:
     """Whether a float reduction lies behind an output."""
     value = next(w.value for w in graph.writes if w.tensor == output)
-    nodes = [graph.nodes[i] for i in behind(graph, value)]
+    nodes = [graph.nodes[i] for i in made_of(graph.nodes, value)]
     return any(n.op in ("contract", "exp_sum", "cumsum") or (n.op == "reduce" and n.attr("kind") == "sum") for n in nodes)
 
 

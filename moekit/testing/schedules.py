@@ -8,7 +8,7 @@ from dataclasses import replace
 from moekit.compile.passes.form import over_operand
 from moekit.compile.rules import heuristic, spread
 from moekit.compile.schedule import Abreast, Launch, Loop, Parts, Rounds, Schedule, Section, Split, Tile, Whole, pow2
-from moekit.compile.schedule.cuts import launched, section_graphs
+from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.facts import AxisUse, axis_uses, gemms, scattered
 from moekit.compile.schedule.legal import block_size, legal
 from moekit.lang.fusion import Binding, Fusion
@@ -54,7 +54,7 @@ def elements(graph: Graph, schedule: Schedule) -> int:
     """Elements that a warp has of all values of a program together, of the launch with most; products as they are summed up."""
     most = 0
     for launch, part, _ in launched(graph, schedule):
-        for own, section in zip(section_graphs(part, launch), launch.sections, strict=True):
+        for own, section in sections_of(part, launch):
             most = max(most, sum(block_size(own, section, i) for i in own.live()) // launch.warps)
     return most
 

@@ -33,8 +33,8 @@ from moekit.lang import (
     sum,
     where,
 )
+from moekit.testing.evaluation import TINY, UNIT
 from moekit.testing.oracle import Standard
-from moekit.testing.propagate import TINY, UNIT
 
 
 def _add_rms_norm(x, residual, weight, *, eps, offset):

@@ -32,8 +32,7 @@ class Bound:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an operand or output."""
-        tensor = self.graph.tensors[name]
-        return tuple(1 if i in tensor.ones else self.sizes[d.text] for i, d in enumerate(tensor.dims))
+        return self.graph.shape(name, self.sizes)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of an operand or output."""
@@ -72,7 +71,7 @@ def bind(fusion: Fusion, operands: Mapping[str, torch.Tensor], params: Mapping[s
     binding = fusion.bind(shapes, dtypes, fusion.bind_params(params))
     _refuse_empty(fusion, shapes)
     graph = fusion.trace(binding)
-    sizes = dict(binding.sizes) | {a: s for a, s in graph.axes.items() if s is not None} | symbols
+    sizes = graph.sizes(dict(binding.sizes)) | symbols
     if symbols:
         sizes |= fusion.follow(sizes, dict(binding.params))
     return Bound(binding, graph, sizes)

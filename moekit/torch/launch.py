@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 
 from moekit.backends import triton as emitter
+from moekit.backends.loaded import load
 from moekit.compile import tile as t
 from moekit.compile.plan import Plan
 from moekit.compile.tile.layouts import strided
@@ -43,13 +42,7 @@ class Launch:
 @lru_cache(maxsize=4096)
 def kernel(program: t.Kernel):
     """The `triton.jit` function of a program, made from its emitted source."""
-    source = emitter.emit(program)
-    short = hashlib.sha256(source.encode()).hexdigest()[:8]
-    filename = f"<moekit triton {program.name} {program.digest} {short}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    names: dict = {"__name__": f"moekit_generated_{program.name}"}
-    exec(compile(source, filename, "exec"), names)
-    return names[emitter.kernel_name(program)]
+    return load("triton", program.name, emitter.emit(program), program.digest)[emitter.kernel_name(program)]
 
 
 _known: dict[int, tuple[t.Kernel, Any, tuple[emitter.Argument, ...]]] = {}

@@ -32,7 +32,7 @@ from moekit.compile.schedule import (
     Whole,
     pow2,
 )
-from moekit.compile.schedule.cuts import launched, part, section_graphs, stageable
+from moekit.compile.schedule.cuts import launched, sections_of, stageable
 from moekit.compile.schedule.directives import Axis
 from moekit.compile.schedule.facts import axis_uses, part_axis, shares, twins
 from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
@@ -142,8 +142,7 @@ def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
     yield from (launch.but(Warps(w)) for w in (launch.warps * 2, launch.warps // 2))
     if any(s.all(Loop) for s in launch.sections):
         yield from (launch.but(Stages(n)) for n in (launch.stages + 1, launch.stages - 1) if n <= LONGEST_PIPELINE)
-    for n, section in enumerate(launch.sections):
-        mine = part(graph, section.outputs)
+    for n, (mine, section) in enumerate(sections_of(graph, launch)):
         every = [*(Pair(x) for x in twins(mine)), *(Prefetch(x) for x in prefetchable(mine, section))]
         for d in every:
             has = d in section.directives
@@ -191,9 +190,7 @@ def _keeps_dots(graph: Graph, before: Schedule, after: Schedule) -> bool:
 
 
 def _dots(graph: Graph, schedule: Schedule) -> int:
-    pairs = [
-        p for launch, g, _ in launched(graph, schedule) for p in zip(section_graphs(g, launch), launch.sections, strict=True)
-    ]
+    pairs = [each for launch, g, _ in launched(graph, schedule) for each in sections_of(g, launch)]
     return sum(g.nodes[i].op == "contract" and uses_dot(g, s, i) for g, s in pairs for i in g.live())
 
 

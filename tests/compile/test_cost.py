@@ -13,7 +13,7 @@ from moekit.compile.schedule.cuts import cut, stageable
 from moekit.compile.schedule.legal import legal
 from moekit.compile.schedule.targets import MEASURED
 from moekit.fusions import FUSIONS
-from moekit.lang import In, cast, contract, f32, fusion, gather, halves, silu, sum
+from moekit.lang import In, cast, contract, f32, fusion, gather, halves, iota, silu, sum, where
 from moekit.lang.arguments import example
 from moekit.testing import Call, check, operands, run
 from tests.sizes import sizes_of
@@ -104,10 +104,36 @@ def test_what_may_be_staged():
     for node in found.values():
         n = graph.nodes[node]
         assert n.op in ("contract", "reduce") or (n.op, n.dtype) == ("cast", "bfloat16")
-    products = {graph.names.get(i, f"v{i}") for i in graph.live() if graph.nodes[i].op == "mul"}
-    assert products.isdisjoint(found)
-    schedule = Schedule.parse(f"{ONE} stage:{sorted(products)[0]} then tile:T:1")
+    products = {i for i in graph.live() if graph.nodes[i].op == "mul"}
+    assert products.isdisjoint(found.values())
+    schedule = Schedule.parse(f"{ONE} stage:ids then tile:T:1")
     assert "cannot be staged; results of products and sums and narrowing casts can" in (legal(graph, schedule) or "")
+
+
+@fusion(x=In("T D"), y=In("T D"), w=In("P D"), v=In("P"))
+def nameless(x, y, w, v):
+    """Values without names, and a parameter that is called as one of them could be."""
+    sum_d = f32(y)
+    wide = contract(f32(x), f32(w), over="D") * f32(v)
+    return cast(sum(wide * sum(sum_d, over="D") * sum(f32(x) * f32(x), over="D"), over="P"), x.dtype)
+
+
+@fusion(x=In("T D"), y=In("T D"), w=In("P D"), v=In("P"))
+def nameless_later(x, y, w, v):
+    """The same with something else before it."""
+    sum_d = f32(y)
+    wide = contract(f32(x), where(iota("D") < 3, f32(w), 0.0), over="D") * f32(v)
+    return cast(sum(wide * sum(sum_d, over="D") * sum(f32(x) * f32(x), over="D"), over="P"), x.dtype)
+
+
+@pytest.mark.parametrize("declared", [nameless, nameless_later])
+def test_what_is_staged_is_called_by_what_it_is(declared):
+    """Whatever else there is, so that kernels keep their names; and a launch later, too."""
+    graph = good.graph_of(declared, {"x": (3, 40), "y": (3, 40), "w": (20, 40), "v": (20,)}, "bfloat16")
+    assert [*stageable(graph)] == ["product_d", "sum_d_2", "sum_d_3", "sum_p"]
+    first, rest, (scratch,) = cut(graph, Stage("product_d"))
+    assert (first.name, scratch.name) == (f"{declared.name}_staged_product_d", "staged_product_d")
+    assert [*stageable(rest)] == ["sum_d_2", "sum_d_3", "sum_p"]
 
 
 def test_small_work_may_be_done_again():

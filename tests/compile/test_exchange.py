@@ -67,7 +67,7 @@ class Played:
     def hold(self) -> None:
         """What came out is what array evaluation of all ranks has, the sum to the bit, and the same on all ranks."""
         for c, (call, size) in enumerate(zip(self.given, self.sizes, strict=True)):
-            expected = evaluate_ranks(self.graph, call, size, "numpy")
+            expected = evaluate_ranks(self.graph, call, size)
             for r, mine in enumerate(self.memories):
                 np.testing.assert_array_equal(mine[c]["residual"], expected[r]["residual"])
                 narrow = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}[mine[c]["out"].dtype.name]
@@ -134,7 +134,7 @@ def test_strides(dtype):
         out = strided(poison((5, 20), dtype)) if r else poison((5, 20), dtype)
         memories.append([{**here, "out": out, "tp_mail": Mail(boxes, r), "tp_epochs": np.zeros(ROWS, np.int32)}])
     play([lowered(2, 20, dtype)], memories, [sizes], Random(0))
-    expected = evaluate_ranks(graph, given, sizes, "numpy")
+    expected = evaluate_ranks(graph, given, sizes)
     for r, (mine,) in enumerate(memories):
         np.testing.assert_array_equal(mine["residual"], expected[r]["residual"])
         np.testing.assert_array_equal(mine["out"], memories[0][0]["out"])

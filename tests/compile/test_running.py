@@ -145,7 +145,7 @@ def test_rows_of_a_block_go_to_places_of_their_own(block):
     """A block of any size is stored at data, as no two places are the same."""
     values, expected = rows_to_move(23, 5)
     graph, out = graph_of(moved, {n: v.shape for n, v in values.items()}, {"x": "float32"}), np.full_like(expected, np.nan)
-    schedule = f"tile:T:{block} tile:K:4 stage:v3 then tile:B:8 tile:K:4"
+    schedule = f"tile:T:{block} tile:K:4 stage:placed then tile:B:8 tile:K:4"
     execute(planned(graph, schedule), values | {"out": out}, {"T": 23, "B": 46})
     np.testing.assert_array_equal(out, expected)
 
@@ -154,4 +154,4 @@ def test_a_launch_of_its_own_places():
     graph = graph_of(moved, {"has": (4,), "x": (2, 3), "at": (2,)}, {"x": "float32"})
     why = legal(graph, Schedule.parse("loop:T:1 tile:K:4 tile:B:1"))
     assert "a value is placed along B, which a launch of its own does; stage it" in (why or "")
-    assert " stage:v3 then " in str(heuristic(graph))
+    assert " stage:placed then " in str(heuristic(graph))

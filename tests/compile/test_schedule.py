@@ -95,7 +95,7 @@ REFUSED = [
     (GEMM, f"loop:D.part:1 tile:T:16 loop:D:16 tile:P:16 split:D:2 {THEN}", "must be tile:D.part:1, not loop:D.part:1"),
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 warps:4 warps:8", "warps:4 and warps:8 cannot both be said; say one"),
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 parts:D:2 parts:D:4", "parts:D:2 and parts:D:4 cannot both be said; say one"),
-    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:2 stage:v2 {THEN}", "split:D:2 and stage:v2 cannot both be said; say one"),
+    (GEMM, f"tile:T:16 loop:D:16 tile:P:16 split:D:2 stage:acc {THEN}", "split:D:2 and stage:acc cannot both be said; say one"),
     (GEMM, "tile:T:16 loop:D:16 tile:P:16 pair:packed pair:packed", "pair:packed and pair:packed cannot both be said; say one"),
     (GATES, f"{ABREAST.format(32)} abreast:T", "sections cannot be abreast along T: they need the same blocks"),
     (GATES, f"{ABREAST.format(16)} abreast:E", "sections cannot be abreast along E: they need the same blocks"),
@@ -312,7 +312,7 @@ def named_like_scratch(x, partial_0):
 SUMMED = "tile:T:2 tile:D.part:1 loop:D:8 tile:H:8 split:D:2 then loop:D.part:1 tile:T:2 loop:H:8 tile:P:4"
 CUT_TWICE = [
     (chain, f"{SUMMED} tile:H.part:1 split:H:3 then loop:H.part:1 tile:T:1 loop:P:4"),
-    (chain, "tile:T:2 loop:D:8 tile:H:8 stage:v4 then tile:T:2 loop:H:8 tile:P:4 stage:v6 then tile:T:2 loop:P:8"),
+    (chain, "tile:T:2 loop:D:8 tile:H:8 stage:sum_d then tile:T:2 loop:H:8 tile:P:4 stage:sum_h then tile:T:2 loop:P:8"),
     (named_like_scratch, "tile:T:1 tile:D.part:1 loop:D:8 split:D:2 then loop:D.part:1 tile:T:1 tile:H:8"),
 ]
 

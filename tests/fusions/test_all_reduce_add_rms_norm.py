@@ -86,7 +86,7 @@ def test_array_evaluation_of_all_ranks(ranks, dtype):
     """Every rank has the same bits, which are the sum in rank order."""
     values = operands(ranks, 4, 50, dtype)
     graph, sizes = bind(values, ranks)
-    outputs = evaluate_ranks(graph, [own(values, r) for r in range(ranks)], sizes, "numpy")
+    outputs = evaluate_ranks(graph, [own(values, r) for r in range(ranks)], sizes)
     for each in outputs:
         hold(values, ranks, each)
         assert all((each[n].tobytes() == x.tobytes()) for n, x in outputs[0].items())
@@ -133,7 +133,7 @@ def test_wrong_meshes_are_refused():
     with pytest.raises(UnavailableError, match="one process of numpy is one rank of 2"):
         evaluate(graph, own(values, 0), sizes, "numpy")
     with pytest.raises(UnavailableError, match="it adds up over 2 ranks, but there are operands of 3"):
-        evaluate_ranks(graph, [own(values, 0)] * 3, sizes, "numpy")
+        evaluate_ranks(graph, [own(values, 0)] * 3, sizes)
 
 
 def _reduces(over: str, of=lambda x: x, mesh: str = "tp", ranks: int = 2):

@@ -7,6 +7,7 @@ from moekit import lang as ml
 from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
 from moekit.fusions import FUSIONS
 from moekit.lang import In, InOut, Out, fusion
+from moekit.lang.graph import made_of
 from moekit.testing import Call, check, operands
 
 
@@ -36,7 +37,32 @@ def test_dead_code_is_not_live():
         ml.exp(x)
         return ml.f32(x) + 1.0
 
-    assert "exp" not in [trace(wasteful).nodes[i].op for i in trace(wasteful).live()]
+    graph = trace(wasteful)
+    assert "exp" not in [graph.nodes[i].op for i in graph.live()]
+    assert [n.op for n in graph.live_nodes()] == ["read", "const", "add"]
+    assert [n.op for n in graph.live_nodes("add", "exp", "read")] == ["read", "add"]
+
+
+def test_what_a_value_is_made_of():
+    """All beneath it, and nothing beside it."""
+
+    def declared(x):
+        left = ml.exp(x)
+        return {"one": left + left, "other": ml.sin(x)}
+
+    graph = trace(declared)
+    one, other = ({graph.nodes[i].op for i in made_of(graph.nodes, w.value)} for w in graph.writes)
+    assert (one, other) == ({"read", "exp", "add"}, {"read", "sin"})
+    assert made_of(graph.nodes) == set()
+    assert len(made_of(graph.nodes, *(w.value for w in graph.writes))) == len(graph.live()) == 4
+
+
+def test_sizes_and_shapes_of_a_call():
+    """A call says the sizes of dynamic axes, and no others; a dimension that came with size 1 has that."""
+    f = fusion(None, x=In("T H"), gate=In("T H?"))(lambda x, gate: ml.f32(x) * ml.f32(gate))
+    graph = f.trace(f.bind({"x": (3, 8), "gate": (3, 1)}, dict.fromkeys(("x", "gate"), "float32"), {}))
+    assert graph.sizes({"T": 5, "H": 7}) == {"T": 5, "H": 8}
+    assert [graph.shape(n, graph.sizes({"T": 5})) for n in ("x", "gate", "out")] == [(5, 8), (5, 1), (5, 8)]
 
 
 def test_names_and_lines_come_from_the_declaration():

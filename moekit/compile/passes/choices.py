@@ -15,7 +15,7 @@ def choices(program: t.TileProgram) -> t.TileProgram:
     Not where the condition varies along elements that lie side by side: these would then be loaded one by one.
     """
     f = facts_of(program)
-    uses = Counter(v for op, _ in f.ops for v in (*t.operands(op), *(op.yields if isinstance(op, t.Loop | t.AtEnd) else ())))
+    uses = Counter(v for op, _ in f.ops for v in t.reads(op))
     around = {v: outside for op, outside in f.ops for v in t.results(op)}
     gone: set[t.Value] = set()
 

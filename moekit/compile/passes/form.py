@@ -32,7 +32,7 @@ def may_overwrite(graph: Graph, output: str, operand: str) -> bool:
     source, target = graph.tensors[operand], graph.tensors[output]
     if source.role != "In" or source.dtype != target.dtype or source.axes != target.axes:
         return False
-    reads = [n for n in (graph.nodes[i] for i in graph.live()) if n.op == "read" and n.attr("tensor") == operand]
+    reads = (n for n in graph.live_nodes("read") if n.attr("tensor") == operand)
     return all((n.attr("index"), n.args) == (write.index, write.ids) for n in reads)
 
 

@@ -97,15 +97,9 @@ def _said(section: t.TileProgram) -> tuple:
 def _on[T](part: T, tensors: Mapping[str, str], begun: int | None = None) -> T:
     """A part of a program on other tensors; `begun`: where all indices begin, if said."""
 
-    def visit(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(map(visit, x))
+    def moved(x: Any) -> Any:
         if isinstance(x, t.Index) and begun is not None:
-            x = replace(x, start=begun)
-        if isinstance(x, t.Access):
-            x = replace(x, tensor=tensors[x.tensor])
-        if isinstance(x, t.Value) or not hasattr(x, "__dataclass_fields__"):
-            return x
-        return replace(x, **{n: visit(getattr(x, n)) for n in x.__dataclass_fields__})
+            return replace(x, start=begun)
+        return replace(x, tensor=tensors[x.tensor]) if isinstance(x, t.Access) else x
 
-    return visit(part)
+    return t.rebuilt(part, moved)

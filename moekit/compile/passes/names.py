@@ -90,8 +90,7 @@ def names(program: t.TileProgram) -> Names:
 
 def _uses(ops: Iterable[t.Op]) -> Counter[t.Value]:
     """How often each value is read."""
-    reads = [(t.operands(op), op.yields if isinstance(op, t.Loop | t.AtEnd) else ()) for op, _ in t.walk(ops)]
-    return Counter(v for both in reads for values in both for v in values)
+    return Counter(v for op, _ in t.walk(ops) for v in t.reads(op))
 
 
 def _choose_inline(found: Names, ops: Sequence[t.Op], uses: Counter[t.Value]) -> None:
@@ -119,7 +118,7 @@ def _choose_inline(found: Names, ops: Sequence[t.Op], uses: Counter[t.Value]) ->
 
 def _reads(found: Names, op: t.Op, made: Mapping[t.Value, tuple[int, t.Op]]) -> Iterator[t.Value]:
     """The named values that the text of an operation reads, those in expressions within it among them."""
-    left = [v for o, _ in t.walk([op]) for v in (*t.operands(o), *(o.yields if isinstance(o, t.Loop | t.AtEnd) else ()))]
+    left = [v for o, _ in t.walk([op]) for v in t.reads(o)]
     while left:
         value = left.pop()
         if value in found.inline and value in made:

@@ -105,10 +105,8 @@ class Nest(Writer):
         return home.made[entry]
 
     def _along(self, entry: Index, home: Scope) -> t.Value:
-        terms = []
-        for axis, step in entry.terms:
-            value = home.elements(axis)
-            terms.append(home.binary("mul", value, home.const(step)) if step != 1 else value)
+        along = [(home.elements(axis), step) for axis, step in entry.terms]
+        terms = [home.binary("mul", value, home.const(step)) if step != 1 else value for value, step in along]
         if not terms:
             return home.const(entry.start)
         value = reduce(lambda a, b: home.binary("add", a, b, "index"), terms)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
-from moekit.compile.passes.pairs import Twins
 from moekit.compile.passes.scope import Scope, Writer
-from moekit.compile.schedule.facts import FOLDS, ends, part_axis, twice_axis
+from moekit.compile.schedule.facts import FOLDS, Twins, ends, part_axis, twice_axis
 from moekit.lang.dtypes import STORED
 from moekit.lang.elementwise import COMBINE, IDENTITY
 from moekit.lang.graph import Node

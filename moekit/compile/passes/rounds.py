@@ -27,7 +27,7 @@ def _in_rounds(program: t.TileProgram, name: str, count: int) -> t.TileProgram:
     outside: list[t.Op] = []
     inside: list[t.Op] = []
     for op in program.body:
-        used = {v for o, _ in t.walk([op]) for v in (*t.operands(o), *(o.yields if isinstance(o, t.Loop | t.AtEnd) else ()))}
+        used = {v for o, _ in t.walk([op]) for v in t.reads(o)}
         own = any(isinstance(o, t.Elements) and o.axis == name for o, _ in t.walk([op]))
         if own or used & varies or isinstance(op, t.Store | t.Barrier):
             inside.append(op)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
-from moekit.compile.passes.pairs import Twins, paired
-from moekit.compile.schedule.directives import Section
+from moekit.compile.schedule.directives import Pair, Section
 from moekit.compile.schedule.facts import (
     PART,
     PRODUCTS,
+    Twins,
     axis_uses,
     gathered,
     part_axis,
@@ -21,7 +21,7 @@ from moekit.compile.schedule.facts import (
     shares,
     twice_axis,
 )
-from moekit.compile.schedule.legal import uses_dot
+from moekit.compile.schedule.legal import pairable, uses_dot
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph, Index
 
@@ -75,14 +75,14 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     for column in (pair.column for pair in pairs):
         twice, block = twice_axis(column), 2 * section.block(column)
         axes[twice] = t.AxisBlock(twice, block, block, "whole", of=column)
-    named = {*gathered(graph), *(graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "extent")}
+    named = {*gathered(graph), *(n.attr("axis") for n in graph.live_nodes("extent"))}
     axes |= {a: t.AxisBlock(a, extent[a], 1, "gather") for a in graph.ordered(named - set(axes))}
     params = tuple(
         t.Param(x.name, x.role, x.dtype, x.axes, layouts[x.name])
         for x in graph.tensors.values()
         if x.name in read(graph) or x.role != "In"
     )
-    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+    for n in graph.live_nodes("all_reduce"):
         value, mail, epochs = graph.nodes[n.args[0]], mail_name(n.attr("over")), epochs_name(n.attr("over"))
         params += (
             t.Param(mail, "In", value.dtype, value.axes, layouts[mail]),
@@ -97,7 +97,8 @@ class Writer(ABC):
     """The state of one lowering: the program so far, and what is known of the graph."""
 
     def __init__(self, graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, int]):
-        self.graph, self.section, self.pairs = graph, section, paired(graph, section)
+        self.graph, self.section = graph, section
+        self.pairs = [pair for d in section.all(Pair) if (pair := pairable(graph, section, d.tensor))]
         self.program, self.numbers = frame(graph, section, layouts, sizes, self.pairs), t.Numbers()
         self.looped = {a for a in axis_uses(graph) if section.mode(a) == "loop"}
         self.level, _ = reduction_levels(graph, self.looped)

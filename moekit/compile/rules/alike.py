@@ -28,9 +28,8 @@ def alike(graph: Graph, layouts: Mapping[str, t.Layout]) -> bool:
     in place of one row's, Triton gives lanes to these first, and how many are left for a row depends on the number of rows.
     """
     inner = next(reversed(axis_uses(graph)), None)
-    live = [graph.nodes[i] for i in graph.live()]
-    sums = any(n.op == "reduce" and n.attr("kind") == "sum" and n.attr("axis") == inner for n in live)
-    if inner is None or not sums or any(n.op == "contract" for n in live):
+    sums = any((n.attr("kind"), n.attr("axis")) == ("sum", inner) for n in graph.live_nodes("reduce"))
+    if inner is None or not sums or any(graph.live_nodes("contract")):
         return True
     rows = [x for x in graph.tensors.values() if inner in x.axes and x.name in layouts]
     return all(_side_by_side(graph, layouts[x.name], x.axes, inner) for x in rows)

@@ -11,7 +11,7 @@ from moekit.compile.schedule.cost import in_flight
 from moekit.compile.schedule.directives import Axis, Launch, Stages, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, gemms, once
 from moekit.compile.schedule.targets import MEASURED
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, made_of
 
 MOST_HELD = 128  # elements along each axis of a state and of what it is multiplied by
 STATE_COLUMNS = 16  # of a state that a program has: few, so that one sequence's heads are programs for the whole GPU
@@ -39,10 +39,5 @@ def chained(graph: Graph) -> Launch | None:
 
 def _in_a_row(graph: Graph) -> bool:
     """Whether some product is of what another product made."""
-    made: set[int] = set()
-    for i in sorted(graph.live()):
-        follows, product = bool(made & {*graph.nodes[i].args}), i in gemms(graph)
-        if follows and product:
-            return True
-        made |= {i} if follows or product else set()
-    return False
+    products = {*gemms(graph)}
+    return any(products & made_of(graph.nodes, *graph.nodes[i].args) for i in products)

@@ -66,7 +66,7 @@ def class_axis(graph: Graph) -> str | None:
     """
     if tables(graph):
         return None
-    found = [] if list(weighed(graph)) else [g.m for g in gemms(graph).values()]
+    found = [] if weighed(graph) else [g.m for g in gemms(graph).values()]
     found = found or [a for a, use in axis_uses(graph).items() if use.extent is None and use.parallel]
     return next((a for a in found if graph.axes[a] is None), None)
 
@@ -93,8 +93,8 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
         yield 0, Schedule((launch,))
     elif found := _tabled(graph) or _gathered(graph):
         yield 0, found
-    elif several := list(weighed(graph)):
-        yield from several
+    elif several := weighed(graph):
+        yield from several.items()
     elif found := _staged(graph):
         yield 0, found
     elif launch := grouped(graph):
@@ -177,7 +177,7 @@ def _tabled(graph: Graph) -> Schedule | None:
 @once
 def _staged(graph: Graph) -> Schedule | None:
     """Products of products: a value between them staged, the smallest that will do, where they would be made anew too often."""
-    along = {graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "contract"}
+    along = {n.attr("axis") for n in graph.live_nodes("contract")}
     if len(along) < 2 or runaway(graph, grouped(graph) or _launch(graph)) is None:
         return None
     stageables = stageable(graph)
@@ -222,7 +222,7 @@ def _launch(graph: Graph, tile: Block = GEMM_TILES[0], columns: int = GEMM_COLUM
     for g, piece in zip(parts, pieces, strict=True):
         section = deeper(g, obliging(g, piece.sections[0], piece.warps), stages)
         made.append(replace(section, outputs=tuple(w.output for w in g.writes)))
-    choosing = [p.warps for g, p in zip(parts, pieces, strict=True) if any(g.nodes[i].op == "top_k" for i in g.live())]
+    choosing = [p.warps for g, p in zip(parts, pieces, strict=True) if any(g.live_nodes("top_k"))]
     warps = min(choosing) if choosing and not products else max(p.warps for p in pieces)  # one warp's lanes need no barrier
     return _abreast(graph, Launch(tuple(made), (Warps(warps), Stages(stages), Dependent())))
 

@@ -6,7 +6,6 @@ end, so that neither the rows beside it nor the capacity move a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -28,31 +27,31 @@ MERGED_COLUMNS = 64  # of a program that puts parts together
 ROUNDS = ((0, 256), (4, 64), (16, 16))  # from so many rows on, programs of each that take its parts in turn, of all its heads
 
 
-def weighed(graph: Graph) -> Iterator[tuple[int, Schedule]]:
-    """Numbers of rows from which on there are other schedules, ascending from 0, of a graph whose first softmax-weighted sum is
+@once
+def weighed(graph: Graph) -> dict[int, Schedule]:
+    """Schedules by the least number of rows, of a graph whose first softmax-weighted sum is over a static axis, of rows that
 
-    over a static axis, of rows that share values; none of another graph.
+    share values; none of another graph.
     """
-    if (found := _weighed(graph)) is None:
-        return
-    split = found.launches[0].cut
-    if not isinstance(split, Split):
-        yield 0, found
-        return
+    found = _weighed(graph)
+    split = found.launches[0].cut if found else None
+    if found is None or not isinstance(split, Split):
+        return {0: found} if found else {}
     (section,), axis = found.launches[0].sections, part_axis(split.axis)
     others = (d for d in section.all(Tile) if d.axis != axis and graph.axes[d.axis])
     heads = prod(-(-(graph.axes[d.axis] or 0) // d.block) for d in others)
+    by_rows = {}
     for least, programs in ROUNDS:
         taking = section.but(Rounds(axis, max(1, programs // heads)))
         some = Schedule((replace(found.launches[0], sections=(taking,)), *found.launches[1:]))
-        yield least, some if legal(graph, some) is None else found
+        by_rows[least] = some if legal(graph, some) is None else found
+    return by_rows
 
 
-@once
 def _weighed(graph: Graph) -> Schedule | None:
     """The schedule with a program for each part of a row."""
-    for node in map(graph.nodes.__getitem__, graph.live()):
-        if node.op == "exp_sum" and (sides := _sides(graph, node)) and graph.axes[node.attr("axis")]:
+    for node in graph.live_nodes("exp_sum"):
+        if (sides := _sides(graph, node)) and graph.axes[node.attr("axis")]:
             schedule = _schedule(graph, node, *sides)
             return schedule if legal(graph, schedule) is None else None
     return None
@@ -81,11 +80,11 @@ def _schedule(graph: Graph, node: Node, rows: str, columns: str) -> Schedule:
 
 def _launch(graph: Graph, axis: str, said: dict[str, Axis], columns: str) -> Launch:
     """Programs for each element of what is parallel; what is summed up within a step, and the columns, whole."""
-    held: list[Axis] = []
-    for a, use in axis_uses(graph).items():
-        single = use.parallel and a != columns
-        held.append(said.get(a) or (Tile(a, 1) if single else Whole(a, max(MEASURED.matrix, pow2(use.extent or 1)))))
+    held: list[Axis] = [
+        said.get(a) or (Tile(a, 1) if use.parallel and a != columns else Whole(a, max(MEASURED.matrix, pow2(use.extent or 1))))
+        for a, use in axis_uses(graph).items()
+    ]
     block = {d.axis: d.block for d in held}
-    loaded = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and axis in n.axes]
+    loaded = [n for n in graph.live_nodes("read") if axis in n.axes]
     turn = sum(prod(block[a] for a in n.axes) * itemsize(n.dtype) for n in loaded)
     return alone(held, warps=4, stages=max(1, min(MOST_STAGES, FOR_LOADS // max(1, turn))))

@@ -28,7 +28,7 @@ from moekit.compile.schedule.facts import PART, PRODUCTS, AxisUse, axis_uses, ra
 from moekit.compile.schedule.legal import largest_tile, legal, uses_dot
 from moekit.compile.schedule.room import at_once
 from moekit.compile.schedule.targets import MEASURED
-from moekit.lang.graph import Graph, Node
+from moekit.lang.graph import Graph
 
 MOST_PROGRAMS = 2**31 - 1
 WHOLE_TILE = 2**14
@@ -64,7 +64,7 @@ def row_launch(graph: Graph) -> Launch:
             chosen[use.name] = Loop(use.name, max(1, min(pow2(use.extent or 64), ROW_TILE // min(tile, ROW_TILE))))
         tile *= chosen[use.name].block
     sums_parts = any(u.name.endswith(PART) for u in uses.values())
-    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if any(n.op == "contract" for n in _live(graph)) else ROW_TILE // 4
+    budget = ROW_TILE // 2 if not inner else 2 * ROW_TILE if any(graph.live_nodes("contract")) else ROW_TILE // 4
     for use in reversed([u for u in uses.values() if u.parallel]):
         extent = use.extent if use.extent is not None else 8
         single = (
@@ -85,7 +85,7 @@ def flagged_rows(graph: Graph, resident: int, rows: int | None = None, warps: in
     if len(graph.ranks) != 1:
         return None
     (over,), (section,) = graph.ranks, row_launch(graph).sections
-    along = next(graph.nodes[graph.nodes[i].args[0]].axes[0] for i in graph.live() if graph.nodes[i].op == "all_reduce")
+    along = next(graph.nodes[n.args[0]].axes[0] for n in graph.live_nodes("all_reduce"))
     held = section.but(Tile(along, 1)).but(Flags(over))
     held = held.but(Rounds(along, min(rows or MOST_PROGRAMS, at_once(resident, warps, largest_tile(graph, held)))))
     schedule = Schedule((Launch((held,), (Warps(warps), Stages(1), Dependent())),))
@@ -104,7 +104,7 @@ def many_rows(graph: Graph) -> tuple[int, Launch] | None:
 
 def _elementwise(graph: Graph) -> bool:
     """Whether nothing brings elements together and every program can have any of them."""
-    return not any(n.op in TOGETHER for n in _live(graph)) and all(use.parallel for use in axis_uses(graph).values())
+    return not any(graph.live_nodes(*TOGETHER)) and all(use.parallel for use in axis_uses(graph).values())
 
 
 def _many_elements(graph: Graph) -> Launch:
@@ -131,13 +131,13 @@ def _short_rows(graph: Graph) -> bool:
     Triton then gives a row all the lanes that it can use, and other rows beside it do not change which, if they lie in
     lanes as they were loaded. A sum of what all rows share would get lanes of the warps that come with more of them.
     """
-    if any(n.op == "contract" for n in _live(graph)):
+    if any(graph.live_nodes("contract")):
         return False
     (section,), outer = row_launch(graph).sections, list(axis_uses(graph).values())[:-1]
     held = all(u.parallel for u in outer) and isinstance(section.axes[-1], Whole)
     axis = _growing(graph, section)
-    loaded = {n.axes for n in _live(graph) if n.op == "read"}
-    summed = {graph.nodes[n.args[0]].axes for n in _live(graph) if n.op == "reduce"}
+    loaded = {n.axes for n in graph.live_nodes("read")}
+    summed = {graph.nodes[n.args[0]].axes for n in graph.live_nodes("reduce")}
     grow = axis is not None and summed <= loaded and all(axis in axes for axes in summed)
     return held and grow and _summed_rows(graph, section) >= ROWS_A_LANE
 
@@ -152,7 +152,7 @@ def _growing(graph: Graph, section: Section) -> str | None:
 def _summed_rows(graph: Graph, section: Section) -> int:
     """How many rows a program sums up side by side; 1 where lanes are not only brought together along the innermost axis."""
     *outer, inner = axis_uses(graph)
-    along = {(n.op, n.attr("axis")) for n in _live(graph) if n.op in TOGETHER}
+    along = {(n.op, n.attr("axis")) for n in graph.live_nodes(*TOGETHER)}
     return prod(map(section.block, outer)) if along == {("reduce", inner)} else 1
 
 
@@ -189,7 +189,7 @@ def _warps(graph: Graph, given: int, section: Section, tile: int) -> int:
         return given
     if graph.ranks:
         return max(1, min(max(MEASURED.warps), tile // OF_PACKETS))
-    kinds = {n.op for n in _live(graph) if n.op in TOGETHER and not n.attr("axis").endswith(PART)}  # that bring lanes together
+    kinds = {n.op for n in graph.live_nodes(*TOGETHER) if not n.attr("axis").endswith(PART)}  # that bring lanes together
     if not kinds:
         return max(1, min(8, tile // (OF_PARTS if any(a.endswith(PART) for a in axis_uses(graph)) else ELEMENTWISE)))
     if kinds & {*PRODUCTS}:
@@ -199,7 +199,3 @@ def _warps(graph: Graph, given: int, section: Section, tile: int) -> int:
     else:
         each = OF_SHORT_ROWS if _summed_rows(graph, section) >= ROWS_A_LANE else OF_ROWS
     return max(1, min(16, tile // each))
-
-
-def _live(graph: Graph) -> list[Node]:
-    return [graph.nodes[i] for i in graph.live()]

@@ -22,7 +22,7 @@ def sections(graph: Graph) -> tuple[Graph, ...]:
         merged = tuple(sorted((*pair[0], *pair[1]), key=order.index))
         groups = [merged if g is pair[0] else g for g in groups if g is not pair[1]]
     found = [part(graph, g) for g in groups]
-    return tuple(sorted(found, key=lambda g: not any(g.nodes[i].op == "contract" for i in g.live())))
+    return tuple(sorted(found, key=lambda g: not any(g.live_nodes("contract"))))
 
 
 def _together(graph: Graph, a: Outputs, b: Outputs) -> bool:

@@ -8,7 +8,7 @@ What was measured stands in measured.json, by the name of the constant.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
@@ -18,7 +18,7 @@ from moekit.compile.schedule.cuts import Scratch, stageable
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Section, Stage, Tile, Whole, pow2
 from moekit.compile.schedule.facts import axis_uses, once
 from moekit.lang.dtypes import INTS
-from moekit.lang.graph import Graph
+from moekit.lang.graph import Graph, made_of
 
 WARPS = 4
 BLOCK = 2**15  # integers of a program's block
@@ -44,9 +44,9 @@ def tables(graph: Graph) -> Stage | None:
     return Stage(",".join(names[i] for i in (first, *beside)))
 
 
-def _beneath(graph: Graph, nodes: Iterable[int], which: Collection[int]) -> bool:
+def _beneath(graph: Graph, nodes: Iterable[int], which: Iterable[int]) -> bool:
     """Whether some of `nodes` is one of `which`, or made of one."""
-    return any(i in which or _beneath(graph, graph.nodes[i].args, which) for i in nodes)
+    return not made_of(graph.nodes, *nodes).isdisjoint(which)
 
 
 def _read_beside(graph: Graph, first: int, names: dict[int, str]) -> list[int]:

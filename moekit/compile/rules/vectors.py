@@ -20,7 +20,7 @@ SUMMED_TILE = 2**12  # of a matrix whose products are added to parts of a sum
 @once
 def vector_launch(graph: Graph) -> Launch | None:
     """Programs of a graph whose one long sum is of products of rows with a matrix's; None of another graph."""
-    found = {each for i in graph.live() if (each := _summed(graph, graph.nodes[i]))}
+    found = {each for n in graph.live_nodes("reduce") if (each := _summed(graph, n))}
     if len(found) != 1:
         return None
     ((deep, columns),) = found
@@ -30,7 +30,7 @@ def vector_launch(graph: Graph) -> Launch | None:
 def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:
     """The axes along which a matrix's products with rows are added up, in blocks or not, and its parallel one beside them."""
     uses = axis_uses(graph)
-    if node.op != "reduce" or node.attr("kind") != "sum" or graph.nodes[node.args[0]].op != "mul":
+    if node.attr("kind") != "sum" or graph.nodes[node.args[0]].op != "mul":
         return None
     sides = [set(graph.nodes[a].axes) for a in graph.nodes[node.args[0]].args]
     own = [graph.ordered(a - b) for a, b in (sides, sides[::-1])]
@@ -46,7 +46,7 @@ def summed_launch(graph: Graph) -> Launch | None:
 
     Products in blocks with scales are the matrix unit's: lanes would take longer to make float32 of their codes.
     """
-    products = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op in PRODUCTS]
+    products = [*graph.live_nodes(*PRODUCTS)]
     uses = axis_uses(graph)
     deep = [a for a, use in uses.items() if use.reduced and not a.endswith(PART)]
     if len(products) != 1 or len(deep) > 1 or not any(a.endswith(PART) for a in uses):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moekit.compile.schedule.cuts import launched, section_graphs
+from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.directives import Launch, Loop, Rounds, Schedule, Section, Tile
 from moekit.compile.schedule.facts import PART, axis_uses, loaded, reach, shares
 from moekit.lang.dtypes import itemsize
@@ -85,15 +85,14 @@ class _Product:
 
 def _made(graph: Graph, launch: Launch, extents: Mapping[str, int]) -> list[_Product]:
     """Every product of every section."""
-    found = []
-    for g, section in zip(section_graphs(graph, launch), launch.sections, strict=True):
-        for i in g.live():
-            if graph.nodes[i].op == "contract":
-                spread = _spread(graph.nodes[i])
-                again = [d for d in section.all(Tile) if d.axis not in spread and not d.axis.endswith(PART)]
-                times = prod(-(-extents[d.axis] // d.block) for d in again)
-                found.append(_Product(i, section, prod(extents[a] for a in spread), times))
-    return found
+    products = [(i, section) for g, section in sections_of(graph, launch) for i in g.live() if g.nodes[i].op == "contract"]
+    return [_product(i, _spread(graph.nodes[i]), section, extents) for i, section in products]
+
+
+def _product(node: int, spread: set[str], section: Section, extents: Mapping[str, int]) -> _Product:
+    again = [d for d in section.all(Tile) if d.axis not in spread and not d.axis.endswith(PART)]
+    times = prod(-(-extents[d.axis] // d.block) for d in again)
+    return _Product(node, section, prod(extents[a] for a in spread), times)
 
 
 def _in_all(made: list[_Product]) -> tuple[int, int]:
@@ -104,7 +103,7 @@ def _in_all(made: list[_Product]) -> tuple[int, int]:
 
 def _launch_cost(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> LaunchCost:
     extents = _extents(graph, launch, sizes)
-    pairs = list(zip(section_graphs(graph, launch), launch.sections, strict=True))
+    pairs = sections_of(graph, launch)
     asked = sum(_programs(s, extents) * _held(g, s, extents) for g, s in pairs)
     shared = max(launch.stages * in_flight(g, s) for g, s in pairs)
     moved = sum(size * prod(extents[a] for a in axes) for size, axes in _accesses(graph))
@@ -147,7 +146,7 @@ def _share(graph: Graph, section: Section, axis: str, extents: Mapping[str, int]
 
 def _accesses(graph: Graph) -> list[tuple[int, Iterable[str]]]:
     """Bytes of an element, and the axes, of every read (each once) and write; of what ids choose, what is chosen."""
-    nodes = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "read"]
+    nodes = graph.live_nodes("read")
     reads = {(n.attr("tensor"), n.attr("index"), n.args): (itemsize(n.dtype), n.axes) for n in nodes}
     return [*reads.values(), *((itemsize(graph.nodes[w.value].dtype), reach(graph, w)) for w in graph.writes)]
 
@@ -156,10 +155,9 @@ def in_flight(graph: Graph, section: Section) -> int:
     """Bytes of one turn's loads of the operands of products in loops; of what is the same along two axes once."""
     found, uses = {}, axis_uses(graph).values()
     looped = {use.name for use in uses if use.in_turns or isinstance(section.axis(use.name), Loop)}
-    for n in map(graph.nodes.__getitem__, graph.live()):
-        if n.op == "contract":
-            some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and looped & set(x.axes))
-            found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
+    for n in graph.live_nodes("contract"):
+        some = (x for a in n.args if (x := loaded(graph, a)).op == "read" and looped & set(x.axes))
+        found |= {(x.attr("tensor"), *(_place(graph, section, x, i) for i in x.attr("index"))): x for x in some}
     return sum(prod(map(section.block, x.axes)) * itemsize(x.dtype) for x in found.values())
 
 

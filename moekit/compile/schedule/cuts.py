@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from moekit.compile.schedule.directives import Launch, Schedule, Split, Stage
+from moekit.compile.schedule.directives import Launch, Schedule, Section, Split, Stage
 from moekit.compile.schedule.facts import FOLDS, ends, folded, once, part_axis, within_turns
 from moekit.lang.elementwise import IDENTITY
 from moekit.lang.graph import Graph, Index, Node, Tensor, Write
 from moekit.lang.spec import Dim
 
 PARTIAL, STAGED = "partial", "staged"  # what a cut leaves to the next launch is called so
+NOUNS = {"contract": "product", "exp_sum": "weighed", "place": "placed", "cast": "rounded"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ def launched(graph: Graph, schedule: Schedule) -> Iterator[tuple[Launch, Graph, 
             yield launch, first, scratch
 
 
-def section_graphs(graph: Graph, launch: Launch) -> list[Graph]:
-    """The graph of each section of a launch that computes `graph`."""
-    return [part(graph, s.outputs) for s in launch.sections]
+def sections_of(graph: Graph, launch: Launch) -> list[tuple[Graph, Section]]:
+    """The sections of a launch that computes `graph`, each with its own part of it."""
+    return [(part(graph, s.outputs), s) for s in launch.sections]
 
 
 @once
@@ -58,16 +60,28 @@ def part(graph: Graph, outputs: tuple[str, ...]) -> Graph:
 
 
 def stageable(graph: Graph) -> dict[str, int]:
-    """The values that may be staged, by name or number (`v12`): products, sums, narrowing casts, and what is placed."""
-    kept = {w.value for w in graph.writes} | {graph.nodes[i].args[2] for i in graph.live() if graph.nodes[i].op == "exp_sum"}
+    """The values that may be staged, by name: products, sums, narrowing casts, and what is placed.
+
+    One that the declaration does not name is called by what it is, and along what (`sum_d`), with a number behind it where
+    several are.
+    """
+    kept = {w.value for w in graph.writes} | {n.args[2] for n in graph.live_nodes("exp_sum")}
     wider = {"float32": 4, "bfloat16": 2, "float16": 2}
-    found = {}
+    found: dict[str, int] = {}
+    taken = {*graph.names.values()}
     for i in graph.live():
         node = graph.nodes[i]
         narrows = node.op == "cast" and wider.get(graph.nodes[node.args[0]].dtype, 0) > wider.get(node.dtype, 9)
         if i not in kept and i not in within_turns(graph) and (node.op in (*FOLDS, "place") or narrows):
-            found[graph.names.get(i, f"v{i}")] = i
+            found[graph.names.get(i) or _free(_noun(node), taken | {*found})] = i
     return found
+
+
+def _noun(node: Node) -> str:
+    """What a value is, and along what it was added up: `sum_d`, `rounded`."""
+    said = dict(node.attrs)
+    along = f"_{said['axis']}" if "axis" in said else ""
+    return re.sub(r"\W", "_", f"{NOUNS.get(node.op) or said['kind']}{along}").lower()
 
 
 @once
@@ -77,17 +91,17 @@ def cut(graph: Graph, how: Split | Stage) -> tuple[Graph, Graph, tuple[Scratch, 
     A `Split` cuts at all reductions over its axis: partial results, then their sums. A `Stage` cuts at values.
     """
     if isinstance(how, Stage):
-        names = {stageable(graph)[v]: _unused(graph, f"{STAGED}_{v}") for v in how.values}
+        names = {stageable(graph)[v]: _free(f"{STAGED}_{v}", graph.tensors) for v in how.values}
         first = "_".join((STAGED, *how.values)) if len(names) > 1 else next(iter(names.values()))
         return _cut(graph, names, first, None)
     targets = [i for i in graph.live() if folded(graph.nodes[i]) == how.axis]
-    names = {i: _unused(graph, f"{PARTIAL}_{n}") for n, i in enumerate(targets)}
+    names = {i: _free(f"{PARTIAL}_{n}", graph.tensors) for n, i in enumerate(targets)}
     return _cut(graph, names, PARTIAL, (part_axis(how.axis), how.count), how)
 
 
-def _unused(graph: Graph, name: str) -> str:
-    """`name`, or with a number behind it where a tensor has it: an earlier cut's scratch, or the declaration's own."""
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(graph.tensors) + 3))) if n not in graph.tensors)
+def _free(name: str, taken: Collection[str]) -> str:
+    """`name`, or with a number behind it where it is taken."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
 def _cut(graph: Graph, targets: dict[int, str], first_name: str, parts: tuple[str, int] | None, how: Split | None = None):

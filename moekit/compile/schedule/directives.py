@@ -166,9 +166,10 @@ class Split:
 class Stage:
     """`stage:hidden`. A value is made anew wherever it is needed → one launch makes it, the next reads it from scratch.
 
-    It ends a launch; `stage:counts,starts` makes several. Legal for the result of a product or sum, or of a narrowing cast, and
-    for what is placed: anything else could be contracted with what uses it (a product and a sum to one rounding) in one kernel
-    and not across two. Bits: none.
+    It ends a launch; `stage:counts,starts` makes several; a value that the declaration does not name is called by what it is
+    (`product_d`, `sum_h`, `rounded`, `placed`). Legal for the result of a product or sum, or of a narrowing cast, and for what
+    is placed: anything else could be contracted with what uses it (a product and a sum to one rounding) in one kernel and not
+    across two. Bits: none.
     """
 
     value: str

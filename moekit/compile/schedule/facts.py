@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Concatenate
 
 from moekit.lang.dtypes import STORED
-from moekit.lang.graph import Graph, Node, end_of
+from moekit.lang.graph import Graph, Index, Node, end_of
 
 
-def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
+def once[**P, R](fact: Callable[Concatenate[Graph, P], R]) -> Callable[Concatenate[Graph, P], R]:
     """A fact about a graph: computed when it is first asked for, and kept with the graph, which never changes."""
 
     @wraps(fact)
-    def kept(graph: Graph, *args: *A) -> R:
+    def kept(graph: Graph, *args: P.args, **named: P.kwargs) -> R:
         facts = vars(graph).setdefault("_facts", {})
-        key = (fact.__module__, fact.__qualname__, *args)
+        key = (fact.__module__, fact.__qualname__, *args, *named.items())
         if key not in facts:
-            facts[key] = fact(graph, *args)
+            facts[key] = fact(graph, *args, **named)
         return facts[key]
 
     return kept
@@ -26,17 +27,13 @@ def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
 
 @dataclass(frozen=True)
 class AxisUse:
-    """How a graph uses one axis. `scanned`: running sums go along it, in one block where its size is static; `in_turns`: values
-
-    are handed on along it.
-    """
+    """How a graph uses one axis. `in_turns`: values are handed on along it."""
 
     name: str
     extent: int | None
     reduced: bool
     whole: bool
     parallel: bool
-    scanned: bool = False
     in_turns: bool = False
 
 
@@ -80,32 +77,20 @@ def reach(graph: Graph, write) -> set[str]:
 @once
 def axis_uses(graph: Graph) -> dict[str, AxisUse]:
     """Every axis that a live node or a write varies over, in the graph's order."""
-    used: set[str] = set()
-    reduced: set[str] = set()
-    whole: set[str] = set()
-    scanned: set[str] = set()
-    turns: set[str] = set()
-    for node in (graph.nodes[i] for i in graph.live()):
-        used |= set(node.axes)
-        if node.op in FOLDS:
-            reduced.add(node.attr("axis"))
-        elif node.op == "cumsum":
-            scanned.add(node.attr("axis"))
-            whole |= {a for a in scanned if graph.axes[a] is not None}
-        elif node.op == "before":
-            turns.add(node.attr("axis"))
-        elif node.op == "top_k":
-            whole |= {node.attr("axis"), node.attr("into")}
-        elif node.op == "all_reduce":
-            whole |= {*graph.nodes[node.args[0]].axes[1:]}
+
+    def along(*ops: str) -> set[str]:
+        return {n.attr("axis") for n in graph.live_nodes(*ops)}
+
+    reduced, scanned, turns = along(*FOLDS), along("cumsum"), along("before")
+    whole = {a for a in scanned if graph.axes[a] is not None} | along("top_k")
+    whole |= {n.attr("into") for n in graph.live_nodes("top_k")}
+    whole |= {a for n in graph.live_nodes("all_reduce") for a in graph.nodes[n.args[0]].axes[1:]}
     whole |= {graph.tensors[name].dims[d].axis for name, dims in graph.elsewhere.items() for d in dims}
     spreads = [reach(graph, w) for w in graph.writes]
-    used |= set().union(*spreads)
+    used = set().union(*spreads, *(n.axes for n in graph.live_nodes()))
     parallel = set.intersection(*spreads) - (reduced | whole | scanned | turns)
     return {
-        a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in scanned, a in turns)
-        for a, size in graph.axes.items()
-        if a in used
+        a: AxisUse(a, size, a in reduced, a in whole, a in parallel, a in turns) for a, size in graph.axes.items() if a in used
     }
 
 
@@ -121,16 +106,12 @@ def within_turns(graph: Graph) -> frozenset[int]:
 
 
 @once
-def gathered(graph: Graph) -> dict[str, int | None]:
-    """Axes of tensors that are indexed by values, or past their ends, with their sizes: needed for range checks."""
-    found = {}
-    for node in (graph.nodes[i] for i in graph.live()):
-        if node.op == "read":
-            name, index = node.attr("tensor"), node.attr("index")
-            found |= {graph.tensors[name].dims[d].axis: 0 for d, e in enumerate(index) if not graph.inside(name, d, e)}
-    for w in graph.writes:
-        found |= {graph.tensors[w.tensor].dims[d].axis: 0 for d, e in enumerate(w.index) if e.operands}
-    return {a: graph.axes[a] for a in found}
+def gathered(graph: Graph) -> set[str]:
+    """Axes of tensors that are indexed by values, or past their ends: needed for range checks."""
+    reads = ((n.attr("tensor"), d, e) for n in graph.live_nodes("read") for d, e in enumerate(n.attr("index")))
+    past = [(name, d) for name, d, e in reads if not graph.inside(name, d, e)]
+    put = [(w.tensor, d) for w in graph.writes for d, e in enumerate(w.index) if e.operands]
+    return {graph.tensors[name].dims[d].axis for name, d in (*past, *put)}
 
 
 @once
@@ -249,28 +230,55 @@ def equally_deep(graph: Graph, axis: str) -> bool:
 @once
 def read(graph: Graph) -> frozenset[str]:
     """The tensors that are read."""
-    return frozenset(graph.nodes[i].attr("tensor") for i in graph.live() if graph.nodes[i].op == "read")
+    return frozenset(n.attr("tensor") for n in graph.live_nodes("read"))
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Products `nodes` of node `left` with two blocks of columns of a tensor.
+
+    Node `right` reads it along dimension `dim` from `first` on, behind choices or not; another one, alike, from `second` on. A
+    gate and an up projection are such a pair. The matrix unit reads its left operand from shared memory for each product anew,
+    and two accumulators in a loop without gaps keep Triton 3.6's products from overlapping; one product twice as wide gives
+    the same sums, in the same order.
+    """
+
+    nodes: tuple[int, int]
+    left: int
+    right: int
+    dim: int
+    first: Index
+    second: Index
+
+    @property
+    def column(self) -> str:
+        """The axis of the columns, of which a program holds two blocks."""
+        return self.first.axes[0]
 
 
 @once
-def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
-    """Tensors of which two blocks of columns are multiplied by one left operand: the two products, and the columns' axis.
-
-    The two reads begin at different elements of one dimension, and are alike in all else, choices around them too.
-    """
-    found: dict[str, tuple[int, int, str]] = {}
+def paired(graph: Graph) -> dict[str, Twins]:
+    """Tensors of which two blocks of columns are multiplied by one left operand, with the two products."""
+    found: dict[str, Twins] = {}
     products = [i for i in graph.live() if graph.nodes[i].op == "contract"]
     for n, a in enumerate(products):
         for b in products[n + 1 :]:
-            right, other = (set(graph.nodes[i].args) for i in (a, b))
-            alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
-            if alike and len(right & other) == 1:
-                (one, choices), (two, others) = (behind(graph, (x - (right & other)).pop()) for x in (right, other))
-                if choices == others and (dim := apart(graph, one, two)) is not None:
-                    (column,) = one.attr("index")[dim].axes
-                    if not any(column in graph.nodes[i].axes for choice in choices for i in choice):
-                        found.setdefault(one.attr("tensor"), (a, b, column))
+            mine, others = (set(graph.nodes[i].args) for i in (a, b))
+            same = mine & others
+            if len(mine) == len(others) == 2 and len(same) == 1 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis"):
+                (left,), (right,), (other,) = same, mine - same, others - same
+                (one, choices), (two, alike) = behind(graph, right), behind(graph, other)
+                dim = apart(graph, one, two) if choices == alike else None
+                if dim is not None:
+                    pair = Twins((a, b), left, right, dim, one.attr("index")[dim], two.attr("index")[dim])
+                    if not any(pair.column in graph.nodes[i].axes for choice in choices for i in choice):
+                        found.setdefault(one.attr("tensor"), pair)
     return found
+
+
+def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
+    """The two products of each such tensor, and the columns' axis."""
+    return {tensor: (*pair.nodes, pair.column) for tensor, pair in paired(graph).items()}
 
 
 def apart(graph: Graph, one: Node, other: Node) -> int | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from moekit.compile.schedule.cost import runaway
-from moekit.compile.schedule.cuts import cut, part, stageable
+from moekit.compile.schedule.cuts import cut, sections_of, stageable
 from moekit.compile.schedule.directives import (
     Abreast,
     Axis,
@@ -29,17 +29,18 @@ from moekit.compile.schedule.directives import (
 from moekit.compile.schedule.facts import (
     PRODUCTS,
     AxisUse,
+    Twins,
     axis_uses,
     equally_deep,
     folded,
     operands,
+    paired,
     part_axis,
     reach,
     read,
     reduction_levels,
     scattered,
     shares,
-    twins,
     within_turns,
 )
 from moekit.compile.schedule.stores import in_order
@@ -58,17 +59,15 @@ def legal(graph: Graph, schedule: Schedule) -> str | None:
 
 
 def _problems(graph: Graph, schedule: Schedule) -> Iterator[str]:
-    """What is wrong, as far as it can be told: a launch is looked at only if what comes before it is right."""
+    """What is wrong, of which nobody asks for more than the first: what comes after rests on what comes before."""
     for n, launch in enumerate(schedule.launches):
         last = n == len(schedule.launches) - 1
         if (launch.cut is None) != last:
             yield "a launch that is not the last ends with split or stage, the last one with neither"
-            return
         first = graph
         if launch.cut is not None:
             if why := _cut_problem(graph, launch.cut):
                 yield why
-                return
             first, graph, _ = cut(graph, launch.cut)
         yield from _launch_problems(first, launch)
 
@@ -79,11 +78,8 @@ def _launch_problems(graph: Graph, launch: Launch) -> Iterator[str]:
         yield f"{launch.warps} warps and {launch.stages} stages; warps are one of {MEASURED.warps}, stages 1 to {most}"
     if why := _said_twice(launch) or _outputs_problem(graph, launch):
         yield why
-        return
-    found = [why for s in launch.sections for why in _section_problems(part(graph, s.outputs), s, launch)]
-    if found:
-        yield from found
-        return
+    for g, section in sections_of(graph, launch):
+        yield from _section_problems(g, section, launch)
     if len(launch.sections) > 1 and graph.ranks:
         yield f"a launch that adds up over {', '.join(graph.ranks)} has one section, not {len(launch.sections)}"
     if (why := runaway(graph, launch)) is not None:
@@ -99,10 +95,8 @@ def taking_turns(graph: Graph, launch: Launch) -> str | None:
 
     of dynamic size; None if there is none.
     """
-    grids = []
-    for section in launch.sections:
-        held = map(section.axis, axis_uses(part(graph, section.outputs)))
-        grids.append(sorted((d for d in held if isinstance(d, Tile)), key=lambda d: graph.axes[d.axis] is not None))
+    tiles = [[d for d in map(s.axis, axis_uses(g)) if isinstance(d, Tile)] for g, s in sections_of(graph, launch)]
+    grids = [sorted(each, key=lambda d: graph.axes[d.axis] is not None) for each in tiles]
     outer = {grid[0] if grid else None for grid in grids}
     if len(outer) != 1 or None in outer or any(graph.axes[d.axis] is None for grid in grids for d in grid[1:]):
         return None
@@ -126,31 +120,31 @@ def _outputs_problem(graph: Graph, launch: Launch) -> str | None:
     if Counter(said) != Counter(outputs):
         return f"each output is of one section; the launch makes {', '.join(outputs)}, the sections say {', '.join(said)}"
     if len(launch.sections) > 1:
-        for one in launch.sections:
+        for g, one in sections_of(graph, launch):
             others = {w.tensor for w in graph.writes if w.output not in one.outputs}
-            if met := sorted(others & read(part(graph, one.outputs))):
+            if met := sorted(others & read(g)):
                 return f"the section of {', '.join(one.outputs)} reads {met[0]}, which another section of the launch writes"
     return None
 
 
-def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
-    uses = axis_uses(graph)
+def _axes_problem(uses: Mapping[str, AxisUse], section: Section) -> str | None:
+    """Each axis is held in one way, which it can be."""
     given = [d.axis for d in section.axes]
-    for axis in uses:
-        if given.count(axis) != 1:
-            yield f"the schedule must say once what is done with axis {axis}; it speaks of {', '.join(given)}"
-            return
+    if lacking := [axis for axis in uses if given.count(axis) != 1]:
+        return f"the schedule must say once what is done with axis {lacking[0]}; it speaks of {', '.join(given)}"
     for d in section.axes:
         if d.axis not in uses:
             who = f"the section of {', '.join(section.outputs)}" if section.outputs else "the fusion"
-            yield f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
-            return
+            return f"the schedule names axis {d.axis}, which {who} does not use; it has {', '.join(uses)}"
         if why := axis_problem(uses[d.axis], d):
-            yield f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
-            return
-    if why := _said_twice(section):
+            return f"axis {d.axis} cannot be {type(d).__name__.lower()} in blocks of {d.block}: {why}"
+    return _said_twice(section)
+
+
+def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
+    uses = axis_uses(graph)
+    if why := _axes_problem(uses, section):
         yield why
-        return
     yield from _parts_problems(graph, section, launch)
     yield from _rounds_problems(graph, section, launch)
     yield from _running_problems(graph, section)
@@ -229,18 +223,17 @@ def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
     """What goes from turn to turn of one loop begins at the axis's first element, and has no other loop within."""
     looped, what = {d.axis for d in section.all(Loop)}, {"cumsum": "a running sum", "before": "what is handed on"}
-    for n in (graph.nodes[i] for i in graph.live()):
-        if n.op in what and n.attr("axis") in looped:
-            if others := sorted(looped & set(n.axes) - {n.attr("axis")}):
-                along = f"{what[n.op]} along {n.attr('axis')}"
-                yield f"{along} also varies over {others[0]}, which cannot be looped over beside it"
-        elif n.op == "place":
-            yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
+    for n in graph.live_nodes(*what):
+        if n.attr("axis") in looped and (others := sorted(looped & set(n.axes) - {n.attr("axis")})):
+            along = f"{what[n.op]} along {n.attr('axis')}"
+            yield f"{along} also varies over {others[0]}, which cannot be looped over beside it"
+    for n in graph.live_nodes("place"):
+        yield f"a value is placed along {', '.join(n.attr('over'))}, which a launch of its own does; stage it"
 
 
 def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
     """A program sends all of its rows, which are its own, before it waits for those of others; once."""
-    exchanges = [graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"]
+    exchanges = [*graph.live_nodes("all_reduce")]
     for n in exchanges:
         rows, over = graph.nodes[n.args[0]].axes[0], n.attr("over")
         if not isinstance(section.axis(rows), Tile):
@@ -254,7 +247,7 @@ def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
 def _flags_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
     """One flag stands for what all lanes have sent: there is one row, and each lane has a part of it that no other has."""
     for d in section.all(Flags):
-        rows = [graph.nodes[n.args[0]] for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "all_reduce"]
+        rows = [graph.nodes[n.args[0]] for n in graph.live_nodes("all_reduce")]
         if d.axis not in graph.ranks or not rows:
             yield f"{text_of(d)} names what no ranks add up over; they do over {', '.join(graph.ranks) or 'nothing'}"
             continue
@@ -314,18 +307,17 @@ def block_size(graph: Graph, section: Section, node: int) -> int:
     return prod(map(section.block, {*n.axes, n.attr("axis")} if summed else n.axes))
 
 
-def pairable(graph: Graph, section: Section, tensor: str) -> tuple[int, int] | None:
+def pairable(graph: Graph, section: Section, tensor: str) -> Twins | None:
     """The two products of one left operand with two blocks of columns of `tensor`, if they can be made as one."""
-    if tensor not in twins(graph):
+    if (pair := paired(graph).get(tensor)) is None:
         return None
-    a, b, column = twins(graph)[tensor]
-    (left,) = set(graph.nodes[a].args) & set(graph.nodes[b].args)
+    (a, b), left, column = pair.nodes, graph.nodes[pair.left], pair.column
     looped = {d.axis for d in section.all(Loop)}
     level, _ = reduction_levels(graph, looped)
     fits = graph.nodes[a].attr("axis") in looped and level[a] == level[b] and column not in looped
-    fits = fits and column not in graph.nodes[left].axes and section.block(column) > 1
-    wide = itemsize(graph.nodes[left].dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
-    return (a, b) if fits and wide else None
+    fits = fits and column not in left.axes and section.block(column) > 1
+    wide = itemsize(left.dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
+    return pair if fits and wide else None
 
 
 def prefetchable(graph: Graph, section: Section) -> dict[str, list[tuple[int, int]]]:

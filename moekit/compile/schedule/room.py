@@ -42,7 +42,7 @@ class Room:
         if graph.ranks != {self.axis: self.ranks}:
             said = ", ".join(f"{n} ranks over {a}" for a, n in graph.ranks.items())
             return f"it adds up over {said}, the mailboxes are those of {self.ranks} ranks over {self.axis}"
-        for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+        for n in graph.live_nodes("all_reduce"):
             rows, *others = graph.nodes[n.args[0]].axes
             if sizes[rows] > self.rows:
                 return f"the mailboxes have room for {self.rows} rows, the call has {sizes[rows]}"

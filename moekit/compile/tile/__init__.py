@@ -5,7 +5,7 @@ shown; `program` is what stands around them: axes, tensors, grid.
 `verify` holds the rules, `interpret` is the meaning.
 """
 
-from moekit.compile.tile.flow import operands, results
+from moekit.compile.tile.flow import operands, reads, results
 from moekit.compile.tile.operations import (
     LINE,
     Access,
@@ -47,7 +47,7 @@ from moekit.compile.tile.operations import (
 )
 from moekit.compile.tile.program import AxisBlock, Joined, Kernel, Layout, Mailbox, Param, Strided, TileProgram, Viewed
 from moekit.compile.tile.text import text_of
-from moekit.compile.tile.walk import Draft, Numbers, rewrite, substitute, used, walk
+from moekit.compile.tile.walk import Draft, Numbers, rebuilt, rewrite, substitute, used, walk
 from moekit.lang.graph import Index
 
 __all__ = [
@@ -101,6 +101,8 @@ __all__ = [
     "Ways",
     "Where",
     "operands",
+    "reads",
+    "rebuilt",
     "results",
     "rewrite",
     "substitute",

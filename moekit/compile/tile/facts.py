@@ -56,12 +56,14 @@ class Facts:
 
     def bases(self, *values: Value) -> set[Elements]:
         """The elements of axes that values are computed from, loads included; a reduction is none of them any more."""
-        found: set[Elements] = set()
-        for op in map(self.made_by.get, values):
+        found, seen, left = set(), set(), [*values]
+        while left:
+            op = self.made_by.get(value := left.pop())
             if isinstance(op, Elements):
                 found.add(op)
-            elif op is not None and not isinstance(op, Reduce | Scan):
-                found |= self.bases(*operands(op))
+            elif op is not None and value not in seen and not isinstance(op, Reduce | Scan):
+                seen.add(value)
+                left += operands(op)
         return found
 
     def kept(self, masks: Iterable[Value]) -> set[tuple[str, Value]]:
@@ -103,11 +105,15 @@ class Facts:
         owns = ((axis, self.made_by.get(value)) for axis, value in self.kept(masks))
         return {axis for axis, op in owns if isinstance(op, Elements) and self.program.bounded(op.axis).name == axis}
 
-    def filled(self, value: Value, axis: str, identity: float, seen: frozenset[Value] = frozenset()) -> bool:
-        """Whether the lanes of `value` past the end of `axis` are known to be `identity`."""
-        if value in seen or self.constant(value) == identity:
+    def filled(self, value: Value, axis: str, identity: float, seen: set[tuple[Value, str]] | None = None) -> bool:
+        """Whether the lanes of `value` past the end of `axis` are known to be `identity`.
+
+        All that it is made of has to be so: of `seen`, which have been or are being looked at, nothing more is asked.
+        """
+        seen = set() if seen is None else seen
+        if (value, axis) in seen or self.constant(value) == identity:
             return True
-        seen = seen | {value}
+        seen.add((value, axis))
 
         def known(*values: Value) -> bool:
             return all(self.filled(v, axis, identity, seen) for v in values)

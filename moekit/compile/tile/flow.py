@@ -38,6 +38,11 @@ def operands(op: Op) -> tuple[Value, ...]:
     return tuple(v for name in op.__dataclass_fields__ if name not in ("out", "outs") for v in values_in(getattr(op, name)))
 
 
+def reads(op: Op) -> tuple[Value, ...]:
+    """The values that are read at an operation: its operands, and what a body yields."""
+    return (*operands(op), *op.yields) if isinstance(op, Loop | AtEnd) else operands(op)
+
+
 def values_in(part) -> Iterator[Value]:
     """The values in a field of an operation."""
     if isinstance(part, Value):

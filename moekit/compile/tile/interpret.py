@@ -77,16 +77,13 @@ class Program:
         self.values: dict[t.Value, np.ndarray] = {}
         self.last: dict[str | int, bool] = {}
 
-    def steps(self) -> Iterator[t.Op]:
-        """Run the program, but stop before each packet that it sends or waits for until asked on."""
-        yield from self._steps(self.program.body)
-
-    def _steps(self, ops: Iterable[t.Op]) -> Iterator[t.Op]:
+    def steps(self, ops: Iterable[t.Op]) -> Iterator[t.Op]:
+        """Run some of the program, but stop before each packet that it sends or waits for until asked on."""
         for op in ops:
             if isinstance(op, t.Loop) and any(isinstance(x, t.Message) for x, _ in t.walk(op.body)):
                 for turn in self._starts(op.over[0]):  # from row to row, with nothing to carry
                     self.values[op.vars[0]] = np.asarray(turn, np.int32)
-                    yield from self._steps(op.body)
+                    yield from self.steps(op.body)
                 continue
             if isinstance(op, t.Message):
                 yield op

@@ -33,13 +33,17 @@ def strided(
 
 def contiguous(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Strided]:
     """The layouts of every tensor of a graph, all contiguous, as a launch has them; `sizes` of all axes, dynamic ones too."""
-    extents = dict(sizes) | {a: s for a, s in graph.axes.items() if s is not None}
-    dynamic, found = {a for a, s in graph.axes.items() if s is None}, {}
+    sizes, dynamic, found = graph.sizes(sizes), {a for a, s in graph.axes.items() if s is None}, {}
     for x in graph.tensors.values():
-        shape = [1 if a is None else extents[a] for a in x.axes]
+        shape = graph.shape(x.name, sizes)
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         found[x.name] = strided(shape, strides, x.axes, dynamic, itemsize(x.dtype))
     return found
+
+
+def arrays(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Viewed]:
+    """The layouts of every tensor of a graph, each an array of its own; `sizes` of all axes, dynamic ones too."""
+    return {n: t.Viewed.whole(n, graph.shape(n, graph.sizes(sizes))) for n in graph.tensors}
 
 
 def channels(
@@ -51,13 +55,13 @@ def channels(
     one, and its elements none.
     """
     found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
-    for n in (graph.nodes[i] for i in graph.live() if graph.nodes[i].op == "all_reduce"):
+    for n in graph.live_nodes("all_reduce"):
         (rows, *others), over = graph.nodes[n.args[0]].axes, n.attr("over")
         mail, epochs, width = mail_name(over), epochs_name(over), prod(graph.axes[a] or 1 for a in others)
         known = found.get(mail)
         width = max(width, known.width if isinstance(known, t.Mailbox) else 0)
         extent = None if sizes is None else graph.axes[rows] or sizes[rows]
-        lying = t.Strided(("unit",)) if extent is None else t.Viewed(epochs, (extent,), (0,), (0,), (1,))
+        lying = t.Strided(("unit",)) if extent is None else t.Viewed.whole(epochs, (extent,))
         found |= {mail: t.Mailbox(mail, n.attr("ranks"), width, over in flags), epochs: lying}
     return found
 

@@ -87,6 +87,12 @@ class Viewed:
     fixed: tuple[tuple[int, int], ...] = ()
     picked: tuple[tuple[int, str], ...] = ()
 
+    @classmethod
+    def whole(cls, buffer: str, shape: tuple[int, ...]) -> Viewed:
+        """All of an array of its own."""
+        n = len(shape)
+        return cls(buffer, shape, tuple(range(n)), (0,) * n, (1,) * n)
+
 
 @dataclass(frozen=True)
 class Mailbox:
@@ -225,10 +231,8 @@ class Joined:
     @property
     def params(self) -> tuple[Param, ...]:
         """The tensors of all sections, each once; one that some section writes has that section's role."""
-        found: dict[str, Param] = {}
-        for p in (p for s in self.sections for p in s.params):
-            if p.name not in found or p.role != "In":
-                found[p.name] = p
+        every = [p for s in self.sections for p in s.params]
+        found = {p.name: p for p in every} | {p.name: p for p in every if p.role != "In"}
         return tuple(found.values())
 
     @property

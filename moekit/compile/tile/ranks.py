@@ -126,7 +126,7 @@ class _Run:
     """A program that has stopped before a packet."""
 
     def __init__(self, program: Any):
-        self.program, self.steps, self.before = program, program.steps(), None
+        self.program, self.steps, self.before = program, program.steps(program.program.body), None
 
     def go_on(self) -> bool:
         """Run up to the next packet; False where the program has ended."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moekit.compile.tile.flow import operands, results
+from moekit.compile.tile.flow import reads, results
 from moekit.compile.tile.operations import (
     AtEnd,
     Barrier,
@@ -44,38 +44,32 @@ def rewrite(ops: Iterable[Op], rule: Callable[[Op], Sequence[Op] | None]) -> tup
     return tuple(found)
 
 
+def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
+    """An operation, or a part of one, in which everything down to its values is what `change` makes of it, outermost first."""
+    part = change(part)
+    if isinstance(part, tuple):
+        return tuple(rebuilt(x, change) for x in part)
+    if isinstance(part, Value) or not hasattr(part, "__dataclass_fields__"):
+        return part
+    return replace(part, **{n: rebuilt(getattr(part, n), change) for n in part.__dataclass_fields__})
+
+
 def substitute[T](part: T, new: Mapping[Value, Value]) -> T:
     """An operation, or a part of one, that reads other values in place of some."""
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, Value):
-            return new.get(x, x)
-        if isinstance(x, tuple):
-            return tuple(map(visit, x))
-        if hasattr(x, "__dataclass_fields__"):
-            return replace(x, **{n: visit(getattr(x, n)) for n in x.__dataclass_fields__})
-        return x
-
-    return visit(part)
+    return rebuilt(part, lambda x: new.get(x, x) if isinstance(x, Value) else x)
 
 
 def used(ops: Iterable[Op], kept: Iterable[Value] = ()) -> tuple[Op, ...]:
     """The operations without those that nothing reads; `kept` are read from outside."""
     needed, found = set(kept), []
     for op in reversed(tuple(ops)):
-        if not isinstance(op, Store | Prefetch | Barrier) and not needed & set(results(op)) and not _stores(op):
+        if not needed & set(results(op)) and not any(isinstance(o, Store | Prefetch | Barrier) for o, _ in walk([op])):
             continue
         if isinstance(op, Loop | AtEnd):
             op = replace(op, body=used(op.body, op.yields))
-            needed |= {v for o, _ in walk(op.body) for v in operands(o)} | set(op.yields)
-            needed |= {v for o, _ in walk(op.body) if isinstance(o, Loop | AtEnd) for v in o.yields}
-        needed |= set(operands(op))
+        needed |= {v for o, _ in walk([op]) for v in reads(o)}
         found.append(op)
     return tuple(reversed(found))
-
-
-def _stores(op: Op) -> bool:
-    return isinstance(op, Loop | AtEnd) and any(isinstance(o, Store) for o, _ in walk(op.body))
 
 
 class Numbers:

@@ -330,15 +330,15 @@ def _moe(c: Config, tp: int, prefix: str) -> list[Weight]:
         ]
     back = _columns(f"{prefix}shared_expert.down_proj.weight", shared)
     joined = [Weight("gate_up", (2 * shared, hidden), lambda rank: gate_up("shared_expert", shared, rank))]
-    down = [Weight("shared_down", (shared, hidden), back, transposed=True)]
+    shared_down = [Weight("shared_down", (shared, hidden), back, transposed=True)]
     if c.float8 and {*SHARED} <= c.float8.names:
-        down = [Weight("shared_down", (hidden, shared), back, home=STACK)]
+        shared_down = [Weight("shared_down", (hidden, shared), back, home=STACK)]
     return [
         *routed,
         *_short(c, joined, rows=shared),
         _whole("router", prefix + "gate.weight", (c.num_experts, hidden)),
         _whole("shared_gate", prefix + "shared_expert_gate.weight", (1, hidden)),
-        *_short(c, down, columns=shared),
+        *_short(c, shared_down, columns=shared),
     ]
 
 
@@ -365,15 +365,15 @@ def _short(c: Config, weights: list[Weight], rows: int = 0, columns: int = 0) ->
     """
     if c.float8 is None or not {w.name for w in weights} <= c.float8.names:
         return weights
-    block = tuple(c.float8.cut(n) if n else c.float8.block for n in (rows, columns))
+    tall, wide = (c.float8.cut(n) if n else c.float8.block for n in (rows, columns))
     count, width = sum(w.shape[0] for w in weights), weights[0].shape[1]
 
     def scales(rank: int) -> list[Slab]:
-        return [replace(slab, scales=block) for w in weights for slab in w.slabs(rank)]
+        return [replace(slab, scales=(tall, wide)) for w in weights for slab in w.slabs(rank)]
 
-    grid = (-(-count // block[0]), -(-width // block[1]))
+    grid = (-(-count // tall), -(-width // wide))
     kept = [replace(w, home=ROWS8) if w.home == ROWS else w for w in weights]
-    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=STACK, block=block)]
+    return [*kept, Weight(weights[0].name + SCALE, grid, scales, home=STACK, block=(tall, wide))]
 
 
 def _block(rank: int, width: int) -> tuple[int, int]:
