@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
 from moekit.compile.passes.pairs import Twins, paired
+from moekit.compile.passes.sides import placed
 from moekit.compile.schedule.directives import Section
 from moekit.compile.schedule.facts import (
     PART,
@@ -67,14 +68,13 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
     parts = {**shares(graph), **section.parts}
     each = {**graph.each, **section.each}
-    axes = {
-        a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1), each=each.get(a, 0))
-        for a in axis_uses(graph)
-    }
+    doubled, axes = {pair.column for pair in pairs}, {}
+    for a in placed(graph, section, doubled):
+        block = section.block(a)
+        if a in doubled:
+            axes[twice_axis(a)] = t.AxisBlock(twice_axis(a), 2 * block, 2 * block, "whole", of=a)
+        axes[a] = t.AxisBlock(a, extent[a], block, section.mode(a), parts.get(a, 1), each=each.get(a, 0))
     axes |= {part_axis(a): t.AxisBlock(part_axis(a), n, 1, "loop") for a, n in section.parts.items()}
-    for column in (pair.column for pair in pairs):
-        twice, block = twice_axis(column), 2 * section.block(column)
-        axes[twice] = t.AxisBlock(twice, block, block, "whole", of=column)
     named = {*gathered(graph), *(graph.nodes[i].attr("axis") for i in graph.live() if graph.nodes[i].op == "extent")}
     axes |= {a: t.AxisBlock(a, extent[a], 1, "gather") for a in graph.ordered(named - set(axes))}
     params = tuple(
