@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moekit.compile.schedule.directives import Pair, Section
-from moekit.compile.schedule.facts import apart, loaded
+from moekit.compile.schedule.facts import apart, innermost, loaded
 from moekit.compile.schedule.legal import pairable
 from moekit.lang.graph import Graph, Index
 
@@ -32,7 +32,7 @@ class Twins:
     @property
     def column(self) -> str:
         """The axis of the columns, of which a program holds two blocks."""
-        return self.first.axes[0]
+        return innermost(self.first)[0]
 
 
 def paired(graph: Graph, section: Section) -> list[Twins]:

@@ -18,12 +18,12 @@ from moekit.lang.graph import Graph, Node
 LEAST = 64  # rows of a left operand that the matrix unit takes at once
 
 
-def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[str, ...]:
-    """A graph's axes in the order that blocks have them: the columns of a converted weight before the rows of what it multiplies.
+def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[tuple[str, ...], set[str]]:
+    """A graph's axes in the order that blocks have them, and the columns of converted weights, before the rows they multiply.
 
     doubled: axes of columns of which a program holds two blocks.
     """
-    order = list(axis_uses(graph))
+    order, left = list(axis_uses(graph)), set()
     for i in graph.live():
         n = graph.nodes[i]
         if n.op != "contract" or not uses_dot(graph, section, i):
@@ -38,7 +38,8 @@ def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[st
         if section.block(own) * (1 + (own in doubled)) >= LEAST and order.index(own) > order.index(other):
             order.remove(own)
             order.insert(order.index(other), own)
-    return tuple(order)
+            left.add(own)
+    return tuple(order), left
 
 
 def _chosen(read: Node) -> bool:

@@ -52,8 +52,9 @@ PRODUCTS = {
 # In blocks with scales, a turn's products beside the sums: of several products at once, and of one.
 SCALED = {
     1: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
-    64: (Products(128, 64, 4, 2), Products(128, 64, 8, 3)),
-    128: (Products(128, 64, 8, 3), Products(128, 64, 8, 3)),
+    32: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
+    64: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
+    128: (Products(64, 128, 4, 3), Products(64, 128, 4, 3)),
 }
 WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
 
@@ -146,7 +147,7 @@ def grouped(graph: Graph) -> Launch | None:
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     launch = shrunk(graph, alone(axes, each.warps, each.stages))
-    pair = rows >= PAIRED_FROM and not outer
+    pair = rows >= PAIRED_FROM or bool(outer)
     pairs = [Pair(name) for name in twins(graph) if pair and pairable(graph, launch.sections[0], name)]
     launch = replace(launch, sections=(launch.sections[0].but(*pairs),)) if pairs else launch
     if held := in_flight(graph, launch.sections[0]):

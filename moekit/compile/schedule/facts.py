@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 
 from moekit.lang.dtypes import STORED
-from moekit.lang.graph import Graph, Node, end_of
+from moekit.lang.graph import Graph, Index, Node, end_of
 
 
 def once[*A, R](fact: Callable[[Graph, *A], R]) -> Callable[[Graph, *A], R]:
@@ -265,12 +265,18 @@ def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
             right, other = (set(graph.nodes[i].args) for i in (a, b))
             alike = len(right) == len(other) == 2 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis")
             if alike and len(right & other) == 1:
-                (one, choices), (two, others) = (behind(graph, (x - (right & other)).pop()) for x in (right, other))
+                sides = [(x - (right & other)).pop() for x in (right, other)]
+                (one, two), (choices, others) = (loaded(graph, x) for x in sides), (behind(graph, x)[1] for x in sides)
                 if choices == others and (dim := apart(graph, one, two)) is not None:
-                    (column,) = one.attr("index")[dim].axes
+                    column, _ = innermost(one.attr("index")[dim])
                     if not any(column in graph.nodes[i].axes for choice in choices for i in choice):
                         found.setdefault(one.attr("tensor"), (a, b, column))
     return found
+
+
+def innermost(index: Index) -> tuple[str, int]:
+    """The axis of an index with the smallest step, and that."""
+    return min(((axis, step) for axis, step in index.terms if isinstance(axis, str)), key=lambda term: term[1])
 
 
 def apart(graph: Graph, one: Node, other: Node) -> int | None:
@@ -283,4 +289,4 @@ def apart(graph: Graph, one: Node, other: Node) -> int | None:
         return None
     i, j = pairs[differ[0]]
     inside = all(graph.inside(one.attr("tensor"), differ[0], x) for x in (i, j))
-    return differ[0] if inside and i.terms == j.terms and len(i.terms) == 1 else None
+    return differ[0] if inside and i.terms == j.terms and i.axes and not i.operands else None
