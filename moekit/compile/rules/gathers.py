@@ -53,7 +53,6 @@ PRODUCTS = {
 SCALED = {
     1: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
     32: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
-    64: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
     128: (Products(64, 128, 4, 3), Products(64, 128, 4, 3)),
 }
 WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
