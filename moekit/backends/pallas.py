@@ -282,8 +282,17 @@ def _halves(p: PallasPrinter, op: t.Halves) -> str:
     of = p.program.axis(op.axis).of
     named = [of if a == op.axis else a for a in op.value.axes]
     order = tuple(map(named.index, op.outs[0].axes))
-    halves = f"jnp.split({p.text(op.value)}, 2, axis={op.value.axes.index(op.axis)})"
+    halves = _apart(p, op, op.value.axes.index(op.axis))
     return halves if order == tuple(range(len(order))) else f"(jnp.transpose(half, {order}) for half in {halves})"
+
+
+def _apart(p: PallasPrinter, op: t.Halves, at: int) -> str:
+    """Both halves of a block, of which strips come in turn or each is whole."""
+    block, (n, strip) = p.program.block(op.value.axes), ((a := p.program.axis(op.axis)).block, a.strip)
+    if n == 2 * strip:
+        return f"jnp.split({p.text(op.value)}, 2, axis={at})"
+    strips = f"{p.text(op.value, ATOM)}.reshape({(*block[:at], n // (2 * strip), 2 * strip, *block[at + 1 :])})"
+    return f"(half.reshape({(*block[:at], n // 2, *block[at + 1 :])}) for half in jnp.split({strips}, 2, axis={at + 1}))"
 
 
 def _interleave(p: PallasPrinter, op: t.Interleave) -> str:

@@ -208,15 +208,20 @@ class Printer(ABC):
         if not op.out.axes:
             return first, level
         lanes = self.word("lanes", axis.block)
-        lanes = self.word("rem", lanes, axis.block // 2) if axis.of else lanes
+        turn = self.word("div", lanes, 2 * axis.strip) if axis.of and 2 * axis.strip < axis.block else ""
+        lanes = self.word("rem", lanes, axis.strip) if axis.of else lanes
+        if turn:
+            return f"{first + ' + ' if first != '0' else ''}{turn} * {axis.strip} + {lanes}", PLUS
         if first != "0":
             return f"{first} + {lanes}", PLUS
         return lanes, TIMES if axis.of and "%" in self.words["rem"] else ATOM
 
     def sides(self, op: t.Sides) -> str:
         """Nothing in the first half of an axis that is another one twice, a number in the second."""
-        block = self.program.axis(op.axis).block
-        first = f"{self.word('lanes', block)} < {block // 2}"
+        axis = self.program.axis(op.axis)
+        lanes = self.word("lanes", axis.block)
+        lanes = self.word("rem", lanes, 2 * axis.strip) if 2 * axis.strip < axis.block else lanes
+        first = f"{lanes} < {axis.strip}"
         return self.word("where", first, *(self.word("element", n) for n in (0, op.apart)))
 
     def extent(self, axis: str) -> str:

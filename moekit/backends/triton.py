@@ -254,7 +254,17 @@ def _halves(p: TritonPrinter, op: t.Halves) -> str:
     at, of = op.value.axes.index(op.axis), p.program.axis(op.axis).of
     named = [of if a == op.axis else a for a in op.value.axes]
     places = [i + (i >= at) for i in map(named.index, op.outs[0].axes)]
-    return f"tl.split(tl.permute(tl.reshape({p.text(op.value)}, {tuple(shape)}), {(*places, at)}))"
+    return f"tl.split(tl.permute(tl.reshape({_side_by_side(p, op, at)}, {tuple(shape)}), {(*places, at)}))"
+
+
+def _side_by_side(p: TritonPrinter, op: t.Halves, at: int) -> str:
+    """A block of which strips of either half come in turn, each half's together."""
+    block, (n, strip) = p.program.block(op.value.axes), ((a := p.program.axis(op.axis)).block, a.strip)
+    if n == 2 * strip:
+        return p.text(op.value)
+    apart, order = (*block[:at], n // (2 * strip), 2, strip, *block[at + 1 :]), [*range(len(block) + 2)]
+    order[at : at + 2] = at + 1, at
+    return f"tl.reshape(tl.permute(tl.reshape({p.text(op.value)}, {apart}), {tuple(order)}), {block})"
 
 
 def _deinterleave(p: TritonPrinter, op: t.Deinterleave) -> str:

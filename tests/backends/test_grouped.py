@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from math import prod
 
@@ -15,7 +16,7 @@ from moekit.compile.tile import Store, walk
 from moekit.fusions.experts import experts
 from moekit.lang.arguments import example
 
-from .samples import strided
+from .samples import SAMPLES, strided
 from .sm_90 import build, compiled
 
 
@@ -36,6 +37,17 @@ def test_products_run_on_the_matrix_unit(block, width):
     for program in (up, down):
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)", compiled(program).asm["ptx"])
         assert not build(program).serial
+
+
+@pytest.mark.parametrize("block", [1, 16, 32, 64, 128])
+def test_a_converted_weight_is_multiplied_from_registers(block):
+    """By one instruction whatever the block is, with the summed axis as it lies: a row has the same bits in all of them."""
+    for program in replace(SAMPLES["scaled_experts"], params={"block": block}).strided().programs[-3:-1]:
+        found = compiled(program).asm
+        instructions = set(re.findall(r"\b(wgmma\.mma_async\.sync\.aligned\.m\w+|mma\.sync\.aligned\.m\w+)", found["ptx"]))
+        assert {re.sub(r"n\d+", "", i) for i in instructions} == {"wgmma.mma_async.sync.aligned.m64k16"}
+        assert {*re.findall(r"kWidth = (\d)", found["ttgir"])} == {"2"}
+        assert (build(program).spills, build(program).serial) == (0, False)
 
 
 def arithmetic(program):

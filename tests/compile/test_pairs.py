@@ -113,6 +113,29 @@ def test_pairs_of_a_product_with_an_end():
     np.testing.assert_array_equal(*got)
 
 
+@pytest.mark.parametrize("implementation", ["interpret", "pallas"])
+def test_pairs_whose_columns_stand_left(implementation):
+    """Gate and up of float8 experts, scaled apart after each turn: 8 columns of either in turn; the bits of two products."""
+    fused, sizes = FUSIONS["scaled_experts"], {"T": 20, "D": 128, "I": 96, "H": 128, "E": 3, "K": 2}
+    kinds = dict.fromkeys(("weights", "gate_up_scale", "down_scale"), "float32") | {"x": "bfloat16", "ids": "int32"}
+    params, got = {"block": 32, "columns": 32, "inner": 32}, []
+    sizes |= {"Ib": 3, "Db": 4, "Hb": 4}
+    values = operands(fused, sizes, kinds | dict.fromkeys(("gate_up", "down"), "float8_e4m3fn"), "normal", 1, params)
+    values["ids"] = np.random.default_rng(2).integers(-1, 4, values["ids"].shape).astype(values["ids"].dtype)
+    good_one = str(heuristic(Call(fused, values, params).graph))
+    assert good_one.count("pair:gate_up ") == 1
+    for text in (good_one, good_one.replace("pair:gate_up ", "")):
+        call = Call(fused, values, params, schedule=Schedule.parse(text))
+        program = good.planned(call.graph, call.schedule).programs[-3]
+        paired = [(a.of, a.strip) for a in program.axes if a.of]
+        assert (accumulators(program), paired) == (
+            ([("Ii.twice", "J")], [("Ii", 8)]) if "pair:" in text else ([("J", "Ii")] * 2, [])
+        )
+        check(implementation, call)
+        got.append(run(implementation, call).outputs["out"].astype(np.float32))
+    np.testing.assert_array_equal(*got)
+
+
 def test_columns_outermost():
     """A half takes the place of its own axis, wherever that stands."""
     program = good.tall_program()

@@ -71,6 +71,8 @@ class Nest(Writer):
             inner, (condition, _, other) = self.read(n.args[1], home, instead), n.args
             certain = self._certain(condition, home)
             return inner if certain else home.where(self.value(condition, home), inner, self.value(other, home))
+        if n.op == "cast":  # of what is only stored
+            return home.cast(self.read(n.args[0], home, instead), n.dtype)
         at = self._access(n.attr("tensor"), n.attr("index"), n.args, home, instead)
         return home.emit(t.Load, self.graph.names.get(node) or at.tensor, at=at)
 

@@ -46,6 +46,11 @@ def reduction(low: Writer, node: int, n: Node, home: Scope) -> t.Value:
         return _in_loops(low, node, n, home)
     if n.op == "exp_sum":
         return _exp_sum(low, home, _total(low, node), _weights(low, home, n)[1], None)
+    if pair := next((p for p in low.pairs if node in p.nodes), None):
+        total = _total(low, pair.nodes[0], pair)
+        product = _dot(home, axis, low.value(pair.left, home), _columns(low, pair, home), None, total.name)
+        home.made |= _halves(low, pair, product, home)
+        return home.made[node]
     if low.is_dot(node):
         left, right = (low.value(a, home) for a in n.args)
         return _dot(home, axis, left, right, None, low.graph.names.get(node, "acc"))
@@ -218,9 +223,9 @@ def _columns(low: Writer, pair: Twins, scope: Scope) -> t.Value:
     twice = twice_axis(pair.column)
     if twice not in low.root.bound:
         low.root.bind(twice)
-    ((_, step),) = pair.first.terms
     sides = low.root.emit(t.Sides, axis=twice, apart=pair.second.start - pair.first.start)
-    index = t.Index(((low.root.bound[twice], step), (sides, 1)), pair.first.start)
+    each = pair.first.each(lambda axis: low.root.bound[twice] if axis == pair.column else scope.elements(axis))
+    index = t.Index((*each.terms, (sides, 1)), pair.first.start)
     return low.read(pair.right, scope, {pair.dim: index})
 
 

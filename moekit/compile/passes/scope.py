@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
+from moekit.compile.passes.sides import placed
 from moekit.compile.schedule.directives import Pair, Section
 from moekit.compile.schedule.facts import (
     PART,
@@ -25,6 +26,7 @@ from moekit.compile.schedule.legal import pairable, uses_dot
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph, Index
 
+STRIP = 8  # rows of a left operand between two of which a lane of the matrix unit has the sums
 FEW = 16  # turns of one element each that are written out
 
 Layouts = Mapping[str, t.Layout]
@@ -67,14 +69,15 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
     extent = {a: sizes.get(a, s) for a, s in graph.axes.items()}
     parts = {**shares(graph), **section.parts}
     each = {**graph.each, **section.each}
-    axes = {
-        a: t.AxisBlock(a, extent[a], section.block(a), section.mode(a), parts.get(a, 1), each=each.get(a, 0))
-        for a in axis_uses(graph)
-    }
+    doubled, axes = {pair.column for pair in pairs}, {}
+    order, left = placed(graph, section, doubled)
+    for a in order:
+        block = section.block(a)
+        if a in doubled:  # of a left operand a lane has rows that are so far apart
+            strip = min(block, STRIP) if a in left else block
+            axes[twice_axis(a)] = t.AxisBlock(twice_axis(a), 2 * block, 2 * block, "whole", of=a, strip=strip)
+        axes[a] = t.AxisBlock(a, extent[a], block, section.mode(a), parts.get(a, 1), each=each.get(a, 0))
     axes |= {part_axis(a): t.AxisBlock(part_axis(a), n, 1, "loop") for a, n in section.parts.items()}
-    for column in (pair.column for pair in pairs):
-        twice, block = twice_axis(column), 2 * section.block(column)
-        axes[twice] = t.AxisBlock(twice, block, block, "whole", of=column)
     named = {*gathered(graph), *(n.attr("axis") for n in graph.live_nodes("extent"))}
     axes |= {a: t.AxisBlock(a, extent[a], 1, "gather") for a in graph.ordered(named - set(axes))}
     params = tuple(
@@ -89,7 +92,7 @@ def frame(graph: Graph, section: Section, layouts: Layouts, sizes: Mapping[str, 
             t.Param(epochs, "InOut", "int32", value.axes[:1], layouts[epochs]),
         )
     # dynamic axes outermost: only the outermost needs no division by its number of blocks
-    grid = sorted((a.name for a in axes.values() if a.mode == "grid"), key=lambda a: graph.axes[a] is not None)
+    grid = sorted((a for a in axis_uses(graph) if axes[a].mode == "grid"), key=lambda a: graph.axes[a] is not None)
     return t.TileProgram(graph.name, params, tuple(axes.values()), tuple(grid))
 
 

@@ -49,10 +49,11 @@ PRODUCTS = {
     64: (Products(128, 64, 4, 3), Products(128, 64, 4, 3)),
     128: (Products(128, 64, 4, 3), Products(128, 32, 4, 4)),
 }
-# In blocks with scales: a turn's products and the sums are held beside each other.
+# In blocks with scales, a turn's products beside the sums: of several products at once, and of one.
 SCALED = {
-    1: (Products(64, 128, 4, 4), Products(64, 64, 4, 4)),
-    64: (Products(128, 64, 8, 3), Products(128, 64, 8, 3)),
+    1: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
+    32: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
+    128: (Products(64, 128, 4, 3), Products(64, 128, 4, 3)),
 }
 WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
 
@@ -145,7 +146,7 @@ def grouped(graph: Graph) -> Launch | None:
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     launch = shrunk(graph, alone(axes, each.warps, each.stages))
-    pair = rows >= PAIRED_FROM and not outer
+    pair = rows >= PAIRED_FROM or bool(outer)
     pairs = [Pair(name) for name in twins(graph) if pair and pairable(graph, launch.sections[0], name)]
     launch = replace(launch, sections=(launch.sections[0].but(*pairs),)) if pairs else launch
     if held := in_flight(graph, launch.sections[0]):
@@ -158,9 +159,11 @@ def _tile(graph: Graph, gemm: GemmAxes, found: Sequence[Node]) -> tuple[int, Pro
     if max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args) > 2:
         return MEASURED.matrix, WIDE
     block = min(MOST_ROWS, pow2(axis_uses(graph)[gemm.m].extent or MOST_ROWS))
-    table = SCALED if turns(graph, gemm) else PRODUCTS
-    along = table[max(least for least in table if least <= block)]
-    return max(MEASURED.matrix, block), along[any(_columns(graph, n) for n in found)]
+    scaled = bool(turns(graph, gemm))
+    table = SCALED if scaled else PRODUCTS
+    ways = table[max(least for least in table if least <= block)]
+    second = len(found) == 1 if scaled else any(_columns(graph, n) for n in found)
+    return max(MEASURED.matrix, block), ways[second]
 
 
 def _chosen(graph: Graph, n: Node) -> bool:

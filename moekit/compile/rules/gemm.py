@@ -247,7 +247,8 @@ def obliging(graph: Graph, section: Section, warps: int) -> Section:
     """The section with its products paired, and its weights asked for ahead, where that pays."""
     section = section.without(Pair, Prefetch)
     for tensor, (product, _, column) in twins(graph).items():
-        if pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
+        looped = isinstance(section.axis(graph.nodes[product].attr("axis")), Loop)
+        if looped and pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
             section = section.but(Pair(tensor))
     for tensor, reads in prefetchable(graph, section).items():
         if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):

@@ -21,7 +21,8 @@ def order(programs: Iterable[t.Kernel]) -> Order:
 
     - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
       where parts begin counts, the blocks and the warps do not. (Seen on compute capability 9.0: the instructions for tiles of
-      16 rows, and of 64 and more, give the same bits.)
+      16 rows, and of 64 and more, give the same bits. Not so where an operand is converted from float8, of which nothing is
+      said here: passes/sides.py.)
     - A sum within a block is a tree over the threads that hold it. Along a block's innermost axis, in the layout of a load, it
       is that of one row (`_lanes`); else the whole block's shape and the number of warps count.
     - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.

@@ -88,7 +88,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class Pair:
-    """`pair:gate_up`. Two products of one left operand with two blocks of columns of a tensor → one product twice as wide.
+    """`pair:gate_up`. Two products of one operand with two blocks of columns of a tensor → one product twice as wide.
 
     Legal for products on the matrix unit of 16-bit operands, with more than one column a block. Bits: none.
     """

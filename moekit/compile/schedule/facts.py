@@ -253,7 +253,7 @@ class Twins:
     @property
     def column(self) -> str:
         """The axis of the columns, of which a program holds two blocks."""
-        return self.first.axes[0]
+        return innermost(self.first)[0]
 
 
 @once
@@ -267,7 +267,7 @@ def paired(graph: Graph) -> dict[str, Twins]:
             same = mine & others
             if len(mine) == len(others) == 2 and len(same) == 1 and graph.nodes[a].attr("axis") == graph.nodes[b].attr("axis"):
                 (left,), (right,), (other,) = same, mine - same, others - same
-                (one, choices), (two, alike) = behind(graph, right), behind(graph, other)
+                (one, two), (choices, alike) = ([f(graph, x) for x in (right, other)] for f in (loaded, _choices))
                 dim = apart(graph, one, two) if choices == alike else None
                 if dim is not None:
                     pair = Twins((a, b), left, right, dim, one.attr("index")[dim], two.attr("index")[dim])
@@ -276,9 +276,18 @@ def paired(graph: Graph) -> dict[str, Twins]:
     return found
 
 
+def _choices(graph: Graph, node: int) -> tuple:
+    return behind(graph, node)[1]
+
+
 def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
     """The two products of each such tensor, and the columns' axis."""
     return {tensor: (*pair.nodes, pair.column) for tensor, pair in paired(graph).items()}
+
+
+def innermost(index: Index) -> tuple[str, int]:
+    """The axis of an index with the smallest step, and that."""
+    return min(((axis, step) for axis, step in index.terms if isinstance(axis, str)), key=lambda term: term[1])
 
 
 def apart(graph: Graph, one: Node, other: Node) -> int | None:
@@ -291,4 +300,4 @@ def apart(graph: Graph, one: Node, other: Node) -> int | None:
         return None
     i, j = pairs[differ[0]]
     inside = all(graph.inside(one.attr("tensor"), differ[0], x) for x in (i, j))
-    return differ[0] if inside and i.terms == j.terms and len(i.terms) == 1 else None
+    return differ[0] if inside and i.terms == j.terms and i.axes and not i.operands else None

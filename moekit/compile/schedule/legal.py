@@ -314,7 +314,8 @@ def pairable(graph: Graph, section: Section, tensor: str) -> Twins | None:
     (a, b), left, column = pair.nodes, graph.nodes[pair.left], pair.column
     looped = {d.axis for d in section.all(Loop)}
     level, _ = reduction_levels(graph, looped)
-    fits = graph.nodes[a].attr("axis") in looped and level[a] == level[b] and column not in looped
+    over = graph.nodes[a].attr("axis")
+    fits = (over in looped or isinstance(section.axis(over), Whole)) and level[a] == level[b] and column not in looped
     fits = fits and column not in left.axes and section.block(column) > 1
     wide = itemsize(left.dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
     return pair if fits and wide else None

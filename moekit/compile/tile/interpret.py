@@ -169,7 +169,9 @@ class Program:
 
     def elements(self, op: t.Elements) -> np.ndarray:
         axis = self.program.axis(op.axis)
-        lanes = np.arange(axis.block) if axis.of is None else np.tile(np.arange(axis.block // 2), 2)
+        lanes = np.arange(axis.block if axis.of is None else axis.block // 2)
+        if axis.of:
+            lanes = np.tile(lanes.reshape(-1, 1, axis.strip), (2, 1)).reshape(-1)
         own = self.program.bounded(op.axis)
         first = self.ids[own.name] * own.block if own.mode == "grid" else 0
         first += int(self.values[op.turn]) if op.turn else 0
@@ -262,8 +264,14 @@ class Program:
     def halves(self, op: t.Halves) -> list[np.ndarray]:
         of = self.program.axis(op.axis).of
         named = tuple(of if a == op.axis else a for a in op.value.axes)
-        order = [named.index(a) for a in op.outs[0].axes]
-        return [np.transpose(x, order) for x in np.split(self.values[op.value], 2, axis=op.value.axes.index(op.axis))]
+        order, at = [named.index(a) for a in op.outs[0].axes], op.value.axes.index(op.axis)
+        value, strip = self.values[op.value], self.program.axis(op.axis).strip
+        strips = np.split(value, value.shape[at] // strip, axis=at)
+        return [np.transpose(np.concatenate(strips[side::2], axis=at), order) for side in (0, 1)]
+
+    def sides(self, op: t.Sides) -> np.ndarray:
+        axis = self.program.axis(op.axis)
+        return np.resize(np.repeat(np.array([0, op.apart], np.int32), axis.strip), axis.block)
 
     def in_bounds(self, op: t.InBounds) -> np.ndarray:
         return (self.values[op.value] >= 0) & (self.values[op.value] < self.extent(op.axis))
@@ -283,7 +291,7 @@ EXECUTE = {
     t.Const: lambda p, op: np.full(p.program.block(op.out.axes), op.value, numpy_dtype(op.out.dtype)),
     t.Extent: lambda p, op: p.sizes[op.axis],
     t.Elements: Program.elements,
-    t.Sides: lambda p, op: np.repeat(np.array([0, op.apart], np.int32), p.program.axis(op.axis).block // 2),
+    t.Sides: Program.sides,
     t.InBounds: Program.in_bounds,
     t.Load: Program.load,
     t.Store: Program.store,

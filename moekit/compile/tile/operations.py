@@ -88,7 +88,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class Sides:
-    """0 in the first half of a block of `axis`, which is another one twice, and `apart` in the second, int32."""
+    """0 for the first half of a block of `axis`, which is another one twice, and `apart` for the second, int32."""
 
     out: Value
     axis: str

@@ -17,7 +17,8 @@ class AxisBlock:
 
     `extent` None is dynamic. `parts` > 1: a looped axis in so many shares, one for each element of the axis `<name>.part`,
     of `each` elements where a number is said, which is a multiple of the block. `of`: this block is one of that axis
-    twice, side by side. `beside` > 0: a looped axis of which so many programs, numbered along it, take blocks in turn.
+    twice, `strip` elements of either in turn. `beside` > 0: a looped axis of which so many programs, numbered along it, take
+    blocks in turn.
     """
 
     name: str
@@ -28,6 +29,7 @@ class AxisBlock:
     of: str | None = None
     each: int = 0
     beside: int = 0
+    strip: int = 0
 
     @property
     def partial(self) -> bool:

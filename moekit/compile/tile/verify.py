@@ -26,6 +26,8 @@ def blocks(f: Facts) -> Claims:
         yield None, fits, f"axis {a.name} of {a.extent} elements is not whole in a block of {a.block}"
         twice = a.of is None or a.block == 2 * f.program.axis(a.of).block
         yield None, twice, f"axis {a.name} is {a.of} twice, so its blocks have twice as many elements, not {a.block}"
+        even = (a.strip > 0 and a.block % (2 * a.strip) == 0) if a.of else a.strip == 0
+        yield None, even, f"axis {a.name} has {a.strip} elements of either in turn, which do not divide {a.block // 2}"
         yield None, a.mode in ("grid", "whole", "loop", "gather"), f"axis {a.name} has the unknown mode {a.mode!r}"
 
 
