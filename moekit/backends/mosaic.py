@@ -248,7 +248,8 @@ def _dot(p: MosaicPrinter, op: t.Dot) -> str:
     acc = p.text(op.acc) if op.acc else p.word("full", p.shape(op.out.axes), "0.0", p.dtypes["float32"])
     along = op.left.axes.index(op.axis), op.right.axes.index(op.axis)
     layouts = ", ".join(p.layout(v.axes, v) for v in (op.left, op.right, op.out))
-    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}))"
+    high, _, _ = p.fragments.of(op.out.axes, op.out).along_slot(op.out.axes[0])
+    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
 
 
 def emit(kernel: t.Kernel) -> str:
@@ -270,7 +271,7 @@ def emit(kernel: t.Kernel) -> str:
         lines += ["", MOSAIC[name]]
     lines += [""] if layouts else []
     for name, of in layouts.items():
-        turned = ", turned=True" if of.turned else ""
+        turned = (", turned=True" if of.turned else "") + (", copies_first=True" if of.copies_first else "")
         lines.append(f"{name} = tiled(warps={of.warps}, lanes={of.lanes}, vector={of.vector}{turned})")
     for helper, body in zip(shared, bodies, strict=True) if not alone else ():
         takes = ["pid", *_refs(helper.section), *helper.starts.values()]
