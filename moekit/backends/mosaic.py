@@ -61,7 +61,7 @@ def unprinted(graph: Graph, sizes: Mapping[str, int], schedule: Schedule | None 
     for n, x in graph.tensors.items():
         shape = tuple(1 if a is None else graph.axes[a] or sizes[a] for a in x.axes)
         whole[n] = t.Viewed(n, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-    made = plan(graph, schedule or warpgroups(graph), whole, sizes, "mosaic")
+    made = plan(graph, schedule or warpgroups(graph, sizes), whole, sizes, "mosaic")
     return next((why for why in map(refusal, made.programs) if why), None)
 
 

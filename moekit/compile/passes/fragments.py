@@ -14,13 +14,13 @@ from math import prod
 
 from moekit.compile import tile as t
 from moekit.compile.passes.apart import rights
+from moekit.compile.schedule.matrix import STEP, shared
 from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
 WIDEST = 16  # bytes of one access
 LINE = 128  # bytes that are asked for together: lanes of one warp are to have them all
 ROWS, PER_ROW = 8, 4  # lanes of a warp along rows of the matrix unit's blocks, and along their neighbours
-STEP = 16  # elements along which the matrix unit adds up at once, of two bytes
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -118,16 +118,8 @@ def _multiplied(program: t.TileProgram, op: t.Dot, target: Target) -> tuple[Frag
         counts = own[order], (ROWS, PER_ROW)[order], (1, vector)[order]
         return Fragment(tuple((a,) for a in both), program.block(both), *counts, turned, copies_first)
 
-    right = spread(n, op.axis, (wide, 1), near, 1 < high and 1 < wide)
+    right = spread(n, op.axis, (wide, 1), near, copies_first=min(high, wide) > 1)
     return spread(m, op.axis, (high, 1), near), right, spread(m, n, (high, wide), 2)
-
-
-def shared(rows: int, columns: int, warps: int) -> tuple[int, int]:
-    """How many of a product's warps have other rows, and how many other columns: so that a lane holds the least of its operands,
-    and columns first of what is the same."""
-    found = ((high, warps // high) for high in (1, 2, 4) if high <= warps)
-    fitting = [(h, w) for h, w in found if rows % (STEP * h) == 0 and columns % (ROWS * w) == 0]
-    return min(fitting, key=lambda f: (rows // f[0] + columns // f[1], f[0]), default=(1, warps))
 
 
 def unspread(program: t.TileProgram, target: Target) -> str | None:

@@ -6,67 +6,103 @@ What was measured stands in measured.json, by the name of the constant.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-from moekit.compile.rules.choose import heuristic
+from moekit.compile.rules.choose import class_axis, heuristic
+from moekit.compile.rules.gemm import products_alone
+from moekit.compile.schedule.cuts import launched, section_graphs
 from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
-from moekit.compile.schedule.targets import TARGETS
+from moekit.compile.schedule.matrix import shared
+from moekit.compile.schedule.targets import MEASURED, TARGETS
 from moekit.lang.graph import Graph
 
 COLUMNS = 8  # that a warp's product has at the least
-PART = 256  # of a product's summed axis, in a part of a split: one turn
-TURN = 512  # of one that is not split, in a turn
-HELD = 16384  # elements of a product's columns in a turn
+TALL = ((17, 32), (33, 64))  # rows of a block of products alone, from so many rows on
+PART = 256  # of a product's summed axis, in a part of a split
+TURN, LEAST = 512, 32  # of one in a turn: as many as registers hold, at the most and at the least
+REGISTERS = 208  # of a lane for a turn's operands, two elements each, and for sums
+LANES = MEASURED.lanes
 
 
-def warpgroups(graph: Graph) -> Schedule:
-    """The rules' schedule for few rows, whatever the number of rows: how a block lies in threads follows from its size, and
-    sums with it. Where it has fewer warps than a warpgroup, blocks along the innermost axis in tiles are as many times larger;
-    blocks of a product's columns have at least some for each warp. Where a product is split, its parts are one turn each.
+def warpgroups(graph: Graph, sizes: Mapping[str, int] = MappingProxyType({})) -> Schedule:
+    """The rules' schedule for these sizes of dynamic axes, of few rows where nothing is said.
+
+    Where it has fewer warps than a warpgroup, blocks along the innermost axis in tiles are as many times larger; blocks of a
+    product's columns have at least some for each warp. Both are so whatever the number of rows: how such a block lies in
+    threads follows from its size, and sums with it.
+
+    Where a product is split, its parts are of one size. Of more rows blocks are larger, and turns shorter where registers say
+    so: the matrix unit adds up step by step, so the order of sums follows from the parts alone.
     """
-    few, (warps,) = heuristic(graph), TARGETS["mosaic"].warps
-    launches = (_turned(graph, _shared(graph, launch, warps)) for launch in few.launches)
-    folded = replace(few, launches=tuple(_folded(launch, warps) for launch in launches))
-    return few if legal(graph, folded) else folded
+    few, rows = heuristic(graph), sizes.get(class_axis(graph) or "", 0)
+    block = next((block for least, block in TALL[::-1] if rows >= least), None)
+    found = (_warpgroups(graph, few, block) for block in (block, None))
+    return next((made for made in found if legal(graph, made) is None), few)
 
 
-def _shared(graph: Graph, launch: Launch, warps: int) -> Launch:
-    return replace(launch, sections=tuple(_columns(graph, section, COLUMNS * warps) for section in launch.sections))
+def _warpgroups(graph: Graph, few: Schedule, rows: int | None) -> Schedule:
+    warps, launches = TARGETS["mosaic"].warps[0], []
+    for launch, own, _ in launched(graph, few):
+        wide = replace(launch, sections=tuple(_columns(graph, section, COLUMNS * warps) for section in launch.sections))
+        tall = _tall(own, wide, rows) if rows and products_alone(own) else wide
+        launches.append(_folded(_turned(own, tall, warps), warps))
+    return replace(few, launches=tuple(launches))
 
 
 def _columns(graph: Graph, section: Section, least: int) -> Section:
     """A section whose blocks of a product's columns, if it makes one, have at least so many."""
     summed = {d.axis for d in (*section.all(Loop), *section.all(Whole))}
-    columns = {_column(graph, g) for g in gemms(graph).values() if g.k in summed}
+    columns = {_block(graph, g)[1] for g in gemms(graph).values() if g.k in summed}
     wide = [Tile(d.axis, max(d.block, least)) if isinstance(d, Tile) and d.axis in columns else d for d in section.directives]
     return replace(section, directives=tuple(wide))
 
 
-def _column(graph: Graph, gemm: GemmAxes) -> str:
-    """The columns of a product's block in a program, which has its axes in the graph's order."""
-    return max(gemm.m, gemm.n, key=list(graph.axes).index)
+def _block(graph: Graph, gemm: GemmAxes) -> list[str]:
+    """The rows and the columns of a product's block in a program, which has its axes in the graph's order."""
+    return sorted((gemm.m, gemm.n), key=list(graph.axes).index)
 
 
-def _turned(graph: Graph, launch: Launch) -> Launch:
+def _tall(graph: Graph, launch: Launch, rows: int) -> Launch:
+    """A launch of products alone, in blocks of so many rows."""
+    axes = {a for g in gemms(graph).values() for a in (g.m, g.n) if graph.axes[a] is None}
+    tiles = ([Tile(d.axis, rows) for d in section.all(Tile) if d.axis in axes] for section in launch.sections)
+    return replace(launch, sections=tuple(s.but(*larger) for s, larger in zip(launch.sections, tiles, strict=True)))
+
+
+def _turned(graph: Graph, launch: Launch, warps: int) -> Launch:
     """A launch whose products take as much of the summed axis in a turn as registers hold, in more parts where it is split."""
     sizes, cut = {g.k: graph.axes[g.k] for g in gemms(graph).values()}, launch.cut
     if isinstance(cut, Split) and not cut.each and (size := sizes.get(cut.axis)):
         cut = replace(cut, count=min(MOST_PARTS, max(cut.count, -(-size // PART))))
         sizes[cut.axis] = -(-size // cut.count)
         launch = launch.but(cut)
-    return replace(launch, sections=tuple(_longer(graph, section, sizes) for section in launch.sections))
+    pairs = zip(launch.sections, section_graphs(graph, launch), strict=True)
+    return replace(launch, sections=tuple(_longer(own, section, sizes, warps) for section, own in pairs))
 
 
-def _longer(graph: Graph, section: Section, sizes: dict[str, int | None]) -> Section:
+def _longer(graph: Graph, section: Section, sizes: dict[str, int | None], warps: int) -> Section:
     """A section whose turns along summed axes of products, `sizes` for each program, are few."""
+    loops = [d for d in section.all(Loop) if sizes.get(d.axis) and not section.parts]
+    turns = {d.axis: min(TURN, _held(graph, section, d.axis, warps), pow2(sizes[d.axis] or 1)) for d in loops}
+    return section.but(*(replace(d, block=max(16, turns[d.axis])) for d in loops))
+
+
+def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
+    """Elements of a summed axis, a power of two, of which a lane holds what a section's products take; products of one section
+    share their rows."""
     tiled = {d.axis for d in section.all(Tile)}
-    columns = {_column(graph, g) for g in gemms(graph).values()}
-    columns = max((section.block(a) for a in columns if a in tiled), default=1)
-    turns = {axis: min(TURN, HELD // columns, pow2(size)) for axis, size in sizes.items() if size}
-    longer = [replace(d, block=max(16, turns[d.axis])) for d in section.all(Loop) if d.axis in turns and not section.parts]
-    return section.but(*longer)
+    each = sums = most = 0
+    for gemm in (g for g in gemms(graph).values() if g.k == axis):
+        rows, columns = (section.block(a) if a in tiled else 1 for a in _block(graph, gemm))
+        high, wide = shared(rows, columns, warps)
+        most = max(most, rows // high)
+        each, sums = each + columns // wide, sums + rows * columns // (LANES * warps)
+    room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)
+    return 1 << max(LEAST, room).bit_length() - 1
 
 
 def _folded(launch: Launch, warps: int) -> Launch:
