@@ -45,9 +45,8 @@ def refusal(kernel: t.Kernel) -> str | None:
         if wrong := next((v for v in t.results(op) if v.dtype not in DTYPES), None):
             what = f"{wrong.name or 'a value'} is {wrong.dtype}, which is"
             return f"{kernel.name}: {what} not printed for Mosaic GPU so far; choose pallas"
-        if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
-            what = "loops over parts" if op.end is None else "loops to an end that data say"
-            return f"{kernel.name}: {what} are not printed for Mosaic GPU so far; choose pallas"
+        if isinstance(op, t.Loop) and len(op.over) > 1:
+            return f"{kernel.name}: loops over parts are not printed for Mosaic GPU so far; choose pallas"
     if what := next((w for section in kernel.sections if (w := unspread(section, TARGETS["mosaic"]))), None):
         return f"{kernel.name}: {what} are not printed for Mosaic GPU so far; choose pallas"
     return None

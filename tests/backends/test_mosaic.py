@@ -219,6 +219,20 @@ def test_blocks_of_more_rows_are_held_in_registers(name, sizes):
         assert "0 bytes spill stores, 0 bytes spill loads" in said
 
 
+def test_a_loop_may_end_where_data_say():
+    """Products with matrices that ids pick, which end at once where an id is of none; in interpret mode and by the machine."""
+    sizes, fusion = {"T": 3, "D": 72, "K": 2, "E": 4, "I": 40, "H": 48}, FUSIONS["experts"]
+    given = operands(fusion, sizes, "bfloat16", "normal", 3)
+    given["ids"] = np.array([[2, -1], [4, 0], [3, 3]], np.int32)
+    steps = ("tile:B:1 tile:J:16 loop:D:32 tile:I:32 warps:4 stage:activated",
+             "tile:B:1 tile:J:16 loop:I:32 tile:H:32 warps:4 stage:placed", "tile:T:1 loop:K:1 tile:H:64 warps:4")  # fmt: skip
+    case = Call(fusion, given, schedule=Schedule.parse(" then ".join(steps)))
+    check("mosaic", case)
+    with emulated() as machines:
+        check("mosaic", case)
+    assert len(machines) == 3
+
+
 def _product_norm(x, w):
     y = x.astype(np.float64) @ w.astype(np.float64).T
     return {"out": y / np.sqrt(np.mean(y * y, -1, keepdims=True) + 1)}
