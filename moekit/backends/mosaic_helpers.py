@@ -3,6 +3,10 @@
 An access takes `width` elements at a time, which lie side by side. Masked lanes read the first element of the array, which is
 always there, and write nothing. `spread_to` is for a product's blocks: of two that are of one shape and spread from the same
 Mosaic makes one, and finds no layout for it.
+
+A store behind a mask is one instruction, not a branch, into which LLVM and ptxas would move what only the store needs: loads
+that nothing then hides. A product of few rows hangs on a barrier, past which no load goes: ptxas would load half of what a turn
+takes, and wait for it, before it asks for the other half.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ IMPORTS = {  # helper → what it needs above it
         "from jax.extend.mlir import ir",
         "from jax.extend.mlir.dialects import arith, vector",
     ),
-    "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu"),
+    "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu", "from jax.extend.mlir import ir"),
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
@@ -83,6 +87,14 @@ MOSAIC = {
     return pairs.reshape(len(lines), -1, 2)
 
 
+def mma_held(acc):
+    word, none = ir.IntegerType.get_signless(32), mgpu.c(0, ir.IntegerType.get_signless(1))
+    ask = "bar.red.popc.u32 $0, 0, 128, $1;"
+    zero = mgpu.utils.inline_ptx(ask, none, result_types=word, has_side_effects=True, convergent=True)
+    zero = mgpu.FragmentedArray.splat(zero, acc.shape, acc.layout, is_signed=False)
+    return (acc.bitcast(word, output_is_signed=False) | zero).bitcast(acc.mlir_dtype)
+
+
 def mma(left, right, acc, along, layouts, warps):
     made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
 
@@ -90,7 +102,7 @@ def mma(left, right, acc, along, layouts, warps):
     def multiplied(context, left, right, acc):
         rows, columns = mma_steps(left, along[0]), mma_steps(right, along[1])
         m, n, k = len(rows) // 2, len(columns), rows.shape[1]
-        kinds = mgpu.MMALayouts(left.mlir_dtype, m_warps=warps)
+        kinds, acc = mgpu.MMALayouts(left.mlir_dtype, m_warps=warps), mma_held(acc) if warps * m == 1 else acc
 
         def given(registers, shape, layout):
             registers = registers.reshape(layout.registers_shape(shape))

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from moekit.compile.rules.choose import class_axis, heuristic
+from moekit.compile.rules.choose import heuristic
 from moekit.compile.rules.gemm import products_alone
+from moekit.compile.schedule.cost import programs
 from moekit.compile.schedule.cuts import launched, section_graphs
-from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Tile, Warps, Whole, pow2
+from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
 from moekit.compile.schedule.matrix import shared
@@ -21,10 +22,11 @@ from moekit.compile.schedule.targets import MEASURED, TARGETS
 from moekit.lang.graph import Graph
 
 COLUMNS = 8  # that a warp's product has at the least
-TALL = ((17, 32), (33, 64))  # rows of a block of products alone, from so many rows on
+ROWS = (16, 32, 64)  # of a block of products alone: the first that leaves an SM no more than so many programs
+PROGRAMS = 3
 PART = 256  # of a product's summed axis, in a part of a split
 TURN, LEAST = 512, 32  # of one in a turn: as many as registers hold, at the most and at the least
-REGISTERS = 208  # of a lane for a turn's operands, two elements each, and for sums
+REGISTERS = 208  # of a lane for a turn's operands, two elements each, for sums, and as many as these for what is read beside
 LANES = MEASURED.lanes
 
 
@@ -38,19 +40,29 @@ def warpgroups(graph: Graph, sizes: Mapping[str, int] = MappingProxyType({})) ->
     Where a product is split, its parts are of one size. Of more rows blocks are larger, and turns shorter where registers say
     so: the matrix unit adds up step by step, so the order of sums follows from the parts alone.
     """
-    few, rows = heuristic(graph), sizes.get(class_axis(graph) or "", 0)
-    block = next((block for least, block in TALL[::-1] if rows >= least), None)
-    found = (_warpgroups(graph, few, block) for block in (block, None))
+    few = heuristic(graph)
+    found = (_warpgroups(graph, few, known) for known in ([sizes] if sizes else []) + [{}])
     return next((made for made in found if legal(graph, made) is None), few)
 
 
-def _warpgroups(graph: Graph, few: Schedule, rows: int | None) -> Schedule:
+def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedule:
     warps, launches = TARGETS["mosaic"].warps[0], []
-    for launch, own, _ in launched(graph, few):
-        wide = replace(launch, sections=tuple(_columns(graph, section, COLUMNS * warps) for section in launch.sections))
-        tall = _tall(own, wide, rows) if rows and products_alone(own) else wide
-        launches.append(_folded(_turned(own, tall, warps), warps))
+    parted = replace(few, launches=tuple(_parted(own, launch) for launch, own, _ in launched(graph, few)))
+    for launch, own, _ in launched(graph, parted):
+        wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
+        tall = _tall(own, wide, sizes) if sizes and products_alone(own) else wide
+        pairs = zip(tall.sections, section_graphs(own, tall), strict=True)
+        turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for section, g in pairs))
+        launches.append(_folded(turned, warps))
     return replace(few, launches=tuple(launches))
+
+
+def _parted(graph: Graph, launch: Launch) -> Launch:
+    """A launch in so many parts that each is a turn, if it is a product's that is split."""
+    cut, sizes = launch.cut, {g.k: graph.axes[g.k] for g in gemms(graph).values()}
+    if not isinstance(cut, Split) or cut.each or not (size := sizes.get(cut.axis)):
+        return launch
+    return launch.but(replace(cut, count=min(MOST_PARTS, max(cut.count, -(-size // PART)))))
 
 
 def _columns(graph: Graph, section: Section, least: int) -> Section:
@@ -66,28 +78,23 @@ def _block(graph: Graph, gemm: GemmAxes) -> list[str]:
     return sorted((gemm.m, gemm.n), key=list(graph.axes).index)
 
 
-def _tall(graph: Graph, launch: Launch, rows: int) -> Launch:
-    """A launch of products alone, in blocks of so many rows."""
+def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> Launch:
+    """A launch of products alone in the smallest blocks of rows of which an SM has few enough, or in those that are fewest."""
     axes = {a for g in gemms(graph).values() for a in (g.m, g.n) if graph.axes[a] is None}
-    tiles = ([Tile(d.axis, rows) for d in section.all(Tile) if d.axis in axes] for section in launch.sections)
-    return replace(launch, sections=tuple(s.but(*larger) for s, larger in zip(launch.sections, tiles, strict=True)))
+
+    def blocks(rows: int) -> Launch:
+        tiles = ([Tile(d.axis, rows) for d in section.all(Tile) if d.axis in axes] for section in launch.sections)
+        return replace(launch, sections=tuple(s.but(*larger) for s, larger in zip(launch.sections, tiles, strict=True)))
+
+    return min(map(blocks, ROWS), key=lambda made: max(PROGRAMS * MEASURED.sms, programs(graph, made, sizes)))
 
 
-def _turned(graph: Graph, launch: Launch, warps: int) -> Launch:
-    """A launch whose products take as much of the summed axis in a turn as registers hold, in more parts where it is split."""
-    sizes, cut = {g.k: graph.axes[g.k] for g in gemms(graph).values()}, launch.cut
-    if isinstance(cut, Split) and not cut.each and (size := sizes.get(cut.axis)):
-        cut = replace(cut, count=min(MOST_PARTS, max(cut.count, -(-size // PART))))
-        sizes[cut.axis] = -(-size // cut.count)
-        launch = launch.but(cut)
-    pairs = zip(launch.sections, section_graphs(graph, launch), strict=True)
-    return replace(launch, sections=tuple(_longer(own, section, sizes, warps) for section, own in pairs))
-
-
-def _longer(graph: Graph, section: Section, sizes: dict[str, int | None], warps: int) -> Section:
-    """A section whose turns along summed axes of products, `sizes` for each program, are few."""
+def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: int) -> Section:
+    """A section whose turns along summed axes of products are few."""
+    count = {cut.axis: cut.count} if isinstance(cut, Split) and not cut.each else {}
+    sizes = {g.k: -(-(graph.axes[g.k] or 0) // count.get(g.k, 1)) for g in gemms(graph).values()}
     loops = [d for d in section.all(Loop) if sizes.get(d.axis) and not section.parts]
-    turns = {d.axis: min(TURN, _held(graph, section, d.axis, warps), pow2(sizes[d.axis] or 1)) for d in loops}
+    turns = {d.axis: min(TURN, _held(graph, section, d.axis, warps), pow2(sizes[d.axis])) for d in loops}
     return section.but(*(replace(d, block=max(16, turns[d.axis])) for d in loops))
 
 
@@ -100,7 +107,7 @@ def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
         rows, columns = (section.block(a) if a in tiled else 1 for a in _block(graph, gemm))
         high, wide = shared(rows, columns, warps)
         most = max(most, rows // high)
-        each, sums = each + columns // wide, sums + rows * columns // (LANES * warps)
+        each, sums = each + columns // wide, sums + 2 * rows * columns // (LANES * warps)
     room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)
     return 1 << max(LEAST, room).bit_length() - 1
 
