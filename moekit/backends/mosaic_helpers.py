@@ -4,9 +4,8 @@ An access takes `width` elements at a time, which lie side by side. Masked lanes
 always there, and write nothing. `spread_to` is for a product's blocks: of two that are of one shape and spread from the same
 Mosaic makes one, and finds no layout for it.
 
-A store behind a mask is one instruction, not a branch, into which LLVM and ptxas would move what only the store needs: loads
-that nothing then hides. A product of few rows hangs on a barrier, past which no load goes: ptxas would load half of what a turn
-takes, and wait for it, before it asks for the other half.
+A product of few rows hangs on a barrier, past which no load goes: ptxas would load half of what a turn takes, and wait for it,
+before it asks for the other half; and LLVM would move what only a masked store needs into that store's branch.
 """
 
 from __future__ import annotations
@@ -162,16 +161,6 @@ def load(ref, index, layout=None, mask=None, other=0, width=1):
     return loaded(ref, *blocks)
 
 
-def store_where(there, part, array, place):
-    bits = mgpu.bitwidth(part.type)
-    word = ir.IntegerType.get_signless(min(bits, 32))
-    words = vector.bitcast(ir.VectorType.get((max(1, bits // 32),), word), part)
-    at = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(array, tuple(place)))
-    held = [vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(max(1, bits // 32))]
-    kind, names = f".v{len(held)}" if len(held) > 1 else "", ", ".join(f"${i + 1}" for i in range(len(held)))
-    mgpu.utils.inline_ptx(f"st.global{kind}.b{word.width} [$0], {{{names}}};", at, *held, predicate=there)
-
-
 def store(ref, index, value, layout=None, mask=None, width=1):
     if layout is None:
         @pl.when(True if mask is None else mask)
@@ -188,9 +177,6 @@ def store(ref, index, value, layout=None, mask=None, width=1):
             for k in range(0, value.layout.vector_length, width):
                 place, there = places(at, index, mask, r, k)
                 part = mgpu.utils.vector_slice(value.registers.flat[r], slice(k, k + width))
-                if there is not None and 1 < width == value.layout.vector_length:
-                    store_where(there, part, array, place)
-                    continue
                 with contextlib.nullcontext() if there is None else mgpu.when(there):
                     vector.store(part, array, place, alignment=width * mgpu.bytewidth(dtype))
 

@@ -98,7 +98,7 @@ def test_products_compile_for_an_h200(name, dtype):
     assert ptx.count("ld.global.v4.b32") >= 2 * loops
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert name == "gate_block" or "ld.shared" not in ptx  # its rows are added up across lanes
-    assert name != "down_combine" or "ld.global" not in ptx.rpartition("mma.sync")[2]  # what the product is added to comes with it
+    assert name != "down_combine" or "ld.global" not in ptx.rpartition("mma.sync")[2]  # not what it is added to either
 
 
 @pytest.mark.parametrize(("name", "sizes", "params"), [
