@@ -14,7 +14,7 @@ from moekit.compile.rules.choose import heuristic
 from moekit.compile.rules.gemm import products_alone
 from moekit.compile.schedule.cost import programs
 from moekit.compile.schedule.cuts import launched, section_graphs
-from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
+from moekit.compile.schedule.directives import Launch, Loop, Prefetch, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
 from moekit.compile.schedule.matrix import shared
@@ -41,8 +41,11 @@ def warpgroups(graph: Graph, sizes: Mapping[str, int] = MappingProxyType({})) ->
     so: the matrix unit adds up step by step, so the order of sums follows from the parts alone.
     """
     few = heuristic(graph)
-    found = (_warpgroups(graph, few, known) for known in ([sizes] if sizes else []) + [{}])
-    return next((made for made in found if legal(graph, made) is None), few)
+    base = _warpgroups(graph, few, {})
+    if legal(graph, base):
+        return few
+    tall = _warpgroups(graph, few, sizes) if sizes else base
+    return base if legal(graph, tall) else tall
 
 
 def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedule:
@@ -90,12 +93,12 @@ def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> Launch:
 
 
 def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: int) -> Section:
-    """A section whose turns along summed axes of products are few."""
+    """A section whose turns along summed axes of products are few; nothing has a place for what would be asked for ahead."""
     count = {cut.axis: cut.count} if isinstance(cut, Split) and not cut.each else {}
     sizes = {g.k: -(-(graph.axes[g.k] or 0) // count.get(g.k, 1)) for g in gemms(graph).values()}
     loops = [d for d in section.all(Loop) if sizes.get(d.axis) and not section.parts]
     turns = {d.axis: min(TURN, _held(graph, section, d.axis, warps), pow2(sizes[d.axis])) for d in loops}
-    return section.but(*(replace(d, block=max(16, turns[d.axis])) for d in loops))
+    return section.without(Prefetch).but(*(replace(d, block=max(16, turns[d.axis])) for d in loops))
 
 
 def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
