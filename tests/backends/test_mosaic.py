@@ -15,6 +15,7 @@ from moekit.compile.passes.fragments import Fragment, fragments, neighbours
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.directives import Tile
 from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
@@ -214,12 +215,14 @@ def test_turns_of_products_are_long(name, depth, columns, said):
     ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: 64}),
 ])  # fmt: skip
 def test_blocks_of_more_rows_are_held_in_registers(name, sizes, blocks):
-    """As soon as there would be more than three programs on an SM; parts are those of few rows, and no register is spilled."""
+    """As soon as there would be more than three programs on an SM, with 32 columns; parts are those of few rows, and no
+    register is spilled."""
     _, few = product(name, sizes, 4)
     for rows, block in blocks.items():
         graph, schedule = product(name, sizes, rows)
         assert [launch.cut for launch in schedule.launches] == [launch.cut for launch in few.launches]
         assert {s.block("T") for s in schedule.launches[0].sections} == {block}
+        assert block == 16 or {d.block for s in schedule.launches[0].sections for d in s.all(Tile)} <= {1, block, 32}
         program = plan(graph, schedule, viewed(graph, {"T": rows}), {"T": rows}, "mosaic").programs[0]
         _, wrote = mosaic.buffers(program)
         kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}

@@ -53,7 +53,7 @@ def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedu
     parted = replace(few, launches=tuple(_parted(own, launch) for launch, own, _ in launched(graph, few)))
     for launch, own, _ in launched(graph, parted):
         wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
-        tall = _tall(own, wide, sizes) if sizes and products_alone(own) else wide
+        tall = _tall(own, wide, sizes, COLUMNS * warps) if sizes and products_alone(own) else wide
         pairs = zip(tall.sections, section_graphs(own, tall), strict=True)
         turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for section, g in pairs))
         launches.append(_folded(turned, warps))
@@ -81,15 +81,21 @@ def _block(graph: Graph, gemm: GemmAxes) -> list[str]:
     return sorted((gemm.m, gemm.n), key=list(graph.axes).index)
 
 
-def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> Launch:
-    """A launch of products alone in the smallest blocks of rows of which an SM has few enough, or in those that are fewest."""
-    axes = {a for g in gemms(graph).values() for a in (g.m, g.n) if graph.axes[a] is None}
+def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int], least: int) -> Launch:
+    """A launch of products alone in the smallest blocks of rows of which an SM has few enough, or in the largest that rows
+    fill. Larger ones have the least columns: lanes hold both."""
+    found = [_block(graph, g) for g in gemms(graph).values()]
+    axes, columns = ({block[i] for block in found if graph.axes[block[0]] is None} for i in (0, 1))
+    most = pow2(max((sizes.get(a, 1) for a in axes), default=1))
 
     def blocks(rows: int) -> Launch:
-        tiles = ([Tile(d.axis, rows) for d in section.all(Tile) if d.axis in axes] for section in launch.sections)
-        return replace(launch, sections=tuple(s.but(*larger) for s, larger in zip(launch.sections, tiles, strict=True)))
+        def tile(d: Tile) -> Tile:
+            return Tile(d.axis, rows if d.axis in axes else least if rows > ROWS[0] and d.axis in columns else d.block)
 
-    return min(map(blocks, ROWS), key=lambda made: max(PROGRAMS * MEASURED.sms, programs(graph, made, sizes)))
+        return replace(launch, sections=tuple(s.but(*map(tile, s.all(Tile))) for s in launch.sections))
+
+    every = [blocks(rows) for rows in ROWS if rows <= max(most, ROWS[0])]
+    return next((made for made in every if programs(graph, made, sizes) <= PROGRAMS * MEASURED.sms), every[-1])
 
 
 def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: int) -> Section:
