@@ -30,7 +30,7 @@ class Fragment:
 
     A slot is an axis, or several of one size that never meet. What is left of a slot is in the lane's further registers; where
     there is less than a lane for each thread, threads hold the same. `turned`: lanes go along the last slot last, not first.
-    `copies_first`: warps that hold the same are not neighbours, for what other slots they have between them comes first.
+    `copies_first`: of warps neighbours hold other elements, and those further apart the same; else the other way about.
     """
 
     slots: tuple[tuple[str, ...], ...]
