@@ -25,7 +25,8 @@ COLUMNS = 8  # that a warp's product has at the least
 ROWS = (16, 32, 64)  # of a block of products alone: the first that leaves an SM no more than so many programs
 PROGRAMS = 3
 PART = 256  # of a product's summed axis, in a part of a split
-TURN, LEAST = 512, 32  # of one in a turn: as many as registers hold, at the most and at the least
+TURN = 512  # of one in a turn, at the most, of what registers hold
+LEAST = 32  # of one in a turn: of fewer a lane loads less than 16 bytes, and which elements are a step is another order
 REGISTERS = 208  # of a lane for a turn's operands, two elements each, for sums, and as many as these for what is read beside
 LANES = MEASURED.lanes
 
