@@ -45,9 +45,8 @@ def refusal(kernel: t.Kernel) -> str | None:
         if wrong := next((v for v in t.results(op) if v.dtype not in DTYPES), None):
             what = f"{wrong.name or 'a value'} is {wrong.dtype}, which is"
             return f"{kernel.name}: {what} not printed for Mosaic GPU so far; choose pallas"
-        if isinstance(op, t.Loop) and (op.end is not None or len(op.over) > 1):
-            what = "loops over parts" if op.end is None else "loops to an end that data say"
-            return f"{kernel.name}: {what} are not printed for Mosaic GPU so far; choose pallas"
+        if isinstance(op, t.Loop) and len(op.over) > 1:
+            return f"{kernel.name}: loops over parts are not printed for Mosaic GPU so far; choose pallas"
     if what := next((w for section in kernel.sections if (w := unspread(section, TARGETS["mosaic"]))), None):
         return f"{kernel.name}: {what} are not printed for Mosaic GPU so far; choose pallas"
     return None
@@ -61,7 +60,7 @@ def unprinted(graph: Graph, sizes: Mapping[str, int], schedule: Schedule | None 
     for n, x in graph.tensors.items():
         shape = tuple(1 if a is None else graph.axes[a] or sizes[a] for a in x.axes)
         whole[n] = t.Viewed(n, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-    made = plan(graph, schedule or warpgroups(graph), whole, sizes, "mosaic")
+    made = plan(graph, schedule or warpgroups(graph, sizes), whole, sizes, "mosaic")
     return next((why for why in map(refusal, made.programs) if why), None)
 
 
@@ -248,7 +247,8 @@ def _dot(p: MosaicPrinter, op: t.Dot) -> str:
     acc = p.text(op.acc) if op.acc else p.word("full", p.shape(op.out.axes), "0.0", p.dtypes["float32"])
     along = op.left.axes.index(op.axis), op.right.axes.index(op.axis)
     layouts = ", ".join(p.layout(v.axes, v) for v in (op.left, op.right, op.out))
-    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}))"
+    high, _, _ = p.fragments.of(op.out.axes, op.out).along_slot(op.out.axes[0])
+    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
 
 
 def emit(kernel: t.Kernel) -> str:
@@ -270,7 +270,7 @@ def emit(kernel: t.Kernel) -> str:
         lines += ["", MOSAIC[name]]
     lines += [""] if layouts else []
     for name, of in layouts.items():
-        turned = ", turned=True" if of.turned else ""
+        turned = (", turned=True" if of.turned else "") + (", copies_first=True" if of.copies_first else "")
         lines.append(f"{name} = tiled(warps={of.warps}, lanes={of.lanes}, vector={of.vector}{turned})")
     for helper, body in zip(shared, bodies, strict=True) if not alone else ():
         takes = ["pid", *_refs(helper.section), *helper.starts.values()]

@@ -3,6 +3,9 @@
 An access takes `width` elements at a time, which lie side by side. Masked lanes read the first element of the array, which is
 always there, and write nothing. `spread_to` is for a product's blocks: of two that are of one shape and spread from the same
 Mosaic makes one, and finds no layout for it.
+
+A product of few rows hangs on a barrier, past which no load goes: ptxas would load half of what a turn takes, and wait for it,
+before it asks for the other half; and LLVM would move what only a masked store needs into that store's branch.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ IMPORTS = {  # helper → what it needs above it
         "from jax.extend.mlir import ir",
         "from jax.extend.mlir.dialects import arith, vector",
     ),
-    "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu"),
+    "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu", "from jax.extend.mlir import ir"),
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
@@ -53,7 +56,7 @@ MOSAIC = {
     "barrier": """def barrier():
     plgpu.inline_mgpu()(lambda context: mgpu.warpgroup_barrier())()
 """,
-    "tiled": """def tiled(warps, lanes, vector, turned=False):
+    "tiled": """def tiled(warps, lanes, vector, turned=False, copies_first=False):
     inner = tuple(a * b for a, b in zip(lanes, vector))
     outer = tuple(a * b for a, b in zip(warps, inner))
     n = len(vector)
@@ -61,7 +64,8 @@ MOSAIC = {
     def shared(counts, first, threads):
         copies = threads // math.prod(counts)
         split = [first + d for d in (range(n)[::-1] if turned else range(n)) if counts[d] > 1]
-        return tuple(split + [plgpu.Replicated(copies)] * (copies > 1))
+        same = [plgpu.Replicated(copies)] * (copies > 1)
+        return tuple(same + split if copies_first else split + same)
 
     along = next((d - n for d in range(n) if vector[d] > 1), -1)
     made = mgpu.TiledLayout(
@@ -82,23 +86,31 @@ MOSAIC = {
     return pairs.reshape(len(lines), -1, 2)
 
 
-def mma(left, right, acc, along, layouts):
+def mma_held(acc):
+    word, none = ir.IntegerType.get_signless(32), mgpu.c(0, ir.IntegerType.get_signless(1))
+    ask = "bar.red.popc.u32 $0, 0, 128, $1;"
+    zero = mgpu.utils.inline_ptx(ask, none, result_types=word, has_side_effects=True, convergent=True)
+    zero = mgpu.FragmentedArray.splat(zero, acc.shape, acc.layout, is_signed=False)
+    return (acc.bitcast(word, output_is_signed=False) | zero).bitcast(acc.mlir_dtype)
+
+
+def mma(left, right, acc, along, layouts, warps):
     made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
 
     @plgpu.inline_mgpu(arg_types=layouts, return_type=made)
     def multiplied(context, left, right, acc):
         rows, columns = mma_steps(left, along[0]), mma_steps(right, along[1])
         m, n, k = len(rows) // 2, len(columns), rows.shape[1]
-        kinds = mgpu.MMALayouts(left.mlir_dtype, m_warps=1)
+        kinds, acc = mgpu.MMALayouts(left.mlir_dtype, m_warps=warps), mma_held(acc) if warps * m == 1 else acc
 
         def given(registers, shape, layout):
             registers = registers.reshape(layout.registers_shape(shape))
             return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
         found = mgpu.mma(
-            given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * m, 32 * n), kinds.acc),
-            given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * m, 16 * k), kinds.lhs),
-            given(columns.swapaxes(0, 1), (16 * k, 32 * n), kinds.rhs),
+            given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * warps * m, 32 // warps * n), kinds.acc),
+            given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * warps * m, 16 * k), kinds.lhs),
+            given(columns.swapaxes(0, 1), (16 * k, 32 // warps * n), kinds.rhs),
         )
         registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
         return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)

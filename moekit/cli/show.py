@@ -189,7 +189,7 @@ def _mosaic(fusion: Fusion, binding: Binding, schedule: Schedule | None) -> str:
     from moekit.backends.mosaic import emit, refusal
     from moekit.compile.rules.warpgroups import warpgroups
 
-    made = _viewed_plan(fusion, binding, schedule or warpgroups(fusion.trace(binding)), "mosaic")
+    made = _viewed_plan(fusion, binding, schedule or warpgroups(fusion.trace(binding), dict(binding.sizes)), "mosaic")
     if why := next((why for why in map(refusal, made.programs) if why), None):
         raise UnavailableError(why)
     return "\n\n".join(emit(program).rstrip() for program in made.programs)

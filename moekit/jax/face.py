@@ -161,7 +161,7 @@ class Call:
         """The schedule that was given, or the rules' for the form of this call."""
         form = out_of_place(self.graph, separate)
         if target == "mosaic":
-            return self.schedule or warpgroups(form)
+            return self.schedule or warpgroups(form, self.sizes)
         chosen = untuned(self.graph if serves(self.graph, form) else form, self.sizes)
         return self.schedule or settled(form, chosen, layouts)
 

@@ -109,7 +109,7 @@ def _store(ref, index, value, layout=None, mask=None, width=1):
         launch.plt.store(ref.at[index[:-1]], value, mask=index[-1])
 
 
-def _mma(left, right, acc, along, layouts):
+def _mma(left, right, acc, along, layouts, warps):
     summed = (along[:1], along[1:]), ((), ())
     return acc + lax.dot_general(left, right, summed, precision="highest", preferred_element_type=jnp.float32)
 

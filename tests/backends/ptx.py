@@ -76,6 +76,9 @@ class Machine:
             elif name in ("ret", "exit"):
                 pc[active] = end
             elif name == "bar":
+                if op.startswith("bar.red.popc"):  # of a predicate that holds nowhere
+                    assert not self.get(args[3], "pred")[active].any(), op
+                    self.put(args[0], np.zeros(self.n, np.uint32), active)
                 waiting |= active
                 together = np.repeat(waiting.reshape(-1, THREADS).all(1), THREADS)
                 self.epoch[together] += 1

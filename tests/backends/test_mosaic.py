@@ -15,6 +15,7 @@ from moekit.compile.passes.fragments import Fragment, fragments, neighbours
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
+from moekit.compile.schedule.directives import Tile
 from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
@@ -98,6 +99,7 @@ def test_products_compile_for_an_h200(name, dtype):
     assert ptx.count("ld.global.v4.b32") >= 2 * loops
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert name == "gate_block" or "ld.shared" not in ptx  # its rows are added up across lanes
+    assert name != "down_combine" or "ld.global" not in ptx.rpartition("mma.sync")[2]  # not what it is added to either
 
 
 @pytest.mark.parametrize(("name", "sizes", "params"), [
@@ -165,15 +167,31 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
 
 @pytest.mark.parametrize("depth", [96, 1600])
 def test_a_product_has_the_same_bits_whatever_is_beside_it(depth):
-    """Rows of one block of the matrix unit and of several, whole and in parts of which the last is short, by the machine."""
+    """Blocks of 16, 32 and 64 rows, in turns of some lengths, whole and in parts of which the last is short, by the machine;
+    what is large cancels, so that another order of sums would be seen."""
     rng = np.random.default_rng(6)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((20, depth), (40, depth)))
+    x, w = (rng.standard_normal(shape) for shape in ((40, depth), (40, depth)))
+    x[:, depth // 2 :], w[:, depth // 2 :] = -x[:, : depth // 2] * rng.choice([1, 1.0078125], depth // 2), w[:, : depth // 2]
+    x, w = (jnp.asarray(each, jnp.bfloat16) for each in (x, w))
+    few = str(product("gate_gemm", {"D": depth, "P": 40}, 4)[1])
     with emulated() as machines:
         whole = np.asarray(gate_gemm(x, w, implementation="mosaic"))
         for rows in (slice(3, 4), slice(14, 19)):
             np.testing.assert_array_equal(whole[rows], np.asarray(gate_gemm(x[rows], w, implementation="mosaic")))
-    assert len(machines) >= 3
+        for block, turn in ((32, 64), (64, 32)):
+            said = re.sub(r"loop:D:\d+", f"loop:D:{turn}", few.replace("tile:T:16", f"tile:T:{block}"))
+            got = gate_gemm(x, w, implementation="mosaic", schedule=Schedule.parse(said))
+            np.testing.assert_array_equal(whole, np.asarray(got), said)
+    assert len(machines) >= 5
     np.testing.assert_allclose(whole.astype(np.float32), np.asarray(x, np.float32) @ np.asarray(w, np.float32).T, 1e-2, 0.5)
+
+
+def product(name: str, sizes: dict, rows: int):
+    """A fusion of these sizes traced in bfloat16, and its schedule for so many rows."""
+    fusion, shapes = FUSIONS[name], shapes_of(FUSIONS[name], {**sizes, "T": rows}, {})
+    dtypes = {n: "bfloat16" if "bfloat16" in fusion.tensors[n].dtypes else fusion.tensors[n].dtypes[0] for n in shapes}
+    graph = fusion.trace(fusion.bind(shapes, dtypes, fusion.bind_params({})))
+    return graph, warpgroups(graph, {"T": rows})
 
 
 @pytest.mark.parametrize(("name", "depth", "columns", "said"), [
@@ -183,12 +201,48 @@ def test_a_product_has_the_same_bits_whatever_is_beside_it(depth):
     ("down_combine", 2048, 4096, "loop:I:128 split:I:8"),
 ])  # fmt: skip
 def test_turns_of_products_are_long(name, depth, columns, said):
-    """Parts of a split are one turn each, as far as a schedule has so many and registers hold the weight's block."""
-    fusion, sizes = FUSIONS[name], {"gate_gemm": {"D": depth, "P": columns}, "down_combine": {"I": depth, "H": columns}}[name]
-    shapes = shapes_of(fusion, {**sizes, "T": 4}, {})
-    graph = fusion.trace(fusion.bind(shapes, dict.fromkeys(shapes, "bfloat16"), fusion.bind_params({})))
-    first = warpgroups(graph).launches[0]
-    assert " ".join(d for d in str(first).split() if d.startswith(("loop", "split"))) == said
+    """Parts of a split are one turn each, as far as a schedule has so many and registers hold what a turn takes."""
+    sizes = {"gate_gemm": {"D": depth, "P": columns}, "down_combine": {"I": depth, "H": columns}}[name]
+    _, schedule = product(name, sizes, 4)
+    assert " ".join(d for d in str(schedule.launches[0]).split() if d.startswith(("loop", "split"))) == said
+
+
+@pytest.mark.parametrize(("name", "sizes", "blocks"), [
+    ("gate_gemm", {"D": 2048, "P": 648}, {32: 16, 64: 32, 128: 64}),
+    ("down_combine", {"I": 512, "H": 2048}, {64: 16, 128: 32, 256: 64}),
+    ("down_combine", {"I": 2048, "H": 4096}, {16: 16, 32: 32, 64: 64}),
+    ("gate_projections", {"I": 512, "D": 2048, "E": 512, "G": 1}, {64: 64}),
+    ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: 64}),
+])  # fmt: skip
+def test_blocks_of_more_rows_are_held_in_registers(name, sizes, blocks):
+    """As soon as there would be more than three programs on an SM, with 32 columns; parts are those of few rows, and no
+    register is spilled."""
+    _, few = product(name, sizes, 4)
+    for rows, block in blocks.items():
+        graph, schedule = product(name, sizes, rows)
+        assert [launch.cut for launch in schedule.launches] == [launch.cut for launch in few.launches]
+        assert {s.block("T") for s in schedule.launches[0].sections} == {block}
+        assert block == 16 or {d.block for s in schedule.launches[0].sections for d in s.all(Tile)} <= {1, block, 32}
+        program = plan(graph, schedule, viewed(graph, {"T": rows}), {"T": rows}, "mosaic").programs[0]
+        _, wrote = mosaic.buffers(program)
+        kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+        ptx, said = assembled(program, kinds, wrote, program.programs({"T": rows}))
+        assert "0 bytes spill stores, 0 bytes spill loads" in said
+        assert ("bar.red" in ptx) == (block == 16)
+
+
+def test_a_loop_may_end_where_data_say():
+    """Products with matrices that ids pick, which end at once where an id is of none; in interpret mode and by the machine."""
+    sizes, fusion = {"T": 3, "D": 72, "K": 2, "E": 4, "I": 40, "H": 48}, FUSIONS["experts"]
+    given = operands(fusion, sizes, "bfloat16", "normal", 3)
+    given["ids"] = np.array([[2, -1], [4, 0], [3, 3]], np.int32)
+    steps = ("tile:B:1 tile:J:16 loop:D:32 tile:I:32 warps:4 stage:activated",
+             "tile:B:1 tile:J:16 loop:I:32 tile:H:32 warps:4 stage:placed", "tile:T:1 loop:K:1 tile:H:64 warps:4")  # fmt: skip
+    case = Call(fusion, given, schedule=Schedule.parse(" then ".join(steps)))
+    check("mosaic", case)
+    with emulated() as machines:
+        check("mosaic", case)
+    assert len(machines) == 3
 
 
 def _product_norm(x, w):

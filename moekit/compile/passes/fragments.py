@@ -14,13 +14,13 @@ from math import prod
 
 from moekit.compile import tile as t
 from moekit.compile.passes.apart import rights
+from moekit.compile.schedule.matrix import STEP, shared
 from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
 WIDEST = 16  # bytes of one access
 LINE = 128  # bytes that are asked for together: lanes of one warp are to have them all
 ROWS, PER_ROW = 8, 4  # lanes of a warp along rows of the matrix unit's blocks, and along their neighbours
-STEP = 16  # elements along which the matrix unit adds up at once, of two bytes
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -30,6 +30,7 @@ class Fragment:
 
     A slot is an axis, or several of one size that never meet. What is left of a slot is in the lane's further registers; where
     there is less than a lane for each thread, threads hold the same. `turned`: lanes go along the last slot last, not first.
+    `copies_first`: of warps neighbours hold other elements, and those further apart the same; else the other way about.
     """
 
     slots: tuple[tuple[str, ...], ...]
@@ -38,6 +39,7 @@ class Fragment:
     lanes: tuple[int, ...]
     vector: tuple[int, ...]
     turned: bool = False
+    copies_first: bool = False
 
     def has(self, axes: Iterable[str]) -> bool:
         """Whether a value over `axes` lies so, the other slots left out."""
@@ -105,17 +107,19 @@ def fragments(program: t.TileProgram, target: Target) -> Fragments:
 def _multiplied(program: t.TileProgram, op: t.Dot, target: Target) -> tuple[Fragment, Fragment, Fragment]:
     """A product's operands and its sum, as `mma.sync` has them: rows in eight groups of lanes, and of a row's neighbours along
     the summed axis up to 16 bytes in each of a group's four, for within a step they may have any order that both operands have.
-    Warps have other columns each."""
+    Warps have other rows or other columns each."""
     m, n = op.out.axes
-    near, warps = min(WIDEST // itemsize(op.left.dtype), program.axis(op.axis).block // PER_ROW), target.warps[0]
+    near = min(WIDEST // itemsize(op.left.dtype), program.axis(op.axis).block // PER_ROW)
+    high, wide = shared(*program.block((m, n)), target.warps[0])
 
-    def spread(major: str, minor: str, own: tuple[int, int], vector: int) -> Fragment:
+    def spread(major: str, minor: str, own: tuple[int, int], vector: int, copies_first: bool = False) -> Fragment:
         both, turned = program.ordered((major, minor)), program.ordered((major, minor)) != (major, minor)
         order = slice(None, None, -1 if turned else 1)
         counts = own[order], (ROWS, PER_ROW)[order], (1, vector)[order]
-        return Fragment(tuple((a,) for a in both), program.block(both), *counts, turned)
+        return Fragment(tuple((a,) for a in both), program.block(both), *counts, turned, copies_first)
 
-    return spread(m, op.axis, (1, 1), near), spread(n, op.axis, (warps, 1), near), spread(m, n, (1, warps), 2)
+    right = spread(n, op.axis, (wide, 1), near, copies_first=min(high, wide) > 1)
+    return spread(m, op.axis, (high, 1), near), right, spread(m, n, (high, wide), 2)
 
 
 def unspread(program: t.TileProgram, target: Target) -> str | None:
@@ -125,7 +129,8 @@ def unspread(program: t.TileProgram, target: Target) -> str | None:
         if {op.left.dtype, op.right.dtype} not in ({"float16"}, {"bfloat16"}):
             return f"products of {op.left.dtype}"
         m, n, k = program.block((*op.out.axes, op.axis))
-        if m % STEP or n % (ROWS * target.warps[0]) or k % STEP:
+        high, wide = shared(m, n, target.warps[0])
+        if m % (STEP * high) or n % (ROWS * wide) or k % STEP:
             return f"products of blocks of {m} × {n} × {k}"
     found = fragments(program, target)
     every = (*found.held, *found.turned) if products else ()

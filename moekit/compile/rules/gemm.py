@@ -97,7 +97,7 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
     something is added up.
     """
     gemm = next((g for g in gemms(graph).values() if graph.axes[g.m] is None), None)
-    if gemm is None or not _products_alone(graph):
+    if gemm is None or not products_alone(graph):
         return GEMM_TILES[:1]
     if _itemsize(graph, gemm) == WIDE:  # all have the same tile, and parts in place of a split where those are many
         return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
@@ -119,7 +119,7 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _products_alone(graph: Graph) -> bool:
+def products_alone(graph: Graph) -> bool:
     """Whether all that is added up are products of the same rows along the same axis, those of a section with the same columns.
 
     A tile then says nothing of how, and programs may do all parts of a split in a row: nothing waits for a whole row of them,

@@ -6,67 +6,120 @@ What was measured stands in measured.json, by the name of the constant.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from moekit.compile.rules.choose import heuristic
-from moekit.compile.schedule.directives import Launch, Loop, Schedule, Section, Split, Tile, Warps, Whole, pow2
+from moekit.compile.rules.gemm import products_alone
+from moekit.compile.schedule.cost import programs
+from moekit.compile.schedule.cuts import launched, section_graphs
+from moekit.compile.schedule.directives import Launch, Loop, Prefetch, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
-from moekit.compile.schedule.targets import TARGETS
+from moekit.compile.schedule.matrix import shared
+from moekit.compile.schedule.targets import MEASURED, TARGETS
 from moekit.lang.graph import Graph
 
 COLUMNS = 8  # that a warp's product has at the least
-PART = 256  # of a product's summed axis, in a part of a split: one turn
-TURN = 512  # of one that is not split, in a turn
-HELD = 16384  # elements of a product's columns in a turn
+ROWS = (16, 32, 64)  # of a block of products alone: the first that leaves an SM no more than so many programs
+PROGRAMS = 3
+PART = 256  # of a product's summed axis, in a part of a split
+TURN = 512  # of one in a turn, at the most, of what registers hold
+LEAST = 32  # of one in a turn: of fewer a lane loads less than 16 bytes, and which elements are a step is another order
+REGISTERS = 208  # of a lane for a turn's operands, two elements each, for sums, and as many as these for what is read beside
+LANES = MEASURED.lanes
 
 
-def warpgroups(graph: Graph) -> Schedule:
-    """The rules' schedule for few rows, whatever the number of rows: how a block lies in threads follows from its size, and
-    sums with it. Where it has fewer warps than a warpgroup, blocks along the innermost axis in tiles are as many times larger;
-    blocks of a product's columns have at least some for each warp. Where a product is split, its parts are one turn each.
+def warpgroups(graph: Graph, sizes: Mapping[str, int] = MappingProxyType({})) -> Schedule:
+    """The rules' schedule for these sizes of dynamic axes, of few rows where nothing is said.
+
+    Where it has fewer warps than a warpgroup, blocks along the innermost axis in tiles are as many times larger; blocks of a
+    product's columns have at least some for each warp. Both are so whatever the number of rows: how such a block lies in
+    threads follows from its size, and sums with it.
+
+    Where a product is split, its parts are of one size. Of more rows blocks are larger, and turns shorter where registers say
+    so: the matrix unit adds up step by step, so the order of sums follows from the parts alone.
     """
-    few, (warps,) = heuristic(graph), TARGETS["mosaic"].warps
-    launches = (_turned(graph, _shared(graph, launch, warps)) for launch in few.launches)
-    folded = replace(few, launches=tuple(_folded(launch, warps) for launch in launches))
-    return few if legal(graph, folded) else folded
+    few = heuristic(graph)
+    base = _warpgroups(graph, few, {})
+    if legal(graph, base):
+        return few
+    tall = _warpgroups(graph, few, sizes) if sizes else base
+    return base if legal(graph, tall) else tall
 
 
-def _shared(graph: Graph, launch: Launch, warps: int) -> Launch:
-    return replace(launch, sections=tuple(_columns(graph, section, COLUMNS * warps) for section in launch.sections))
+def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedule:
+    warps, launches = TARGETS["mosaic"].warps[0], []
+    parted = replace(few, launches=tuple(_parted(own, launch) for launch, own, _ in launched(graph, few)))
+    for launch, own, _ in launched(graph, parted):
+        wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
+        tall = _tall(own, wide, sizes, COLUMNS * warps) if sizes and products_alone(own) else wide
+        pairs = zip(tall.sections, section_graphs(own, tall), strict=True)
+        turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for section, g in pairs))
+        launches.append(_folded(turned, warps))
+    return replace(few, launches=tuple(launches))
+
+
+def _parted(graph: Graph, launch: Launch) -> Launch:
+    """A launch in so many parts that each is a turn, if it is a product's that is split."""
+    cut, sizes = launch.cut, {g.k: graph.axes[g.k] for g in gemms(graph).values()}
+    if not isinstance(cut, Split) or cut.each or not (size := sizes.get(cut.axis)):
+        return launch
+    return launch.but(replace(cut, count=min(MOST_PARTS, max(cut.count, -(-size // PART)))))
 
 
 def _columns(graph: Graph, section: Section, least: int) -> Section:
     """A section whose blocks of a product's columns, if it makes one, have at least so many."""
     summed = {d.axis for d in (*section.all(Loop), *section.all(Whole))}
-    columns = {_column(graph, g) for g in gemms(graph).values() if g.k in summed}
+    columns = {_block(graph, g)[1] for g in gemms(graph).values() if g.k in summed}
     wide = [Tile(d.axis, max(d.block, least)) if isinstance(d, Tile) and d.axis in columns else d for d in section.directives]
     return replace(section, directives=tuple(wide))
 
 
-def _column(graph: Graph, gemm: GemmAxes) -> str:
-    """The columns of a product's block in a program, which has its axes in the graph's order."""
-    return max(gemm.m, gemm.n, key=list(graph.axes).index)
+def _block(graph: Graph, gemm: GemmAxes) -> list[str]:
+    """The rows and the columns of a product's block in a program, which has its axes in the graph's order."""
+    return sorted((gemm.m, gemm.n), key=list(graph.axes).index)
 
 
-def _turned(graph: Graph, launch: Launch) -> Launch:
-    """A launch whose products take as much of the summed axis in a turn as registers hold, in more parts where it is split."""
-    sizes, cut = {g.k: graph.axes[g.k] for g in gemms(graph).values()}, launch.cut
-    if isinstance(cut, Split) and not cut.each and (size := sizes.get(cut.axis)):
-        cut = replace(cut, count=min(MOST_PARTS, max(cut.count, -(-size // PART))))
-        sizes[cut.axis] = -(-size // cut.count)
-        launch = launch.but(cut)
-    return replace(launch, sections=tuple(_longer(graph, section, sizes) for section in launch.sections))
+def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int], least: int) -> Launch:
+    """A launch of products alone in the smallest blocks of rows of which an SM has few enough, or in the largest that rows
+    fill. Larger ones have the least columns: lanes hold both."""
+    found = [_block(graph, g) for g in gemms(graph).values()]
+    axes, columns = ({block[i] for block in found if graph.axes[block[0]] is None} for i in (0, 1))
+    most = pow2(max((sizes.get(a, 1) for a in axes), default=1))
+
+    def blocks(rows: int) -> Launch:
+        def tile(d: Tile) -> Tile:
+            return Tile(d.axis, rows if d.axis in axes else least if rows > ROWS[0] and d.axis in columns else d.block)
+
+        return replace(launch, sections=tuple(s.but(*map(tile, s.all(Tile))) for s in launch.sections))
+
+    every = [blocks(rows) for rows in ROWS if rows <= max(most, ROWS[0])]
+    return next((made for made in every if programs(graph, made, sizes) <= PROGRAMS * MEASURED.sms), every[-1])
 
 
-def _longer(graph: Graph, section: Section, sizes: dict[str, int | None]) -> Section:
-    """A section whose turns along summed axes of products, `sizes` for each program, are few."""
+def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: int) -> Section:
+    """A section whose turns along summed axes of products are few; nothing has a place for what would be asked for ahead."""
+    count = {cut.axis: cut.count} if isinstance(cut, Split) and not cut.each else {}
+    sizes = {g.k: -(-(graph.axes[g.k] or 0) // count.get(g.k, 1)) for g in gemms(graph).values()}
+    loops = [d for d in section.all(Loop) if sizes.get(d.axis) and not section.parts]
+    turns = {d.axis: min(TURN, _held(graph, section, d.axis, warps), pow2(sizes[d.axis])) for d in loops}
+    return section.without(Prefetch).but(*(replace(d, block=max(16, turns[d.axis])) for d in loops))
+
+
+def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
+    """Elements of a summed axis, a power of two, of which a lane holds what a section's products take; products of one section
+    share their rows."""
     tiled = {d.axis for d in section.all(Tile)}
-    columns = {_column(graph, g) for g in gemms(graph).values()}
-    columns = max((section.block(a) for a in columns if a in tiled), default=1)
-    turns = {axis: min(TURN, HELD // columns, pow2(size)) for axis, size in sizes.items() if size}
-    longer = [replace(d, block=max(16, turns[d.axis])) for d in section.all(Loop) if d.axis in turns and not section.parts]
-    return section.but(*longer)
+    each = sums = most = 0
+    for gemm in (g for g in gemms(graph).values() if g.k == axis):
+        rows, columns = (section.block(a) if a in tiled else 1 for a in _block(graph, gemm))
+        high, wide = shared(rows, columns, warps)
+        most = max(most, rows // high)
+        each, sums = each + columns // wide, sums + 2 * rows * columns // (LANES * warps)
+    room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)
+    return 1 << max(LEAST, room).bit_length() - 1
 
 
 def _folded(launch: Launch, warps: int) -> Launch:

@@ -216,7 +216,7 @@ LOWERING = (
     _one('twins-of-other-steps', "compile/schedule/facts.py", 'i.terms == j.terms', 'i.axes == j.axes', 'products of side by side and of interleaved columns are made as one'),
     _one('twins-of-two-tensors', "compile/schedule/facts.py", ' or one.attr("tensor") != other.attr("tensor")', '', 'products with columns of two weights are made as one'),
     _one('parts-for-few-rows-only', 'compile/rules/choose.py', '_launch(graph, tile, columns, split)', '_launch(graph, tile, columns)', "with many rows a sum is not made in parts: a row's bits depend on T"),
-    _one('tile-decides-a-sum', 'compile/rules/gemm.py', 'if gemm is None or not _products_alone(graph):', 'if gemm is None:', "a sum beside a product goes by its tile: a row's bits depend on T"),
+    _one('tile-decides-a-sum', 'compile/rules/gemm.py', 'if gemm is None or not products_alone(graph):', 'if gemm is None:', "a sum beside a product goes by its tile: a row's bits depend on T"),
     _one('max-int64-from-zero', "lang/elementwise.py", '("max", "int64"): -(2**63)', '("max", "int64"): 0', 'the maximum of negative numbers of 64 bits is zero'),
     _one('min-int64-narrow', "lang/elementwise.py", '("min", "int64"): 2**63 - 1', '("min", "int64"): 2**31 - 1', 'the minimum of numbers past 2^31 is 2^31'),
     _one('overlap-of-equal-strides', 'torch/overlap.py', 'doubled |= s in ranges', 'doubled |= False', 'a tensor of two equal strides is taken for one that does not meet itself'),
