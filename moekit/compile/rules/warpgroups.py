@@ -13,7 +13,7 @@ from types import MappingProxyType
 from moekit.compile.rules.choose import heuristic
 from moekit.compile.rules.gemm import products_alone
 from moekit.compile.schedule.cost import programs
-from moekit.compile.schedule.cuts import launched, section_graphs
+from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.directives import Launch, Loop, Prefetch, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
@@ -55,8 +55,7 @@ def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedu
     for launch, own, _ in launched(graph, parted):
         wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
         tall = _tall(own, wide, sizes, COLUMNS * warps) if sizes and products_alone(own) else wide
-        pairs = zip(tall.sections, section_graphs(own, tall), strict=True)
-        turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for section, g in pairs))
+        turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for g, section in sections_of(own, tall)))
         launches.append(_folded(turned, warps))
     return replace(few, launches=tuple(launches))
 
