@@ -20,6 +20,7 @@ from moekit.compile.schedule.targets import TARGETS
 from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
+from moekit.jax import mosaic as launcher
 from moekit.lang import In, cast, contract, fusion, mean, rsqrt
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
@@ -315,7 +316,6 @@ def test_threads_that_store_what_others_read_wait(monkeypatch):
     assert machines
     monkeypatch.setattr(mosaic.MosaicPrinter, "held_twice", lambda self, op: False)
     jax.clear_caches()
-    from moekit.jax import mosaic as launcher
     from moekit.jax import program
 
     launcher.kernel.cache_clear()
@@ -336,6 +336,23 @@ def test_fragments_cover_blocks(name):
                 assert program.axis(axis).block == found.sizes[i]
                 assert found.sizes[i] % (found.warps[i] * found.lanes[i] * found.vector[i]) == 0
                 assert 4 % np.prod(found.warps) == 32 % np.prod(found.lanes) == 0
+
+
+@pytest.mark.parametrize("name", ["gate_topk", "gated_rms_norm", "topk_softmax"])
+def test_what_warps_add_up_together_is_no_longer_than_an_access(name, monkeypatch):
+    """Mosaic has no reduction across warps of vectors of more than 16 bytes: in no layout that is served is one asked for."""
+    programs, call = [], launcher.call
+    monkeypatch.setattr(launcher, "call", lambda program, *more: programs.append(program) or call(program, *more))
+    for case in ruled(name):
+        check("mosaic", case)
+    assert len(programs) >= len(ruled(name))
+    for section in (s for program in programs for s in program.sections):
+        for sum_ in (o for o, _ in t.walk(section.body) if isinstance(o, t.Reduce)):
+            axes = sum_.value.axes
+            found = fragments(section, TARGETS["mosaic"]).of(axes, sum_.value)
+            kept = [v for slot, v in zip(found.slots, found.vector, strict=True) if {*slot} & {*axes} - {sum_.axis}]
+            warps, _, _ = found.along_slot(sum_.axis)
+            assert warps == 1 or max(kept, default=1) * itemsize(sum_.value.dtype) <= 16
 
 
 @pytest.mark.parametrize("name", [*ROWS, *MORE])

@@ -9,7 +9,7 @@ them, which agrees along all axes but one: columns lie in a right operand as row
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from moekit.compile import tile as t
@@ -239,12 +239,11 @@ def _spread(group: _Group, target: Target) -> Fragment:
         left[near] //= kept
         _take(left, warps, first, target.warps[0])
         left[near] *= kept
-    across = any(warps[i] > 1 for i in group.summed)
-    if across and vector[near] > SUMMED and near not in group.summed:
-        left[near], vector[near] = left[near] * vector[near] // SUMMED, SUMMED
     _take(left, lanes, order[::-1], target.lanes)
     if prod(warps) == 1:
         _take(left, warps, first, target.warps[0])
+    if any(warps[i] > 1 for i in group.summed if i != near) and vector[near] > SUMMED:
+        return _spread(replace(group, most=SUMMED), target)
     return Fragment(group.slots, group.sizes, tuple(warps), tuple(lanes), tuple(vector))
 
 
