@@ -41,12 +41,14 @@ def test_products_run_on_the_matrix_unit(block, width):
 
 @pytest.mark.parametrize("block", [1, 16, 32, 64, 128])
 def test_a_converted_weight_is_multiplied_from_registers(block):
-    """By one instruction whatever the block is, with the summed axis as it lies: a row has the same bits in all of them."""
+    """By one instruction in all blocks of more than 16 pairs, with the summed axis as it lies, so a row has the same bits in
+    them; in those of fewer by another one, which takes it in another order."""
+    kind, along = ("mma.sync.aligned.m16k16", "4") if block <= 16 else ("wgmma.mma_async.sync.aligned.m64k16", "2")
     for program in replace(SAMPLES["scaled_experts"], params={"block": block}).strided().programs[-3:-1]:
         found = compiled(program).asm
         instructions = set(re.findall(r"\b(wgmma\.mma_async\.sync\.aligned\.m\w+|mma\.sync\.aligned\.m\w+)", found["ptx"]))
-        assert {re.sub(r"n\d+", "", i) for i in instructions} == {"wgmma.mma_async.sync.aligned.m64k16"}
-        assert {*re.findall(r"kWidth = (\d)", found["ttgir"])} == {"2"}
+        assert {re.sub(r"n\d+", "", i) for i in instructions} == {kind}
+        assert {*re.findall(r"kWidth = (\d)", found["ttgir"])} == {along}
         assert (build(program).spills, build(program).serial) == (0, False)
 
 

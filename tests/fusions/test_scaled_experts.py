@@ -176,21 +176,24 @@ def graph(fusion, rows="bfloat16", width=512, **params):
 @pytest.mark.parametrize("width", [512, 256, 64])
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_blocks_of_pairs_run_on_the_matrix_unit(width, block):
-    """Gate and up as one product, down in another launch, a block of scales a turn; as few launches as `experts` has."""
+    """Gate and up as one product where a block has more than 16 pairs, down in another launch, a block of scales a turn; as few
+    launches as `experts` has."""
     made = graph(EXPERTS, width=width, block=block)
     programs = plan(made, None, strided(made, {})).programs
     plain = FUSIONS["experts"]
     other = plain.trace(example(plain, own(plain, QWEN | {"I": width}), "bfloat16", {"block": block}))
     assert len(programs) == len(heuristic(other).launches)
     dots = [[op for op, _ in walk(p.body) if isinstance(op, Dot)] for p in programs if hasattr(p, "body")]
-    assert [len(found) for found in dots if found] == [1, 1]
+    assert [len(found) for found in dots if found] == [2 if block == 16 else 1, 1]
     assert {"loop:Db:1", "loop:Ib:1"} <= {*str(heuristic(made)).split()}
 
 
 def test_a_row_adds_up_alike_in_blocks_of_any_size():
-    """What is said of `experts`: the order of sums is one."""
-    orders = [order(plan(g := graph(EXPERTS, block=b), None, strided(g, {})).programs[-3:]) for b in (16, 64, 128)]
-    assert orders[0] == orders[1] == orders[2]
+    """The order of sums is one in blocks of more than 16 pairs, and one in those of fewer (docs/performance_tried.md)."""
+    few, same, *larger = (
+        order(plan(g := graph(EXPERTS, block=b), None, strided(g, {})).programs[-3:]) for b in (1, 16, 32, 64, 128)
+    )
+    assert few == same != larger[0] == larger[1] == larger[2]
 
 
 @pytest.mark.parametrize("width", [512, 256, 64])

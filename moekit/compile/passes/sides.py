@@ -3,6 +3,7 @@
 The matrix unit takes a left operand from registers, where a conversion leaves it; a right one would go to shared memory first.
 And Triton 3.6 turns converted operands of `mma.sync`, which it takes for blocks of fewer than 64 rows, along the summed axis: a
 row would have other bits in them than in larger blocks. With 64 columns or more on the left there are always enough rows.
+Blocks of few rows wait for the weight's bytes alone: they have it right, and the order of `mma.sync`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moekit.lang.dtypes import STORED
 from moekit.lang.graph import Graph, Node
 
 LEAST = 64  # rows of a left operand that the matrix unit takes at once
+FEW = 16  # rows of a block that waits for memory
 
 
 def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[tuple[str, ...], set[str]]:
@@ -35,7 +37,8 @@ def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[tu
             next(a for a in graph.nodes[x].axes if section.block(a) > 1 and a not in graph.nodes[y].axes)
             for x, y in ((weight, rows), (rows, weight))
         )
-        if section.block(own) * (1 + (own in doubled)) >= LEAST and order.index(own) > order.index(other):
+        wide = section.block(own) * (1 + (own in doubled)) >= LEAST and section.block(other) > FEW
+        if wide and order.index(own) > order.index(other):
             order.remove(own)
             order.insert(order.index(other), own)
             left.add(own)

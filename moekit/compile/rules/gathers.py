@@ -28,6 +28,7 @@ COLUMNS_BYTES = 128
 MOST_WHOLE, STEP = 512, 64  # of the contracted axis: in one block up to so many, else so many at a time
 MOST_PAIRS = 64
 MOST_ROWS, PAIRED_FROM = 128, 64  # of a block of pairs, and from which on two products are one
+PAIRED_SCALED = 32  # in blocks with scales
 MOST_DEEP = 128  # of the contracted axis, where each block of it has a scale of its own: up to so much is one turn
 ROWS_BLOCK, PAIRS_BLOCK = 2**14, 2**13  # one-byte elements of a program's block, and of one where pairs are added up
 MOST_COLUMNS, TURN = 64, 2  # a program's most rows, and pairs in a turn
@@ -146,7 +147,7 @@ def grouped(graph: Graph) -> Launch | None:
     said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     launch = shrunk(graph, alone(axes, each.warps, each.stages))
-    pair = rows >= PAIRED_FROM or bool(outer)
+    pair = rows >= (PAIRED_SCALED if outer else PAIRED_FROM)
     pairs = [Pair(name) for name in twins(graph) if pair and pairable(graph, launch.sections[0], name)]
     launch = replace(launch, sections=(launch.sections[0].but(*pairs),)) if pairs else launch
     if held := in_flight(graph, launch.sections[0]):

@@ -32,6 +32,7 @@ from moekit.compile.schedule.facts import (
     equally_deep,
     first_gemm,
     gemms,
+    loaded,
     once,
     reach,
     scattered,
@@ -40,7 +41,7 @@ from moekit.compile.schedule.facts import (
 )
 from moekit.compile.schedule.legal import pairable, prefetchable
 from moekit.compile.schedule.targets import MEASURED
-from moekit.lang.dtypes import is_float, itemsize
+from moekit.lang.dtypes import STORED, is_float, itemsize
 from moekit.lang.graph import Graph
 
 GEMM_COLUMNS = (32, 64, 128)  # blocks of a GEMM's columns: the first that leaves room for ENOUGH_PARTS
@@ -81,6 +82,13 @@ SHALLOW_TILES = (  # of a GEMM no deeper than LEAST_BLOCK: one step
     Block(65, 64, 64, LEAST_BLOCK, 8, 4),
     Block(129, 64, 64, LEAST_BLOCK, 4, 4),
 )
+# Of operands that are converted from float8: in blocks of fewer than 64 rows the matrix unit takes these in another order
+# (rules/order.py), so all have fewer.
+CONVERTED_TILES = (
+    GEMM_TILES[0],
+    Block(17, 32, 64, 64, 4, 8),
+    Block(257, 32, 128, 64, 4, 4, in_a_row=True),
+)
 # For more rows, each as long as it has no more programs than there are SMs, then the next: a second round of programs costs
 # more than a larger tile does. The first two are of a split, the others' programs do all parts.
 SPLIT_TILES = (Block(0, 64, 64, 64, 4, 8), Block(0, 128, 64, 64, 8, 5))
@@ -101,6 +109,8 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
         return GEMM_TILES[:1]
     if _itemsize(graph, gemm) == WIDE:  # all have the same tile, and parts in place of a split where those are many
         return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
+    if any(loaded(graph, a).dtype in STORED for i, g in gemms(graph).items() if g == gemm for a in graph.nodes[i].args):
+        return CONVERTED_TILES
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
     split, columns = splitting(graph)

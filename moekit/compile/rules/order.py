@@ -11,9 +11,10 @@ from math import prod
 from typing import TypeGuard
 
 from moekit.compile import tile as t
-from moekit.lang.dtypes import is_float
+from moekit.lang.dtypes import STORED, is_float
 
 Order = frozenset[tuple]
+TALL, WARPGROUP = 64, 4  # rows of a left operand and warps from which on the matrix unit has one instruction for them
 
 
 def order(programs: Iterable[t.Kernel]) -> Order:
@@ -21,8 +22,8 @@ def order(programs: Iterable[t.Kernel]) -> Order:
 
     - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
       where parts begin counts, the blocks and the warps do not. (Seen on compute capability 9.0: the instructions for tiles of
-      16 rows, and of 64 and more, give the same bits. Not so where an operand is converted from float8, of which nothing is
-      said here: passes/sides.py.)
+      16 rows, and of 64 and more, give the same bits.) But for fewer than 64 rows of a left operand Triton 3.6 takes neighbours
+      of a converted operand, one of float8, in another order.
     - A sum within a block is a tree over the threads that hold it. Along a block's innermost axis, in the layout of a load, it
       is that of one row (`_lanes`); else the whole block's shape and the number of warps count.
     - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.
@@ -36,6 +37,8 @@ def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterato
         if isinstance(op, t.Dot):
             axis = program.axis(op.axis)
             yield "product", axis.name, axis.share if axis.parts > 1 else axis.extent
+            if _converted(program) & {op.left, op.right}:
+                yield "converted", axis.name, program.axis(op.out.axes[0]).block >= TALL and not warps % WARPGROUP
         elif _adds(op):
             loads = [o.out.axes for o in body if isinstance(o, t.Load)]
             if isinstance(op, t.Reduce) and op.axis == op.value.axes[-1] and op.value.axes in loads:
@@ -48,6 +51,14 @@ def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterato
                 block = program.axis(op.over[0]) if isinstance(op.over[0], str) else t.AxisBlock("", op.over[0], 1, "loop")
                 yield "turns", block.length, block.block
             yield from _said(program, op.body, warps)
+
+
+def _converted(program: t.TileProgram) -> set[t.Value]:
+    """What is cast, once or several times, from a dtype that is only stored."""
+    found: set[t.Value] = set()
+    for op in (op for op, _ in t.walk(program.body) if isinstance(op, t.Cast)):
+        found |= {op.out} if op.value.dtype in STORED or op.value in found else set()
+    return found
 
 
 def _otherwise(end: t.AtEnd) -> Iterator[tuple[t.Value, t.Value]]:

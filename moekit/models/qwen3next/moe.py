@@ -25,9 +25,10 @@ from moekit.models.qwen3next.sharding import AXIS
 # With kernels: pairs for each expert up to which blocks of so many are the fastest; 0: two kernels that read an expert for each
 # pair. Measured on an H200 (docs/performance_kernels.md), but for some places between. Of float8 two kernels took 0.90 of what
 # blocks did at 5/16 and 1.41 at 5/4 (bench/experts.py --float8), one pair a program on the matrix unit more than they at each;
-# with 20 pairs an expert blocks of 32 took 0.80 of those of 16, 0.81 of those of 64; with 80, 128 took 0.77 of 32, 0.83 of 64.
+# with 20 pairs an expert blocks of 32 took 0.98 of those of 16 and 0.84 of 64; with 40, 64 took 0.78 of 32; with 80, 128 took
+# 0.90 of 64.
 FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
-SCALED_FORMS = ((3 / 8, 0), (14, 16), (30, 32), (64, 64), (inf, 128))
+SCALED_FORMS = ((3 / 8, 0), (19, 16), (27, 32), (68, 64), (inf, 128))
 ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.

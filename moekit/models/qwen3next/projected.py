@@ -9,7 +9,7 @@ from moekit.models.qwen3next.kernels import Kernels
 from moekit.models.qwen3next.layer import OUT, SCALE, STACK, Layer
 from moekit.models.qwen3next.numerics import linear
 
-MOST = 1024  # rows up to which the kernel is used; for more XLA's product of widened weights is faster than it
+MOST = 256  # rows up to which the kernel is used; for more XLA's product of widened weights is faster than it
 
 
 def projected(x: jax.Array, weights: Layer, *names: str, kernels: Kernels | None = None) -> jax.Array:
