@@ -37,9 +37,9 @@ def scaled_experts(
     x [T, D], ids and weights [T, K], gate_up [E, 2I, D] = [gate | up] and down [E, H, I] in float8_e4m3fn (or a wider
     float), gate_up_scale [E, 2⌈I/inner⌉, ⌈D/columns⌉] and down_scale [E, ⌈H/columns⌉, ⌈I/inner⌉] float32: one for every
     `inner` of I and `columns` of D, or of H -> out [T, H] in x's dtype. Blocks of what is contracted are multiplied as they
-    are, scaled in float32 and added up in their order; roundings and `block` are those of `experts`, with the same bits for
-    blocks of scales of 16 and more. But on an NVIDIA GPU blocks of up to 16 pairs of float8 weights add up in another order
-    than larger ones. An id of no expert adds nothing.
+    are, scaled in float32 and added up in their order; roundings and `block` are those of `experts`. A row's bits are the same
+    whatever the rows beside it; on an NVIDIA GPU blocks of up to 16 pairs of float8 weights add up in another order than larger
+    ones, and so may blocks of scales of fewer than 64 columns in each. An id of no expert adds nothing.
     """
     if block == 1:
         pairs = iota("B") + iota("J")

@@ -143,17 +143,18 @@ def mark(implementation: str, case: FuzzCase) -> str:
     return hashlib.sha256(f"{implementation} {json.dumps(case.to_json())}".encode()).hexdigest()[:16]
 
 
-def taken(folder: Path, mine: Sequence[tuple[str, FuzzCase]]) -> Iterator[tuple[str, FuzzCase]]:
-    """The cases that no other process has taken; each is taken as it is given."""
+def taken(folder: Path, mine: Sequence[tuple[str, FuzzCase]], who: str) -> Iterator[tuple[str, FuzzCase]]:
+    """The cases that no other process has taken; each is taken as it is given, by a file that says by whom."""
     for one in mine:
         try:
-            (folder / mark(*one)).touch(exist_ok=False)
+            with open(folder / mark(*one), "x", encoding="utf-8") as file:
+                file.write(who)
         except FileExistsError:
             continue
         yield one
 
 
-def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float) -> dict:
+def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float, who: str = "") -> dict:
     """Run what no other process takes of `mine`; the report: cases, kernels by door and by cell, one sentence per problem, and
 
     the cases that took longest, with their seconds. Each case is printed before it runs: the last line of a share that did not
@@ -163,7 +164,7 @@ def run_share(mine: Sequence[tuple[str, FuzzCase]], folder: Path, seconds: float
     prepare_jax()
     made = {name: executor(name) for name in dict.fromkeys(implementation for implementation, _ in mine)}
     report = {"cases": 0, "doors": Counter(), "cells": Counter(), "problems": [], "slow": []}
-    for implementation, case in taken(folder, mine):
+    for implementation, case in taken(folder, mine, who):
         what, since = f"{implementation} {json.dumps(case.to_json())}", time.monotonic()
         print(f"case {report['cases'] + 1}: {what}", flush=True)
         outcome, launched = counted(made[implementation], case)
@@ -206,5 +207,5 @@ if __name__ == "__main__":
         control()
     else:
         names, first, step, folder, report, seconds = sys.argv[1:]
-        share = run_share(list(cases(names.split(",")))[int(first) - 1 :: int(step)], Path(folder), float(seconds))
-        write_text(Path(report), json.dumps(share))
+        mine, place = list(cases(names.split(",")))[int(first) - 1 :: int(step)], Path(report)
+        write_text(place, json.dumps(run_share(mine, Path(folder), float(seconds), place.name)))

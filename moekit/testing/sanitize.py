@@ -128,9 +128,10 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     """The control, in which the tool must find what is planted; then the pass, or a part of it, in `workers` processes, which
 
     take no case after `seconds` and are stopped `GRACE` later. Cases that an earlier run with this folder took are not run
-    again.
+    again, but for those of its processes in which something was wrong.
     """
     begin, verdict = time.monotonic(), Verdict(tool)
+    (folder / f"{tool}.control.txt").unlink(missing_ok=True)  # that of an earlier run would speak for this one
     run_pass(sanitizer, tool, ["control"], folder / f"{tool}.control", seconds)
     if not found(text := text_of(folder / f"{tool}.control.txt")):
         verdict.findings.append(f"{tool}: it did not find the planted fault: {text.strip()[-300:] or 'its log is empty'}")
@@ -138,7 +139,9 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     before, until = {p.name for p in taken.iterdir()}, seconds - (time.monotonic() - begin)
 
     def share(i: int) -> int | None:
-        (report := folder / f"{tool}.{i}.json").unlink(missing_ok=True)
+        for end in ("json", "txt", "out"):
+            (folder / f"{tool}.{i}.{end}").unlink(missing_ok=True)
+        report = folder / f"{tool}.{i}.json"
         arguments = [",".join(part.names), str(part.number), str(part.of), str(taken), str(report), str(until)]
         return run_pass(sanitizer, tool, arguments, folder / f"{tool}.{i}", until + GRACE)
 
@@ -147,7 +150,10 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
     doors, cells, hazards = Counter(), Counter(), Counter()
     for i, code in enumerate(codes):
         log, report, output = (folder / f"{tool}.{i}.{end}" for end in ("txt", "json", "out"))
-        verdict.findings += judge(tool, code, log, report, output)
+        verdict.findings += (wrong := judge(tool, code, log, report, output))
+        for p in taken.iterdir() if wrong else ():  # the next run with this folder takes them again
+            if p.name not in before and p.read_text(encoding="utf-8") == report.name:
+                p.unlink()
         hazards.update(explained(text_of(log)))
         if report.exists():
             told = read_json(report)
@@ -157,6 +163,8 @@ def run_tool(sanitizer: str, tool: str, workers: int, seconds: float, folder: Pa
             cells.update(told["cells"])
     now = {p.name for p in taken.iterdir()}
     mine = {mark(*one): cell(*one) for one in list(cases(part.names))[part.number - 1 :: part.of]}
+    if mine.keys() <= before:
+        verdict.findings.append(f"{tool}: no case ran; earlier runs with {folder} took all, so give another folder")
     wanted = dict.fromkeys(c for name, c in mine.items() if name in now - before)
     verdict.findings += [f"{tool}: no kernel ran for {c}" for c in wanted if not cells[c]]
     if left := len(mine.keys() - now):

@@ -8,6 +8,7 @@ from moekit.compile.rules.order import order
 from moekit.compile.schedule.facts import gemms
 from moekit.compile.schedule.legal import legal
 from moekit.compile.tile.layouts import contiguous
+from moekit.fusions.scaled import STORED
 from moekit.lang import In, InOut, cast, contract, exp, f32, fusion, halves, mean, put, rsqrt, silu, sum
 from moekit.lang.arguments import example
 from moekit.testing.probes import PROBES
@@ -132,6 +133,12 @@ def spread(x, w):
     return {"out": sum(exp(f32(x) * f32(w)), over="B")}
 
 
+@fusion(None, x=In("T D"), v=In("Q D"), w=In("P D", dtype=STORED))
+def stored_last(x, v, w):
+    """A product of a weight as it is, and one of a weight that is converted."""
+    return {"b": cast(contract(x, v, over="D"), x.dtype), "a": cast(contract(x, w, over="D"), x.dtype)}
+
+
 def contracted(made) -> list[str]:
     """The axes of static size that a declaration's products run along."""
     graph = made.trace(example(made, {}, {}, {}))
@@ -177,6 +184,15 @@ CASES = [
     (PROBES["probe_braided"], {"I": 64, "D": 2048}),
     *((made, {axis: 2048}) for made in PROBES.values() for axis in contracted(made)),
 ]
+
+
+@pytest.mark.parametrize("sizes", [{"D": 2048, "P": 648}, {"D": 64, "P": 40}, {"D": 512, "P": 4096}])
+def test_products_of_converted_operands_add_up_alike_wherever_they_stand(sizes):
+    """In larger blocks the matrix unit takes converted operands in another order, whichever product is declared first."""
+    binding = example(stored_last, sizes | {"Q": 512}, {"x": "bfloat16", "v": "bfloat16", "w": "float8_e4m3fn"}, {})
+    graph = stored_last.trace(binding)
+    layouts = contiguous(graph, dict(binding.sizes))
+    assert len({order(plan(graph, heuristic(graph, n), layouts).programs) for n in row_classes(graph)}) == 1
 
 
 @pytest.mark.parametrize(

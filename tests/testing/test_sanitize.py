@@ -25,6 +25,8 @@ import json, os, sys
 tool, log = sys.argv[sys.argv.index("--tool") + 1], sys.argv[sys.argv.index("--log-file") + 1]
 line = "RACECHECK SUMMARY: {{}} hazard displayed" if tool == "racecheck" else "ERROR SUMMARY: {{}} errors"
 rest = sys.argv[sys.argv.index("moekit.testing.gpu_pass") + 1:]
+if rest == ["control"] and os.environ.get("FAKE_SKIP") == "control":
+    sys.exit(1)
 if rest == ["control"]:
     open(log, "w").write(line.format(os.environ.get("FAKE_CONTROL", 1)))
     sys.exit(99)
@@ -37,7 +39,7 @@ mine = [e for e in json.load(open(os.environ["FAKE_CELLS"])) if e[0] in rest[0].
 for _, name, mark in mine[int(rest[1]) - 1 :: int(rest[2])]:
     taken = os.path.join(rest[3], mark)
     if sum(cells.values()) < most and not os.path.exists(taken):
-        open(taken, "x").close()
+        open(taken, "x").write(os.path.basename(rest[4]))
         if not name.startswith(skip):
             cells[name] = cells.get(name, 0) + 1
 if skip != "report":
@@ -123,6 +125,31 @@ def test_what_there_was_no_time_for_is_no_success_and_is_run_by_the_next(fake, t
     assert ends == [1] * (len(ends) - 1) + [0]
     assert found == Counter(cell(i, c) for i, c in EVERY)
     assert f"{len(EVERY) - 1000} of {len(EVERY)} cases are left; the same command with --folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"FAKE_ERRORS": "2"}, {"FAKE_SKIP": "report"}, {"FAKE_SKIP": "summary"}])
+def test_what_was_wrong_is_run_again(fake, tmp_path, monkeypatch, wrong):
+    """A second run with one's folder is no success for what the first had found, nor for what its processes left undone."""
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    assert [fake("gate_gemm"), fake("gate_gemm")] == [1, 1]
+    for name in wrong:
+        monkeypatch.delenv(name)
+    assert fake("gate_gemm", "--json-file", str(tmp_path / "found.json")) == 0
+    found = json.loads((tmp_path / "found.json").read_text())[0]["cells"]
+    assert Counter(found) == Counter(cell(i, c) for i, c in EVERY if c.fusion == "gate_gemm")
+
+
+def test_a_run_of_nothing_is_no_success(fake, capsys):
+    assert [fake("gate_gemm"), fake("gate_gemm")] == [0, 1]
+    assert "no case ran; earlier runs with" in capsys.readouterr().out
+
+
+def test_an_earlier_control_does_not_speak_for_a_later_one(fake, monkeypatch, capsys):
+    assert fake("gate_gemm") == 0
+    monkeypatch.setenv("FAKE_SKIP", "control")
+    assert fake("gate_topk") == 1
+    assert "it did not find the planted fault" in capsys.readouterr().out
 
 
 def test_a_share_ends_after_its_time_and_takes_what_no_other_took(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def tiles(graph: Graph) -> tuple[Block, ...]:
         return GEMM_TILES[:1]
     if _itemsize(graph, gemm) == WIDE:  # all have the same tile, and parts in place of a split where those are many
         return GEMM_TILES[0], GEMM_TILES[0]._replace(least=WIDE_ROWS, in_a_row=True)
-    if any(loaded(graph, a).dtype in STORED for i, g in gemms(graph).items() if g == gemm for a in graph.nodes[i].args):
+    if any(loaded(graph, a).dtype in STORED for i in gemms(graph) for a in graph.nodes[i].args):
         return CONVERTED_TILES
     if (graph.axes[gemm.k] or LEAST_BLOCK + 1) <= LEAST_BLOCK:
         return SHALLOW_TILES
