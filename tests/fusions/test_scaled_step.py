@@ -175,3 +175,59 @@ def test_rows_have_the_same_bits_in_every_class(fusion):
     g = graph(fusion)
     orders = [order(plan(g, heuristic(g, n), strided(g, {})).programs) for n in row_classes(g)]
     assert all(found == orders[0] for found in orders)
+
+
+BF16, F32, F8 = "bfloat16", "float32", "float8_e4m3fn"
+# Of each, operands with a row for every token, and the others, with their shapes and dtypes.
+MATRIX = {
+    "scaled_product": ({"x": ((2048,), BF16)}, {"weight": ((1024, 2048), F8), "scale": ((8, 16), F32)}),
+    "scaled_gate_projections": (
+        {"x": ((2048,), BF16)},
+        {
+            "gate_up": ((1024, 2048), F8),
+            "scale": ((8, 16), F32),
+            "router": ((512, 2048), BF16),
+            "shared_gate": ((1, 2048), BF16),
+        },
+    ),
+    "scaled_down_combine": (
+        {"hidden": ((2048,), BF16), "activated": ((512,), BF16), "share": ((1,), F32)},
+        {"down": ((2048, 512), F8), "scale": ((16, 4), F32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_more_rows_have_the_order_of_few(name):
+    """At the 80B's sizes, where there are several classes of rows."""
+    each, others = MATRIX[name]
+    shapes = {n: (3, *shape) for n, (shape, _) in each.items()} | {n: shape for n, (shape, _) in others.items()}
+    fusion = FUSIONS[name]
+    g = fusion.trace(fusion.bind(shapes, {n: kind for n, (_, kind) in (each | others).items()}, fusion.bind_params({})))
+    assert len(row_classes(g)) > 1
+    orders = [order(plan(g, heuristic(g, n), strided(g, {})).programs) for n in row_classes(g)]
+    assert all(found == orders[0] for found in orders)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MATRIX)
+def test_rows_have_the_same_bits_whatever_their_number(name):
+    """The matrix unit's instructions differ in what they take first of an operand that was float8."""
+    whole = _called(name, 300, "triton")
+    assert all(x.isfinite().all() for x in whole)
+    for many in (1, 16, 17, 65, 256, 257):
+        assert all(bool((a == b[:many]).all()) for a, b in zip(_called(name, many, "triton"), whole, strict=True)), many
+
+
+def _called(name: str, many: int, implementation: str) -> tuple:
+    """What so many of 300 random rows give in PyTorch."""
+    torch = pytest.importorskip("torch")
+    import moekit.torch as mt
+
+    (each, others), draw, given = MATRIX[name], np.random.default_rng(3), {}
+    for n, (shape, kind) in (each | others).items():
+        made = draw.standard_normal((300, *shape) if n in each else shape).astype(np.float32)
+        placed = torch.from_numpy(made).to("cuda" if torch.cuda.is_available() else "cpu").to(getattr(torch, kind))
+        given[n] = placed[:many] if n in each else placed
+    found = getattr(mt, name)(**given, implementation=implementation)
+    return found if isinstance(found, tuple) else (found,)
