@@ -67,6 +67,13 @@ class Part:
         return cls(int(found[1]), int(found[2]))
 
 
+def known(name: str) -> str:
+    """The name of a fusion or probe; raises ArgumentTypeError for another."""
+    if name not in Part.names:
+        raise argparse.ArgumentTypeError(f"{name} is no fusion or probe; `moekit list` has the fusions")
+    return name
+
+
 @dataclass
 class Verdict:
     """What came of one tool: cases that ran under it and that are left, kernels that ran, and one sentence per finding."""
@@ -211,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m moekit.testing.sanitize", description="Every kernel under compute-sanitizer."
     )
     parser.add_argument("--tool", action="append", choices=list(TOOLS), help="one tool (repeatable; default: both)")
-    parser.add_argument("names", nargs="*", choices=[*Part.names, []], metavar="NAME", help="fusions and probes (default: all)")
+    parser.add_argument("names", nargs="*", type=known, metavar="NAME", help="fusions and probes (default: all)")
     parser.add_argument("--workers", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="processes")
     parser.add_argument("--part", type=Part.parse, default=Part(), metavar="I/N", help="every N-th case, from the I-th on")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which a tool takes no further case")
