@@ -8,7 +8,7 @@ float64 value once by at most an ulp. What is smaller than the smallest normal n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -26,6 +26,7 @@ from moekit.testing.evaluation import TINY, Bound
 EXACT = frozenset({"read", "const", "iota", "extent", "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "reduce",
                    "contract", "cumsum", "where", "cast", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"})  # fmt: skip
 EXACT_SUM = 2.0**24
+MOST_FACTORS = 3  # operands of a product whose quarters float32 still holds: 64 is 4 ** 3
 EXACT_RECIPES = ("integers", "ties")
 
 
@@ -219,8 +220,9 @@ def _exact(graph: Graph, want: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     found: dict[str, np.ndarray] = {}
     for w in graph.writes:
         dtype, value = graph.tensors[w.tensor].dtype, want[w.tensor].astype(np.float64)
-        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in made_of(graph.nodes, w.value))
-        if exact and value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 64:
+        made = made_of(graph.nodes, w.value)
+        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in made) and _factors(graph, made) <= MOST_FACTORS
+        if exact and value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 4**MOST_FACTORS:
             found[w.tensor] = round_to(value, dtype)
     return found
 
@@ -242,6 +244,19 @@ def _compares(graph: Graph, value: int) -> bool:
     """Whether two floats (not one with itself, which is a test for NaN) are compared on the way to a value."""
     nodes = [graph.nodes[i] for i in made_of(graph.nodes, value)]
     return any(n.op in COMPARE and len(set(n.args)) == 2 and is_float(graph.nodes[n.args[0]].dtype) for n in nodes)
+
+
+def _factors(graph: Graph, made: Iterable[int]) -> int:
+    """How many operands' elements the longest product is of, on the way to a value."""
+    found: dict[int, int] = {}
+    for i in sorted(made):  # a value's operands stand before it
+        node = graph.nodes[i]
+        before = [found[a] for a in node.args]
+        if node.op == "read":
+            found[i] = 1  # whatever chose it
+        else:
+            found[i] = sum(before) if node.op in ("mul", "contract") else max(before, default=0)
+    return max(found.values())
 
 
 def _is_exact(graph: Graph, i: int) -> bool:
