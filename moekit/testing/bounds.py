@@ -109,6 +109,8 @@ class _Evaluation(Evaluation):
 
 def _finite(b: Bound) -> Bound:
     """The bound with unknown places taken as known, so that no infinity of theirs spreads by arithmetic."""
+    if not (np.isinf(b.noise).any() or np.isinf(b.flips).any()):
+        return b
     return replace(b, noise=np.where(np.isinf(b.noise), 0.0, b.noise), flips=np.where(np.isinf(b.flips), 0.0, b.flips))
 
 
@@ -116,9 +118,11 @@ def _settled(b: Bound, lost: np.ndarray) -> Bound:
     """Errors made usable: infinite where nothing is known, zero for an infinity or NaN that the mathematics
     has.
     """
-    proper = ~np.isfinite(b.value)
     noise, flips = np.broadcast_to(b.noise, b.value.shape), np.broadcast_to(b.flips, b.value.shape)
     total = np.abs(b.value) + noise + flips
+    if not lost.any() and total.max(initial=0.0) < LARGEST:
+        return replace(b, noise=noise, flips=flips)  # all is known and finite, as most is
+    proper = ~np.isfinite(b.value)
     lost = (lost | (~proper & ~(total < LARGEST))) if b.value.dtype.kind == "f" else lost
     clean = [np.where(lost, np.inf, np.where(proper, 0.0, e)) for e in (noise, flips)]
     return replace(b, noise=clean[0], flips=clean[1])

@@ -39,6 +39,7 @@ FOR_SHRINKING = 0.2  # the share of the time that is kept for making failures sm
 SPREAD = 16  # calls of every fusion that a small budget reaches, where a call costs no compilation
 COMPILED = (*JAX, "triton", "triton-interpreter")
 EXTRA = 1_000_000  # the turns of tasks for cells with too few cases begin here
+DEAR = 1.5  # times a fusion's even share of the seconds: one that has taken more waits until the others have, too
 MOST_EXTRA = 6  # such tasks for one cell, beyond those it needs if each of their cases counts
 
 
@@ -166,6 +167,7 @@ class Campaign:
         self.begin, self.over, self.changed = time.monotonic(), False, threading.Condition()
         self.streams = {name: plan.tasks(name) for name in plan.implementations}
         self.given: Counter[str] = Counter()
+        self.spent: Counter[tuple[str, str]] = Counter()  # seconds, of an implementation and a fusion
         self.combos: dict[tuple[str, Cell], list[int]] = defaultdict(list)
         self.extra: Counter[tuple[str, Cell]] = Counter()
         self.running: list[Task] = []
@@ -232,7 +234,12 @@ class Campaign:
         if best is None:
             return None
         self.given[best] += 1
-        return next(self.streams[best])
+        return next(task for task in self.streams[best] if not self._dear(task))
+
+    def _dear(self, task: Task) -> bool:
+        """Whether a fusion has had more than its share of the time; every call has its first turn whatever it costs."""
+        share = sum(self.spent[task.implementation, f] for f in self.plan.fusions) / len(self.plan.fusions)
+        return task.turn > 0 and self.spent[task.implementation, task.fusion] > DEAR * share
 
     def _idle(self, name: str) -> bool:
         """Whether an implementation was asked for every call once and could serve none."""
@@ -272,8 +279,10 @@ class Campaign:
 
     def _ask(self, process: Process, task: Task) -> Trouble | None:
         """Run a task and take in what came of it; the trouble, if a case of the task is to blame for it."""
+        begin = time.monotonic()
         answer = process.ask(run_task, task, patience=HANGS if task.size > 1 else BRIEF)
         with self.changed:
+            self.spent[task.implementation, task.fusion] += time.monotonic() - begin
             if isinstance(answer, Report):
                 self._done(task, answer)
             elif self.over:

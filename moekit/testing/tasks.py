@@ -5,6 +5,7 @@ what was covered, in cells: fusion × dtypes × kind of layout of every tensor �
 from __future__ import annotations
 
 import functools
+import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ SLOW_BLOCKS = {"interpret": 160, "triton-interpreter": 40, "pallas": 40}  # bloc
 EDGE_TURN = 25  # every so manieth turn of a call may have fewer elements than count
 DRAWS = 60  # how often sizes are drawn to meet a wanted cell
 LEAST = 64  # elements a case's largest tensor must have to count in full
+LONG = 40.0  # seconds after which a batch takes in no more cases: some references are slow
 EDGES = 0.05  # the share of counted cases that may be smaller
 
 Cell = tuple[str, str, str, str]
@@ -244,7 +246,10 @@ def run_task(task: Task) -> Report:
     """Run a task in this process."""
     report, made, pairs = Report(), _executor(task.implementation), []
     oracles: dict[tuple, Oracle] = {}
+    begin = time.monotonic()
     for case in filter(made.supports, cases(task)):
+        if pairs and time.monotonic() - begin > LONG:
+            break
         key = (case.seed, *case.sizes.values())
         if key not in oracles:
             oracles[key] = Oracle.of(case, task.implementation, made.standard)

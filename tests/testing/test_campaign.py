@@ -126,6 +126,24 @@ def test_a_small_budget_reaches_many_calls(examples, fusions, least):
     assert campaign.Plan(list(FUSIONS), ["pallas"], examples=examples, groups=8, layouts=8).batch("pallas") == (8, 8)
 
 
+def test_a_fusion_whose_cases_take_long_does_not_take_the_others_time():
+    seconds = {"silu_and_mul": 0.01, "experts": 10.0, "gate_gemm": 0.02}
+    made, taken = Campaign(campaign.Plan(list(seconds), ["numpy"], combos=2)), Counter()
+    made.result.coverage["numpy"].ran = 1  # it can serve them
+    for _ in range(60):
+        task = made.next()
+        made.spent["numpy", task.fusion] += seconds[task.fusion]
+        taken[task.fusion, task.turn > 0] += 1
+    assert taken["experts", False] == 2 and not taken["experts", True]  # the first turn is everyone's
+    assert taken["silu_and_mul", True] >= 20 and taken["gate_gemm", True] >= 20
+
+
+def test_a_batch_whose_references_are_slow_ends(monkeypatch):
+    monkeypatch.setattr("moekit.testing.tasks.LONG", 0.0)
+    report = run_task(Task("silu_and_mul", "numpy", 0, 0, 0, 3, 4))
+    assert report.coverage.ran == 1 and not report.failures
+
+
 def test_an_implementation_that_can_serve_no_call_ends_its_part():
     made = campaign_of(examples=4, combos=3)
     for _ in range(3):
