@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 from moekit.compile.passes.form import over_operand
@@ -137,18 +138,20 @@ def schedule_of(case: FuzzCase) -> Schedule | None:
     return None if found and over(case) and legal(over_operand(case.graph, over(case)), found) else found
 
 
+def _launches(case: FuzzCase) -> tuple[Launch, ...]:
+    return (schedule_of(case) or _heuristic(case.declaration, static(case))).launches
+
+
 def blocks(case: FuzzCase) -> dict[str, int]:
-    """The block of every axis under the case's schedule."""
-    schedule = schedule_of(case) or _heuristic(case.declaration, static(case))
-    return {d.axis: d.block for section in schedule.launches[0].sections for d in section.axes if d.axis in case.extents}
+    """The block of every axis under the first launch of the case's schedule."""
+    return {d.axis: d.block for section in _launches(case)[0].sections for d in section.axes if d.axis in case.extents}
 
 
 def work(case: FuzzCase) -> int:
-    """Blocks that an interpreter goes through for a case."""
-    total = 1
-    for axis, block in blocks(case).items():
-        total *= max(1, -(-case.extents[axis] // block))
-    return total
+    """Blocks that an interpreter goes through for a case, of all launches."""
+    sections = [s for launch in _launches(case) for s in launch.sections]
+    extents = [[(case.extents[d.axis], d.block) for d in s.axes if d.axis in case.extents] for s in sections]
+    return sum(math.prod(max(1, -(-n // block)) for n, block in axes) for axes in extents)
 
 
 def tail(case: FuzzCase) -> str:

@@ -27,7 +27,7 @@ from moekit.testing.executors import executor
 from moekit.testing.failures import Failure, append, load, pasteable, shrink
 from moekit.testing.layouts import Layout
 from moekit.testing.processes import Trouble
-from moekit.testing.schedules import tail
+from moekit.testing.schedules import tail, work
 from moekit.testing.tasks import Coverage, Report, Task, cases, cell, run_task
 
 CASE = FuzzCase("silu_and_mul", {"T": 9, "I": 40}, {"gate_up": "float16"}, recipe="special", seed=5,
@@ -136,6 +136,12 @@ def test_a_fusion_whose_cases_take_long_does_not_take_the_others_time():
         taken[task.fusion, task.turn > 0] += 1
     assert taken["experts", False] == 2 and not taken["experts", True]  # the first turn is everyone's
     assert taken["silu_and_mul", True] >= 20 and taken["gate_gemm", True] >= 20
+
+
+def test_an_interpreters_work_is_that_of_all_launches():
+    tokens = lambda n: FuzzCase("experts", {"T": n, "D": 16, "K": 4, "E": 4, "I": 16, "H": 16}, dict.fromkeys(  # noqa: E731
+        ("x", "weights", "gate_up", "down"), "float32") | {"ids": "int32"}, {"block": 1})  # fmt: skip
+    assert work(tokens(64)) >= work(tokens(1)) + 2 * 63 * 4  # a block of each pair, of both products
 
 
 def test_a_batch_whose_references_are_slow_ends(monkeypatch):
