@@ -221,7 +221,8 @@ def _exact(graph: Graph, want: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     for w in graph.writes:
         dtype, value = graph.tensors[w.tensor].dtype, want[w.tensor].astype(np.float64)
         made = made_of(graph.nodes, w.value)
-        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in made) and _factors(graph, made) <= MOST_FACTORS
+        exact = is_float(dtype) and not w.ids and all(_is_exact(graph, i) for i in made)
+        exact = exact and _factors(graph, made) <= MOST_FACTORS
         if exact and value.size and np.isfinite(value).all() and np.abs(value).max() < EXACT_SUM / 4**MOST_FACTORS:
             found[w.tensor] = round_to(value, dtype)
     return found

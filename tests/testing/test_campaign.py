@@ -134,20 +134,22 @@ def test_a_fusion_whose_cases_take_long_does_not_take_the_others_time():
         task = made.next()
         made.spent["numpy", task.fusion] += seconds[task.fusion]
         taken[task.fusion, task.turn > 0] += 1
-    assert taken["experts", False] == 2 and not taken["experts", True]  # the first turn is everyone's
-    assert taken["silu_and_mul", True] >= 20 and taken["gate_gemm", True] >= 20
+    assert taken["experts", False] == 2, "the first turn is everyone's"
+    assert not taken["experts", True]
+    assert min(taken["silu_and_mul", True], taken["gate_gemm", True]) >= 20
 
 
 def test_an_interpreters_work_is_that_of_all_launches():
     tokens = lambda n: FuzzCase("experts", {"T": n, "D": 16, "K": 4, "E": 4, "I": 16, "H": 16}, dict.fromkeys(  # noqa: E731
         ("x", "weights", "gate_up", "down"), "float32") | {"ids": "int32"}, {"block": 1})  # fmt: skip
-    assert work(tokens(64)) >= work(tokens(1)) + 2 * 63 * 4  # a block of each pair, of both products
+    assert work(tokens(64)) >= work(tokens(1)) + 64 * 4  # a block of each pair, and then their sums
 
 
 def test_a_batch_whose_references_are_slow_ends(monkeypatch):
     monkeypatch.setattr("moekit.testing.tasks.LONG", 0.0)
     report = run_task(Task("silu_and_mul", "numpy", 0, 0, 0, 3, 4))
-    assert report.coverage.ran == 1 and not report.failures
+    assert report.coverage.ran == 1
+    assert not report.failures
 
 
 def test_an_implementation_that_can_serve_no_call_ends_its_part():
