@@ -367,7 +367,7 @@ def test_a_step_of_float8_weights_reads_them_in_place():
     assert called["scaled_expert_gate_up"] == config.num_layers
     assert called["scaled_expert_down_shared"] == 2 * config.num_layers  # launches
     assert len(found.kernels("scaled_product")) == 2 * config.num_layers - 1
-    assert len(found.kernels("scaled_conv_products")) == 1  # a delta net's projections and its convolution
+    assert len(found.kernels("scaled_conv_projections")) == 1  # a delta net's projections and its convolution
     assert called["scaled_gate_topk"] == 2 * config.num_layers  # launches
     assert not {"gate_topk", "down_combine", "scaled_down_combine", "causal_conv1d_step"} & {*called}
     assert not [i for i in found.entry.values() if i.opcode in ("copy", "slice", "dynamic-slice", "fusion") and found.moves(i)]
