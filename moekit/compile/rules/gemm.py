@@ -34,10 +34,10 @@ from moekit.compile.schedule.facts import (
     gemms,
     loaded,
     once,
+    paired,
     reach,
     scattered,
     shares,
-    twins,
 )
 from moekit.compile.schedule.legal import pairable, prefetchable
 from moekit.compile.schedule.targets import MEASURED
@@ -256,9 +256,9 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
 def obliging(graph: Graph, section: Section, warps: int) -> Section:
     """The section with its products paired, and its weights asked for ahead, where that pays."""
     section = section.without(Pair, Prefetch)
-    for tensor, (product, _, column) in twins(graph).items():
-        looped = isinstance(section.axis(graph.nodes[product].attr("axis")), Loop)
-        if looped and pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
+    for tensor, pair in paired(graph).items():
+        looped = isinstance(section.axis(graph.nodes[pair.nodes[0]].attr("axis")), Loop)
+        if looped and pairable(graph, section, tensor) and _rows(graph, section, pair.nodes[0], pair.column) >= PAIRED_ROWS:
             section = section.but(Pair(tensor))
     for tensor, reads in prefetchable(graph, section).items():
         if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):
