@@ -301,7 +301,7 @@ def _filling(graph: Graph, section: Section, gemm: GemmAxes, stages: int) -> int
     The next launch's programs come while this one's still run, and where two fit on an SM, the SMs that stand empty get two
     each, which then share what one could have.
     """
-    reads = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and gemm.k in n.axes]
+    reads = [n for n in graph.live_nodes("read") if gemm.k in n.axes]
     block = sum(prod(map(section.block, n.axes)) * itemsize(n.dtype) for n in reads)
     small = section.block(gemm.m) < 64  # the loop of the smaller instruction has one block less than stages
     return max(stages, min(8, MEASURED.shared_memory // 2 // block + 1 + small))
