@@ -8,7 +8,7 @@ in a CUDA graph, each on what the one before made: `packets` (one kernel, docs/c
 place, then moekit's norm), `one-shot` (the same with the one-shot kernel of `torch.distributed._symmetric_memory`, whose
 operand the norm writes where it is wanted) and, where `--kinds packets,two-shot,flashinfer` asks for them, the two-shot kernel
 of symmetric memory and FlashInfer's fused one, which SGLang and vLLM take, too, and which it compiles for minutes where that
-was not done before. More than `--few` rows go with flags in place of packets. Before a chain is timed, ranks read 256 MiB and
+was not done before. Before a chain is timed, ranks read 256 MiB and
 meet, so that none waits for another's start.
 `us` is the first rank's. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks, rounded
 once; a peer that rounds the sum before it adds has fewer.
@@ -41,8 +41,6 @@ from bench import runner
 from bench.cases import DEVICE, EPS
 from bench.child import Child
 from bench.device_torch import captured, replayed
-from moekit.compile.rules.rows import BY_PACKETS, flagged_rows
-from moekit.compile.schedule import Schedule
 from moekit.testing import others
 from moekit.torch import Channel
 
@@ -60,7 +58,6 @@ class Rank(NamedTuple):
     parts: torch.Tensor
     residual: torch.Tensor
     weight: torch.Tensor
-    schedule: Schedule | None = None
 
     @property
     def mine(self) -> torch.Tensor:
@@ -85,7 +82,7 @@ def in_order(parts: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 def packets(rank: Rank, x: torch.Tensor, residual: torch.Tensor) -> Link:
     """moekit's kernel; `x` becomes what is normalised, `residual` the sum, of this side and of the others."""
-    given = {"tp": len(rank.parts), "eps": EPS, "implementation": "triton", "schedule": rank.schedule}
+    given = {"tp": len(rank.parts), "eps": EPS, "implementation": "triton"}
     return lambda: mt.all_reduce_add_rms_norm_(x, residual, rank.weight, out=x, **given)
 
 
@@ -193,14 +190,6 @@ def measure(rank: Rank, sides: tuple[str, ...], links: int, rounds: int) -> list
     return runner.beside(sides, prepare, timed)
 
 
-def by_warps(rank: Rank, resident: int, warps: int) -> Schedule | None:
-    """The rule's schedule of rows with flags, but for its number of warps."""
-    fusion, dtype = mt.all_reduce_add_rms_norm_.fusion, str(rank.weight.dtype).removeprefix("torch.")
-    shapes = {"partial": rank.residual.shape, "residual": rank.residual.shape, "weight": rank.weight.shape}
-    bound = fusion.bind(shapes, dict.fromkeys(shapes, dtype), fusion.bind_params({"tp": len(rank.parts)}))
-    return flagged_rows(fusion.trace(bound), resident, warps=warps)
-
-
 def check(rank: Rank, channel: Channel | None, links: int, calls: int) -> list[dict]:
     """How many of so many calls were wrong, and of a hundredth with a late rank; without a GPU, of gathered sums."""
     draw, rows, given = np.random.default_rng(0), [], {"tp": len(rank.parts)}
@@ -242,29 +231,15 @@ def joined(me: int, tp: int, at: str) -> None:
     dist.init_process_group(backend, init_method=f"file://{at}", rank=me, world_size=tp, **where)
 
 
-def on_rank(
-    me: int,
-    tp: int,
-    at: str,
-    tokens: int,
-    width: int,
-    dtype: str,
-    way: tuple,
-    checked: bool,
-    few: int = BY_PACKETS,
-    warps: int = 0,
-) -> list[dict]:
+def on_rank(me: int, tp: int, at: str, tokens: int, width: int, dtype: str, way: tuple, checked: bool) -> list[dict]:
     """The rows of one rank, whose process stays in its group: symmetric memory knows a group's name once in a process."""
     if not dist.is_initialized():
         tell(me, "joins the other ranks")
         joined(me, tp, at)
     tell(me, f"T {tokens}: opens a channel")
-    room = {"width": width, "rows": few, "many": tokens if tokens > few else 0}
-    channel = Channel(**room) if DEVICE == "cuda" and (checked or "packets" in way[0]) else None
+    channel = Channel(rows=tokens, width=width) if DEVICE == "cuda" and (checked or "packets" in way[0]) else None
     try:
         rank, (sides, links, rounds, calls) = drawn(me, tp, tokens, width, getattr(torch, dtype)), way
-        if warps and channel and channel.many:
-            rank = rank._replace(schedule=by_warps(rank, channel.many.resident, warps))
         return check(rank, channel, links, calls) if checked else measure(rank, sides, links, rounds)
     finally:
         if channel:
@@ -333,7 +308,7 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     for t in args.tokens:
         head = {"case": f"all_reduce_add_rms_norm {args.width}", "tp": tp, "T": t, "dtype": args.dtype}
         way = args.kinds, args.links, args.rounds, args.calls
-        yield head, (tp, t, args.width, args.dtype, way, args.check, args.few, args.warps)
+        yield head, (tp, t, args.width, args.dtype, way, args.check)
 
 
 QUESTION = runner.Question(
@@ -345,8 +320,6 @@ QUESTION = runner.Question(
         runner.Option("tokens", (1, 8, 64, 128)),
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
         runner.Option("width", HIDDEN, "of a row"),
-        runner.Option("few", BY_PACKETS, "rows that go as packets; more go with flags"),
-        runner.Option("warps", 0, "of a program whose rows have flags; 0: the rule's"),
         runner.Option("kinds", SIDES, "of sums"),
         runner.Option("links", 96, "in a graph, as a step of 48 layers has"),
         runner.Option("check", False, "count wrong sums in place of microseconds"),

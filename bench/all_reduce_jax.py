@@ -10,8 +10,6 @@ ranks included, by its own clock; `typical us` the same if each took the median,
 that were given theirs later. `bits` is the share of the residual's elements that are the float32 sum in the order of ranks
 rounded once, as NumPy has it.
 
-More than `--few` rows go with flags in place of packets.
-
 `--check` counts calls whose residual is not that sum on some rank, each against numbers that no rank sent it, in a program that
 goes through some calls again and again: `late` with one
 rank, drawn anew for each call, that comes some tens of microseconds late, a hundredth as many.
@@ -38,7 +36,6 @@ from bench import runner
 from bench.device_jax import profiled, typical
 from bench.model_jax import mesh_of, stream
 from moekit.cli.platform import gpu_count
-from moekit.compile.rules.rows import BY_PACKETS
 from moekit.jax import Channel, Link, add_rms_norm, all_reduce_add_rms_norm, exchange
 
 HIDDEN = 2048
@@ -50,9 +47,9 @@ Linked = tuple[tuple[jax.Array, jax.Array], Link | None]
 
 
 @functools.cache
-def channel_of(tp: int, width: int, tokens: int, few: int) -> Channel:
-    """The process's channel, with flags for more than `few` rows; raises UnavailableError where there can be none."""
-    return Channel(mesh_of(tp), width=width, rows=few, many=tokens if tokens > few else 0)
+def channel_of(tp: int, width: int, tokens: int) -> Channel:
+    """The process's channel; raises UnavailableError where there can be none."""
+    return Channel(mesh_of(tp), width=width, rows=tokens)
 
 
 def joined(side: str, tp: int, x: jax.Array, residual: jax.Array, weight: jax.Array, link: Link | None) -> Linked:
@@ -109,16 +106,14 @@ def in_order(parts: Any, residual: Any) -> Any:
     return (total + residual.astype(np.float32)).astype(residual.dtype)
 
 
-def measure(
-    tp: int, tokens: int, width: int, dtype: str, few: int, sides: tuple[str, ...], links: int, calls: int
-) -> list[dict]:
+def measure(tp: int, tokens: int, width: int, dtype: str, sides: tuple[str, ...], links: int, calls: int) -> list[dict]:
     """One row per side."""
     mesh, ins = mesh_of(tp), (P("tp"), P(), P("tp"))
     given = drawn(0, dtype, tp, tokens, width), drawn(1, dtype, tokens, width), drawn(2, dtype, tp, width)
     wanted = in_order(*map(np.asarray, given[:2]))
 
     def prepare(side: str) -> tuple[dict, Callable[[], tuple]]:
-        channel = opened(side, tp, width, tokens, few)
+        channel = opened(side, tp, width, tokens)
         one, many = (Ranked(partial(chain, side, tp, n), mesh, ins, (P("tp"), P("tp")), channel) for n in (1, links))
         got = np.asarray(one(*given)[1])
         jax.block_until_ready(many(*given))
@@ -136,7 +131,7 @@ def measure(
             found[side]["kernels us"] = round(kernels / links, 3)
             found[side]["typical us"] = round(typical(seen) / PROFILED / links, 3)
             if side == "packets":
-                channel_of(tp, width, tokens, few).check()
+                channel_of(tp, width, tokens).check()
         return found
 
     return runner.beside(sides, prepare, timed)
@@ -176,10 +171,10 @@ def chained(late: bool, tp: int, every: list[jax.Array], residual: jax.Array, se
     return jnp.sum(jnp.stack(wrong), dtype=jnp.int32), link
 
 
-def check(tp: int, tokens: int, width: int, dtype: str, few: int, links: int, calls: int) -> list[dict]:
+def check(tp: int, tokens: int, width: int, dtype: str, links: int, calls: int) -> list[dict]:
     """How many of so many calls were wrong, and of a hundredth with a late rank; without a channel, of gathered sums."""
     mesh, parts, residual = mesh_of(tp), drawn(0, dtype, tp, tokens, width), drawn(1, dtype, tokens, width)
-    channel = channel_of(tp, width, tokens, few) if jax.default_backend() == "gpu" else None
+    channel = channel_of(tp, width, tokens) if jax.default_backend() == "gpu" else None
     rows, links = [], min(links, CHAINED)
     for side, n in (("in a row", calls), ("late", calls // LATE)):
         turns = min(TURNS, -(-n // links) or 1)
@@ -207,7 +202,7 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
     tp = args.tp or gpu_count()  # JAX would take the GPUs' memory for this process, which measures nothing
     for t in args.tokens:
         head = {"case": f"all_reduce_add_rms_norm {args.width}", "tp": tp, "T": t, "dtype": args.dtype}
-        yield head, (args.check, tp, t, args.width, args.dtype, args.few, args.kinds, args.links, args.chains, args.calls)
+        yield head, (args.check, tp, t, args.width, args.dtype, args.kinds, args.links, args.chains, args.calls)
 
 
 QUESTION = runner.Question(
@@ -216,10 +211,9 @@ QUESTION = runner.Question(
     answer,
     smoke="--tokens 3 --tp 2 --width 32 --kinds gather,psum --links 1 --chains 1 --dtype float32",
     options=(
-        runner.Option("tokens", (1, 8, 64, 128, 512, 4096)),
+        runner.Option("tokens", (1, 8, 64, 128)),
         runner.Option("tp", 0, "GPUs; 0: all that there are"),
         runner.Option("width", HIDDEN, "of a row"),
-        runner.Option("few", BY_PACKETS, "rows that go as packets; more go with flags"),
         runner.Option("kinds", SIDES, "of sums"),
         runner.Option("links", 96, "in a chain, as a step of 48 layers has"),
         runner.Option("chains", 20, "in a stream"),

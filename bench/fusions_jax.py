@@ -38,7 +38,7 @@ KINDS = (OURS, "xla")
 LENGTH = 24
 LARGEST_BYTES = 4e9
 UPDATED = {"add_rms_norm": ("residual", 1), "shared_expert_combine": ("hidden", 0), "delta_rule_step": ("state", 1),
-           "conv_projections": ("state", 2), "scaled_conv_projections": ("state", 3), "scaled_conv_products": ("state", 3),
+           "conv_projections": ("state", 2), "scaled_conv_projections": ("state", 3),
            "down_combine": ("hidden", 0), "scaled_down_combine": ("hidden", 0), "gate_block": ("residual", 1),
            "moe_block": ("residual", 1), "all_reduce_add_rms_norm": ("residual", 1)}  # fmt: skip
 Arrays = dict[str, Any]

@@ -6,8 +6,7 @@
 `moekit.models.qwen3next.prefill` as a user calls it, of prompts that are full, or `extend` where they are read in pieces
 (`1x32768/8192`; memory is then of one piece): ms of all of it in a stream and alone by the host's clock, tokens/s, the host's
 time to dispatch it, the first device's kernels by name, arguments, memory, compile time. Floors are measured in the run: what
-the bytes take at the rate of a copy, and the products with weights at that of a large product. `pallas with flags`, of whole
-prompts alone, adds up by a channel (docs/collectives.md) in place of `psum`.
+the bytes take at the rate of a copy, and the products with weights at that of a large product.
 """
 
 import argparse
@@ -36,29 +35,14 @@ from bench.model_jax import (
     product_rate,
     setting_of,
 )
-from moekit.jax import Channel
 from moekit.models.qwen3next import Model, empty_cache, extend, prefill
-
-FLAGS = " with flags"
 
 
 def whole(model: Model, tokens: jax.Array, kind: str) -> tuple[Any, jax.stages.Compiled]:
-    """A call that reads prompts at once, and its program: with flags by a channel, whose link goes from call to call."""
-    lengths, name = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32), kind.removesuffix(FLAGS)
-    if name == kind:
-        program = prefill.lower(model, tokens, lengths, cache_length=tokens.shape[1], kernels=kind).compile()
-        return partial(program, model, tokens, lengths), program
-    channel = Channel(model.mesh, width=model.config.hidden_size, many=tokens.size)
-    given = {"cache_length": tokens.shape[1], "kernels": name}
-    program = prefill.lower(model, tokens, lengths, link=channel.link, **given).compile()
-
-    def call() -> Any:
-        with channel.lock:
-            *made, link = program(model, tokens, lengths, link=channel.link)
-            channel.keep(link)
-        return made
-
-    return call, program
+    """A call that reads prompts at once, and its program."""
+    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    program = prefill.lower(model, tokens, lengths, cache_length=tokens.shape[1], kernels=kind).compile()
+    return partial(program, model, tokens, lengths), program
 
 
 def in_pieces(model: Model, tokens: jax.Array, piece: int, kind: str) -> tuple[Any, jax.stages.Compiled]:

@@ -31,7 +31,8 @@ from moekit.lang.arguments import example
 LENGTH, RULES = 12, "rules"
 EIGHTY = {"D": 2048, "H": 2048, "I": 512, "J": 512, "E": 512, "K": 10, "G": 1, "C": 8192, "P": 4096, "Q": 64, "S": 3, "H?": 1}
 SMALL = {"D": 64, "H": 64, "I": 32, "J": 32, "E": 8, "K": 2, "G": 1, "C": 64, "P": 32, "Q": 8, "S": 3, "H?": 1}
-OWN = {"scaled_row_product": {"D": 4096, "P": 2048}, "scaled_product": {"D": 4096, "P": 2048}}  # a mixer's projection back
+OWN = {"scaled_product": {"D": 4096, "P": 2048}}  # a mixer's projection back
+LANES = " by lanes"  # behind the name of a fusion that has them as a parameter
 CODES = 64.0
 _ROWS = "tile:T:1 tile:K:1 tile:I:{} whole:Db:16 whole:Di:128 warps:{} stages:1 dependent"
 _PAIRS = "tile:T:1 loop:K:{} tile:H:{} whole:Ib:4 whole:Ii:128 warps:{} stages:1 dependent"
@@ -61,9 +62,9 @@ CANDIDATES = {
         *(_APART.format(*n, "loop", 1, 4) for n in ((8, 1, 16, 64), (16, 4, 16, 16))),
         _APART.format(16, 4, 1, 8, "whole", 4, 1),
     ],
-    "scaled_row_product": [_ALONE.format(*n) for n in ((1, 2), (1, 4), (4, 4), (4, 8), (2, 8))],
-    "scaled_conv_projections": [_CONV.format(*n) for n in ((2, 2), (1, 1), (8, 4), (8, 8))],
-    "scaled_conv_products": [_FEW.format(*n) for n in ((32, 16, 4, 8), (32, 16, 2, 8), (64, 32, 4, 6), (16, 16, 2, 8))],
+    f"scaled_product{LANES}": [_ALONE.format(*n) for n in ((1, 2), (1, 4), (4, 4), (4, 8), (2, 8))],
+    f"scaled_conv_projections{LANES}": [_CONV.format(*n) for n in ((2, 2), (1, 1), (8, 4), (8, 8))],
+    "scaled_conv_projections": [_FEW.format(*n) for n in ((32, 16, 4, 8), (32, 16, 2, 8), (64, 32, 4, 6), (16, 16, 2, 8))],
     "scaled_experts": [],  # on the matrix unit, with one pair a program: beside the two of few tokens
     "scaled_product": [_PARTS.format(*n) for n in ((64, 8, 4), (32, 4, 8), (64, 2, 16))],
     "scaled_gate_topk": [],
@@ -112,13 +113,15 @@ def cases(args: argparse.Namespace) -> Iterator[runner.Case]:
             yield {"case": fusion, "T": t, "dtype": "float8_e4m3fn"}, (fusion, t, more, args.rounds, args.smoke)
 
 
-def measure(fusion: str, tokens: int, more: tuple[str, ...], rounds: int, small: bool) -> list[dict]:
+def measure(case: str, tokens: int, more: tuple[str, ...], rounds: int, small: bool) -> list[dict]:
     """One row per schedule."""
+    fusion = case.removesuffix(LANES)
     sizes = SMALL if small else EIGHTY | OWN.get(fusion, {})
     params: dict[str, Any] = {"k": min(10, sizes["E"])} if "k" in FUSIONS[fusion].params else {}
+    params |= {"lanes": True} if case != fusion else {}
     make = operands(fusion, sizes, tokens, params)
     sets = [next(make) for _ in range(2 if small else LENGTH)]
-    names = [RULES, *(CANDIDATES[fusion] if not small else []), *more]
+    names = [RULES, *(CANDIDATES[case] if not small else []), *more]
 
     def one(name: str, given: Arrays) -> tuple:
         chosen = {} if name == RULES else {"schedule": Schedule.parse(name)}
@@ -145,7 +148,7 @@ QUESTION = runner.Question(
     __doc__,
     cases,
     measure,
-    smoke="--fusions scaled_row_product --tokens 1 --rounds 1",
+    smoke=f"--fusions scaled_product{LANES} --tokens 1 --rounds 1",
     options=(
         runner.Option("fusions", tuple(CANDIDATES), "those that a float8 step calls"),
         runner.Option("tokens", (1, 8)),

@@ -15,15 +15,17 @@ from typing import Any
 from moekit import __version__
 from moekit.backends import pallas
 from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
-from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, calls, header, is_extreme, kernel_name, number
+from moekit.backends.pallas import buffers
+from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
 from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours, unspread
-from moekit.compile.passes.helpers import Helper, helpers
+from moekit.compile.passes.helpers import helpers
 from moekit.compile.passes.names import identifier
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.targets import TARGETS
+from moekit.compile.tile.layouts import arrays
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
@@ -56,17 +58,8 @@ def unprinted(graph: Graph, sizes: Mapping[str, int], schedule: Schedule | None 
     """Why a call on whole arrays with these sizes of its dynamic axes has no Mosaic kernels, in a sentence; None if it has."""
     if graph.ranks:
         return f"{graph.name}: packets are not printed for Mosaic GPU so far; choose pallas"
-    whole = {}
-    for n, x in graph.tensors.items():
-        shape = tuple(1 if a is None else graph.axes[a] or sizes[a] for a in x.axes)
-        whole[n] = t.Viewed(n, shape, tuple(range(len(shape))), (0,) * len(shape), (1,) * len(shape))
-    made = plan(graph, schedule or warpgroups(graph, sizes), whole, sizes, "mosaic")
+    made = plan(graph, schedule or warpgroups(graph, sizes), arrays(graph, sizes), sizes, "mosaic")
     return next((why for why in map(refusal, made.programs) if why), None)
-
-
-def buffers(program: t.Kernel) -> tuple[list[str], list[str]]:
-    """The arrays that a kernel takes and those that it writes, each once; one in both lists is updated in place."""
-    return pallas.buffers(program)
 
 
 class MosaicPrinter(pallas.PallasPrinter):
@@ -277,23 +270,13 @@ def emit(kernel: t.Kernel) -> str:
         lines += ["", "", f"def {helper.section.name}({', '.join(takes)}):", *body]
     lines += ["", "", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
     lines += ["    pid = program()"] if numbered else []
-    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel, shared)), ""])
+    return "\n".join([*lines, *(bodies[0] if alone else pallas.sections(kernel, shared, MosaicPrinter, _refs)), ""])
 
 
 def _refs(kernel: t.Kernel) -> list[str]:
     """What a kernel calls the arrays it takes, in order."""
     read, written = buffers(kernel)
     return [f"{b}_ref" for b in dict.fromkeys((*read, *written))]
-
-
-def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
-    """Which programs of a launch belong to which section; all sizes are static."""
-    lines = []
-    for call in calls(kernel, shared, MosaicPrinter):
-        passed = [call.own, *_refs(call.section), *map(str, call.starts)]
-        lines += [*call.before, "", f"    @pl.when({call.inside})", "    def _():"]
-        lines.append(f"        {call.helper}({', '.join(passed)})")
-    return lines
 
 
 def _imports(names: Iterable[str]) -> list[str]:

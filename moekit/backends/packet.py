@@ -4,10 +4,6 @@ Both backends print this text. A packet is one scalar access of 64 bits, relaxed
 data (two accesses of 32 bits are not promised to be one). Two packets go in a vector access, which is two such accesses and no
 more, in any order: each has its own epoch, so that no more is needed. A compiler may take the text for a function of its
 operands, so each has all that it depends on among them: a receive has what was sent, and the epoch.
-
-Where rows have flags the data are plain words, relaxed, and a flag is one store that releases: of the first thread, behind a
-maximum of what all threads have sent, whose barrier orders their stores before it. Each thread that takes data has looked at
-the flag itself, by loads that acquire, and its loads have what it saw among their operands.
 """
 
 from __future__ import annotations
@@ -79,63 +75,6 @@ def receive(words: int, together: int) -> Assembly:
     return _assembly(lines, *results, *(kind for kind in "r" * words + "lrrllr" for _ in every))
 
 
-def put(words: int) -> Assembly:
-    """The text of an access that stores so many words of a row that has a flag.
-
-    Result: the first word. Operands: each word, address, whether there are any.
-    """
-    *data, at, there = _operands(1, words + 2)
-    lines = ["{", ".reg .pred there;", f"setp.ne.s32 there, {there}, 0;"]
-    lines += [f"@there st.relaxed.sys.global.v{words}.b32 [{at}], {_listed(data)};"]
-    return _assembly([*lines, f"mov.b32 $0, {data[0]};"], "=r", *"r" * words, *"lr")
-
-
-def raise_flag() -> Assembly:
-    """The text that raises a row's flag, once for all threads.
-
-    Result: the epoch. Operands: a maximum of what all threads have sent, for its barrier; address, epoch, whether there is one.
-    """
-    lines = ["{", ".reg .pred first; .reg .b32 thread;", "mov.u32 thread, %tid.x;", "setp.eq.u32 first, thread, 0;"]
-    lines += ["setp.ne.and.s32 first, $4, 0, first;", "@first st.release.sys.global.b32 [$2], $3;"]
-    return _assembly([*lines, "mov.b32 $0, $3;"], "=r", *"rlrr")
-
-
-def await_flag(together: int) -> Assembly:
-    """The text of a wait for a row's flag, for so many accesses of a lane.
-
-    Result: the epoch that was seen, for each. Operands, of each as many as accesses: a word that was sent; the flag's address
-    and epoch, of which the first is looked at; whether there are any data; then as of `receive`.
-    """
-    given = _operands(together, 7 * together)
-    _, at, epoch, there, errors, most, sender = (given[k * together :][:together] for k in range(7))
-    lines = ["{", ".reg .pred wait, look, more; .reg .b32 left, low, seen; .reg .b64 word;"]
-    lines += [f"setp.ne.s32 wait, {there[0]}, 0;", *(f"setp.ne.or.s32 wait, {x}, 0, wait;" for x in there[1:])]
-    lines += [f"mov.b32 seen, {epoch[0]};", f"cvt.u32.u64 left, {most[0]};", "POLL:"]
-    lines += [f"@wait ld.acquire.sys.global.b32 seen, [{at[0]}];", f"setp.ne.s32 more, seen, {epoch[0]};"]
-    lines += _looked(errors[0])
-    lines += [f"setp.ne.s32 more, seen, {epoch[0]};", f"@more mov.b64 word, {{{epoch[0]}, {sender[0]}}};"]
-    lines += [f"@more atom.relaxed.sys.global.cas.b64 word, [{errors[0]}], 0, word;"]
-    lines += [f"mov.b32 ${i}, seen;" for i in range(together)]
-    return _assembly(lines, *["=r"] * together, *(kind for kind in "rlrrllr" for _ in range(together)))
-
-
-def take() -> Assembly:
-    """The text of a load of two words of a row whose flag is up.
-
-    Result: the words, the first one's lowest. Operands: the words that were sent, which it is where there are none; address,
-    whether there are any, and what was seen of the flag, before which nothing may be loaded.
-    """
-    lines = [
-        "{",
-        ".reg .pred there; .reg .b32 low, high;",
-        "setp.ne.s32 there, $4, 0;",
-        "mov.b32 low, $1;",
-        "mov.b32 high, $2;",
-    ]
-    lines += ["@there ld.relaxed.sys.global.v2.b32 {low, high}, [$3];", "mov.b64 $0, {low, high};"]
-    return _assembly(lines, "=l", *"rrlrr")
-
-
 def _assembly(lines: Sequence[str], *operands: str) -> Assembly:
     return Assembly("\n".join([*lines, "}"]), ",".join(operands))
 
@@ -165,18 +104,18 @@ def _listed(packets: Sequence[str]) -> str:
     return f"{{{', '.join(packets)}}}" if len(packets) > 1 else packets[0]
 
 
-def addresses(at: Sequence[int], me: int, region: int, looks: int, begin: int = 0, errors: int | None = None) -> list[int]:
-    """What rank `me` reaches, as `tile.Ways` has it: mailboxes begin `begin` bytes behind `at`, with `region` bytes for each
-    sender, and the word of errors is `errors` bytes behind, or behind the mailboxes; a wait looks so many times."""
+def addresses(at: Sequence[int], me: int, region: int, looks: int) -> list[int]:
+    """What rank `me` reaches, as `tile.Ways` has it: mailboxes at `at`, with `region` bytes for each sender, and the word of
+    errors behind them; a wait looks so many times."""
     ranks, away = len(at), [other != me for other in range(len(at))]
-    to = [away[other] * (base + begin + me * region) for other, base in enumerate(at)]
-    own = [away[other] * (at[me] + begin + other * region) for other in range(ranks)]
-    return [*to, *own, at[me] + (begin + ranks * region if errors is None else errors), looks]
+    to = [away[other] * (base + me * region) for other, base in enumerate(at)]
+    own = [away[other] * (at[me] + other * region) for other in range(ranks)]
+    return [*to, *own, at[me] + ranks * region, looks]
 
 
-def region(rows: int, width: int, flags: bool = False) -> int:
+def region(rows: int, width: int) -> int:
     """Bytes of a mailbox for what one rank sends: two slots for each of so many rows of so many elements."""
-    return rows * SLOTS * pitch(width, flags) * (BYTES // 2 if flags else BYTES)
+    return rows * SLOTS * pitch(width) * BYTES
 
 
 def literal(text: str) -> str:

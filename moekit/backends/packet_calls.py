@@ -9,33 +9,21 @@ from typing import Any
 from moekit.backends import packet
 from moekit.backends.printer import Printer
 from moekit.compile import tile as t
-from moekit.compile.tile.layouts import WORDS, pitch
+from moekit.compile.tile.layouts import pitch
 
 
 def _send(p: Printer, op: t.Send) -> str:
-    words = "put" if _flags(p, op) else "send"
-    return _call(p, f"{words}_{op.words}", *_place(p, op), *map(p.text, op.values))
+    return _call(p, f"send_{op.words}", *_place(p, op), *map(p.text, op.values))
 
 
 def _receive(p: Printer, op: t.Receive) -> str:
-    words = "take" if _flags(p, op) else "receive"
     late = (p.text(op.errors), p.text(op.most), str(op.sender))
-    return _call(p, f"{words}_{op.words}x{_together(p, op)}", *_place(p, op), *late, *map(p.text, op.own))
-
-
-def _raise(p: Printer, op: t.Raise) -> str:
-    columns = pitch(p.program.param(op.at.tensor).mailbox.width, flags=True) // WORDS
-    row = p.text(op.at.index[0].values[0])
-    return _call(p, "raise_flag", p.text(op.way), row, p.text(op.epoch), str(columns), p.text(op.after))
+    return _call(p, f"receive_{op.words}x{_together(p, op)}", *_place(p, op), *late, *map(p.text, op.own))
 
 
 def _call(p: Printer, helper: str, *args: str) -> str:
     p.helpers |= {*p.basic, helper}
     return f"{helper}({', '.join(args)})"
-
-
-def _flags(p: Printer, op: t.Packet) -> bool:
-    return p.program.param(op.at.tensor).mailbox.flags
 
 
 def _place(p: Printer, op: t.Packet) -> tuple[str, ...]:
@@ -45,7 +33,7 @@ def _place(p: Printer, op: t.Packet) -> tuple[str, ...]:
     column = others[0] if others else "0"
     for axis, text in zip(mail.axes[2:], others[1:], strict=True):
         column = f"({column}) * {p.program.axis(axis or '').extent} + {text}"
-    columns = pitch(mail.mailbox.width, mail.mailbox.flags) // op.words
+    columns = pitch(mail.mailbox.width) // op.words
     mask = p.mask(op.at, axes)
     there = p.word("there", mask) if mask else p.word("everywhere", p.shape(axes))
     return p.text(op.way), row, p.at(op.epoch, axes), column, str(columns), there
@@ -57,4 +45,4 @@ def _together(p: Printer, op: t.Receive) -> int:
     return max(n for n in packet.TOGETHER if n <= max(1, lanes))
 
 
-PACKETS: dict[type, Callable[[Any, Any], str]] = {t.Send: _send, t.Raise: _raise, t.Receive: _receive}
+PACKETS: dict[type, Callable[[Any, Any], str]] = {t.Send: _send, t.Receive: _receive}

@@ -5,33 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moekit.backends import packet
-from moekit.compile.tile.layouts import PAIR, WORDS
-
-SIZE = 4 * WORDS  # bytes of an access where rows have flags
+from moekit.compile.tile.layouts import PAIR
 
 
 def _data(name: str, words: int) -> str:
     return ", ".join(f"{name}_{w}" for w in range(words))
 
 
-def _sent(words: int, flags: bool) -> tuple[str, packet.Assembly, int, str, str, str]:
-    """How data are sent, as packets or, where rows have flags, as they are.
-
-    The helper's name, its text for a GPU, bytes of an access, what it sends and gives back, and the epoch if the text takes it.
-    """
-    if flags:
-        return "put", packet.put(words), SIZE, "words of a row", "the first word", ""
-    return "send", packet.send(words), words * packet.BYTES, "packets", "the first one's data", "epoch, "
-
-
-def _triton_send(words: int, flags: bool = False) -> str:
-    data, (name, put, size, what, first, epoch) = _data("data", words), _sent(words, flags)
+def _triton_send(words: int) -> str:
+    data, put = _data("data", words), packet.send(words)
     return f'''@triton.jit
-def {name}_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
-    """Put {what} into a mailbox, {words} at once, but into one's own; {first} again."""
+def send_{words}(way, row, epoch, column, columns: tl.constexpr, there, {data}):
+    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
     put: tl.constexpr = {packet.literal(put.text)}
-    at = packets(way, row, epoch, column, columns, {size})
-    args = [{data}, at, {epoch}there & tl.cast(way != 0, tl.int32)]
+    at = packets(way, row, epoch, column, columns, {words * packet.BYTES})
+    args = [{data}, at, epoch, there & tl.cast(way != 0, tl.int32)]
     return tl.inline_asm_elementwise(put, "{put.operands}", args, dtype=tl.int32, is_pure=False, pack=1)
 '''
 
@@ -53,13 +41,13 @@ def receive_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, e
 '''
 
 
-def _pallas_send(words: int, flags: bool = False) -> str:
-    data, (name, put, size, what, first, epoch) = _data("data", words), _sent(words, flags)
-    return f'''def {name}_{words}(way, row, epoch, column, columns, mask, {data}):
-    """Put {what} into a mailbox, {words} at once, but into one's own; {first} again."""
+def _pallas_send(words: int) -> str:
+    data, put = _data("data", words), packet.send(words)
+    return f'''def send_{words}(way, row, epoch, column, columns, mask, {data}):
+    """Put packets into a mailbox, {words} at once, but into one's own; the first one's data again."""
     put = {packet.literal(put.text)}
-    at, there = packets(way, row, epoch, column, columns, {size}, mask)
-    return elementwise(put, "{put.operands}", ({data}, at, {epoch}there), data_0.shape)
+    at, there = packets(way, row, epoch, column, columns, {words * packet.BYTES}, mask)
+    return elementwise(put, "{put.operands}", ({data}, at, epoch, there), data_0.shape)
 '''
 
 
@@ -81,82 +69,14 @@ def _pallas_receive(words: int, n: int) -> str:
 '''
 
 
-def _pairs(words: int) -> list[tuple[int, int]]:
-    return [(w, w + 1) for w in range(0, words, 2)]
-
-
-def _triton_take(words: int, n: int) -> str:
-    wait, take = packet.await_flag(n), packet.take()
-    takes = "\n".join(
-        f"    pair = [own_{a}, own_{b}, at + {4 * a}, there, seen]\n"
-        f'    data_{a} = tl.inline_asm_elementwise(take, "{take.operands}", pair, dtype=tl.int64, is_pure=False, pack=1)'
-        for a, b in _pairs(words)
-    )
-    found = ", ".join(f"data_{a}.to(tl.int32), (data_{a} >> 32).to(tl.int32)" for a, _ in _pairs(words))
-    return f'''@triton.jit
-def take_{words}x{n}(way, row, epoch, column, columns: tl.constexpr, there, errors, most, sender: tl.constexpr,
-             {_data("own", words)}):
-    """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
-    errors."""
-    wait: tl.constexpr = {packet.literal(wait.text)}
-    take: tl.constexpr = {packet.literal(take.text)}
-    at = packets(way, row, epoch, column, columns, {SIZE})
-    flag = packets(way, row, epoch, columns - 1, columns, {SIZE})
-    there = there & tl.cast(way != 0, tl.int32)
-    args = [own_0, flag, epoch, there, errors, most, tl.full((), sender + 1, tl.int32)]
-    seen = tl.inline_asm_elementwise(wait, "{wait.operands}", args, dtype=tl.int32, is_pure=False, pack={n})
-{takes}
-    return {found}
-'''
-
-
-def _pallas_take(words: int, n: int) -> str:
-    wait, take = packet.await_flag(n), packet.take()
-    takes = "\n".join(
-        f"        pair = own_{a}, own_{b}, at + {4 * a}, there, seen\n"
-        f'        data_{a} = elementwise(take, "{take.operands}", pair, own_0.shape, dtype=jnp.int64)'
-        for a, b in _pairs(words)
-    )
-    found = ", ".join(f"data_{a}.astype(jnp.int32), (data_{a} >> 32).astype(jnp.int32)" for a, _ in _pairs(words))
-    return f'''def take_{words}x{n}(way, row, epoch, column, columns, mask, errors, most, sender, {_data("own", words)}):
-    """Wait for the flag of a row, and take accesses of {words} words, or one's own. What comes too late is said in the word of
-    errors."""
-    wait = {packet.literal(wait.text)}
-    take = {packet.literal(take.text)}
-    at, there = packets(way, row, epoch, column, columns, {SIZE}, mask)
-    flag, _ = packets(way, row, epoch, columns - 1, columns, {SIZE}, mask)
-    args = own_0, flag, epoch, there, errors, most, jnp.full(own_0.shape, sender + 1, jnp.int32)
-    with jax.enable_x64(True):
-        seen = elementwise(wait, "{wait.operands}", args, own_0.shape, {n})
-{takes}
-        return {found}
-'''
-
-
-def _each(send: Callable[..., str], receive: Callable[[int, int], str], take: Callable[[int, int], str]) -> dict[str, str]:
-    """A helper for each number of packets in an access (words where rows have flags), and of accesses that a lane waits for."""
+def _each(send: Callable[[int], str], receive: Callable[[int, int], str]) -> dict[str, str]:
+    """A helper for each number of packets in an access, and of accesses that a lane waits for."""
     counts = range(1, PAIR + 1)
-    found = {f"send_{words}": send(words) for words in counts} | {f"put_{WORDS}": send(WORDS, flags=True)}
-    found |= {f"receive_{words}x{n}": receive(words, n) for words in counts for n in packet.TOGETHER}
-    return found | {f"take_{WORDS}x{n}": take(WORDS, n) for n in packet.TOGETHER}
+    found = {f"send_{words}": send(words) for words in counts}
+    return found | {f"receive_{words}x{n}": receive(words, n) for words in counts for n in packet.TOGETHER}
 
 
-TRITON = _each(_triton_send, _triton_receive, _triton_take) | {
-    "raise_flag": f'''@triton.jit
-def raise_flag(way, row, epoch, columns: tl.constexpr, after):
-    """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up: tl.constexpr = {packet.literal(packet.raise_flag().text)}
-    args = [after, packets(way, row, epoch, columns - 1, columns, {SIZE}), epoch, tl.cast(way != 0, tl.int32)]
-    return tl.inline_asm_elementwise(up, "{packet.raise_flag().operands}", args, dtype=tl.int32, is_pure=False, pack=1)
-''',
-    "split_8": '''@triton.jit
-def split_8(eights):
-    """Neighbours, eight at a time, apart: the last three dimensions count them."""
-    first, second = tl.split(eights)
-    data_0, data_2, data_4, data_6 = split_4(first)
-    data_1, data_3, data_5, data_7 = split_4(second)
-    return data_0, data_1, data_2, data_3, data_4, data_5, data_6, data_7
-''',
+TRITON = _each(_triton_send, _triton_receive) | {
     "packets": '''@triton.jit
 def packets(way, row, epoch, column, columns: tl.constexpr, size: tl.constexpr):
     """The addresses of packets: two slots for each row, each of so many columns of so many bytes."""
@@ -172,14 +92,7 @@ def split_4(fours):
 ''',
 }
 
-PALLAS = _each(_pallas_send, _pallas_receive, _pallas_take) | {
-    "raise_flag": f'''def raise_flag(way, row, epoch, columns, after):
-    """Raise a row's flag, behind all that `after` is made of; its epoch again."""
-    up = {packet.literal(packet.raise_flag().text)}
-    at, there = packets(way, row, epoch, columns - 1, columns, {SIZE}, True)
-    with jax.enable_x64(True):
-        return jnp.max(elementwise(up, "{packet.raise_flag().operands}", (after, at, epoch, there), (1,)), axis=0)
-''',
+PALLAS = _each(_pallas_send, _pallas_receive) | {
     "ways": '''def ways(mail_ref, n):
     """Addresses, of which each half is an int32, the lower one first: JAX has int64 in kernels, and not as a rule in arrays."""
     halves = [plt.load(mail_ref.at[i]) for i in range(2 * n)]

@@ -341,7 +341,7 @@ def emit(kernel: t.Kernel) -> str:
         lines += ["", f"def {helper.section.name}({', '.join(takes)}):", *body, ""]
     lines += ["", f"def {kernel_name(kernel)}({', '.join(_refs(kernel))}):"]
     lines += ["    pid = pl.program_id(0)"] if not alone or re.search(r"\bpid\b", "\n".join(bodies[0])) else []
-    return "\n".join([*lines, *(bodies[0] if alone else _sections(kernel, shared)), ""])
+    return "\n".join([*lines, *(bodies[0] if alone else sections(kernel, shared, PallasPrinter, _refs)), ""])
 
 
 def _picked(section: t.TileProgram) -> list[str]:
@@ -356,11 +356,11 @@ def _refs(kernel: t.Kernel) -> list[str]:
     return [f"{b}_ref" for b in read] + [f"{b}_out_ref" if b in read else f"{b}_ref" for b in written]
 
 
-def _sections(kernel: t.Kernel, shared: tuple[Helper, ...]) -> list[str]:
-    """Which programs of a launch belong to which section; all sizes are static."""
+def sections(kernel: t.Kernel, shared: tuple[Helper, ...], printer: type[PallasPrinter], refs: Callable) -> list[str]:
+    """Which programs of a launch belong to which section; all sizes are static. `refs`: what a section takes."""
     lines = []
-    for call in calls(kernel, shared, PallasPrinter):
-        passed = [call.own, *_refs(call.section), *map(str, call.starts)]
+    for call in calls(kernel, shared, printer):
+        passed = [call.own, *refs(call.section), *map(str, call.starts)]
         lines += [*call.before, "", f"    @pl.when({call.inside})", "    def _():"]
         lines.append(f"        {call.helper}({', '.join(passed)})")
     return lines

@@ -269,12 +269,11 @@ def _side_by_side(p: TritonPrinter, op: t.Halves, at: int) -> str:
 
 def _deinterleave(p: TritonPrinter, op: t.Deinterleave) -> str:
     *outer, last = p.program.block(op.value.axes)
-    split, n = "split", len(op.outs)
+    n, split = len(op.outs), "tl.split"
     if n > 2:
-        p.helpers |= {f"split_{k}" for k in (4, 8) if k <= n}
-        split = f"split_{n}"
+        p.helpers.add(split := "split_4")
     pairs = [2] * (n.bit_length() - 1)
-    return f"{split if n > 2 else 'tl.split'}(tl.reshape({p.text(op.value)}, {(*outer, last // n, *pairs)}))"
+    return f"{split}(tl.reshape({p.text(op.value)}, {(*outer, last // n, *pairs)}))"
 
 
 def _interleave(p: TritonPrinter, op: t.Interleave) -> str:

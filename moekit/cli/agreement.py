@@ -17,7 +17,7 @@ import numpy as np
 
 from moekit.jax import Channel
 from moekit.models.qwen3next import Cache, Generation, Model, decode_step, prefill
-from moekit.models.qwen3next.exchanged import locked, of_prompts
+from moekit.models.qwen3next.exchanged import locked
 from moekit.models.qwen3next.generate import padded
 from moekit.models.qwen3next.kernels import Kernels, resolve
 
@@ -93,12 +93,11 @@ def closeness(
         for side, (own, fill, step) in sides.items():
             kernels = resolve(kind if side == "fused" else "xla")
             with locked(channel):
-                link = None if channel is None or side != "fused" else channel.link if at else of_prompts(channel)
-                by = {"link": link} if link else {}
+                by = {"link": channel.link} if channel is not None and side == "fused" and at else {}
                 made = (
                     step(own, fed[:, at - 1], memories[side], kernels=kernels, **by)
                     if at
-                    else fill(own, ids, lengths, cache_length=room, kernels=kernels, **by)
+                    else fill(own, ids, lengths, cache_length=room, kernels=kernels)
                 )
                 logits[side], memories[side], *after = jax.block_until_ready(made)  # virtual devices meet in one program
                 if channel is not None and after:

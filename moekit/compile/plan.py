@@ -10,7 +10,7 @@ from moekit.compile import tile as t
 from moekit.compile.passes import lower
 from moekit.compile.rules.choose import heuristic
 from moekit.compile.schedule.cuts import Scratch, launched, sections_of
-from moekit.compile.schedule.directives import Abreast, Flags, Launch, Schedule
+from moekit.compile.schedule.directives import Abreast, Launch, Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile.layouts import channels
@@ -50,18 +50,13 @@ def plan(
     if why := legal(graph, schedule):
         raise ScheduleError(why)
     viewed = any(isinstance(layout, t.Viewed) for layout in layouts.values())
-    known = channels(graph, (sizes or {}) if viewed else None, flagged(schedule)) | dict(layouts)
+    known = channels(graph, (sizes or {}) if viewed else None) | dict(layouts)
     kernels, scratch, digest = [], [], graph.digest()
     for launch, g, left in launched(graph, schedule):
         known |= {s.name: _dense(s, viewed, sizes or {}) for s in left}
         scratch += left
         kernels.append(_kernel(g, launch, known, sizes, digest, target))
     return Plan(graph, schedule, tuple(kernels), tuple(scratch))
-
-
-def flagged(schedule: Schedule) -> frozenset[str]:
-    """The mesh axes over which rows have flags under a schedule."""
-    return frozenset(d.axis for launch in schedule.launches for s in launch.sections for d in s.all(Flags))
 
 
 def _kernel(graph: Graph, launch: Launch, layouts, sizes, digest: str, target: str | None) -> t.Kernel:

@@ -19,7 +19,6 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
-from moekit.fusions.scaled_conv_products import scaled_conv_products
 from moekit.fusions.scaled_conv_projections import scaled_conv_projections
 from moekit.fusions.scaled_down_combine import scaled_down_combine
 from moekit.fusions.scaled_expert_down import scaled_expert_down
@@ -29,7 +28,6 @@ from moekit.fusions.scaled_experts import scaled_experts
 from moekit.fusions.scaled_gate_projections import scaled_gate_projections
 from moekit.fusions.scaled_gate_topk import scaled_gate_topk
 from moekit.fusions.scaled_product import scaled_product
-from moekit.fusions.scaled_row_product import scaled_row_product
 from moekit.fusions.shared_expert_combine import shared_expert_combine
 from moekit.fusions.silu_and_mul import silu_and_mul
 from moekit.fusions.topk_softmax import topk_softmax
@@ -65,9 +63,7 @@ FUSIONS = {
         scaled_expert_down,
         scaled_experts,
         scaled_product,
-        scaled_row_product,
         scaled_conv_projections,
-        scaled_conv_products,
         scaled_gate_projections,
         scaled_gate_topk,
         scaled_down_combine,

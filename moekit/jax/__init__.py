@@ -44,9 +44,7 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
-scaled_row_product = op(_FUSIONS["scaled_row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
-scaled_conv_products = op(_FUSIONS["scaled_conv_products"])
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
@@ -86,7 +84,6 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
-    "scaled_conv_products",
     "scaled_conv_projections",
     "scaled_down_combine",
     "scaled_expert_down",
@@ -96,7 +93,6 @@ __all__ = [
     "scaled_gate_projections",
     "scaled_gate_topk",
     "scaled_product",
-    "scaled_row_product",
     "shared_expert_combine",
     "silu_and_mul",
     "split_gate",

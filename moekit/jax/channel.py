@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moekit.backends import packet
 from moekit.backends.packet import BYTES
-from moekit.compile.rules.rows import BY_PACKETS, flagged_rows
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.compile.schedule.targets import TARGETS
 from moekit.compile.tile.ranks import SLOTS
 from moekit.errors import ArgumentError, RankError, UnavailableError
@@ -31,15 +30,13 @@ AXIS = "tp"  # what moekit's fusions add up over
 ROWS, WIDTH = BY_PACKETS, 2048  # of a mailbox, if nothing is said
 LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
 PROBED = 2**22  # of those of the probe, whose program is only just being loaded
-FLAGGED = 256  # elements that rows with flags have at least: of float32 two warps' accesses
 WORD = 4  # bytes of the arrays that mailboxes lie in
 
 _LOCK = threading.RLock()  # of all channels: two of them may have a device in common
 
 
 class Channel:
-    """Mailboxes on every device of a mesh with the axis `tp`, with room for `rows` rows of `width` floats as packets, and for
-    `many` with a flag each, which calls of more rows go by.
+    """Mailboxes on every device of a mesh with the axis `tp`, with room for `rows` rows of `width` floats.
 
     `link` is what a jitted step takes along, cut as `link.specs` says, and gives back: `keep` the new one, or the next step
     would send numbers that have been sent, and take old packets for new ones. With a step to which the link is donated it
@@ -48,15 +45,12 @@ class Channel:
     Raises UnavailableError in one sentence where the devices cannot reach each other's memory, ArgumentError for no room.
     """
 
-    def __init__(self, mesh: Mesh, *, rows: int = ROWS, width: int = WIDTH, many: int = 0, looks: int = LOOKS):
+    def __init__(self, mesh: Mesh, *, rows: int = ROWS, width: int = WIDTH, looks: int = LOOKS):
         if why := refusal(mesh):
             raise UnavailableError(f"channel: {why}; implementation='xla' and 'psum' go without")
-        if rows < 1 or width < 1 or many < 0 or not 1 <= looks < 2**31:
-            raise ArgumentError(f"channel: {rows} rows of {width} elements and {looks} looks must be 1 or more each, and "
-                                f"{many} rows with flags 0 or more")  # fmt: skip
-        if many and width < FLAGGED:
-            raise ArgumentError(f"channel: {many} rows of {width} elements with flags; such rows have {FLAGGED} or more")
-        self.mesh, self.rows, self.width, self.many, self.looks = mesh, rows, width, many, looks
+        if rows < 1 or width < 1 or not 1 <= looks < 2**31:
+            raise ArgumentError(f"channel: {rows} rows of {width} elements and {looks} looks; each must be 1 or more")
+        self.mesh, self.rows, self.width, self.looks = mesh, rows, width, looks
         self.devices = list(mesh.devices.flat)
         self.ranks = len(self.devices)
         self.left: list[jax.Array] = []  # mailboxes that a late packet may still go to
@@ -68,21 +62,15 @@ class Channel:
     def _open(self, looks: int) -> None:
         """New mailboxes, zero, which are kept as long as the channel and given to nobody."""
         self.spread = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        kinds = [(self.rows, False), *([(self.many, True)] if self.many else [])]
-        sizes = [packet.region(rows, self.width, flags) for rows, flags in kinds]
-        words = (self.ranks * sum(sizes) + 2 * BYTES) // WORD
+        region = packet.region(self.rows, self.width)
+        words = (self.ranks * region + 2 * BYTES) // WORD
         self.mail = jax.jit(lambda: jnp.zeros(self.ranks * words, jnp.int32), out_shardings=self.spread)()
         jax.block_until_ready(self.mail)
         at = {s.device: s.data.unsafe_buffer_pointer() for s in self.mail.addressable_shards}
         resident = min(getattr(d, "core_count", None) or TARGETS["pallas"].sms for d in self.devices)
-        links, begin = [], 0
-        for (rows, flags), size in zip(kinds, sizes, strict=True):
-            table = addresses([at[d] for d in self.devices], size, looks, begin, self.ranks * sum(sizes))
-            epochs = np.zeros(self.ranks * rows, np.int32)
-            links.append(Link(jax.device_put(table, self.spread), jax.device_put(epochs, self.spread),
-                              AXIS, self.ranks, rows, self.width, resident, flags))  # fmt: skip
-            begin += self.ranks * size
-        self.link = replace(links[0], many=links[1] if self.many else None)
+        table, epochs = addresses([at[d] for d in self.devices], region, looks), np.zeros(self.ranks * self.rows, np.int32)
+        self.link = Link(jax.device_put(table, self.spread), jax.device_put(epochs, self.spread),
+                         AXIS, self.ranks, self.rows, self.width, resident)  # fmt: skip
 
     def keep(self, link: Link) -> None:
         """What a step gave back, for the next one."""
@@ -130,11 +118,8 @@ class Channel:
 
     def _prove(self) -> None:
         """Send a row of numbers, through both slots and the first again, and see that it comes."""
-        for width in (min(self.width, 64), *([FLAGGED] if self.many else [])):
-            self._prove_by(width, flags=width == FLAGGED and bool(self.many))
-
-    def _prove_by(self, width: int, flags: bool) -> None:
-        run = proof(self.mesh, self.link, width, flags)
+        width = min(self.width, 64)
+        run = proof(self.mesh, self.link, width)
         for _ in range(SLOTS + 1):
             with self.lock:
                 got, link = run(self.link)
@@ -145,15 +130,13 @@ class Channel:
                 raise UnavailableError("channel: packets came with other numbers than were sent; choose xla or psum")
 
 
-def proof(mesh: Mesh, link: Link, width: int, flags: bool = False) -> Any:
+def proof(mesh: Mesh, link: Link, width: int) -> Any:
     """A function of a link, which is donated: every rank's sum of `width` numbers times the rank, counted from 1, and the link
-    after it. `flags`: by the mailboxes of many rows."""
-    binding = added.bind({"x": (1, width)}, {"x": "float32"}, added.bind_params({AXIS: link.ranks}))
-    schedule = flagged_rows(added.trace(binding), link.resident, 1) if flags else None
+    after it."""
 
     def sent(link: Link) -> tuple[jax.Array, Link]:
         x = jnp.arange(width, dtype=jnp.float32)[None] * (lax.axis_index(AXIS) + 1).astype(jnp.float32)
-        return exchange(op(added), link, x, implementation=best(), schedule=schedule, tp=link.ranks)
+        return exchange(op(added), link, x, implementation=best(), tp=link.ranks)
 
     outs = PartitionSpec(AXIS), link.specs
     run = jax.shard_map(sent, mesh=mesh, in_specs=(link.specs,), out_specs=outs, check_vma=False)
@@ -166,9 +149,9 @@ def _last(mail: jax.Array, ranks: int) -> jax.Array:
     return mail.reshape(ranks, -1)[:, -4:-2]
 
 
-def addresses(at: list[int], region: int, looks: int, begin: int = 0, errors: int | None = None) -> np.ndarray:
+def addresses(at: list[int], region: int, looks: int) -> np.ndarray:
     """The table of every rank, one after the other, from the addresses of the mailboxes: `tile.Ways`, in halves of 32 bits."""
-    every = [packet.addresses(at, me, region, looks, begin, errors) for me in range(len(at))]
+    every = [packet.addresses(at, me, region, looks) for me in range(len(at))]
     return np.array(every, "<i8").view("<i4").reshape(-1)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from moekit.compile import tile as t
 from moekit.compile.passes.form import out_of_place, written_name
 from moekit.compile.rules.alike import settled
-from moekit.compile.rules.rows import flagged_rows
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
@@ -332,9 +331,8 @@ def exchange(
 
     `link` is a rank's part of `Channel.link`. `implementation`: None falls back to "xla" where packets do not serve the call
     (more rows than there is room for, say), on all ranks alike, and named kernels raise UnavailableError with the reason; "xla"
-    and "psum" leave the link as it is. More rows than packets have room for go with flags, where the link has `many` of them.
-    `door`: which kernels None takes on GPUs, if not the first there are. Raises ShapeError for a link of all ranks, and where
-    the call says nothing of them.
+    and "psum" leave the link as it is. `door`: which kernels None takes on GPUs, if not the first there are. Raises ShapeError
+    for a link of all ranks, and where the call says nothing of them.
     """
     for asked in (implementation, door):
         if asked in KERNELS and asked not in LINKED:
@@ -342,8 +340,10 @@ def exchange(
             raise UnavailableError(f"{face.fusion.name}: {asked}'s kernels reach no other rank; choose {known}")
     if door not in (None, *LINKED, "xla"):
         raise UnavailableError(f"{face.fusion.name}: there is no door {door!r}; choose {', '.join(LINKED)} or xla")
-    call, why = _linked(face.fusion, link, args, kwargs, schedule)
     operands, params = bind_arguments(face.fusion, args, kwargs)
+    call = Call(face.fusion, operands, params, None, schedule, link)
+    _refuse_link(call, link)
+    why = call.unlinked() if call.graph.ranks else f"{face.fusion.name} adds up over one rank"
     if implementation in LINKED and why and call.graph.ranks:
         raise UnavailableError(f"{call.fusion.name}: {why}")
     door = door or best() if implementation is None and jax.default_backend() == "gpu" else implementation
@@ -353,35 +353,4 @@ def exchange(
         plain = implementation or ("xla" if call.graph.ranks else None)
         outs = _serve(Call(face.fusion, operands, params, None, schedule), plain)
     results = tuple(outs[n] for n in call.names)
-    after = call.link or link
-    after = replace(link, many=after) if after.flags and not link.flags else after
-    return results[0] if len(results) == 1 else results, after
-
-
-def unserved(face: Any, link: Link, *args, **kwargs) -> str | None:
-    """Why `exchange` would not go by kernels, in a sentence, on all ranks alike; None where they serve the call on GPUs."""
-    return _linked(face.fusion, link, args, kwargs, None)[1]
-
-
-def _linked(fusion: Fusion, link: Link, args: tuple, kwargs: dict, schedule: Schedule | None) -> tuple[Call, str | None]:
-    """A call by the mailboxes that serve it, and why none do."""
-    operands, params = bind_arguments(fusion, args, kwargs)
-    call = Call(fusion, operands, params, None, schedule, link)
-    _refuse_link(call, link)
-    if not call.graph.ranks:
-        return call, f"{fusion.name} adds up over one rank"
-    why = call.unlinked()
-    if not why or link.many is None:
-        return call, why
-    many = schedule or _for_many(call, link.many)
-    if many is None:
-        return call, f"{why}; its rows are too short to go with flags"
-    other = Call(fusion, operands, params, None, many, link.many)
-    refused = other.unlinked()
-    return (call, f"{why}; with flags {refused}") if refused else (other, None)
-
-
-def _for_many(call: Call, link: Link) -> Schedule | None:
-    """The schedule of a call whose rows go with flags."""
-    rows = next(call.graph.nodes[n.args[0]].axes[0] for n in call.graph.live_nodes("all_reduce"))
-    return flagged_rows(call.graph, link.resident, call.sizes[rows])
+    return results[0] if len(results) == 1 else results, call.link or link

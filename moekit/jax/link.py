@@ -15,17 +15,17 @@ from moekit.compile.schedule.room import Room
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.lang.graph import Graph
 
-META = ("axis", "ranks", "rows", "width", "resident", "flags")
+META = ("axis", "ranks", "rows", "width", "resident")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("table", "epochs", "many"), meta_fields=META)
+@partial(jax.tree_util.register_dataclass, data_fields=("table", "epochs"), meta_fields=META)
 @dataclass(frozen=True)
 class Link:
     """One rank's addresses and the numbers of its last packets; outside `shard_map` all ranks', one after the other.
 
     table int32: addresses of mailboxes, the lower half of each first, as `tile.Ways` has them. They are arguments of a compiled
     step, never constants in it. epochs int32 [rows]: how often each row has been sent. `rows` of `width` elements have room;
-    `resident` programs of any kernel are on a device at once. `many`: the link for more rows than these, which have `flags`.
+    `resident` programs of any kernel are on a device at once.
     """
 
     table: Any
@@ -35,14 +35,11 @@ class Link:
     rows: int
     width: int
     resident: int
-    flags: bool = False
-    many: Link | None = None
 
     @property
     def specs(self) -> Link:
         """How a link is cut: what `shard_map` takes for it."""
-        many = self.many.specs if self.many else None
-        return replace(self, table=PartitionSpec(self.axis), epochs=PartitionSpec(self.axis), many=many)
+        return replace(self, table=PartitionSpec(self.axis), epochs=PartitionSpec(self.axis))
 
     @property
     def shapes(self) -> tuple[tuple[int], tuple[int]]:
@@ -52,17 +49,14 @@ class Link:
     @property
     def room(self) -> Room:
         """What there is room for."""
-        return Room(self.axis, self.ranks, self.rows, self.width, self.resident, self.flags)
+        return Room(self.axis, self.ranks, self.rows, self.width, self.resident)
 
     def buffers(self, graph: Graph) -> tuple[dict[str, Any], dict[str, t.Viewed | t.Mailbox]]:
         """The arrays that a kernel takes besides its operands, and how they lie."""
         mail, epochs = mail_name(self.axis), epochs_name(self.axis)
         if not graph.ranks:
             return {}, {}
-        lying = {
-            mail: t.Mailbox(mail, self.ranks, self.width, self.flags),
-            epochs: t.Viewed.whole(epochs, (self.rows,)),
-        }
+        lying = {mail: t.Mailbox(mail, self.ranks, self.width), epochs: t.Viewed.whole(epochs, (self.rows,))}
         return {mail: self.table, epochs: self.epochs}, lying
 
     def after(self, results: Mapping[str, Any]) -> Link:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -53,18 +53,7 @@ def _packet_problems() -> list[str]:
             problems.append(f"{words} packets are written by {stores} and read by {loads}, not each by one access of 64 bits")
         if looked != [f"epoch0_{w}" for w in range(words)]:
             problems.append(f"of {words} packets a wait looks at {looked}, not at every epoch")
-    return [*problems, *_flag_problems()]
-
-
-def _flag_problems() -> Iterator[str]:
-    """What is wrong with the text of flags: one store that releases, in the first thread; loads that acquire."""
-    raised = packet.raise_flag().text
-    stores = re.findall(r"@(\w+) (st\S+) ", raised)
-    loads = re.findall(r"POLL:\s*@\w+ (ld\S+) seen", packet.await_flag(1).text)
-    if stores != [("first", "st.release.sys.global.b32")] or "setp.eq.u32 first, thread, 0" not in raised:
-        yield f"a flag is raised by {stores}, not by one store of the first thread that releases"
-    if loads != ["ld.acquire.sys.global.b32"]:
-        yield f"a flag is looked at by {loads}, not by loads that acquire"
+    return problems
 
 
 def played(graph: Graph, given: Sequence[Operands], sizes: Mapping[str, int], seed: int) -> list[list[dict]]:

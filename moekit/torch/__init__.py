@@ -55,11 +55,8 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
-scaled_row_product = op(_FUSIONS["scaled_row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_conv_projections_ = op(_FUSIONS["scaled_conv_projections"], in_place=True)
-scaled_conv_products = op(_FUSIONS["scaled_conv_products"])
-scaled_conv_products_ = op(_FUSIONS["scaled_conv_products"], in_place=True)
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
@@ -110,8 +107,6 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
-    "scaled_conv_products",
-    "scaled_conv_products_",
     "scaled_conv_projections",
     "scaled_conv_projections_",
     "scaled_down_combine",
@@ -123,7 +118,6 @@ __all__ = [
     "scaled_gate_projections",
     "scaled_gate_topk",
     "scaled_product",
-    "scaled_row_product",
     "shared_expert_combine",
     "shared_expert_combine_",
     "silu_and_mul",

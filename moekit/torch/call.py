@@ -13,7 +13,6 @@ from moekit.compile import tile as t
 from moekit.compile.passes.form import may_overwrite, out_of_place, over_operand, written_name
 from moekit.compile.plan import Plan, plan
 from moekit.compile.rules.alike import settled
-from moekit.compile.rules.rows import flagged_rows
 from moekit.compile.schedule import Schedule
 from moekit.compile.schedule.legal import legal
 from moekit.errors import AliasError, DeviceError, DtypeError, MoekitError, ScheduleError, ShapeError
@@ -142,13 +141,12 @@ class Call:
         for n in self.partial():
             results[n].copy_(self.operands[n])  # the kernel writes the rows at its ids only
         tensors = dict(self.operands) | {targets[n]: x for n, x in results.items()}
-        many = self._many()
-        reached, lying = self.channel.reaches(self.graph, many is not None) if self.channel else ({}, {})
+        reached, lying = self.channel.reaches(self.graph) if self.channel else ({}, {})
         dynamic = frozenset(a for a, s in self.graph.axes.items() if s is None)
         layouts = (*self._layouts(separate, tensors, dynamic), *lying.items())
         tensors |= reached
         call = self.fusion, _static(self.fusion, self.bound.binding), separate, self.over
-        planned = _planned(*call, layouts, many or self._scheduled(call), not (self.schedule or many))
+        planned = _planned(*call, layouts, self._scheduled(call), not self.schedule)
         scratch = launch.scratch(planned, self.sizes, self.device)
         launched = launch.launches(planned, tensors | scratch, self.sizes, dynamic)
         return Prepared(tensors | scratch, launched, results, targets, tuple(scratch))
@@ -165,22 +163,11 @@ class Call:
         return channel_of(self.device) if self.graph.ranks else None
 
     def unlinked(self) -> str | None:
-        """Why neither packets nor rows with flags serve a call of several ranks; None where one does."""
+        """Why packets do not serve a call of several ranks; None where they do."""
         if self.channel is None:
             return f"no channel reaches the other ranks of {', '.join(self.graph.ranks)}; make a moekit.torch.Channel"
-        return None if self._many() else self._without_packets(self.channel)
-
-    def _without_packets(self, channel: Channel) -> str | None:
         chosen = self.schedule or scheduled(device_name(self.device), self.graph, self.sizes)
-        return channel.room.refuses(self.graph, self.sizes, chosen)
-
-    def _many(self) -> Schedule | None:
-        """The schedule of a call whose rows go with flags, as they are more than packets have room for."""
-        channel = self.channel
-        if channel is None or channel.many is None or not self._without_packets(channel):
-            return None
-        many = self.schedule or flagged_rows(self.graph, channel.many.resident)
-        return many if many and not channel.many.refuses(self.graph, self.sizes, many) else None
+        return self.channel.room.refuses(self.graph, self.sizes, chosen)
 
     def partial(self) -> list[str]:
         """The outputs that take an operand's new value elsewhere, and of which only the rows at some ids are new."""

@@ -9,8 +9,7 @@ from torch import distributed as dist
 
 from moekit.backends import packet
 from moekit.compile import tile as t
-from moekit.compile.rules.rows import BY_PACKETS, flagged_rows
-from moekit.compile.schedule.directives import Schedule
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.compile.schedule.room import Room
 from moekit.compile.tile.layouts import epochs_name, mail_name
 from moekit.compile.tile.ranks import SLOTS
@@ -21,15 +20,13 @@ from moekit.lang.mesh import MOST_RANKS
 
 AXIS = "tp"  # what moekit's fusions add up over
 ROWS, WIDTH = BY_PACKETS, 2048  # of a mailbox, if nothing is said
-FLAGGED = 256  # elements that rows with flags have at least: of float32 two warps' accesses
 LOOKS = 2**24  # of a wait before it gives up, at about half a microsecond each
 
 _open: dict[torch.device, Channel] = {}
 
 
 class Channel:
-    """Mailboxes of every rank of a process group (the default one), with room for `rows` rows of `width` floats as packets, and
-    for `many` with a flag each, which calls of more rows go by.
+    """Mailboxes of every rank of a process group (the default one), with room for `rows` rows of `width` floats.
 
     All ranks make one at the same time, and it sends a row through every slot. Calls with `tp` ranks on this device go by it
     from then on, all ranks' alike and one after the other, in CUDA graphs too; `close` ends that. `check` says if a rank did
@@ -38,12 +35,10 @@ class Channel:
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None, rows: int = ROWS,
-        width: int = WIDTH, many: int = 0, looks: int = LOOKS,
+        width: int = WIDTH, looks: int = LOOKS,
     ):  # fmt: skip
-        if rows < 1 or width < 1 or many < 0 or not 1 <= looks < 2**31:
+        if rows < 1 or width < 1 or not 1 <= looks < 2**31:
             raise ArgumentError(f"Channel: {rows} rows of {width} elements and {looks} looks; each must be 1 or more")
-        if many and width < FLAGGED:
-            raise ArgumentError(f"Channel: {many} rows of {width} elements with flags; such rows have {FLAGGED} or more")
         if why := refusal(group):
             raise UnavailableError(f"Channel: {why}; implementation='eager' gathers by torch.distributed")
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
@@ -51,7 +46,6 @@ class Channel:
         self.ranks, self.me, self.looks = dist.get_world_size(self.group), dist.get_rank(self.group), looks
         resident = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.room = Room(AXIS, self.ranks, rows, width, resident)
-        self.many = Room(AXIS, self.ranks, many, width, resident, flags=True) if many else None
         self._begin()
         _open[self.device] = self
         try:
@@ -61,15 +55,15 @@ class Channel:
             raise
 
     @property
-    def sizes(self) -> list[int]:
-        """Bytes of a mailbox for what one rank sends as packets, and with flags."""
-        return [packet.region(room.rows, room.width, room.flags) if room else 0 for room in (self.room, self.many)]
+    def region(self) -> int:
+        """Bytes of a mailbox for what one rank sends."""
+        return packet.region(self.room.rows, self.room.width)
 
     def _begin(self) -> None:
         """New mailboxes, zero on all ranks before anyone sends."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        words = (self.ranks * sum(self.sizes) + 2 * packet.BYTES) // 8
+        words = (self.ranks * self.region + 2 * packet.BYTES) // 8
         try:
             self.mail = symmetric.empty(words, dtype=torch.int64, device=self.device)
             self.mail.zero_()
@@ -81,28 +75,19 @@ class Channel:
         dist.barrier(self.group)
 
     def _reach(self, at: list[int]) -> None:
-        """The tables of addresses, and the numbers of the last packets: none."""
-        (packets, flags), errors = self.sizes, self.ranks * sum(self.sizes)
-        begins = (packets, 0), (flags, self.ranks * packets)
-        tables = [packet.addresses(at, self.me, size, self.looks, begin, errors) for size, begin in begins]
-        self.table, self.many_table = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in tables)
-        rows = self.room.rows, self.many.rows if self.many else 0
-        self.epochs, self.many_epochs = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in rows)
+        """The table of addresses, and the numbers of the last packets: none."""
+        table = packet.addresses(at, self.me, self.region, self.looks)
+        self.table = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self.epochs = torch.zeros(self.room.rows, dtype=torch.int32, device=self.device)
 
     def _prove(self) -> None:
-        """Send a row of numbers through both slots and the first again, and see that it comes; with a flag, too."""
-        self._prove_by(min(self.room.width, 64), None)
-        if self.many:
-            binding = added.bind({"x": (1, FLAGGED)}, {"x": "float32"}, added.bind_params({AXIS: self.ranks}))
-            self._prove_by(FLAGGED, flagged_rows(added.trace(binding), self.many.resident))
-
-    def _prove_by(self, width: int, schedule: Schedule | None) -> None:
+        """Send a row of numbers through both slots and the first again, and see that it comes."""
         from moekit.torch.face import op
 
-        numbers = torch.arange(width, dtype=torch.float32, device=self.device)[None]
+        numbers = torch.arange(min(self.room.width, 64), dtype=torch.float32, device=self.device)[None]
         wanted = numbers * (self.ranks * (self.ranks + 1) / 2)
         for _ in range(SLOTS + 1):
-            got = op(added)(numbers * (self.me + 1), tp=self.ranks, implementation="triton", schedule=schedule)
+            got = op(added)(numbers * (self.me + 1), tp=self.ranks, implementation="triton")
             self.check()
             if not torch.equal(got, wanted):
                 raise UnavailableError("Channel: packets came with other numbers than were sent; choose eager")
@@ -122,13 +107,12 @@ class Channel:
         if found := [(rank, why) for rank, why in enumerate(said) if why is not None]:
             raise UnavailableError(f"Channel: rank {found[0][0]} says: {found[0][1]}; choose eager") from wrong
 
-    def reaches(self, graph: Graph, flags: bool) -> tuple[dict[str, torch.Tensor], dict[str, t.Strided | t.Mailbox]]:
-        """What a kernel takes besides its operands, and how it lies; of rows that have `flags` or are packets."""
+    def reaches(self, graph: Graph) -> tuple[dict[str, torch.Tensor], dict[str, t.Strided | t.Mailbox]]:
+        """What a kernel takes besides its operands, and how it lies."""
         (axis,) = graph.ranks
         mail, epochs = mail_name(axis), epochs_name(axis)
-        layouts = {mail: t.Mailbox(mail, self.ranks, self.room.width, flags), epochs: t.Strided(("unit",))}
-        table, numbers = (self.many_table, self.many_epochs) if flags else (self.table, self.epochs)
-        return {mail: table, epochs: numbers}, layouts
+        layouts = {mail: t.Mailbox(mail, self.ranks, self.room.width), epochs: t.Strided(("unit",))}
+        return {mail: self.table, epochs: self.epochs}, layouts
 
     def check(self) -> None:
         """Wait for the device, and raise RankError for a rank that did not come: close the channel then, on all ranks."""

@@ -34,7 +34,7 @@ from moekit.compile.schedule import (
 )
 from moekit.compile.schedule.cuts import launched, sections_of, stageable
 from moekit.compile.schedule.directives import Axis
-from moekit.compile.schedule.facts import axis_uses, part_axis, shares, twins
+from moekit.compile.schedule.facts import axis_uses, paired, part_axis, shares
 from moekit.compile.schedule.legal import legal, prefetchable, uses_dot
 from moekit.lang.graph import Graph
 from moekit.tune.table import order_of, rows_axis
@@ -143,7 +143,7 @@ def _shared_steps(graph: Graph, launch: Launch) -> Iterator[Launch]:
     if any(s.all(Loop) for s in launch.sections):
         yield from (launch.but(Stages(n)) for n in (launch.stages + 1, launch.stages - 1) if n <= LONGEST_PIPELINE)
     for n, (mine, section) in enumerate(sections_of(graph, launch)):
-        every = [*(Pair(x) for x in twins(mine)), *(Prefetch(x) for x in prefetchable(mine, section))]
+        every = [*(Pair(x) for x in paired(mine)), *(Prefetch(x) for x in prefetchable(mine, section))]
         for d in every:
             has = d in section.directives
             other = replace(section, directives=tuple(x for x in section.directives if x != d)) if has else section.but(d)

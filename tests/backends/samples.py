@@ -190,14 +190,14 @@ SAMPLES = {
     "scaled_product": Sample(
         "scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",), f8=("weight",)
     ),
-    "scaled_row_product": Sample(
-        "scaled_row_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, f32=("scale",), f8=("weight",)
+    "scaled_product_lanes": Sample(
+        "scaled_product", {"x": (4, 2048), "weight": (512, 2048), "scale": (4, 16)}, {"lanes": True}, ("scale",), ("weight",)
     ),
     "scaled_conv_projections": Sample(
         "scaled_conv_projections", _CONVOLVED, f32=("mixing_scale", "others_scale", "weight"), f8=("mixing", "others")
     ),
-    "scaled_conv_products": Sample(
-        "scaled_conv_products", _CONVOLVED, f32=("mixing_scale", "others_scale", "weight"), f8=("mixing", "others")
+    "scaled_conv_projections_lanes": Sample(
+        "scaled_conv_projections", _CONVOLVED, {"lanes": True}, ("mixing_scale", "others_scale", "weight"), ("mixing", "others")
     ),
     "scaled_gate_projections": Sample("scaled_gate_projections", _SCALED_GATES, f32=("scale",), f8=("gate_up",)),
     "scaled_gate_topk": Sample("scaled_gate_topk", _SCALED_GATES, {"k": 10}, f32=("scale",), f8=("gate_up",)),

@@ -128,8 +128,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
     from .samples import SAMPLES
 
-    for name in sorted(FUSIONS.keys() & SAMPLES.keys() - {"moe_align"}):
-        fusion, sample = FUSIONS[name], SAMPLES[name]
+    samples = {n: s for n, s in sorted(SAMPLES.items()) if s.fusion in FUSIONS and s.fusion != "moe_align"}
+    for name, sample in samples.items():
+        fusion = FUSIONS[sample.fusion]
         sizes = dict(sample.bound()[1].sizes) | {"T": 37}
         if "ids" in fusion.tensors:
             sizes["E"] = 48  # stacks of matrices: drawing 512 takes a minute

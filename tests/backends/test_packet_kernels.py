@@ -16,7 +16,6 @@ import pytest
 from moekit.backends import packet, pallas
 from moekit.compile import tile as t
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule
 from moekit.compile.tile.ranks import SLOTS
 
 from .samples import viewed
@@ -43,7 +42,6 @@ class Memory:
 
     def __init__(self):
         self.words: dict[int, tuple[int, int]] = {}
-        self.plain: dict[int, int] = {}  # of 32 bits, where rows have flags
         self.missing = 0
 
     def places(self, shape: tuple[int, ...], words: int, way, row, epoch, column, columns, mask) -> tuple[np.ndarray, ...]:
@@ -80,32 +78,6 @@ class Memory:
 
         return receive
 
-    def put(self, way, row, epoch, column, columns, mask, *data):
-        """What stands for `put_4`."""
-        at, _, there = self.places(data[0].shape, 2, way, row, epoch, column, columns, mask)
-        for i in zip(*there.nonzero(), strict=True):
-            for w, x in enumerate(data):
-                self.plain[int(at[i]) + 4 * w] = int(np.asarray(x)[i])
-        return data[0]
-
-    def raise_flag(self, way, row, epoch, columns, after):
-        """What stands for `raise_flag`."""
-        at, number, there = self.places((), 2, way, row, epoch, columns - 1, columns, True)
-        if there:
-            self.plain[int(at)] = int(number)
-        return jnp.int32(epoch)
-
-    def take(self, way, row, epoch, column, columns, mask, errors, most, sender, *own):
-        """What stands for `take_4xN`."""
-        flag, number, there = self.places((), 2, way, row, epoch, columns - 1, columns, True)
-        at, _, mask = self.places(own[0].shape, 2, way, row, epoch, column, columns, mask)
-        self.missing += bool(there) and self.plain.get(int(flag)) != int(number)
-        found = [np.array(x) for x in own]
-        for i in zip(*mask.nonzero(), strict=True):
-            for w in range(4):
-                found[w][i] = self.plain.get(int(at[i]) + 4 * w, 0)
-        return tuple(map(jnp.asarray, found))
-
 
 class Ref:
     """An array that a kernel loads from and stores to."""
@@ -138,32 +110,28 @@ def store(at, value, mask=None):
     array[tuple(i[mask] for i in index)] = np.broadcast_to(np.asarray(value), mask.shape)[mask]
 
 
-def tables(at: list[int], width: int, flags: bool = False) -> list[list[int]]:
+def tables(at: list[int], width: int) -> list[list[int]]:
     """Every rank's way to the mailboxes at `at`."""
-    return [packet.addresses(at, me, packet.region(16, width, flags), 7) for me in range(RANKS)]
-
-
-FLAGS = "tile:T:1 whole:H:512 flags:tp rounds:T:4 warps:2"  # of six rows a program takes one or two
+    return [packet.addresses(at, me, packet.region(16, width), 7) for me in range(RANKS)]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("width", [3, 37, 40, 500])
 def test_pallas(width, dtype):
-    """The sum on both ranks, to the bit; nothing is waited for that nobody sends. The widest rows have flags."""
+    """The sum on both ranks, to the bit; nothing is waited for that nobody sends."""
     graph, sizes = bound(dtype, RANKS, width)
-    flags = width == 500
     channel = {
-        "tp_mail": t.Mailbox("tp_mail", RANKS, width, flags),
+        "tp_mail": t.Mailbox("tp_mail", RANKS, width),
         "tp_epochs": t.Viewed("tp_epochs", (16,), (0,), (0,), (1,)),
     }
-    (program,) = plan(graph, Schedule.parse(FLAGS) if flags else None, viewed(graph, sizes) | channel, sizes).programs
+    (program,) = plan(graph, None, viewed(graph, sizes) | channel, sizes).programs
     namespace: dict = {}
     exec(pallas.emit(program).replace("from jax.experimental", "#"), namespace)
     parts, residual, weight = drawn(width, dtype)
     memory, outs = Memory(), []
     for again in (False, True):
         memory.missing = 0
-        for me, table in enumerate(tables([1 << 20, 1 << 40], width, flags)):
+        for me, table in enumerate(tables([1 << 20, 1 << 40], width)):
             epochs = np.full(16, LAST, np.int32)
             total, out = np.zeros_like(residual), np.zeros_like(residual)
             given = [parts[me], residual.copy(), weight, np.zeros(1, np.int32), epochs, total, out, epochs]
@@ -171,8 +139,6 @@ def test_pallas(width, dtype):
             namespace |= {"ways": lambda ref, n, table=table: table}
             namespace |= {f"send_{w}": memory.send(w) for w in (1, 2)}
             namespace |= {f"receive_{w}x{n}": memory.receive(w) for w in (1, 2) for n in packet.TOGETHER}
-            namespace |= {"put_4": memory.put, "raise_flag": memory.raise_flag}
-            namespace |= {f"take_4x{n}": memory.take for n in packet.TOGETHER}
             for number in range(program.programs(sizes)):
                 namespace["pl"] = SimpleNamespace(program_id=lambda axis, number=number: jnp.int32(number))
                 with jax.disable_jit():  # loops in Python, so that they load and store numbers
@@ -194,9 +160,8 @@ import triton.language as tl
 from moekit.backends import packet
 from moekit.backends import triton as emitter
 from moekit.compile.plan import plan
-from moekit.compile.schedule import Schedule
 from moekit.compile.tile.layouts import contiguous
-from tests.backends.test_packet_kernels import FLAGS, LAST, RANKS, ROWS, drawn, in_order, tables
+from tests.backends.test_packet_kernels import LAST, RANKS, ROWS, drawn, in_order, tables
 from tests.backends.test_packets import bound
 
 SEND = '''@triton.jit
@@ -215,33 +180,6 @@ def receive_{n}x{m}(way, row, epoch, column, columns: tl.constexpr, there, error
 '''
 
 
-PUT = '''@triton.jit
-def put_4(way, row, epoch, column, columns: tl.constexpr, there, data_0, data_1, data_2, data_3):
-    at = packets(way, row, epoch, column, columns, 16).to(tl.pointer_type(tl.int32))
-    mask = (there != 0) & (way != 0)
-    tl.store(at, data_0, mask); tl.store(at + 1, data_1, mask); tl.store(at + 2, data_2, mask); tl.store(at + 3, data_3, mask)
-    return data_0
-'''
-RAISE = '''@triton.jit
-def raise_flag(way, row, epoch, columns: tl.constexpr, after):
-    tl.store(packets(way, row, epoch, columns - 1, columns, 16).to(tl.pointer_type(tl.int32)), epoch, way != 0)
-    return epoch
-'''
-TAKE = '''@triton.jit
-def take_4x{m}(way, row, epoch, column, columns: tl.constexpr, there, errors, most, sender: tl.constexpr,
-               own_0, own_1, own_2, own_3):
-    at = packets(way, row, epoch, column, columns, 16).to(tl.pointer_type(tl.int32))
-    flag = packets(way, row, epoch, columns - 1, columns, 16).to(tl.pointer_type(tl.int32))
-    mask = (there != 0) & (way != 0)
-    up = tl.load(flag, way != 0, 0) == epoch
-    data_0 = tl.where(mask, tl.where(up, tl.load(at, mask, 0), -1), own_0)
-    data_1 = tl.where(mask, tl.where(up, tl.load(at + 1, mask, 0), -1), own_1)
-    data_2 = tl.where(mask, tl.where(up, tl.load(at + 2, mask, 0), -1), own_2)
-    data_3 = tl.where(mask, tl.where(up, tl.load(at + 3, mask, 0), -1), own_3)
-    return data_0, data_1, data_2, data_3
-'''
-
-
 def without_packets(text):
     for n in (1, 2):
         each = range(n)
@@ -253,7 +191,6 @@ def without_packets(text):
         for m in packet.TOGETHER:
             texts = {"own": names["own"], "came": names["came"], "takes": "; ".join(takes)}
             plain[f"receive_{n}x{m}"] = RECEIVE.format(n=n, m=m, size=8 * n, **texts)
-        plain |= {"put_4": PUT, "raise_flag": RAISE} | {f"take_4x{m}": TAKE.format(m=m) for m in packet.TOGETHER}
         for name, own in plain.items():
             text = re.sub(rf"@triton.jit\\ndef {name}\\(.*?\\n\\n\\n", lambda _: own + "\\n\\n", text, flags=re.S)
     assert "asm" not in text
@@ -262,9 +199,7 @@ def without_packets(text):
 
 def run(dtype, width, folder):
     graph, sizes = bound(dtype, RANKS, width)
-    flags = width == 500
-    told = Schedule.parse(FLAGS.replace("rounds:T:4 ", "")) if flags else None  # its loops begin at Python's numbers alone
-    (program,) = plan(graph, told, contiguous(graph, sizes)).programs
+    (program,) = plan(graph, None, contiguous(graph, sizes)).programs
     path = f"{folder}/k_{dtype}_{width}.py"
     with open(path, "w") as file:
         file.write(without_packets(emitter.emit(program)))
@@ -274,10 +209,10 @@ def run(dtype, width, folder):
     spec.loader.exec_module(module)
     kernel = getattr(module, emitter.kernel_name(program))
     parts, residual, weight = drawn(width, dtype)
-    mail = [torch.zeros(RANKS * packet.region(16, width, flags) // 8 + 2, dtype=torch.int64) for _ in range(RANKS)]
+    mail = [torch.zeros(RANKS * packet.region(16, width) // 8 + 2, dtype=torch.int64) for _ in range(RANKS)]
     found = []
     for again in range(2):
-        for me, table in enumerate(tables([m.data_ptr() for m in mail], width, flags)):
+        for me, table in enumerate(tables([m.data_ptr() for m in mail], width)):
             epochs = torch.full((16,), LAST, dtype=torch.int32)
             given = {"partial": torch.tensor(parts[me]), "residual": torch.tensor(residual), "weight": torch.tensor(weight),
                      "out": torch.zeros(residual.shape, dtype=torch.tensor(residual).dtype), "tp_mail": torch.tensor(table),

@@ -1,7 +1,6 @@
 """Packets in PTX, as Triton and XLA compile them for an H200 without one: each a single access, all sent before any wait."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -45,13 +44,10 @@ def bound(dtype: str, ranks: int, width: int):
     return FUSION.trace(binding), dict(binding.sizes)
 
 
-def by_triton(dtype: str, ranks: int, width: int, schedule: str | None, strides: str = "") -> tuple[str, t.TileProgram]:
-    """The PTX for sm_90, launched dependently; of operands with other strides where these are said."""
+def by_triton(dtype: str, ranks: int, width: int, schedule: str | None) -> tuple[str, t.TileProgram]:
+    """The PTX for sm_90, launched dependently."""
     graph, sizes = bound(dtype, ranks, width)
-    layouts = contiguous(graph, sizes)
-    if strides:
-        layouts = {n: replace(x, strides=(strides,) * len(x.strides)) for n, x in layouts.items()}
-    (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, layouts).programs
+    (program,) = plan(graph, Schedule.parse(schedule) if schedule else None, contiguous(graph, sizes)).programs
     args = emitter.arguments(program)
     params = {a.name: program.param(a.subject) for a in args if a.kind == "pointer"}
     pointers = {n: "*i64" if isinstance(p.layout, t.Mailbox) else POINTERS[p.dtype] for n, p in params.items()}
@@ -67,9 +63,8 @@ def by_triton(dtype: str, ranks: int, width: int, schedule: str | None, strides:
 def by_xla(dtype: str, ranks: int, width: int, schedule: str | None, folder: Path) -> tuple[str, t.TileProgram]:
     """The PTX of the Pallas kernel in a jitted function."""
     graph, sizes = bound(dtype, ranks, width)
-    flags = "flags:tp" in (schedule or "")
     channel = {
-        "tp_mail": t.Mailbox("tp_mail", ranks, width, flags),
+        "tp_mail": t.Mailbox("tp_mail", ranks, width),
         "tp_epochs": t.Viewed("tp_epochs", (16,), (0,), (0,), (1,)),
     }
     made = plan(graph, Schedule.parse(schedule) if schedule else None, viewed(graph, sizes) | channel, sizes)
@@ -139,41 +134,3 @@ def test_epochs_are_read_before_they_are_kept(backend, tmp_path):
     kept = re.search(r"st\.global\.b32", after)
     assert kept
     assert "bar.sync" in after[: kept.start()]
-
-
-PUT = re.compile(r"@there st\.relaxed\.sys\.global\.v4\.b32 \[(%\w+)\], \{[^}]*\};")
-RAISE = re.compile(
-    r"mov\.u32 thread, %tid\.x; setp\.eq\.u32 first, thread, 0;.*?@first st\.release\.sys\.global\.b32 \[(%\w+)\]"
-)
-SEEN = re.compile(r"POLL:\s*@wait ld\.acquire\.sys\.global\.b32 seen, \[(%\w+)\];.*?@more bra POLL;", re.S)
-TAKE = re.compile(r"@there ld\.relaxed\.sys\.global\.v2\.b32 \{low, high\}, \[(%\w+)\];")
-FLAGGED = [
-    ("bfloat16", 2, 2048, "tile:T:1 whole:H:2048 flags:tp rounds:T:4 warps:4 stages:1"),
-    ("float32", 3, 500, "tile:T:1 whole:H:512 flags:tp warps:2"),
-]
-
-
-@pytest.mark.parametrize("backend", ["triton", "triton-strided", "xla"])
-@pytest.mark.parametrize("case", FLAGGED, ids=["rounds", "rows"])
-def test_flags(backend, case, tmp_path):
-    """All lanes' stores, a barrier, one release for each rank; then for each rank a wait that acquires, in a loop, and behind
-    it the loads."""
-    strides = "any" if backend == "triton-strided" else ""
-    ptx, program = by_xla(*case, tmp_path) if backend == "xla" else by_triton(*case, strides)
-    ranks, send = case[1], next(op for op, _ in t.walk(program.body) if isinstance(op, t.Send))
-    lanes = int(np.prod(program.block(program.ordered(send.at.axes)))) // (32 * program.warps)
-    puts, flags, polls, takes = (list(each.finditer(ptx)) for each in (PUT, RAISE, SEEN, TAKE))
-    assert len(puts) == len({m[1] for m in puts}) == lanes * ranks, "an access is left out, or two go to one place"
-    assert len(flags) == len({m[1] for m in flags}) == len(polls) == len({m[1] for m in polls}) == ranks
-    assert len(takes) == len({m[1] for m in takes}) == 2 * lanes * ranks
-    assert puts[-1].end() < flags[0].start(), "a flag is up before its row is sent"
-    assert "bar.sync" in ptx[puts[-1].end() : flags[0].start()], "a flag is up before other threads have sent their part"
-    assert flags[-1].end() < polls[0].start(), "something is waited for before the last flag is up"
-    for n, poll in enumerate(polls):
-        own = [m for m in takes if poll.end() < m.start() < (polls[n + 1].start() if n + 1 < ranks else len(ptx))]
-        assert len(own) == 2 * lanes, "data are loaded before their flag is seen"
-    mail = {"st.relaxed.sys.global.v4.b32", "st.release.sys.global.b32", "ld.acquire.sys.global.b32"}
-    found = {*re.findall(r"(?:st|ld|atom)\.(?:relaxed|release|acquire)\.\S+", ptx)}
-    assert found == {*mail, "ld.relaxed.sys.global.v2.b32", "ld.relaxed.sys.global.b32", LATE}
-    if backend != "xla":
-        assert ptx.index("griddepcontrol.wait") < puts[0].start()

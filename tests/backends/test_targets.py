@@ -57,7 +57,7 @@ def test_sm_90_without_spills(name, dtype, tmp_path):
     assert max(stacks) == STACK.get((name, dtype), STACK.get(name, 0))
 
 
-@pytest.mark.parametrize("name", ["scaled_expert_gate_up", "scaled_conv_products", "conv_projections"])
+@pytest.mark.parametrize("name", ["scaled_expert_gate_up", "scaled_conv_projections", "conv_projections"])
 def test_lanes_that_add_up_products_have_the_same_sum(name):
     """A lane that has one product of a sum would make an fma of it and its neighbour's, and each has another one to round."""
     for program in SAMPLES[name].strided().programs:

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import re
+from itertools import product
 import torch
 from moekit.testing import Call, check, operands
 from moekit.testing.schedules import variants
@@ -50,15 +51,16 @@ LONG = {  # by the rules alone, as others take minutes
     "scaled_expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
     "scaled_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "scaled_conv_projections": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
-    "scaled_conv_products": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
     "scaled_gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
     "scaled_expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
 }
 count = 0
 for name, fusion in DECLARATIONS.items():
     known = dict(k=10, experts=7, block=4, rows=8, columns=8, inner=8, shared_inner=8)
-    params = {n: v for n, v in known.items() if n in fusion.params}
-    for sizes in SIZES.get(name, []) + LONG.get(name, []):
+    common = {n: v for n, v in known.items() if n in fusion.params}
+    ways = [{}, {"lanes": True}] if name == "scaled_conv_projections" else [{}]
+    for sizes, way in product(SIZES.get(name, []) + LONG.get(name, []), ways):
+        params = common | way
         few = {axis: size if axis == "E" else min(size, 7) for axis, size in sizes.items()}
         calls, less = ([Call(fusion, operands(fusion, s, dtype, "normal", 7, params), params) for dtype in DTYPES]
                        for s in (sizes, few))

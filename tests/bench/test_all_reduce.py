@@ -18,11 +18,11 @@ from moekit.models.qwen3next import TINY
 
 def test_wrong_sums_are_counted_in_jax(monkeypatch):
     """None of the right ones, late or not; all of those that XLA adds up in bfloat16."""
-    right = all_reduce_jax.check(2, 3, 32, "bfloat16", 128, 2, 2000)
+    right = all_reduce_jax.check(2, 3, 32, "bfloat16", 2, 2000)
     assert [(row["side"], row["calls"], row["wrong"]) for row in right] == [("in a row", 2000, 0), ("late", 20, 0)]
     real = all_reduce_jax.joined
     monkeypatch.setattr(all_reduce_jax, "joined", lambda side, *of: real("psum", *of))
-    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 128, 1, 4)[0]["wrong"] == 4
+    assert all_reduce_jax.check(2, 3, 32, "bfloat16", 1, 4)[0]["wrong"] == 4
 
 
 def test_wrong_sums_are_counted_in_torch(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from moekit.backends.array import evaluate_ranks
 from moekit.compile import tile as t
-from moekit.compile.plan import flagged, plan
+from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
 from moekit.compile.tile.interpret import poison
 from moekit.compile.tile.layouts import carried, contiguous, pitch
@@ -52,8 +52,7 @@ class Played:
         self.graph, _ = bound(ranks, width, dtype)
         self.plan = made or lowered(ranks, width, dtype, schedule)
         self.epochs = [np.full(ROWS, begin, np.int32) for _ in range(ranks)]
-        flags = bool(flagged(self.plan.schedule))
-        self.boxes = Mailboxes(ranks, (ROWS, pitch(width, flags)), slots)
+        self.boxes = Mailboxes(ranks, (ROWS, pitch(width)), slots)
         mails = [Mail(self.boxes, r) for r in range(ranks)]
         self.sizes = [{"T": n, "H": width} for n in rows]
         self.given = [operands(rng, ranks, n, width, dtype) for n in rows]

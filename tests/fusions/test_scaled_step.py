@@ -1,5 +1,7 @@
 """What a step of float8 weights has in few kernels, in every implementation: each against the fusions it is made of."""
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,27 +16,38 @@ from moekit.testing import Call, FusionSuite, check, implementations, operands, 
 from tests.backends.samples import strided
 from tests.fusions.test_scaled_experts import QWEN, SCALES, chosen, dtypes, own, whole
 
-NAMES = (
-    "row_product", "conv_projections", "conv_products", "gate_projections", "gate_topk", "down_combine", "expert_down_shared",
-)  # fmt: skip
-ALL = ROW, CONV, FEW, GATES, TOPK, DOWN, SHARED = tuple(FUSIONS[f"scaled_{name}"] for name in NAMES)
 SIZES = {"T": 3, "D": 50, "P": 21, "C": 19, "Q": 5, "S": 3, "I": 24, "E": 9, "G": 1, "H": 35, "J": 20, "K": 3}
-PARAMS = {
-    ROW: {"rows": 16, "columns": 16},
-    CONV: {"rows": 8, "columns": 16},
-    FEW: {"rows": 8, "columns": 16},
-    GATES: {"columns": 16, "inner": 8},
-    TOPK: {"columns": 16, "inner": 8, "k": 4},
-    DOWN: {"columns": 16, "inner": 16},
-    SHARED: {"columns": 16, "inner": 16, "shared_inner": 8},
-}
+
+
+class Form(NamedTuple):
+    """A fusion with the parameters by which it is called, and a name for it."""
+
+    name: str
+    params: dict
+
+    @property
+    def fusion(self):
+        """Its declaration."""
+        return FUSIONS[f"scaled_{self.name.removesuffix('_by_lanes')}"]
+
+
+ALL = ROW, CONV, FEW, GATES, TOPK, DOWN, SHARED = (
+    Form("product_by_lanes", {"rows": 16, "columns": 16, "lanes": True}),
+    Form("conv_projections_by_lanes", {"rows": 8, "columns": 16, "lanes": True}),
+    Form("conv_projections", {"rows": 8, "columns": 16}),
+    Form("gate_projections", {"columns": 16, "inner": 8}),
+    Form("gate_topk", {"columns": 16, "inner": 8, "k": 4}),
+    Form("down_combine", {"columns": 16, "inner": 16}),
+    Form("expert_down_shared", {"columns": 16, "inner": 16, "shared_inner": 8}),
+)
 EIGHTY = QWEN | {"P": 4096, "C": 8192, "Q": 64, "S": 3, "G": 1, "J": 512, "T": 1}
 
 
-def made(fusion, rows="float32", scales=None, seed=0, layouts=None):
+def made(form, rows="float32", scales=None, seed=0, layouts=None):
     """A call with random codes of all kinds but NaN, and scales of a drawn size, or of `scales`."""
     rng = np.random.default_rng(seed)
-    values = operands(fusion, own(fusion, SIZES), dtypes(fusion, rows), "normal", seed, PARAMS[fusion])
+    fusion = form.fusion
+    values = operands(fusion, own(fusion, SIZES), dtypes(fusion, rows), "normal", seed, form.params)
     for name, value in values.items():
         if value.dtype == ml_dtypes.float8_e4m3fn:
             codes = np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF])
@@ -44,41 +57,41 @@ def made(fusion, rows="float32", scales=None, seed=0, layouts=None):
             values[name] = (drawn if scales is None else rng.choice(scales, value.shape)).astype(np.float32)
         elif name == "ids":
             values[name] = rng.integers(-1, SIZES["E"] + 1, value.shape).astype(value.dtype)
-    return Call(fusion, values, PARAMS[fusion], layouts or {})
+    return Call(fusion, values, form.params, layouts or {})
 
 
-def suite(declared):
-    """The suite of one fusion, with blocks that fill no axis; the fusions without one are parts of these."""
+def suite(form):
+    """The suite of one form of a fusion, with blocks that fill no axis; the fusions without one are parts of these."""
 
     class Suite(FusionSuite):
-        fusion = declared
-        sizes = (own(declared, SIZES), own(declared, {**SIZES, "T": 0}))
-        params = (PARAMS[declared],)
+        fusion = form.fusion
+        sizes = (own(form.fusion, SIZES), own(form.fusion, {**SIZES, "T": 0}))
+        params = (form.params,)
         recipes = ("special",)
 
     return Suite
 
 
-TestScaledConvProjections, TestScaledConvProducts, TestScaledExpertDownShared = map(suite, (CONV, FEW, SHARED))
+TestScaledConvByLanes, TestScaledConvProjections, TestScaledExpertDownShared = map(suite, (CONV, FEW, SHARED))
 
 
-def expected(fusion, c):
+def expected(form, c):
     """What no implementation and no reference of a scaled fusion had a hand in, in float64, but for roundings."""
     v = {n: x if x.dtype == np.int32 else x.astype(np.float64) for n, x in c.operands.items()}
     p, kind = c.params, next(iter(c.operands.values())).dtype
-    if fusion is ROW:
+    if form is ROW:
         return {"out": v["x"] @ whole(v["weight"], v["scale"], p["rows"], p["columns"]).T}
-    if fusion in (CONV, FEW):
+    if form in (CONV, FEW):
         mixed, rest = (v["x"] @ whole(v[n], v[f"{n}_scale"], p["rows"], p["columns"]).T for n in ("mixing", "others"))
         plain = {"x": mixed.astype(kind), "state": c.operands["state"], "weight": c.operands["weight"]}
         after = FUSIONS["causal_conv1d_step"].reference(**plain)
         return {"rest": rest, "gated": v["x"] @ v["gates"].T, "out": after["out"]}
-    if fusion in (GATES, TOPK):
+    if form in (GATES, TOPK):
         halves = zip(*(np.split(v[n], 2) for n in ("gate_up", "scale")), strict=True)
         wide = np.concatenate([whole(*half, p["inner"], p["columns"]) for half in halves])
         made = FUSIONS["gate_projections"].reference(v["x"], wide, v["router"], v["shared_gate"])
-        return made if fusion is GATES else {n: made[n] for n in ("activated", "share")}
-    if fusion is DOWN:
+        return made if form is GATES else {n: made[n] for n in ("activated", "share")}
+    if form is DOWN:
         product = v["activated"] @ whole(v["down"], v["scale"], p["columns"], p["inner"]).T
         return {"hidden": v["hidden"] + v["share"] * product}
     rows = whole(v["down"], v["scale"], p["columns"], p["inner"])
@@ -90,13 +103,13 @@ def expected(fusion, c):
 
 
 @pytest.mark.parametrize("implementation", implementations())
-@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
-def test_against_float64(implementation, fusion):
+@pytest.mark.parametrize("form", ALL, ids=lambda f: f.name)
+def test_against_float64(implementation, form):
     for rows, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
-        c = made(fusion, rows)
+        c = made(form, rows)
         got = run(implementation, c)
         assert got.problems == ()
-        for name, wanted in expected(fusion, c).items():
+        for name, wanted in expected(form, c).items():
             size = np.abs(wanted).max()
             np.testing.assert_allclose(
                 got.outputs[name].astype(np.float64), wanted, rtol=0, atol=tolerance * size, err_msg=name
@@ -104,11 +117,11 @@ def test_against_float64(implementation, fusion):
 
 
 @pytest.mark.parametrize("implementation", implementations())
-@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
-def test_scales_of_all_kinds(implementation, fusion):
+@pytest.mark.parametrize("form", ALL, ids=lambda f: f.name)
+def test_scales_of_all_kinds(implementation, form):
     """Zero of both signs, subnormal, negative and huge: within the bound of the reference."""
-    check(implementation, made(fusion, scales=SCALES, seed=2))
-    check(implementation, made(fusion, "bfloat16", scales=[0.0, -0.0, -2.5, 3e-3], seed=3))
+    check(implementation, made(form, scales=SCALES, seed=2))
+    check(implementation, made(form, "bfloat16", scales=[0.0, -0.0, -2.5, 3e-3], seed=3))
 
 
 @pytest.mark.parametrize("implementation", implementations())
@@ -121,28 +134,30 @@ def test_a_code_that_is_no_number_is_none(implementation):
 
 
 @pytest.mark.parametrize("layout", ["padded", "transposed padded", "shifted"])
-@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
-def test_any_strides(layout, fusion):
-    dense = run("interpret", made(fusion, "float16")).outputs
-    got = run("interpret", made(fusion, "float16", layouts=dict.fromkeys([*fusion.tensors, *dense], layout)))
+@pytest.mark.parametrize("form", ALL, ids=lambda f: f.name)
+def test_any_strides(layout, form):
+    dense = run("interpret", made(form, "float16")).outputs
+    got = run("interpret", made(form, "float16", layouts=dict.fromkeys([*form.fusion.tensors, *dense], layout)))
     assert got.problems == ()
     for name, wanted in dense.items():
         np.testing.assert_array_equal(got.outputs[name], wanted)
 
 
-def graph(fusion):
+def graph(form):
     """At the 80B's sizes, of one row."""
+    fusion = form.fusion
+    params = {n: v for n, v in {"k": 10, **form.params}.items() if n in fusion.params and n in ("k", "lanes")}
     given = own(fusion, EIGHTY) | ({"H?": 1} if "H" in own(fusion, EIGHTY) else {})
-    return fusion.trace(example(fusion, given, dtypes(fusion, "bfloat16"), {"k": 10} if fusion is TOPK else {}))
+    return fusion.trace(example(fusion, given, dtypes(fusion, "bfloat16"), params))
 
 
-@pytest.mark.parametrize(("fusion", "launches"), [(ROW, 1), (CONV, 1), (FEW, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 2)])
-def test_compiled_without_spills(fusion, launches):
+@pytest.mark.parametrize(("form", "launches"), [(ROW, 1), (CONV, 1), (FEW, 1), (GATES, 2), (TOPK, 2), (DOWN, 1), (SHARED, 2)])
+def test_compiled_without_spills(form, launches):
     """In as few launches as are meant; codes are loaded 16 bytes at a time and become wider by the fast instructions."""
     pytest.importorskip("triton")
     from tests.backends.sm_90 import build, compiled
 
-    g = graph(fusion)
+    g = graph(form)
     programs = plan(g, heuristic(g, 1), strided(g, {})).programs
     assert len(programs) == launches
     for program in programs:
@@ -162,17 +177,18 @@ def test_a_wide_shared_product_is_beside_the_pairs(width):
     """In one launch, which has no place for it in parts; with the values that there should be."""
     sizes = {"T": 2, "K": 2, "E": 3, "I": 16, "H": 32, "J": width}
     shared = {"columns": 128, "inner": 128, "shared_inner": 128}
-    values = operands(SHARED, own(SHARED, sizes), dtypes(SHARED, "bfloat16"), "normal", 3, shared)
-    call = Call(SHARED, values, shared)
+    fusion = SHARED.fusion
+    values = operands(fusion, own(fusion, sizes), dtypes(fusion, "bfloat16"), "normal", 3, shared)
+    call = Call(fusion, values, shared)
     assert len(heuristic(call.graph).launches) == 2
     assert legal(call.graph, heuristic(call.graph)) is None
     check("interpret", call)
 
 
-@pytest.mark.parametrize("fusion", ALL, ids=lambda f: f.name)
-def test_rows_have_the_same_bits_in_every_class(fusion):
+@pytest.mark.parametrize("form", ALL, ids=lambda f: f.name)
+def test_rows_have_the_same_bits_in_every_class(form):
     """One order of sums, whatever the number of rows."""
-    g = graph(fusion)
+    g = graph(form)
     orders = [order(plan(g, heuristic(g, n), strided(g, {})).programs) for n in row_classes(g)]
     assert all(found == orders[0] for found in orders)
 

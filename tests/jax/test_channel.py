@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moekit.errors import ArgumentError, RankError, ShapeError, UnavailableError
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
-from moekit.jax.channel import FLAGGED, addresses, proof, refusal
+from moekit.jax.channel import addresses, proof, refusal
 from moekit.peers import unreachable
 
 DATA = Path(__file__).parents[1] / "data" / "h200.textproto"
@@ -79,11 +78,10 @@ def test_table_of_addresses():
     assert places == arrive  # what one sends is where the other looks
 
 
-def linked(ranks: int, rows: int = 16, width: int = 64, resident: int = 132, many: int = 0) -> Link:
+def linked(ranks: int, rows: int = 16, width: int = 64, resident: int = 132) -> Link:
     """A link that leads nowhere."""
-    table, epochs, more = (jnp.zeros(ranks * n, jnp.int32) for n in (4 * ranks + 4, rows, many))
-    link = Link(table, epochs, "tp", ranks, rows, width, resident)
-    return replace(link, many=replace(link, epochs=more, rows=many, flags=True)) if many else link
+    table, epochs = (jnp.zeros(ranks * n, jnp.int32) for n in (4 * ranks + 4, rows))
+    return Link(table, epochs, "tp", ranks, rows, width, resident)
 
 
 def called(link: Link, rows: int, width: int, implementation=None, said: int = 2):
@@ -114,9 +112,6 @@ def test_a_call_that_packets_do_not_serve_goes_without():
         (linked(2, rows=16), 17, 8, "the mailboxes have room for 16 rows, the call has 17"),
         (linked(2, width=64), 3, 65, "the mailboxes have room for rows of 64 elements, the call's have 65"),
         (linked(2, width=4096, resident=4), 5, 4096, "5 programs wait for each other, of which a device has 4 at once"),
-        (linked(2, width=512, many=32), 33, 512, "the mailboxes have room for 16 rows, the call has 33"),
-        (linked(2, width=512, many=32), 17, 64, "the mailboxes have room for 16 rows, the call has 17"),  # too short for flags
-        (linked(2, width=512, many=32), 17, 512, "in interpret mode no rank reaches another's memory; choose xla or psum"),
         (linked(4), 3, 8, "it adds up over 2 ranks over tp, the mailboxes are those of 4 ranks over tp"),
         (linked(2), 3, 8, "in interpret mode no rank reaches another's memory; choose xla or psum"),
     ],
@@ -186,23 +181,6 @@ def test_mailboxes_and_links(opened):
     opened.check()
 
 
-def test_mailboxes_of_many_rows(monkeypatch):
-    """They lie behind those of packets, and have the same word of errors."""
-    monkeypatch.setattr("moekit.jax.channel.refusal", lambda mesh: None)
-    monkeypatch.setattr(Channel, "_prove", lambda self: None)
-    opened = Channel(meshed(2), rows=4, width=256, many=9, looks=9)
-    packets, flags = 4 * 2 * 256 * 8, 9 * 2 * (256 + 4) * 4
-    at = {s.device: s.data.unsafe_buffer_pointer() for s in opened.mail.addressable_shards}
-    assert {s.data.nbytes for s in opened.mail.addressable_shards} == {2 * (packets + flags) + 16}
-    tables = (np.asarray(link.table).view(np.int64).reshape(2, 6) for link in (opened.link, opened.link.many))
-    other, mine = (at[device] for device in opened.devices)
-    for table, begin, region in zip(tables, (0, 2 * packets), (packets, flags), strict=True):
-        assert [*table[1]] == [other + begin + region, 0, mine + begin, 0, mine + 2 * (packets + flags), 9]
-    assert (opened.link.many.flags, opened.link.many.epochs.shape) == (True, (18,))
-    with pytest.raises(ArgumentError, match="9 rows of 255 elements with flags; such rows have 256 or more"):
-        Channel(meshed(2), width=255, many=9)
-
-
 def test_a_rank_that_did_not_come(opened):
     """It is named, and the channel has other mailboxes then; the old ones stay."""
     word = np.zeros((2, opened.mail.size // 2), np.int32)
@@ -216,16 +194,15 @@ def test_a_rank_that_did_not_come(opened):
     opened.check()
 
 
-@pytest.mark.parametrize(("width", "flags"), [(64, False), (FLAGGED, True)])
-def test_the_proof_compiles(width, flags):
+def test_the_proof_compiles():
     """What a channel sends before it is used."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
-    mesh, link = Mesh(np.array(topology.devices).reshape(-1), ("tp",)), linked(2, width=256, many=2)
+    mesh, link = Mesh(np.array(topology.devices).reshape(-1), ("tp",)), linked(2, width=64)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("tp"))), link)
     with jax.set_mesh(mesh):
-        lowered = proof(mesh, link, width, flags).lower(given)
+        lowered = proof(mesh, link, 64).lower(given)
         text = lowered.compile().as_text()
-    assert lowered.out_info[0].shape == (2, width), "what one of the ranks received is not looked at"
+    assert lowered.out_info[0].shape == (2, 64), "what one of the ranks received is not looked at"
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
 
 
@@ -240,13 +217,13 @@ def test_doors_that_reach_no_rank():
             exchange(all_reduce_add_rms_norm, linked(2, width=64), x, x, x[0], tp=2, **how)
 
 
-@pytest.mark.parametrize(("rows", "door"), [(1, "pallas"), (4, "pallas"), (200, "pallas"), (4, "triton")])
+@pytest.mark.parametrize(("rows", "door"), [(1, "pallas"), (4, "pallas"), (4, "triton")])
 def test_a_chain_compiles_to_kernels_alone(rows, door):
     """Three calls in a row on two H200s that are not there: three kernels, no collective, no copy of rows; addresses are
-    arguments of the program. More rows than packets have room for go with flags."""
+    arguments of the program."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=DATA.read_text(), topology="1x1x2")
     mesh = Mesh(np.array(topology.devices).reshape(-1), ("tp",))
-    link, width = linked(2, width=2048, many=256), 2048
+    link, width = linked(2, width=2048), 2048
 
     def body(x, residual, weight, link):
         for _ in range(3):

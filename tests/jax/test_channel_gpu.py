@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_count() < 2, reason="needs
 RANKS, WIDTH, PATIENCE = 2, 2048, 240
 
 
-def opened(looks: int = 2**24, many: int = 0):
+def opened(looks: int = 2**24):
     """A channel between the first GPUs, and a function of its link: what one call by it makes."""
     import jax
     from jax.sharding import PartitionSpec as P
@@ -21,7 +21,7 @@ def opened(looks: int = 2**24, many: int = 0):
     from moekit.jax import Channel, all_reduce_add_rms_norm, exchange, view
 
     mesh = mesh_of(RANKS)
-    channel = Channel(mesh, width=WIDTH, many=many, looks=looks)
+    channel = Channel(mesh, width=WIDTH, looks=looks)
 
     def one(x, residual, weight, link):
         x = view(x)[0][:, : 2 * residual.shape[-1] : 2] if x.shape[-1] > residual.shape[-1] else x[0]
@@ -62,18 +62,6 @@ def right(dtype: str) -> list[dict]:
     for rows in (1, 3, 128, 2, 64, 1):
         for width in (WIDTH, 2 * WIDTH + 6):
             fine = all(sums(call, rows, dtype, width, seed) for seed in range(5))
-            found.append({"side": dtype, "rows": rows, "width": width, "right": fine})
-    channel.check()
-    return found
-
-
-def flagged(dtype: str) -> list[dict]:
-    """Calls of more rows than packets have room for, and of fewer between them; of rows that accesses do not divide, too."""
-    channel, call = opened(many=1024)
-    found = []
-    for rows in (129, 1000, 1, 300, 1024, 129):
-        for own, width in ((WIDTH, WIDTH), (WIDTH, 2 * WIDTH + 6), (1025, 1025)):
-            fine = all(sums(call, rows, dtype, width, seed, own) for seed in range(2))
             found.append({"side": dtype, "rows": rows, "width": width, "right": fine})
     channel.check()
     return found
@@ -127,14 +115,6 @@ def test_sums_are_right_to_the_bit(dtype, monkeypatch):
     """A channel opens, and every call by it is the sum in the order of ranks."""
     found = asked(right, monkeypatch, dtype)
     assert len(found) == 12, found
-    assert all(row["right"] for row in found), found
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_with_flags_are_right_to_the_bit(dtype, monkeypatch):
-    """More of them than packets have room for, more than programs are there at once."""
-    found = asked(flagged, monkeypatch, dtype)
-    assert len(found) == 18, found
     assert all(row["right"] for row in found), found
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moekit.errors import ArgumentError, RankError
 from moekit.jax import Channel
-from moekit.models.qwen3next import Engine, Result, Sampling, exchanged, generate, prefill
+from moekit.models.qwen3next import Engine, Result, Sampling, exchanged, generate
 from moekit.models.qwen3next import engine as module
 
 generating = import_module("moekit.models.qwen3next.generate")  # the package has a function of that name
@@ -97,7 +97,7 @@ def test_a_step_that_fails_takes_its_link_along(zoo, made, monkeypatch):
 def test_each_failure_while_a_prompt_is_read_is_said(zoo, opened, monkeypatch):
     """A rank that does not come, again and again, and a piece that takes its link along; then the engine goes on."""
     model, real = zoo.model(CASE, tp=TP), module.extend
-    channel = opened(model.mesh, rows=2, width=256, many=64)
+    channel = opened(model.mesh, rows=2)
     (alone,) = generate(model, PROMPTS[:1], max_new_tokens=MOST, kernels="xla").tokens
     engine = Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel)
 
@@ -154,26 +154,6 @@ def test_a_generation_says_who_did_not_come(zoo, opened):
         generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel)
 
 
-@pytest.mark.parametrize("rows", [2, 512])
-def test_prompts_by_a_link(zoo, opened, rows):
-    """With room for all their tokens and without: the same tokens as by psum, whole and in pieces, from logits as near as that;
-    the link is donated."""
-    model = zoo.model(CASE, tp=TP)
-    channel = opened(model.mesh, rows=rows, width=256, many=4)
-    tokens, lengths = np.array([PROMPTS[0] + [0] * 3, PROMPTS[2] + [0]], np.int32), np.array([5, 7], np.int32)
-    logits, cache = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla")
-    same, linked, after = prefill(model, tokens, lengths, cache_length=LENGTH, kernels="xla", link=channel.link)
-    assert channel.link.epochs.is_deleted()
-    channel.keep(after)
-    for a, b in zip(jax.tree.leaves((logits, cache)), jax.tree.leaves((same, linked)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-    whole = generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla").tokens
-    assert generate(model, PROMPTS, max_new_tokens=MOST, kernels="xla", channel=channel).tokens == whole
-    engine = Engine(model, slots=2, length=LENGTH, piece=16, kernels="xla", channel=channel)
-    numbers = [engine.add(prompt, max_new_tokens=MOST) for prompt in PROMPTS]
-    assert engine.results() == {n: Result(row, "length") for n, row in zip(numbers, whole, strict=True)}
-
-
 def test_channels_that_do_not_serve_are_refused(zoo, opened):
     """Before a row is placed."""
     model, of = zoo.model(CASE, tp=TP), {"slots": 2, "length": LENGTH, "kernels": "xla"}
@@ -186,17 +166,12 @@ def test_channels_that_do_not_serve_are_refused(zoo, opened):
         Engine(model, channel=opened(zoo.model(CASE, tp=4).mesh), **of)
 
 
-def test_what_a_channel_has_room_for(opened, monkeypatch):
-    """Mailboxes for many rows where the rule has a number for them, and rows are long enough; the same channel for the same."""
-    monkeypatch.setattr(exchanged, "BY_FLAGS", 64)
+def test_what_a_channel_has_room_for(opened):
+    """As many rows as are asked for, up to what packets serve; the same channel for the same."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
-    wide, said = exchanged.channel_of(mesh, 3, 256, "pallas")
-    assert (wide.rows, wide.many, wide.link.many.rows) == (3, 64, 64)
+    channel, said = exchanged.channel_of(mesh, 3, 256, "pallas")
+    assert (channel.rows, channel.width) == (3, 256)
     assert said == "one kernel with the norm behind it, by packets"
-    assert exchanged.channel_of(mesh, 3, 256, "pallas")[0] is wide
-    narrow, _ = exchanged.channel_of(mesh, 3, 64, "pallas")
-    assert (narrow.many, narrow.link.many) == (0, None)
-    assert exchanged.of_prompts(wide) is wide.link
-    assert exchanged.of_prompts(narrow) is None
+    assert exchanged.channel_of(mesh, 3, 256, "pallas")[0] is channel
     exchanged.channel_of.cache_clear()
     assert exchanged.channel_of(mesh, 129, 256, "pallas")[1].startswith("psum: 129 rows are more than the 128")

@@ -19,6 +19,7 @@ from moekit.models.qwen3next import (
     quantize,
     write_random_checkpoint,
 )
+from moekit.models.qwen3next.kernels import named
 from moekit.models.qwen3next.memory import needed
 from moekit.models.qwen3next.projected import widened as widened_rows
 from moekit.models.qwen3next.sharding import MIXERS, ROUTED, SHARED
@@ -150,15 +151,33 @@ def many(tmp_path_factory):
 
 def test_steps_call_the_kernels_that_take_scales(folder, many, mesh):
     found = stepped(load(folder, mesh(2), weights=KEPT), 2)
-    every = ("scaled_gate_topk", "scaled_experts", "scaled_product", "scaled_down_combine", "scaled_conv_products")
+    every = ("scaled_gate_topk", "scaled_experts", "scaled_product", "scaled_down_combine", "scaled_conv_projections")
     assert [found[name] for name in every] == [2, 2, 3, 2, 1]
     assert {"experts", "gate_topk", "down_combine", "causal_conv1d_step"}.isdisjoint(found)
     found = stepped(load(folder, mesh(2), weights=KEPT), 17)  # more than a block of the matrix unit's has
-    assert [found.get(name) for name in ("scaled_product", "scaled_conv_products", "causal_conv1d_step")] == [4, None, 1]
+    assert [found.get(name) for name in ("scaled_product", "scaled_conv_projections", "causal_conv1d_step")] == [4, None, 1]
     found = stepped(load(many, mesh(1), weights=KEPT), 1)  # 2 layers: q, k and v, and what goes back
     pairs = ("scaled_gate_topk", "scaled_expert_gate_up", "scaled_expert_down_shared", "scaled_conv_projections")
-    assert [found[name] for name in (*pairs, "scaled_row_product")] == [2, 2, 2, 1, 3]
-    assert {"scaled_expert_down", "scaled_product", "scaled_down_combine", "causal_conv1d_step"}.isdisjoint(found)
+    assert [found[name] for name in (*pairs, "scaled_product")] == [2, 2, 2, 1, 3]
+    assert {"scaled_expert_down", "scaled_down_combine", "causal_conv1d_step"}.isdisjoint(found)
+
+
+@pytest.mark.parametrize(("batch", "by_lanes"), [(1, {True}), (2, {False})])
+def test_one_row_is_multiplied_by_lanes(folder, mesh, batch, by_lanes):
+    """And more than one by the matrix unit, which then reads the weight once for all."""
+    model, real, asked = load(folder, mesh(1), weights=KEPT), named("pallas"), []
+
+    def noted(name):
+        def call(*given, lanes, **how):
+            asked.append((name, lanes))
+            return getattr(real, name)(*given, lanes=lanes, **how)
+
+        return call
+
+    names = "scaled_product", "scaled_conv_projections"
+    shapes = cache_shapes(model.config, model.mesh, batch, 64, np.float32)
+    greedy_step.trace(model, shapes.lengths, shapes, kernels=replace(real, **{n: noted(n) for n in names}))
+    assert {*asked} == {(n, lanes) for n in names for lanes in by_lanes}
 
 
 @pytest.mark.parametrize("tp", [1, 4])

@@ -125,7 +125,7 @@ def opened(monkeypatch):
     """A channel of two ranks on the CPU, whose addresses lead nowhere."""
     made = Channel.__new__(Channel)
     made.device, made.ranks, made.me, made.looks = torch.device("cpu"), 2, 1, 7
-    made.room, made.many = Room("tp", 2, 16, 64, 132), None
+    made.room = Room("tp", 2, 16, 64, 132)
     made.mail = torch.zeros(8, dtype=torch.int64)
     made._reach([1 << 40, 1 << 41])
     monkeypatch.setitem(channels._open, made.device, made)
@@ -148,23 +148,6 @@ def test_a_launch_takes_the_table_and_the_epochs(opened):
     region = 16 * 2 * 64 * 8
     other, mine = 1 << 40, 1 << 41
     assert opened.table.tolist() == [other + region, 0, mine, 0, mine + 2 * region, 7]
-
-
-def test_more_rows_than_packets_have_room_for(opened):
-    """They have flags, and mailboxes, a table and epochs of their own; as many programs as are sure to be there take turns."""
-    opened.room, opened.many = Room("tp", 2, 16, 512, 132), Room("tp", 2, 40, 512, 132, flags=True)
-    opened._reach([1 << 40, 1 << 41])
-    packets, flags = 16 * 2 * 512 * 8, 40 * 2 * (512 + 4) * 4
-    few, many = call(16, 512).prepare(), call(40, 512).prepare()
-    assert (few.memory["tp_mail"], few.memory["tp_epochs"]) == (opened.table, opened.epochs)
-    assert (many.memory["tp_mail"], many.memory["tp_epochs"]) == (opened.many_table, opened.many_epochs)
-    (one,), (other,) = few.launches, many.launches
-    assert (one.count, other.count, other.program.warps) == (16, 528, 2)
-    there, here = (1 << 40) + 2 * packets, (1 << 41) + 2 * packets
-    assert opened.many_table.tolist() == [there + flags, 0, here, 0, here + 2 * flags, 7]
-    assert opened.table.tolist()[-2:] == opened.many_table.tolist()[-2:]
-    assert "room for 16 rows, the call has 41" in str(call(41, 512).unlinked())
-    assert "room for 16 rows, the call has 17" in str(call(17, 64).unlinked())  # too short
 
 
 def test_calls_without_room(opened):

@@ -25,14 +25,13 @@ def test_every_form_of_every_fusion():
             "gated_attention_decode", "expert_down_shared", "gate_topk",
             "conv_projections",
             "scaled_expert_gate_up",
-            "scaled_expert_down", "scaled_experts", "scaled_product", "scaled_row_product", "scaled_conv_projections",
-            "scaled_conv_products",
+            "scaled_expert_down", "scaled_experts", "scaled_product", "scaled_conv_projections",
             "scaled_gate_projections", "scaled_gate_topk", "scaled_down_combine", "scaled_expert_down_shared",
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "all_reduce_add_rms_norm", "delta_rule_step",
                             "delta_rule_chunks", "down_combine", "causal_conv1d_step", "qkv_norm_rope", "conv_projections",
-                            "scaled_conv_projections", "scaled_conv_products", "scaled_down_combine")
+                            "scaled_conv_projections", "scaled_down_combine")
     }  # fmt: skip
     assert all(w.first > 0 < w.next for w in warmed)
 

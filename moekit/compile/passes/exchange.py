@@ -1,6 +1,5 @@
 """A sum over ranks becomes packets: a program sends its rows to every rank, waits for theirs, and adds them up in order. A
-packet is 32 bits, those of one element or of neighbours, and an epoch; as many neighbours go at once as `carried` says. Where
-rows have flags their bits go without, and one epoch behind all of them.
+packet is 32 bits, those of one element or of neighbours, and an epoch; as many neighbours go at once as `carried` says.
 
 Each row has an epoch of its own, the number of times it has been sent, which its program counts up: nothing else does, and a
 call without the row counts nothing. docs/collectives.md says why two slots then suffice.
@@ -13,7 +12,7 @@ from functools import reduce
 
 from moekit.compile import tile as t
 from moekit.compile.passes.names import identifier
-from moekit.compile.tile.layouts import carried, epochs_name, words_of
+from moekit.compile.tile.layouts import PAIR, carried, epochs_name
 from moekit.lang.dtypes import int_of_width, itemsize
 
 FIRST_AGAIN = 2  # after the last epoch: 0 is no packet's, and slots take turns
@@ -59,29 +58,15 @@ def _packets(d: t.Draft, op: t.AllReduce, ways: tuple[t.Value, ...]) -> list[t.O
     later = d.binary("add", d.emit(t.Load, "epoch_before", at=row), d.const(1), "later")
     epoch = d.where(d.binary("eq", later, d.const(0)), d.const(FIRST_AGAIN), later, "epoch")
     at, bits = _neighbours(d, op)
-    sent, *others = _words(d, bits, words_of(d.program.param(op.at.tensor).mailbox.flags))
-    number = epoch
+    sent, *others = _words(d, bits)
     for peer in range(op.ranks):
         sent = d.emit(t.Send, "sent", values=(sent, *others), epoch=epoch, at=at, way=ways[peer], peer=peer)
-    if d.program.param(op.at.tensor).mailbox.flags:
-        epoch = _raised(d, op, sent, epoch, ways)
     given = {"own": (sent, *others), "epoch": epoch, "at": at, "errors": ways[-2], "most": ways[-1]}
     came = [tuple(d.numbers.value("int32", sent.axes, f"part_{n}") for _ in (0, *others)) for n in range(op.ranks)]
     d.ops += [t.Receive(words, way=ways[op.ranks + n], sender=n, **given) for n, words in enumerate(came)]
     parts = [d.cast(_read(d, words, len(bits), op.value), "float32") for words in came]
     reduce(lambda a, b: d.binary("add", a, b), parts)
-    return [*d.becomes(op.out), t.Barrier(), t.Store(row, number)]
-
-
-def _raised(d: t.Draft, op: t.AllReduce, sent: t.Value, epoch: t.Value, ways: tuple[t.Value, ...]) -> t.Value:
-    """The epoch, when the row's flag is up at every rank: behind what all lanes have sent, which a maximum brings together."""
-    at = t.Access(op.at.tensor, (op.at.index[0], *(t.Index() for _ in op.at.index[1:])))
-    after = sent
-    for axis in sent.axes:
-        after = d.emit(t.Reduce, "all_sent", op="max", value=after, axis=axis)
-    for peer in range(op.ranks):
-        epoch = d.emit(t.Raise, "raised", after=after, epoch=epoch, at=at, way=ways[peer], peer=peer)
-    return epoch
+    return [*d.becomes(op.out), t.Barrier(), t.Store(row, epoch)]
 
 
 def _neighbours(d: t.Draft, op: t.AllReduce) -> tuple[t.Access, list[t.Value]]:
@@ -97,10 +82,10 @@ def _neighbours(d: t.Draft, op: t.AllReduce) -> tuple[t.Access, list[t.Value]]:
     return t.Access(op.at.tensor, (*op.at.index[:-1], t.Index.of(groups))), apart
 
 
-def _words(d: t.Draft, bits: list[t.Value], most: int) -> list[t.Value]:
-    """The data of an access of so many words at most: 32 bits each, of one element or of neighbours, the first one's lowest."""
+def _words(d: t.Draft, bits: list[t.Value]) -> list[t.Value]:
+    """The data of an access: words of 32 bits, of one element or of neighbours, the first one's lowest."""
     width, words = 8 * itemsize(bits[0].dtype), []
-    each = max(1, len(bits) // most)
+    each = max(1, len(bits) // PAIR)
     for begin in range(0, len(bits), each):
         first, *others = bits[begin : begin + each]
         word = d.cast(first, "int32")

@@ -14,13 +14,13 @@ from math import prod
 
 from moekit.compile import tile as t
 from moekit.compile.passes.apart import rights
-from moekit.compile.schedule.matrix import STEP, shared
+from moekit.compile.schedule.matrix import COLUMNS, STEP, shared
 from moekit.compile.schedule.targets import Target
 from moekit.lang.dtypes import itemsize
 
 WIDEST = 16  # bytes of one access
 LINE = 128  # bytes that are asked for together: lanes of one warp are to have them all
-ROWS, PER_ROW = 8, 4  # lanes of a warp along rows of the matrix unit's blocks, and along their neighbours
+PER_ROW = 4  # lanes of a warp along neighbours in a row of the matrix unit's blocks
 SUMMED = 4  # elements of a vector that may be added up across warps: what one access of shared memory has of float32
 
 
@@ -115,7 +115,7 @@ def _multiplied(program: t.TileProgram, op: t.Dot, target: Target) -> tuple[Frag
     def spread(major: str, minor: str, own: tuple[int, int], vector: int, copies_first: bool = False) -> Fragment:
         both, turned = program.ordered((major, minor)), program.ordered((major, minor)) != (major, minor)
         order = slice(None, None, -1 if turned else 1)
-        counts = own[order], (ROWS, PER_ROW)[order], (1, vector)[order]
+        counts = own[order], (COLUMNS, PER_ROW)[order], (1, vector)[order]
         return Fragment(tuple((a,) for a in both), program.block(both), *counts, turned, copies_first)
 
     right = spread(n, op.axis, (wide, 1), near, copies_first=min(high, wide) > 1)
@@ -130,7 +130,7 @@ def unspread(program: t.TileProgram, target: Target) -> str | None:
             return f"products of {op.left.dtype}"
         m, n, k = program.block((*op.out.axes, op.axis))
         high, wide = shared(m, n, target.warps[0])
-        if m % (STEP * high) or n % (ROWS * wide) or k % STEP:
+        if m % (STEP * high) or n % (COLUMNS * wide) or k % STEP:
             return f"products of blocks of {m} × {n} × {k}"
     found = fragments(program, target)
     every = (*found.held, *found.turned) if products else ()

@@ -16,17 +16,8 @@ MOST_EARLY = 256  # elements for each lane of what is loaded before: more would 
 
 def motion(program: t.TileProgram) -> t.TileProgram:
     """The program's operations in an order in which memory is busy while threads wait for each other."""
-    ops = _stores_early(program, _loads_first(program, list(program.body), set()))
-    known = {v for op in ops for v in t.results(op)}
-    ops = [_row_by_row(program, op, known) for op in ops]
+    ops = _stores_early(program, _loads_first(program, list(program.body)))
     return replace(program, body=tuple(_operands_first(program, ops, set())))
-
-
-def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value]) -> t.Op:
-    """The loop in which a program adds up one row after the other over ranks, with a turn's loads before its first wait."""
-    if isinstance(op, t.Loop) and any(isinstance(x, t.Receive) for x in op.body):
-        return replace(op, body=tuple(_loads_first(program, list(op.body), known | {*op.vars})))
-    return op
 
 
 def _operands_first(program: t.TileProgram, ops: list[t.Op], carried: set[t.Value]) -> list[t.Op]:
@@ -67,14 +58,14 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
+def _loads_first(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
     A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left. Of a
     program of many steps, each with loads of its own, the first ones.
     """
     before, after = _split(ops)
-    known = outside | {v for op in before for v in t.results(op)}
+    known = {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
     room = MOST_EARLY * 32 * program.warps - sum(_elements(program, op) for op in before)
     for op in after:

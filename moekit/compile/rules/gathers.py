@@ -18,7 +18,7 @@ from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.cost import in_flight
 from moekit.compile.schedule.cuts import stageable
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stage, Stages, Tile, Whole, pow2
-from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, operands, twins
+from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, operands, paired
 from moekit.compile.schedule.legal import pairable
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
@@ -148,7 +148,7 @@ def grouped(graph: Graph) -> Launch | None:
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     launch = shrunk(graph, alone(axes, each.warps, each.stages))
     pair = rows >= (PAIRED_SCALED if outer else PAIRED_FROM)
-    pairs = [Pair(name) for name in twins(graph) if pair and pairable(graph, launch.sections[0], name)]
+    pairs = [Pair(name) for name in paired(graph) if pair and pairable(graph, launch.sections[0], name)]
     launch = replace(launch, sections=(launch.sections[0].but(*pairs),)) if pairs else launch
     if held := in_flight(graph, launch.sections[0]):
         launch = launch.but(Stages(max(1, min(launch.stages, MEASURED.shared_memory // held))))

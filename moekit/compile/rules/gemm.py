@@ -34,10 +34,10 @@ from moekit.compile.schedule.facts import (
     gemms,
     loaded,
     once,
+    paired,
     reach,
     scattered,
     shares,
-    twins,
 )
 from moekit.compile.schedule.legal import pairable, prefetchable
 from moekit.compile.schedule.targets import MEASURED
@@ -256,9 +256,9 @@ def gemm_launch(graph: Graph, gemm: GemmAxes, tile: Block, few: int, in_a_row: S
 def obliging(graph: Graph, section: Section, warps: int) -> Section:
     """The section with its products paired, and its weights asked for ahead, where that pays."""
     section = section.without(Pair, Prefetch)
-    for tensor, (product, _, column) in twins(graph).items():
-        looped = isinstance(section.axis(graph.nodes[product].attr("axis")), Loop)
-        if looped and pairable(graph, section, tensor) and _rows(graph, section, product, column) >= PAIRED_ROWS:
+    for tensor, pair in paired(graph).items():
+        looped = isinstance(section.axis(graph.nodes[pair.nodes[0]].attr("axis")), Loop)
+        if looped and pairable(graph, section, tensor) and _rows(graph, section, pair.nodes[0], pair.column) >= PAIRED_ROWS:
             section = section.but(Pair(tensor))
     for tensor, reads in prefetchable(graph, section).items():
         if all(_lines(graph, section, *r) <= MOST_LINES * MEASURED.lanes * warps for r in reads):
@@ -301,7 +301,7 @@ def _filling(graph: Graph, section: Section, gemm: GemmAxes, stages: int) -> int
     The next launch's programs come while this one's still run, and where two fit on an SM, the SMs that stand empty get two
     each, which then share what one could have.
     """
-    reads = [n for n in map(graph.nodes.__getitem__, graph.live()) if n.op == "read" and gemm.k in n.axes]
+    reads = [n for n in graph.live_nodes("read") if gemm.k in n.axes]
     block = sum(prod(map(section.block, n.axes)) * itemsize(n.dtype) for n in reads)
     small = section.block(gemm.m) < 64  # the loop of the smaller instruction has one block less than stages
     return max(stages, min(8, MEASURED.shared_memory // 2 // block + 1 + small))

@@ -12,11 +12,8 @@ from math import prod
 from moekit.compile.schedule.directives import (
     Axis,
     Dependent,
-    Flags,
     Launch,
     Loop,
-    Rounds,
-    Schedule,
     Section,
     Stages,
     Tile,
@@ -25,8 +22,7 @@ from moekit.compile.schedule.directives import (
     pow2,
 )
 from moekit.compile.schedule.facts import PART, PRODUCTS, AxisUse, axis_uses, ragged, scattered
-from moekit.compile.schedule.legal import largest_tile, legal, uses_dot
-from moekit.compile.schedule.room import at_once
+from moekit.compile.schedule.legal import largest_tile, uses_dot
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.graph import Graph
 
@@ -42,8 +38,6 @@ SUMMED_COLUMNS = 256  # of one row in a program that adds up parts
 ELEMENTWISE, OF_PARTS, OF_PRODUCTS, OF_CHAINS, OF_SHORT_ROWS, OF_ROWS = 128, 64, 1024, 512, 128, 256
 OF_PACKETS = 128  # four a lane: of 16 bits what one access of a mailbox has, so that lanes side by side write side by side
 BY_PACKETS = 128  # rows up to which ranks add up by packets, where they could by a library
-BY_FLAGS = 0  # rows up to which prompts' sums go with flags, for which a channel has mailboxes: none until it is measured
-FLAG_WARPS = 2  # of a program whose rows have flags: few, as a row waits for the link, so that many are on their way at once
 
 
 def alone(axes: Iterable[Axis], warps: int = 4, stages: int = 2) -> Launch:
@@ -75,21 +69,6 @@ def row_launch(graph: Graph) -> Launch:
         tile *= block
     loops = any(isinstance(chosen[u.name], Loop) for u in inner)
     return shrunk(graph, alone((chosen[a] for a in uses), stages=2 if loops else 1))
-
-
-def flagged_rows(graph: Graph, resident: int, rows: int | None = None, warps: int = FLAG_WARPS) -> Schedule | None:
-    """A schedule for more rows than packets serve, on a device of `resident` SMs: as many programs as are sure to be there at
-    once (of `rows` at most), which take rows in turn and put a flag behind each. None where rows are too short, or are not what
-    ranks add up.
-    """
-    if len(graph.ranks) != 1:
-        return None
-    (over,), (section,) = graph.ranks, row_launch(graph).sections
-    along = next(graph.nodes[n.args[0]].axes[0] for n in graph.live_nodes("all_reduce"))
-    held = section.but(Tile(along, 1)).but(Flags(over))
-    held = held.but(Rounds(along, min(rows or MOST_PROGRAMS, at_once(resident, warps, largest_tile(graph, held)))))
-    schedule = Schedule((Launch((held,), (Warps(warps), Stages(1), Dependent())),))
-    return schedule if legal(graph, schedule) is None else None
 
 
 def many_rows(graph: Graph) -> tuple[int, Launch] | None:

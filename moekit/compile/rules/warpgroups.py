@@ -17,11 +17,10 @@ from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.directives import Launch, Loop, Prefetch, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
-from moekit.compile.schedule.matrix import shared
+from moekit.compile.schedule.matrix import COLUMNS, shared
 from moekit.compile.schedule.targets import MEASURED, TARGETS
 from moekit.lang.graph import Graph
 
-COLUMNS = 8  # that a warp's product has at the least
 ROWS = (16, 32, 64)  # of a block of products alone: the first that leaves an SM no more than so many programs
 PROGRAMS = 3
 PART = 256  # of a product's summed axis, in a part of a split

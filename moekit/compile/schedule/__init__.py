@@ -3,7 +3,6 @@
 from moekit.compile.schedule.directives import (
     Abreast,
     Dependent,
-    Flags,
     Launch,
     Loop,
     Pair,
@@ -24,7 +23,6 @@ from moekit.compile.schedule.directives import (
 __all__ = [
     "Abreast",
     "Dependent",
-    "Flags",
     "Launch",
     "Loop",
     "Pair",

@@ -68,22 +68,11 @@ class Rounds:
     """`rounds:L.part:16`. A program for each block of a tiled axis → sixteen along it, which take the blocks in turn.
 
     A program ends where nothing more is stored: of rows that end early few programs have nothing to do. Legal for an axis of
-    static size that has more blocks, or for one along which ranks add up rows, beside no pair, prefetch or abreast. Bits: none.
+    static size that has more blocks, beside no pair, prefetch or abreast, and where no ranks add up. Bits: none.
     """
 
     axis: str
     programs: int
-
-
-@dataclass(frozen=True)
-class Flags:
-    """`flags:tp`. A row goes to the other ranks as packets, each with its epoch → as it is, with one epoch behind it, a flag.
-
-    Half the bytes, and a release of memory more to wait for. Legal where ranks add up over the axis, a row a program, by two
-    warps or more of which every lane has accesses of its own. Bits: none.
-    """
-
-    axis: str
 
 
 @dataclass(frozen=True)
@@ -181,7 +170,7 @@ class Stage:
 
 
 Axis = Tile | Whole | Loop
-OfSection = Tile | Whole | Loop | Parts | Rounds | Flags | Pair | Prefetch
+OfSection = Tile | Whole | Loop | Parts | Rounds | Pair | Prefetch
 OfLaunch = Warps | Stages | Dependent | Abreast | Split | Stage
 WORDS = {d.__name__.lower(): d for d in (*OfSection.__args__, *OfLaunch.__args__)}
 

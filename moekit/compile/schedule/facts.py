@@ -280,11 +280,6 @@ def _choices(graph: Graph, node: int) -> tuple:
     return behind(graph, node)[1]
 
 
-def twins(graph: Graph) -> dict[str, tuple[int, int, str]]:
-    """The two products of each such tensor, and the columns' axis."""
-    return {tensor: (*pair.nodes, pair.column) for tensor, pair in paired(graph).items()}
-
-
 def innermost(index: Index) -> tuple[str, int]:
     """The axis of an index with the smallest step, and that."""
     return min(((axis, step) for axis, step in index.terms if isinstance(axis, str)), key=lambda term: term[1])

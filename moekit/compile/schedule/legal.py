@@ -11,7 +11,6 @@ from moekit.compile.schedule.cuts import cut, sections_of, stageable
 from moekit.compile.schedule.directives import (
     Abreast,
     Axis,
-    Flags,
     Launch,
     Loop,
     Pair,
@@ -45,7 +44,6 @@ from moekit.compile.schedule.facts import (
 )
 from moekit.compile.schedule.stores import in_order
 from moekit.compile.schedule.targets import MEASURED
-from moekit.compile.tile.layouts import together
 from moekit.errors import ScheduleError
 from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph, Index
@@ -149,7 +147,6 @@ def _section_problems(graph: Graph, section: Section, launch: Launch) -> Iterato
     yield from _rounds_problems(graph, section, launch)
     yield from _running_problems(graph, section)
     yield from _exchange_problems(graph, section)
-    yield from _flags_problems(graph, section, launch)
     for axis in scattered(graph):
         if axis in uses and section.block(axis) != 1:
             yield f"an output is put at ids along {axis}, so its block must be 1, not {section.block(axis)}"
@@ -212,12 +209,10 @@ def _rounds_problems(graph: Graph, section: Section, launch: Launch) -> Iterator
     for d in section.all(Rounds):
         held = next((x for x in section.axes if x.axis == d.axis), None)
         extent = graph.axes.get(d.axis) if isinstance(held, Tile) else None
-        apart = isinstance(held, Tile) and bool(graph.ranks) and d.programs > 0  # programs wait, so there are no more than fit
-        fits = held is not None and extent is not None and 0 < d.programs < -(-extent // held.block)
-        if not (apart or fits):
+        if held is None or extent is None or not 0 < d.programs < -(-extent // held.block):
             yield f"{text_of(d)} needs a tile of {d.axis}, of static size, in more than {d.programs} blocks"
-        elif section.all(Prefetch) or section.all(Pair) or launch.all(Abreast):
-            yield f"{text_of(d)} cannot stand beside pair, prefetch or abreast"
+        elif section.all(Prefetch) or section.all(Pair) or launch.all(Abreast) or graph.ranks:
+            yield f"{text_of(d)} cannot stand beside pair, prefetch or abreast, nor where ranks add up"
 
 
 def _running_problems(graph: Graph, section: Section) -> Iterator[str]:
@@ -242,22 +237,6 @@ def _exchange_problems(graph: Graph, section: Section) -> Iterator[str]:
             yield f"programs along {others[0]} would each send the same rows over {over}; it must be whole"
     if len(exchanges) > 1:
         yield f"a launch adds up {len(exchanges)} values over {exchanges[0].attr('over')}, and may one; stage the first sum"
-
-
-def _flags_problems(graph: Graph, section: Section, launch: Launch) -> Iterator[str]:
-    """One flag stands for what all lanes have sent: there is one row, and each lane has a part of it that no other has."""
-    for d in section.all(Flags):
-        rows = [graph.nodes[n.args[0]] for n in graph.live_nodes("all_reduce")]
-        if d.axis not in graph.ranks or not rows:
-            yield f"{text_of(d)} names what no ranks add up over; they do over {', '.join(graph.ranks) or 'nothing'}"
-            continue
-        row, *others = rows[0].axes
-        if isinstance(section.axis(row), Tile) and section.block(row) != 1:
-            yield f"{text_of(d)} needs one row a program, not {text_of(section.axis(row))}"
-        each, lanes = together(rows[0].dtype, [graph.axes[a] or 1 for a in others], flags=True), 32 * launch.warps
-        accesses = section.block(others[-1]) // each if each > 1 else 0
-        if launch.warps < 2 or accesses < lanes:
-            yield f"{text_of(d)} needs two warps or more and an access a lane; rows have {accesses} accesses for {lanes} lanes"
 
 
 def _cut_problem(graph: Graph, how: Split | Stage) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 STEP = 16  # rows of one instruction, and elements along which it adds up, of two bytes
-COLUMNS = 8  # of one instruction
+COLUMNS = 8  # of one instruction, and groups of a warp's lanes: each has a column, and of rows every eighth
 
 
 def shared(rows: int, columns: int, warps: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from math import prod
 
 from moekit.compile.schedule.cost import programs
 from moekit.compile.schedule.cuts import launched
-from moekit.compile.schedule.directives import Flags, Schedule
+from moekit.compile.schedule.directives import Schedule
 from moekit.compile.schedule.legal import largest_tile
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.graph import Graph
@@ -27,15 +27,14 @@ def at_once(resident: int, warps: int, tile: int) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """Mailboxes of `ranks` ranks over mesh axis `axis`, for `rows` rows of `width` elements, that have `flags` or are packets;
-    a device has `resident` SMs, each with room for a program of any kernel."""
+    """Mailboxes of `ranks` ranks over mesh axis `axis`, for `rows` rows of `width` elements; a device has `resident` SMs, each
+    with room for a program of any kernel."""
 
     axis: str
     ranks: int
     rows: int
     width: int
     resident: int
-    flags: bool = False
 
     def refuses(self, graph: Graph, sizes: Mapping[str, int], schedule: Schedule) -> str | None:
         """Why a graph cannot add up by these mailboxes, in a sentence; None if it can."""
@@ -51,8 +50,6 @@ class Room:
         for launch, g, _ in launched(graph, schedule):
             if not g.ranks:
                 continue
-            if bool(launch.sections[0].all(Flags)) != self.flags:
-                return f"rows of the mailboxes {'have flags' if self.flags else 'are packets'}, the schedule says {launch}"
             most, tile = programs(g, launch, sizes), largest_tile(g, launch.sections[0])
             fit = at_once(self.resident, launch.warps, tile)
             if most > fit:

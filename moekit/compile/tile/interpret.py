@@ -77,15 +77,10 @@ class Program:
         self.values: dict[t.Value, np.ndarray] = {}
         self.last: dict[str | int, bool] = {}
 
-    def steps(self, ops: Iterable[t.Op]) -> Iterator[t.Op]:
-        """Run some of the program, but stop before each packet that it sends or waits for until asked on."""
-        for op in ops:
-            if isinstance(op, t.Loop) and any(isinstance(x, t.Message) for x, _ in t.walk(op.body)):
-                for turn in self._starts(op.over[0]):  # from row to row, with nothing to carry
-                    self.values[op.vars[0]] = np.asarray(turn, np.int32)
-                    yield from self.steps(op.body)
-                continue
-            if isinstance(op, t.Message):
+    def steps(self) -> Iterator[t.Op]:
+        """Run the program, but stop before each packet that it sends or waits for until asked on."""
+        for op in self.program.body:
+            if isinstance(op, t.Packet):
                 yield op
             with np.errstate(all="ignore"):
                 self.ops((op,))
@@ -105,37 +100,14 @@ class Program:
         peer = int(self.values[op.way])
         for at, value in zip(places, op.values, strict=True) if peer != mail.rank else ():
             data = np.broadcast_to(self.at(value, self.program.ordered(op.at.axes)), mask.shape)
-            mail.send(peer, at, epoch, data[mask], (self, op.out) if self._flags(op) else None)
+            mail.send(peer, at, epoch, data[mask])
         return self.values[op.values[0]]
-
-    def _flags(self, op: t.Message) -> bool:
-        return self.program.param(op.at.tensor).mailbox.flags
-
-    def raised(self, op: t.Raise) -> np.ndarray:
-        """What the flag's order is made of has arrived with it; anything else may be still on its way."""
-        mail, (row, *_) = self.memory[op.at.tensor], self.address(op, (), self.memory[op.at.tensor].shape)[1]
-        if (peer := int(self.values[op.way])) != mail.rank:
-            mail.raised(peer, row, self.values[op.epoch], [(self, v) for v in self._gathered(op.after)])
-        return self.values[op.epoch]
-
-    def _gathered(self, value: t.Value) -> set[t.Value]:
-        """The values that a reduction over lanes is made of, and what those are made of."""
-        made = {v: op for op, _ in t.walk(self.program.body) for v in t.results(op)}
-        if not isinstance(made.get(value), t.Reduce):
-            return set()
-        found, left = set(), [value]
-        while left:
-            if (v := left.pop()) not in found:
-                found.add(v)
-                left += t.operands(made[v]) if v in made and not isinstance(made[v], t.Loop) else []
-        return found
 
     def arrived(self, op: t.Receive) -> bool:
         """Whether what a receive waits for is there."""
         mail, places, _, epoch = self.packets(op)
         sender = int(self.values[op.way])
-        arrived = mail.flag_up if self._flags(op) else mail.arrived
-        return sender == mail.rank or all(arrived(sender, at, epoch) for at in places)
+        return sender == mail.rank or all(mail.arrived(sender, at, epoch) for at in places)
 
     def receive(self, op: t.Receive) -> list[np.ndarray]:
         mail, places, mask, epoch = self.packets(op)
@@ -299,7 +271,6 @@ EXECUTE = {
     t.Barrier: lambda p, op: None,
     t.Ways: lambda p, op: [*p.memory[op.tensor].ways],
     t.Send: Program.send,
-    t.Raise: Program.raised,
     t.Receive: Program.receive,
     t.Cast: lambda p, op: p.values[op.value].astype(numpy_dtype(op.out.dtype)),
     t.Bitcast: lambda p, op: p.values[op.value].view(numpy_dtype(op.out.dtype)),

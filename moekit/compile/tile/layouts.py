@@ -10,7 +10,6 @@ from moekit.lang.dtypes import itemsize
 from moekit.lang.graph import Graph
 
 PAIR = 2  # packets that are written and read at once, of the 16 bytes that one access has at most
-WORDS = 4  # of 32 bits that it has where they are no packets
 
 
 def strided(
@@ -46,13 +45,10 @@ def arrays(graph: Graph, sizes: Mapping[str, int]) -> dict[str, t.Viewed]:
     return {n: t.Viewed.whole(n, graph.shape(n, graph.sizes(sizes))) for n in graph.tensors}
 
 
-def channels(
-    graph: Graph, sizes: Mapping[str, int] | None, flags: Collection[str] = ()
-) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
+def channels(graph: Graph, sizes: Mapping[str, int] | None) -> dict[str, t.Strided | t.Viewed | t.Mailbox]:
     """The layouts of what sums over ranks go by, if a call has no others: mailboxes as wide as a row, and each row's epoch.
 
-    Epochs are behind a pointer, or in an array where `sizes` says of how many rows. `flags`: the mesh axes over which a row has
-    one, and its elements none.
+    Epochs are behind a pointer, or in an array where `sizes` says of how many rows.
     """
     found: dict[str, t.Strided | t.Viewed | t.Mailbox] = {}
     for n in graph.live_nodes("all_reduce"):
@@ -62,14 +58,13 @@ def channels(
         width = max(width, known.width if isinstance(known, t.Mailbox) else 0)
         extent = None if sizes is None else graph.axes[rows] or sizes[rows]
         lying = t.Strided(("unit",)) if extent is None else t.Viewed.whole(epochs, (extent,))
-        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width, over in flags), epochs: lying}
+        found |= {mail: t.Mailbox(mail, n.attr("ranks"), width), epochs: lying}
     return found
 
 
-def pitch(width: int, flags: bool = False) -> int:
-    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut. Where rows
-    have flags, words of 32 bits, whose last access has the flag."""
-    return (-(-width // WORDS) + 1) * WORDS if flags else -(-width // PAIR) * PAIR
+def pitch(width: int) -> int:
+    """Packets from one slot of a mailbox to the next, for rows of `width` elements: pairs of them are never cut."""
+    return -(-width // PAIR) * PAIR
 
 
 def carried(program: t.TileProgram, mail: t.Param) -> int:
@@ -81,20 +76,10 @@ def carried(program: t.TileProgram, mail: t.Param) -> int:
     own = [a for a in mail.axes if a is not None]
     if program.ordered(own)[-1] != own[-1]:
         return 1
-    return together(mail.dtype, [program.axis(a).extent or 0 for a in own[1:]], mail.mailbox.flags)
-
-
-def together(dtype: str, extents: Sequence[int], flags: bool) -> int:
-    """How many neighbours along the last of a row's axes of such extents go in one access, of packets or of plain words."""
-    if itemsize(dtype) not in (2, 4) or len(extents) != 1:
+    if itemsize(mail.dtype) not in (2, 4) or len(own) != 2:
         return 1
-    n = words_of(flags) * max(1, 4 // itemsize(dtype))
-    return n if extents[0] > n else 1
-
-
-def words_of(flags: bool) -> int:
-    """How many words of data one access has: of packets, or where they have no epochs."""
-    return WORDS if flags else PAIR
+    n = PAIR * max(1, 4 // itemsize(mail.dtype))
+    return n if (program.axis(own[1]).extent or 0) > n else 1
 
 
 def mail_name(axis: str) -> str:

@@ -161,8 +161,7 @@ class Ways:
 @dataclass(frozen=True)
 class Send:
     """Put `values` into the mailbox of rank `peer`, by `way`: a packet for each element of each, its data and number `epoch` at
-    once; where rows have flags the data alone, which nobody may read before the flag is up. Those of one element of all values
-    lie side by side. Nothing is sent where `way` says that the peer is this rank.
+    once. Those of one element of all values lie side by side. Nothing is sent where `way` says that the peer is this rank.
 
     `out` is the first value again: what reads it comes after.
     """
@@ -181,24 +180,8 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Raise:
-    """Put the number `epoch` behind a row in the mailbox of rank `peer`, by `way`, when all lanes have sent what `after` is
-    made of: a reduction over them, which brings them together. Whoever sees it sees all that.
-
-    `out` is the epoch again: what reads it comes after.
-    """
-
-    out: Value
-    after: Value
-    epoch: Value
-    at: Access
-    way: Value
-    peer: int
-
-
-@dataclass(frozen=True)
 class Receive:
-    """Wait until the packets from rank `sender`, or its flag, have the number `epoch`, and take the data, as many values as
+    """Wait until the packets from rank `sender` have the number `epoch`, and take the data, as many values as
     were sent: `own`, which stay as they are where packets are masked, and where `way` says that the sender is this rank.
 
     A wait comes after what `own` is made of. One that has looked `most` times notes `errors`, and takes what there is.
@@ -398,8 +381,7 @@ class AtEnd:
 Op = (
     Const | Extent | Elements | Sides | InBounds | Load | Store | Prefetch | Barrier | Cast | Bitcast | Unary | Binary | Where
     | Reduce | Accumulate | Scan | Dot | Halves | Deinterleave | Interleave | TopK | Loop | AtEnd | AllReduce | Ways | Send
-    | Raise | Receive | Along
+    | Receive | Along
 )  # fmt: skip
 Packet = Send | Receive
-Message = Packet | Raise
-Memory = Load | Store | Prefetch | AllReduce | Message
+Memory = Load | Store | Prefetch | AllReduce | Packet

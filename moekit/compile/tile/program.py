@@ -99,13 +99,11 @@ class Viewed:
 @dataclass(frozen=True)
 class Mailbox:
     """Where every rank's packets for this one arrive: for each rank, row and slot `pitch(width)` packets, of which a row of the
-    tensor, of its dtype, takes the first. Reached through the addresses that `buffer` holds. `flags`: rows lie there as they
-    are, words of 32 bits, and each slot ends with the epoch of all of them."""
+    tensor, of its dtype, takes the first. Reached through the addresses that `buffer` holds."""
 
     buffer: str
     ranks: int
     width: int
-    flags: bool = False
 
 
 Layout = Strided | Viewed | Mailbox
@@ -197,7 +195,7 @@ class TileProgram:
     @property
     def counts(self) -> tuple[int | AxisBlock, ...]:
         """The number of programs along each grid axis; the axis itself where only a launch knows."""
-        return tuple(a.beside or (a if a.extent is None else a.blocks) for a in map(self.axis, self.grid))
+        return tuple(a if a.extent is None else a.beside or a.blocks for a in map(self.axis, self.grid))
 
     def programs(self, sizes: Mapping[str, int]) -> int:
         """How many programs a launch has; `sizes` gives the dynamic extents."""

@@ -2,16 +2,12 @@
 
 A rank's calls follow each other; all programs of a call are under way at once; ranks wait for packets alone. What must never
 happen is an error: a packet that nobody has received is overwritten, one of another call is taken, nobody can go on.
-
-Rows that have flags are on their way for as long as may be: what was sent arrives with a flag that was raised behind it, or
-before, as is drawn; what was sent beside the flag, or after it, may come later than whoever sees the flag looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -21,7 +17,6 @@ from moekit.compile import tile as t
 from moekit.compile.tile.interpret import poison, programs
 
 SLOTS = 2
-EARLY = 0.3  # how likely something on its way arrives before one more step
 
 
 class Mailboxes:
@@ -33,15 +28,6 @@ class Mailboxes:
         every = (ranks, ranks, slots, *shape)
         self.data, self.epoch = np.zeros(every, np.int32), np.zeros(every, np.int32)
         self.call, self.unread = np.zeros(every, np.int64), np.zeros(every, bool)
-        self.flags = np.zeros((ranks, ranks, slots, shape[0]), np.int32)
-        self.way: list[tuple[Any, Callable[[], None]]] = []  # what was sent and has not arrived: by whom, and its arrival
-
-    def arrive(self, which: Callable[[Any], bool]) -> None:
-        """Let what was sent by some arrive."""
-        come = [arrival for by, arrival in self.way if which(by)]
-        self.way = [(by, arrival) for by, arrival in self.way if not which(by)]
-        for arrival in come:
-            arrival()
 
     def slot(self, epoch: np.ndarray) -> np.ndarray:
         """Which slot an epoch's packets are in."""
@@ -67,12 +53,8 @@ class Mail:
         ranks = list(range(len(self.boxes.data)))
         return [*ranks, *ranks, 0, 0]
 
-    def send(self, peer: int, at: tuple[np.ndarray, ...], epoch: np.ndarray, value: np.ndarray, by: Any = None) -> None:
-        """Packets to `peer`; IndexError where one is still to be received. They are there at once, but for those that were sent
-        `by` what a flag is raised behind."""
-        if by is not None:
-            self.boxes.way.append((by, partial(self.send, peer, at, epoch, value)))
-            return
+    def send(self, peer: int, at: tuple[np.ndarray, ...], epoch: np.ndarray, value: np.ndarray) -> None:
+        """Packets to `peer`, which are there at once; IndexError where one is still to be received."""
         place = (peer, self.rank, self.boxes.slot(epoch), *at)
         if self.boxes.unread[place].any():
             raise IndexError(f"call {self.call} of rank {self.rank} overwrites a packet that rank {peer} has not received")
@@ -83,15 +65,6 @@ class Mail:
     def arrived(self, sender: int, at: tuple[np.ndarray, ...], epoch: np.ndarray) -> bool:
         """Whether the packets of an epoch are all there."""
         return bool((self.boxes.epoch[self.rank, sender, self.boxes.slot(epoch), *at] == epoch).all())
-
-    def raised(self, peer: int, row: np.ndarray, epoch: np.ndarray, behind: Sequence[Any]) -> None:
-        """A row's flag at `peer`, with everything that was sent by what it is `behind`."""
-        self.boxes.arrive(lambda by: by in behind)
-        self.boxes.flags[peer, self.rank, self.boxes.slot(epoch), row] = epoch
-
-    def flag_up(self, sender: int, at: tuple[np.ndarray, ...], epoch: np.ndarray) -> bool:
-        """Whether the flags of the rows are those of an epoch."""
-        return bool((self.boxes.flags[self.rank, sender, self.boxes.slot(epoch), at[0]] == epoch).all())
 
     def receive(self, sender: int, at: tuple[np.ndarray, ...], epoch: np.ndarray) -> np.ndarray:
         """The data of packets that are there; IndexError for those of another call, taken twice or too early."""
@@ -126,7 +99,7 @@ class _Run:
     """A program that has stopped before a packet."""
 
     def __init__(self, program: Any):
-        self.program, self.steps, self.before = program, program.steps(program.program.body), None
+        self.program, self.steps, self.before = program, program.steps(), None
 
     def go_on(self) -> bool:
         """Run up to the next packet; False where the program has ended."""
@@ -152,10 +125,6 @@ def play(calls: Sequence[Any], memories: Sequence[Memories], sizes: Sequence[Map
         if not ready:
             raise IndexError(f"{len(under_way)} programs wait for packets that nobody sends")
         rank, run = order.choice(ready)
-        for boxes in {id(x): x for x in (y.boxes for y in run.program.memory.values() if isinstance(y, Mail))}.values():
-            if boxes.way and order.random() < EARLY:
-                first = order.choice(boxes.way)[0]
-                boxes.arrive(lambda by, first=first: by == first)
         if not run.go_on():
             rank.running.remove(run)
 

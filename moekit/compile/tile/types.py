@@ -31,7 +31,6 @@ RESULT: dict[type, Callable[[TileProgram, Any], tuple[str, tuple[str, ...]]]] = 
     t.Load: lambda p, op: (p.param(op.at.tensor).dtype, _joined(p, *(v for i in op.at.index for v in i.values), *op.at.mask)),
     t.AllReduce: lambda p, op: ("float32", op.value.axes),
     t.Send: lambda p, op: (op.values[0].dtype, op.values[0].axes),
-    t.Raise: lambda p, op: ("int32", ()),
     t.Receive: lambda p, op: (op.own[0].dtype, op.own[0].axes),
     t.Cast: lambda p, op: (op.out.dtype, op.value.axes),
     t.Bitcast: lambda p, op: (op.out.dtype, op.value.axes),
@@ -160,15 +159,6 @@ def _packet(p: TileProgram, op: t.Packet) -> Demand:
     yield from _mailed(p, op.at, values[0])
 
 
-def _raised(p: TileProgram, op: t.Raise) -> Demand:
-    mail = p.param(op.at.tensor).layout
-    yield isinstance(mail, Mailbox) and mail.flags, f"rows of {op.at.tensor} have no flags"
-    yield (op.way.dtype, op.way.axes) == ("int64", ()), f"the way is {op.way}; it must be one address"
-    for v in (op.after, op.epoch):
-        yield (v.dtype, v.axes) == ("int32", ()), f"{v} must be one int32: a program has one row"
-    yield from _access(p, op.at, *op.at.mask)
-
-
 def _mailed(p: TileProgram, at: t.Access, value: t.Value) -> Demand:
     """An access to a mailbox, and a value that varies along what its index runs along."""
     yield isinstance(p.param(at.tensor).layout, Mailbox), f"{at.tensor} is no mailbox"
@@ -227,7 +217,6 @@ DEMANDS: dict[type, Callable[[TileProgram, Any], Demand]] = {
     t.Prefetch: _prefetch,
     t.AllReduce: _reduced,
     t.Send: _packet,
-    t.Raise: _raised,
     t.Receive: _packet,
     t.Loop: _loop,
     t.AtEnd: lambda p, op: _alike(op.yields, op.otherwise, op.outs),

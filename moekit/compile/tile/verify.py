@@ -72,8 +72,8 @@ def grid(f: Facts) -> Claims:
     on = sorted(a.name for a in f.program.axes if a.numbered)
     yield None, sorted(f.program.grid) == on, f"the grid is {f.program.grid}, the axes in grid mode are {on}"
     for a in (a for a in f.program.axes if a.beside):
-        fits = a.mode == "loop" and a.parts == 1 and (a.extent is None or a.beside <= a.blocks)
-        yield None, fits, f"{a.beside} programs take turns along {a.name}, which must be looped over, of as many blocks"
+        fits = a.mode == "loop" and a.extent is not None and a.parts == 1 and a.beside <= a.blocks
+        yield None, fits, f"{a.beside} programs take turns along {a.name}, which must be static, looped over, of as many blocks"
         loops = [(op, around) for op, around in f.ops if isinstance(op, t.Loop) and a.name in op.over]
         one = len(loops) == 1 and not loops[0][1]
         yield None, one, f"programs take turns along {a.name}, so one loop goes over it, outermost"

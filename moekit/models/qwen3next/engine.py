@@ -25,7 +25,7 @@ from moekit.errors import ArgumentError, MoekitError, ShapeError
 from moekit.jax import Channel, Link
 from moekit.models.qwen3next.cache import Cache, cache_shapes
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
-from moekit.models.qwen3next.exchanged import check_channel, locked, of_prompts
+from moekit.models.qwen3next.exchanged import check_channel, locked
 from moekit.models.qwen3next.extend import empty_cache, extend
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.memory import check_rows_fit
@@ -262,8 +262,7 @@ class Engine:
             slot = self._slots.index(None)
             first = self._join(logits, row, slot, sequence.sampling)
             self._reading, self._slots[slot] = None, sequence
-            words = self.channel.words() if self.channel is not None and self.channel.many else None
-            self._sent(first, words, [(0, sequence)])
+            self._sent(first, None, [(0, sequence)])
 
     def _dispatch(self) -> None:
         """One step of the slots that want a token."""
@@ -310,11 +309,7 @@ class Engine:
         self._found.append((sequence, Token(sequence.number, token, why)))
 
     def _extend(self, row: Cache, tokens: np.ndarray, count: int) -> tuple[jax.Array, Cache]:
-        lengths, link = np.array([count], np.int32), of_prompts(self.channel)
-        logits, row, *after = extend(self.model, tokens[None], lengths, row, kernels=self.kernels, link=link)
-        if self.channel is not None and after:
-            self.channel.keep(after[0])
-        return logits, row
+        return extend(self.model, tokens[None], np.array([count], np.int32), row, kernels=self.kernels)
 
     def _join(self, logits: jax.Array | None, row: Cache, slot: int, sampling: Sampling) -> jax.Array:
         drawn, how = sampling.temperature > 0, Draws.of([sampling])

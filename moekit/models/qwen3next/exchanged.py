@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from moekit.compile.rules.rows import BY_FLAGS, BY_PACKETS
+from moekit.compile.rules.rows import BY_PACKETS
 from moekit.errors import ArgumentError, RankError, UnavailableError
 from moekit.fusions.added import added
 from moekit.jax import Channel, Link, all_reduce_add_rms_norm, exchange
-from moekit.jax.channel import FLAGGED
 from moekit.jax.doors import best
-from moekit.jax.face import op, unserved
+from moekit.jax.face import op
 from moekit.models.qwen3next.kernels import Kernels
 
 
@@ -27,20 +26,17 @@ class Exchanged:
     """The norm of a model's layers, called with one rank's part of what is added to the residual stream.
 
     The first call of a step has no part, but what every rank has: its embeddings. `link` is the one after the last call.
-    `plain`: what adds up where the link has no room for so many rows; the ranks' parts are gathered if nothing is said.
     `door`: by what kernels get into the program (moekit/jax/doors.py).
     """
 
-    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, door: str, plain: Callable[..., Any] | None = None):
-        self.norm, self.link, self.eps, self.door, self.plain, self.begun = norm, link, eps, door, plain, False
+    def __init__(self, norm: Callable[..., Any], link: Link, eps: float, door: str):
+        self.norm, self.link, self.eps, self.door, self.begun = norm, link, eps, door, False
 
     def __call__(self, hidden: jax.Array, residual: jax.Array, weight: Any) -> tuple[jax.Array, jax.Array]:
         if not self.begun:
             self.begun = True
             return self.norm(hidden, residual, weight)
         given = {"eps": self.eps, "offset": 1.0, "tp": self.link.ranks}
-        if self.plain and unserved(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given):
-            return self.norm(self.plain(hidden), residual, weight)
         given["door"] = self.door
         (normed, residual), self.link = exchange(all_reduce_add_rms_norm, self.link, hidden, residual, weight, **given)
         return normed, residual
@@ -82,7 +78,7 @@ def channel_of(mesh: Mesh, rows: int, width: int, kernels: str | None) -> tuple[
     if rows > BY_PACKETS:
         return None, f"psum: {rows} rows are more than the {BY_PACKETS} up to which packets take less time"
     try:
-        channel = Channel(mesh, rows=rows, width=width, many=BY_FLAGS if width >= FLAGGED else 0)
+        channel = Channel(mesh, rows=rows, width=width)
     except (RankError, UnavailableError) as error:
         return None, f"psum: {error}"
     if rows > (most := channel.link.resident):
@@ -100,11 +96,6 @@ def check_channel(channel: Channel, mesh: Mesh, width: int, rows: int, who: str,
             f"{who}: {rows} {of} of {width} elements where the channel serves {most} rows of {channel.width}; make a channel "
             f"with room for them or ask for fewer {of}"
         )
-
-
-def of_prompts(channel: Channel | None) -> Link | None:
-    """The link by which prompts add up: where the channel has mailboxes for many rows."""
-    return channel.link if channel is not None and channel.many else None
 
 
 def locked(channel: Channel | None) -> AbstractContextManager[Any]:

@@ -11,13 +11,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moekit.jax import Link
 from moekit.models.qwen3next import attention, checks, gdn
 from moekit.models.qwen3next.cache import Cache, Memories, cache_shapes, cache_specs
 from moekit.models.qwen3next.config import GDN
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
-from moekit.models.qwen3next.model import Model, exchanged, logit_spec, sharded, through_layers
+from moekit.models.qwen3next.model import Model, logit_spec, sharded, through_layers
 from moekit.models.qwen3next.numerics import linear
 
 
@@ -29,29 +28,19 @@ def empty_cache(model: Model, batch: int, length: int, kernels: str | Kernels | 
 
 
 @checks.checked(checks.check_extend)
-@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache", "link"))
+@partial(jax.jit, static_argnames=("kernels",), donate_argnames=("cache",))
 def extend(
-    model: Model,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    cache: Cache,
-    *,
-    kernels: str | Kernels | None = None,
-    link: Link | None = None,
-) -> tuple[Any, ...]:
+    model: Model, tokens: jax.Array, lengths: jax.Array, cache: Cache, *, kernels: str | Kernels | None = None
+) -> tuple[jax.Array, Cache]:
     """Read more of each sequence: tokens [B, S] int32, padded at the end, of which lengths [B] are real, at least 1.
 
     -> logits float32 [B, vocabulary] after each last real token, cut over tp, and the cache, which is donated. A row for
-    which the cache has no room gets NaN logits and the length -1, now and in every later step. Raises as `prefill` does, and
-    takes a link as it does.
+    which the cache has no room gets NaN logits and the length -1, now and in every later step. Raises as `prefill` does.
     """
     config, kernels = model.config, resolve(kernels)
 
-    def local(
-        params: Any, tokens: jax.Array, lengths: jax.Array, cache: Cache, link: Link | None
-    ) -> tuple[jax.Array, Cache, Link | None]:
+    def local(params: Any, tokens: jax.Array, lengths: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         batch, size = tokens.shape
-        norm, inner = exchanged(link, config, kernels)
         starts = cache.lengths
         good = (starts >= 0) if cache.room is None else (starts >= 0) & (starts + lengths <= cache.room)
         tokens, lengths = checks.spoiled_prompts(tokens, jnp.where(good, lengths, checks.LOST), config.vocab_size)
@@ -69,12 +58,11 @@ def extend(
             memories.keep(kind, new)
             return out.reshape(batch * size, -1)
 
-        hidden = through_layers(params, tokens.reshape(-1), mix, config, inner, norm).reshape(batch, size, -1)
+        hidden = through_layers(params, tokens.reshape(-1), mix, config, kernels).reshape(batch, size, -1)
         hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         total = jnp.where(lengths < 0, checks.LOST, starts + lengths)
-        return linear(hidden, params["lm_head"], jnp.float32), memories.cache(total), norm.link if norm else None
+        return linear(hidden, params["lm_head"], jnp.float32), memories.cache(total)
 
-    held, way = cache_specs(config, cache.stacked), link.specs if link else P()
-    places = (logit_spec(model, P(None)), held, way)
-    logits, cache, link = sharded(model, local, (P(), P(), held, way), places)(model.params, tokens, lengths, cache, link)
-    return (logits, cache, link) if link else (logits, cache)
+    held = cache_specs(config, cache.stacked)
+    places = (logit_spec(model, P(None)), held)
+    return sharded(model, local, (P(), P(), held), places)(model.params, tokens, lengths, cache)

@@ -42,10 +42,8 @@ def decode(
         rows, columns = weights.block("in_proj_qkvz")
         end = channels // rows  # no block has channels and others
         given = every[:channels], scales[:end], every[channels:], scales[end:], weights.view("in_proj_ba")
-        product = kernels.scaled_conv_projections if x.shape[0] == 1 else kernels.scaled_conv_products
-        mixed, gates, convolved, conv = product(
-            x, *given, inputs, weights.view("conv1d"), rows=rows, columns=columns, out=(None, None, None, inputs)
-        )
+        how = {"rows": rows, "columns": columns, "lanes": x.shape[0] == 1, "out": (None, None, None, inputs)}
+        mixed, gates, convolved, conv = kernels.scaled_conv_projections(x, *given, inputs, weights.view("conv1d"), **how)
         behind, first = 0, 0
     elif kernels.fused and x.shape[0] == 1:
         every = weights.beside("in_proj_qkvz", "in_proj_ba", multiple=value_dim)

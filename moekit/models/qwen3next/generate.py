@@ -15,7 +15,7 @@ from moekit.errors import DtypeError, NonFiniteError, ShapeError
 from moekit.jax import Channel
 from moekit.models.qwen3next.checks import LOST, positive, token_ids
 from moekit.models.qwen3next.config import Config, ConfigError
-from moekit.models.qwen3next.exchanged import check_channel, locked, of_prompts
+from moekit.models.qwen3next.exchanged import check_channel, locked
 from moekit.models.qwen3next.files import brief, read_json, shown
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.model import Model, greedy_step, most_likely, prefill
@@ -111,10 +111,7 @@ def _calls(
     """Dispatch a prefill and then decode steps, one at a time when asked; yields each one's new tokens [B]."""
     tokens, lengths, room = padded(prompts, total)
     with locked(channel):
-        link = of_prompts(channel)
-        logits, memory, *after = prefill(model, tokens, lengths, cache_length=room, kernels=kernels, link=link)
-        if channel is not None and after:
-            channel.keep(after[0])
+        logits, memory = prefill(model, tokens, lengths, cache_length=room, kernels=kernels)
         current = most_likely(model, logits)
     del logits
     yield current

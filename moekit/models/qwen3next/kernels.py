@@ -30,9 +30,7 @@ FUSIONS = (
     "scaled_expert_down",
     "scaled_experts",
     "scaled_product",
-    "scaled_row_product",
     "scaled_conv_projections",
-    "scaled_conv_products",
     "scaled_gate_projections",
     "scaled_gate_topk",
     "scaled_down_combine",
@@ -73,9 +71,7 @@ class Kernels:
     scaled_expert_down: Callable[..., Any]
     scaled_experts: Callable[..., Any]
     scaled_product: Callable[..., Any]
-    scaled_row_product: Callable[..., Any]
     scaled_conv_projections: Callable[..., Any]
-    scaled_conv_products: Callable[..., Any]
     scaled_gate_projections: Callable[..., Any]
     scaled_gate_topk: Callable[..., Any]
     scaled_down_combine: Callable[..., Any]

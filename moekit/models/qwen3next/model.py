@@ -97,7 +97,7 @@ def abstract_model(config: Config, mesh: Mesh, dtype: str) -> Model:
 
 
 @checks.checked(checks.check_prefill)
-@partial(jax.jit, static_argnames=("cache_length", "kernels", "every_logit"), donate_argnames=("link",))
+@partial(jax.jit, static_argnames=("cache_length", "kernels", "every_logit"))
 def prefill(
     model: Model,
     tokens: jax.Array,
@@ -106,15 +106,13 @@ def prefill(
     cache_length: int,
     kernels: str | Kernels | None = None,
     every_logit: bool = False,
-    link: Link | None = None,
-) -> tuple[Any, ...]:
+) -> tuple[jax.Array, Cache]:
     """Read whole prompts into a new cache with room for `cache_length` tokens.
 
     tokens [B, S] int32, padded at the end; lengths [B] int32, each between 1 and S, how many of a row are
     real. Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with
     every_logit) and the cache. The vocabulary of the logits is cut over tp, and no row depends on another's
-    padding. link: a channel's with room for as many rows as there are tokens, by which all-reduces go as in `decode_step`; with
-    less room they are psum. The link after it comes third.
+    padding.
 
     Raises ShapeError, DtypeError or ArgumentError for lengths and real tokens out of range, before anything is
     compiled. In a traced call, whose values nobody can see, the logits of such a row are NaN and its length in the
@@ -122,9 +120,8 @@ def prefill(
     """
     config, kernels = model.config, resolve(kernels)
 
-    def local(params: Any, tokens: jax.Array, lengths: jax.Array, link: Link | None) -> tuple[jax.Array, Cache, Link | None]:
+    def local(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         batch, length = tokens.shape
-        norm, inner = exchanged(link, config, kernels)
         tokens, lengths = checks.spoiled_prompts(tokens, lengths, config.vocab_size)
 
         memories = Memories(config, stacked=kernels.fused)
@@ -140,18 +137,15 @@ def prefill(
             memories.first(kind, memory)
             return out.reshape(batch * length, -1)
 
-        hidden = through_layers(params, tokens.reshape(-1), mix, config, inner, norm)
+        hidden = through_layers(params, tokens.reshape(-1), mix, config, kernels)
         hidden = hidden.reshape(batch, length, -1)
         if not every_logit:
             hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        after = norm.link if norm else None
-        return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths), after
+        return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths)
 
     leading = P(None, None) if every_logit else P(None)
-    way = link.specs if link else P()
-    places = (logit_spec(model, leading), cache_specs(config, kernels.fused), way)
-    logits, cache, link = sharded(model, local, (P(), P(), way), places)(model.params, tokens, lengths, link)
-    return (logits, cache, link) if link else (logits, cache)
+    places = (logit_spec(model, leading), cache_specs(config, kernels.fused))
+    return sharded(model, local, (P(), P()), places)(model.params, tokens, lengths)
 
 
 @checks.checked(checks.check_step)
@@ -229,13 +223,6 @@ def _decode(
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
     hidden = through_layers(params, tokens, mix, config, kernels, norm)
     return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths), norm.link if norm else None
-
-
-def exchanged(link: Link | None, config: Config, kernels: Kernels) -> tuple[Exchanged | None, Kernels]:
-    """The norm by which a prompt's ranks add up, and kernels that leave it to that; without a link none, and those that are."""
-    if link is None:
-        return None, kernels
-    return Exchanged(_norm(config, kernels), link, config.rms_norm_eps, kernels.name, kernels.all_reduce), unsummed(kernels)
 
 
 def through_layers(

@@ -15,7 +15,7 @@ MOST = 256  # rows up to which the kernel is used; for more XLA's product of wid
 def projected(x: jax.Array, weights: Layer, *names: str, kernels: Kernels | None = None) -> jax.Array:
     """x [..., D] times matrices that are neighbours, transposed: [..., N] in x's dtype.
 
-    Of float8 weights by kernels, one for one row and one for few, where there are kernels; else these are widened to x's dtype.
+    Of float8 weights by kernels, of one row by lanes, where there are kernels; else these are widened to x's dtype.
     """
     if names[0] + SCALE not in weights.layout:
         return linear(x, weights[names[0]] if len(names) == 1 else weights.together(*names))
@@ -23,8 +23,8 @@ def projected(x: jax.Array, weights: Layer, *names: str, kernels: Kernels | None
         return linear(x, widened(weights, *names, dtype=x.dtype))
     rows, columns = weights.block(names[0])
     flat, scale = x.reshape(-1, x.shape[-1]), weights.view(names[0] + SCALE)
-    product = kernels.scaled_row_product if len(flat) == 1 else kernels.scaled_product
-    out = product(flat, weights.beside(*names), scale, rows=rows, columns=columns)
+    how = {"rows": rows, "columns": columns, "lanes": len(flat) == 1}
+    out = kernels.scaled_product(flat, weights.beside(*names), scale, **how)
     return out.reshape(*x.shape[:-1], -1)
 
 
