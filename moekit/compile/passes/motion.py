@@ -6,12 +6,13 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile import tile as t
+from moekit.lang.dtypes import itemsize
 
 WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 HANDED_ON = (t.Load, t.Cast, t.Binary, t.Unary, t.Where, t.Const, t.Along)  # what operands of products are made by
 MOST_LANES = 1024  # of a program: 32 warps
-MOST_EARLY = 256  # elements for each lane of what is loaded before: more would wait in registers for its turn
+MOST_EARLY = 512  # bytes for each lane of what is loaded before: more would wait in registers for its turn
 
 
 def motion(program: t.TileProgram) -> t.TileProgram:
@@ -76,10 +77,10 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value])
     before, after = _split(ops)
     known = outside | {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
-    room = MOST_EARLY * 32 * program.warps - sum(_elements(program, op) for op in before)
+    room = MOST_EARLY * 32 * program.warps - sum(_bytes(program, op) for op in before)
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:
-            room -= _elements(program, op)
+            room -= _bytes(program, op)
             if room < 0:
                 break
             early.append(op)
@@ -92,9 +93,9 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value])
     return [*before, *moved, *(op for op in after if op not in moved)]
 
 
-def _elements(program: t.TileProgram, op: t.Op) -> int:
+def _bytes(program: t.TileProgram, op: t.Op) -> int:
     """What a load brings."""
-    return prod(program.block(op.out.axes)) if isinstance(op, t.Load) else 0
+    return prod(program.block(op.out.axes)) * itemsize(op.out.dtype) if isinstance(op, t.Load) else 0
 
 
 def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
