@@ -24,6 +24,8 @@ topk_softmax = op(_FUSIONS["topk_softmax"])
 unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
+add_norm_product = op(_FUSIONS["add_norm_product"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
@@ -49,6 +51,7 @@ scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_conv_products = op(_FUSIONS["scaled_conv_products"])
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_add_norm_gate_projections = op(_FUSIONS["scaled_add_norm_gate_projections"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
 scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
 moe_align = op(_FUSIONS["moe_align"])
@@ -63,6 +66,8 @@ __all__ = [
     "Link",
     "PackedGate",
     "View",
+    "add_norm_gate_projections",
+    "add_norm_product",
     "add_rms_norm",
     "all_reduce_add_rms_norm",
     "attention_decode",
@@ -86,6 +91,7 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "scaled_add_norm_gate_projections",
     "scaled_conv_products",
     "scaled_conv_projections",
     "scaled_down_combine",

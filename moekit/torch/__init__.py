@@ -28,6 +28,8 @@ unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
+add_norm_product = op(_FUSIONS["add_norm_product"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
@@ -62,6 +64,7 @@ scaled_conv_products = op(_FUSIONS["scaled_conv_products"])
 scaled_conv_products_ = op(_FUSIONS["scaled_conv_products"], in_place=True)
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_add_norm_gate_projections = op(_FUSIONS["scaled_add_norm_gate_projections"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
 scaled_down_combine_ = op(_FUSIONS["scaled_down_combine"], in_place=True)
 scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
@@ -78,6 +81,8 @@ __all__ = [
     "PackedGate",
     "PatchReport",
     "Warmed",
+    "add_norm_gate_projections",
+    "add_norm_product",
     "add_rms_norm",
     "add_rms_norm_",
     "all_reduce_add_rms_norm",
@@ -110,6 +115,7 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
+    "scaled_add_norm_gate_projections",
     "scaled_conv_products",
     "scaled_conv_products_",
     "scaled_conv_projections",

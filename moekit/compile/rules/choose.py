@@ -223,7 +223,8 @@ def _launch(graph: Graph, tile: Block = GEMM_TILES[0], columns: int = GEMM_COLUM
         section = deeper(g, obliging(g, piece.sections[0], piece.warps), stages)
         made.append(replace(section, outputs=tuple(w.output for w in g.writes)))
     choosing = [p.warps for g, p in zip(parts, pieces, strict=True) if any(g.live_nodes("top_k"))]
-    warps = min(choosing) if choosing and not products else max(p.warps for p in pieces)  # one warp's lanes need no barrier
+    summed = [] if products else [p.warps for g, p in zip(parts, pieces, strict=True) if vector_launch(g)]  # most programs
+    warps = min(choosing) if choosing and not products else max(summed or [p.warps for p in pieces])  # one warp: no barrier
     return _abreast(graph, Launch(tuple(made), (Warps(warps), Stages(stages), Dependent())))
 
 

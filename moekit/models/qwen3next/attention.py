@@ -21,6 +21,7 @@ from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.numerics import einsum, rms_norm, round_to
 from moekit.models.qwen3next.projected import projected
 
+QKV = "q_proj", "k_proj", "v_proj"
 FLASH = 256  # tokens of a prompt from which on cuDNN's attention is taken, where it is there
 ROWS = 1024  # queries of a prompt whose scores are held at a time, with all keys up to theirs
 LONG = 32768  # tokens of a prompt from which on, for the sake of memory, keys come in blocks as well
@@ -47,9 +48,17 @@ def decode(
 def _decode(
     x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, KeyValues]:
-    """`decode` by kernels, which read heads where the projection put them, and put keys and values where memory has them."""
-    batch, dim = x.shape[0], config.head_dim
-    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
+    """`decode` by kernels."""
+    columns = projected(x, weights, *QKV, kernels=kernels)
+    return attended(columns, weights, memory, lengths, config, kernels)
+
+
+def attended(
+    columns: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
+) -> tuple[jax.Array, KeyValues]:
+    """What follows the projection of one token of each sequence, by kernels, which read heads where that put them, and put keys
+    and values where memory has them."""
+    batch, dim = columns.shape[0], config.head_dim
     heads = view(columns.reshape(batch, -1, dim))  # q, its gate, q, its gate, ..., k, v
     queries, keys = (weights.layout[name].shape[0] // dim for name in ("q_proj", "k_proj"))
     q, held, values = kernels.qkv_norm_rope(
@@ -108,7 +117,7 @@ def _project(
     """q and its gate [B, S, kv heads, queries of each, dim], k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
-    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
+    columns = projected(x, weights, *QKV, kernels=kernels)
     queries, keys = (weights.layout[name].shape[0] for name in ("q_proj", "k_proj"))
     both = columns[..., :queries].reshape(batch, length, -1, 2, dim)
     q, gate = both[..., 0, :], both[..., 1, :]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moekit.jax import Link
-from moekit.models.qwen3next import attention, checks, gdn
+from moekit.models.qwen3next import attention, checks, gdn, one_row
 from moekit.models.qwen3next.cache import Cache, Memories, cache_specs
 from moekit.models.qwen3next.checkpoint import Checkpoint, load_parameters
 from moekit.models.qwen3next.config import GDN, Config, ConfigError, check_tensor_parallel
@@ -227,6 +227,9 @@ def _decode(
         return out
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
+    if kernels.fused and norm is None and len(tokens) == 1:
+        logits = one_row.logits(params, tokens, memories, cache.lengths, config, kernels)
+        return logits, memories.cache(lengths), None
     hidden = through_layers(params, tokens, mix, config, kernels, norm)
     return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths), norm.link if norm else None
 
