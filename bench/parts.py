@@ -36,7 +36,7 @@ PREFIXES = {
     "add_rms_norm": NORMS,
     "add_norm_gate_": GATES,
     "scaled_add_norm_gate_": GATES,
-    "add_norm_product": REST,
+    "row_product": REST,
     "all_reduce_add_rms_norm": NORMS,
     "attention_decode": ATTENTION,
     "psum": COLLECTIVES,  # XLA's own kernel, fused with what stands around the sum

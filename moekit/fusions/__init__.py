@@ -1,7 +1,6 @@
 """The fusions moekit ships, one file each. `FUSIONS` maps their names to their declarations."""
 
 from moekit.fusions.add_norm_gate_projections import add_norm_gate_projections
-from moekit.fusions.add_norm_product import add_norm_product
 from moekit.fusions.add_rms_norm import add_rms_norm
 from moekit.fusions.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from moekit.fusions.attention_decode import attention_decode
@@ -21,6 +20,7 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
+from moekit.fusions.row_product import row_product
 from moekit.fusions.scaled_add_norm_gate_projections import scaled_add_norm_gate_projections
 from moekit.fusions.scaled_conv_products import scaled_conv_products
 from moekit.fusions.scaled_conv_projections import scaled_conv_projections
@@ -46,7 +46,7 @@ FUSIONS = {
         topk_softmax,
         shared_expert_combine,
         add_rms_norm,
-        add_norm_product,
+        row_product,
         add_norm_gate_projections,
         gated_rms_norm,
         causal_conv1d_step,

@@ -25,7 +25,6 @@ unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
-add_norm_product = op(_FUSIONS["add_norm_product"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
@@ -46,6 +45,7 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+row_product = op(_FUSIONS["row_product"])
 scaled_row_product = op(_FUSIONS["scaled_row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_conv_products = op(_FUSIONS["scaled_conv_products"])
@@ -67,7 +67,6 @@ __all__ = [
     "PackedGate",
     "View",
     "add_norm_gate_projections",
-    "add_norm_product",
     "add_rms_norm",
     "all_reduce_add_rms_norm",
     "attention_decode",
@@ -91,6 +90,7 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "row_product",
     "scaled_add_norm_gate_projections",
     "scaled_conv_products",
     "scaled_conv_projections",

@@ -29,7 +29,6 @@ shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
 add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
-add_norm_product = op(_FUSIONS["add_norm_product"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
@@ -57,6 +56,7 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+row_product = op(_FUSIONS["row_product"])
 scaled_row_product = op(_FUSIONS["scaled_row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_conv_projections_ = op(_FUSIONS["scaled_conv_projections"], in_place=True)
@@ -82,7 +82,6 @@ __all__ = [
     "PatchReport",
     "Warmed",
     "add_norm_gate_projections",
-    "add_norm_product",
     "add_rms_norm",
     "add_rms_norm_",
     "all_reduce_add_rms_norm",
@@ -115,6 +114,7 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
+    "row_product",
     "scaled_add_norm_gate_projections",
     "scaled_conv_products",
     "scaled_conv_products_",

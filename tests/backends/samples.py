@@ -126,9 +126,7 @@ SAMPLES = {
         schedule="activated(tile:T:16 loop:D:64 tile:I:32 parts:D:2) logits(tile:T:16 loop:D:64 tile:E:32 parts:D:2) "
         "share(tile:T:16 loop:D:64 tile:G:16 parts:D:2 prefetch:shared_gate) warps:4 stages:3 dependent abreast:T",
     ),
-    "add_norm_product": Sample(
-        "add_norm_product", {"x": (1, 2048), "residual": (1, 2048), "norm": (2048,), "weight": (1024, 2048)}, f32=("norm",)
-    ),
+    "row_product": Sample("row_product", {"x": (1, 2048), "weight": (1024, 2048)}),
     "add_norm_gate_projections": Sample(
         "add_norm_gate_projections", {"x": (1, 2048), "residual": (1, 2048), "norm": (2048,), **_GATES}, f32=("norm",)
     ),

@@ -39,7 +39,7 @@ SIZES = {
     "gated_attention_decode": [dict(T=3, K=2, G=3, Q=6, L=20, D=6, Dv=9)],
     "conv_projections": [dict(T=2, D=35, C=9, P=5, S=3)],
     "gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
-    "add_norm_product": [dict(T=3, H=35, P=9)],
+    "row_product": [dict(T=3, D=35, P=9)],
     "add_norm_gate_projections": [dict(T=3, H=35, I=5, E=9, G=1)],
     "expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],

@@ -42,16 +42,19 @@ def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
     assert _order(list(next(o for o in reversed(ops) if isinstance(o, t.Loop)).body)) == "L L L So Sr"
 
 
-@pytest.mark.parametrize(("dtype", "order"), [("float8_e4m3fn", "L L R R"), ("bfloat16", "L R L R"), ("float32", "L R L R")])
-def test_loads_come_early_while_they_take_few_registers(dtype, order):
-    """Two blocks of 256 elements a lane: of one byte each, both are on their way before the first sum."""
+@pytest.mark.parametrize(
+    ("dtype", "byte", "order"),
+    [("float8_e4m3fn", 1, "L L R R"), ("float8_e4m3fn", 2, "L R L R"), ("bfloat16", 1, "L R L R"), ("float32", 1, "L R L R")],
+)
+def test_loads_come_early_while_they_take_few_registers(dtype, byte, order):
+    """Two blocks of 256 elements a lane: of one byte each, both are on their way before the first sum, where a byte counts as half."""
     h, x, y = t.Value(0, "int32", ("H",)), t.Value(1, dtype, ("H",)), t.Value(2, dtype, ("H",))
     ops: list = [t.Elements(h, "H")]
     for number, (tensor, value) in enumerate({"a": x, "b": y}.items(), 3):
         access = t.Access(tensor, (t.Index.of(h),), (), (False,))
         ops += [t.Load(value, access), t.Reduce(t.Value(number, "float32"), "sum", value, "H")]
     axes = (t.AxisBlock("H", 2**15, 2**15, "whole"),)
-    assert _order(list(motion(t.TileProgram("made", (), axes, (), tuple(ops), 4, 1)).body)) == order
+    assert _order(list(motion(t.TileProgram("made", (), axes, (), tuple(ops), 4, 1), byte).body)) == order
 
 
 @pytest.mark.parametrize(

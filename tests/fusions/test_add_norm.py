@@ -8,22 +8,12 @@ from moekit.fusions import FUSIONS
 from moekit.lang.arguments import example
 from moekit.testing import Call, FusionSuite, implementations, operands, run
 
-NAMES = "add_norm_product", "add_norm_gate_projections", "scaled_add_norm_gate_projections"
-PRODUCT, GATES, SCALED = (FUSIONS[name] for name in NAMES)
-SIZES = {"T": 3, "H": 70, "P": 9}
+GATES, SCALED = FUSIONS["add_norm_gate_projections"], FUSIONS["scaled_add_norm_gate_projections"]
 GATE_SIZES = {"T": 3, "H": 70, "I": 5, "E": 9, "G": 1}
 
 
-class TestAddNormProduct(FusionSuite):
-    """The suite, with widths that fill no block, and one of each."""
-
-    fusion = PRODUCT
-    sizes = (SIZES, {"T": 0, "H": 16, "P": 4}, {"T": 1, "H": 1, "P": 1}, {"T": 2, "H": 300, "P": 19})
-    params = ({}, {"wide": True, "offset": 0.0})
-
-
 class TestAddNormGateProjections(FusionSuite):
-    """The suite, likewise."""
+    """The suite, with widths that fill no block."""
 
     fusion = GATES
     sizes = (GATE_SIZES, {"T": 0, "H": 16, "I": 4, "E": 4, "G": 1}, {"T": 2, "H": 300, "I": 19, "E": 7, "G": 2})
@@ -41,14 +31,13 @@ class TestScaledAddNormGateProjections(FusionSuite):
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_norm_is_that_of_its_own_fusion(implementation, dtype):
-    """The sum is its, bit by bit, and products are of its row: those of the identity are the row itself."""
-    values = operands(PRODUCT, SIZES | {"P": SIZES["H"]}, dtype, seed=5)
-    values["weight"] = np.eye(SIZES["H"], dtype=values["weight"].dtype)
-    got = run(implementation, Call(PRODUCT, values, {"offset": 0.5})).outputs
+    """The sum is its, bit by bit; the row may be added up in another order."""
+    values = operands(GATES, GATE_SIZES, dtype, seed=5)
+    got = run(implementation, Call(GATES, values, {"offset": 0.5})).outputs
     alone = {"x": values["x"], "residual": values["residual"], "weight": values["norm"]}
     wanted = run("interpret", Call(FUSIONS["add_rms_norm"], alone, {"offset": 0.5})).outputs
     np.testing.assert_array_equal(got["total"], wanted["residual"])
-    np.testing.assert_allclose(got["out"].astype(np.float64), wanted["out"].astype(np.float64), rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(got["normed"].astype(np.float64), wanted["out"].astype(np.float64), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", implementations())
@@ -63,8 +52,9 @@ def test_gates_are_those_of_the_normed_row(implementation):
 
 
 def test_programs_of_products_have_the_warps_of_products():
-    """At the 80B's width: the program that writes the sum has as many lanes as the products' want, not the other way round."""
-    graph = PRODUCT.trace(example(PRODUCT, {"T": 1, "H": 2048, "P": 9216}, "bfloat16"))
+    """At the 80B's width: the program that writes the norm has as many lanes as the products' want, not the other way round."""
+    graph = GATES.trace(example(GATES, {"T": 1, "H": 2048, "I": 512, "E": 512, "G": 1}, "bfloat16"))
     assert str(heuristic(graph)) == (
-        "total(tile:T:1 tile:H:1024) out(tile:T:1 whole:H:2048 tile:P:4) warps:4 stages:1 dependent"
+        "normed,total(tile:T:1 whole:H:2048) activated(tile:T:1 whole:H:2048 tile:I:2) logits(tile:T:1 whole:H:2048 tile:E:4) "
+        "share(tile:T:1 whole:H:2048 tile:G:1) warps:4 stages:1 dependent"
     )

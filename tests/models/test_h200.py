@@ -307,7 +307,7 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
         filled = Program(prefill.lower(model, tokens, lengths, cache_length=ROOM, kernels="pallas"))
     of_steps = {"causal_conv1d_step", "delta_rule_step", "qkv_norm_rope", "gated_attention_decode"}
     of_steps |= {"gate_topk", "conv_projections", "expert_gate_up", "expert_down_shared"}
-    of_steps |= {"add_norm_product", "add_norm_gate_projections"}
+    of_steps |= {"row_product", "add_norm_gate_projections"}
     assert "triangular" not in filled.text  # the delta rule solves nothing row by row
     products = re.findall(r" dot\(.*?algorithm=(\w+)", filled.text)
     assert products

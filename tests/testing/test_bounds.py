@@ -233,7 +233,7 @@ LONG_SUMS = {
     "all_reduce_add_rms_norm": {"T": 2, "H": 500},
     "gated_rms_norm": {"T": 2, "V": 1, "D": 500},
     "gate_topk": {"T": 1, "D": 500, "I": 2, "E": 4, "G": 1},
-    "add_norm_product": {"T": 1, "H": 500, "P": 2},
+    "row_product": {"T": 1, "D": 500, "P": 2},
     "add_norm_gate_projections": {"T": 1, "H": 500, "I": 2, "E": 4, "G": 1},
     "conv_projections": {"T": 1, "D": 500, "C": 2, "P": 1, "S": 3},
     "expert_down_shared": {"T": 1, "K": 2, "I": 300, "E": 3, "H": 2, "J": 500},

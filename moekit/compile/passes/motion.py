@@ -12,21 +12,25 @@ WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ra
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 HANDED_ON = (t.Load, t.Cast, t.Binary, t.Unary, t.Where, t.Const, t.Along)  # what operands of products are made by
 MOST_LANES = 1024  # of a program: 32 warps
-MOST_EARLY = 512  # bytes for each lane of what is loaded before: more would wait in registers for its turn
+MOST_EARLY = 512  # for each lane, of what is loaded before: more would wait in registers for its turn
+ELEMENT = 2  # that an element counts as; one of a byte as its target says
 
 
-def motion(program: t.TileProgram) -> t.TileProgram:
-    """The program's operations in an order in which memory is busy while threads wait for each other."""
-    ops = _stores_early(program, _loads_first(program, list(program.body), set()))
+def motion(program: t.TileProgram, byte: int = ELEMENT) -> t.TileProgram:
+    """The program's operations in an order in which memory is busy while threads wait for each other.
+
+    byte: what an element of one byte counts as.
+    """
+    ops = _stores_early(program, _loads_first(program, list(program.body), set(), byte))
     known = {v for op in ops for v in t.results(op)}
-    ops = [_row_by_row(program, op, known) for op in ops]
+    ops = [_row_by_row(program, op, known, byte) for op in ops]
     return replace(program, body=tuple(_operands_first(program, ops, set())))
 
 
-def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value]) -> t.Op:
+def _row_by_row(program: t.TileProgram, op: t.Op, known: set[t.Value], byte: int) -> t.Op:
     """The loop in which a program adds up one row after the other over ranks, with a turn's loads before its first wait."""
     if isinstance(op, t.Loop) and any(isinstance(x, t.Receive) for x in op.body):
-        return replace(op, body=tuple(_loads_first(program, list(op.body), known | {*op.vars})))
+        return replace(op, body=tuple(_loads_first(program, list(op.body), known | {*op.vars}, byte)))
     return op
 
 
@@ -68,7 +72,7 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value]) -> list[t.Op]:
+def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value], byte: int) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
     A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left. Of a
@@ -77,10 +81,10 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value])
     before, after = _split(ops)
     known = outside | {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
-    room = MOST_EARLY * 32 * program.warps - sum(_bytes(program, op) for op in before)
+    room = MOST_EARLY * 32 * program.warps - sum(_loaded(program, op, byte) for op in before)
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:
-            room -= _bytes(program, op)
+            room -= _loaded(program, op, byte)
             if room < 0:
                 break
             early.append(op)
@@ -93,9 +97,11 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op], outside: set[t.Value])
     return [*before, *moved, *(op for op in after if op not in moved)]
 
 
-def _bytes(program: t.TileProgram, op: t.Op) -> int:
-    """What a load brings."""
-    return prod(program.block(op.out.axes)) * itemsize(op.out.dtype) if isinstance(op, t.Load) else 0
+def _loaded(program: t.TileProgram, op: t.Op, byte: int) -> int:
+    """What a load brings, as it counts."""
+    if not isinstance(op, t.Load):
+        return 0
+    return prod(program.block(op.out.axes)) * (byte if itemsize(op.out.dtype) == 1 else ELEMENT)
 
 
 def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:

@@ -20,11 +20,10 @@ SUMMED_TILE = 2**12  # of a matrix whose products are added to parts of a sum
 @once
 def vector_launch(graph: Graph) -> Launch | None:
     """Programs of a graph whose one long sum is of products of rows with a matrix's; None of another graph."""
-    found = {each for n in graph.live_nodes("reduce") if (each := _summed(graph, n))}
-    if len(found) != 1:
+    found = [each for n in graph.live_nodes("reduce") if (each := _summed(graph, n))]
+    if len({*found}) != 1:
         return None
-    ((deep, columns),) = found
-    return _launch(graph, deep, columns, MATRIX_TILE)
+    return _launch(graph, *found[0], MATRIX_TILE // pow2(len(found)))
 
 
 def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:

@@ -17,7 +17,7 @@ from moekit.jax import view
 from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, rms_norm, round_to
 from moekit.models.qwen3next.projected import projected
 
@@ -48,17 +48,12 @@ def decode(
 def _decode(
     x: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
 ) -> tuple[jax.Array, KeyValues]:
-    """`decode` by kernels."""
-    columns = projected(x, weights, *QKV, kernels=kernels)
-    return attended(columns, weights, memory, lengths, config, kernels)
-
-
-def attended(
-    columns: jax.Array, weights: Layer, memory: KeyValues, lengths: jax.Array, config: Config, kernels: Kernels
-) -> tuple[jax.Array, KeyValues]:
-    """What follows the projection of one token of each sequence, by kernels, which read heads where that put them, and put keys
-    and values where memory has them."""
-    batch, dim = columns.shape[0], config.head_dim
+    """`decode` by kernels, which read heads where the projection put them, and put keys and values where memory has them."""
+    batch, dim = x.shape[0], config.head_dim
+    if batch == 1 and QKV[0] + SCALE not in weights.layout:
+        columns = kernels.row_product(x, weights.beside(*QKV))
+    else:
+        columns = projected(x, weights, *QKV, kernels=kernels)
     heads = view(columns.reshape(batch, -1, dim))  # q, its gate, q, its gate, ..., k, v
     queries, keys = (weights.layout[name].shape[0] // dim for name in ("q_proj", "k_proj"))
     q, held, values = kernels.qkv_norm_rope(

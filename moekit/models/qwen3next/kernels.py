@@ -17,7 +17,7 @@ from moekit.models.qwen3next.sharding import AXIS
 KINDS = ("pallas", "pallas-triton", "triton", "xla")
 FUSIONS = (
     "add_rms_norm",
-    "add_norm_product",
+    "row_product",
     "add_norm_gate_projections",
     "gate_projections",
     "topk_softmax",
@@ -63,7 +63,7 @@ class Kernels:
     all_reduce: Callable[..., Any]
     all_gather: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
-    add_norm_product: Callable[..., Any]
+    row_product: Callable[..., Any]
     add_norm_gate_projections: Callable[..., Any]
     gate_projections: Callable[..., Any]
     gate_topk: Callable[..., Any]

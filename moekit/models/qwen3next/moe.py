@@ -38,10 +38,25 @@ DENSE, SORTED, TOGETHER = 4, 128, 4096
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
-    return of_routed(x, routed(x, weights, config, kernels), weights, config, kernels)
+    return _of_routed(x, routed(x, weights, config, kernels), weights, config, kernels)
 
 
-def of_routed(x: jax.Array, gates: tuple[jax.Array, ...], weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
+@partial(jax.jit, static_argnames=("config", "kernels"))
+def moe_behind_norm(
+    hidden: jax.Array, residual: jax.Array, weights: Layer, config: Config, kernels: Kernels
+) -> tuple[jax.Array, jax.Array]:
+    """`moe` of the norm of hidden + residual, and that sum: of one row, whose gates make the norm in their own launch."""
+    given = hidden, residual, weights.view("post_attention_layernorm"), *gate_weights(weights)
+    if "gate_up" + SCALE in weights.layout:
+        made = kernels.scaled_add_norm_gate_projections(*given, **gate_blocks(weights), eps=config.rms_norm_eps)
+    else:
+        made = kernels.add_norm_gate_projections(*given, eps=config.rms_norm_eps)
+    normed, total, activated, logits, share = made
+    chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
+    return _of_routed(normed, (activated, share, chosen, ids), weights, config, kernels), total
+
+
+def _of_routed(x: jax.Array, gates: tuple[jax.Array, ...], weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
     """`moe` of a row whose gates are there, as `routed` gives them."""
     activated, share, chosen, ids = gates
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
