@@ -47,7 +47,7 @@ def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
     [("float8_e4m3fn", 1, "L L R R"), ("float8_e4m3fn", 2, "L R L R"), ("bfloat16", 1, "L R L R"), ("float32", 1, "L R L R")],
 )
 def test_loads_come_early_while_they_take_few_registers(dtype, byte, order):
-    """Two blocks of 256 elements a lane: of one byte each, both are on their way before the first sum, where a byte counts as half."""
+    """Two blocks of 256 elements a lane: of a byte each, both are on their way before the first sum where a byte is half."""
     h, x, y = t.Value(0, "int32", ("H",)), t.Value(1, dtype, ("H",)), t.Value(2, dtype, ("H",))
     ops: list = [t.Elements(h, "H")]
     for number, (tensor, value) in enumerate({"a": x, "b": y}.items(), 3):
