@@ -115,7 +115,9 @@ def summands(graph: Graph) -> Stage | None:
     One launch makes both, the product on the matrix unit; the next adds them up and reads few bytes.
     """
     launch, uses, found = gathered_product(graph) or gathered_rows(graph), axis_uses(graph), stageable(graph)
-    pairs = [d.axis for d in launch.sections[0].directives if isinstance(d, Loop)] if launch and gemms(graph) else []
+    along = {n.attr("axis") for n in graph.live_nodes("contract")}
+    loops = launch.sections[0].all(Loop) if launch and gemms(graph) else ()
+    pairs = [d.axis for d in loops if d.axis not in along]
     if len(pairs) != 1:
         return None
     made: dict[int, set[int]] = {}  # by node, the products that it is made of
