@@ -32,6 +32,9 @@ PREFIXES = {
     "unit_lower_inverse": DELTA,
     "gated_rms_norm": DELTA,
     "add_rms_norm": NORMS,
+    "add_norm_gate_": GATES,
+    "scaled_add_norm_gate_": GATES,
+    "row_product": REST,
     "all_reduce_add_rms_norm": NORMS,
     "attention_decode": ATTENTION,
     "psum": COLLECTIVES,  # XLA's own kernel, fused with what stands around the sum

@@ -1,5 +1,6 @@
 """The fusions moekit ships, one file each. `FUSIONS` maps their names to their declarations."""
 
+from moekit.fusions.add_norm_gate_projections import add_norm_gate_projections
 from moekit.fusions.add_rms_norm import add_rms_norm
 from moekit.fusions.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from moekit.fusions.attention_decode import attention_decode
@@ -19,6 +20,8 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
+from moekit.fusions.row_product import row_product
+from moekit.fusions.scaled_add_norm_gate_projections import scaled_add_norm_gate_projections
 from moekit.fusions.scaled_conv_projections import scaled_conv_projections
 from moekit.fusions.scaled_down_combine import scaled_down_combine
 from moekit.fusions.scaled_expert_down import scaled_expert_down
@@ -41,6 +44,8 @@ FUSIONS = {
         topk_softmax,
         shared_expert_combine,
         add_rms_norm,
+        row_product,
+        add_norm_gate_projections,
         gated_rms_norm,
         causal_conv1d_step,
         conv_projections,
@@ -66,6 +71,7 @@ FUSIONS = {
         scaled_conv_projections,
         scaled_gate_projections,
         scaled_gate_topk,
+        scaled_add_norm_gate_projections,
         scaled_down_combine,
         scaled_expert_down_shared,
     )

@@ -24,6 +24,7 @@ topk_softmax = op(_FUSIONS["topk_softmax"])
 unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 gated_rms_norm = op(_FUSIONS["gated_rms_norm"])
 causal_conv1d_step = op(_FUSIONS["causal_conv1d_step"])
@@ -44,9 +45,11 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+row_product = op(_FUSIONS["row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_add_norm_gate_projections = op(_FUSIONS["scaled_add_norm_gate_projections"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
 scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
 moe_align = op(_FUSIONS["moe_align"])
@@ -61,6 +64,7 @@ __all__ = [
     "Link",
     "PackedGate",
     "View",
+    "add_norm_gate_projections",
     "add_rms_norm",
     "all_reduce_add_rms_norm",
     "attention_decode",
@@ -84,6 +88,8 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "row_product",
+    "scaled_add_norm_gate_projections",
     "scaled_conv_projections",
     "scaled_down_combine",
     "scaled_expert_down",

@@ -28,6 +28,7 @@ unit_lower_inverse = op(_FUSIONS["unit_lower_inverse"])
 shared_expert_combine = op(_FUSIONS["shared_expert_combine"])
 shared_expert_combine_ = op(_FUSIONS["shared_expert_combine"], in_place=True)
 add_rms_norm = op(_FUSIONS["add_rms_norm"])
+add_norm_gate_projections = op(_FUSIONS["add_norm_gate_projections"])
 all_reduce_add_rms_norm = op(_FUSIONS["all_reduce_add_rms_norm"])
 all_reduce_add_rms_norm_ = op(_FUSIONS["all_reduce_add_rms_norm"], in_place=True)
 add_rms_norm_ = op(_FUSIONS["add_rms_norm"], in_place=True)
@@ -55,10 +56,12 @@ scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
+row_product = op(_FUSIONS["row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
 scaled_conv_projections_ = op(_FUSIONS["scaled_conv_projections"], in_place=True)
 scaled_gate_projections = op(_FUSIONS["scaled_gate_projections"])
 scaled_gate_topk = op(_FUSIONS["scaled_gate_topk"])
+scaled_add_norm_gate_projections = op(_FUSIONS["scaled_add_norm_gate_projections"])
 scaled_down_combine = op(_FUSIONS["scaled_down_combine"])
 scaled_down_combine_ = op(_FUSIONS["scaled_down_combine"], in_place=True)
 scaled_expert_down_shared = op(_FUSIONS["scaled_expert_down_shared"])
@@ -75,6 +78,7 @@ __all__ = [
     "PackedGate",
     "PatchReport",
     "Warmed",
+    "add_norm_gate_projections",
     "add_rms_norm",
     "add_rms_norm_",
     "all_reduce_add_rms_norm",
@@ -107,6 +111,8 @@ __all__ = [
     "qkv_norm_rope",
     "qkv_norm_rope_",
     "register",
+    "row_product",
+    "scaled_add_norm_gate_projections",
     "scaled_conv_projections",
     "scaled_conv_projections_",
     "scaled_down_combine",

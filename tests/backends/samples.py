@@ -79,6 +79,7 @@ _CHUNKS = {"q": (1, 2, 64, 8, 128), "k": (1, 2, 64, 8, 128), "solved": (1, 2, 16
 _EXPERTS = {"x": (4, 2048), "ids": (4, 10), "weights": (4, 10), "gate_up": (512, 1024, 2048), "down": (512, 512, 2048)}
 _SCALED = {"gate_up_scale": (512, 8, 16), "down": (512, 2048, 512), "down_scale": (512, 16, 4)}
 _SCALED_GATES = {"x": (4, 2048), "gate_up": (256, 2048), "scale": (2, 16), "router": (512, 2048), "shared_gate": (1, 2048)}
+_ROW_GATES = {n: shape for n, shape in _SCALED_GATES.items() if n != "x"}
 _CONVOLVED = {
     "x": (4, 2048),
     "mixing": (1024, 2048),
@@ -124,6 +125,16 @@ SAMPLES = {
         {"x": (4, 2048), **_GATES},
         schedule="activated(tile:T:16 loop:D:64 tile:I:32 parts:D:2) logits(tile:T:16 loop:D:64 tile:E:32 parts:D:2) "
         "share(tile:T:16 loop:D:64 tile:G:16 parts:D:2 prefetch:shared_gate) warps:4 stages:3 dependent abreast:T",
+    ),
+    "row_product": Sample("row_product", {"x": (1, 2048), "weight": (1024, 2048)}),
+    "add_norm_gate_projections": Sample(
+        "add_norm_gate_projections", {"x": (1, 2048), "residual": (1, 2048), "norm": (2048,), **_GATES}, f32=("norm",)
+    ),
+    "scaled_add_norm_gate_projections": Sample(
+        "scaled_add_norm_gate_projections",
+        {"x": (1, 2048), "residual": (1, 2048), "norm": (2048,), **_ROW_GATES},
+        f32=("norm", "scale"),
+        f8=("gate_up",),
     ),
     "gate_block": Sample("gate_block", {"x": (4, 2048), "residual": (4, 2048), "weight": (2048,), **_GATES}),
     "down_combine": Sample(

@@ -40,6 +40,8 @@ SIZES = {
     "gated_attention_decode": [dict(T=3, K=2, G=3, Q=6, L=20, D=6, Dv=9)],
     "conv_projections": [dict(T=2, D=35, C=9, P=5, S=3)],
     "gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
+    "row_product": [dict(T=3, D=35, P=9)],
+    "add_norm_gate_projections": [dict(T=3, H=35, I=5, E=9, G=1)],
     "expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
     "experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "moe_align": [dict(T=40, K=3)],
@@ -52,6 +54,7 @@ LONG = {  # by the rules alone, as others take minutes
     "scaled_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "scaled_conv_projections": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
     "scaled_gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
+    "scaled_add_norm_gate_projections": [dict(T=3, H=35, I=5, E=9, G=1)],
     "scaled_expert_down_shared": [dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1})],
 }
 count = 0

@@ -143,7 +143,7 @@ def test_ratios(tmp_path):
 @pytest.mark.parametrize("name", FUSIONS)
 def test_every_fusion_is_a_part_of_a_step(name):
     """None of moekit's kernels is taken for one of XLA's, whichever of its launches it is; nor is a sum over GPUs."""
-    alike = name.endswith(("conv_projections", "scaled_product"))
+    alike = name.endswith(("conv_projections", "_product"))
     projections = {parts.REST} if alike else set(parts.PARTS) - {parts.REST}
     ends = ("", "_partial", "_combine", "_staged_product_v21")
     assert {parts.part(name + end) for end in ends} <= projections - {parts.COLLECTIVES}

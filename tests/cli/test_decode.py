@@ -29,6 +29,8 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "gated_rms_norm": 2,
     "causal_conv1d_step": 2,
     "conv_projections": 0,
+    "row_product": 0,
+    "add_norm_gate_projections": 0,
     "delta_rule_step": 2,
     "delta_rule_chunks": 0,
     "unit_lower_inverse": 0,

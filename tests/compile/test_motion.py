@@ -43,6 +43,21 @@ def test_in_a_loop_nothing_is_stored_before_the_loop_that_loads_it():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "byte", "order"),
+    [("float8_e4m3fn", 1, "L L R R"), ("float8_e4m3fn", 2, "L R L R"), ("bfloat16", 1, "L R L R"), ("float32", 1, "L R L R")],
+)
+def test_loads_come_early_while_they_take_few_registers(dtype, byte, order):
+    """Two blocks of 256 elements a lane: of a byte each, both are on their way before the first sum where a byte is half."""
+    h, x, y = t.Value(0, "int32", ("H",)), t.Value(1, dtype, ("H",)), t.Value(2, dtype, ("H",))
+    ops: list = [t.Elements(h, "H")]
+    for number, (tensor, value) in enumerate({"a": x, "b": y}.items(), 3):
+        access = t.Access(tensor, (t.Index.of(h),), (), (False,))
+        ops += [t.Load(value, access), t.Reduce(t.Value(number, "float32"), "sum", value, "H")]
+    axes = (t.AxisBlock("H", 2**15, 2**15, "whole"),)
+    assert _order(list(motion(t.TileProgram("made", (), axes, (), tuple(ops), 4, 1), byte).body)) == order
+
+
+@pytest.mark.parametrize(
     ("read", "again", "order"),
     [("h", "", "L Sa R"), ("g", "", "L R Sa"), ("h", "total", "L R L Sa"), ("h", "h", "L L Sa R")],
     ids=str,

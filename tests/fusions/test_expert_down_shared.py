@@ -60,9 +60,10 @@ def test_as_the_two_fusions_one_after_the_other(implementation, dtype):
 
 
 def test_two_launches():
-    """At the 80B's width over two GPUs: the pairs, then their sum and the shared expert's product."""
+    """At the 80B's width over two GPUs: the pairs and beside them the shared expert's product, then their sum."""
     graph = FUSION.trace(example(FUSION, {"T": 1, "H": 2048, "I": 256, "J": 256, "E": 512, "K": 10}, "bfloat16"))
     assert str(heuristic(graph)) == (
-        "tile:K.part:1 tile:T:1 loop:K:1 whole:I:256 tile:H:64 warps:4 stages:1 dependent split:K:10 then "
-        "loop:K.part:1 tile:T:1 tile:H:16 whole:J:256 warps:4 stages:1 dependent"
+        "staged_product_j(tile:T:16 tile:H:32 loop:J:256 prefetch:shared_down) "
+        "staged_rounded(tile:T:1 tile:K:1 whole:I:256 tile:H:64) warps:4 stages:4 dependent stage:product_j,rounded then "
+        "tile:T:1 whole:K:16 tile:H:32 warps:2 stages:1 dependent"
     )

@@ -31,6 +31,7 @@ SIZES = {
     "gate_gemm": dict(T=5, P=19, D=38), "silu_and_mul": dict(T=7, I=37), "topk_softmax": dict(T=5, E=60),
     "shared_expert_combine": dict(T=5, H=50), "add_rms_norm": dict(T=5, H=50), "gated_rms_norm": dict(T=3, V=4, D=33),
     "delta_rule_step": dict(T=3, K=2, V=4, Dk=8, Dv=9), "gate_projections": dict(T=3, D=35, I=5, E=9, G=1),
+    "row_product": dict(T=3, D=35, P=9), "add_norm_gate_projections": dict(T=3, H=35, I=5, E=9, G=1),
     "gate_topk": dict(T=3, D=35, I=5, E=19, G=1), "down_combine": dict(T=3, H=19, I=33, **{"H?": 1}),
     "expert_gate_up": dict(T=3, D=35, I=5, E=7, K=3), "expert_down": dict(T=3, H=19, I=9, E=7, K=3),
     "expert_down_shared": dict(T=3, H=19, I=9, J=21, E=7, K=3, **{"H?": 1}), "causal_conv1d_step": dict(T=3, C=19, S=3),

@@ -157,8 +157,8 @@ def test_steps_call_the_kernels_that_take_scales(folder, many, mesh):
     found = stepped(load(folder, mesh(2), weights=KEPT), 17)  # more than a block of the matrix unit's has
     assert [found.get(name) for name in ("scaled_product", "scaled_conv_projections", "causal_conv1d_step")] == [4, None, 1]
     found = stepped(load(many, mesh(1), weights=KEPT), 1)  # 2 layers: q, k and v, and what goes back
-    pairs = ("scaled_gate_topk", "scaled_expert_gate_up", "scaled_expert_down_shared", "scaled_conv_projections")
-    assert [found[name] for name in (*pairs, "scaled_product")] == [2, 2, 2, 1, 3]
+    pairs = ("scaled_add_norm_gate_projections", "topk_softmax", "scaled_expert_gate_up", "scaled_expert_down_shared")
+    assert [found[name] for name in (*pairs, "scaled_conv_projections", "scaled_product")] == [2, 2, 2, 2, 1, 3]
     assert {"scaled_expert_down", "scaled_down_combine", "causal_conv1d_step"}.isdisjoint(found)
 
 

@@ -67,11 +67,12 @@ def test_kernel_calls_by_fusion(zoo, case, tp):
     assert step == every | steps | grouped
     one = cache_shapes(model.config, model.mesh, 1, 64, np.float32)
     step = greedy_step.trace(model, one.lengths, one, kernels="pallas")
-    del steps["causal_conv1d_step"]
-    alone = {"conv_projections": deltas}
+    del steps["causal_conv1d_step"], steps["gate_topk"]
+    alone = {"conv_projections": deltas, "add_rms_norm": layers + 1, "row_product": layers - deltas + 1}
+    alone |= dict.fromkeys(("add_norm_gate_projections", "topk_softmax"), layers)
     assert by_fusion(calls(step.jaxpr.jaxpr)) == every | steps | gathered | alone
     scaled = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights: tests/models/test_float8.py
-    known = (scaled, every, filled, steps, gathered, grouped, alone, ["causal_conv1d_step"])
+    known = (scaled, every, filled, steps, gathered, grouped, alone, ["causal_conv1d_step", "gate_topk"])
     assert set().union(*known) == set(FUSIONS)
 
 
@@ -84,6 +85,8 @@ def test_xla_calls_no_kernel(zoo):
 OUTPUTS = [
     ("add_rms_norm", 0),
     ("add_rms_norm", 1),
+    ("row_product", 0),
+    *(("add_norm_gate_projections", part) for part in range(5)),
     ("gate_topk", 0),
     ("gate_topk", 1),
     ("gate_topk", 2),
@@ -127,7 +130,8 @@ def signed(signs):
     return replace(kernels, **{name: times_sign(name, getattr(kernels, name)) for name in {n for n, _ in OUTPUTS}})
 
 
-ALONE = ("expert_gate_up", "expert_down_shared", "conv_projections")  # of one sequence; of more other kernels
+# Of one sequence; of more other kernels.
+ALONE = ("expert_gate_up", "expert_down_shared", "conv_projections", "row_product", "add_norm_gate_projections")
 
 
 @pytest.fixture(scope="module")

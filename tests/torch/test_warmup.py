@@ -18,6 +18,7 @@ def test_every_form_of_every_fusion():
     assert {(w.fusion, w.in_place) for w in warmed} == {
         (f, False)
         for f in (
+            "row_product", "add_norm_gate_projections", "scaled_add_norm_gate_projections",
             "gate_gemm", "silu_and_mul", "topk_softmax", "shared_expert_combine", "add_rms_norm", "gated_rms_norm",
             "delta_rule_step", "delta_rule_chunks", "unit_lower_inverse",
             "gate_projections", "down_combine", "expert_gate_up", "expert_down",

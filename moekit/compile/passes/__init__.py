@@ -52,7 +52,7 @@ PASSES: dict[str, Pass] = {
     "prefetch": lambda program, how: prefetch(program, {d.tensor for d in how.section.all(Prefetch)}),
     "masks": lambda program, how: masks(program),
     "choices": lambda program, how: choices(program),
-    "motion": lambda program, how: motion(program),
+    "motion": lambda program, how: motion(program, TARGETS[how.target].early_byte),
     "flatten": lambda program, how: flatten(program),
     "legalise": lambda program, how: legalise(program, how.target),
     "tidy": lambda program, how: tidy(program),

@@ -6,17 +6,22 @@ from dataclasses import replace
 from math import prod
 
 from moekit.compile import tile as t
+from moekit.lang.dtypes import itemsize
 
 WAITS = (t.Reduce, t.Scan, t.Dot, t.Loop, t.Receive)  # for other threads, or ranks
 FREE = (t.Load, t.Const, t.Extent, t.Elements, t.InBounds, t.Binary)
 HANDED_ON = (t.Load, t.Cast, t.Binary, t.Unary, t.Where, t.Const, t.Along)  # what operands of products are made by
 MOST_LANES = 1024  # of a program: 32 warps
-MOST_EARLY = 256  # elements for each lane of what is loaded before: more would wait in registers for its turn
+MOST_EARLY = 512  # for each lane, of what is loaded before: more would wait in registers for its turn
+ELEMENT = 2  # that an element counts as; one of a byte as its target says
 
 
-def motion(program: t.TileProgram) -> t.TileProgram:
-    """The program's operations in an order in which memory is busy while threads wait for each other."""
-    ops = _stores_early(program, _loads_first(program, list(program.body)))
+def motion(program: t.TileProgram, byte: int = ELEMENT) -> t.TileProgram:
+    """The program's operations in an order in which memory is busy while threads wait for each other.
+
+    byte: what an element of one byte counts as.
+    """
+    ops = _stores_early(program, _loads_first(program, list(program.body), byte))
     return replace(program, body=tuple(_operands_first(program, ops, set())))
 
 
@@ -58,7 +63,7 @@ def _split(ops: list[t.Op]) -> tuple[list[t.Op], list[t.Op]]:
     return ops[:first], ops[first:]
 
 
-def _loads_first(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
+def _loads_first(program: t.TileProgram, ops: list[t.Op], byte: int) -> list[t.Op]:
     """The operations, with every load that waits for nothing before the first operation that brings threads together.
 
     A norm's weight is then on its way while the squares are summed up: of two memory latencies in a row one is left. Of a
@@ -67,10 +72,10 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
     before, after = _split(ops)
     known = {v for op in before for v in t.results(op)}
     early: list[t.Op] = []
-    room = MOST_EARLY * 32 * program.warps - sum(_elements(program, op) for op in before)
+    room = MOST_EARLY * 32 * program.warps - sum(_loaded(program, op, byte) for op in before)
     for op in after:
         if isinstance(op, FREE) and set(t.operands(op)) <= known:
-            room -= _elements(program, op)
+            room -= _loaded(program, op, byte)
             if room < 0:
                 break
             early.append(op)
@@ -83,9 +88,11 @@ def _loads_first(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:
     return [*before, *moved, *(op for op in after if op not in moved)]
 
 
-def _elements(program: t.TileProgram, op: t.Op) -> int:
-    """What a load brings."""
-    return prod(program.block(op.out.axes)) if isinstance(op, t.Load) else 0
+def _loaded(program: t.TileProgram, op: t.Op, byte: int) -> int:
+    """What a load brings, as it counts."""
+    if not isinstance(op, t.Load):
+        return 0
+    return prod(program.block(op.out.axes)) * (byte if itemsize(op.out.dtype) == 1 else ELEMENT)
 
 
 def _stores_early(program: t.TileProgram, ops: list[t.Op]) -> list[t.Op]:

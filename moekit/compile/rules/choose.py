@@ -14,7 +14,7 @@ from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, g
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
 from moekit.compile.rules.tables import integers, table_launch, tables, wide
-from moekit.compile.rules.vectors import summed_launch, vector_launch
+from moekit.compile.rules.vectors import vector_launch
 from moekit.compile.schedule.cost import programs, runaway
 from moekit.compile.schedule.cuts import cut, launched, stageable
 from moekit.compile.schedule.directives import (
@@ -148,9 +148,7 @@ def _gathered(graph: Graph) -> Schedule | None:
         return beside
     if (launch := gathered_product(graph) or gathered_rows(graph)) is None:
         return None
-    first, *rest = spread(graph, launch).launches
-    graphs = [g for _, g, _ in launched(graph, Schedule((first, *rest)))][1:]
-    schedule = Schedule((first, *(summed_launch(g) or other for g, other in zip(graphs, rest, strict=True))))
+    schedule = spread(graph, launch)
     return schedule if legal(graph, schedule) is None else None
 
 
@@ -223,7 +221,8 @@ def _launch(graph: Graph, tile: Block = GEMM_TILES[0], columns: int = GEMM_COLUM
         section = deeper(g, obliging(g, piece.sections[0], piece.warps), stages)
         made.append(replace(section, outputs=tuple(w.output for w in g.writes)))
     choosing = [p.warps for g, p in zip(parts, pieces, strict=True) if any(g.live_nodes("top_k"))]
-    warps = min(choosing) if choosing and not products else max(p.warps for p in pieces)  # one warp's lanes need no barrier
+    summed = [] if products else [p.warps for g, p in zip(parts, pieces, strict=True) if vector_launch(g)]  # most programs
+    warps = min(choosing) if choosing and not products else max(summed or [p.warps for p in pieces])  # one warp: no barrier
     return _abreast(graph, Launch(tuple(made), (Warps(warps), Stages(stages), Dependent())))
 
 

@@ -63,17 +63,20 @@ WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of p
 def gathered_product(graph: Graph) -> Launch | None:
     """What comes before a split of a graph whose gathered matrices have their columns side by side in memory."""
     uses = axis_uses(graph)
-    for node in (graph.nodes[i] for i in graph.live()):
+    for number in graph.live():
+        node = graph.nodes[number]
         found = _columns(graph, node) if node.op == "contract" else None
         pairs = [a for a, u in uses.items() if found and a in node.axes and u.reduced and 1 < (u.extent or 0) <= MOST_PAIRS]
-        if not found or len(pairs) != 1 or not uses[found].parallel:
+        if not found or len(pairs) > 1 or not uses[found].parallel or (not pairs and number in gemms(graph)):
             continue
         size = max(itemsize(graph.nodes[a].dtype) for a in node.args)
         deep, over = uses[node.attr("axis")].extent, node.attr("axis")
         whole = deep is not None and pow2(deep) <= MOST_WHOLE
         said: dict[str, Axis] = {found: Tile(found, min(COLUMNS_BYTES // size, pow2(uses[found].extent or 1)))}
-        said |= {pairs[0]: Loop(pairs[0], 1), over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)}
+        said |= {over: Whole(over, pow2(deep or 1)) if whole else Loop(over, STEP)} | {a: Loop(a, 1) for a in pairs}
         launch = alone((said.get(a) or other_axis(u) for a, u in uses.items()), stages=1 if whole else 3)
+        if not pairs:
+            return launch
         return launch.but(Split(pairs[0], uses[pairs[0]].extent or 1)) if equally_deep(graph, pairs[0]) else None
     return None
 
@@ -111,8 +114,10 @@ def summands(graph: Graph) -> Stage | None:
 
     One launch makes both, the product on the matrix unit; the next adds them up and reads few bytes.
     """
-    launch, uses, found = gathered_rows(graph), axis_uses(graph), stageable(graph)
-    pairs = [d.axis for d in launch.sections[0].directives if isinstance(d, Loop)] if launch and gemms(graph) else []
+    launch, uses, found = gathered_product(graph) or gathered_rows(graph), axis_uses(graph), stageable(graph)
+    along = {n.attr("axis") for n in graph.live_nodes("contract")}
+    loops = launch.sections[0].all(Loop) if launch and gemms(graph) else ()
+    pairs = [d.axis for d in loops if d.axis not in along]
     if len(pairs) != 1:
         return None
     made: dict[int, set[int]] = {}  # by node, the products that it is made of

@@ -9,22 +9,20 @@ from math import prod
 
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.directives import Axis, Launch, Loop, Tile, Warps, Whole, pow2
-from moekit.compile.schedule.facts import PART, PRODUCTS, axis_uses, once
+from moekit.compile.schedule.facts import axis_uses, once
 from moekit.lang.graph import Graph, Node
 
 MATRIX_TILE = 2**13  # elements of a matrix that a program has
 EACH_WARP = 2**11  # of them, all under way at once
-SUMMED_TILE = 2**12  # of a matrix whose products are added to parts of a sum
 
 
 @once
 def vector_launch(graph: Graph) -> Launch | None:
     """Programs of a graph whose one long sum is of products of rows with a matrix's; None of another graph."""
-    found = {each for n in graph.live_nodes("reduce") if (each := _summed(graph, n))}
-    if len(found) != 1:
+    found = [each for n in graph.live_nodes("reduce") if (each := _summed(graph, n))]
+    if len({*found}) != 1:
         return None
-    ((deep, columns),) = found
-    return _launch(graph, deep, columns, MATRIX_TILE)
+    return _launch(graph, *found[0], MATRIX_TILE // pow2(len(found)))
 
 
 def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:
@@ -39,20 +37,6 @@ def _summed(graph: Graph, node: Node) -> tuple[tuple[str, ...], str] | None:
         return None
     static = [a for axes in own for a in axes if graph.axes[a] is not None and uses[a].parallel]
     return (tuple(deep), static[0]) if len(static) == 1 else None
-
-
-def summed_launch(graph: Graph) -> Launch | None:
-    """Programs that add up parts, and to them products of few rows with a matrix; None of another graph.
-
-    Products in blocks with scales are the matrix unit's: lanes would take longer to make float32 of their codes.
-    """
-    products = [*graph.live_nodes(*PRODUCTS)]
-    uses = axis_uses(graph)
-    deep = [a for a, use in uses.items() if use.reduced and not a.endswith(PART)]
-    if len(products) != 1 or len(deep) > 1 or not any(a.endswith(PART) for a in uses):
-        return None
-    columns = [a for a in products[0].axes if graph.axes[a] is not None and uses[a].parallel]
-    return _launch(graph, (products[0].attr("axis"),), columns[-1], SUMMED_TILE) if columns else None
 
 
 def _launch(graph: Graph, deep: tuple[str, ...], columns: str, tile: int) -> Launch:

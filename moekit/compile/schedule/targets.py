@@ -11,7 +11,8 @@ class Target:
 
     matrix unit takes a product; `largest_tile`: elements of a block that the compiler takes; `faults`: those of the compiler
     that passes/legalise.py works around, by the names they have there; `told`: whether it wants to be told which thread holds
-    what (passes/fragments.py).
+    what (passes/fragments.py); `early_byte`: what an element of one byte counts as among
+    what is loaded early, where others count as 2 (passes/motion.py).
     """
 
     sms: int
@@ -24,12 +25,13 @@ class Target:
     most_stages: int
     faults: tuple[str, ...]
     told: bool = False
+    early_byte: int = 2
 
 
 _H200 = {"sms": 132, "shared_memory": 227 * 2**10, "line": 128, "lanes": 32, "matrix": 16, "largest_tile": 2**17,
          "warps": (1, 2, 4, 8, 16, 32), "most_stages": 8}  # fmt: skip
 TARGETS = {
-    "triton": Target(**_H200, faults=("narrowing", "negation", "float8", "negative zero", "rounded product")),
+    "triton": Target(**_H200, faults=("narrowing", "negation", "float8", "negative zero", "rounded product"), early_byte=1),
     "pallas": Target(**_H200, faults=("narrowing", "negation", "float8")),
     "mosaic": replace(Target(**_H200, faults=("narrowing", "negation")), warps=(4,), told=True),
 }

@@ -17,10 +17,11 @@ from moekit.jax import view
 from moekit.models.qwen3next.cache import KeyValues
 from moekit.models.qwen3next.config import Config
 from moekit.models.qwen3next.kernels import Kernels
-from moekit.models.qwen3next.layer import Layer
+from moekit.models.qwen3next.layer import SCALE, Layer
 from moekit.models.qwen3next.numerics import einsum, rms_norm, round_to
 from moekit.models.qwen3next.projected import projected
 
+QKV = "q_proj", "k_proj", "v_proj"
 FLASH = 256  # tokens of a prompt from which on cuDNN's attention is taken, where it is there
 ROWS = 1024  # queries of a prompt whose scores are held at a time, with all keys up to theirs
 LONG = 32768  # tokens of a prompt from which on, for the sake of memory, keys come in blocks as well
@@ -49,7 +50,10 @@ def _decode(
 ) -> tuple[jax.Array, KeyValues]:
     """`decode` by kernels, which read heads where the projection put them, and put keys and values where memory has them."""
     batch, dim = x.shape[0], config.head_dim
-    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
+    if batch == 1 and QKV[0] + SCALE not in weights.layout:
+        columns = kernels.row_product(x, weights.beside(*QKV))
+    else:
+        columns = projected(x, weights, *QKV, kernels=kernels)
     heads = view(columns.reshape(batch, -1, dim))  # q, its gate, q, its gate, ..., k, v
     queries, keys = (weights.layout[name].shape[0] // dim for name in ("q_proj", "k_proj"))
     q, held, values = kernels.qkv_norm_rope(
@@ -108,7 +112,7 @@ def _project(
     """q and its gate [B, S, kv heads, queries of each, dim], k and v [B, S, kv heads, dim]; q and k normed and rotated."""
     batch, length, _ = x.shape
     dim, eps = config.head_dim, config.rms_norm_eps
-    columns = projected(x, weights, "q_proj", "k_proj", "v_proj", kernels=kernels)
+    columns = projected(x, weights, *QKV, kernels=kernels)
     queries, keys = (weights.layout[name].shape[0] for name in ("q_proj", "k_proj"))
     both = columns[..., :queries].reshape(batch, length, -1, 2, dim)
     q, gate = both[..., 0, :], both[..., 1, :]

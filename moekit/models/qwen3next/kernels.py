@@ -17,6 +17,8 @@ from moekit.models.qwen3next.sharding import AXIS
 KINDS = ("pallas", "pallas-triton", "triton", "xla")
 FUSIONS = (
     "add_rms_norm",
+    "row_product",
+    "add_norm_gate_projections",
     "gate_projections",
     "topk_softmax",
     "gate_topk",
@@ -33,6 +35,7 @@ FUSIONS = (
     "scaled_conv_projections",
     "scaled_gate_projections",
     "scaled_gate_topk",
+    "scaled_add_norm_gate_projections",
     "scaled_down_combine",
     "scaled_expert_down_shared",
     "gated_rms_norm",
@@ -58,6 +61,8 @@ class Kernels:
     all_reduce: Callable[..., Any]
     all_gather: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
+    row_product: Callable[..., Any]
+    add_norm_gate_projections: Callable[..., Any]
     gate_projections: Callable[..., Any]
     gate_topk: Callable[..., Any]
     topk_softmax: Callable[..., Any]
@@ -74,6 +79,7 @@ class Kernels:
     scaled_conv_projections: Callable[..., Any]
     scaled_gate_projections: Callable[..., Any]
     scaled_gate_topk: Callable[..., Any]
+    scaled_add_norm_gate_projections: Callable[..., Any]
     scaled_down_combine: Callable[..., Any]
     scaled_expert_down_shared: Callable[..., Any]
     gated_rms_norm: Callable[..., Any]

@@ -28,7 +28,7 @@ from moekit.models.qwen3next.exchanged import Exchanged, Gathered, unsummed
 from moekit.models.qwen3next.kernels import Kernels, resolve
 from moekit.models.qwen3next.layer import Layer
 from moekit.models.qwen3next.memory import NO_ROOM, Room
-from moekit.models.qwen3next.moe import moe
+from moekit.models.qwen3next.moe import moe, moe_behind_norm
 from moekit.models.qwen3next.numerics import linear
 from moekit.models.qwen3next.sharding import AXIS, parameters, specs, vocabulary_spec
 
@@ -222,7 +222,11 @@ def _decode(
 
     tokens, lengths = checks.spoiled_steps(tokens, cache, config.vocab_size)
     hidden = through_layers(params, tokens, mix, config, kernels, norm)
-    return linear(hidden, params["lm_head"], jnp.float32), memories.cache(lengths), norm.link if norm else None
+    if kernels.fused and len(tokens) == 1:
+        logits = kernels.row_product(hidden, params["lm_head"], wide=True)
+    else:
+        logits = linear(hidden, params["lm_head"], jnp.float32)
+    return logits, memories.cache(lengths), norm.link if norm else None
 
 
 def through_layers(
@@ -258,6 +262,9 @@ def through_layer(
     """One layer: what it adds to the residual stream [T, H], and the stream before that, to which `hidden` was to be added."""
     normed, residual = norm(hidden, residual, layer.view("input_layernorm"))
     partial_sum = mix(normed, layer)
+    if kernels.fused and len(hidden) == 1 and not isinstance(norm, Exchanged):
+        made, residual = moe_behind_norm(kernels.all_reduce(partial_sum), residual, layer, config, kernels)
+        return kernels.all_reduce(made), residual
     normed, residual = norm(kernels.all_reduce(partial_sum), residual, layer.view("post_attention_layernorm"))
     return kernels.all_reduce(moe(normed, layer, config, kernels)), residual
 

@@ -38,7 +38,27 @@ DENSE, SORTED, TOGETHER = 4, 128, 4096
 @partial(jax.jit, static_argnames=("config", "kernels"))
 def moe(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
     """x [T, H] -> one rank's partial sum of the routed and the shared experts, [T, H]."""
-    activated, share, chosen, ids = routed(x, weights, config, kernels)
+    return _of_routed(x, routed(x, weights, config, kernels), weights, config, kernels)
+
+
+@partial(jax.jit, static_argnames=("config", "kernels"))
+def moe_behind_norm(
+    hidden: jax.Array, residual: jax.Array, weights: Layer, config: Config, kernels: Kernels
+) -> tuple[jax.Array, jax.Array]:
+    """`moe` of the norm of hidden + residual, and that sum: of one row, whose gates make the norm in their own launch."""
+    given = hidden, residual, weights.view("post_attention_layernorm"), *gate_weights(weights)
+    if "gate_up" + SCALE in weights.layout:
+        made = kernels.scaled_add_norm_gate_projections(*given, **gate_blocks(weights), eps=config.rms_norm_eps)
+    else:
+        made = kernels.add_norm_gate_projections(*given, eps=config.rms_norm_eps)
+    normed, total, activated, logits, share = made
+    chosen, ids = kernels.topk_softmax(logits, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
+    return _of_routed(normed, (activated, share, chosen, ids), weights, config, kernels), total
+
+
+def _of_routed(x: jax.Array, gates: tuple[jax.Array, ...], weights: Layer, config: Config, kernels: Kernels) -> jax.Array:
+    """`moe` of a row whose gates are there, as `routed` gives them."""
+    activated, share, chosen, ids = gates
     x, chosen, ids = lax.optimization_barrier((x, chosen, ids))  # the logits are dead while the routed experts run
     ids = _among_held(ids, config)
     alike = ("experts_down" + SCALE in weights.layout) == ("shared_down" + SCALE in weights.layout)
@@ -72,11 +92,11 @@ def _few(
 
 def routed(x: jax.Array, weights: Layer, config: Config, kernels: Kernels) -> tuple[jax.Array, ...]:
     """The shared expert's activation [T, I] and its share [T, 1], and the weights and numbers of the experts chosen, [T, k]."""
-    names, k, more = ("gate_up", "router", "shared_gate"), config.num_experts_per_tok, {"renormalize": config.norm_topk_prob}
+    k, more = config.num_experts_per_tok, {"renormalize": config.norm_topk_prob}
     if kernels.fused and x.shape[0] <= ROWS:
         if "gate_up" + SCALE not in weights.layout:
-            return kernels.gate_topk(x, *map(weights.view, names), k, **more)
-        return kernels.scaled_gate_topk(x, *_scaled_gates(weights), k, **more, **_gate_blocks(weights))
+            return kernels.gate_topk(x, *gate_weights(weights), k, **more)
+        return kernels.scaled_gate_topk(x, *gate_weights(weights), k, **more, **gate_blocks(weights))
     activated, logits, share = gate(x, weights, kernels)
     return activated, share, *kernels.topk_softmax(logits, k, **more)
 
@@ -85,7 +105,7 @@ def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax
     """The shared expert's activation [T, I], the router's logits [T, E] and the shared expert's share [T, 1], float32."""
     names, scaled = ("gate_up", "router", "shared_gate"), "gate_up" + SCALE in weights.layout
     if kernels.fused and scaled and x.shape[0] <= MOST:
-        return kernels.scaled_gate_projections(x, *_scaled_gates(weights), **_gate_blocks(weights))
+        return kernels.scaled_gate_projections(x, *gate_weights(weights), **gate_blocks(weights))
     if kernels.fused:
         wide = widened(weights, "gate_up", dtype=x.dtype) if scaled else weights.view("gate_up")
         return kernels.gate_projections(x, wide, *map(weights.view, names[1:]))
@@ -93,12 +113,14 @@ def gate(x: jax.Array, weights: Layer, kernels: Kernels) -> tuple[jax.Array, jax
     return _activation(gate_up, 1.0, x.dtype), logits, jax.nn.sigmoid(shared_gate.astype(jnp.float32))
 
 
-def _scaled_gates(weights: Layer) -> tuple[View, ...]:
-    """The gates' weights where the shared expert is float8, with its scales behind it."""
-    return tuple(map(weights.view, ("gate_up", "gate_up" + SCALE, "router", "shared_gate")))
+def gate_weights(weights: Layer) -> tuple[View, ...]:
+    """The gates' weights, with the scales behind the first where the shared expert is float8."""
+    scale = ("gate_up" + SCALE,) if "gate_up" + SCALE in weights.layout else ()
+    return tuple(map(weights.view, ("gate_up", *scale, "router", "shared_gate")))
 
 
-def _gate_blocks(weights: Layer) -> dict[str, int]:
+def gate_blocks(weights: Layer) -> dict[str, int]:
+    """What a scale of the shared expert's is of, as kernels take it."""
     return dict(zip(("inner", "columns"), weights.block("gate_up"), strict=True))
 
 
