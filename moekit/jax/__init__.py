@@ -43,6 +43,8 @@ experts = op(_FUSIONS["experts"])
 scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
+quantised = op(_FUSIONS["quantised"])
+quantised_experts = op(_FUSIONS["quantised_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
 scaled_row_product = op(_FUSIONS["scaled_row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
@@ -86,6 +88,8 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "quantised",
+    "quantised_experts",
     "scaled_conv_products",
     "scaled_conv_projections",
     "scaled_down_combine",

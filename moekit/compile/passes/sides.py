@@ -28,7 +28,7 @@ def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[tu
     order, left = list(axis_uses(graph)), set()
     for i in graph.live():
         n = graph.nodes[i]
-        if n.op != "contract" or not uses_dot(graph, section, i):
+        if n.op != "contract" or not uses_dot(graph, section, i) or graph.nodes[n.args[0]].dtype in STORED:
             continue
         rows, weight = sorted(n.args, key=lambda a: _chosen(loaded(graph, a)))
         if not _chosen(loaded(graph, weight)) or _chosen(loaded(graph, rows)):
