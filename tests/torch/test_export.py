@@ -18,7 +18,7 @@ from moekit.lang import In, cast, f32, fusion
 from moekit.lang.arguments import example
 from tests.sizes import sizes_of
 
-FOLLOWS = dict.fromkeys(("experts", "moe_align", "scaled_experts"), "B")  # an axis whose size follows from others at the call
+FOLLOWS = dict.fromkeys(("experts", "moe_align", "scaled_experts", "quantised_experts"), "B")  # whose size a call says
 AXES = {"D": 64, "P": 24, "I": 12, "E": 40, "H": 40, "H?": 1, "V": 4, "K": 2, "Dk": 16, "Dv": 24, "G": 3, "Q": 6, "L": 300,
         "C": 8, "S": 3, "R": 4, "N": 8, "J": 24, "M": 2, "Cq": 8, "Ck": 8, "Cv": 8, "Lr": 8, "Lc": 8}  # fmt: skip
 MANY_ROWS = ("silu_and_mul", "shared_expert_combine", "combine_wide")

@@ -9,7 +9,7 @@ from math import prod
 
 from moekit.compile.rules.chains import chained
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import coded, gathered_product, gathered_rows, grouped, summands
+from moekit.compile.rules.gathers import coded, coding, gathered_product, gathered_rows, grouped, summands
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -97,7 +97,7 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
         yield from several.items()
     elif found := _staged(graph) or _coded(graph):
         yield 0, found
-    elif launch := grouped(graph):
+    elif launch := coding(graph) or grouped(graph):
         yield 0, Schedule((launch,))
     elif gemms(graph):
         yield from ((tile.least, _tiled(graph, tile)) for tile in tiles(graph))

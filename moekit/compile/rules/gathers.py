@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from moekit.compile.passes.sides import LEAST
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.cost import in_flight
@@ -56,11 +57,13 @@ SCALED = {
     32: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
     128: (Products(64, 128, 4, 3), Products(64, 128, 4, 3)),
 }
-# Of float8 with float8, of which blocks of fewer rows would be added up by other instructions (rules/order.py).
+# Of float8 with float8: 64 rows, or else columns, on the left, as other instructions add up fewer (rules/order.py).
 FLOAT8 = {
-    64: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
-    128: (Products(128, 128, 8, 3), Products(128, 128, 8, 3)),
+    1: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
+    64: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
+    128: (Products(128, 128, 8, 4), Products(64, 128, 4, 3)),
 }
+CODED = 4096  # elements of a program that makes float8 of them, by four warps
 WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
 
 
@@ -148,6 +151,24 @@ def coded(graph: Graph) -> Stage | None:
 
 
 @once
+def coding(graph: Graph) -> Launch | None:
+    """Programs of blocks that become float8, each by the largest magnitude along an axis that they hold whole."""
+    uses, made = axis_uses(graph), [graph.nodes[w.value] for w in graph.writes]
+    over = {n.attr("axis") for n in graph.live_nodes("reduce")}
+    inner = {a for a in over if uses[a].extent}
+    if not any(n.op == "cast" and n.dtype in STORED for n in made) or any(graph.live_nodes("contract")) or over - inner:
+        return None
+    said: dict[str, Axis] = {a: Whole(a, pow2(uses[a].extent or 1)) for a in inner}
+    left = max(1, CODED // prod(d.block for d in said.values()))
+    for a, use in sorted(uses.items(), key=lambda pair: pair[1].extent is None):  # a row's own blocks first
+        if a in said or not use.parallel:
+            continue
+        said[a] = Tile(a, min(left, pow2(use.extent or left)))
+        left //= said[a].block
+    return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=1)
+
+
+@once
 def grouped(graph: Graph) -> Launch | None:
     """Programs of products of blocks of rows with one gathered matrix each; the same order of sums whatever the block."""
     gemm = first_gemm(graph, 1)  # fewer than the unit takes, too: as lanes would add them up, a block's other rows would matter
@@ -183,10 +204,10 @@ def _tile(graph: Graph, gemm: GemmAxes, found: Sequence[Node]) -> tuple[int, Pro
     block = min(MOST_ROWS, pow2(axis_uses(graph)[gemm.m].extent or MOST_ROWS))
     short, scaled = any(graph.nodes[n.args[0]].dtype in STORED for n in found), bool(turns(graph, gemm))
     table = FLOAT8 if short else SCALED if scaled else PRODUCTS
-    block = max(block, min(table))
     ways = table[max(least for least in table if least <= block)]
     second = len(found) == 1 if scaled else any(_columns(graph, n) for n in found)
-    return max(MEASURED.matrix, block), ways[second]
+    few = short and min(ways[second].columns // len(found), axis_uses(graph)[gemm.n].extent or 0) < LEAST
+    return max(MEASURED.matrix, block, LEAST if few else 0), ways[second]
 
 
 def _chosen(graph: Graph, n: Node) -> bool:
