@@ -29,6 +29,8 @@ FUSIONS = (
     "scaled_expert_gate_up",
     "scaled_expert_down",
     "scaled_experts",
+    "quantised",
+    "quantised_experts",
     "scaled_product",
     "scaled_row_product",
     "scaled_conv_projections",
@@ -72,6 +74,8 @@ class Kernels:
     scaled_expert_gate_up: Callable[..., Any]
     scaled_expert_down: Callable[..., Any]
     scaled_experts: Callable[..., Any]
+    quantised: Callable[..., Any]
+    quantised_experts: Callable[..., Any]
     scaled_product: Callable[..., Any]
     scaled_row_product: Callable[..., Any]
     scaled_conv_projections: Callable[..., Any]
