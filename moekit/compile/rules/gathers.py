@@ -160,11 +160,10 @@ def coding(graph: Graph) -> Launch | None:
         return None
     said: dict[str, Axis] = {a: Whole(a, pow2(uses[a].extent or 1)) for a in inner}
     left = max(1, CODED // prod(d.block for d in said.values()))
-    for a, use in sorted(uses.items(), key=lambda pair: pair[1].extent is None):  # a row's own blocks first
-        if a in said or not use.parallel:
-            continue
-        said[a] = Tile(a, min(left, pow2(use.extent or left)))
-        left //= said[a].block
+    static, dynamic = ([a for a, u in uses.items() if u.parallel and (u.extent is None) == rows] for rows in (False, True))
+    for a in (*reversed(static), *dynamic):  # a row's own blocks first
+        tile = Tile(a, min(left, pow2(uses[a].extent or left)))
+        said[a], left = tile, left // tile.block
     return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=1)
 
 
