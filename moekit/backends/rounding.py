@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moekit.backends.libraries import NO_DERIVATIVE
+from moekit.errors import UnavailableError
+
 # Exponent and mantissa bits; of float8_e4m3fn one more than it has, whose largest exponent is that of numbers, too.
 BITS = {"bfloat16": (8, 7), "float16": (5, 10), "float8_e4m3fn": (5, 3)}
 # The smallest normal number, and how far apart the subnormal ones are.
@@ -36,3 +39,14 @@ def rounded(x: jax.Array, dtype: str) -> jax.Array:
 @rounded.defjvp
 def _passed(dtype: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return rounded(*primals, dtype), *tangents
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def narrowed(x: jax.Array, dtype: str) -> jax.Array:
+    """float32 `x` rounded to a dtype that nothing is computed in, gradients neither: it has no derivative."""
+    return rounded(x, dtype).astype(dtype)
+
+
+@narrowed.defjvp
+def _refused(dtype: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    raise UnavailableError(NO_DERIVATIVE)

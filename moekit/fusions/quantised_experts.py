@@ -6,7 +6,7 @@ from moekit.fusions.experts import blocks as block_count
 from moekit.fusions.experts import known
 from moekit.fusions.moe_align import align, tables_axes
 from moekit.fusions.quantised import coded, columns_of, scaled
-from moekit.fusions.scaled import BLOCK, counted, of_rows, one
+from moekit.fusions.scaled import BLOCK, STORED, counted, of_rows, one
 from moekit.lang import (
     In,
     blocks,
@@ -58,10 +58,10 @@ def reference(codes, codes_scale, ids, weights, gate_up, gate_up_scale, down, do
 
 @fusion(
     reference,
-    codes=In("T Db Di", dtype="float8_e4m3fn"), codes_scale=In("T Db", dtype="float32"),
+    codes=In("T Db Di", dtype=STORED), codes_scale=In("T Db", dtype="float32"),
     ids=In("T K", dtype=("int32", "int64")), weights=In("T K"),
-    gate_up=In("E 2*I D", dtype="float8_e4m3fn"), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
-    down=In("E H I", dtype="float8_e4m3fn"), down_scale=In("E Hb Ib", dtype="float32"),
+    gate_up=In("E 2*I D", dtype=STORED), gate_up_scale=In("E 2*Ib Db", dtype="float32"),
+    down=In("E H I", dtype=STORED), down_scale=In("E Hb Ib", dtype="float32"),
     dynamic="T B C G", axes={**tables_axes(lambda E: E), "B": block_count, "Ib": counted("I", "inner"),
                          "Db": counted("D", "columns"), "Di": columns_of, "Hb": counted("H", "columns")},
 )  # fmt: skip
@@ -71,8 +71,8 @@ def quantised_experts(
 ):  # fmt: skip
     """`scaled_experts` of x as `quantised` gives it, with `columns`; what is activated is quantised likewise, by `inner` of I.
 
-    codes [T, Db, columns] float8_e4m3fn and codes_scale [T, Db] float32 stand for x; the others, and the scales of the weights,
-    are those of `scaled_experts` -> out [T, H] in `dtype`. Blocks of what is contracted are multiplied as they are, float8 with
+    codes [T, Db, columns] in float8_e4m3fn (or a wider float) and codes_scale [T, Db] float32 stand for x; the others are those
+    of `scaled_experts` -> out [T, H] in `dtype`. Blocks of what is contracted are multiplied as they are, float8 with
     float8, scaled in float32 by both scales, and added up in their order. What is activated is rounded to `dtype` first, as is
     what a pair gives. The matrix unit of an NVIDIA GPU adds up such a block in fewer bits than float32 (docs/numerics.md).
     `block`: how many of an expert's pairs a program takes together; the bits are the same. An id of no expert adds nothing.
