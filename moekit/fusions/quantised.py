@@ -31,7 +31,7 @@ def scaled(parts: Value, over: str) -> tuple[Value, Value]:
 
     NaN, or an infinity, makes its block's product NaN.
     """
-    scale = maximum(max(abs(parts), over=over) / MOST, SMALLEST)
+    scale = maximum(max(abs(parts), over=over) * (1 / MOST), SMALLEST)  # a product has the same bits everywhere
     return cast(parts / scale, float8_e4m3fn), scale
 
 

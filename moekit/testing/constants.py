@@ -23,6 +23,7 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("gated_attention_decode", None): 1.75,
     ("scaled_experts", None): 1.5,
     ("scaled_expert_gate_up", None): 2.75,
+    ("quantised", None): 1.7,
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from moekit.lang import In, contract, fusion
 from moekit.testing.bounds import bounds
-from moekit.testing.constants import DEFAULT
+from moekit.testing.campaign import worst_seen
+from moekit.testing.constants import DEFAULT, constant
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 MEASURED = Path(__file__).parent / "float8_sums.npz"  # codes of x and w, and what wgmma (m64n64k32) made of them on an H200
@@ -67,6 +68,18 @@ def test_the_bound_has_room_for_it(kind, depth):
     if depth >= DEEP:
         wide = bounds(product_in_float32, {"x": x.astype(np.float32), "w": w.astype(np.float32)})["out"]
         assert (error > wide.error(DEFAULT)).any()
+
+
+def test_the_worst_is_near_the_bound():
+    """One large product, and terms after it of which much is cut off: what worst.json has of `quantised_experts`."""
+    rows = np.full((2, 1, 128), 15.0 / 16)
+    rows[1] *= 2.0**-5
+    rows[:, 0, 0] = 16.0
+    x, w = rows.astype(FLOAT8)
+    bound = bounds(product, {"x": x, "w": w})["out"]
+    ratio = float((np.abs(unit(x, w) - x.astype(np.float64) @ w.astype(np.float64).T) / bound.noise).max())
+    assert ratio == pytest.approx(worst_seen()["quantised_experts"]["ratio"], abs=1e-3)
+    assert ratio < constant("quantised_experts") == DEFAULT
 
 
 @fusion(None, x=In("T D"), w=In("N D"))
