@@ -22,8 +22,8 @@ def reference(x, columns):
 def coded(parts):
     """Blocks along the last axis as numbers of float8, in float64, and the scale of each."""
     with np.errstate(invalid="ignore", over="ignore"):
-        scale = np.maximum(np.abs(parts).max(-1, keepdims=True, initial=0.0) / MOST, SMALLEST)
-        return round_to(parts / scale, float8_e4m3fn), scale
+        scale = np.maximum(np.abs(parts).max(-1, keepdims=True, initial=0.0) / 448, 2.0**-64)
+        return round_to(parts / scale, "float8_e4m3fn"), scale
 
 
 def scaled(parts: Value, over: str) -> tuple[Value, Value]:
