@@ -70,7 +70,7 @@ def test_kernel_calls_by_fusion(zoo, case, tp):
     del steps["causal_conv1d_step"]
     alone = {"conv_projections": deltas}
     assert by_fusion(calls(step.jaxpr.jaxpr)) == every | steps | gathered | alone
-    scaled = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights: tests/models/test_float8.py
+    scaled = {name for name in FUSIONS if name.startswith(("scaled_", "quantised"))}  # of float8: tests/models/test_float8.py
     known = (scaled, every, filled, steps, gathered, grouped, alone, ["causal_conv1d_step"])
     assert set().union(*known) == set(FUSIONS)
 
