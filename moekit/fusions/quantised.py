@@ -14,7 +14,7 @@ def reference(x, columns):
     """float64, block by block; what is past the end of a last block is zero."""
     blocks = -(-x.shape[-1] // columns)
     parts = np.zeros((*x.shape[:-1], blocks * columns))
-    parts[..., : x.shape[-1]] = x
+    parts[..., : x.shape[-1]] = x.astype(np.float64)
     codes, scale = coded(parts.reshape(*x.shape[:-1], blocks, columns))
     return {"codes": codes, "scale": scale[..., 0]}
 
