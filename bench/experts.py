@@ -6,7 +6,8 @@ Experts are drawn evenly, other ones for each call; weights are the 80B's (512 e
 call's are not in the L2. Every side gets ids and weights as a router gives them: sorting is part of its time. `of floor` is the
 time that the bytes of the distinct experts take at a copy's rate, over the side's; `relative` the error against float64 on the
 first and last row. With --float8 there are sides whose weights are float8 with a scale for each 128 × 128 of them, of which the
-floor has the bytes; down projections are then [H, I] of each expert, as in such checkpoints.
+floor has the bytes; down projections are then [H, I] of each expert, as in such checkpoints. Those of `rounded x` are
+`quantised_experts`: as the peers do, they round x and what is activated to float8, too.
 """
 
 import argparse
@@ -143,7 +144,15 @@ def scaled_sides(layer: Scaled, tokens: int, blocks: tuple[int, ...]) -> dict[st
         activated = mt.scaled_expert_gate_up(c.x, layer.gate_up, layer.gate_up_scale, c.ids)
         return mt.scaled_expert_down(activated, layer.down, layer.down_scale, c.ids, c.weights)
 
+    def rounded(block: int) -> Side:
+        def call(c: Routed) -> torch.Tensor:
+            kind = str(c.x.dtype).removeprefix("torch.")
+            return mt.quantised_experts(*mt.quantised(c.x), c.ids, c.weights, *layer, block=block, dtype=kind)
+
+        return call
+
     found = {f"{FLOAT8}block {block}": ours(block) for block in blocks if block > 1 or tokens <= FEW}
+    found |= {f"{FLOAT8}rounded x, block {block}": rounded(block) for block in blocks if block > 1}
     found |= {f"{FLOAT8}gathered": gathered} if tokens <= GATHERED else {}
     return found | {f"{FLOAT8}{name}": once(make, layer) for name, make in experts_peers.FLOAT8.items()}
 

@@ -14,6 +14,7 @@ PARTS = (EXPERTS, GATES, DELTA, NORMS, ATTENTION, REST, COLLECTIVES)
 PREFIXES = {
     "expert": EXPERTS,
     "scaled_expert": EXPERTS,
+    "quantised": EXPERTS,
     "scaled_product": REST,
     "scaled_conv_projections": REST,
     "conv_projections": REST,

@@ -27,6 +27,7 @@ from moekit.compile.tile.layouts import contiguous
 from moekit.compile.tile.walk import walk
 from moekit.errors import MoekitError
 from moekit.lang.arguments import example
+from moekit.lang.dtypes import STORED
 from moekit.lang.fusion import Binding, Fusion
 from moekit.lang.graph import Graph, Tensor, Write, made_of
 
@@ -139,7 +140,7 @@ def export(
     `sizes`, `dtype` and `params` as `moekit.lang.arguments.example` takes them. Without a `schedule` it has the heuristic's: of
     a GEMM one for each class of rows, among which the launcher chooses as moekit does.
     Raises ShapeError, DtypeError or ScheduleError for what does not fit, MoekitError for a reference that cannot be taken
-    along, and for what several ranks do.
+    along, for what several ranks do, and for outputs in float8.
     """
     if follows := [a for a in fusion.dynamic if a in fusion.axes]:
         what = f"the size of {follows[0]} follows from others at the call, which a file of its own does not work out"
@@ -149,6 +150,11 @@ def export(
     if graph.ranks:
         what = f"it adds up over {', '.join(graph.ranks)}, whose ranks a file of its own does not reach"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit, or export what one rank does")
+    if short := [w.tensor for w in graph.writes if graph.tensors[w.tensor].dtype in STORED]:
+        what = (
+            f"{short[0]} is rounded to float8, which a file's own test does not follow (triton 3.6's interpreter cuts it off)"
+        )
+        raise MoekitError(f"{fusion.name}: {what}; call it through moekit")
     extents = graph.sizes(dict(binding.sizes))
     dense = contiguous(graph, extents)
     strided = {x.name: t.Strided(("any",) * len(x.dims), wide=True) for x in graph.tensors.values()}

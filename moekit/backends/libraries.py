@@ -15,9 +15,11 @@ import numpy as np
 
 from moekit.backends.ranks import jax_parts, jax_sum, numpy_parts, torch_parts
 from moekit.compile.tile import interpret
-from moekit.lang.dtypes import ALL, is_float, numpy_dtype
+from moekit.errors import UnavailableError
+from moekit.lang.dtypes import ALL, STORED, is_float, numpy_dtype
 from moekit.lang.elementwise import ELEMENTWISE
 
+NO_DERIVATIVE = "what is rounded to float8 has no derivative; detach its operands, or use a fusion without, as scaled_experts"
 #: What the libraries call operations that they do not call as moekit does.
 TORCH = {
     "sub": "subtract", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "not": "bitwise_not",
@@ -128,6 +130,24 @@ def torch_library() -> Library:
         def vmap(info, in_dims, *args):
             return Bitcast.apply(*args), in_dims[0]
 
+    class Narrowed(torch.autograd.Function):
+        """`x.to(dtype)` for a dtype that nothing is computed in, gradients neither."""
+
+        forward = staticmethod(lambda x, dtype: x.to(dtype))
+        setup_context = staticmethod(lambda ctx, inputs, output: None)
+        backward = staticmethod(lambda ctx, *grads: refuse())
+        jvp = staticmethod(lambda ctx, *tangents: refuse())
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return Narrowed.apply(*args), in_dims[0]
+
+    def refuse():
+        raise UnavailableError(NO_DERIVATIVE)
+
+    def cast(x, dtype, inner):
+        return Narrowed.apply(x, dtypes[dtype]) if dtype in STORED and x.dtype != dtypes[dtype] else x.to(dtypes[dtype])
+
     def bitcast(x, dtype):
         under_vmap = peek_interpreter_stack() is not None
         return Bitcast.apply(x, dtype) if under_vmap else x.view(dtype)
@@ -168,7 +188,7 @@ def torch_library() -> Library:
             "min": lambda x, axis: torch.amin(x, axis),
         },
         where=torch.where,
-        cast=lambda x, dtype, inner: x.to(dtypes[dtype]),
+        cast=cast,
         bitcast=lambda x, dtype: bitcast(x, dtypes[dtype]),
         arange=lambda n, like: torch.arange(n, dtype=torch.int32, device=like.device),
         constant=lambda v, dtype, like: torch.full((), rounded(v, dtype), dtype=dtypes[dtype], device=like.device),
@@ -189,9 +209,11 @@ def jax_library() -> Library:
     import jax.numpy as jnp
     from jax import lax, nn
 
-    from moekit.backends.rounding import rounded
+    from moekit.backends.rounding import narrowed, rounded
 
     def cast(x, dtype, inner):
+        if dtype in STORED and x.dtype != dtype:
+            return narrowed(x, dtype)
         return (rounded(x, dtype) if inner and x.dtype == jnp.float32 else x).astype(dtype)
 
     def scatter(base, index, value):
@@ -209,6 +231,8 @@ def jax_library() -> Library:
         product = partial(jnp.einsum, eq, precision="highest", preferred_element_type=jnp.float32)
         if a.dtype == b.dtype == jnp.float32:
             return product(a, b)
+        if a.dtype in STORED:  # which libraries below XLA have their own ways of adding up
+            a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         # XLA on CPU lacks some products of narrow floats with a float32 result
         return lax.platform_dependent(a, b, cpu=lambda a, b: product(*(x.astype(jnp.float32) for x in (a, b))), default=product)
 

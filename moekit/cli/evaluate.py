@@ -10,7 +10,7 @@ import click
 from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.progress import bar, loading
-from moekit.cli.weights import kept_weights
+from moekit.cli.weights import float8_activations, kept_weights
 from moekit.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ ALLOWED = 300  # of so many questions one answer may be right with one kind of k
 @click.option("--dtype", "dtypes", type=click.Choice(["float32", "float16", "bfloat16"]), multiple=True,
               help="Of the weights; may be repeated (default: float32 and bfloat16).")  # fmt: skip
 @kept_weights
+@float8_activations
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Devices to share the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
@@ -46,6 +47,7 @@ def evaluate(
     kernels: tuple[str, ...],
     dtypes: tuple[str, ...],
     weights: str | None,
+    activations: str | None,
     tp: int,
     as_json: bool,
 ) -> None:
@@ -79,7 +81,8 @@ def evaluate(
     for dtype in dtypes or ("float32", "bfloat16"):
         with loading(f"loading {directory.name}") as advance:
             room = run.room(prompts[:batch], new_tokens)
-            model = load(directory, run.mesh_of(tp), dtype, weights=weights, room=room, progress=advance)
+            told = {"weights": weights, "activations": activations}
+            model = load(directory, run.mesh_of(tp), dtype, **told, room=room, progress=advance)
         for name in who:
             with bar(f"{name} in {dtype}") as advance:
                 if name == "transformers":

@@ -15,7 +15,7 @@ from moekit.cli.output import notes, print_json
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.processes import process_count, several_processes
 from moekit.cli.progress import loading
-from moekit.cli.weights import kept_weights
+from moekit.cli.weights import float8_activations, kept_weights
 from moekit.errors import ArgumentError, NonFiniteError, ShapeError, UnavailableError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ Emit = Callable[[str], None]
 @click.option("--tp", type=click.IntRange(1), help="Devices to share the model (default: as many as it allows).")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights (default: as stored).")
 @kept_weights
+@float8_activations
 @click.option("--kernels", type=click.Choice(["pallas", "triton", "xla"]), help="Default: pallas on a GPU, xla elsewhere.")
 @click.option("--slots", type=click.IntRange(1), default=SLOTS, show_default=True, help="Sequences at once, at most.")
 @click.option(
@@ -68,6 +69,7 @@ def generate(
     tp: int | None,
     dtype: str | None,
     weights: str | None,
+    activations: str | None,
     kernels: str | None,
     slots: int,
     length: int,
@@ -108,7 +110,7 @@ def generate(
     slots = min(slots, max(1, len(given)))
     need = length if converse else run.rounded(max(map(len, ids)) + max_new_tokens)
     which = kernels or (best() if on_gpu else "xla")
-    session = _loaded(checkpoint, config, text, tp, (dtype, weights), which, slots, need, max_new_tokens, sampling)
+    session = _loaded(checkpoint, config, text, tp, (dtype, weights, activations), which, slots, need, max_new_tokens, sampling)
     if converse:
         _converse(session)
         return
@@ -170,7 +172,7 @@ def _loaded(
     config: Config,
     text: Text,
     tp: int | None,
-    of: tuple[str | None, str | None],
+    of: tuple[str | None, str | None, str | None],
     kernels: str,
     slots: int,
     length: int,
@@ -184,8 +186,9 @@ def _loaded(
     run.keep_programs()
     with loading(f"loading {checkpoint.name}") as advance:
         mesh = run.mesh_of(checked_tp(config, tp))
-        dtype, weights = of
-        model = load(checkpoint, mesh, dtype, weights=weights, room=Room(slots + 1, length, piece=PIECE), progress=advance)
+        dtype, weights, activations = of
+        room = Room(slots + 1, length, piece=PIECE)
+        model = load(checkpoint, mesh, dtype, weights=weights, activations=activations, room=room, progress=advance)
     channel, how = channel_of(model.mesh, slots, config.hidden_size, kernels)
     engine = Engine(model, slots=slots, length=length, piece=PIECE, kernels=kernels, waiting=2**31, channel=channel)
     return _Session(checkpoint, text, engine, text.ends(config), new, sampling, how)

@@ -20,6 +20,8 @@ from moekit.fusions.gated_attention_decode import gated_attention_decode
 from moekit.fusions.gated_rms_norm import gated_rms_norm
 from moekit.fusions.moe_align import moe_align
 from moekit.fusions.qkv_norm_rope import qkv_norm_rope
+from moekit.fusions.quantised import quantised
+from moekit.fusions.quantised_experts import quantised_experts
 from moekit.fusions.row_product import row_product
 from moekit.fusions.scaled_add_norm_gate_projections import scaled_add_norm_gate_projections
 from moekit.fusions.scaled_conv_projections import scaled_conv_projections
@@ -74,5 +76,7 @@ FUSIONS = {
         scaled_add_norm_gate_projections,
         scaled_down_combine,
         scaled_expert_down_shared,
+        quantised,
+        quantised_experts,
     )
 }

@@ -44,6 +44,8 @@ experts = op(_FUSIONS["experts"])
 scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
+quantised = op(_FUSIONS["quantised"])
+quantised_experts = op(_FUSIONS["quantised_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
 row_product = op(_FUSIONS["row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
@@ -88,6 +90,8 @@ __all__ = [
     "op",
     "pack_gate",
     "qkv_norm_rope",
+    "quantised",
+    "quantised_experts",
     "row_product",
     "scaled_add_norm_gate_projections",
     "scaled_conv_projections",

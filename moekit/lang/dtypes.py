@@ -9,7 +9,7 @@ from moekit.errors import DtypeError
 
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64", "int16", "int8")
-STORED = ("float8_e4m3fn",)  # floats that are read, and computed with as float32, into which every one of them fits
+STORED = ("float8_e4m3fn",)  # floats that are multiplied as they are, and else computed with as float32, into which they fit
 ALL = (*FLOATS, *STORED, *INTS, "bool")
 
 float32, float16, bfloat16 = FLOATS
@@ -20,8 +20,9 @@ _NUMPY = {name: np.dtype(name) for name in (*INTS, "bool", "float32", "float16",
 _NUMPY |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", *STORED)}
 
 # explicit mantissa bits (without the hidden one) and smallest normal exponent of each float format
-MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
-MIN_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
+MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7, "float8_e4m3fn": 3}
+MIN_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126, "float8_e4m3fn": -6}
+LARGEST = {"float8_e4m3fn": 448.0}  # of those that have no infinity: what exceeds it becomes it
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -61,23 +62,26 @@ def promote(a: str, b: str) -> str:
 
 
 def round_to(x: np.ndarray, dtype: str | np.dtype) -> np.ndarray:
-    """Round float64 `x` once to `dtype` and return it as float64: a rounding point of a reference."""
+    """Round float64 `x` once to `dtype` and return it as float64: a rounding point of a reference.
+
+    What overflows is infinite; in float8_e4m3fn, which has no infinity, it is ±448, as an infinity is. NaN stays.
+    """
     x, name = np.asarray(x, np.float64), dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in ("float64", *FLOATS):
-        raise DtypeError(f"round_to: nothing is rounded to {name!r}; it takes float64, {', '.join(FLOATS)}")
+    if name not in ("float64", *FLOATS, *STORED):
+        raise DtypeError(f"round_to: nothing is rounded to {name!r}; it takes float64, {', '.join((*FLOATS, *STORED))}")
     if name == "float64":
         return x
     if name in ("float32", "float16"):
         with np.errstate(over="ignore"):
             return x.astype(name).astype(np.float64)
-    return _round_bfloat16(x)
+    return _rounded(x, name)
 
 
-def _round_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round float64 to bfloat16 with one rounding (a cast through float32 would round twice)."""
+def _rounded(x: np.ndarray, name: str) -> np.ndarray:
+    """Round float64 to a format that numpy lacks with one rounding (a cast through float32 would round twice)."""
     with np.errstate(over="ignore", invalid="ignore"):
         _, exponent = np.frexp(x)
-        quantum = np.ldexp(1.0, np.maximum(exponent - 8, MIN_EXPONENT["bfloat16"] - 7))
+        quantum = np.ldexp(1.0, np.maximum(exponent - 1, MIN_EXPONENT[name]) - MANTISSA[name])
         rounded = np.where(np.isfinite(x), np.rint(x / quantum) * quantum, x)
-        largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-        return np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)
+        largest = float(ml_dtypes.finfo(numpy_dtype(name)).max)
+        return np.where(np.abs(rounded) > largest, np.copysign(LARGEST.get(name, np.inf), rounded), rounded)

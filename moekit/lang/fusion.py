@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 from moekit.errors import DeclarationError, DtypeError, MoekitError, ShapeError
-from moekit.lang.dtypes import STORED
 from moekit.lang.graph import Graph, Index, Tensor, Write
 from moekit.lang.indexing import Put
 from moekit.lang.spec import Dim, Spec
@@ -271,8 +270,7 @@ class Fusion:
         if t.role == "In":
             raise DeclarationError(f"{self.name}: it returns {name!r}, which is declared In; declare it InOut")
         if out.dtype != t.dtype:
-            hint = "nothing is cast to that, so give it an operand's elements" if t.dtype in STORED else "cast it"
-            raise DeclarationError(f"{self.name}: {name} is {t.dtype} but is given {out.dtype}; {hint}")
+            raise DeclarationError(f"{self.name}: {name} is {t.dtype} but is given {out.dtype}; cast it")
         index = tuple(Index.of(0 if target.over == d.axis and target.over else d.axis) for d in t.dims)
         reach = {a for i in index for a in i.axes} | set(target.ids.axes if target.ids is not None else ())
         if extra := set(out.axes) - reach:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 
 from moekit.errors import DeclarationError, DtypeError, ShapeError
-from moekit.lang.dtypes import ALL, STORED, int_of_width, is_float, itemsize, promote, widened
+from moekit.lang.dtypes import ALL, LARGEST, STORED, int_of_width, is_float, itemsize, promote, widened
 from moekit.lang.elementwise import ELEMENTWISE, IDENTITY
 from moekit.lang.graph import Index, end_of
 from moekit.lang.trace import Value, as_value, constant, convert, current, elementwise
@@ -29,12 +29,13 @@ def traced(x, word: str) -> Value:
 def cast(x, dtype: str) -> Value:
     """`x` in `dtype`. Narrowing is a rounding point (to nearest, ties to even), and no compiler may drop it.
 
-    Raises DtypeError for a dtype that is only stored: nothing is rounded to it, as libraries and GPUs differ in what overflows.
+    What exceeds the largest number of a dtype without infinities (±448 in float8_e4m3fn) becomes that, NaN stays: a choice
+    before the rounding, as libraries and GPUs differ in what overflows.
     """
-    if dtype in STORED:
-        may = ", ".join(d for d in ALL if d not in STORED)
-        raise DtypeError(f"{current().name}: nothing is cast to {dtype}, which is a dtype of operands; cast to one of {may}")
-    return convert(as_value(x, _known(dtype)), dtype)
+    value = as_value(x, _known(dtype))
+    if dtype in LARGEST and value.dtype != dtype:
+        value = minimum(maximum(convert(value, "float32"), -LARGEST[dtype]), LARGEST[dtype])
+    return convert(value, dtype)
 
 
 def f32(x) -> Value:
@@ -175,13 +176,15 @@ def _computed(x: Value, like: str = "bfloat16") -> Value:
 def contract(a: Value, b: Value, over: str, upto: Value | int | None = None) -> Value:
     """Sum over the named axes of a·b, accumulated in float32; float32 operands are never rounded to TF32.
 
-    An operand of a dtype that is only stored is taken in the other's, two of them in bfloat16: they fit. `upto`: of the first
-    so many elements alone.
+    An operand in float8 is taken in the other's dtype, into which it fits. Two of them are multiplied as they are: on a GPU by
+    the matrix unit's instructions for them, which add up in fewer bits than float32 has (docs/numerics.md). `upto`: of the
+    first so many elements alone.
     """
     a, b = as_value(a, "float32"), as_value(b, "float32")
     if not (is_float(a.dtype) and is_float(b.dtype)):
         raise DtypeError(f"{a.builder.name}: contract needs floats, got {a.dtype} and {b.dtype}; cast first")
-    a, b = _computed(a, b.dtype), _computed(b, a.dtype)
+    if a.dtype != b.dtype or upto is not None:  # a choice of whether there is an element is of no float8
+        a, b = _computed(a, b.dtype), _computed(b, a.dtype)
     if a.dtype != b.dtype:
         a, b = convert(a, "float32"), convert(b, "float32")
     *rest, axis = names_of(over)

@@ -24,6 +24,7 @@ CONSTANTS: dict[tuple[str, str | None], float] = {
     ("scaled_experts", None): 1.5,
     ("scaled_expert_gate_up", None): 2.75,
     ("scaled_add_norm_gate_projections", None): 3.25,
+    ("quantised", None): 1.7,
 }
 
 

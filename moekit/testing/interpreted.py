@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+LARGEST = 448.0  # of float8_e4m3fn
 STEP = 16  # elements of the contracted axis that one instruction of a matrix unit takes
 ORDER = {"backwards": False}  # whether a launch's last program goes first: the order of programs must not matter
 
@@ -63,9 +64,13 @@ def mend() -> None:
         data = numbers(src).astype(wanted)
         return TensorHandle(data.view(np.uint16) if narrow else data, dst_type.scalar)
 
-    def widened(self, src, dst_type, rounding):
-        as_float32 = TensorHandle(numbers(src).astype(np.float32), tl.float32)
-        return mended_cast(self, as_float32, dst_type)
+    def converted(self, src, dst_type, rounding):
+        """From or to float8; the instruction that rounds to it saturates."""
+        wide = numbers(src).astype(np.float32)
+        if dst_type.scalar != tl.float8e4nv:
+            return mended_cast(self, TensorHandle(wide, tl.float32), dst_type)
+        codes = np.clip(wide, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
+        return TensorHandle(codes.view(np.uint8), tl.float8e4nv)
 
     def mended_dot(self, a, b, d, precision, *rest):
         coarse = a.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32
@@ -94,7 +99,7 @@ def mend() -> None:
         return [self.to_tensor(x[0], dtype)]
 
     builder.cast_impl, builder.create_dot, builder.set_grid_idx = mended_cast, mended_dot, mended_place
-    builder.create_fp_to_fp = widened  # from float8 alone: the language rounds nothing to it
+    builder.create_fp_to_fp = converted
     # for Triton 3.6 and 3.7
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)

@@ -55,6 +55,8 @@ experts = op(_FUSIONS["experts"])
 scaled_expert_gate_up = op(_FUSIONS["scaled_expert_gate_up"])
 scaled_expert_down = op(_FUSIONS["scaled_expert_down"])
 scaled_experts = op(_FUSIONS["scaled_experts"])
+quantised = op(_FUSIONS["quantised"])
+quantised_experts = op(_FUSIONS["quantised_experts"])
 scaled_product = op(_FUSIONS["scaled_product"])
 row_product = op(_FUSIONS["row_product"])
 scaled_conv_projections = op(_FUSIONS["scaled_conv_projections"])
@@ -110,6 +112,8 @@ __all__ = [
     "patch",
     "qkv_norm_rope",
     "qkv_norm_rope_",
+    "quantised",
+    "quantised_experts",
     "register",
     "row_product",
     "scaled_add_norm_gate_projections",

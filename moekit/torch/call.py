@@ -128,7 +128,7 @@ class Call:
         values = self.arrays()
         held = {x.untyped_storage()._cdata for x in self.operands.values()}
         # every output has memory of its own before the first is written: it may go over an operand that another one is
-        ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}
+        ready = {n: _apart(values[n] if n in self.outs else _dense(values[n]), held) for n in self.names}
         return tuple(self.outs[n].copy_(x) if n in self.outs else x for n, x in ready.items())
 
     def prepare(self) -> Prepared:
@@ -228,6 +228,11 @@ def region(x: torch.Tensor) -> Region:
     """The bytes of a tensor."""
     size = x.element_size()
     return Region(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the strides of fresh memory, of dimensions of one element, too."""
+    return x.contiguous().flatten().view(x.shape) if 1 in x.shape else x.contiguous()
 
 
 def _apart(x: torch.Tensor, held: set[int]) -> torch.Tensor:

@@ -253,6 +253,14 @@ SAMPLES = {
         f32=("weights", "gate_up_scale", "down_scale"),
         f8=("gate_up", "down"),
     ),
+    "quantised": Sample("quantised", {"x": (4, 2048)}),
+    "quantised_experts": Sample(
+        "quantised_experts",
+        {"codes": (4, 16, 128), "codes_scale": (4, 16), **{n: s for n, s in (_EXPERTS | _SCALED).items() if n != "x"}},
+        {"block": 64},
+        f32=("codes_scale", "weights", "gate_up_scale", "down_scale"),
+        f8=("codes", "gate_up", "down"),
+    ),
 }
 GOLDEN = {
     **SAMPLES,

@@ -52,6 +52,8 @@ LONG = {  # by the rules alone, as others take minutes
     "scaled_expert_gate_up": [dict(T=3, D=35, I=5, E=7, K=3)],
     "scaled_expert_down": [dict(T=3, H=19, I=9, E=7, K=3)],
     "scaled_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
+    "quantised": [dict(T=5, D=35)],
+    "quantised_experts": [dict(T=5, D=35, I=17, H=19, E=7, K=3)],
     "scaled_conv_projections": [dict(T=2, D=35, C=9, P=5, Q=4, S=3)],
     "scaled_gate_topk": [dict(T=3, D=35, I=5, E=19, G=1)],
     "scaled_add_norm_gate_projections": [dict(T=3, H=35, I=5, E=9, G=1)],

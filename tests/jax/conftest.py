@@ -94,6 +94,9 @@ def call_of(name: str, seed: int = 0) -> Call:
     return Call(name, arrays, params)
 
 
+ROUNDED = ("quantised", "quantised_experts")  # to float8, which has no derivative
+
+
 @pytest.fixture(params=list(FUSIONS))
 def call(request: pytest.FixtureRequest) -> Call:
     """A call of each fusion."""
@@ -103,7 +106,7 @@ def call(request: pytest.FixtureRequest) -> Call:
 @pytest.fixture
 def smooth(call: Call) -> None:
     """The fusion of this test has an operand with derivatives."""
-    if not call.moving:
+    if call.name in ROUNDED or not call.moving:
         pytest.skip(f"{call.name} has no operand with derivatives")
 
 

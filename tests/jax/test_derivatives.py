@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import moekit.lang as ml
+from moekit.errors import UnavailableError
 from moekit.jax import add_rms_norm, op, silu_and_mul, topk_softmax, view
 from moekit.lang import In, fusion
+from tests.jax.conftest import ROUNDED
 
 close = partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4)
 
@@ -195,3 +197,20 @@ def test_a_gradient_keeps_the_operands_alone(call):
 
     loss = lambda *a: sum(out.sum() for out in call.face("pallas")(*a).values())  # noqa: E731
     assert launches(jax.grad(loss)) == launches(loss) > 0
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_what_is_rounded_to_float8_has_no_derivative(call_named, name, implementation):
+    """One sentence, and no gradient of zeros."""
+    made = call_named(name)
+    whole, arrays = made.whole(implementation), tuple(jnp.asarray(made.arrays[i], jnp.float32) for i in made.moving)
+
+    def loss(*x):
+        return sum(out.astype(jnp.float32).sum() for out in whole(*made.placed(x)).values())
+
+    assert np.isfinite(loss(*arrays))
+    with pytest.raises(UnavailableError, match="what is rounded to float8 has no derivative; detach its operands, or use"):
+        jax.grad(loss)(*arrays)
+    with pytest.raises(UnavailableError, match="what is rounded to float8 has no derivative"):
+        jax.jvp(loss, arrays, arrays)

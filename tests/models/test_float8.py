@@ -1,6 +1,7 @@
 """Weights that stay as an FP8 checkpoint has them: every rank's codes and scales, and logits of both kinds of kernels."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import ml_dtypes
@@ -196,7 +197,7 @@ def test_shared_experts_that_are_not_float8_stay_beside_those_that_are(many, mes
     model = load(many, mesh(1), weights=KEPT)
     config = replace(model.config, float8=replace(model.config.float8, names=model.config.float8.names - {*SHARED}))
     found = stepped(abstract_model(config, model.mesh, "float32"), 1)
-    assert [found[name] for name in ("gate_topk", "scaled_expert_down", "down_combine")] == [2, 2, 2]
+    assert [found[name] for name in ("add_norm_gate_projections", "scaled_expert_down", "down_combine")] == [2, 2, 2]
 
 
 def test_memory_is_that_of_the_codes(folder, mesh):
@@ -268,3 +269,29 @@ def test_a_checkpoint_that_was_quantised(tmp_path, mesh):
     quantize(plain, tmp_path / "short")
     model = load(tmp_path / "short", mesh(1), weights="auto")
     assert model.config.float8.names == {*ROUTED, *SHARED, *(name for names in MIXERS.values() for name in names)}
+
+
+def test_activations_in_float8(folder, mesh):
+    """Of many tokens they are in the product, some percent off; a step's few rows are in the model's dtype, as without."""
+    tokens = np.random.default_rng(8).integers(0, CONFIG.vocab_size, (1, 64)).astype(np.int32)
+    plain, short = (load(folder, mesh(2), "float32", weights=KEPT, activations=a) for a in (None, KEPT))
+    assert short.config.activations == KEPT
+    many = partial(prefill, tokens=tokens, lengths=np.array([64], np.int32), cache_length=80, kernels="pallas")
+    (wanted, _), (got, cache) = (many(m) for m in (plain, short))
+    error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    assert 1e-4 < error < 0.2
+    traced = prefill.trace(short, tokens, np.array([64], np.int32), cache_length=80, kernels="pallas")
+    found = by_fusion(calls(traced.jaxpr.jaxpr))
+    assert (found["quantised"], found["quantised_experts"]) == (2, 2)
+    assert "scaled_experts" not in found
+    assert "quantised" not in stepped(short, 2)
+    copies = (jax.tree.map(lambda a: a + 0, cache) for _ in "ab")  # a step takes its own away
+    pairs = zip((plain, short), copies, strict=True)
+    np.testing.assert_array_equal(*(decode_step(m, np.array([3], np.int32), c, kernels="pallas")[0] for m, c in pairs))
+
+
+def test_what_is_said_of_activations(folder, mesh):
+    with pytest.raises(ArgumentError, match="load: activations is 'int8'; it must be one of None, 'float8_e4m3fn'"):
+        load(folder, mesh(1), weights=KEPT, activations="int8")
+    with pytest.raises(ArgumentError, match="load: activations is 'float8_e4m3fn', which experts in float8 alone are"):
+        load(folder, mesh(1), activations=KEPT)

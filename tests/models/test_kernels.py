@@ -71,7 +71,7 @@ def test_kernel_calls_by_fusion(zoo, case, tp):
     alone = {"conv_projections": deltas, "add_rms_norm": layers + 1, "row_product": layers - deltas + 1}
     alone |= dict.fromkeys(("add_norm_gate_projections", "topk_softmax"), layers)
     assert by_fusion(calls(step.jaxpr.jaxpr)) == every | steps | gathered | alone
-    scaled = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights: tests/models/test_float8.py
+    scaled = {name for name in FUSIONS if name.startswith(("scaled_", "quantised"))}  # of float8: tests/models/test_float8.py
     known = (scaled, every, filled, steps, gathered, grouped, alone, ["causal_conv1d_step", "gate_topk"])
     assert set().union(*known) == set(FUSIONS)
 

@@ -28,6 +28,7 @@ def test_every_form_of_every_fusion():
             "scaled_expert_gate_up",
             "scaled_expert_down", "scaled_experts", "scaled_product", "scaled_conv_projections",
             "scaled_gate_projections", "scaled_gate_topk", "scaled_down_combine", "scaled_expert_down_shared",
+            "quantised", "quantised_experts",
         )
     } | {
         (f, True) for f in ("shared_expert_combine", "add_rms_norm", "all_reduce_add_rms_norm", "delta_rule_step",

@@ -4,6 +4,8 @@ The matrix unit takes a left operand from registers, where a conversion leaves i
 And Triton 3.6 turns converted operands of `mma.sync`, which it takes for blocks of fewer than 64 rows, along the summed axis: a
 row would have other bits in them than in larger blocks. With 64 columns or more on the left there are always enough rows.
 Blocks of few rows wait for the weight's bytes alone: they have it right, and the order of `mma.sync`.
+
+Two float8 operands are not converted: the weight stands left of fewer rows than an instruction takes, so that all have it.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ def placed(graph: Graph, section: Section, doubled: Collection[str]) -> tuple[tu
         n = graph.nodes[i]
         if n.op != "contract" or not uses_dot(graph, section, i):
             continue
-        rows, weight = sorted(n.args, key=lambda a: _chosen(loaded(graph, a)))
-        if not _chosen(loaded(graph, weight)) or _chosen(loaded(graph, rows)):
+        rows, weight = sorted(n.args, key=lambda a: (_chosen(loaded(graph, a)), a == n.args[1]))
+        short = graph.nodes[weight].dtype in STORED
+        if not _chosen(loaded(graph, weight)) or (_chosen(loaded(graph, rows)) and not short):
             continue
         own, other = (
             next(a for a in graph.nodes[x].axes if section.block(a) > 1 and a not in graph.nodes[y].axes)
             for x, y in ((weight, rows), (rows, weight))
         )
-        wide = section.block(own) * (1 + (own in doubled)) >= LEAST and section.block(other) > FEW
+        fits = section.block(other) < LEAST if short else section.block(other) > FEW
+        wide = section.block(own) * (1 + (own in doubled)) >= LEAST and fits
         if wide and order.index(own) > order.index(other):
             order.remove(own)
             order.insert(order.index(other), own)

@@ -9,7 +9,7 @@ from math import prod
 
 from moekit.compile.rules.chains import chained
 from moekit.compile.rules.folds import weighed
-from moekit.compile.rules.gathers import gathered_product, gathered_rows, grouped, summands
+from moekit.compile.rules.gathers import coded, coding, gathered_product, gathered_rows, grouped, summands
 from moekit.compile.rules.gemm import GEMM_COLUMNS, GEMM_TILES, Block, deeper, gemm_launch, obliging, splitting, tiles
 from moekit.compile.rules.rows import many_rows, row_launch
 from moekit.compile.rules.sections import sections
@@ -95,9 +95,9 @@ def _by_kernels(graph: Graph) -> Iterator[tuple[int, Schedule]]:
         yield 0, found
     elif several := weighed(graph):
         yield from several.items()
-    elif found := _staged(graph):
+    elif found := _staged(graph) or _coded(graph):
         yield 0, found
-    elif launch := grouped(graph):
+    elif launch := coding(graph) or grouped(graph):
         yield 0, Schedule((launch,))
     elif gemms(graph):
         yield from ((tile.least, _tiled(graph, tile)) for tile in tiles(graph))
@@ -186,6 +186,16 @@ def _staged(graph: Graph) -> Schedule | None:
         if legal(graph, Schedule(launches)) is None:
             return Schedule(launches)
     return None
+
+
+def _coded(graph: Graph) -> Schedule | None:
+    """What is rounded to float8 for a product in a launch before it, with the folds that it takes: once for all columns."""
+    if (stage := coded(graph)) is None:
+        return None
+    first, rest, _ = cut(graph, stage)
+    before, after = heuristic(first), heuristic(rest)
+    schedule = Schedule((*before.launches[:-1], before.launches[-1].but(stage), *after.launches))
+    return schedule if legal(graph, schedule) is None else None
 
 
 def _size(graph: Graph, node: int) -> tuple[int, int]:

@@ -13,13 +13,14 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from moekit.compile.passes.sides import LEAST
 from moekit.compile.rules.gemm import turns
 from moekit.compile.rules.rows import alone, other_axis, shrunk
 from moekit.compile.schedule.cost import in_flight
 from moekit.compile.schedule.cuts import stageable
 from moekit.compile.schedule.directives import Axis, Dependent, Launch, Loop, Pair, Split, Stage, Stages, Tile, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, axis_uses, equally_deep, first_gemm, gemms, loaded, once, operands, paired
-from moekit.compile.schedule.legal import pairable
+from moekit.compile.schedule.legal import least_depth, pairable
 from moekit.compile.schedule.targets import MEASURED
 from moekit.lang.dtypes import STORED, itemsize
 from moekit.lang.graph import Graph, Node
@@ -56,6 +57,13 @@ SCALED = {
     32: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
     128: (Products(64, 128, 4, 3), Products(64, 128, 4, 3)),
 }
+# Of float8 with float8: 64 rows, or else columns, on the left, as other instructions add up fewer (rules/order.py).
+FLOAT8 = {
+    1: (Products(128, 128, 4, 3), Products(128, 128, 4, 3)),
+    64: (Products(128, 128, 4, 3), Products(64, 128, 4, 3)),
+    128: (Products(128, 128, 8, 4), Products(64, 128, 4, 3)),
+}
+CODED = 4096  # elements of a program that makes float8 of them, by four warps
 WIDE = Products(32, 32, 4, 1)  # of float32, beside the matrix unit: blocks of products leave no room for the next turn's loads
 
 
@@ -134,6 +142,37 @@ def summands(graph: Graph) -> Stage | None:
 
 
 @once
+def coded(graph: Graph) -> Stage | None:
+    """An operand of a grouped product that is rounded to float8, and folds of what it is made of, where no product is."""
+    sides = {a for i in gemms(graph) for a in graph.nodes[i].args if graph.nodes[a].dtype in STORED}
+    for side in (a for a in sides if graph.nodes[a].op == "cast"):
+        made = {side}
+        for i in range(side, -1, -1):
+            made |= {*operands(graph.nodes[i])} if i in made else set()
+        names = [v for v, i in stageable(graph).items() if i == side or (i in made and graph.nodes[i].op == "reduce")]
+        if names and not any(graph.nodes[i].op == "contract" for i in made):
+            return Stage(",".join(names))
+    return None
+
+
+@once
+def coding(graph: Graph) -> Launch | None:
+    """Programs of blocks that become float8, each by the largest magnitude along an axis that they hold whole."""
+    uses, made = axis_uses(graph), [graph.nodes[w.value] for w in graph.writes]
+    over = {n.attr("axis") for n in graph.live_nodes("reduce")}
+    inner = {a for a in over if uses[a].extent}
+    if not any(n.op == "cast" and n.dtype in STORED for n in made) or any(graph.live_nodes("contract")) or over - inner:
+        return None
+    said: dict[str, Axis] = {a: Whole(a, pow2(uses[a].extent or 1)) for a in inner}
+    left = max(1, CODED // prod(d.block for d in said.values()))
+    static, dynamic = ([a for a, u in uses.items() if u.parallel and (u.extent is None) == rows] for rows in (False, True))
+    for a in (*reversed(static), *dynamic):  # a row's own blocks first
+        tile = Tile(a, min(left, pow2(uses[a].extent or left)))
+        said[a], left = tile, left // tile.block
+    return alone((said.get(a) or other_axis(u) for a, u in uses.items()), warps=4, stages=1)
+
+
+@once
 def grouped(graph: Graph) -> Launch | None:
     """Programs of products of blocks of rows with one gathered matrix each; the same order of sums whatever the block."""
     gemm = first_gemm(graph, 1)  # fewer than the unit takes, too: as lanes would add them up, a block's other rows would matter
@@ -143,13 +182,15 @@ def grouped(graph: Graph) -> Launch | None:
     uses, outer = axis_uses(graph), turns(graph, gemm)
     rows, each = _tile(graph, gemm, found)
     columns = max(MEASURED.matrix, min(each.columns // len(found), pow2(uses[gemm.n].extent or 1)))
-    depth = max(MEASURED.matrix, min(each.depth, pow2(uses[gemm.k].extent or each.depth)))
+    least = max(least_depth(graph, i) for i, g in gemms(graph).items() if g == gemm)
+    depth = max(least, min(each.depth, pow2(uses[gemm.k].extent or each.depth)))
     said: dict[str, Axis] = {gemm.m: Tile(gemm.m, rows), gemm.n: Tile(gemm.n, columns), gemm.k: Loop(gemm.k, depth)}
     if outer:
         deep = pow2(uses[gemm.k].extent or MOST_DEEP + 1)
-        said |= {gemm.k: Whole(gemm.k, deep) if deep <= MOST_DEEP else said[gemm.k]} | {a: Loop(a, 1) for a in outer}
-    shallow = {g.k for g in gemms(graph).values() if (uses[g.k].extent or MEASURED.matrix) < MEASURED.matrix}
-    said = {a: Whole(a, MEASURED.matrix) for a in shallow} | said
+        said |= {gemm.k: Whole(gemm.k, max(least, deep)) if deep <= MOST_DEEP else said[gemm.k]}
+        said |= {a: Loop(a, 1) for a in outer}
+    shallow = {g.k: n for i, g in gemms(graph).items() if (uses[g.k].extent or MEASURED.matrix) < (n := least_depth(graph, i))}
+    said = {a: Whole(a, n) for a, n in shallow.items()} | said
     axes = [said.get(a) or other_axis(u) for a, u in uses.items()]
     launch = shrunk(graph, alone(axes, each.warps, each.stages))
     pair = rows >= (PAIRED_SCALED if outer else PAIRED_FROM)
@@ -165,11 +206,12 @@ def _tile(graph: Graph, gemm: GemmAxes, found: Sequence[Node]) -> tuple[int, Pro
     if max(itemsize(graph.nodes[a].dtype) for n in found for a in n.args) > 2:
         return MEASURED.matrix, WIDE
     block = min(MOST_ROWS, pow2(axis_uses(graph)[gemm.m].extent or MOST_ROWS))
-    scaled = bool(turns(graph, gemm))
-    table = SCALED if scaled else PRODUCTS
+    short, scaled = any(graph.nodes[n.args[0]].dtype in STORED for n in found), bool(turns(graph, gemm))
+    table = FLOAT8 if short else SCALED if scaled else PRODUCTS
     ways = table[max(least for least in table if least <= block)]
     second = len(found) == 1 if scaled else any(_columns(graph, n) for n in found)
-    return max(MEASURED.matrix, block), ways[second]
+    few = short and min(ways[second].columns // len(found), axis_uses(graph)[gemm.n].extent or 0) < LEAST
+    return max(MEASURED.matrix, block, LEAST if few else 0), ways[second]
 
 
 def _chosen(graph: Graph, n: Node) -> bool:

@@ -23,7 +23,8 @@ def order(programs: Iterable[t.Kernel]) -> Order:
     - A product on the matrix unit goes along its axis one step after the other, from the beginning of the axis or of each part:
       where parts begin counts, the blocks and the warps do not. (Seen on compute capability 9.0: the instructions for tiles of
       16 rows, and of 64 and more, give the same bits.) But for fewer than 64 rows of a left operand Triton 3.6 takes neighbours
-      of a converted operand, one of float8, in another order.
+      of a converted operand, one of float8, in another order; and of two float8 operands these instructions are others, whose
+      sums have more bits.
     - A sum within a block is a tree over the threads that hold it. Along a block's innermost axis, in the layout of a load, it
       is that of one row (`_lanes`); else the whole block's shape and the number of warps count.
     - A sum over a loop's turns goes turn by turn: the step counts, and how many turns there are.
@@ -37,7 +38,9 @@ def _said(program: t.TileProgram, body: tuple[t.Op, ...], warps: int) -> Iterato
         if isinstance(op, t.Dot):
             axis = program.axis(op.axis)
             yield "product", axis.name, axis.share if axis.parts > 1 else axis.extent
-            if _converted(program) & {op.left, op.right}:
+            if op.left.dtype in STORED:
+                yield "float8", axis.name, program.axis(op.out.axes[0]).block >= TALL and not warps % WARPGROUP
+            elif _converted(program) & {op.left, op.right}:
                 yield "converted", axis.name, program.axis(op.out.axes[0]).block >= TALL and not warps % WARPGROUP
         elif _adds(op):
             loads = [o.out.axes for o in body if isinstance(o, t.Load)]

@@ -66,7 +66,7 @@ def stageable(graph: Graph) -> dict[str, int]:
     several are.
     """
     kept = {w.value for w in graph.writes} | {n.args[2] for n in graph.live_nodes("exp_sum")}
-    wider = {"float32": 4, "bfloat16": 2, "float16": 2}
+    wider = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
     found: dict[str, int] = {}
     taken = {*graph.names.values()}
     for i in graph.live():

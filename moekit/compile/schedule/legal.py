@@ -271,7 +271,12 @@ def uses_dot(graph: Graph, section: Section, node: int) -> bool:
     rows, columns = (left - right) & wide, (right - left) & wide
     if len(rows) != 1 or len(columns) != 1 or (left & right & wide) - {k}:
         return False
-    return all(section.block(a) >= MEASURED.matrix for a in (*rows, *columns, k))
+    return all(section.block(a) >= MEASURED.matrix for a in (*rows, *columns)) and section.block(k) >= least_depth(graph, node)
+
+
+def least_depth(graph: Graph, node: int) -> int:
+    """How much of a contracted axis an instruction of the matrix unit takes: more of one-byte operands."""
+    return max(MEASURED.matrix, 2 * MEASURED.matrix // itemsize(graph.nodes[graph.nodes[node].args[0]].dtype))
 
 
 def largest_tile(graph: Graph, section: Section) -> int:
@@ -296,7 +301,7 @@ def pairable(graph: Graph, section: Section, tensor: str) -> Twins | None:
     over = graph.nodes[a].attr("axis")
     fits = (over in looped or isinstance(section.axis(over), Whole)) and level[a] == level[b] and column not in looped
     fits = fits and column not in left.axes and section.block(column) > 1
-    wide = itemsize(left.dtype) == 2 and all(uses_dot(graph, section, i) for i in (a, b))
+    wide = itemsize(left.dtype) <= 2 and all(uses_dot(graph, section, i) for i in (a, b))
     return pair if fits and wide else None
 
 

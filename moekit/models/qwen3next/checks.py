@@ -18,9 +18,11 @@ from jax.core import Tracer
 
 from moekit.errors import ArgumentError, DtypeError, ShapeError
 from moekit.models.qwen3next.cache import Cache
-from moekit.models.qwen3next.config import DTYPES, GDN
+from moekit.models.qwen3next.config import DTYPES, GDN, Config
+from moekit.models.qwen3next.sharding import ROUTED
 
 KEPT = (None, "auto", "float8_e4m3fn")  # what may be said of weights that files have in FP8
+ACTIVATIONS = (None, "float8_e4m3fn")  # what may be said of what is multiplied by them
 LOST = -1  # the token, and the length in a cache, of a row that has no answer any more
 
 
@@ -136,6 +138,22 @@ def kept_weights(where: str, weights: Any) -> str | None:
     if weights not in KEPT:
         raise ArgumentError(f"{where}: weights is {weights!r}; it must be one of {', '.join(map(repr, KEPT))}")
     return weights
+
+
+def activations(where: str, given: Any) -> str | None:
+    """What is said of what weights in FP8 are multiplied by. Raises ArgumentError for what is none of the words."""
+    if given not in ACTIVATIONS:
+        raise ArgumentError(f"{where}: activations is {given!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}")
+    return given
+
+
+def multiplied(config: Config) -> None:
+    """Refuse activations in float8 where no routed experts are."""
+    if config.activations and not (config.float8 and {*ROUTED} <= config.float8.names):
+        raise ArgumentError(
+            f"load: activations is {config.activations!r}, which experts in float8 alone are multiplied by; give an FP8 "
+            "checkpoint with weights='float8_e4m3fn', or leave activations out"
+        )
 
 
 def weight_dtype(where: str, dtype: Any) -> str | None:

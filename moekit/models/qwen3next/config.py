@@ -87,6 +87,7 @@ class Config:
     model_type: 'qwen3_next' or 'qwen3_5_moe_text', which have their weights under other names in files and compute the same.
     blocks: of files whose weights are FP8. float8: what of that the model keeps so; all else it has in its dtype.
     ep: how many groups of ranks the experts are dealt to; no checkpoint says it. Within a group they are cut by their width.
+    activations: what many tokens' experts of float8 weights multiply these by, where that is not the model's dtype.
     """
 
     vocab_size: int
@@ -115,6 +116,7 @@ class Config:
     blocks: Blocks | None = field(default=None, compare=False)
     ep: int = 1
     float8: Float8 | None = None
+    activations: str | None = None
 
     @property
     def num_layers(self) -> int:

@@ -31,6 +31,8 @@ FUSIONS = (
     "scaled_expert_gate_up",
     "scaled_expert_down",
     "scaled_experts",
+    "quantised",
+    "quantised_experts",
     "scaled_product",
     "scaled_conv_projections",
     "scaled_gate_projections",
@@ -75,6 +77,8 @@ class Kernels:
     scaled_expert_gate_up: Callable[..., Any]
     scaled_expert_down: Callable[..., Any]
     scaled_experts: Callable[..., Any]
+    quantised: Callable[..., Any]
+    quantised_experts: Callable[..., Any]
     scaled_product: Callable[..., Any]
     scaled_conv_projections: Callable[..., Any]
     scaled_gate_projections: Callable[..., Any]

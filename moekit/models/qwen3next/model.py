@@ -59,6 +59,7 @@ def load(
     dtype: str | None = None,
     *,
     weights: str | None = None,
+    activations: str | None = None,
     ep: int = 1,
     room: Room = NO_ROOM,
     progress: Callable[[int, int], None] | None = None,
@@ -67,20 +68,24 @@ def load(
 
     dtype: of the weights, the checkpoint's where None. weights: "float8_e4m3fn" keeps the experts and projections of an FP8
     checkpoint as its files have them, codes beside their scales, "auto" does so where the files are such; None dequantises
-    all. ep: how many groups of ranks the experts are dealt to; with 1, every rank has a part of every expert. room: the cache
-    that must fit beside them. progress(done, total), in bytes, is called after each share.
-    Raises DtypeError (no dtype of weights), ArgumentError (weights is none of these) and ConfigError (config.json, or a tp or
-    ep that does not divide the model) before any tensor is read, CheckpointError where a tensor is missing, extra, mis-shaped,
-    mistyped or truncated, or holds NaN or an infinity in `dtype`, and FitError where a device has no room for all of it.
+    all. activations: "float8_e4m3fn" rounds to float8 what kernels multiply such experts by where tokens are many, which takes
+    less time and moves results by some percent (docs/model.md#activations-in-float8). ep: how many groups of ranks the experts
+    are dealt to; with 1, every rank has a part of every expert. room: the cache that must fit beside them. progress(done,
+    total), in bytes, is called after each share.
+    Raises DtypeError (no dtype of weights), ArgumentError (weights or activations is none of these, or does not fit the other)
+    and ConfigError (config.json, or a tp or ep that does not divide the model) before any tensor is read, CheckpointError where
+    a tensor is missing, extra, mis-shaped, mistyped or truncated, or holds NaN or an infinity in `dtype`, and FitError where a
+    device has no room for all of it.
     """
     if AXIS not in mesh.shape:
         raise ConfigError(f"the mesh has axes {tuple(mesh.shape)} where one named {AXIS!r} is needed")
     dtype, weights = checks.weight_dtype("load", dtype), checks.kept_weights("load", weights)
-    config = replace(Config.from_json(checkpoint_dir), ep=ep)
+    config = replace(Config.from_json(checkpoint_dir), ep=ep, activations=checks.activations("load", activations))
     check_tensor_parallel(config, mesh.shape[AXIS])
     with Checkpoint(checkpoint_dir, config) as checkpoint:
         if weights:
             checkpoint.keep_float8(weights != "auto", mesh.shape[AXIS])
+        checks.multiplied(checkpoint.config)
         params = load_parameters(checkpoint, mesh, dtype, progress, room)
     return Model(params, checkpoint.config, mesh)  # the files say whether there is a head
 

@@ -29,6 +29,9 @@ from moekit.models.qwen3next.sharding import AXIS
 # 0.90 of 64.
 FORMS = ((1 / 4, 0), (16, 16), (48, 64), (inf, 128))
 SCALED_FORMS = ((3 / 8, 0), (19, 16), (27, 32), (68, 64), (inf, 128))
+# Of float8 rows, from QUANTISED pairs an expert on: at 5 they took as long as others, at 20, 40 and 80 0.8, 0.7 and 0.65 of it
+# (bench/experts.py --float8).
+QUANTISED, QUANTISED_FORMS = 9, ((26, 32), (inf, 64))
 ROWS = 16  # up to which the router chooses in the launch that adds up its products: one block of the matrix unit's
 # With arrays: all experts run over all tokens, which reads each once, up to as many tokens as a block has and where a token
 # chooses one of at most DENSE; else pairs are sorted into blocks of SORTED, of which TOGETHER pairs are a turn.
@@ -64,7 +67,7 @@ def _of_routed(x: jax.Array, gates: tuple[jax.Array, ...], weights: Layer, confi
     alike = ("experts_down" + SCALE in weights.layout) == ("shared_down" + SCALE in weights.layout)
     if kernels.fused and alike and _form(ids.size, config.num_experts, weights) == 0:
         return _few(x, chosen, ids, activated, share, weights, kernels)
-    hidden = experts(x, chosen, ids, weights, kernels, config.ep)
+    hidden = experts(x, chosen, ids, weights, kernels, config.ep, config.activations)
     if "shared_down" + SCALE not in weights.layout:
         return kernels.down_combine(hidden, activated, weights.view("shared_down").T, share)
     if x.shape[0] > MOST:
@@ -133,16 +136,27 @@ def _among_held(ids: jax.Array, config: Config) -> jax.Array:
     return jnp.where((own >= 0) & (own < held), own, held)
 
 
-def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, ep: int = 1) -> jax.Array:
+def experts(
+    x: jax.Array,
+    chosen: jax.Array,
+    ids: jax.Array,
+    weights: Layer,
+    kernels: Kernels,
+    ep: int = 1,
+    activations: str | None = None,
+) -> jax.Array:
     """Weighted sum of the chosen experts, [T, H] in x's dtype; with kernels, of many tokens.
 
     x [T, H]; chosen, ids [T, k]: their weights and numbers among the experts of this rank; those of no expert here, which
     there are where ep is above 1 alone, add nothing. How it is computed follows from the shapes alone. With kernels a row's
-    bits do not depend on the rows beside it; with another number of rows its products may be added up in another order.
+    bits do not depend on the rows beside it; with another number of rows its products may be added up in another order, and
+    with `activations` be of rows in float8.
     """
     names = ("experts_gate_up", "experts_down")  # [E, 2I, H] and [E, I, H], float8 ones [E, H, I]
     count, pairs = weights.layout[names[0]].shape[0] * ep, ids.size
     if kernels.fused and names[0] + SCALE in weights.layout:
+        if activations and pairs > QUANTISED * count:
+            return _quantised(x, chosen, ids, weights, kernels, _block(QUANTISED_FORMS, pairs, count))
         return _scaled(x, chosen, ids, weights, kernels, _form(pairs, count, weights))
     if kernels.fused:
         gate_up, down = map(weights.view, names)
@@ -156,14 +170,24 @@ def experts(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, ker
 
 def _scaled(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, block: int) -> jax.Array:
     """`experts` of weights that are float8, by kernels that take their scales."""
-    gate_up, gate_up_scale, down, down_scale = (
-        weights.view(name + end) for name in ("experts_gate_up", "experts_down") for end in ("", SCALE)
-    )
-    blocks = dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
+    (gate_up, gate_up_scale, down, down_scale), blocks = _codes(weights)
     if block == 0:
         activated = kernels.scaled_expert_gate_up(x, gate_up, gate_up_scale, ids, **blocks)
         return kernels.scaled_expert_down(activated, down, down_scale, ids, chosen, **blocks)
     return kernels.scaled_experts(x, ids, chosen, gate_up, gate_up_scale, down, down_scale, block=block, **blocks)
+
+
+def _quantised(x: jax.Array, chosen: jax.Array, ids: jax.Array, weights: Layer, kernels: Kernels, block: int) -> jax.Array:
+    """`experts` of weights that are float8, of rows that become so, too."""
+    stacks, blocks = _codes(weights)
+    codes, scale = kernels.quantised(x, columns=blocks["columns"])
+    return kernels.quantised_experts(codes, scale, ids, chosen, *stacks, block=block, **blocks, dtype=x.dtype.name)
+
+
+def _codes(weights: Layer) -> tuple[list[View], dict[str, int]]:
+    """The experts' codes and scales, of gate and up and of down, and the sizes of their blocks."""
+    stacks = [weights.view(name + end) for name in ("experts_gate_up", "experts_down") for end in ("", SCALE)]
+    return stacks, dict(zip(("columns", "inner"), weights.block("experts_down"), strict=True))
 
 
 def _matrices(weights: Layer, name: str, dtype: jnp.dtype, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -180,6 +204,10 @@ def _matrices(weights: Layer, name: str, dtype: jnp.dtype, take: Callable[[jax.A
 def _form(pairs: int, count: int, weights: Layer) -> int:
     """How many pairs of one expert a program takes: the fewer it leaves empty, the oftener it reads that expert's weights."""
     forms = SCALED_FORMS if "experts_gate_up" + SCALE in weights.layout else FORMS
+    return _block(forms, pairs, count)
+
+
+def _block(forms: tuple[tuple[float, int], ...], pairs: int, count: int) -> int:
     return next(block for most, block in forms if pairs <= most * count)
 
 
