@@ -17,7 +17,7 @@ from moekit.backends import pallas
 from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
 from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, calls, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours, unspread
+from moekit.compile.passes.fragments import WIDEST, Fragment, following, fragments, neighbours, unspread
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import identifier
 from moekit.compile.plan import plan
@@ -156,25 +156,22 @@ class MosaicPrinter(pallas.PallasPrinter):
 
     def width(self, at: t.Access, axes: tuple[str, ...], value: t.Value | None) -> int:
         """How many elements an access takes at once: neighbours in a lane, in memory and behind one mask."""
-        layout, along = self.program.param(at.tensor).viewed, neighbours(self.program, at)
-        if along is None:
+        layout, groups = self.program.param(at.tensor).viewed, following(self.program)
+        if (along := neighbours(self.program, at, groups)) is None:
             return 1
-        size, made = itemsize(self.program.param(at.tensor).dtype), {op.out: op for op, _ in t.walk(self.program.body)
-                                                                     if isinstance(op, t.Elements | t.InBounds)}  # fmt: skip
-        width = min(self.fragments.of(axes, value).along(along), WIDEST // size)
+        bounds = {op.out: op for op, _ in t.walk(self.program.body) if isinstance(op, t.InBounds)}
+        width = min(self.fragments.of(axes, value).along(along), WIDEST // itemsize(self.program.param(at.tensor).dtype))
         pitch = [prod(layout.base[d + 1 :]) for d in range(len(layout.base))]
         strides = [pitch[axis] for axis, _ in (*layout.fixed, *layout.picked)]
         for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
             strides.append((start + step * index.start) * pitch[axis])
             for value, own in index.terms:
-                first = isinstance(op := made.get(value), t.Elements) and op.axis == along and pitch[axis] * own * step == 1
-                strides.append(self.program.axis(along).block if first else pitch[axis] * own * step)
+                first = groups.get(value, ("", 1))[0] == along and pitch[axis] * own * step == 1
+                strides.append(groups[value][1] if first else pitch[axis] * own * step)
         for mask in (m for m in at.mask if along in m.axes):
-            bound = made.get(mask)
-            if isinstance(bound, t.InBounds) and isinstance(made.get(bound.value), t.Elements) and not bound.signed:
-                strides.append(self.program.axis(bound.axis).extent or 1)
-            else:
-                strides.append(1)
+            bound = bounds.get(mask)
+            known = bound is not None and groups.get(bound.value, ("", 1))[0] == along
+            strides += [groups[bound.value][1], self.program.axis(bound.axis).extent or 1] if known else [1]
         return gcd(width, *strides)
 
     def store(self, op: t.Store) -> str:

@@ -1,5 +1,6 @@
 """Mosaic GPU kernels without a GPU: interpreted, compiled for an H200, and run by a machine for what was compiled."""
 
+import ast
 import re
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
 from moekit.jax import mosaic as launcher
-from moekit.lang import In, cast, contract, fusion, mean, rsqrt
+from moekit.lang import In, cast, concat, contract, f32, fusion, gather, iota, mean, rsqrt, size, slice
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
@@ -366,6 +367,49 @@ def test_a_warp_has_whole_lines(name):
             i = next(i for i, slot in enumerate(found.slots) if along in slot)
             size = itemsize(program.param(at.tensor).dtype)
             assert found.warps[i] == 1 or found.lanes[i] * found.vector[i] * size >= 128
+
+
+def swapped_reference(x, w):
+    half, x = w.shape[0], x.astype(np.float64)
+    across = np.concatenate([x[:, half : 2 * half], x[:, :half], x[:, 2 * half :]], axis=1)
+    return {"out": across * w.astype(np.float64)[np.arange(x.shape[1]) % half]}
+
+
+@fusion(swapped_reference, x=In("T 2*R+N"), w=In("R"))
+def swapped(x, w):
+    """The first two of a row's parts change places, and all are weighed. x [T, 2R + N], w [R] -> like x."""
+    row, half = "2*R+N", size("R")
+    first, second = (slice(x, row, start, half, into="R") for start in (0, half))
+    rest = slice(x, row, 2 * half, size(row) - 2 * half, into="P")
+    across = concat(second, first, rest, over="R R P", into=row)
+    return cast(f32(across) * f32(gather(w, iota(row) % half, over="R")), x.dtype)
+
+
+@pytest.mark.parametrize(("half", "width"), [(64, 8), (68, 4), (65, 1)])
+def test_neighbours_further_on_are_loaded_together(half, width, monkeypatch):
+    """Up to as many as a group of those that are put elsewhere has; of 65 each by itself."""
+    sizes = {"T": 3, "R": half, "N": 1024 - 2 * half}
+    given, programs, call = operands(swapped, sizes, "bfloat16", "normal", 6), [], launcher.call
+    monkeypatch.setattr(launcher, "call", lambda program, *more: programs.append(program) or call(program, *more))
+    check("mosaic", Call(swapped, given))
+    monkeypatch.undo()
+    with emulated() as machines:
+        check("mosaic", Call(swapped, given))
+    assert machines
+    calls = [n for n in ast.walk(ast.parse(mosaic.emit(programs[0]))) if isinstance(n, ast.Call)]
+    accesses = [n for n in calls if ast.unparse(n.func) == "load"]
+    said = [{k.arg: ast.unparse(k.value) for k in n.keywords} for n in accesses]
+    assert [int(n.get("width", 1)) for n in said if "mask" in n] == [width] * 3
+
+
+def test_ranks_are_a_lane_each():
+    """What a top_k has found is not in every lane's registers, and is stored together."""
+    (program,) = made("topk_softmax").programs
+    (section,) = program.sections
+    assert fragments(section, TARGETS["mosaic"]).of(("T", "K")).along_slot("K") == (1, 32, 1)
+    kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+    ptx, _ = assembled(program, kinds, mosaic.buffers(program)[1], program.programs({"T": 4}))
+    assert ptx.count("st.global") == 2  # weights and ids
 
 
 def test_a_layout_is_said_by_what_a_value_lacks():

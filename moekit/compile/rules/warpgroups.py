@@ -56,7 +56,7 @@ def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedu
         wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
         tall = _tall(own, wide, sizes, COLUMNS * warps) if sizes and products_alone(own) else wide
         turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for g, section in sections_of(own, tall)))
-        launches.append(_folded(turned, warps))
+        launches.append(_folded(_ranked(own, turned), warps))
     return replace(few, launches=tuple(launches))
 
 
@@ -119,6 +119,16 @@ def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
         each, sums = each + columns // wide, sums + 2 * rows * columns // (LANES * warps)
     room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)
     return 1 << max(LEAST, room).bit_length() - 1
+
+
+def _ranked(graph: Graph, launch: Launch) -> Launch:
+    """A launch whose ranks of a top_k are as many as a warp's lanes, if fewer would be in each lane's registers."""
+    ranks = {n.attr("into") for n in graph.live_nodes("top_k")}
+
+    def wide(d: Whole) -> Whole:
+        return Whole(d.axis, max(d.block, LANES)) if d.axis in ranks else d
+
+    return replace(launch, sections=tuple(s.but(*map(wide, s.all(Whole))) for s in launch.sections))
 
 
 def _folded(launch: Launch, warps: int) -> Launch:
