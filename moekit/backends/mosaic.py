@@ -20,6 +20,7 @@ from moekit.compile import tile as t
 from moekit.compile.passes.fragments import WIDEST, Fragment, following, fragments, neighbours, unspread
 from moekit.compile.passes.helpers import Helper, helpers
 from moekit.compile.passes.names import identifier
+from moekit.compile.passes.staged import staged
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
@@ -77,6 +78,7 @@ class MosaicPrinter(pallas.PallasPrinter):
     def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts, layouts: dict[str, Fragment]):
         super().__init__(program, expressions, pid, starts)
         self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), layouts
+        self.staged = staged(program)
         self.pending = False  # whether something was loaded since threads waited for each other
 
     def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:
@@ -207,6 +209,9 @@ class MosaicPrinter(pallas.PallasPrinter):
 def _load(p: MosaicPrinter, op: t.Load) -> str:
     p.helper("accesses")
     array, at, more = p.accessed(op.at, op.out.axes, op.out)
+    if op.out in p.staged:
+        p.helper("staged")
+        return f"asked({array}, {at}{more})"
     fill = number(float(op.fill) if op.out.dtype.startswith(("float", "bfloat")) else int(op.fill))
     return f"load({array}, {at}{more}{f', other={fill}' if op.at.mask and op.fill else ''})"
 
@@ -245,7 +250,8 @@ def _dot(p: MosaicPrinter, op: t.Dot) -> str:
     along = op.left.axes.index(op.axis), op.right.axes.index(op.axis)
     layouts = ", ".join(p.layout(v.axes, v) for v in (op.left, op.right, op.out))
     high, _, _ = p.fragments.of(op.out.axes, op.out).along_slot(op.out.axes[0])
-    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
+    word = "mma_staged" if op.left in p.staged else "mma"
+    return f"{word}({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
 
 
 def emit(kernel: t.Kernel) -> str:

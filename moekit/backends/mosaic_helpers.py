@@ -19,6 +19,11 @@ IMPORTS = {  # helper → what it needs above it
         "from jax.extend.mlir.dialects import arith, vector",
     ),
     "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu", "from jax.extend.mlir import ir"),
+    "staged": (
+        "import math",
+        "from jax.experimental import pallas as pl",
+        "from jax.extend.mlir.dialects import arith, vector",
+    ),
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
@@ -76,14 +81,17 @@ MOSAIC = {
     "laid": """def laid(x, layout):
     return plgpu.layout_cast(x, layout)
 """,
-    "mma": """def mma_steps(x, along):
-    n = x.layout.vector_length
-    spans = x.shape[along] // (4 * n)
-    lines = np.moveaxis(x.registers.reshape((-1, spans) if along else (spans, -1)), along, 1)
+    "mma": """def mma_pairs(lines):
+    n = ir.VectorType(lines.flat[0].type).shape[0]
     pairs = np.empty((*lines.shape, n // 2), dtype=object)
     for *at, k in np.ndindex(pairs.shape):
         pairs[*at, k] = mgpu.utils.vector_slice(lines[*at], slice(2 * k, 2 * k + 2))
     return pairs.reshape(len(lines), -1, 2)
+
+
+def mma_lines(x, along):
+    spans = x.shape[along] // (4 * x.layout.vector_length)
+    return np.moveaxis(x.registers.reshape((-1, spans) if along else (spans, -1)), along, 1)
 
 
 def mma_held(acc):
@@ -94,28 +102,123 @@ def mma_held(acc):
     return (acc.bitcast(word, output_is_signed=False) | zero).bitcast(acc.mlir_dtype)
 
 
+def mma_steps(rows, columns, acc, dtype, warps):
+    m, n, k = len(rows) // 2, len(columns), rows.shape[1]
+    kinds = mgpu.MMALayouts(dtype, m_warps=warps)
+
+    def given(registers, shape, layout):
+        registers = registers.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    found = mgpu.mma(
+        given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * warps * m, 32 // warps * n), kinds.acc),
+        given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * warps * m, 16 * k), kinds.lhs),
+        given(columns.swapaxes(0, 1), (16 * k, 32 // warps * n), kinds.rhs),
+    )
+    registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+
 def mma(left, right, acc, along, layouts, warps):
     made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
 
     @plgpu.inline_mgpu(arg_types=layouts, return_type=made)
     def multiplied(context, left, right, acc):
-        rows, columns = mma_steps(left, along[0]), mma_steps(right, along[1])
-        m, n, k = len(rows) // 2, len(columns), rows.shape[1]
-        kinds, acc = mgpu.MMALayouts(left.mlir_dtype, m_warps=warps), mma_held(acc) if warps * m == 1 else acc
-
-        def given(registers, shape, layout):
-            registers = registers.reshape(layout.registers_shape(shape))
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-        found = mgpu.mma(
-            given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * warps * m, 32 // warps * n), kinds.acc),
-            given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * warps * m, 16 * k), kinds.lhs),
-            given(columns.swapaxes(0, 1), (16 * k, 32 // warps * n), kinds.rhs),
-        )
-        registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+        rows, columns = (mma_pairs(mma_lines(x, a)) for x, a in zip((left, right), along))
+        acc = mma_held(acc) if warps * len(rows) == 2 else acc
+        return mma_steps(rows, columns, acc, left.mlir_dtype, warps)
 
     return multiplied(left, right, plgpu.layout_cast(acc, layouts[2]))
+""",
+    "staged": """def asked(ref, index, layout, mask=None, width=1):
+    return ref, *given(index, mask, layout), layout, mask is not None, width
+
+
+class Staged:
+    def __init__(self, operand, array, room, at, along, own, copies, first):
+        _, blocks, _, layout, masked, self.width = operand
+        held, shape = layout.to_mgpu(), jnp.broadcast_shapes(*map(jnp.shape, blocks))
+        self.array, self.room, self.at, self.index = array, room, at, at[:-1] if masked else at
+        self.mask, self.near, self.copies, self.own = masked or None, held.vector_length, copies, own
+        self.kind, spans = ir.MemRefType(array.type).element_type, shape[along] // (4 * held.vector_length)
+        registers = np.arange(math.prod(held.registers_shape(shape)))
+        self.lines = np.moveaxis(registers.reshape((-1, spans) if along else (spans, -1)), along, 1).reshape(-1, spans // 2, 2)
+        word = ir.IntegerType.get_signless(32)
+        warp = arith.remui(mgpu.utils.warp_idx(sync=False), mgpu.c(4, word))
+        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, word))
+        by = mgpu.c(own if first else copies, word)
+        found = arith.divui(warp, by), arith.remui(warp, by)
+        mine, self.copy = found[::-1] if first else found
+        self.base = arith.index_cast(ir.IndexType.get(), arith.addi(arith.muli(mine, mgpu.c(32, word)), lane))
+
+    def place(self, line, part, span, k=0):
+        before, index = ((part * 2 + span) * len(self.lines) + line) * self.own * 32, ir.IndexType.get()
+        place = arith.muli(arith.addi(self.base, mgpu.c(before, index)), mgpu.c(self.near, index))
+        return arith.addi(place, mgpu.c(k, index))
+
+    def ask(self, part):
+        for n, (line, span) in enumerate(np.ndindex(len(self.lines), 2)):
+            mine = arith.cmpi(arith.CmpIPredicate.eq, self.copy, mgpu.c(n % self.copies, self.copy.type))
+            for k in range(0, self.near, self.width):
+                from_, there = places(self.at, self.index, self.mask, self.lines[line, part, span], k)
+                self.piece(from_, there, self.place(line, part, span, k), mine)
+
+    def piece(self, place, there, to, mine):
+        index, size = ir.IndexType.get(), self.width * mgpu.bytewidth(self.kind)
+        place = place if there is None else [arith.select(there, i, mgpu.c(0, index)) for i in place]
+        if size < 4:
+            kind = ir.VectorType.get((self.width,), self.kind)
+            with mgpu.when(mine):
+                found = vector.load(kind, self.array, place)
+                zero = vector.broadcast(kind, mgpu.c(0, self.kind))
+                vector.store(found if there is None else arith.select(there, found, zero), self.room, [to])
+            return
+        strides, _ = ir.MemRefType(self.array.type).get_strides_and_offset()
+        offset, long = mgpu.utils.dyn_dot(place, [mgpu.c(s, index) for s in strides]), ir.IntegerType.get_signless(64)
+        ends = [
+            mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [arith.index_cast(long, i)], self.kind)
+            for x, i in ((self.room, to), (self.array, offset))
+        ]
+        word = ir.IntegerType.get_signless(32)
+        bytes = mgpu.c(size, word) if there is None else arith.select(there, mgpu.c(size, word), mgpu.c(0, word))
+        ask = f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;"
+        mgpu.utils.inline_ptx(ask, *ends, bytes, predicate=mine, has_side_effects=True)
+
+    def found(self, part):
+        kind, made = ir.VectorType.get((self.near,), self.kind), np.empty((len(self.lines), 2), dtype=object)
+        for line, span in np.ndindex(made.shape):
+            made[line, span] = vector.load(kind, self.room, [self.place(line, part, span)], alignment=16)
+        return mma_pairs(made)
+
+
+def mma_staged(left, right, acc, along, layouts, warps):
+    made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
+    sizes = [math.prod(jnp.broadcast_shapes(*map(jnp.shape, x[1]))) for x in (left, right)]
+    wide = 4 // warps
+
+    @plgpu.inline_mgpu(
+        arg_types=(*((plgpu.RefType(), plgpu.RefType(), *x[2]) for x in (left, right)), layouts[2]), return_type=made
+    )
+    def multiplied(context, a, b, acc):
+        first = Staged(left, a[0], a[1], a[2:], along[0], warps, wide, False)
+        second = Staged(right, b[0], b[1], b[2:], along[1], wide, warps, min(warps, wide) > 1)
+        slices = first.lines.shape[1]
+        mgpu.warpgroup_barrier()
+        for part in range(slices):
+            first.ask(part)
+            second.ask(part)
+            mgpu.utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+        for part in range(slices):
+            mgpu.utils.inline_ptx(f"cp.async.wait_group {slices - 1 - part};", has_side_effects=True)
+            mgpu.warpgroup_barrier()
+            acc = mma_steps(first.found(part), second.found(part), acc, first.kind, warps)
+        return acc
+
+    def run(left_room, right_room):
+        operands = ((x[0], room, *x[1]) for x, room in ((left, left_room), (right, right_room)))
+        return multiplied(*operands, plgpu.layout_cast(acc, layouts[2]))
+
+    return pl.run_scoped(run, *(plgpu.SMEM((n,), x[0].dtype) for n, x in zip(sizes, (left, right))))
 """,
     "accesses": """def element(x, register, k):
     x = x.registers.flat[register] if x.registers.ndim else x.registers.item()

@@ -22,7 +22,8 @@ from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
 from moekit.jax import mosaic as launcher
-from moekit.lang import In, cast, concat, contract, f32, fusion, gather, iota, mean, rsqrt, size, slice
+from moekit.lang import In, cast, concat, contract, f32, fusion, gather, iota, mean, rsqrt, size
+from moekit.lang import slice as piece
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
@@ -379,8 +380,8 @@ def swapped_reference(x, w):
 def swapped(x, w):
     """The first two of a row's parts change places, and all are weighed. x [T, 2R + N], w [R] -> like x."""
     row, half = "2*R+N", size("R")
-    first, second = (slice(x, row, start, half, into="R") for start in (0, half))
-    rest = slice(x, row, 2 * half, size(row) - 2 * half, into="P")
+    first, second = (piece(x, row, start, half, into="R") for start in (0, half))
+    rest = piece(x, row, 2 * half, size(row) - 2 * half, into="P")
     across = concat(second, first, rest, over="R R P", into=row)
     return cast(f32(across) * f32(gather(w, iota(row) % half, over="R")), x.dtype)
 

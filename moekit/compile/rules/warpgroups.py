@@ -27,6 +27,7 @@ PROGRAMS = 3
 PART = 256  # of a product's summed axis, in a part of a split
 TURN = 512  # of one in a turn, at the most, of what registers hold
 LEAST = 32  # of one in a turn: of fewer a lane loads less than 16 bytes, and which elements are a step is another order
+SHARED = 98304  # bytes of shared memory for a turn's operands, of blocks of more rows than the first: two programs of an SM
 REGISTERS = 208  # of a lane for a turn's operands, two elements each, for sums, and as many as these for what is read beside
 LANES = MEASURED.lanes
 
@@ -108,13 +109,16 @@ def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: in
 
 
 def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
-    """Elements of a summed axis, a power of two, of which a lane holds what a section's products take; products of one section
-    share their rows."""
+    """Elements of a summed axis, a power of two, of which a lane, or of one product of more rows shared memory, holds what a
+    section's products take; products of one section share their rows."""
     tiled = {d.axis for d in section.all(Tile)}
     each = sums = most = 0
-    for gemm in (g for g in gemms(graph).values() if g.k == axis):
+    found = [g for g in gemms(graph).values() if g.k == axis]
+    for gemm in found:
         rows, columns = (section.block(a) if a in tiled else 1 for a in _block(graph, gemm))
         high, wide = shared(rows, columns, warps)
+        if rows > ROWS[0] and len(found) == 1:
+            return 1 << (SHARED // (2 * (rows + columns))).bit_length() - 1
         most = max(most, rows // high)
         each, sums = each + columns // wide, sums + 2 * rows * columns // (LANES * warps)
     room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STEP = 16  # rows of one instruction, and elements along which it adds up, of two bytes
 COLUMNS = 8  # of one instruction
+SLICE = 64  # elements along which it adds up that are waited for together where operands come by way of shared memory
 
 
 def shared(rows: int, columns: int, warps: int) -> tuple[int, int]:

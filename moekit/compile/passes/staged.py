@@ -1,0 +1,27 @@
+"""Which operands of products come by way of shared memory, for targets that want to be told which thread holds what.
+
+A lane's registers would hold both operands of a turn until the last of them has come: of few rows that is little. Of more rows
+they are asked for all at once, each by one of the threads that hold it, and are read from shared memory slice by slice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from moekit.compile import tile as t
+from moekit.compile.schedule.matrix import SLICE, STEP
+from moekit.lang.dtypes import itemsize
+
+
+def staged(program: t.TileProgram) -> frozenset[t.Value]:
+    """What is loaded for products of more than the matrix unit's rows, and for nothing else."""
+    ops = [op for op, _ in t.walk(program.body)]
+    loads = {op.out for op in ops if isinstance(op, t.Load) and not op.fill and itemsize(op.out.dtype) == 2}
+    uses = Counter(v for op in ops for v in t.operands(op))
+    found: set[t.Value] = set()
+    for op in (op for op in ops if isinstance(op, t.Dot)):
+        rows, depth = program.block((op.out.axes[0], op.axis))
+        both = {op.left, op.right}
+        if rows > STEP and depth % SLICE == 0 and both <= loads and all(uses[v] == 1 for v in both):
+            found |= both
+    return frozenset(found)
