@@ -78,7 +78,7 @@ class MosaicPrinter(pallas.PallasPrinter):
     def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts, layouts: dict[str, Fragment]):
         super().__init__(program, expressions, pid, starts)
         self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), layouts
-        self.staged = staged(program)
+        self.staged = staged(program, TARGETS["mosaic"])
         self.pending = False  # whether something was loaded since threads waited for each other
 
     def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import neighbours
-from moekit.compile.passes.staged import staged
 from moekit.jax import mosaic
 from moekit.jax.launch import NOWHERE
 
@@ -60,16 +59,14 @@ def _assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
 def used(program: t.Kernel) -> list[str]:
     """The buffers in the order in which a kernel's text first names them: so MLIR numbers the parameters of a launch, but for
     those whose address is taken, to be copied into shared memory, which are the last."""
+    calls = [n for n in ast.walk(ast.parse(mosaic.mosaic.emit(program))) if isinstance(n, ast.Call)]
+    copied = {n.args[0].id for n in calls if ast.unparse(n.func) == "asked" and any(k.arg == "width" for k in n.keywords)}
     found: list[str] = []
-    copied: list[str] = []
     for section in program.sections:
-        apart = staged(section)
         found += [place for p in section.params for _, place in p.viewed.picked]
-        for op in (op for op, _ in t.walk(section.body) if isinstance(op, t.Load | t.Store)):
-            buffer = section.param(op.at.tensor).viewed.buffer
-            far = isinstance(op, t.Load) and op.out in apart and neighbours(section, op.at) is not None
-            (copied if far else found).append(buffer)
-    return list(dict.fromkeys((*found, *copied)))
+        memory = (op.at.tensor for op, _ in t.walk(section.body) if isinstance(op, t.Load | t.Store))
+        found += [section.param(name).viewed.buffer for name in memory]
+    return sorted(dict.fromkeys(found), key=lambda name: f"{name}_ref" in copied)
 
 
 REAL = mosaic.call

@@ -197,6 +197,25 @@ def product(name: str, sizes: dict, rows: int):
     return graph, warpgroups(graph, {"T": rows})
 
 
+@pytest.mark.parametrize("said", [
+    "tile:T:32 loop:D:64 tile:P:32 warps:4", "tile:T:64 loop:D:128 tile:P:64 warps:4",
+    "tile:D.part:1 tile:T:32 loop:D:64 tile:P:128 warps:4 split:D:2 then loop:D.part:1 tile:T:1 tile:P:64 warps:4",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["dense", "turned", "odd", "columns"])
+def test_operands_of_more_rows_come_by_way_of_shared_memory(said, kind):
+    """In turns and parts, past the end of rows, columns and the summed axis; 16 bytes at a time where memory has them so, else
+    fewer or one element: by the machine the bits are those of 16 rows, whose operands are loaded into registers."""
+    depth, first = {"odd": 175, "columns": 160}.get(kind, 168), {"columns": 4}.get(kind, 0)
+    rng = np.random.default_rng(9)
+    x, w = (jnp.asarray(rng.standard_normal((n, depth + first)), jnp.bfloat16) for n in (70, 50))
+    x, w = (view(each.T).T if kind == "turned" else view(each)[:, first:] for each in (x, w))
+    few = " then ".join(part.replace("tile:T:32", "tile:T:16").replace("tile:T:64", "tile:T:16") for part in said.split(" then "))
+    with emulated() as machines:
+        got, want = (gate_gemm(x, w, implementation="mosaic", schedule=Schedule.parse(s)) for s in (said, few))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert machines
+
+
 @pytest.mark.parametrize(("name", "depth", "columns", "said"), [
     ("gate_gemm", 2048, 648, "loop:D:256 split:D:8"), ("gate_gemm", 2048, 1544, "loop:D:256 split:D:8"),
     ("gate_gemm", 2880, 648, "loop:D:256 split:D:12"), ("gate_gemm", 2**15, 648, "loop:D:512 split:D:64"),
