@@ -467,8 +467,9 @@ def test_rows_of_a_warp_go_to_a_warpgroup_together():
         assert (launch.sections[0].block("T"), launch.warps) == (4, 4)
     (program,) = made("topk_softmax").programs
     assert isinstance(program, t.TileProgram)
-    found = fragments(program, TARGETS["mosaic"]).of(("E",))
-    assert (found.warps, found.lanes, found.vector) == ((4, 1, 1), (1, 32, 1), (1, 8, 1))
+    for axis, vector in (("E", 8), ("K", 1)):
+        found = fragments(program, TARGETS["mosaic"]).of((axis,))
+        assert (found.warps, found.lanes, found.vector) == ((4, 1), (1, 32), (1, vector))
 
 
 def test_views_picks_and_vmap():
