@@ -20,6 +20,7 @@ IMPORTS = {  # helper → what it needs above it
     ),
     "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu", "from jax.extend.mlir import ir"),
     "staged": (
+        "import itertools",
         "import math",
         "from jax.experimental import pallas as pl",
         "from jax.extend.mlir.dialects import arith, vector",
@@ -145,44 +146,83 @@ class Staged:
         self.lines = np.moveaxis(registers.reshape((-1, spans) if along else (spans, -1)), along, 1).reshape(-1, spans // 2, 2)
         word = ir.IntegerType.get_signless(32)
         warp = arith.remui(mgpu.utils.warp_idx(sync=False), mgpu.c(4, word))
-        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, word))
-        by = mgpu.c(own if first else copies, word)
+        self.lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, word))
+        by, self.sizes = mgpu.c(own if first else copies, word), ir.MemRefType(array.type).shape
         found = arith.divui(warp, by), arith.remui(warp, by)
         mine, self.copy = found[::-1] if first else found
-        self.base = arith.index_cast(ir.IndexType.get(), arith.addi(arith.muli(mine, mgpu.c(32, word)), lane))
+        self.mine = arith.muli(mine, mgpu.c(32, word))
 
-    def place(self, line, part, span, k=0):
-        before, index = ((part * 2 + span) * len(self.lines) + line) * self.own * 32, ir.IndexType.get()
-        place = arith.muli(arith.addi(self.base, mgpu.c(before, index)), mgpu.c(self.near, index))
-        return arith.addi(place, mgpu.c(k, index))
+    def place(self, line, part, span, k=0, lane=None):
+        index, lane = ir.IndexType.get(), self.lane if lane is None else lane
+        lane = arith.addi(arith.xori(lane, mgpu.c(4 * span, lane.type)), self.mine)
+        before = ((part * 2 + span) * len(self.lines) + line) * self.own * 32
+        place = arith.addi(arith.index_cast(index, lane), mgpu.c(before, index))
+        return arith.addi(arith.muli(place, mgpu.c(self.near, index)), mgpu.c(k, index))
 
     def ask(self, part):
-        for n, (line, span) in enumerate(np.ndindex(len(self.lines), 2)):
-            mine = arith.cmpi(arith.CmpIPredicate.eq, self.copy, mgpu.c(n % self.copies, self.copy.type))
-            for k in range(0, self.near, self.width):
-                from_, there = places(self.at, self.index, self.mask, self.lines[line, part, span], k)
-                self.piece(from_, there, self.place(line, part, span, k), mine)
+        lines, word = range(len(self.lines)), self.copy.type
+        if self.width < self.near or math.prod(self.sizes) >= 2**31:
+            for line, span, k in np.ndindex(len(self.lines), 2, self.near // self.width):
+                from_, there = places(self.at, self.index, self.mask, self.lines[line, part, span], k * self.width)
+                self.piece(from_, there, self.place(line, part, span, k * self.width))
+            return
+        halves = [arith.remui(self.copy, mgpu.c(2, word))] if self.copies > 1 else [mgpu.c(0, word), mgpu.c(1, word)]
+        later = arith.cmpi(arith.CmpIPredicate.uge, self.copy, mgpu.c(2, word))
+        pairs = zip(lines[::2], lines[1::2]) if self.copies == 4 and len(lines) % 2 == 0 else zip(lines, lines)
+        for (one, other), half in itertools.product([*pairs], halves):
+            self.line(one, other, later, part, half)
 
-    def piece(self, place, there, to, mine):
-        index, size = ir.IndexType.get(), self.width * mgpu.bytewidth(self.kind)
+    def offset(self, line, part, span):
+        word, register = ir.IntegerType.get_signless(32), self.lines[line, part, span]
+        strides, _ = ir.MemRefType(self.array.type).get_strides_and_offset()
+        place = [element(x, register, 0) for x in self.at[: len(self.index)]]
+        found = mgpu.utils.dyn_dot(place, [mgpu.c(s, word) for s in strides])
+        if self.mask is None:
+            return found
+        there = element(self.at[-1], register, 0)
+        there = arith.cmpi(arith.CmpIPredicate.ne, there, mgpu.c(0, there.type))
+        return arith.select(there, found, mgpu.c(-1, word))
+
+    def line(self, one, other, later, part, half):
+        word, lane = ir.IntegerType.get_signless(32), self.lane
+        row = arith.addi(arith.divui(lane, mgpu.c(8, word)), arith.muli(half, mgpu.c(4, word)))
+        by = arith.addi(arith.muli(row, mgpu.c(4, word)), arith.remui(lane, mgpu.c(4, word)))
+
+        def of(made):
+            return made(one) if one == other else arith.select(later, made(other), made(one))
+
+        def shuffled(x):
+            ask = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+            return mgpu.utils.inline_ptx(ask, x, by, result_types=word, has_side_effects=True, convergent=True)
+
+        offsets = [shuffled(of(lambda line: self.offset(line, part, span))) for span in (0, 1)]
+        near = arith.cmpi(arith.CmpIPredicate.ult, arith.remui(lane, mgpu.c(8, word)), mgpu.c(4, word))
+        found = arith.select(near, *offsets)
+        to = arith.select(near, *(of(lambda line: self.place(line, part, span, lane=by)) for span in (0, 1)))
+        there = arith.cmpi(arith.CmpIPredicate.sge, found, mgpu.c(0, word)) if self.mask is not None else None
+        found = found if there is None else arith.select(there, found, mgpu.c(0, word))
+        self.copied(arith.extui(ir.IntegerType.get_signless(64), found), there, to)
+
+    def piece(self, place, there, to):
+        index = ir.IndexType.get()
         place = place if there is None else [arith.select(there, i, mgpu.c(0, index)) for i in place]
-        if size < 4:
+        if self.width * mgpu.bytewidth(self.kind) < 4:
             kind = ir.VectorType.get((self.width,), self.kind)
-            with mgpu.when(mine):
-                found = vector.load(kind, self.array, place)
-                zero = vector.broadcast(kind, mgpu.c(0, self.kind))
-                vector.store(found if there is None else arith.select(there, found, zero), self.room, [to])
+            found, zero = vector.load(kind, self.array, place), vector.broadcast(kind, mgpu.c(0, self.kind))
+            vector.store(found if there is None else arith.select(there, found, zero), self.room, [to])
             return
         strides, _ = ir.MemRefType(self.array.type).get_strides_and_offset()
-        offset, long = mgpu.utils.dyn_dot(place, [mgpu.c(s, index) for s in strides]), ir.IntegerType.get_signless(64)
-        ends = [
-            mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [arith.index_cast(long, i)], self.kind)
-            for x, i in ((self.room, to), (self.array, offset))
-        ]
-        word = ir.IntegerType.get_signless(32)
+        offset = mgpu.utils.dyn_dot(place, [mgpu.c(s, index) for s in strides])
+        self.copied(arith.index_cast(ir.IntegerType.get_signless(64), offset), there, to)
+
+    def copied(self, offset, there, to):
+        word, size = ir.IntegerType.get_signless(32), self.width * mgpu.bytewidth(self.kind)
+        to = arith.index_cast(ir.IntegerType.get_signless(64), to)
+        ends = ((self.room, to), (self.array, offset))
+        ends = [mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [i], self.kind) for x, i in ends]
         bytes = mgpu.c(size, word) if there is None else arith.select(there, mgpu.c(size, word), mgpu.c(0, word))
         ask = f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;"
-        mgpu.utils.inline_ptx(ask, *ends, bytes, predicate=mine, has_side_effects=True)
+        mgpu.utils.inline_ptx(ask, *ends, bytes, has_side_effects=True)
 
     def found(self, part):
         kind, made = ir.VectorType.get((self.near,), self.kind), np.empty((len(self.lines), 2), dtype=object)
