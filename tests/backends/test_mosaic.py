@@ -230,27 +230,30 @@ def test_turns_of_products_are_long(name, depth, columns, said):
 
 
 @pytest.mark.parametrize(("name", "sizes", "blocks"), [
-    ("gate_gemm", {"D": 2048, "P": 648}, {32: 16, 64: 32, 128: 64}),
-    ("down_combine", {"I": 512, "H": 2048}, {64: 16, 128: 32, 256: 64}),
-    ("down_combine", {"I": 2048, "H": 4096}, {16: 16, 32: 32, 64: 64}),
-    ("gate_projections", {"I": 512, "D": 2048, "E": 512, "G": 1}, {64: 64}),
-    ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: 64}),
+    ("gate_gemm", {"D": 2048, "P": 648}, {16: (16, 32), 32: (32, 32), 64: (64, 32), 128: (64, 64)}),
+    ("down_combine", {"I": 512, "H": 2048}, {32: (16, 32), 64: (32, 32), 128: (64, 32), 256: (64, 64)}),
+    ("down_combine", {"I": 64, "H": 2048}, {64: (16, 32), 128: (32, 32), 256: (64, 32), 1024: (64, 32)}),
+    ("down_combine", {"I": 2048, "H": 4096}, {16: (16, 32), 32: (32, 32), 64: (64, 64)}),
+    ("gate_projections", {"I": 512, "D": 2048, "E": 512, "G": 1}, {64: (64, 64)}),
+    ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: (64, 64)}),
 ])  # fmt: skip
-def test_blocks_of_more_rows_are_held_in_registers(name, sizes, blocks):
-    """As soon as there would be more than three programs on an SM, with 32 columns; parts are those of few rows, and no
-    register is spilled."""
+def test_blocks_of_more_rows_are_held(name, sizes, blocks):
+    """As soon as there would be more than some programs on an SM, by registers or shared memory; parts are those of few rows,
+    and no register is spilled."""
     _, few = product(name, sizes, 4)
-    for rows, block in blocks.items():
+    for rows, (block, columns) in blocks.items():
         graph, schedule = product(name, sizes, rows)
         assert [launch.cut for launch in schedule.launches] == [launch.cut for launch in few.launches]
-        assert {s.block("T") for s in schedule.launches[0].sections} == {block}
-        assert block == 16 or {d.block for s in schedule.launches[0].sections for d in s.all(Tile)} <= {1, block, 32}
+        tiles = [d for s in schedule.launches[0].sections for d in s.all(Tile)]
+        assert {d.block for d in tiles if d.axis == "T"} == {block}
+        assert block == 16 or {d.block for d in tiles if d.axis != "T"} <= {1, columns}
         program = plan(graph, schedule, viewed(graph, {"T": rows}), {"T": rows}, "mosaic").programs[0]
         _, wrote = mosaic.buffers(program)
         kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
         ptx, said = assembled(program, kinds, wrote, program.programs({"T": rows}))
         assert "0 bytes spill stores, 0 bytes spill loads" in said
         assert ("bar.red" in ptx) == (block == 16)
+        assert ("cp.async.cg.shared.global" in ptx) == (block > 16 and sizes.get("I") != 64)
 
 
 def test_a_loop_may_end_where_data_say():
