@@ -18,9 +18,10 @@ from moekit.backends.mosaic_helpers import IMPORTS, MOSAIC
 from moekit.backends.pallas import buffers
 from moekit.backends.printer import ATOM, COMMON, LOOSEST, Starts, Text, header, is_extreme, kernel_name, number
 from moekit.compile import tile as t
-from moekit.compile.passes.fragments import WIDEST, Fragment, fragments, neighbours, unspread
+from moekit.compile.passes.fragments import WIDEST, Fragment, following, fragments, neighbours, unspread
 from moekit.compile.passes.helpers import helpers
 from moekit.compile.passes.names import identifier
+from moekit.compile.passes.staged import staged
 from moekit.compile.plan import plan
 from moekit.compile.rules.warpgroups import warpgroups
 from moekit.compile.schedule import Schedule
@@ -70,6 +71,7 @@ class MosaicPrinter(pallas.PallasPrinter):
     def __init__(self, program: t.TileProgram, expressions: dict, pid: str, starts: Starts, layouts: dict[str, Fragment]):
         super().__init__(program, expressions, pid, starts)
         self.fragments, self.layouts = fragments(program, TARGETS["mosaic"]), layouts
+        self.staged = staged(program, TARGETS["mosaic"])
         self.pending = False  # whether something was loaded since threads waited for each other
 
     def body(self, ops: Iterable[t.Op], depth: int) -> list[str]:
@@ -149,25 +151,22 @@ class MosaicPrinter(pallas.PallasPrinter):
 
     def width(self, at: t.Access, axes: tuple[str, ...], value: t.Value | None) -> int:
         """How many elements an access takes at once: neighbours in a lane, in memory and behind one mask."""
-        layout, along = self.program.param(at.tensor).viewed, neighbours(self.program, at)
-        if along is None:
+        layout, groups = self.program.param(at.tensor).viewed, following(self.program)
+        if (along := neighbours(self.program, at, groups)) is None:
             return 1
-        size, made = itemsize(self.program.param(at.tensor).dtype), {op.out: op for op, _ in t.walk(self.program.body)
-                                                                     if isinstance(op, t.Elements | t.InBounds)}  # fmt: skip
-        width = min(self.fragments.of(axes, value).along(along), WIDEST // size)
+        bounds = {op.out: op for op, _ in t.walk(self.program.body) if isinstance(op, t.InBounds)}
+        width = min(self.fragments.of(axes, value).along(along), WIDEST // itemsize(self.program.param(at.tensor).dtype))
         pitch = [prod(layout.base[d + 1 :]) for d in range(len(layout.base))]
         strides = [pitch[axis] for axis, _ in (*layout.fixed, *layout.picked)]
         for index, axis, start, step in zip(at.index, layout.axes, layout.starts, layout.steps, strict=True):
             strides.append((start + step * index.start) * pitch[axis])
             for value, own in index.terms:
-                first = isinstance(op := made.get(value), t.Elements) and op.axis == along and pitch[axis] * own * step == 1
-                strides.append(self.program.axis(along).block if first else pitch[axis] * own * step)
+                first = groups.get(value, ("", 1))[0] == along and pitch[axis] * own * step == 1
+                strides.append(groups[value][1] if first else pitch[axis] * own * step)
         for mask in (m for m in at.mask if along in m.axes):
-            bound = made.get(mask)
-            if isinstance(bound, t.InBounds) and isinstance(made.get(bound.value), t.Elements) and not bound.signed:
-                strides.append(self.program.axis(bound.axis).extent or 1)
-            else:
-                strides.append(1)
+            bound = bounds.get(mask)
+            known = bound is not None and groups.get(bound.value, ("", 1))[0] == along
+            strides += [groups[bound.value][1], self.program.axis(bound.axis).extent or 1] if known else [1]
         return gcd(width, *strides)
 
     def store(self, op: t.Store) -> str:
@@ -203,6 +202,9 @@ class MosaicPrinter(pallas.PallasPrinter):
 def _load(p: MosaicPrinter, op: t.Load) -> str:
     p.helper("accesses")
     array, at, more = p.accessed(op.at, op.out.axes, op.out)
+    if op.out in p.staged:
+        p.helper("staged")
+        return f"asked({array}, {at}{more})"
     fill = number(float(op.fill) if op.out.dtype.startswith(("float", "bfloat")) else int(op.fill))
     return f"load({array}, {at}{more}{f', other={fill}' if op.at.mask and op.fill else ''})"
 
@@ -241,7 +243,8 @@ def _dot(p: MosaicPrinter, op: t.Dot) -> str:
     along = op.left.axes.index(op.axis), op.right.axes.index(op.axis)
     layouts = ", ".join(p.layout(v.axes, v) for v in (op.left, op.right, op.out))
     high, _, _ = p.fragments.of(op.out.axes, op.out).along_slot(op.out.axes[0])
-    return f"mma({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
+    word = "mma_staged" if op.left in p.staged else "mma"
+    return f"{word}({p.text(op.left)}, {p.text(op.right)}, {acc}, {along}, ({layouts}), {high})"
 
 
 def emit(kernel: t.Kernel) -> str:

@@ -19,6 +19,12 @@ IMPORTS = {  # helper → what it needs above it
         "from jax.extend.mlir.dialects import arith, vector",
     ),
     "mma": ("import numpy as np", "from jax.experimental.mosaic import gpu as mgpu", "from jax.extend.mlir import ir"),
+    "staged": (
+        "import itertools",
+        "import math",
+        "from jax.experimental import pallas as pl",
+        "from jax.extend.mlir.dialects import arith, vector",
+    ),
     "barrier": ("from jax.experimental.mosaic import gpu as mgpu",),
     "program": ("from jax import lax",),
     "spread": ("from jax import lax",),
@@ -76,14 +82,17 @@ MOSAIC = {
     "laid": """def laid(x, layout):
     return plgpu.layout_cast(x, layout)
 """,
-    "mma": """def mma_steps(x, along):
-    n = x.layout.vector_length
-    spans = x.shape[along] // (4 * n)
-    lines = np.moveaxis(x.registers.reshape((-1, spans) if along else (spans, -1)), along, 1)
+    "mma": """def mma_pairs(lines):
+    n = ir.VectorType(lines.flat[0].type).shape[0]
     pairs = np.empty((*lines.shape, n // 2), dtype=object)
     for *at, k in np.ndindex(pairs.shape):
         pairs[*at, k] = mgpu.utils.vector_slice(lines[*at], slice(2 * k, 2 * k + 2))
     return pairs.reshape(len(lines), -1, 2)
+
+
+def mma_lines(x, along):
+    spans = x.shape[along] // (4 * x.layout.vector_length)
+    return np.moveaxis(x.registers.reshape((-1, spans) if along else (spans, -1)), along, 1)
 
 
 def mma_held(acc):
@@ -94,28 +103,162 @@ def mma_held(acc):
     return (acc.bitcast(word, output_is_signed=False) | zero).bitcast(acc.mlir_dtype)
 
 
+def mma_steps(rows, columns, acc, dtype, warps):
+    m, n, k = len(rows) // 2, len(columns), rows.shape[1]
+    kinds = mgpu.MMALayouts(dtype, m_warps=warps)
+
+    def given(registers, shape, layout):
+        registers = registers.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    found = mgpu.mma(
+        given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * warps * m, 32 // warps * n), kinds.acc),
+        given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * warps * m, 16 * k), kinds.lhs),
+        given(columns.swapaxes(0, 1), (16 * k, 32 // warps * n), kinds.rhs),
+    )
+    registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+
 def mma(left, right, acc, along, layouts, warps):
     made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
 
     @plgpu.inline_mgpu(arg_types=layouts, return_type=made)
     def multiplied(context, left, right, acc):
-        rows, columns = mma_steps(left, along[0]), mma_steps(right, along[1])
-        m, n, k = len(rows) // 2, len(columns), rows.shape[1]
-        kinds, acc = mgpu.MMALayouts(left.mlir_dtype, m_warps=warps), mma_held(acc) if warps * m == 1 else acc
-
-        def given(registers, shape, layout):
-            registers = registers.reshape(layout.registers_shape(shape))
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-        found = mgpu.mma(
-            given(acc.registers.reshape(m, 2, n).swapaxes(1, 2), (16 * warps * m, 32 // warps * n), kinds.acc),
-            given(rows.reshape(m, 2, k, 2).transpose(0, 2, 3, 1), (16 * warps * m, 16 * k), kinds.lhs),
-            given(columns.swapaxes(0, 1), (16 * k, 32 // warps * n), kinds.rhs),
-        )
-        registers = found.registers.reshape(m, n, 2).swapaxes(1, 2).reshape(acc.registers.shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+        rows, columns = (mma_pairs(mma_lines(x, a)) for x, a in zip((left, right), along))
+        acc = mma_held(acc) if warps * len(rows) == 2 else acc
+        return mma_steps(rows, columns, acc, left.mlir_dtype, warps)
 
     return multiplied(left, right, plgpu.layout_cast(acc, layouts[2]))
+""",
+    "staged": """def asked(ref, index, layout, mask=None, width=1):
+    return ref, *given(index, mask, layout), layout, mask is not None, width
+
+
+class Staged:
+    def __init__(self, operand, array, room, at, along, own, copies, first):
+        _, blocks, _, layout, masked, self.width = operand
+        held, shape = layout.to_mgpu(), jnp.broadcast_shapes(*map(jnp.shape, blocks))
+        self.array, self.room, self.at, self.index = array, room, at, at[:-1] if masked else at
+        self.mask, self.near, self.copies, self.own = masked or None, held.vector_length, copies, own
+        self.kind, spans = ir.MemRefType(array.type).element_type, shape[along] // (4 * held.vector_length)
+        registers = np.arange(math.prod(held.registers_shape(shape)))
+        self.lines = np.moveaxis(registers.reshape((-1, spans) if along else (spans, -1)), along, 1).reshape(-1, spans // 2, 2)
+        word = ir.IntegerType.get_signless(32)
+        warp = arith.remui(mgpu.utils.warp_idx(sync=False), mgpu.c(4, word))
+        self.lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, word))
+        by, self.sizes = mgpu.c(own if first else copies, word), ir.MemRefType(array.type).shape
+        found = arith.divui(warp, by), arith.remui(warp, by)
+        mine, self.copy = found[::-1] if first else found
+        self.mine = arith.muli(mine, mgpu.c(32, word))
+
+    def place(self, line, part, span, k=0, lane=None):
+        index, lane = ir.IndexType.get(), self.lane if lane is None else lane
+        lane = arith.addi(arith.xori(lane, mgpu.c(4 * span, lane.type)), self.mine)
+        before = ((part * 2 + span) * len(self.lines) + line) * self.own * 32
+        place = arith.addi(arith.index_cast(index, lane), mgpu.c(before, index))
+        return arith.addi(arith.muli(place, mgpu.c(self.near, index)), mgpu.c(k, index))
+
+    def ask(self, part):
+        lines, word = range(len(self.lines)), self.copy.type
+        if self.width < self.near or math.prod(self.sizes) >= 2**31:
+            for line, span, k in np.ndindex(len(self.lines), 2, self.near // self.width):
+                from_, there = places(self.at, self.index, self.mask, self.lines[line, part, span], k * self.width)
+                self.piece(from_, there, self.place(line, part, span, k * self.width))
+            return
+        halves = [arith.remui(self.copy, mgpu.c(2, word))] if self.copies > 1 else [mgpu.c(0, word), mgpu.c(1, word)]
+        later = arith.cmpi(arith.CmpIPredicate.uge, self.copy, mgpu.c(2, word))
+        pairs = zip(lines[::2], lines[1::2]) if self.copies == 4 and len(lines) % 2 == 0 else zip(lines, lines)
+        for (one, other), half in itertools.product([*pairs], halves):
+            self.line(one, other, later, part, half)
+
+    def offset(self, line, part, span):
+        word, register = ir.IntegerType.get_signless(32), self.lines[line, part, span]
+        strides, _ = ir.MemRefType(self.array.type).get_strides_and_offset()
+        place = [element(x, register, 0) for x in self.at[: len(self.index)]]
+        found = mgpu.utils.dyn_dot(place, [mgpu.c(s, word) for s in strides])
+        if self.mask is None:
+            return found
+        there = element(self.at[-1], register, 0)
+        there = arith.cmpi(arith.CmpIPredicate.ne, there, mgpu.c(0, there.type))
+        return arith.select(there, found, mgpu.c(-1, word))
+
+    def line(self, one, other, later, part, half):
+        word, lane = ir.IntegerType.get_signless(32), self.lane
+        row = arith.addi(arith.divui(lane, mgpu.c(8, word)), arith.muli(half, mgpu.c(4, word)))
+        by = arith.addi(arith.muli(row, mgpu.c(4, word)), arith.remui(lane, mgpu.c(4, word)))
+
+        def of(made):
+            return made(one) if one == other else arith.select(later, made(other), made(one))
+
+        def shuffled(x):
+            ask = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+            return mgpu.utils.inline_ptx(ask, x, by, result_types=word, has_side_effects=True, convergent=True)
+
+        offsets = [shuffled(of(lambda line: self.offset(line, part, span))) for span in (0, 1)]
+        near = arith.cmpi(arith.CmpIPredicate.ult, arith.remui(lane, mgpu.c(8, word)), mgpu.c(4, word))
+        found = arith.select(near, *offsets)
+        to = arith.select(near, *(of(lambda line: self.place(line, part, span, lane=by)) for span in (0, 1)))
+        there = arith.cmpi(arith.CmpIPredicate.sge, found, mgpu.c(0, word)) if self.mask is not None else None
+        found = found if there is None else arith.select(there, found, mgpu.c(0, word))
+        self.copied(arith.extui(ir.IntegerType.get_signless(64), found), there, to)
+
+    def piece(self, place, there, to):
+        index = ir.IndexType.get()
+        place = place if there is None else [arith.select(there, i, mgpu.c(0, index)) for i in place]
+        if self.width * mgpu.bytewidth(self.kind) < 4:
+            kind = ir.VectorType.get((self.width,), self.kind)
+            found, zero = vector.load(kind, self.array, place), vector.broadcast(kind, mgpu.c(0, self.kind))
+            vector.store(found if there is None else arith.select(there, found, zero), self.room, [to])
+            return
+        strides, _ = ir.MemRefType(self.array.type).get_strides_and_offset()
+        offset = mgpu.utils.dyn_dot(place, [mgpu.c(s, index) for s in strides])
+        self.copied(arith.index_cast(ir.IntegerType.get_signless(64), offset), there, to)
+
+    def copied(self, offset, there, to):
+        word, size = ir.IntegerType.get_signless(32), self.width * mgpu.bytewidth(self.kind)
+        to = arith.index_cast(ir.IntegerType.get_signless(64), to)
+        ends = ((self.room, to), (self.array, offset))
+        ends = [mgpu.utils.getelementptr(mgpu.utils.memref_ptr(x), [i], self.kind) for x, i in ends]
+        bytes = mgpu.c(size, word) if there is None else arith.select(there, mgpu.c(size, word), mgpu.c(0, word))
+        ask = f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;"
+        mgpu.utils.inline_ptx(ask, *ends, bytes, has_side_effects=True)
+
+    def found(self, part):
+        kind, made = ir.VectorType.get((self.near,), self.kind), np.empty((len(self.lines), 2), dtype=object)
+        for line, span in np.ndindex(made.shape):
+            made[line, span] = vector.load(kind, self.room, [self.place(line, part, span)], alignment=16)
+        return mma_pairs(made)
+
+
+def mma_staged(left, right, acc, along, layouts, warps):
+    made = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layouts[2])
+    sizes = [math.prod(jnp.broadcast_shapes(*map(jnp.shape, x[1]))) for x in (left, right)]
+    wide = 4 // warps
+
+    @plgpu.inline_mgpu(
+        arg_types=(*((plgpu.RefType(), plgpu.RefType(), *x[2]) for x in (left, right)), layouts[2]), return_type=made
+    )
+    def multiplied(context, a, b, acc):
+        first = Staged(left, a[0], a[1], a[2:], along[0], warps, wide, False)
+        second = Staged(right, b[0], b[1], b[2:], along[1], wide, warps, min(warps, wide) > 1)
+        slices = first.lines.shape[1]
+        mgpu.warpgroup_barrier()
+        for part in range(slices):
+            first.ask(part)
+            second.ask(part)
+            mgpu.utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+        for part in range(slices):
+            mgpu.utils.inline_ptx(f"cp.async.wait_group {slices - 1 - part};", has_side_effects=True)
+            mgpu.warpgroup_barrier()
+            acc = mma_steps(first.found(part), second.found(part), acc, first.kind, warps)
+        return acc
+
+    def run(left_room, right_room):
+        operands = ((x[0], room, *x[1]) for x, room in ((left, left_room), (right, right_room)))
+        return multiplied(*operands, plgpu.layout_cast(acc, layouts[2]))
+
+    return pl.run_scoped(run, *(plgpu.SMEM((n,), x[0].dtype) for n, x in zip(sizes, (left, right))))
 """,
     "accesses": """def element(x, register, k):
     x = x.registers.flat[register] if x.registers.ndim else x.registers.item()

@@ -133,6 +133,8 @@ INTERPRETED = {
     "spread_to": lambda layout, x, shape, *dims: lax.broadcast_in_dim(x, shape, dims),
     "laid": lambda x, layout: x,
     "mma": _mma,
+    "asked": _load,
+    "mma_staged": _mma,
     "nan_max": _pallas["nan_max"],
     "nan_min": _pallas["nan_min"],
 }

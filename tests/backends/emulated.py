@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,13 +57,16 @@ def _assembled(program, buffers, wrote, grid: int) -> tuple[str, str]:
 
 
 def used(program: t.Kernel) -> list[str]:
-    """The buffers in the order in which a kernel's text first names them: so MLIR numbers the parameters of a launch."""
+    """The buffers in the order in which a kernel's text first names them: so MLIR numbers the parameters of a launch, but for
+    those whose address is taken, to be copied into shared memory, which are the last."""
+    calls = [n for n in ast.walk(ast.parse(mosaic.mosaic.emit(program))) if isinstance(n, ast.Call)]
+    copied = {n.args[0].id for n in calls if ast.unparse(n.func) == "asked" and any(k.arg == "width" for k in n.keywords)}
     found: list[str] = []
     for section in program.sections:
         found += [place for p in section.params for _, place in p.viewed.picked]
         memory = (op.at.tensor for op, _ in t.walk(section.body) if isinstance(op, t.Load | t.Store))
         found += [section.param(name).viewed.buffer for name in memory]
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda name: f"{name}_ref" in copied)
 
 
 REAL = mosaic.call

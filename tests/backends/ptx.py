@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 THREADS, LANES, SPACE = 128, 32, 40  # bits of an address below the number of its buffer
-SHARED = 16384
+SHARED = 65536
 TYPES = {
     "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
     **{f"{k}{n}": np.dtype(f"{'int' if k == 's' else 'uint'}{n}") for k in "sub" for n in (16, 32, 64)},
@@ -53,6 +53,8 @@ class Machine:
         self.writer, self.reader = ([np.full(len(m), -1, np.int64) for m in self.memory] for _ in range(2))
         self.wrote, self.read = ([np.full(len(m), -1, np.int64) for m in self.memory] for _ in range(2))
         self.epoch = np.zeros(self.n, np.int64)
+        self.copies: list[tuple] = []  # under way: buffer, places, threads, bytes, and the group of each thread's
+        self.groups = np.zeros(self.n, np.int64)
 
     def run(self) -> None:
         """Run all threads to their end."""
@@ -117,6 +119,8 @@ class Machine:
             self.put(args[0], self.shuffled(parts[2], args, on), on)
         elif name == "redux":
             self.put(args[0], self.reduced(parts[2], self.get(args[1], kind), on), on)
+        elif name == "cp":
+            self.copy(parts, args, on)
         elif name == "mma":
             self.multiply(parts, args, on)
         elif name == "cvt":
@@ -289,6 +293,39 @@ class Machine:
                     self.stores(b, place, mine, np.ascontiguousarray(found[mine]).view(np.uint8).reshape(-1, size))
             if name == "ld":
                 self.put(each, found, on)
+
+    def copy(self, parts: list[str], args: list[str], on: np.ndarray) -> None:
+        """A copy into shared memory that is asked for, what ends a group of such, or waits for all groups but the last ones. It
+        is there when its thread has waited, for others behind a barrier after that."""
+        if parts[2] == "commit_group":
+            self.groups[on] += 1
+        elif parts[2] == "wait_group":
+            kept = []
+            for b, place, threads, found, group in self.copies:
+                done = on[threads] & (group < self.groups[threads] - int(args[0]))
+                self.stores(b, place[done], threads[done], found[done])
+                kept.append((b, place[~done], threads[~done], found[~done], group[~done]))
+            self.copies = [c for c in kept if len(c[2])]
+        else:
+            size, taken = int(args[2]), self.get(args[3], "u32")
+            to, start = (self.get(a.strip("[]").partition("+")[0], "u64").astype(np.int64) for a in args[:2])
+            to, start = (x + int(a.strip("[]").partition("+")[2] or 0) for x, a in zip((to, start), args, strict=False))
+            threads, shared = np.flatnonzero(on), len(self.memory) - 1
+            for b in np.unique(start[on] >> SPACE):
+                mine = threads[start[threads] >> SPACE == b]
+                at, end = start[mine] - (int(b) << SPACE), to[mine] % (1 << SPACE)  # of shared memory 32 bits are enough
+                assert (at % size == 0).all(), "a copy that is not aligned"
+                assert (end % size == 0).all(), "a copy that is not aligned"
+                assert (end + size <= SHARED).all(), "out of shared memory"
+                found = np.zeros((len(mine), size), np.uint8)
+                there = taken[mine] == size
+                assert (there | (taken[mine] == 0)).all(), "a copy of other sizes"
+                assert (at[there] + size <= len(self.memory[b])).all(), f"buffer {b}: out of bounds"
+                place = at[there][:, None] + np.arange(size)
+                self.loads(b, place, mine[there])
+                found[there] = self.memory[b][place]
+                end = (end + mine // THREADS * SHARED)[:, None] + np.arange(size)
+                self.copies.append((shared, end, mine, found, self.groups[mine]))
 
     def loads(self, b: int, place: np.ndarray, threads: np.ndarray) -> None:
         """Note who reads, and see that nobody else wrote there meanwhile."""

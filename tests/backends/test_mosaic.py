@@ -1,5 +1,6 @@
 """Mosaic GPU kernels without a GPU: interpreted, compiled for an H200, and run by a machine for what was compiled."""
 
+import ast
 import re
 from dataclasses import replace
 
@@ -21,7 +22,8 @@ from moekit.errors import UnavailableError
 from moekit.fusions import FUSIONS
 from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, view
 from moekit.jax import mosaic as launcher
-from moekit.lang import In, cast, contract, fusion, mean, rsqrt
+from moekit.lang import In, cast, concat, contract, f32, fusion, gather, iota, mean, rsqrt, size
+from moekit.lang import slice as piece
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
@@ -195,6 +197,25 @@ def product(name: str, sizes: dict, rows: int):
     return graph, warpgroups(graph, {"T": rows})
 
 
+@pytest.mark.parametrize("said", [
+    "tile:T:32 loop:D:64 tile:P:32 warps:4", "tile:T:64 loop:D:128 tile:P:64 warps:4",
+    "tile:D.part:1 tile:T:32 loop:D:64 tile:P:128 warps:4 split:D:2 then loop:D.part:1 tile:T:1 tile:P:64 warps:4",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["dense", "turned", "odd", "columns"])
+def test_operands_of_more_rows_come_by_way_of_shared_memory(said, kind):
+    """In turns and parts, past the end of rows, columns and the summed axis; 16 bytes at a time where memory has them so, else
+    fewer or one element: by the machine the bits are those of 16 rows, whose operands are loaded into registers."""
+    depth, first = {"odd": 175, "columns": 160}.get(kind, 168), {"columns": 4}.get(kind, 0)
+    rng = np.random.default_rng(9)
+    x, w = (jnp.asarray(rng.standard_normal((n, depth + first)), jnp.bfloat16) for n in (70, 50))
+    x, w = (view(each.T).T if kind == "turned" else view(each)[:, first:] for each in (x, w))
+    few = re.sub("tile:T:(32|64)", "tile:T:16", said)
+    with emulated() as machines:
+        got, want = (gate_gemm(x, w, implementation="mosaic", schedule=Schedule.parse(s)) for s in (said, few))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert machines
+
+
 @pytest.mark.parametrize(("name", "depth", "columns", "said"), [
     ("gate_gemm", 2048, 648, "loop:D:256 split:D:8"), ("gate_gemm", 2048, 1544, "loop:D:256 split:D:8"),
     ("gate_gemm", 2880, 648, "loop:D:256 split:D:12"), ("gate_gemm", 2**15, 648, "loop:D:512 split:D:64"),
@@ -209,27 +230,30 @@ def test_turns_of_products_are_long(name, depth, columns, said):
 
 
 @pytest.mark.parametrize(("name", "sizes", "blocks"), [
-    ("gate_gemm", {"D": 2048, "P": 648}, {32: 16, 64: 32, 128: 64}),
-    ("down_combine", {"I": 512, "H": 2048}, {64: 16, 128: 32, 256: 64}),
-    ("down_combine", {"I": 2048, "H": 4096}, {16: 16, 32: 32, 64: 64}),
-    ("gate_projections", {"I": 512, "D": 2048, "E": 512, "G": 1}, {64: 64}),
-    ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: 64}),
+    ("gate_gemm", {"D": 2048, "P": 648}, {16: (16, 32), 32: (32, 32), 64: (64, 32), 128: (64, 64)}),
+    ("down_combine", {"I": 512, "H": 2048}, {32: (16, 32), 64: (32, 32), 128: (64, 32), 256: (64, 64)}),
+    ("down_combine", {"I": 64, "H": 2048}, {64: (16, 32), 128: (32, 32), 256: (64, 32), 1024: (64, 32)}),
+    ("down_combine", {"I": 2048, "H": 4096}, {16: (16, 32), 32: (32, 32), 64: (64, 64)}),
+    ("gate_projections", {"I": 512, "D": 2048, "E": 512, "G": 1}, {64: (64, 64)}),
+    ("gate_projections", {"I": 4096, "D": 2048, "E": 512, "G": 1}, {128: (64, 64)}),
 ])  # fmt: skip
-def test_blocks_of_more_rows_are_held_in_registers(name, sizes, blocks):
-    """As soon as there would be more than three programs on an SM, with 32 columns; parts are those of few rows, and no
-    register is spilled."""
+def test_blocks_of_more_rows_are_held(name, sizes, blocks):
+    """As soon as there would be more than some programs on an SM, by registers or shared memory; parts are those of few rows,
+    and no register is spilled."""
     _, few = product(name, sizes, 4)
-    for rows, block in blocks.items():
+    for rows, (block, columns) in blocks.items():
         graph, schedule = product(name, sizes, rows)
         assert [launch.cut for launch in schedule.launches] == [launch.cut for launch in few.launches]
-        assert {s.block("T") for s in schedule.launches[0].sections} == {block}
-        assert block == 16 or {d.block for s in schedule.launches[0].sections for d in s.all(Tile)} <= {1, block, 32}
+        tiles = [d for s in schedule.launches[0].sections for d in s.all(Tile)]
+        assert {d.block for d in tiles if d.axis == "T"} == {block}
+        assert block == 16 or {d.block for d in tiles if d.axis != "T"} <= {1, columns}
         program = plan(graph, schedule, viewed(graph, {"T": rows}), {"T": rows}, "mosaic").programs[0]
         _, wrote = mosaic.buffers(program)
         kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
         ptx, said = assembled(program, kinds, wrote, program.programs({"T": rows}))
         assert "0 bytes spill stores, 0 bytes spill loads" in said
         assert ("bar.red" in ptx) == (block == 16)
+        assert ("cp.async.cg.shared.global" in ptx) == (block > 16 and sizes.get("I") != 64)
 
 
 def test_a_loop_may_end_where_data_say():
@@ -368,6 +392,49 @@ def test_a_warp_has_whole_lines(name):
             assert found.warps[i] == 1 or found.lanes[i] * found.vector[i] * size >= 128
 
 
+def swapped_reference(x, w):
+    half, x = w.shape[0], x.astype(np.float64)
+    across = np.concatenate([x[:, half : 2 * half], x[:, :half], x[:, 2 * half :]], axis=1)
+    return {"out": across * w.astype(np.float64)[np.arange(x.shape[1]) % half]}
+
+
+@fusion(swapped_reference, x=In("T 2*R+N"), w=In("R"))
+def swapped(x, w):
+    """The first two of a row's parts change places, and all are weighed. x [T, 2R + N], w [R] -> like x."""
+    row, half = "2*R+N", size("R")
+    first, second = (piece(x, row, start, half, into="R") for start in (0, half))
+    rest = piece(x, row, 2 * half, size(row) - 2 * half, into="P")
+    across = concat(second, first, rest, over="R R P", into=row)
+    return cast(f32(across) * f32(gather(w, iota(row) % half, over="R")), x.dtype)
+
+
+@pytest.mark.parametrize(("half", "width"), [(64, 8), (68, 4), (65, 1)])
+def test_neighbours_further_on_are_loaded_together(half, width, monkeypatch):
+    """Up to as many as a group of those that are put elsewhere has; of 65 each by itself."""
+    sizes = {"T": 3, "R": half, "N": 1024 - 2 * half}
+    given, programs, call = operands(swapped, sizes, "bfloat16", "normal", 6), [], launcher.call
+    monkeypatch.setattr(launcher, "call", lambda program, *more: programs.append(program) or call(program, *more))
+    check("mosaic", Call(swapped, given))
+    monkeypatch.undo()
+    with emulated() as machines:
+        check("mosaic", Call(swapped, given))
+    assert machines
+    calls = [n for n in ast.walk(ast.parse(mosaic.emit(programs[0]))) if isinstance(n, ast.Call)]
+    accesses = [n for n in calls if ast.unparse(n.func) == "load"]
+    said = [{k.arg: ast.unparse(k.value) for k in n.keywords} for n in accesses]
+    assert [int(n.get("width", 1)) for n in said if "mask" in n] == [width] * 3
+
+
+def test_ranks_are_a_lane_each():
+    """What a top_k has found is not in every lane's registers, and is stored together."""
+    (program,) = made("topk_softmax").programs
+    (section,) = program.sections
+    assert fragments(section, TARGETS["mosaic"]).of(("T", "K")).along_slot("K") == (1, 32, 1)
+    kinds = {p.viewed.buffer: jax.ShapeDtypeStruct(p.viewed.base, p.dtype) for p in program.params}
+    ptx, _ = assembled(program, kinds, mosaic.buffers(program)[1], program.programs({"T": 4}))
+    assert ptx.count("st.global") == 2  # weights and ids
+
+
 def test_a_layout_is_said_by_what_a_value_lacks():
     found = Fragment((("T",), ("S", "S+1"), ("H",)), (4, 4, 64), (4, 1, 1), (1, 1, 32), (1, 1, 2))
     assert found.without(("T", "S+1")) == (2,)
@@ -403,8 +470,9 @@ def test_rows_of_a_warp_go_to_a_warpgroup_together():
         assert (launch.sections[0].block("T"), launch.warps) == (4, 4)
     (program,) = made("topk_softmax").programs
     assert isinstance(program, t.TileProgram)
-    found = fragments(program, TARGETS["mosaic"]).of(("E",))
-    assert (found.warps, found.lanes, found.vector) == ((4, 1, 1), (1, 32, 1), (1, 8, 1))
+    for axis, vector in (("E", 8), ("K", 1)):
+        found = fragments(program, TARGETS["mosaic"]).of((axis,))
+        assert (found.warps, found.lanes, found.vector) == ((4, 1), (1, 32), (1, vector))
 
 
 def test_views_picks_and_vmap():

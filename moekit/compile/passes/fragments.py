@@ -8,9 +8,9 @@ them, which agrees along all axes but one: columns lie in a right operand as row
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 from moekit.compile import tile as t
 from moekit.compile.passes.apart import rights
@@ -100,7 +100,7 @@ def fragments(program: t.TileProgram, target: Target) -> Fragments:
     for group in _groups(together):
         if not group & multiplied:
             slots = _slots(program, program.ordered(group), together)
-            held.append(_spread(_group(program, slots, together), target))
+            held += _crossed(_spread(_group(program, slots, together), target), together, target)
     return Fragments(tuple(dict.fromkeys(held)), tuple(dict.fromkeys(turned)), rights(program), multiplied)
 
 
@@ -157,13 +157,32 @@ def contiguous(program: t.TileProgram) -> dict[str, tuple[int, int]]:
     return found
 
 
-def neighbours(program: t.TileProgram, at: t.Access) -> str | None:
-    """The axis along which an access has elements that lie side by side; None if there is none."""
+def following(program: t.TileProgram) -> dict[t.Value, tuple[str, int]]:
+    """Integers that go up one by one along an axis, and in groups of how many: each begins at a multiple of that. Elements of
+    an axis, some number of elements further on or back, and remainders of what is not negative."""
+    ops = [op for op, _ in t.walk(program.body)]
+    numbers = {op.out: op.value for op in ops if isinstance(op, t.Const)}
+    found = {op.out: (op.axis, program.axis(op.axis).block) for op in ops if isinstance(op, t.Elements) and op.out.axes}
+    least = dict.fromkeys(found, 0)
+    for op in ops:
+        if not (isinstance(op, t.Binary) and op.left in found and isinstance(number := numbers.get(op.right), int)):
+            continue
+        if op.op in ("add", "sub") or (op.op == "rem" and number > 0 and least[op.left] >= 0):
+            axis, group = found[op.left]
+            found[op.out] = axis, gcd(group, number)
+            least[op.out] = {"add": least[op.left] + number, "sub": least[op.left] - number, "rem": 0}[op.op]
+    return found
+
+
+def neighbours(program: t.TileProgram, at: t.Access, groups: Mapping[t.Value, tuple[str, int]] | None = None) -> str | None:
+    """The axis along which an access has elements that lie side by side, of all of a block or, by `following`, of groups;
+    None if there is none."""
     layout = program.param(at.tensor).viewed
-    elements = {op.out: op.axis for op, _ in t.walk(program.body) if isinstance(op, t.Elements)}
+    if groups is None:
+        groups = {op.out: (op.axis, 0) for op, _ in t.walk(program.body) if isinstance(op, t.Elements)}
     for index, axis, step in zip(at.index, layout.axes, layout.steps, strict=True):
         if axis == len(layout.base) - 1 and step == 1:
-            ones = [elements[v] for v, own in index.terms if own == 1 and v in elements and v.axes]
+            ones = [groups[v][0] for v, own in index.terms if own == 1 and v in groups and v.axes]
             blocks = [v for v in index.values if v.axes]
             return ones[0] if len(ones) == len(blocks) == 1 else None
     return None
@@ -245,6 +264,24 @@ def _spread(group: _Group, target: Target) -> Fragment:
     if any(warps[i] > 1 for i in group.summed if i != near) and vector[near] > SUMMED:
         return _spread(replace(group, most=SUMMED), target)
     return Fragment(group.slots, group.sizes, tuple(warps), tuple(lanes), tuple(vector))
+
+
+def _crossed(found: Fragment, together: list[set[str]], target: Target) -> list[Fragment]:
+    """A slot that would be in registers alone has the lanes, too, if it never meets the slot that they are along, and is as
+    many as they: as a fragment of its own, in which the slots of both lie alike."""
+
+    def only(slots: list[int], **changed) -> Fragment:
+        kept = {n: tuple(getattr(found, n)[i] for i in slots) for n in ("slots", "sizes", "warps", "lanes", "vector")}
+        return replace(found, **kept | changed)
+
+    every = range(len(found.slots))
+    for along in (i for i in every if found.lanes[i] == target.lanes):
+        for i in every:
+            alone = found.warps[i] == found.lanes[i] == found.vector[i] == 1 and found.sizes[i] == target.lanes
+            if alone and not any({*found.slots[i]} & met and {*found.slots[along]} & met for met in together):
+                rest, own = [j for j in every if j != i], [j for j in every if j != along]
+                return [only(rest), only(own, lanes=tuple(target.lanes if j == i else found.lanes[j] for j in own))]
+    return [found]
 
 
 def _take(left: list[int], taken: list[int], order: list[int], most: int) -> None:

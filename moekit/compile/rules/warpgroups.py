@@ -17,15 +17,17 @@ from moekit.compile.schedule.cuts import launched, sections_of
 from moekit.compile.schedule.directives import Launch, Loop, Prefetch, Schedule, Section, Split, Stage, Tile, Warps, Whole, pow2
 from moekit.compile.schedule.facts import GemmAxes, gemms
 from moekit.compile.schedule.legal import MOST_PARTS, legal
-from moekit.compile.schedule.matrix import COLUMNS, shared
+from moekit.compile.schedule.matrix import COLUMNS, SLICE, STEP, shared
 from moekit.compile.schedule.targets import MEASURED, TARGETS
 from moekit.lang.graph import Graph
 
-ROWS = (16, 32, 64)  # of a block of products alone: the first that leaves an SM no more than so many programs
-PROGRAMS = 3
+BLOCKS = (16, None), (32, 32), (64, 32), (64, 64)  # rows, columns of products alone: the first of so few programs on an SM
+PROGRAMS = 1.5
+SHORT = 3  # the same of products of one slice: their operands go to registers, and blocks have no more than 32 columns
 PART = 256  # of a product's summed axis, in a part of a split
 TURN = 512  # of one in a turn, at the most, of what registers hold
 LEAST = 32  # of one in a turn: of fewer a lane loads less than 16 bytes, and which elements are a step is another order
+SHARED = 98304  # bytes of shared memory for a turn's operands, of blocks of more rows than the first: two programs of an SM
 REGISTERS = 208  # of a lane for a turn's operands, two elements each, for sums, and as many as these for what is read beside
 LANES = MEASURED.lanes
 
@@ -53,9 +55,9 @@ def _warpgroups(graph: Graph, few: Schedule, sizes: Mapping[str, int]) -> Schedu
     parted = replace(few, launches=tuple(_parted(own, launch) for launch, own, _ in launched(graph, few)))
     for launch, own, _ in launched(graph, parted):
         wide = replace(launch, sections=tuple(_columns(own, section, COLUMNS * warps) for section in launch.sections))
-        tall = _tall(own, wide, sizes, COLUMNS * warps) if sizes and products_alone(own) else wide
+        tall = _tall(own, wide, sizes) if sizes and products_alone(own) else wide
         turned = replace(tall, sections=tuple(_longer(g, section, launch.cut, warps) for g, section in sections_of(own, tall)))
-        launches.append(_folded(turned, warps))
+        launches.append(_folded(_ranked(own, turned), warps))
     return replace(few, launches=tuple(launches))
 
 
@@ -80,21 +82,23 @@ def _block(graph: Graph, gemm: GemmAxes) -> list[str]:
     return sorted((gemm.m, gemm.n), key=list(graph.axes).index)
 
 
-def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int], least: int) -> Launch:
-    """A launch of products alone in the smallest blocks of rows of which an SM has few enough, or in the largest that rows
-    fill. Larger ones have the least columns: lanes hold both."""
+def _tall(graph: Graph, launch: Launch, sizes: Mapping[str, int]) -> Launch:
+    """A launch of products alone in the smallest blocks of which an SM has few enough, or in the largest that rows fill."""
     found = [_block(graph, g) for g in gemms(graph).values()]
     axes, columns = ({block[i] for block in found if graph.axes[block[0]] is None} for i in (0, 1))
     most = pow2(max((sizes.get(a, 1) for a in axes), default=1))
+    short = all((graph.axes[g.k] or 0) <= SLICE for g in gemms(graph).values())
 
-    def blocks(rows: int) -> Launch:
+    def blocks(rows: int, wide: int | None) -> Launch:
         def tile(d: Tile) -> Tile:
-            return Tile(d.axis, rows if d.axis in axes else least if rows > ROWS[0] and d.axis in columns else d.block)
+            return Tile(d.axis, rows if d.axis in axes else wide if wide and d.axis in columns else d.block)
 
         return replace(launch, sections=tuple(s.but(*map(tile, s.all(Tile))) for s in launch.sections))
 
-    every = [blocks(rows) for rows in ROWS if rows <= max(most, ROWS[0])]
-    return next((made for made in every if programs(graph, made, sizes) <= PROGRAMS * MEASURED.sms), every[-1])
+    few, *more = BLOCKS[:-1] if short else BLOCKS
+    every = [blocks(*few), *(blocks(*block) for block in more if block[0] <= most)]
+    limit = (SHORT if short else PROGRAMS) * MEASURED.sms
+    return next((made for made in every if programs(graph, made, sizes) <= limit), every[-1])
 
 
 def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: int) -> Section:
@@ -107,17 +111,30 @@ def _longer(graph: Graph, section: Section, cut: Split | Stage | None, warps: in
 
 
 def _held(graph: Graph, section: Section, axis: str, warps: int) -> int:
-    """Elements of a summed axis, a power of two, of which a lane holds what a section's products take; products of one section
-    share their rows."""
+    """Elements of a summed axis, a power of two, of which a lane, or of one product of more rows shared memory, holds what a
+    section's products take; products of one section share their rows."""
     tiled = {d.axis for d in section.all(Tile)}
     each = sums = most = 0
-    for gemm in (g for g in gemms(graph).values() if g.k == axis):
+    found = [g for g in gemms(graph).values() if g.k == axis]
+    for gemm in found:
         rows, columns = (section.block(a) if a in tiled else 1 for a in _block(graph, gemm))
         high, wide = shared(rows, columns, warps)
+        if rows > STEP and len(found) == 1:
+            return 1 << (SHARED // (2 * (rows + columns))).bit_length() - 1
         most = max(most, rows // high)
         each, sums = each + columns // wide, sums + 2 * rows * columns // (LANES * warps)
     room = 2 * LANES * max(1, REGISTERS - sums) // max(1, each + most)
     return 1 << max(LEAST, room).bit_length() - 1
+
+
+def _ranked(graph: Graph, launch: Launch) -> Launch:
+    """A launch whose ranks of a top_k are as many as a warp's lanes, if fewer would be in each lane's registers."""
+    ranks = {n.attr("into") for n in graph.live_nodes("top_k")}
+
+    def wide(d: Whole) -> Whole:
+        return Whole(d.axis, max(d.block, LANES)) if d.axis in ranks else d
+
+    return replace(launch, sections=tuple(s.but(*map(wide, s.all(Whole))) for s in launch.sections))
 
 
 def _folded(launch: Launch, warps: int) -> Launch:

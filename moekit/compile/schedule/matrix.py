@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STEP = 16  # rows of one instruction, and elements along which it adds up, of two bytes
 COLUMNS = 8  # of one instruction, and groups of a warp's lanes: each has a column, and of rows every eighth
+SLICE = 64  # elements along which it adds up that are waited for together where operands come by way of shared memory
 
 
 def shared(rows: int, columns: int, warps: int) -> tuple[int, int]:
