@@ -30,8 +30,9 @@ from moekit.testing.processes import Process, Trouble
 from moekit.testing.tasks import Cell, Coverage, Report, Task, cases, run_task
 
 WORST = Path(__file__).parent / "worst.json"
-HANGS = 120.0  # seconds after which a task is taken to hang
+HANGS = 120.0  # seconds after which a task on a GPU is taken to hang
 BRIEF = 60.0  # the same for one case
+PLAIN = 5  # times as long on a CPU, which other work may keep from it
 GRACE = 3.0  # seconds that processes have to end what they are at once the time is over
 MOST_FAILURES = 50
 MAIN = 0.75  # the share of the time after which cells with too few cases come first
@@ -280,7 +281,8 @@ class Campaign:
     def _ask(self, process: Process, task: Task) -> Trouble | None:
         """Run a task and take in what came of it; the trouble, if a case of the task is to blame for it."""
         begin = time.monotonic()
-        answer = process.ask(run_task, task, patience=HANGS if task.size > 1 else BRIEF)
+        patience = (HANGS if task.size > 1 else BRIEF) * (1 if task.accelerated else PLAIN)
+        answer = process.ask(run_task, task, patience=patience)
         with self.changed:
             self.spent[task.implementation, task.fusion] += time.monotonic() - begin
             if isinstance(answer, Report):
