@@ -93,7 +93,7 @@ def test_every_fusion_is_exported_or_refused():
         said = f"^{name}: the size of {axis} follows from others at the call, which a file of its own does not work out; call"
         with pytest.raises(MoekitError, match=said):
             export(FUSIONS[name])
-    with pytest.raises(MoekitError, match="^quantised: codes is rounded to float8, which a file's own test does not follow"):
+    with pytest.raises(MoekitError, match=r"^quantised: codes is rounded to float8, which a file's own test does not follow"):
         export(FUSIONS["quantised"])
     with pytest.raises(MoekitError, match=r"^all_reduce_add_rms_norm: it adds up over tp, whose ranks a file of its own"):
         export(FUSIONS["all_reduce_add_rms_norm"], params={"tp": 2})
