@@ -19,7 +19,7 @@ from moekit.errors import UnavailableError
 from moekit.lang.dtypes import ALL, STORED, is_float, numpy_dtype
 from moekit.lang.elementwise import ELEMENTWISE
 
-NO_DERIVATIVE = "what is rounded to float8 has no derivative; detach its operands, or use a fusion without, as scaled_experts"
+NO_DERIVATIVE = "what is rounded to float8 has no derivative; detach its operands, or use a fusion that rounds nothing to it"
 #: What the libraries call operations that they do not call as moekit does.
 TORCH = {
     "sub": "subtract", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "not": "bitwise_not",
