@@ -151,9 +151,7 @@ def export(
         what = f"it adds up over {', '.join(graph.ranks)}, whose ranks a file of its own does not reach"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit, or export what one rank does")
     if short := [w.tensor for w in graph.writes if graph.tensors[w.tensor].dtype in STORED]:
-        what = (
-            f"{short[0]} is rounded to float8, which a file's own test does not follow (triton 3.6's interpreter cuts it off)"
-        )
+        what = f"{short[0]} is rounded to float8, which a file's own test does not follow"
         raise MoekitError(f"{fusion.name}: {what}; call it through moekit")
     extents = graph.sizes(dict(binding.sizes))
     dense = contiguous(graph, extents)
