@@ -168,7 +168,7 @@ class Campaign:
         self.begin, self.over, self.changed = time.monotonic(), False, threading.Condition()
         self.streams = {name: plan.tasks(name) for name in plan.implementations}
         self.given: Counter[str] = Counter()
-        self.spent: Counter[tuple[str, str]] = Counter()  # seconds, of an implementation and a fusion
+        self.spent: Counter[tuple[str, str]] = Counter()  # seconds, of an implementation and a fusion that it serves
         self.combos: dict[tuple[str, Cell], list[int]] = defaultdict(list)
         self.extra: Counter[tuple[str, Cell]] = Counter()
         self.running: list[Task] = []
@@ -238,9 +238,12 @@ class Campaign:
         return next(task for task in self.streams[best] if not self._dear(task))
 
     def _dear(self, task: Task) -> bool:
-        """Whether a fusion has had more than its share of the time; every call has its first turn whatever it costs."""
-        share = sum(self.spent[task.implementation, f] for f in self.plan.fusions) / len(self.plan.fusions)
-        return task.turn > 0 and self.spent[task.implementation, task.fusion] > DEAR * share
+        """Whether a fusion has had more than its share of the time; every call has its first turn whatever it costs.
+
+        Those that an implementation does not serve have no share: the others would wait until refusals had taken as long.
+        """
+        served = [seconds for (name, _), seconds in self.spent.items() if name == task.implementation]
+        return task.turn > 0 and self.spent.get((task.implementation, task.fusion), 0.0) * len(served) > DEAR * sum(served)
 
     def _idle(self, name: str) -> bool:
         """Whether an implementation was asked for every call once and could serve none."""
@@ -284,7 +287,8 @@ class Campaign:
         patience = (HANGS if task.size > 1 else BRIEF) * (1 if task.accelerated else PLAIN)
         answer = process.ask(run_task, task, patience=patience)
         with self.changed:
-            self.spent[task.implementation, task.fusion] += time.monotonic() - begin
+            if not isinstance(answer, Report) or answer.coverage.ran or answer.failures:
+                self.spent[task.implementation, task.fusion] += time.monotonic() - begin
             if isinstance(answer, Report):
                 self._done(task, answer)
             elif self.over:

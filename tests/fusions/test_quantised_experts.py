@@ -119,6 +119,20 @@ def test_what_is_no_number_makes_none_of_its_row(implementation, wrong):
 
 
 @pytest.mark.parametrize("implementation", implementations())
+def test_codes_past_the_end_are_times_zero(implementation):
+    """Numbers there are nothing; what is no number makes its row NaN, in the reference, too."""
+    made, plain = call(seed=5), call(seed=5)
+    made.operands["ids"][:], plain.operands["ids"][:] = 3, 3
+    made.operands["codes"][:, -1, 50 % 16 :], plain.operands["codes"][:, -1, 50 % 16 :] = 448, 0
+    (out,), (wanted,) = (run(implementation, c).outputs.values() for c in (made, plain))
+    np.testing.assert_array_equal(out.astype(np.float64), wanted.astype(np.float64))
+    made.operands["codes"][2, -1, -1] = np.nan
+    check(implementation, made)
+    (out,) = run(implementation, made).outputs.values()
+    np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).any(1), np.arange(5) == 2)
+
+
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_against_float64(implementation, block):
     """The reference and every implementation. Where float32 sums round to another number than float64 ones, rows move by it."""

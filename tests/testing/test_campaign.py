@@ -139,6 +139,20 @@ def test_a_fusion_whose_cases_take_long_does_not_take_the_others_time():
     assert min(taken["silu_and_mul", True], taken["gate_gemm", True]) >= 20
 
 
+def test_fusions_that_are_not_served_take_no_time_from_others():
+    """An answer without a case is no share of the time: what can be served need not wait for it."""
+    made, taken = Campaign(campaign.Plan(["silu_and_mul", "experts", "gate_gemm"], ["numpy"], combos=2)), Counter()
+    made.result.coverage["numpy"].ran = 1
+    for _ in range(60):
+        task = made.next()
+        served = task.fusion == "silu_and_mul"
+        if served:
+            made.spent["numpy", task.fusion] += 10.0
+        made.run(Scripted(lambda task, served=served: Report(Coverage(ran=served))), task)
+        taken[task.fusion] += 1
+    assert taken == {"silu_and_mul": 20, "experts": 20, "gate_gemm": 20}
+
+
 def test_an_interpreters_work_is_that_of_all_launches():
     tokens = lambda n: FuzzCase("experts", {"T": n, "D": 16, "K": 4, "E": 4, "I": 16, "H": 16}, dict.fromkeys(  # noqa: E731
         ("x", "weights", "gate_up", "down"), "float32") | {"ids": "int32"}, {"block": 1})  # fmt: skip
