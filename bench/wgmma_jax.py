@@ -178,7 +178,7 @@ def measure(tokens: int, columns: int, depth: int, rounds: int) -> list[dict]:
     x, w = (jax.random.normal(key, (n, depth)).astype(jnp.bfloat16) for key, n in zip(keys, (tokens, columns), strict=True))
     sets = [(jnp.roll(x, i), jnp.roll(w, i) * depth**-0.5) for i in range(LINKS)]
     ways = {way: partial(gate_gemm, implementation=way) for way in ("pallas-triton", "mosaic")}
-    ways |= {str(block): partial(by_hand, block=block) for block in BLOCKS[tokens]}
+    ways |= {str(block): partial(by_hand, block=block) for block in BLOCKS[max(t for t in BLOCKS if t <= tokens)]}
     wanted, bits = (np.asarray(a, np.float64) for a in sets[0]), {}
     wanted = np.matmul(next(wanted), next(wanted).T)
 

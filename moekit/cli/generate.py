@@ -110,6 +110,9 @@ def generate(
     slots = min(slots, max(1, len(given)))
     need = length if converse else run.rounded(max(map(len, ids)) + max_new_tokens)
     which = kernels or (best() if on_gpu else "xla")
+    if activations and which == "xla":
+        what = f"--activations is {activations}, to which kernels xla round nothing"
+        raise ArgumentError(f"{what}; add --kernels pallas, or leave it out")
     session = _loaded(checkpoint, config, text, tp, (dtype, weights, activations), which, slots, need, max_new_tokens, sampling)
     if converse:
         _converse(session)

@@ -71,10 +71,11 @@ def quantised_experts(
 ):  # fmt: skip
     """`scaled_experts` of x as `quantised` gives it, with `columns`; what is activated is quantised likewise, by `inner` of I.
 
-    codes [T, Db, columns] in float8_e4m3fn (or a wider float) and codes_scale [T, Db] float32 stand for x; those past the end of
-    D are times zero, so they must be numbers. The others are those of `scaled_experts` -> out [T, H] in `dtype`. Blocks of what is contracted are multiplied as they are, float8 with
-    float8, scaled in float32 by both scales, and added up in their order. What is activated is rounded to `dtype` first, as is
-    what a pair gives. The matrix unit of an NVIDIA GPU adds up such a block in fewer bits than float32 (docs/numerics.md).
+    codes [T, Db, columns] in float8_e4m3fn (or a wider float) and codes_scale [T, Db] float32 stand for x; those past the
+    end of D are times zero, so they must be numbers. The others are those of `scaled_experts` -> out [T, H] in `dtype`.
+    Blocks of what is contracted are multiplied as they are, float8 with float8, scaled in float32 by both scales, and added
+    up in their order. What is activated is rounded to `dtype` first, as is what a pair gives. The matrix unit of an NVIDIA
+    GPU adds up such a block in fewer bits than float32 (docs/numerics.md).
     `block`: how many of an expert's pairs a program takes together; the bits are the same. An id of no expert adds nothing.
     """
     tables = align(ids, block)

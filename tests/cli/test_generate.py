@@ -83,6 +83,16 @@ def test_prompts_become_the_text_of_the_greedy_tokens(asked, wanted, tmp_path):
     assert asked(*of(PROMPTS), "--stream") == whole
 
 
+@pytest.mark.parametrize(("kernels", "why"), [("xla", "kernels xla round nothing"), ("pallas", "experts in float8 alone")])
+def test_activations_that_nothing_would_round_are_refused(moekit, kernels, why):
+    """By kernels that do not do it, and of a model without experts in float8: a sentence, before anything is compiled."""
+    told = ("--tp", "1", "--kernels", kernels, "--activations", "float8_e4m3fn")
+    result = moekit("generate", *told, *of(["flip moekit"]))
+    assert result.exit_code != 0
+    assert why in result.stderr
+    assert result.stderr.count("Error") == 1
+
+
 def test_a_prompts_draws_follow_from_its_own_seed(asked):
     hot = ("--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--json")
     answers = json.loads(asked(*of(PROMPTS), *hot, "--seed", "3"))["answers"]

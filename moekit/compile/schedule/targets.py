@@ -11,8 +11,8 @@ class Target:
 
     matrix unit takes a product; `largest_tile`: elements of a block that the compiler takes; `faults`: those of the compiler
     that passes/legalise.py works around, by the names they have there; `told`: whether it wants to be told which thread holds
-    what (passes/fragments.py); `early_byte`: what an element of one byte counts as among
-    what is loaded early, where others count as 2 (passes/motion.py).
+    what (passes/fragments.py); `early_byte`: what an element of one byte counts as among what is loaded early, where others
+    count as 2 (passes/motion.py).
     """
 
     sms: int
