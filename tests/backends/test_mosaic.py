@@ -24,6 +24,7 @@ from moekit.jax import add_rms_norm, gate_gemm, op, silu_and_mul, topk_softmax, 
 from moekit.jax import mosaic as launcher
 from moekit.lang import In, cast, concat, contract, f32, fusion, gather, iota, mean, rsqrt, size
 from moekit.lang import slice as piece
+from moekit.lang.arguments import example
 from moekit.lang.dtypes import FLOATS, itemsize
 from moekit.testing import Call, operands
 from moekit.testing.batch import check
@@ -459,6 +460,15 @@ def test_what_is_not_printed_says_so():
     _, binding, graph = SAMPLES["scaled_expert_down"].bound()
     why = mosaic.unprinted(graph, dict(binding.sizes))
     assert why == "scaled_expert_down: down is float8_e4m3fn, which is not printed for Mosaic GPU so far; choose pallas"
+
+
+def test_products_of_products_past_an_end_are_refused_alike():
+    """Experts narrower than their blocks: masks of what is multiplied next are of the same elements; the call is refused."""
+    sizes = {"T": 2, "K": 1, "E": 2, "D": 16, "I": 2, "H": 16}
+    binding = example(FUSIONS["scaled_experts"], sizes, "float32", {"inner": 16, "columns": 16})
+    graph = FUSIONS["scaled_experts"].trace(binding)
+    why = mosaic.unprinted(graph, graph.sizes(dict(binding.sizes)))
+    assert str(why).endswith("not printed for Mosaic GPU so far; choose pallas")
 
 
 def test_rows_of_a_warp_go_to_a_warpgroup_together():

@@ -226,7 +226,9 @@ def test_the_launches_are_counted_by_kind():
 def test_every_view_is_the_producing_instruction_itself(program):
     assert wrong_operands(program) == []
     gates = {i.name for i in program.kernels("gate_topk")}
-    for found in [i for i in program.entry.values() if i.fusion == "expert_down_shared"]:  # what is activated, and its share
+    launches = [i for i in program.entry.values() if i.fusion == "expert_down_shared"]  # what is activated, and its share
+    assert launches
+    for found in launches:
         assert any(program.producer(operand).name in gates for operand in found.operands)
 
 

@@ -27,7 +27,7 @@ def rights(program: t.TileProgram) -> frozenset[t.Value]:
 def apart(program: t.TileProgram) -> t.TileProgram:
     """The program with all that right operands are made of made anew beside what others read."""
     numbers, own = t.Numbers(program.body), {}
-    for value in sorted(rights(program), key=lambda v: v.number):
+    for value in sorted(_whole(program, rights(program)), key=lambda v: v.number):
         own[value] = numbers.like(value)
 
     def made(op: t.Op) -> list[t.Op] | None:
@@ -36,3 +36,15 @@ def apart(program: t.TileProgram) -> t.TileProgram:
         return None if isinstance(op, t.Loop | t.AtEnd) or not {*t.results(op)} & own.keys() else [op, t.substitute(op, own)]
 
     return replace(program, body=t.used(t.rewrite(program.body, made))) if own else program
+
+
+def _whole(program: t.TileProgram, found: frozenset[t.Value]) -> set[t.Value]:
+    """These values, and what is made of some of them for others: a mask along the axis that a product's operand is made anew
+    for another's is of the new elements, too."""
+    every, ops = {*found}, [op for op, _ in t.walk(program.body) if not isinstance(op, t.Loop | t.AtEnd | t.Dot)]
+    wanted = {*found}
+    for op in reversed(ops):  # operands come first
+        wanted |= {*t.operands(op)} if wanted & {*t.results(op)} else set()
+    for op in ops:
+        every |= wanted & {*t.results(op)} if every & {*t.operands(op)} else set()
+    return every
