@@ -108,7 +108,6 @@ CASES = (
     Case("qkv_norm_rope", {"Q": 16, "K": 2, "R": 32, "N": 192, "Dv": 256, "L": 1024}, (1, 64)),
     Case("expert_gate_up", {"K": 10, "E": 512, "I": 256, "D": 2048}, (1, 4, 16)),
     Case("expert_down", EXPERTS, (1, 4, 16)),
-    Case("expert_down_shared", {**EXPERTS, "J": 256, "H?": 1}, (1, 4, 16)),
     Case("conv_projections", {"C": 4096, "S": 3, "P": 2176, "D": 2048}, (1, 4), float32=("weight",)),
     Case("gate_gemm", {"P": 648, "D": 2048}, *PRODUCT),
     *(Case("gate_projections", {"I": i, "D": 2048, "E": 512, "G": 1}, *PRODUCT) for i in (64, 512)),

@@ -47,13 +47,12 @@ SIZES = {
     "causal_conv1d_step": {"T": 3, "C": 40, "S": 3},
     "expert_gate_up": {"T": 2, "K": 2, "E": 4, "I": 8, "D": 32},
     "expert_down": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
-    "expert_down_shared": {"T": 2, "K": 2, "E": 4, "I": 16, "H": 32},
     "gate_gemm": {"T": 18, "D": 72, "P": 37},
     "gate_projections": {"T": 3, "D": 72, "I": 20, "E": 40, "G": 1},
     "gate_topk": {"T": 3, "D": 72, "I": 20, "E": 40, "G": 1},
     "down_combine": {"T": 3, "H": 40, "I": 24},
 }
-MORE = ("expert_gate_up", "expert_down", "expert_down_shared")
+MORE = ("expert_gate_up", "expert_down")
 PRODUCTS = ("gate_gemm", "gate_projections", "gate_topk", "down_combine")
 PARAMS = {"topk_softmax": ({"k": 6},), "gate_topk": ({"k": 6},)}
 
@@ -79,7 +78,7 @@ def test_every_kernel_compiles_for_an_h200(name, dtype):
     assert len(read) + len([b for b in wrote if b not in read]) == len(kinds)
 
 
-@pytest.mark.parametrize("name", ["conv_projections", "expert_gate_up", "expert_down_shared", "qkv_norm_rope"])
+@pytest.mark.parametrize("name", ["conv_projections", "expert_gate_up", "expert_down", "qkv_norm_rope"])
 def test_more_kernels_compile_for_an_h200(name):
     """What is printed besides the row-wise ones: several sections, experts gathered by ids, caches written at positions."""
     for program in made(name).programs:

@@ -34,7 +34,7 @@ PER_STEP = {  # kernels of one decode step of the shipped model: two layers of g
     "delta_rule_step": 2,
     "delta_rule_chunks": 0,
     "unit_lower_inverse": 0,
-    **dict.fromkeys((name for name in FUSIONS if name.startswith("scaled_")), 0),
+    **dict.fromkeys((name for name in FUSIONS if name.startswith(("scaled_", "quantised"))), 0),
 }
 
 

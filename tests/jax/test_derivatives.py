@@ -210,7 +210,7 @@ def test_what_is_rounded_to_float8_has_no_derivative(call_named, name, implement
         return sum(out.astype(jnp.float32).sum() for out in whole(*made.placed(x)).values())
 
     assert np.isfinite(loss(*arrays))
-    with pytest.raises(UnavailableError, match="what is rounded to float8 has no derivative; detach its operands, or use"):
+    with pytest.raises(UnavailableError, match="what is rounded to float8 has no derivative; detach its operands, or take"):
         jax.grad(loss)(*arrays)
     with pytest.raises(UnavailableError, match="what is rounded to float8 has no derivative"):
         jax.jvp(loss, arrays, arrays)

@@ -314,7 +314,7 @@ def test_a_prompt_reads_no_expert_that_was_not_chosen():
     products = re.findall(r" dot\(.*?algorithm=(\w+)", filled.text)
     assert products
     assert set(products) == {"dot_bf16_bf16_f32_x3"}  # none of float32 by the vector unit
-    others = {name for name in FUSIONS if name.startswith("scaled_")}  # of float8 weights
+    others = {name for name in FUSIONS if name.startswith(("scaled_", "quantised"))}  # of float8
     assert set(FUSIONS) - {i.fusion for i in filled.entry.values()} == of_steps | others
     assert len(re.findall(r" all-reduce(?:-start)?\(", filled.text)) == 2 * CONFIG.num_layers
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast|get-tuple-element)", filled.text)

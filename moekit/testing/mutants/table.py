@@ -279,7 +279,7 @@ TRITON = (
 TORCH = (
     _one('aligned-to-8', 'compile/tile/layouts.py', 'stride * size % 16 == 0 and', 'stride * size % 8 == 0 and', 'strides of a multiple of 8 bytes are counted in units of 16'),
     _one('reach-of-2-31', 'compile/tile/layouts.py', 'wide=reach >= 2**31', 'wide=reach > 2**31', 'an offset of exactly 2^31 is computed in 32 bits'),
-    _one('written-one-by-one', 'torch/call.py', 'ready = {n: _apart(values[n] if n in self.outs else values[n].contiguous(), held) for n in self.names}', 'ready = {n: values[n] if n in self.outs else values[n].contiguous() for n in self.names}', 'an output goes over the operand that another output is, before that is copied'),
+    _one('written-one-by-one', 'torch/call.py', 'ready = {n: _apart(values[n] if n in self.outs else _dense(values[n]), held) for n in self.names}', 'ready = {n: values[n] if n in self.outs else _dense(values[n]) for n in self.names}', 'an output goes over the operand that another output is, before that is copied'),
     _one('outputs-overlap', 'torch/call.py', '                if m != n and overlap(r, s):\n', '                if m != n and r == s:\n', 'two outputs may overlap each other'),
     _one('own-operand-overlaps', 'torch/call.py', 'not (m == n and r == s)', 'not m == n', 'an update may overlap its own operand, shifted'),
 )  # fmt: skip
