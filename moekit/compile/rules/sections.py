@@ -43,7 +43,8 @@ def _together(graph: Graph, a: Outputs, b: Outputs) -> bool:
 
 
 def _written(graph: Graph) -> set[str]:
-    return {w.tensor for w in graph.writes}
+    """Out of place, too, as if it were in place: both forms are to add up alike."""
+    return {name for w in graph.writes for name in (w.tensor, w.output)}
 
 
 def _products(graph: Graph) -> bool:
