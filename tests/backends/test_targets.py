@@ -11,8 +11,11 @@ import pytest
 from moekit.compat import release
 from moekit.compile.plan import plan
 from moekit.compile.schedule import Schedule
+from moekit.compile.tile import layouts
+from moekit.fusions import FUSIONS
 from moekit.jax import launch
 from moekit.lang import In, contract, fusion
+from moekit.lang.dtypes import itemsize
 from moekit.testing import Call, operands
 from moekit.testing.probes import PROBES
 from tests.compile import unseen
@@ -62,6 +65,19 @@ def test_lanes_that_add_up_products_have_the_same_sum(name):
     """A lane that has one product of a sum would make an fma of it and its neighbour's, and each has another one to round."""
     for program in SAMPLES[name].strided().programs:
         assert not crossed(disassembled(compiled(program).asm["cubin"]))
+
+
+@pytest.mark.parametrize("columns", [8, 16])
+def test_conversions_to_float8_of_what_is_past_the_end_are_whole(columns):
+    """ptxas packed two of the same with the stack's pointer (R1) for half of the result, where it knew them to be the same."""
+    shape = {"x": (9, 3), "codes": (9, 1, columns), "scale": (9, 1)}
+    case = Call(FUSIONS["quantised"], {"x": np.zeros(shape["x"], np.float16)}, {"columns": columns})
+    rows = {"x": (3, 1), "codes": (16 * columns, columns, 1), "scale": (1, 1)}
+    lying = {n: layouts.strided(shape[n], rows[n], t.axes, "T", itemsize(t.dtype)) for n, t in case.graph.tensors.items()}
+    (program,) = plan(case.graph, None, lying).programs
+    packed = re.findall(r"F2FP.*E4M3.*", disassembled(compiled(program).asm["cubin"]))
+    assert packed
+    assert not [p for p in packed if re.search(r"\bR1\b", p)]
 
 
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])

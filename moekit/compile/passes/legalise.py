@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from math import copysign
 
 from moekit.compile import tile as t
@@ -66,12 +67,32 @@ def _float8(d: t.Draft, op: t.Op) -> list[t.Op] | None:
     return d.becomes(op.out)
 
 
+def _zeros_of_float8(d: t.Draft, op: t.Op) -> list[t.Op] | None:
+    """Zeros that become float8 are their lanes' own smallest numbers before, which become zeros of the same sign.
+
+    ptxas (that of CUDA 12.8, which Triton 3.6 brings) makes one instruction of two conversions whose operands it knows to be
+    the same, as zeros past the end are, and gives it a register that nobody wrote for half of the result: seen on an H200.
+    """
+    if not isinstance(op, t.Cast) or (op.value.dtype, op.out.dtype) != ("float32", "float8_e4m3fn"):
+        return None
+    known = [d.program.axis(a) for a in op.out.axes]
+    own = [a.name for a in known if a.block > 1 and a.extent is not None and a.mode in ("grid", "whole")]
+    if not own:
+        return None
+    lane = reduce(lambda a, b: d.binary("add", a, b), [d.emit(t.Elements, axis=a) for a in own])
+    zero = d.binary("eq", op.value, d.const(0.0, "float32"))
+    bits = d.binary("or", d.emit(t.Bitcast, "", "int32", value=op.value), d.where(zero, lane, d.const(0)))
+    d.cast(d.emit(t.Bitcast, "", "float32", value=bits), op.out.dtype)
+    return d.becomes(op.out)
+
+
 RULES: dict[str, Rule] = {
     "narrowing": _narrowing,
     "negation": _negation,
     "float8": _float8,
     "negative zero": _negative_zero,
     "rounded product": _rounded_product,
+    "zeros of float8": _zeros_of_float8,
 }
 
 
