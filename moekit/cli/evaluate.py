@@ -11,7 +11,7 @@ from moekit.cli.output import console, notes, print_json, table
 from moekit.cli.platform import installed, prepare_jax
 from moekit.cli.progress import bar, loading
 from moekit.cli.weights import float8_activations, kept_weights
-from moekit.errors import UnavailableError
+from moekit.errors import ArgumentError, UnavailableError
 
 if TYPE_CHECKING:
     from moekit.cli.answers import Row
@@ -77,6 +77,9 @@ def evaluate(
     tp, batch = checked_tp(config, tp), min(batch, questions)
     default = (best(), "xla", *(["transformers"] if there else []))
     who = [name for name in WHO if name in (kernels or default)]
+    if activations and not {*who} - {"xla", "transformers"}:
+        what = f"--activations is {activations}, to which kernels {' and '.join(who)} round nothing"
+        raise ArgumentError(f"{what}; add --kernels pallas, or leave it out")
     rows: list[Row] = []
     for dtype in dtypes or ("float32", "bfloat16"):
         with loading(f"loading {directory.name}") as advance:

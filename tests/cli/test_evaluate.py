@@ -143,6 +143,7 @@ def test_an_answer_of_transformers_ends_at_its_end():
         (["--questions", "2001"], 2, "2001 questions of at most 2000; ask fewer"),
         (["--kernels", "cuda"], 2, "'cuda' is not one of"),
         (["--tp", "3"], 2, "tp = 3 does not divide"),
+        (["--tp", "1", "--kernels", "xla", "--activations", "float8_e4m3fn"], 2, "to which kernels xla round nothing"),
     ],
 )
 def test_what_is_asked_wrongly(moekit, arguments, code, said):

@@ -226,10 +226,11 @@ def test_the_launches_are_counted_by_kind():
 def test_every_view_is_the_producing_instruction_itself(program):
     assert wrong_operands(program) == []
     gates = {i.name for i in program.kernels("gate_topk")}
-    launches = [i for i in program.entry.values() if i.fusion == "expert_down_shared"]  # what is activated, and its share
+    launches = [i for i in program.entry.values() if i.fusion == "expert_down_shared"]
     assert launches
-    for found in launches:
-        assert any(program.producer(operand).name in gates for operand in found.operands)
+    for first, last in zip(launches[::2], launches[1::2], strict=True):
+        assert {program.producer(first.operands[0]).name, program.producer(last.operands[3]).name} <= gates  # activated, share
+        assert program.producer(first.operands[2]).fusion == "expert_gate_up"
 
 
 @pytest.mark.parametrize("fusion", ["gate_topk", "delta_rule_step"])

@@ -117,7 +117,7 @@ def prefill(
     tokens [B, S] int32, padded at the end; lengths [B] int32, each between 1 and S, how many of a row are
     real. Returns logits float32 [B, vocabulary] after each last real token (or [B, S, vocabulary] with
     every_logit) and the cache. The vocabulary of the logits is cut over tp, and no row depends on another's
-    padding.
+    padding (but with activations in float8, as tokens of all rows say whether they are many).
 
     Raises ShapeError, DtypeError or ArgumentError for lengths and real tokens out of range, before anything is
     compiled. In a traced call, whose values nobody can see, the logits of such a row are NaN and its length in the
