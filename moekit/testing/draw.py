@@ -66,10 +66,12 @@ def draw_call(name: str, source: Source, limits: Limits) -> FuzzCase:
         case = replace(case, params=_params(fusion, source, case))
         if _operands_fit(case, limits) and case.problem() is None and _fits(case, limits):
             return case
-    for size in (8, 4, 2, 1, 16, 64):  # when chance gives none
-        case = replace(case, sizes=dict.fromkeys(axes_of(fusion), size))
-        if case.problem() is None:
-            return case
+    plain = {n: "float32" if "float32" in s.dtypes else s.dtypes[0] for n, s in fusion.tensors.items()}
+    for dtypes in (case.dtypes, plain):  # when chance gives none; of mixed dtypes a declaration may want some to be one
+        for size in (8, 4, 2, 1, 16, 64):
+            case = replace(case, sizes=dict.fromkeys(axes_of(fusion), size), dtypes=dtypes)
+            if case.problem() is None:
+                return case
     raise MoekitError(f"{fusion.name}: no sizes found for which it can be traced; say them with FuzzCase(sizes=…)")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moekit.fusions import FUSIONS
 from moekit.lang import In, f32, fusion
 from moekit.testing.case import FuzzCase, find_fusion
-from moekit.testing.draw import Limits
+from moekit.testing.draw import Limits, draw_call
 from moekit.testing.guard import Arena
 from moekit.testing.layouts import KINDS, Layout, draw_layout, numpy_source
 from moekit.testing.probes import PROBES
@@ -101,3 +101,10 @@ def test_limits_are_kept():
         assert set(case.dtypes.values()) == {"float16"}
 
     run()
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_call_is_found_where_no_sizes_by_chance_fit(name):
+    """Whatever dtypes were drawn last: of mixed ones a declaration may refuse some in every size."""
+    for seed in range(12):
+        draw_call(name, numpy_source(seed), Limits(elements=-1))
